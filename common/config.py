@@ -1,0 +1,298 @@
+"""What can be configured: the run (the server decides it, agents receive it), and how values are found.
+
+A value comes from the preset, then the configuration file, then the environment, then the command
+line; the later wins. Unknown keys are errors that name the key.
+"""
+
+import argparse
+import os
+import tomllib
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple, Self, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSettingsSource
+
+from common.errors import UsageError
+
+PROTOCOL_VERSION = 1
+AGENT_ID_PATTERN = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
+
+
+class DatasetSpec(NamedTuple):
+    """What a named dataset looks like; `mean` and `std` are per channel, of pixels scaled to 0..1."""
+
+    num_classes: int
+    image_shape: tuple[int, int, int]  # channels, height, width
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+DATASETS: Mapping[str, DatasetSpec] = {
+    "digits": DatasetSpec(10, (1, 8, 8), (0.305,), (0.376,)),
+    "mnist": DatasetSpec(10, (1, 28, 28), (0.1307,), (0.3081,)),
+    "fashion-mnist": DatasetSpec(10, (1, 28, 28), (0.2860,), (0.3530,)),
+    "cifar10": DatasetSpec(10, (3, 32, 32), (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+    "cifar100": DatasetSpec(100, (3, 32, 32), (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+}
+
+
+class FrozenModel(BaseModel):
+    """Base of every value object that crosses a process boundary: immutable, no unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class TrainingConfig(FrozenModel):
+    """One training: the agents' pre-training, or the cloud's fine-tuning."""
+
+    epochs: Annotated[int, Field(ge=0, le=100_000)] = 5
+    batch_size: Annotated[int, Field(ge=1, le=1_000_000)] = 64
+    optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
+    learning_rate: Annotated[float, Field(gt=0, le=1e3)] = 0.05
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9  # sgd only
+    nesterov: bool = False  # sgd only
+    weight_decay: Annotated[float, Field(ge=0, le=1)] = 0.0
+    schedule: Literal["constant", "cosine", "one-cycle"] = "cosine"  # of the learning rate, step by step
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    augment: tuple[Literal["horizontal_flip", "random_crop"], ...] = ()
+
+    @model_validator(mode="after")
+    def _nesterov_needs_momentum(self) -> Self:
+        if self.nesterov and not self.momentum:
+            raise ValueError("nesterov needs momentum above 0")
+        return self
+
+
+class FineTuneConfig(TrainingConfig):
+    """The cloud's training on the combined data."""
+
+    holdout_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1  # of the combined data, to evaluate on
+
+
+class RunConfig(FrozenModel):
+    """What the whole run does: the server's `[run]` table, sent to every agent."""
+
+    model: str = "mlp"  # "mlp", a torchvision.models name, or the user's "package.module:factory"
+    hidden_units: Annotated[int, Field(ge=1, le=1_000_000)] = 128  # of the mlp
+    small_images: bool = False  # the stride-1 stem that 32x32 images want
+    dataset: str = "digits"  # a name in DATASETS, or any other with num_classes and image_shape
+    num_classes: Annotated[int, Field(ge=2, le=1_000_000)] | None = None  # None: the dataset's
+    image_shape: tuple[int, int, int] | None = None  # channels, height, width; None: the dataset's
+    class_names: tuple[str, ...] = ()  # folder names, label 0 first; empty: folders in sorted order
+    mean: tuple[float, ...] | None = None  # per channel, of pixels scaled to 0..1; None: the dataset's
+    std: tuple[float, ...] | None = None
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    partition_by: str = "iid"  # "iid", "dirichlet:ALPHA" or "classes:K"
+    num_partitions: Annotated[int, Field(ge=1)] | None = None  # None: the server's max_agents
+    holdout_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1  # of a shard, kept on the device
+    initial_weights: Literal["shared", "independent"] = "shared"
+    aggregator: Literal["mean"] = "mean"
+    weights: Literal["examples", "uniform"] = "examples"
+    wire: Literal["float32"] = "float32"
+    apply: Literal["always"] = "always"
+    pretrain: TrainingConfig = TrainingConfig()
+    fine_tune: FineTuneConfig = FineTuneConfig()
+
+    @field_validator("partition_by")
+    @classmethod
+    def _known_partitioning(cls, value: str) -> str:
+        scheme, _, parameter = value.partition(":")
+        try:
+            if value == "iid":
+                return value
+            if scheme == "dirichlet" and 0 < float(parameter) < float("inf"):
+                return value
+            if scheme == "classes" and int(parameter) >= 1:
+                return value
+        except ValueError:
+            pass
+        raise ValueError('choose "iid", "dirichlet:ALPHA" with ALPHA > 0, or "classes:K" with K >= 1')
+
+    @model_validator(mode="after")
+    def _known_dataset(self) -> Self:
+        if self.dataset not in DATASETS and (self.num_classes is None or self.image_shape is None):
+            raise ValueError(
+                f"unknown dataset {self.dataset!r}: choose {', '.join(DATASETS)},"
+                " or describe your own with num_classes and image_shape"
+            )
+        spec = self.spec
+        if min(spec.image_shape) < 1:
+            raise ValueError(f"image_shape {list(spec.image_shape)} must be three positive numbers")
+        if not len(spec.mean) == len(spec.std) == spec.image_shape[0]:
+            raise ValueError(f"mean and std need one number for each of {spec.image_shape[0]} channels")
+        if min(spec.std) <= 0:
+            raise ValueError("std must be above 0")
+        if self.class_names and len(set(self.class_names)) != spec.num_classes:
+            raise ValueError(f"class_names must be {spec.num_classes} different names")
+        return self
+
+    @property
+    def spec(self) -> DatasetSpec:
+        """The dataset as this run sees it, the table's values overridden by the run's own."""
+        known = DATASETS.get(self.dataset)
+        image_shape = self.image_shape or (known.image_shape if known else (0, 0, 0))
+        same_channels = known is not None and known.image_shape[0] == image_shape[0]
+        mean = known.mean if known and same_channels else (0.5,) * image_shape[0]
+        std = known.std if known and same_channels else (0.25,) * image_shape[0]
+        return DatasetSpec(
+            num_classes=self.num_classes or (known.num_classes if known else 0),
+            image_shape=image_shape,
+            mean=self.mean or mean,
+            std=self.std or std,
+        )
+
+
+class ProcessConfig(BaseSettings):
+    """Base of the two processes' configurations; a subclass sets `env_prefix`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")  # type: ignore[assignment]
+
+    @classmethod
+    def settings_customise_sources(
+        cls, settings_cls: type[BaseSettings], init_settings: PydanticBaseSettingsSource, **_: Any
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return (init_settings,)  # load() has merged the sources already
+
+
+Config = TypeVar("Config", bound=ProcessConfig)
+
+
+def load(
+    config_class: type[Config],
+    *,
+    env_prefix: str,
+    preset: str | None = None,
+    config_file: Path | None = None,
+    flags: Mapping[str, Any],
+    environ: Mapping[str, str] = os.environ,
+) -> Config:
+    """Merge preset, file, environment and flags into one validated configuration.
+
+    Raises:
+        UsageError: naming the key that is unknown or out of range, and where it came from.
+    """
+    layers: dict[str, dict[str, Any]] = {}
+    if preset is not None:
+        layers[f"preset {preset}"] = read_preset(preset)
+    if config_file is not None:
+        layers[str(config_file)] = _read_toml(config_file)
+    layers["the environment"] = _read_environment(config_class, env_prefix, environ)
+    layers["the command line"] = dict(flags)
+
+    merged: dict[str, Any] = {}
+    for layer in layers.values():
+        merged = _deep_merge(merged, layer)
+    try:
+        return config_class(**merged)
+    except ValidationError as error:
+        raise UsageError(_one_line(error, layers)) from error
+
+
+def preset_names() -> list[str]:
+    return sorted(p.name.removesuffix(".toml") for p in _presets().iterdir() if p.name.endswith(".toml"))
+
+
+def read_preset(name: str) -> dict[str, Any]:
+    if name not in preset_names():
+        raise UsageError(f"unknown preset {name!r}: choose {', '.join(preset_names())}")
+    return tomllib.loads(_presets().joinpath(f"{name}.toml").read_text("utf-8"))
+
+
+def add_flags(parser: argparse.ArgumentParser, config_class: type[ProcessConfig]) -> None:
+    """One flag for each key at the top of the configuration, and `--set` for the tables below."""
+    for name, field in config_class.model_fields.items():
+        if isinstance(field.default, BaseModel):
+            continue
+        flag = f"--{name.replace('_', '-')}"
+        text = (field.description or "").replace("%", "%%")
+        if field.default not in (None, "", (), False):
+            text += f" (default: {field.default})"
+        options: dict[str, Any] = {"dest": name, "default": argparse.SUPPRESS, "help": text}
+        if field.annotation is bool:
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, **options)
+        elif isinstance(field.default, tuple):
+            parser.add_argument(flag, action="append", metavar="NAME", **options)
+        else:
+            metavar = (field.json_schema_extra or {}).get("metavar", "X")  # type: ignore[union-attr]
+            parser.add_argument(flag, metavar=metavar, **options)
+
+
+def parse_assignments(assignments: Sequence[str]) -> dict[str, Any]:
+    """`["run.seed=3"]` → `{"run": {"seed": 3}}`; values are TOML, anything else is a string."""
+    merged: dict[str, Any] = {}
+    for assignment in assignments:
+        key, equals, text = assignment.partition("=")
+        if not equals or not key:
+            raise UsageError(f"--set {assignment}: write KEY=VALUE, for example run.seed=3")
+        try:
+            value = tomllib.loads(f"value = {text}")["value"]
+        except tomllib.TOMLDecodeError:
+            value = text
+        for part in reversed(key.split(".")):
+            value = {part: value}
+        merged = _deep_merge(merged, value)
+    return merged
+
+
+def _presets() -> Any:
+    return resources.files("common") / "presets"
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text("utf-8"))
+    except OSError as error:
+        raise UsageError(f"cannot read configuration file {path}: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"configuration file {path} is not TOML: {error}") from error
+
+
+def _read_environment(
+    config_class: type[ProcessConfig], prefix: str, environ: Mapping[str, str]
+) -> dict[str, Any]:
+    for variable in environ:
+        key = variable.removeprefix(prefix).split("__")[0].lower()
+        if variable.startswith(prefix) and key not in config_class.model_fields:
+            raise UsageError(f"unknown key {key!r} in the environment variable {variable}")
+    source = EnvSettingsSource(
+        config_class, env_prefix=prefix, env_nested_delimiter="__", case_sensitive=False
+    )
+    source.env_vars = {name.lower(): value for name, value in environ.items()}
+    try:
+        return source()
+    except ValueError as error:
+        raise UsageError(f"environment: {error}") from error
+
+
+def _deep_merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in over.items():
+        below = merged.get(key)
+        both_tables = isinstance(below, Mapping) and isinstance(value, Mapping)
+        merged[key] = _deep_merge(below, value) if both_tables else value  # type: ignore[arg-type]
+    return merged
+
+
+def _one_line(error: ValidationError, layers: Mapping[str, Mapping[str, Any]]) -> str:
+    """The first thing wrong: key, what is wrong, the value, and where it was set."""
+    first = error.errors(include_url=False)[0]
+    path = [str(part) for part in first["loc"]]
+    where = next((name for name, layer in reversed(layers.items()) if _has(layer, path)), None)
+    origin = f" (from {where})" if where else ""
+    key = ".".join(path) or "configuration"
+    if first["type"] == "extra_forbidden":
+        return f"unknown key {key!r}{origin}"
+    message = first["msg"].removeprefix("Value error, ").removeprefix("Input ")
+    value = "" if isinstance(first["input"], Mapping) else f", not {first['input']!r}"
+    return f"{key}: {message}{value}{origin}"
+
+
+def _has(layer: Any, path: Sequence[str]) -> bool:
+    for part in path:
+        if not isinstance(layer, Mapping) or part not in layer:
+            return isinstance(layer, (list, tuple)) and part.isdigit()
+        layer = layer[part]
+    return True

@@ -1,0 +1,264 @@
+from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class Reason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    REASON_UNSPECIFIED: _ClassVar[Reason]
+    REASON_MALFORMED_REQUEST: _ClassVar[Reason]
+    REASON_PROTOCOL_MISMATCH: _ClassVar[Reason]
+    REASON_UNKNOWN_AGENT: _ClassVar[Reason]
+    REASON_UNKNOWN_BLOB: _ClassVar[Reason]
+    REASON_SIZE_LIMIT: _ClassVar[Reason]
+    REASON_SIZE_MISMATCH: _ClassVar[Reason]
+    REASON_OFFSET_MISMATCH: _ClassVar[Reason]
+    REASON_DIGEST_MISMATCH: _ClassVar[Reason]
+    REASON_INVALID_FILE: _ClassVar[Reason]
+    REASON_SCHEMA_MISMATCH: _ClassVar[Reason]
+    REASON_NON_FINITE: _ClassVar[Reason]
+    REASON_INVALID_SHARD: _ClassVar[Reason]
+    REASON_MISSING_BLOB: _ClassVar[Reason]
+    REASON_ROUND_CLOSED: _ClassVar[Reason]
+    REASON_ALREADY_CONTRIBUTED: _ClassVar[Reason]
+    REASON_STORAGE_FULL: _ClassVar[Reason]
+    REASON_UNAVAILABLE: _ClassVar[Reason]
+    REASON_INTERNAL: _ClassVar[Reason]
+
+class Phase(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    PHASE_UNSPECIFIED: _ClassVar[Phase]
+    PHASE_COLLECTING: _ClassVar[Phase]
+    PHASE_AGGREGATING: _ClassVar[Phase]
+    PHASE_FINE_TUNING: _ClassVar[Phase]
+    PHASE_EVALUATING: _ClassVar[Phase]
+    PHASE_PUBLISHED: _ClassVar[Phase]
+    PHASE_FAILED: _ClassVar[Phase]
+
+class BlobKind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    BLOB_KIND_UNSPECIFIED: _ClassVar[BlobKind]
+    BLOB_KIND_WEIGHTS: _ClassVar[BlobKind]
+    BLOB_KIND_DATA: _ClassVar[BlobKind]
+
+class Outcome(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    OUTCOME_UNSPECIFIED: _ClassVar[Outcome]
+    OUTCOME_ACCEPTED: _ClassVar[Outcome]
+    OUTCOME_REJECTED: _ClassVar[Outcome]
+    OUTCOME_LATE: _ClassVar[Outcome]
+REASON_UNSPECIFIED: Reason
+REASON_MALFORMED_REQUEST: Reason
+REASON_PROTOCOL_MISMATCH: Reason
+REASON_UNKNOWN_AGENT: Reason
+REASON_UNKNOWN_BLOB: Reason
+REASON_SIZE_LIMIT: Reason
+REASON_SIZE_MISMATCH: Reason
+REASON_OFFSET_MISMATCH: Reason
+REASON_DIGEST_MISMATCH: Reason
+REASON_INVALID_FILE: Reason
+REASON_SCHEMA_MISMATCH: Reason
+REASON_NON_FINITE: Reason
+REASON_INVALID_SHARD: Reason
+REASON_MISSING_BLOB: Reason
+REASON_ROUND_CLOSED: Reason
+REASON_ALREADY_CONTRIBUTED: Reason
+REASON_STORAGE_FULL: Reason
+REASON_UNAVAILABLE: Reason
+REASON_INTERNAL: Reason
+PHASE_UNSPECIFIED: Phase
+PHASE_COLLECTING: Phase
+PHASE_AGGREGATING: Phase
+PHASE_FINE_TUNING: Phase
+PHASE_EVALUATING: Phase
+PHASE_PUBLISHED: Phase
+PHASE_FAILED: Phase
+BLOB_KIND_UNSPECIFIED: BlobKind
+BLOB_KIND_WEIGHTS: BlobKind
+BLOB_KIND_DATA: BlobKind
+OUTCOME_UNSPECIFIED: Outcome
+OUTCOME_ACCEPTED: Outcome
+OUTCOME_REJECTED: Outcome
+OUTCOME_LATE: Outcome
+
+class Blob(_message.Message):
+    __slots__ = ("digest", "size_bytes")
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    SIZE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    digest: str
+    size_bytes: int
+    def __init__(self, digest: _Optional[str] = ..., size_bytes: _Optional[int] = ...) -> None: ...
+
+class JoinRequest(_message.Message):
+    __slots__ = ("protocol_version",)
+    PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
+    protocol_version: int
+    def __init__(self, protocol_version: _Optional[int] = ...) -> None: ...
+
+class JoinReply(_message.Message):
+    __slots__ = ("run_id", "run_json", "slot", "num_partitions", "initial_weights")
+    RUN_ID_FIELD_NUMBER: _ClassVar[int]
+    RUN_JSON_FIELD_NUMBER: _ClassVar[int]
+    SLOT_FIELD_NUMBER: _ClassVar[int]
+    NUM_PARTITIONS_FIELD_NUMBER: _ClassVar[int]
+    INITIAL_WEIGHTS_FIELD_NUMBER: _ClassVar[int]
+    run_id: str
+    run_json: str
+    slot: int
+    num_partitions: int
+    initial_weights: Blob
+    def __init__(self, run_id: _Optional[str] = ..., run_json: _Optional[str] = ..., slot: _Optional[int] = ..., num_partitions: _Optional[int] = ..., initial_weights: _Optional[_Union[Blob, _Mapping]] = ...) -> None: ...
+
+class WatchRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class WatchEvent(_message.Message):
+    __slots__ = ("round", "phase", "initial_weights", "outcome", "progress", "latest_model", "failure", "run_over", "num_contributions", "max_contributions")
+    ROUND_FIELD_NUMBER: _ClassVar[int]
+    PHASE_FIELD_NUMBER: _ClassVar[int]
+    INITIAL_WEIGHTS_FIELD_NUMBER: _ClassVar[int]
+    OUTCOME_FIELD_NUMBER: _ClassVar[int]
+    PROGRESS_FIELD_NUMBER: _ClassVar[int]
+    LATEST_MODEL_FIELD_NUMBER: _ClassVar[int]
+    FAILURE_FIELD_NUMBER: _ClassVar[int]
+    RUN_OVER_FIELD_NUMBER: _ClassVar[int]
+    NUM_CONTRIBUTIONS_FIELD_NUMBER: _ClassVar[int]
+    MAX_CONTRIBUTIONS_FIELD_NUMBER: _ClassVar[int]
+    round: int
+    phase: Phase
+    initial_weights: Blob
+    outcome: Outcome
+    progress: Progress
+    latest_model: PublishedModel
+    failure: str
+    run_over: bool
+    num_contributions: int
+    max_contributions: int
+    def __init__(self, round: _Optional[int] = ..., phase: _Optional[_Union[Phase, str]] = ..., initial_weights: _Optional[_Union[Blob, _Mapping]] = ..., outcome: _Optional[_Union[Outcome, str]] = ..., progress: _Optional[_Union[Progress, _Mapping]] = ..., latest_model: _Optional[_Union[PublishedModel, _Mapping]] = ..., failure: _Optional[str] = ..., run_over: bool = ..., num_contributions: _Optional[int] = ..., max_contributions: _Optional[int] = ...) -> None: ...
+
+class Progress(_message.Message):
+    __slots__ = ("done", "total", "loss")
+    DONE_FIELD_NUMBER: _ClassVar[int]
+    TOTAL_FIELD_NUMBER: _ClassVar[int]
+    LOSS_FIELD_NUMBER: _ClassVar[int]
+    done: int
+    total: int
+    loss: float
+    def __init__(self, done: _Optional[int] = ..., total: _Optional[int] = ..., loss: _Optional[float] = ...) -> None: ...
+
+class PublishedModel(_message.Message):
+    __slots__ = ("round", "weights")
+    ROUND_FIELD_NUMBER: _ClassVar[int]
+    WEIGHTS_FIELD_NUMBER: _ClassVar[int]
+    round: int
+    weights: Blob
+    def __init__(self, round: _Optional[int] = ..., weights: _Optional[_Union[Blob, _Mapping]] = ...) -> None: ...
+
+class QueryUploadRequest(_message.Message):
+    __slots__ = ("digest", "kind")
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    digest: str
+    kind: BlobKind
+    def __init__(self, digest: _Optional[str] = ..., kind: _Optional[_Union[BlobKind, str]] = ...) -> None: ...
+
+class QueryUploadReply(_message.Message):
+    __slots__ = ("received_bytes", "complete")
+    RECEIVED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    COMPLETE_FIELD_NUMBER: _ClassVar[int]
+    received_bytes: int
+    complete: bool
+    def __init__(self, received_bytes: _Optional[int] = ..., complete: bool = ...) -> None: ...
+
+class UploadRequest(_message.Message):
+    __slots__ = ("header", "chunk")
+    HEADER_FIELD_NUMBER: _ClassVar[int]
+    CHUNK_FIELD_NUMBER: _ClassVar[int]
+    header: UploadHeader
+    chunk: bytes
+    def __init__(self, header: _Optional[_Union[UploadHeader, _Mapping]] = ..., chunk: _Optional[bytes] = ...) -> None: ...
+
+class UploadHeader(_message.Message):
+    __slots__ = ("digest", "kind", "size_bytes", "offset")
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    SIZE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    OFFSET_FIELD_NUMBER: _ClassVar[int]
+    digest: str
+    kind: BlobKind
+    size_bytes: int
+    offset: int
+    def __init__(self, digest: _Optional[str] = ..., kind: _Optional[_Union[BlobKind, str]] = ..., size_bytes: _Optional[int] = ..., offset: _Optional[int] = ...) -> None: ...
+
+class UploadReply(_message.Message):
+    __slots__ = ("received_bytes",)
+    RECEIVED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    received_bytes: int
+    def __init__(self, received_bytes: _Optional[int] = ...) -> None: ...
+
+class ContributeRequest(_message.Message):
+    __slots__ = ("round", "weights_digest", "shard_digests", "num_examples", "accuracy_local")
+    ROUND_FIELD_NUMBER: _ClassVar[int]
+    WEIGHTS_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    SHARD_DIGESTS_FIELD_NUMBER: _ClassVar[int]
+    NUM_EXAMPLES_FIELD_NUMBER: _ClassVar[int]
+    ACCURACY_LOCAL_FIELD_NUMBER: _ClassVar[int]
+    round: int
+    weights_digest: str
+    shard_digests: _containers.RepeatedScalarFieldContainer[str]
+    num_examples: int
+    accuracy_local: float
+    def __init__(self, round: _Optional[int] = ..., weights_digest: _Optional[str] = ..., shard_digests: _Optional[_Iterable[str]] = ..., num_examples: _Optional[int] = ..., accuracy_local: _Optional[float] = ...) -> None: ...
+
+class ContributeReply(_message.Message):
+    __slots__ = ("outcome", "reason", "message")
+    OUTCOME_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    outcome: Outcome
+    reason: Reason
+    message: str
+    def __init__(self, outcome: _Optional[_Union[Outcome, str]] = ..., reason: _Optional[_Union[Reason, str]] = ..., message: _Optional[str] = ...) -> None: ...
+
+class DownloadRequest(_message.Message):
+    __slots__ = ("digest", "offset")
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    OFFSET_FIELD_NUMBER: _ClassVar[int]
+    digest: str
+    offset: int
+    def __init__(self, digest: _Optional[str] = ..., offset: _Optional[int] = ...) -> None: ...
+
+class DownloadReply(_message.Message):
+    __slots__ = ("chunk", "size_bytes")
+    CHUNK_FIELD_NUMBER: _ClassVar[int]
+    SIZE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    chunk: bytes
+    size_bytes: int
+    def __init__(self, chunk: _Optional[bytes] = ..., size_bytes: _Optional[int] = ...) -> None: ...
+
+class ReportRequest(_message.Message):
+    __slots__ = ("round", "accuracy_local", "accuracy_before", "accuracy_after", "num_held_out", "applied", "reason")
+    ROUND_FIELD_NUMBER: _ClassVar[int]
+    ACCURACY_LOCAL_FIELD_NUMBER: _ClassVar[int]
+    ACCURACY_BEFORE_FIELD_NUMBER: _ClassVar[int]
+    ACCURACY_AFTER_FIELD_NUMBER: _ClassVar[int]
+    NUM_HELD_OUT_FIELD_NUMBER: _ClassVar[int]
+    APPLIED_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    round: int
+    accuracy_local: float
+    accuracy_before: float
+    accuracy_after: float
+    num_held_out: int
+    applied: bool
+    reason: str
+    def __init__(self, round: _Optional[int] = ..., accuracy_local: _Optional[float] = ..., accuracy_before: _Optional[float] = ..., accuracy_after: _Optional[float] = ..., num_held_out: _Optional[int] = ..., applied: bool = ..., reason: _Optional[str] = ...) -> None: ...
+
+class ReportReply(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
