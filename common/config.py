@@ -4,7 +4,6 @@ A value comes from the preset, then the configuration file, then the environment
 line; the later wins. Unknown keys are errors that name the key.
 """
 
-import argparse
 import os
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -152,7 +151,12 @@ class ProcessConfig(BaseSettings):
 
     @classmethod
     def settings_customise_sources(
-        cls, settings_cls: type[BaseSettings], init_settings: PydanticBaseSettingsSource, **_: Any
+        cls,
+        settings_cls: type[BaseSettings],  # noqa: ARG003
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+        dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+        file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         return (init_settings,)  # load() has merged the sources already
 
@@ -184,7 +188,7 @@ def load(
 
     merged: dict[str, Any] = {}
     for layer in layers.values():
-        merged = _deep_merge(merged, layer)
+        merged = deep_merge(merged, layer)
     try:
         return config_class(**merged)
     except ValidationError as error:
@@ -199,42 +203,6 @@ def read_preset(name: str) -> dict[str, Any]:
     if name not in preset_names():
         raise UsageError(f"unknown preset {name!r}: choose {', '.join(preset_names())}")
     return tomllib.loads(_presets().joinpath(f"{name}.toml").read_text("utf-8"))
-
-
-def add_flags(parser: argparse.ArgumentParser, config_class: type[ProcessConfig]) -> None:
-    """One flag for each key at the top of the configuration, and `--set` for the tables below."""
-    for name, field in config_class.model_fields.items():
-        if isinstance(field.default, BaseModel):
-            continue
-        flag = f"--{name.replace('_', '-')}"
-        text = (field.description or "").replace("%", "%%")
-        if field.default not in (None, "", (), False):
-            text += f" (default: {field.default})"
-        options: dict[str, Any] = {"dest": name, "default": argparse.SUPPRESS, "help": text}
-        if field.annotation is bool:
-            parser.add_argument(flag, action=argparse.BooleanOptionalAction, **options)
-        elif isinstance(field.default, tuple):
-            parser.add_argument(flag, action="append", metavar="NAME", **options)
-        else:
-            metavar = (field.json_schema_extra or {}).get("metavar", "X")  # type: ignore[union-attr]
-            parser.add_argument(flag, metavar=metavar, **options)
-
-
-def parse_assignments(assignments: Sequence[str]) -> dict[str, Any]:
-    """`["run.seed=3"]` → `{"run": {"seed": 3}}`; values are TOML, anything else is a string."""
-    merged: dict[str, Any] = {}
-    for assignment in assignments:
-        key, equals, text = assignment.partition("=")
-        if not equals or not key:
-            raise UsageError(f"--set {assignment}: write KEY=VALUE, for example run.seed=3")
-        try:
-            value = tomllib.loads(f"value = {text}")["value"]
-        except tomllib.TOMLDecodeError:
-            value = text
-        for part in reversed(key.split(".")):
-            value = {part: value}
-        merged = _deep_merge(merged, value)
-    return merged
 
 
 def _presets() -> Any:
@@ -267,12 +235,12 @@ def _read_environment(
         raise UsageError(f"environment: {error}") from error
 
 
-def _deep_merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+def deep_merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     merged = dict(base)
     for key, value in over.items():
         below = merged.get(key)
         both_tables = isinstance(below, Mapping) and isinstance(value, Mapping)
-        merged[key] = _deep_merge(below, value) if both_tables else value  # type: ignore[arg-type]
+        merged[key] = deep_merge(below, value) if both_tables else value  # type: ignore[arg-type]
     return merged
 
 
@@ -280,13 +248,16 @@ def _one_line(error: ValidationError, layers: Mapping[str, Mapping[str, Any]]) -
     """The first thing wrong: key, what is wrong, the value, and where it was set."""
     first = error.errors(include_url=False)[0]
     path = [str(part) for part in first["loc"]]
-    where = next((name for name, layer in reversed(layers.items()) if _has(layer, path)), None)
+    where = next((name for name, layer in reversed(list(layers.items())) if _has(layer, path)), None)
     origin = f" (from {where})" if where else ""
     key = ".".join(path) or "configuration"
     if first["type"] == "extra_forbidden":
         return f"unknown key {key!r}{origin}"
+    if first["type"] == "missing":
+        return f"{key} is required: give it as a flag, in the environment or in a --config file"
     message = first["msg"].removeprefix("Value error, ").removeprefix("Input ")
-    value = "" if isinstance(first["input"], Mapping) else f", not {first['input']!r}"
+    says_it_all = first["type"] == "value_error" and repr(first["input"]) in message
+    value = "" if says_it_all or isinstance(first["input"], Mapping) else f", not {first['input']!r}"
     return f"{key}: {message}{value}{origin}"
 
 

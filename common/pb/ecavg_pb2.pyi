@@ -118,13 +118,14 @@ class WatchRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class WatchEvent(_message.Message):
-    __slots__ = ("round", "phase", "initial_weights", "outcome", "progress", "latest_model", "failure", "run_over", "num_contributions", "max_contributions")
+    __slots__ = ("round", "phase", "initial_weights", "outcome", "progress", "latest_model", "failed_round", "failure", "run_over", "num_contributions", "max_contributions")
     ROUND_FIELD_NUMBER: _ClassVar[int]
     PHASE_FIELD_NUMBER: _ClassVar[int]
     INITIAL_WEIGHTS_FIELD_NUMBER: _ClassVar[int]
     OUTCOME_FIELD_NUMBER: _ClassVar[int]
     PROGRESS_FIELD_NUMBER: _ClassVar[int]
     LATEST_MODEL_FIELD_NUMBER: _ClassVar[int]
+    FAILED_ROUND_FIELD_NUMBER: _ClassVar[int]
     FAILURE_FIELD_NUMBER: _ClassVar[int]
     RUN_OVER_FIELD_NUMBER: _ClassVar[int]
     NUM_CONTRIBUTIONS_FIELD_NUMBER: _ClassVar[int]
@@ -135,11 +136,12 @@ class WatchEvent(_message.Message):
     outcome: Outcome
     progress: Progress
     latest_model: PublishedModel
+    failed_round: int
     failure: str
     run_over: bool
     num_contributions: int
     max_contributions: int
-    def __init__(self, round: _Optional[int] = ..., phase: _Optional[_Union[Phase, str]] = ..., initial_weights: _Optional[_Union[Blob, _Mapping]] = ..., outcome: _Optional[_Union[Outcome, str]] = ..., progress: _Optional[_Union[Progress, _Mapping]] = ..., latest_model: _Optional[_Union[PublishedModel, _Mapping]] = ..., failure: _Optional[str] = ..., run_over: bool = ..., num_contributions: _Optional[int] = ..., max_contributions: _Optional[int] = ...) -> None: ...
+    def __init__(self, round: _Optional[int] = ..., phase: _Optional[_Union[Phase, str]] = ..., initial_weights: _Optional[_Union[Blob, _Mapping]] = ..., outcome: _Optional[_Union[Outcome, str]] = ..., progress: _Optional[_Union[Progress, _Mapping]] = ..., latest_model: _Optional[_Union[PublishedModel, _Mapping]] = ..., failed_round: _Optional[int] = ..., failure: _Optional[str] = ..., run_over: bool = ..., num_contributions: _Optional[int] = ..., max_contributions: _Optional[int] = ...) -> None: ...
 
 class Progress(_message.Message):
     __slots__ = ("done", "total", "loss")

@@ -1,0 +1,48 @@
+# Every command sets up what it needs; a fresh clone and Python 3.11 or newer are enough.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: help install demo test check format proto clean
+
+help:
+	@echo "make demo    one round of handwritten digits: a server and two agents on this machine"
+	@echo "make test    all tests"
+	@echo "make check   style, types and house rules"
+	@echo "make format  rewrite the code in the house style"
+	@echo "make proto   generate common/pb from proto/"
+	@echo "make clean   remove everything that was made"
+
+install: $(READY)
+
+$(READY): pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	touch $@
+
+demo: $(READY)
+	@$(BIN)/python -m experiments.demo
+
+test: $(READY)
+	$(BIN)/python -m pytest
+
+check: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# Generated with the oldest supported version: the code that a version generates needs at least that one.
+proto:
+	$(PYTHON) -m venv $(VENV)-proto
+	$(VENV)-proto/bin/pip install --quiet --disable-pip-version-check 'grpcio-tools==1.76.0'
+	$(VENV)-proto/bin/python -m grpc_tools.protoc -Iproto --python_out=. --pyi_out=. --grpc_python_out=. \
+		proto/common/pb/ecavg.proto
+	rm -rf $(VENV)-proto
+
+clean:
+	rm -rf $(VENV) .demo build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,77 @@
+"""`cloud-server`: puts the parts together and runs them."""
+
+import argparse
+import asyncio
+import sys
+from collections.abc import Sequence
+from importlib import resources
+
+from cloud_server.config import DEFAULT_PRESET, ENV_PREFIX, ServerConfig
+from common import cli
+from common.errors import UsageError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="cloud-server",
+        description="Average what edge agents pre-trained, fine-tune it on their data, give it back.",
+    )
+    try:
+        config = cli.parse_command_line(parser, ServerConfig, ENV_PREFIX, argv, default_preset=DEFAULT_PRESET)
+    except UsageError as error:
+        return cli.fail("cloud-server", error)
+    return cli.run("cloud-server", lambda: serve(config))
+
+
+async def serve(config: ServerConfig) -> int:
+    """Run until the run is over: 0 when its last round was published, else 1."""
+    # Imported here, so that --help and configuration errors are immediate.
+    from cloud_server.coordinator import Coordinator
+    from cloud_server.display import RunDisplay
+    from cloud_server.metrics import ServerMetrics
+    from cloud_server.servicer import GrpcServer
+    from cloud_server.store import Store
+    from cloud_server.supervisor import TrainerProcess
+    from common import telemetry
+
+    telemetry.configure_logging(level=config.log_level)
+    store = Store(config.state_dir)
+    metrics = ServerMetrics()
+    trainer = TrainerProcess(config.state_dir, device=config.device)
+    display = RunDisplay(telemetry.progress_display())
+    coordinator = Coordinator(config, store, trainer, metrics, on_change=display.show)
+    server = GrpcServer(metrics.observe_rpc)
+    is_ready = asyncio.Event()
+    app = telemetry.make_app(
+        metrics.registry,
+        ready=is_ready.is_set,
+        status=lambda: coordinator.status() if is_ready.is_set() else {"phase": "starting"},
+        page=resources.files("cloud_server").joinpath("web/index.html").read_bytes(),
+    )
+    http = None
+    try:
+        port = server.bind(config.host, config.port)
+        http = await telemetry.serve_http(app, host=config.http_host, port=config.http_port)
+        await trainer.start()
+        await coordinator.start()
+        await server.start(coordinator)
+        is_ready.set()
+        print(  # noqa: T201
+            f"cloud-server ready: agents on {config.host}:{port},"
+            f" status page on http://{config.http_host}:{http.port}/",
+            flush=True,
+        )
+        published = await coordinator.run()
+    finally:
+        is_ready.clear()
+        display.close()
+        await server.stop(grace_seconds=1)
+        if http:
+            await http.stop()
+        await trainer.stop()
+        store.close()
+    return 0 if published else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

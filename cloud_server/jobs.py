@@ -1,0 +1,211 @@
+"""The job directory: all that the server and the trainer say to each other, both ends of it.
+
+    STATE/jobs/round-0003/
+        job.json            what to do; written by the server
+        progress.jsonl      how far it is, a line at a time; from here on written by the trainer
+        model.safetensors   the weights it made
+        result.json         last of all: the job is over, well or badly
+
+A job is pending while it has a job.json and no result.json. It may be killed at any moment: whoever
+takes it up again starts from the beginning and gets the same bytes.
+"""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, TypeVar
+
+from pydantic import Field, ValidationError
+
+from common.config import FrozenModel, RunConfig
+from common.errors import RunError
+from common.files import replacing, sync
+
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+
+_Model = TypeVar("_Model", bound=FrozenModel)
+
+
+class Weights(FrozenModel):
+    """A safetensors file of weights."""
+
+    sha256: str
+    bytes: int
+
+
+class JobContribution(FrozenModel):
+    """What one agent brought to the round."""
+
+    agent_id: str
+    weights: str  # digest
+    shards: tuple[str, ...]  # digests, in the agent's order; none: it shared no data
+    num_examples: int = Field(ge=0)  # it trained on
+
+
+class Job(FrozenModel):
+    """What the trainer is asked to do: make the run's initial weights, or a round's global model."""
+
+    kind: Literal["initialise", "round"]
+    name: str  # of the job's directory
+    round: int  # from 1 on; 0: initialise
+    attempt: int = 1
+    run: RunConfig
+    device: str  # "auto": the trainer's own
+    initial_weights: str | None  # digest; what the agents' pre-training started from
+    contributions: tuple[JobContribution, ...] = ()
+
+
+class Progress(FrozenModel):
+    """How far the job is; the phases follow each other in this order and each appears at least once."""
+
+    phase: Literal["aggregating", "fine_tuning", "evaluating"]
+    done: int  # tensors, steps or evaluations
+    total: int  # at least 1
+    loss: float | None = None  # fine_tuning: mean since the line before; None where it is not finite
+
+
+class JobError(FrozenModel):
+    """Why a job gave no model."""
+
+    kind: Literal["usage", "out_of_memory", "failed"]  # usage: it would fail the same way again
+    message: str  # one line
+
+
+class Result(FrozenModel):
+    """How a job ended. Accuracies are of the held-out part of the combined data, None without one."""
+
+    weights: Weights | None = None  # of model.safetensors; None: see error
+    candidates: dict[str, float] = {}  # accuracy of each possible start of the fine-tune
+    start: str | None = None  # the candidate that was fine-tuned
+    accuracy_fine_tuned: float | None = None
+    accuracy_published: float | None = None
+    seconds: dict[str, float] = {}  # spent in "aggregate", "fine_tune" and "evaluate"
+    error: JobError | None = None
+    num_parameters: int | None = None
+
+
+@dataclass(frozen=True)
+class JobDirectory:
+    """One job's directory; see the top of this file."""
+
+    path: Path
+
+    @property
+    def weights_path(self) -> Path:
+        return self.path / "model.safetensors"
+
+    def write_job(self, job: Job) -> None:
+        """Ask for the job, also when an earlier attempt at it has ended.
+
+        Raises:
+            OSError: the files cannot be written.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        sync(self.path.parent)
+        self._progress_path.unlink(missing_ok=True)
+        _write(self._job_path, job)
+        # Only now may it be pending: no trainer shall take up a new attempt with the old job.json.
+        self._result_path.unlink(missing_ok=True)
+
+    def read_job(self) -> Job:
+        """Raises: RunError, there is no readable job."""
+        job = _read(Job, self._job_path)
+        if job is None:
+            raise RunError(f"{self._job_path} is missing")
+        return job
+
+    def discard_output(self) -> None:
+        """Remove what an attempt that did not end may have left."""
+        self._progress_path.unlink(missing_ok=True)
+        self.weights_path.unlink(missing_ok=True)
+
+    def append_progress(self, progress: Progress) -> None:
+        """Not made durable: after a crash of the machine the job starts again anyway."""
+        with self._progress_path.open("a", encoding="utf-8") as file:
+            file.write(progress.model_dump_json() + "\n")
+
+    def read_progress(self, offset: int) -> tuple[list[Progress], int]:
+        """The complete lines from byte `offset` on, and the offset to go on from.
+
+        Starts again at the first line when the file was begun anew since.
+        """
+        try:
+            with self._progress_path.open("rb") as file:
+                if file.seek(0, 2) < offset:
+                    offset = 0
+                file.seek(offset)
+                lines, newline, _ = file.read().rpartition(b"\n")
+        except FileNotFoundError:
+            return [], 0
+        return list(_parse_progress(lines)), offset + len(lines) + len(newline)
+
+    def write_result(self, result: Result) -> None:
+        """End the job; everything else must be in place.
+
+        Raises:
+            OSError: the file cannot be written.
+        """
+        _write(self._result_path, result)
+
+    def read_result(self) -> Result | None:
+        """None while the job is pending. Raises: RunError, the file is damaged."""
+        return _read(Result, self._result_path)
+
+    @property
+    def is_pending(self) -> bool:
+        return not self._result_path.exists() and self._job_path.exists()
+
+    @property
+    def _job_path(self) -> Path:
+        return self.path / "job.json"
+
+    @property
+    def _progress_path(self) -> Path:
+        return self.path / "progress.jsonl"
+
+    @property
+    def _result_path(self) -> Path:
+        return self.path / "result.json"
+
+
+def pending_jobs(jobs_dir: Path) -> list[JobDirectory]:
+    """The jobs that wait to be done, or to be done again, by name; none when there is no such folder."""
+    try:
+        paths = sorted(jobs_dir.iterdir())
+    except FileNotFoundError:
+        return []
+    return [directory for directory in map(JobDirectory, paths) if directory.is_pending]
+
+
+def blob_path(blobs_dir: Path, digest: str) -> Path:
+    """Where the blob with this digest is kept.
+
+    Raises:
+        ValueError: not 64 lower-case hexadecimal digits.
+    """
+    if not _DIGEST.fullmatch(digest):
+        raise ValueError(f"{digest[:80]!r} is not a SHA-256 digest")
+    return blobs_dir / digest[:2] / digest
+
+
+def _write(path: Path, model: FrozenModel) -> None:
+    with replacing(path) as partial:
+        partial.write_text(model.model_dump_json(indent=2) + "\n", "utf-8")
+
+
+def _read(model: type[_Model], path: Path) -> _Model | None:
+    try:
+        return model.model_validate_json(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except ValidationError as error:
+        raise RunError(f"{path} is damaged: remove its folder, and the job is done again") from error
+
+
+def _parse_progress(lines: bytes) -> Iterator[Progress]:
+    for line in lines.splitlines():
+        try:
+            yield Progress.model_validate_json(line)
+        except ValidationError:
+            continue  # the file was begun anew and has grown past the offset: a part of a line

@@ -1,0 +1,129 @@
+"""What the server counts and measures, under the names of the contract (Prometheus).
+
+Labels only ever take the values of the constants and enums named here, and of the RPCs and status
+codes that the server has: the number of series is bounded.
+"""
+
+import time
+from collections.abc import Callable
+
+from prometheus_client import Counter, Gauge, Histogram
+
+from cloud_server.round import Outcome, Phase
+from common.telemetry import make_registry
+
+RECEIVED_KINDS = ("weights", "data")
+SENT_KINDS = ("model",)
+# From milliseconds (digits) to hours (collecting, a long fine-tune).
+PHASE_SECONDS = (0.1, 0.3, 1, 3, 10, 30, 60, 180, 600, 1800, 3600, 10800, 36000)
+# From milliseconds (a small call) to hours (a Watch stays open for as long as the run).
+RPC_SECONDS = (0.001, 0.005, 0.02, 0.1, 0.5, 2, 10, 60, 300, 1800, 10800)
+
+
+class ServerMetrics:
+    """All metrics of one cloud-server, in a registry of its own."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self.registry = registry = make_registry()
+        self._clock = clock
+        self._current: tuple[int, Phase, float] | None = None  # round, its phase, since when
+        self._rounds = Counter(
+            "ecavg_server_rounds_total", "Rounds that ended, by how.", ["outcome"], registry=registry
+        )
+        self._round = Gauge("ecavg_server_round", "Number of the current round.", registry=registry)
+        self._phase = Gauge("ecavg_server_phase", "1 on the round's phase.", ["phase"], registry=registry)
+        self._phase_duration = Histogram(
+            "ecavg_server_phase_duration_seconds",
+            "How long rounds stayed in a phase.",
+            ["phase"],
+            buckets=PHASE_SECONDS,
+            registry=registry,
+        )
+        self._agents = Gauge(
+            "ecavg_server_agents",
+            "Agents of the run: connected and still to contribute (watching), connected and"
+            " contributed, or away.",
+            ["state"],
+            registry=registry,
+        )
+        self._contributions = Counter(
+            "ecavg_server_contributions_total", "Contributions, by how.", ["outcome"], registry=registry
+        )
+        self._received = Counter(
+            "ecavg_server_received_bytes_total", "Blobs from agents.", ["kind"], registry=registry
+        )
+        self._sent = Counter("ecavg_server_sent_bytes_total", "Blobs to agents.", ["kind"], registry=registry)
+        self._accuracy = Gauge(
+            "ecavg_server_accuracy_ratio",
+            "Accuracy on the held-out part of the combined data, 0 to 1, in the last round that had one.",
+            ["stage"],
+            registry=registry,
+        )
+        self._handled = Counter(
+            "grpc_server_handled_total",
+            "RPCs that ended, by status.",
+            ["grpc_service", "grpc_method", "grpc_code"],
+            registry=registry,
+        )
+        self._handling = Histogram(
+            "grpc_server_handling_seconds",
+            "How long RPCs took, a stream to its end.",
+            ["grpc_service", "grpc_method"],
+            buckets=RPC_SECONDS,
+            registry=registry,
+        )
+        self._start_at_zero()
+
+    def _start_at_zero(self) -> None:
+        """A counter that first appears at 1 hides its first increase from `rate()`."""
+        for phase in (Phase.PUBLISHED, Phase.FAILED):
+            self.count_round(phase, 0)
+        for outcome in Outcome:
+            self.count_contribution(outcome, 0)
+        for kind in RECEIVED_KINDS:
+            self.count_received(kind, 0)
+        for kind in SENT_KINDS:
+            self.count_sent(kind, 0)
+        self.set_agents(watching=0, contributed=0, away=0)
+
+    def set_phase(self, number: int, phase: str) -> None:
+        """Where the run is; told again while nothing has changed, it does nothing."""
+        if self._current and self._current[:2] == (number, phase):
+            return
+        now = self._clock()
+        if self._current:
+            _, left, since = self._current
+            self._phase_duration.labels(left).observe(now - since)
+        self._current = (number, Phase(phase), now)
+        self._round.set(number)
+        for each in Phase:
+            self._phase.labels(each).set(each == phase)
+
+    def set_agents(self, *, watching: int, contributed: int, away: int) -> None:
+        self._agents.labels("watching").set(watching)
+        self._agents.labels("contributed").set(contributed)
+        self._agents.labels("away").set(away)
+
+    def set_accuracy(self, stage: str, ratio: float) -> None:
+        """`stage` is "average", "fine_tuned" or "published"; `ratio` 0 to 1."""
+        self._accuracy.labels(stage).set(ratio)
+
+    def count_round(self, outcome: str, num_rounds: int = 1) -> None:
+        """`outcome` is the phase that it ended in: "published" or "failed"."""
+        self._rounds.labels(outcome).inc(num_rounds)
+
+    def count_contribution(self, outcome: str, num_contributions: int = 1) -> None:
+        self._contributions.labels(outcome).inc(num_contributions)
+
+    def count_received(self, kind: str, num_bytes: int) -> None:
+        """`kind` is one of RECEIVED_KINDS."""
+        self._received.labels(kind).inc(num_bytes)
+
+    def count_sent(self, kind: str, num_bytes: int) -> None:
+        """`kind` is one of SENT_KINDS."""
+        self._sent.labels(kind).inc(num_bytes)
+
+    def observe_rpc(self, service: str, method: str, code: str, seconds: float) -> None:
+        """One RPC has ended; `method` is one that this server has, `code` its status's name, as "OK"."""
+        self._handled.labels(service, method, code).inc()
+        self._handling.labels(service, method).observe(seconds)

@@ -1,0 +1,183 @@
+"""One round as a value: how far it is, who takes part in it, and what may happen next.
+
+    COLLECTING ──▶ AGGREGATING ──▶ FINE_TUNING ──▶ EVALUATING ──▶ PUBLISHED
+                        ▲               │               │
+                        └───────────────┴───────────────┘  the trainer's job is run again
+    any phase that is not over ──▶ FAILED
+
+The trainer's phases are watched from outside, and a short one may pass unseen: steps forward may skip it.
+Nothing here reads a clock, a disk or a network: whoever owns the round passes the time in, stores the
+round that a method returns, and only then acts on it. A round is never changed, only followed by another.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+from typing import Any, Literal, NamedTuple
+
+from common.errors import ConflictError, Reason
+
+
+class Phase(StrEnum):
+    """How far a round is."""
+
+    COLLECTING = "collecting"  # agents pre-train, upload and contribute
+    AGGREGATING = "aggregating"  # the contributed weights are being averaged
+    FINE_TUNING = "fine_tuning"  # the average is being trained on the combined data
+    EVALUATING = "evaluating"  # the result is being measured on held-out data
+    PUBLISHED = "published"  # over: the global model is there for every agent
+    FAILED = "failed"  # over: it ended without a model, `failure` says why
+
+
+TRANSITIONS: Mapping[Phase, frozenset[Phase]] = {
+    Phase.COLLECTING: frozenset({Phase.AGGREGATING, Phase.FAILED}),
+    Phase.AGGREGATING: frozenset(
+        {Phase.AGGREGATING, Phase.FINE_TUNING, Phase.EVALUATING, Phase.PUBLISHED, Phase.FAILED}
+    ),
+    Phase.FINE_TUNING: frozenset({Phase.AGGREGATING, Phase.EVALUATING, Phase.PUBLISHED, Phase.FAILED}),
+    Phase.EVALUATING: frozenset({Phase.AGGREGATING, Phase.PUBLISHED, Phase.FAILED}),
+    Phase.PUBLISHED: frozenset(),
+    Phase.FAILED: frozenset(),
+}
+
+
+class Outcome(StrEnum):
+    """How an agent's contribution to a round ended: exactly one of these."""
+
+    ACCEPTED = "accepted"  # part of the round
+    REJECTED = "rejected"  # refused, and why; a better one may follow while the round collects
+    LATE = "late"  # the round had closed; the next one is open to this agent
+
+
+@dataclass(frozen=True)
+class Policy:
+    """When a round closes."""
+
+    min_agents: int  # enough, once the deadline has passed
+    max_agents: int  # enough at any time
+    deadline_seconds: float | None  # after the round opened; None: it waits for max_agents
+    on_too_few: Literal["wait", "fail"] = "wait"  # fewer than min_agents at the deadline
+
+
+@dataclass(frozen=True)
+class Contribution:
+    """What one agent commits in a round; the digests name blobs that are stored and checked."""
+
+    agent_id: str
+    weights: str  # digest
+    shards: tuple[str, ...]  # digests
+    num_examples: int
+    # A figure for the report, not part of what is averaged: it does not make a contribution another one.
+    accuracy_local: float | None = field(compare=False)
+
+
+class Rejection(NamedTuple):
+    """Why a contribution was refused, and what its agent can do about it."""
+
+    reason: Reason
+    message: str
+
+
+@dataclass(frozen=True)
+class Round:
+    """One round. Each agent is in at most one of `contributions`, `rejections` and `late`.
+
+    Raises:
+        ValueError: PUBLISHED without a global model, or a global model in another phase.
+    """
+
+    number: int  # from 1 on
+    policy: Policy
+    opened_at: float  # seconds since the epoch
+    initial_weights: str  # digest of what the agents start from
+    phase: Phase = Phase.COLLECTING
+    contributions: Mapping[str, Contribution] = field(default_factory=dict)  # the accepted, by agent id
+    rejections: Mapping[str, Rejection] = field(default_factory=dict)  # by agent id
+    late: frozenset[str] = frozenset()  # agent ids
+    published: str | None = None  # digest of the global model
+    failure: str = ""  # why it failed, in one line
+
+    def __post_init__(self) -> None:
+        if (self.phase is Phase.PUBLISHED) != (self.published is not None):
+            raise ValueError(f"round {self.number} is {self.phase} with the global model {self.published}")
+
+    @property
+    def is_over(self) -> bool:
+        return not TRANSITIONS[self.phase]
+
+    @property
+    def deadline_at(self) -> float | None:
+        """Seconds since the epoch; None when the round waits for `max_agents`."""
+        seconds = self.policy.deadline_seconds
+        return None if seconds is None else self.opened_at + seconds
+
+    def contribute(self, contribution: Contribution) -> tuple["Round", Outcome]:
+        """The round with this contribution in it, or remembered as late once it has closed.
+
+        The same contribution again changes nothing and is accepted in any phase. The caller ticks next:
+        this may have been the last one that the round waited for.
+
+        Raises:
+            ConflictError: a different contribution of this agent has been accepted.
+        """
+        agent_id = contribution.agent_id
+        standing = self.contributions.get(agent_id)
+        if standing == contribution:
+            return self, Outcome.ACCEPTED
+        if standing is not None:
+            raise ConflictError(
+                f"another contribution of {agent_id} to round {self.number} stands: wait for the next round"
+            )
+        if agent_id in self.late:
+            return self, Outcome.LATE
+        others = {other: why for other, why in self.rejections.items() if other != agent_id}
+        if self.phase is not Phase.COLLECTING:
+            return replace(self, late=self.late | {agent_id}), Outcome.LATE
+        contributions = {**self.contributions, agent_id: contribution}
+        return replace(self, rejections=others, contributions=contributions), Outcome.ACCEPTED
+
+    def reject(self, agent_id: str, reason: Reason, message: str) -> "Round":
+        """The round with this agent's refusal, unless it has closed or a contribution of the agent stands."""
+        if self.phase is not Phase.COLLECTING or agent_id in self.contributions:
+            return self
+        return replace(self, rejections={**self.rejections, agent_id: Rejection(reason, message)})
+
+    def outcome_of(self, agent_id: str) -> Outcome | None:
+        """None: nothing has come from this agent yet."""
+        if agent_id in self.contributions:
+            return Outcome.ACCEPTED
+        if agent_id in self.rejections:
+            return Outcome.REJECTED
+        return Outcome.LATE if agent_id in self.late else None
+
+    def tick(self, now: float) -> "Round":
+        """The round as the policy wants it at `now` (seconds since the epoch): closed, failed or as it is."""
+        if self.phase is not Phase.COLLECTING:
+            return self
+        num_accepted = len(self.contributions)
+        is_overdue = self.deadline_at is not None and now >= self.deadline_at
+        if num_accepted >= (self.policy.min_agents if is_overdue else self.policy.max_agents):
+            return self.advance(Phase.AGGREGATING)
+        if is_overdue and self.policy.on_too_few == "fail":
+            return self.fail(
+                f"too few agents: {num_accepted} of at least {self.policy.min_agents}"
+                f" contributed within {self.policy.deadline_seconds:g} seconds"
+            )
+        return self
+
+    def advance(self, phase: Phase) -> "Round":
+        """The round in this phase; raises ValueError where TRANSITIONS has no such step."""
+        return self._enter(phase)
+
+    def publish(self, weights: str) -> "Round":
+        """The round over, with the digest of its global model; raises ValueError like `advance`."""
+        return self._enter(Phase.PUBLISHED, published=weights)
+
+    def fail(self, reason: str) -> "Round":
+        """The round over without a model; raises ValueError like `advance`."""
+        return self._enter(Phase.FAILED, failure=reason)
+
+    def _enter(self, phase: Phase, **results: Any) -> "Round":
+        if phase not in TRANSITIONS[self.phase]:
+            raise ValueError(f"round {self.number} cannot go from {self.phase} to {phase}")
+        return replace(self, phase=phase, **results)

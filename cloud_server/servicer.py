@@ -1,0 +1,257 @@
+"""protobuf ↔ domain: translates, decides nothing. Errors become statuses in common/rpc.py."""
+
+import asyncio
+import re
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from cloud_server.coordinator import Coordinator, RunState, Verdict
+from cloud_server.round import Contribution, Outcome, Phase
+from cloud_server.store import ReportRow
+from common import rpc
+from common.config import AGENT_ID_PATTERN, PROTOCOL_VERSION
+from common.errors import InvalidError, Reason, UnavailableError, UsageError
+from common.pb import ecavg_pb2 as pb
+from common.pb import ecavg_pb2_grpc as pb_grpc
+from common.transfer import Blob, read_chunks
+
+SERVICE_NAME = pb.DESCRIPTOR.services_by_name["ECAvg"].full_name
+
+IDLE_SECONDS = 120.0  # a stream that brings nothing for this long is given up; a slow one never is
+
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+_AGENT_ID = re.compile(AGENT_ID_PATTERN)
+_MAX_SHARDS = 10_000
+_MAX_EXAMPLES = 2**40
+
+_PHASES: dict[Phase, Any] = {phase: pb.Phase.Value(f"PHASE_{phase.name}") for phase in Phase}
+_OUTCOMES: dict[Outcome, Any] = {each: pb.Outcome.Value(f"OUTCOME_{each.name}") for each in Outcome}
+_REASONS: dict[Reason, Any] = {reason: pb.Reason.Value(f"REASON_{reason.name}") for reason in Reason}
+_KINDS = {pb.BLOB_KIND_WEIGHTS: "weights", pb.BLOB_KIND_DATA: "data"}
+
+
+class ECAvgServicer(pb_grpc.ECAvgServicer):
+    """The service of proto/common/pb/ecavg.proto."""
+
+    def __init__(self, coordinator: Coordinator) -> None:
+        self._coordinator = coordinator
+
+    async def Join(self, request: pb.JoinRequest, context: Any) -> pb.JoinReply:
+        if request.protocol_version != PROTOCOL_VERSION:
+            raise InvalidError(
+                f"the agent speaks protocol {request.protocol_version}, this server {PROTOCOL_VERSION};"
+                " install the same version on both",
+                Reason.PROTOCOL_MISMATCH,
+            )
+        joined = await self._coordinator.join(_caller(context))
+        return pb.JoinReply(
+            run_id=joined.run_id,
+            run_json=joined.run.model_dump_json(),
+            slot=joined.slot,
+            num_partitions=joined.num_partitions,
+            initial_weights=_blob(joined.initial_weights),
+        )
+
+    async def Watch(self, _: pb.WatchRequest, context: Any) -> AsyncIterator[pb.WatchEvent]:
+        async for state in self._coordinator.watch(_caller(context)):
+            yield _event(state)
+
+    async def QueryUpload(self, request: pb.QueryUploadRequest, context: Any) -> pb.QueryUploadReply:
+        received_bytes, complete = await self._coordinator.query_upload(
+            _caller(context), _kind(request.kind), _digest(request.digest)
+        )
+        return pb.QueryUploadReply(received_bytes=received_bytes, complete=complete)
+
+    async def Upload(self, request_iterator: Any, context: Any) -> pb.UploadReply:
+        messages = aiter(request_iterator)
+        first = await _next(messages)
+        if first is None or first.WhichOneof("part") != "header":
+            raise InvalidError("the first message of an upload must be its header")
+        header = first.header
+        blob = Blob(_digest(header.digest), header.size_bytes)
+        async with self._coordinator.receive(
+            _caller(context), _kind(header.kind), blob, header.offset
+        ) as upload:
+            while (message := await _next(messages)) is not None:
+                if message.WhichOneof("part") != "chunk":
+                    raise InvalidError("after its header an upload has chunks only")
+                await upload.write(message.chunk)
+        return pb.UploadReply(received_bytes=blob.size_bytes)
+
+    async def Contribute(self, request: pb.ContributeRequest, context: Any) -> pb.ContributeReply:
+        verdict = await self._coordinator.contribute(
+            _caller(context), request.round, _contribution(_caller(context), request)
+        )
+        return _reply(verdict)
+
+    async def Download(self, request: pb.DownloadRequest, context: Any) -> AsyncIterator[pb.DownloadReply]:
+        path = self._coordinator.readable_blob(_caller(context), _digest(request.digest))
+        size_bytes = path.stat().st_size
+        chunks = read_chunks(path, request.offset)
+        while (chunk := await asyncio.to_thread(next, chunks, None)) is not None:
+            yield pb.DownloadReply(chunk=chunk, size_bytes=size_bytes)
+            self._coordinator.count_sent(len(chunk))
+            size_bytes = 0
+        if size_bytes:  # nothing is left to send; say so with the size
+            yield pb.DownloadReply(size_bytes=size_bytes)
+
+    async def Report(self, request: pb.ReportRequest, context: Any) -> pb.ReportReply:
+        row = ReportRow(
+            agent_id=_caller(context),
+            accuracy_local=_ratio(request, "accuracy_local"),
+            accuracy_before=_ratio(request, "accuracy_before"),
+            accuracy_after=_ratio(request, "accuracy_after") or 0.0,
+            num_held_out=_count(request.num_held_out),
+            applied=request.applied,
+            reason=_plain(request.reason),
+            at=0.0,  # the coordinator's clock
+        )
+        await self._coordinator.report(_caller(context), request.round, row)
+        return pb.ReportReply()
+
+
+class GrpcServer:
+    """The gRPC server with our service, health checking and reflection."""
+
+    def __init__(self, observe: rpc.ObserveCall) -> None:
+        self._server = grpc.aio.server(
+            interceptors=[rpc.RefusingInterceptor(observe)], options=rpc.SERVER_OPTIONS
+        )
+        self._health: Any = health.aio.HealthServicer()  # type: ignore[attr-defined]
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        reflection.enable_server_reflection(
+            (SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server
+        )
+
+    def bind(self, host: str, port: int) -> int:
+        """Take the port, before anything slow is done; calls are answered from start() on.
+
+        Raises:
+            UsageError: the address cannot be listened on.
+        """
+        address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        try:
+            return self._server.add_insecure_port(address)
+        except RuntimeError as error:
+            raise UsageError(
+                f"cannot listen on {address}: is it in use? choose another --host or --port,"
+                " or --port 0 for a free one"
+            ) from error
+
+    async def start(self, coordinator: Coordinator) -> None:
+        pb_grpc.add_ECAvgServicer_to_server(ECAvgServicer(coordinator), self._server)  # type: ignore[no-untyped-call]
+        for service in (SERVICE_NAME, ""):
+            await self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
+        await self._server.start()
+
+    async def stop(self, grace_seconds: float) -> None:
+        await self._health.enter_graceful_shutdown()
+        await self._server.stop(grace_seconds)
+
+
+def _caller(context: Any) -> str:
+    """Who is calling: until the transport is authenticated, whoever it says."""
+    metadata = dict(context.invocation_metadata())
+    agent_id = metadata.get(rpc.AGENT_ID_KEY, "")
+    if not isinstance(agent_id, str) or not _AGENT_ID.fullmatch(agent_id):
+        raise InvalidError(
+            f"the metadata {rpc.AGENT_ID_KEY} must be 1 to 64 letters, digits, '.', '_' or '-',"
+            " the first a letter or digit"
+        )
+    return agent_id
+
+
+async def _next(messages: AsyncIterator[pb.UploadRequest]) -> pb.UploadRequest | None:
+    try:
+        async with asyncio.timeout(IDLE_SECONDS):
+            return await anext(messages, None)
+    except TimeoutError as error:
+        raise UnavailableError(f"nothing arrived for {IDLE_SECONDS:g} seconds; resume the upload") from error
+
+
+def _digest(text: str) -> str:
+    if not _DIGEST.fullmatch(text):
+        raise InvalidError("a digest must be 64 lower-case hexadecimal digits")
+    return text
+
+
+def _kind(kind: Any) -> str:
+    if kind not in _KINDS:
+        raise InvalidError("the kind of a blob must be weights or data")
+    return _KINDS[kind]
+
+
+def _ratio(message: Any, field: str) -> float | None:
+    """An accuracy, or None where an optional one is absent."""
+    if message.DESCRIPTOR.fields_by_name[field].has_presence and not message.HasField(field):
+        return None
+    value = float(getattr(message, field))
+    if not 0 <= value <= 1:
+        raise InvalidError(f"{field} must be between 0 and 1")
+    return value
+
+
+def _count(value: int) -> int:
+    if value > _MAX_EXAMPLES:
+        raise InvalidError(f"{value} examples are more than anyone has")
+    return value
+
+
+def _plain(text: str) -> str:
+    """One line that can neither forge a log entry nor fill a disk."""
+    return "".join(character if character.isprintable() else " " for character in text[:500])
+
+
+def _contribution(agent_id: str, request: pb.ContributeRequest) -> Contribution:
+    if request.num_examples < 1:
+        raise InvalidError("num_examples must be at least 1")
+    if len(request.shard_digests) > _MAX_SHARDS:
+        raise InvalidError(f"a contribution has at most {_MAX_SHARDS} shards")
+    if len(set(request.shard_digests)) < len(request.shard_digests):
+        raise InvalidError("a contribution names the same shard twice")
+    return Contribution(
+        agent_id=agent_id,
+        weights=_digest(request.weights_digest),
+        shards=tuple(_digest(digest) for digest in request.shard_digests),
+        num_examples=_count(request.num_examples),
+        accuracy_local=_ratio(request, "accuracy_local"),
+    )
+
+
+def _blob(blob: Blob) -> pb.Blob:
+    return pb.Blob(digest=blob.digest, size_bytes=blob.size_bytes)
+
+
+def _event(state: RunState) -> pb.WatchEvent:
+    event = pb.WatchEvent(
+        round=state.round,
+        phase=_PHASES[state.phase],
+        initial_weights=_blob(state.initial_weights),
+        failed_round=state.failed_round,
+        failure=state.failure,
+        run_over=state.run_over,
+        num_contributions=state.num_contributions,
+        max_contributions=state.max_contributions,
+    )
+    if state.outcome:
+        event.outcome = _OUTCOMES[state.outcome]
+    if state.progress:
+        event.progress.CopyFrom(
+            pb.Progress(done=state.progress.done, total=state.progress.total, loss=state.progress.loss)
+        )
+    if state.latest_model:
+        event.latest_model.CopyFrom(
+            pb.PublishedModel(round=state.latest_model.round, weights=_blob(state.latest_model.weights))
+        )
+    return event
+
+
+def _reply(verdict: Verdict) -> pb.ContributeReply:
+    reply = pb.ContributeReply(outcome=_OUTCOMES[verdict.outcome], message=verdict.message)
+    if verdict.reason:
+        reply.reason = _REASONS[verdict.reason]
+    return reply

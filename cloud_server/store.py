@@ -1,0 +1,454 @@
+"""What the server must not forget: records in SQLite, blobs beside them.
+
+    STATE/lock                     held for as long as a server uses STATE; says who
+    STATE/ecavg.sqlite3            every record, through a write-ahead log
+    STATE/blobs/ab/abcdef…         weights and shards by digest, immutable
+    STATE/partial/<slot>-<digest>  uploads that have begun
+    STATE/jobs/  STATE/rounds/     the trainer's work, and what is left of each round
+
+What a method has done is on disk when it returns: it survives the process, and the machine's power.
+Where that takes several steps, each one leaves a state from which the whole can be done again.
+"""
+
+import errno
+import fcntl
+import json
+import os
+import re
+import socket
+import sqlite3
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from threading import RLock
+from typing import Any
+
+from common.errors import NotFoundError, Reason, StorageError, UsageError
+
+MIGRATIONS = (  # what takes the database from one schema version to the next; never edit one, add another
+    """
+    CREATE TABLE run (
+        only INTEGER PRIMARY KEY DEFAULT 1 CHECK (only = 1),
+        run_id TEXT NOT NULL,
+        config_json TEXT NOT NULL,
+        created_at REAL NOT NULL
+    );
+    CREATE TABLE agents (
+        agent_id TEXT PRIMARY KEY NOT NULL,
+        slot INTEGER NOT NULL UNIQUE,
+        joined_at REAL NOT NULL
+    );
+    CREATE TABLE rounds (
+        number INTEGER PRIMARY KEY,
+        phase TEXT NOT NULL,
+        initial_weights TEXT NOT NULL,
+        published TEXT,
+        failure TEXT NOT NULL DEFAULT '',
+        opened_at REAL NOT NULL
+    );
+    CREATE TABLE phase_history (
+        entry INTEGER PRIMARY KEY,
+        round INTEGER NOT NULL REFERENCES rounds (number),
+        phase TEXT NOT NULL,
+        at REAL NOT NULL
+    );
+    CREATE INDEX phase_history_by_round ON phase_history (round);
+    CREATE TABLE contributions (
+        round INTEGER NOT NULL REFERENCES rounds (number),
+        agent_id TEXT NOT NULL REFERENCES agents (agent_id),
+        outcome TEXT NOT NULL CHECK (outcome IN ('accepted', 'rejected', 'late')),
+        weights TEXT NOT NULL,
+        shards TEXT NOT NULL,
+        num_examples INTEGER NOT NULL,
+        accuracy_local REAL,
+        reason TEXT NOT NULL,
+        message TEXT NOT NULL,
+        at REAL NOT NULL,
+        PRIMARY KEY (round, agent_id)
+    );
+    CREATE TABLE reports (
+        round INTEGER NOT NULL REFERENCES rounds (number),
+        agent_id TEXT NOT NULL REFERENCES agents (agent_id),
+        accuracy_local REAL,
+        accuracy_before REAL,
+        accuracy_after REAL NOT NULL,
+        num_held_out INTEGER NOT NULL,
+        applied INTEGER NOT NULL,
+        reason TEXT NOT NULL,
+        at REAL NOT NULL,
+        PRIMARY KEY (round, agent_id)
+    );
+    CREATE TABLE uploads (
+        agent_id TEXT NOT NULL REFERENCES agents (agent_id),
+        digest TEXT NOT NULL,
+        kind TEXT NOT NULL,
+        at REAL NOT NULL,
+        PRIMARY KEY (agent_id, digest, kind)
+    );
+    """,
+)
+
+_FIRST_PHASE = "collecting"  # round.Phase.COLLECTING: the two modules do not know each other
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+_STORAGE_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO}
+_STORAGE_SQLITE_CODES = {
+    sqlite3.SQLITE_FULL,
+    sqlite3.SQLITE_READONLY,
+    sqlite3.SQLITE_IOERR,
+    sqlite3.SQLITE_CANTOPEN,
+}
+
+
+@dataclass(frozen=True)
+class RunRow:
+    run_id: str
+    config_json: str
+    created_at: float  # like every time here: seconds since the epoch
+
+
+@dataclass(frozen=True)
+class AgentRow:
+    agent_id: str
+    slot: int  # from 1 on, in the order of joining
+    joined_at: float
+
+
+@dataclass(frozen=True)
+class RoundRow:
+    number: int
+    phase: str
+    initial_weights: str  # digest
+    published: str | None  # digest
+    failure: str
+    opened_at: float
+    phase_times: dict[str, float]  # when each phase was entered last
+
+
+@dataclass(frozen=True)
+class ContributionRow:
+    agent_id: str
+    outcome: str  # "accepted", "rejected" or "late"
+    weights: str  # digest
+    shards: tuple[str, ...]  # digests
+    num_examples: int
+    accuracy_local: float | None
+    reason: str  # of a rejection, else empty
+    message: str  # of a rejection, else empty
+    at: float
+
+
+@dataclass(frozen=True)
+class ReportRow:
+    agent_id: str
+    accuracy_local: float | None
+    accuracy_before: float | None
+    accuracy_after: float
+    num_held_out: int
+    applied: bool
+    reason: str  # why it was not applied, else empty
+    at: float
+
+
+@contextmanager
+def storage_errors() -> Iterator[None]:
+    """Turns what a full, read-only or failing disk raises into StorageError."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _STORAGE_ERRNOS:
+            raise _storage_error(os.strerror(error.errno)) from error
+        raise
+    except sqlite3.OperationalError as error:
+        primary_code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+        if primary_code in _STORAGE_SQLITE_CODES:
+            raise _storage_error(str(error)) from error
+        raise
+
+
+def _storage_error(what: str) -> StorageError:
+    return StorageError(
+        f"the server's disk takes no data now ({what}): its operator must see to it; try again later"
+    )
+
+
+class Store:
+    """The state directory of one server; every method may be called from any thread.
+
+    Besides what each method says, those that write raise StorageError while the disk is full, read-only or
+    failing, and sqlite3.IntegrityError for a round or an agent that was never recorded.
+    """
+
+    def __init__(self, state_dir: Path) -> None:
+        """Opens the state directory, made if need be; UsageError if it is not usable or another server's."""
+        self._blobs_dir = state_dir / "blobs"
+        self._partial_dir = state_dir / "partial"
+        self._lock = RLock()
+        with ExitStack() as resources:
+            try:
+                for folder in ("blobs", "partial", "jobs", "rounds"):
+                    (state_dir / folder).mkdir(parents=True, exist_ok=True)
+                resources.enter_context(_locked(state_dir))
+                self._database = resources.enter_context(_database(state_dir / "ecavg.sqlite3"))
+                _fsync(state_dir)
+            except (OSError, sqlite3.DatabaseError) as error:
+                what = error.strerror if isinstance(error, OSError) else error
+                raise UsageError(
+                    f"cannot use state directory {state_dir} ({what}): choose a writable one with --state-dir"
+                ) from error
+            self._resources = resources.pop_all()
+
+    def close(self) -> None:
+        """Gives the state directory back; harmless when done twice."""
+        with self._lock:
+            self._resources.close()
+
+    # The run and its agents
+
+    def run(self) -> RunRow | None:
+        """The run, once there is one."""
+        rows = self._read("SELECT run_id, config_json, created_at FROM run")
+        return RunRow(**rows[0]) if rows else None
+
+    def create_run(self, run_id: str, config_json: str, now: float) -> None:
+        """Records the run; sqlite3.IntegrityError if there is one."""
+        with self._transaction() as database:
+            database.execute(
+                "INSERT INTO run (run_id, config_json, created_at) VALUES (?, ?, ?)",
+                (run_id, config_json, now),
+            )
+
+    def join(self, agent_id: str, now: float) -> int:
+        """The agent's slot, from 1 on: the next free one, and ever after the same."""
+        with self._transaction() as database:
+            database.execute(
+                "INSERT OR IGNORE INTO agents (agent_id, slot, joined_at)"
+                " SELECT ?, coalesce(max(slot), 0) + 1, ? FROM agents",
+                (agent_id, now),
+            )
+            return self._slot(agent_id)
+
+    def agents(self) -> list[AgentRow]:
+        """Every agent that ever joined, by slot."""
+        rows = self._read("SELECT agent_id, slot, joined_at FROM agents ORDER BY slot")
+        return [AgentRow(**row) for row in rows]
+
+    # Rounds
+
+    def open_round(self, number: int, initial_weights: str, now: float) -> None:
+        """Records a new round, collecting; sqlite3.IntegrityError if the number is taken."""
+        with self._transaction() as database:
+            database.execute(
+                "INSERT INTO rounds (number, phase, initial_weights, opened_at) VALUES (?, ?, ?, ?)",
+                (number, _FIRST_PHASE, initial_weights, now),
+            )
+            self._append_phase(number, _FIRST_PHASE, now)
+
+    def set_phase(
+        self, number: int, phase: str, now: float, *, failure: str = "", published: str | None = None
+    ) -> None:
+        """Records that a round entered a phase, and how it ended if it did."""
+        with self._transaction() as database:
+            database.execute(
+                "UPDATE rounds SET phase = ?, failure = ?, published = ? WHERE number = ?",
+                (phase, failure, published, number),
+            )
+            self._append_phase(number, phase, now)
+
+    def rounds(self) -> list[RoundRow]:
+        """Every round, by number."""
+        return self._read_rounds("SELECT * FROM rounds ORDER BY number")
+
+    def last_round(self) -> RoundRow | None:
+        """The round with the highest number."""
+        rounds = self._read_rounds("SELECT * FROM rounds ORDER BY number DESC LIMIT 1")
+        return rounds[0] if rounds else None
+
+    def round(self, number: int) -> RoundRow | None:
+        """The round with this number."""
+        rounds = self._read_rounds("SELECT * FROM rounds WHERE number = ?", number)
+        return rounds[0] if rounds else None
+
+    def record_contribution(self, number: int, contribution: ContributionRow) -> None:
+        """Records how an agent's contribution ended; the last record for an agent and round stands."""
+        with self._transaction() as database:
+            database.execute(
+                "INSERT OR REPLACE INTO contributions (round, agent_id, outcome, weights, shards,"
+                " num_examples, accuracy_local, reason, message, at) VALUES (:round, :agent_id, :outcome,"
+                " :weights, :shards, :num_examples, :accuracy_local, :reason, :message, :at)",
+                {**vars(contribution), "round": number, "shards": json.dumps(contribution.shards)},
+            )
+
+    def contributions(self, number: int) -> list[ContributionRow]:
+        """How every contribution to a round ended, in agent-id order."""
+        rows = self._read(
+            "SELECT agent_id, outcome, weights, shards, num_examples, accuracy_local, reason, message, at"
+            " FROM contributions WHERE round = ? ORDER BY agent_id",
+            number,
+        )
+        return [ContributionRow(**{**row, "shards": tuple(json.loads(row["shards"]))}) for row in rows]
+
+    def record_report(self, number: int, report: ReportRow) -> None:
+        """Records what became of a round's model on a device; the agent's last report stands."""
+        with self._transaction() as database:
+            database.execute(
+                "INSERT OR REPLACE INTO reports (round, agent_id, accuracy_local, accuracy_before,"
+                " accuracy_after, num_held_out, applied, reason, at) VALUES (:round, :agent_id,"
+                " :accuracy_local, :accuracy_before, :accuracy_after, :num_held_out, :applied, :reason, :at)",
+                {**vars(report), "round": number},
+            )
+
+    def reports(self, number: int) -> list[ReportRow]:
+        """The reports on a round's model, in agent-id order."""
+        rows = self._read(
+            "SELECT agent_id, accuracy_local, accuracy_before, accuracy_after, num_held_out, applied,"
+            " reason, at FROM reports WHERE round = ? ORDER BY agent_id",
+            number,
+        )
+        return [ReportRow(**{**row, "applied": bool(row["applied"])}) for row in rows]
+
+    # Blobs
+
+    def blob_path(self, digest: str) -> Path:
+        """Where the blob is, or would be; ValueError unless the digest is 64 lower-case hex digits."""
+        return self._blobs_dir / _checked(digest)[:2] / digest
+
+    def blob_size(self, digest: str) -> int | None:
+        """Bytes of the blob, None if it is not stored; ValueError like `blob_path`."""
+        try:
+            return self.blob_path(digest).stat().st_size
+        except FileNotFoundError:
+            return None
+
+    def partial_path(self, agent_id: str, digest: str) -> Path:
+        """Where this agent's upload grows; NotFoundError if it never joined, ValueError like `blob_path`."""
+        return self._partial_dir / f"{self._slot(agent_id)}-{_checked(digest)}"
+
+    def commit_upload(self, agent_id: str, digest: str, kind: str, now: float) -> None:
+        """Makes a whole, checked upload a blob, then records whose it is; NotFoundError without an upload."""
+        self._install(self.partial_path(agent_id, digest), digest)
+        with self._transaction() as database:
+            database.execute(
+                "INSERT OR IGNORE INTO uploads (agent_id, digest, kind, at) VALUES (?, ?, ?, ?)",
+                (agent_id, digest, kind, now),
+            )
+
+    def has_upload(self, agent_id: str, digest: str, kind: str) -> bool:
+        """Whether this agent's upload was committed and its blob is stored; ValueError like `blob_path`."""
+        recorded = self._read(
+            "SELECT 1 FROM uploads WHERE agent_id = ? AND digest = ? AND kind = ?", agent_id, digest, kind
+        )
+        return bool(recorded) and self.blob_path(digest).exists()
+
+    def adopt_blob(self, path: Path, digest: str) -> None:
+        """Moves a file of STATE that has this digest to the blobs; NotFoundError if it is in neither."""
+        self._install(path, digest)
+
+    def _install(self, source: Path, digest: str) -> None:
+        blob = self.blob_path(digest)
+        with storage_errors():
+            blob.parent.mkdir(exist_ok=True)
+            try:
+                _fsync(source)
+                source.replace(blob)  # should one be there, its bytes are the same
+            except FileNotFoundError:  # fine where an earlier call had got this far when the process died
+                if not blob.exists():
+                    raise NotFoundError(f"the bytes of blob {digest} are not here: upload them") from None
+            blob.chmod(0o444)  # not before: an upload that goes on after a failure must be able to write
+            _fsync(blob.parent)
+            _fsync(self._blobs_dir)
+
+    # SQL
+
+    @contextmanager
+    def _transaction(self) -> Iterator[sqlite3.Connection]:
+        with self._lock, storage_errors(), self._database as database:
+            database.execute("BEGIN IMMEDIATE")
+            yield database
+
+    def _read(self, query: str, *values: object) -> list[dict[str, Any]]:
+        with self._lock:
+            return self._database.execute(query, values).fetchall()
+
+    def _read_rounds(self, query: str, *values: object) -> list[RoundRow]:
+        with self._lock:
+            return [
+                RoundRow(**row, phase_times=self._phase_times(row["number"]))
+                for row in self._read(query, *values)
+            ]
+
+    def _phase_times(self, number: int) -> dict[str, float]:
+        history = self._read("SELECT phase, at FROM phase_history WHERE round = ? ORDER BY entry", number)
+        return {row["phase"]: row["at"] for row in history}
+
+    def _append_phase(self, number: int, phase: str, now: float) -> None:
+        self._database.execute(
+            "INSERT INTO phase_history (round, phase, at) VALUES (?, ?, ?)", (number, phase, now)
+        )
+
+    def _slot(self, agent_id: str) -> int:
+        rows = self._read("SELECT slot FROM agents WHERE agent_id = ?", agent_id)
+        if not rows:
+            raise NotFoundError(f"agent {agent_id} has not joined this run: join first", Reason.UNKNOWN_AGENT)
+        slot: int = rows[0]["slot"]
+        return slot
+
+
+def _checked(digest: str) -> str:
+    if not _DIGEST.fullmatch(digest):
+        raise ValueError(f"{digest!r} is no digest: 64 lower-case hex digits")
+    return digest
+
+
+def _fsync(path: Path) -> None:
+    """Puts a file's bytes, or a folder's entries, on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def _locked(state_dir: Path) -> Iterator[None]:
+    # The kernel lets go of the lock when the process ends, however it ends; the text only tells who it was.
+    with (state_dir / "lock").open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = " on ".join(file.read().split())
+            raise UsageError(
+                f"process {holder} uses state directory {state_dir}: stop it, or choose another --state-dir"
+            ) from None
+        file.truncate(0)
+        file.write(f"{os.getpid()} {socket.gethostname()}\n")
+        file.flush()
+        yield
+
+
+@contextmanager
+def _database(path: Path) -> Iterator[sqlite3.Connection]:
+    with closing(sqlite3.connect(path, isolation_level=None, check_same_thread=False)) as database:
+        database.row_factory = _as_dict
+        database.execute("PRAGMA journal_mode = WAL")
+        database.execute("PRAGMA synchronous = FULL")
+        database.execute("PRAGMA foreign_keys = ON")
+        _migrate(database, path)
+        yield database
+
+
+def _as_dict(cursor: sqlite3.Cursor, row: tuple[Any, ...]) -> dict[str, Any]:
+    return {column[0]: value for column, value in zip(cursor.description, row, strict=True)}
+
+
+def _migrate(database: sqlite3.Connection, path: Path) -> None:
+    version: int = database.execute("PRAGMA user_version").fetchone()["user_version"]
+    if version > len(MIGRATIONS):
+        raise UsageError(
+            f"{path} has schema version {version}, this program knows up to {len(MIGRATIONS)}:"
+            " use a newer cloud-server, or choose another --state-dir"
+        )
+    for number, statements in enumerate(MIGRATIONS[version:], start=version + 1):
+        with database:
+            database.executescript(f"BEGIN IMMEDIATE; {statements}; PRAGMA user_version = {number};")

@@ -1,0 +1,199 @@
+"""Uploads in progress: what a blob must pass, byte by byte, before it is stored."""
+
+import asyncio
+import os
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+from cloud_server.store import Store, storage_errors
+from common import schema
+from common.config import DatasetSpec
+from common.errors import InvalidError, OffsetError, Reason, UnavailableError
+from common.transfer import Blob, Receiver
+
+
+class Uploads:
+    """All uploads of one run. One stream at a time may write a blob of an agent; the newest wins."""
+
+    def __init__(
+        self, store: Store, *, weights_schema: schema.Schema, spec: DatasetSpec, max_data_bytes: int
+    ) -> None:
+        self._store = store
+        self._gates: Mapping[str, BlobGate] = {
+            "weights": WeightsGate(weights_schema),
+            "data": DataGate(spec, max_data_bytes),
+        }
+        self._active: dict[tuple[str, str], Upload] = {}
+
+    async def query(self, agent_id: str, kind: str, digest: str) -> tuple[int, bool]:
+        """Bytes durably stored, and whether the blob is complete and checked."""
+        if await asyncio.to_thread(self._store.has_upload, agent_id, digest, kind):
+            return self._store.blob_size(digest) or 0, True
+        path = await asyncio.to_thread(self._store.partial_path, agent_id, digest)
+        await self._supersede(agent_id, digest)
+        return await asyncio.to_thread(_durable_size, path), False
+
+    @asynccontextmanager
+    async def open(
+        self, agent_id: str, kind: str, blob: Blob, offset: int, now: float
+    ) -> AsyncIterator["Upload"]:
+        """Receive a blob from `offset` on.
+
+        Raises:
+            OffsetError: the stored bytes end elsewhere.
+            InvalidError: the declared size is over the limit of its kind.
+        """
+        gate = self._gates[kind]
+        gate.check_size(blob.size_bytes)
+        path = await asyncio.to_thread(self._store.partial_path, agent_id, blob.digest)
+        await self._supersede(agent_id, blob.digest)
+        upload = Upload(self._store, agent_id, kind, blob, path, gate)
+        key = (agent_id, blob.digest)
+        self._active[key] = upload
+        try:
+            async with upload.lock:
+                await asyncio.to_thread(upload.start, offset)
+            yield upload
+            async with upload.lock:
+                upload.check_not_superseded()
+                await asyncio.to_thread(upload.finish, now)
+        finally:
+            upload.close()
+            if self._active.get(key) is upload:
+                del self._active[key]
+
+    async def _supersede(self, agent_id: str, digest: str) -> None:
+        """End an older stream of the same blob: its agent has come back on a new connection."""
+        if older := self._active.pop((agent_id, digest), None):
+            older.superseded = True
+            async with older.lock:  # its last write is done
+                older.close()
+
+
+class Upload:
+    """One stream that writes one blob."""
+
+    def __init__(
+        self, store: Store, agent_id: str, kind: str, blob: Blob, path: Path, gate: "BlobGate"
+    ) -> None:
+        self.lock = asyncio.Lock()
+        self.superseded = False
+        self._store = store
+        self._agent_id = agent_id
+        self._kind = kind
+        self._blob = blob
+        self._path = path
+        self._gate = gate
+        self._receiver: Receiver | None = None
+
+    def start(self, offset: int) -> None:
+        with storage_errors():
+            receiver = Receiver(self._path, self._blob, self._passes_gate)
+        self._receiver = receiver
+        if receiver.received_bytes > self._blob.size_bytes:
+            receiver.discard()
+            raise InvalidError("more bytes are stored than the header declares", Reason.SIZE_MISMATCH)
+        if receiver.received_bytes != offset:
+            raise OffsetError(f"the upload goes on at {receiver.received_bytes}, not at {offset}")
+
+    async def write(self, chunk: bytes) -> None:
+        """Append a chunk; raises what common.transfer.Receiver.write and the gate raise."""
+        async with self.lock:
+            self.check_not_superseded()
+            await asyncio.to_thread(self._write, chunk)
+
+    def check_not_superseded(self) -> None:
+        if self.superseded:
+            raise UnavailableError("a newer stream of the same upload has taken over")
+
+    def finish(self, now: float) -> None:
+        assert self._receiver
+        with storage_errors():
+            self._receiver.finish()
+            try:
+                self._gate.check_content(self._path)
+            except InvalidError:
+                self._receiver.discard()
+                raise
+            self._store.commit_upload(self._agent_id, self._blob.digest, self._kind, now)
+
+    def close(self) -> None:
+        if self._receiver:
+            self._receiver.close()
+
+    def _write(self, chunk: bytes) -> None:
+        assert self._receiver
+        with storage_errors():
+            self._receiver.write(chunk)
+
+    def _passes_gate(self, prefix: bytes) -> bool:
+        needed = schema.header_bytes_needed(prefix)
+        if needed is None or len(prefix) < min(needed, self._blob.size_bytes):
+            return False
+        self._gate.check_header(schema.parse_header(prefix, self._blob.size_bytes))
+        return True
+
+
+class BlobGate:
+    """What blobs of one kind must pass: a size, a header, a content."""
+
+    def __init__(self, kind: str, max_bytes: int) -> None:
+        self._kind = kind
+        self._max_bytes = max_bytes
+
+    def check_size(self, size_bytes: int) -> None:
+        if not 0 < size_bytes <= self._max_bytes:
+            raise InvalidError(
+                f"{self._kind} of {size_bytes} bytes; the server takes at most {self._max_bytes}",
+                Reason.SIZE_LIMIT,
+            )
+
+    def check_header(self, header: schema.Header) -> None:
+        raise NotImplementedError
+
+    def check_content(self, path: Path) -> None:
+        raise NotImplementedError
+
+
+class WeightsGate(BlobGate):
+    """Weights have the run's names, shapes and dtypes, and finite values."""
+
+    def __init__(self, expected: schema.Schema) -> None:
+        num_bytes = sum(tensor.num_bytes for tensor in expected.values())
+        super().__init__("weights", num_bytes + schema.MAX_HEADER_BYTES + 8)
+        self._expected = expected
+
+    def check_header(self, header: schema.Header) -> None:
+        schema.check_weights(header, self._expected)
+
+    def check_content(self, path: Path) -> None:
+        schema.check_finite(path, schema.read_header(path))
+
+
+class DataGate(BlobGate):
+    """A shard has the dataset's image shape and its labels."""
+
+    def __init__(self, spec: DatasetSpec, max_bytes: int) -> None:
+        super().__init__("data", max_bytes)
+        self._spec = spec
+
+    def check_header(self, header: schema.Header) -> None:
+        schema.check_shard(header, image_shape=self._spec.image_shape)
+
+    def check_content(self, path: Path) -> None:
+        schema.check_labels(path, schema.read_header(path), self._spec.num_classes)
+
+
+def _durable_size(path: Path) -> int:
+    """What survives a power cut: the file is flushed before its size is promised."""
+    with storage_errors():
+        try:
+            descriptor = os.open(path, os.O_RDWR)
+        except FileNotFoundError:
+            return 0
+        try:
+            os.fsync(descriptor)
+            return os.fstat(descriptor).st_size
+        finally:
+            os.close(descriptor)

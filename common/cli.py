@@ -1,0 +1,132 @@
+"""What the two commands have in common: flags, one-line errors, exit codes, signals."""
+
+import argparse
+import asyncio
+import os
+import signal
+import sys
+import tomllib
+from collections.abc import Callable, Coroutine, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel
+
+from common.config import ProcessConfig, deep_merge, load
+from common.errors import ECAvgError, UsageError
+
+Config = TypeVar("Config", bound=ProcessConfig)
+
+
+def parse_command_line(
+    parser: argparse.ArgumentParser,
+    config_class: type[Config],
+    env_prefix: str,
+    argv: Sequence[str] | None,
+    *,
+    default_preset: str | None = None,
+) -> Config:
+    """The configuration that preset, file, environment and flags add up to.
+
+    Args:
+        default_preset: its presence gives the command a `--preset`.
+
+    Raises:
+        UsageError: naming what is wrong; argparse itself exits with 2 on an unknown flag.
+    """
+    add_flags(parser, config_class, default_preset)
+    flags = vars(parser.parse_args(argv))
+    preset, config_file = flags.pop("preset", default_preset), flags.pop("config", None)
+    assigned = _parse_assignments(flags.pop("set", []))
+    return load(
+        config_class,
+        env_prefix=env_prefix,
+        preset=preset,
+        config_file=config_file,
+        flags=deep_merge(assigned, flags),
+        environ=os.environ,
+    )
+
+
+def add_flags(
+    parser: argparse.ArgumentParser, config_class: type[ProcessConfig], default_preset: str | None
+) -> None:
+    """One flag for each key at the top of the configuration; `--set` reaches the tables below."""
+    if default_preset:
+        text = f"a complete configuration to start from (default: {default_preset})"
+        parser.add_argument("--preset", metavar="NAME", default=default_preset, help=text)
+    parser.add_argument("--config", metavar="FILE", type=Path, help="TOML file, laid over the preset")
+    for name, field in config_class.model_fields.items():
+        if isinstance(field.default, BaseModel):
+            text = f"set any key of a table, for example {name}.seed=3; repeatable"
+            parser.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help=text)
+            continue
+        text = (field.description or "").replace("%", "%%")
+        if not (field.is_required() or field.default in (None, "", (), False)):
+            text += f" (default: {field.default})"
+        options: dict[str, Any] = {"dest": name, "default": argparse.SUPPRESS, "help": text}
+        flag = f"--{name.replace('_', '-')}"
+        if field.annotation is bool:
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, **options)
+        elif isinstance(field.default, tuple):
+            parser.add_argument(flag, action="append", metavar="NAME", **options)
+        else:
+            parser.add_argument(flag, metavar=field.title or name.split("_")[-1].upper(), **options)
+
+
+def run(command: str, body: Callable[[], Coroutine[Any, Any, int]]) -> int:
+    """Run a command's coroutine to its exit code; SIGINT and SIGTERM cancel it, and that is a clean stop."""
+    try:
+        return asyncio.run(_until_signalled(body))
+    except ECAvgError as error:
+        return fail(command, error)
+    except KeyboardInterrupt:
+        return 0
+
+
+def fail(command: str, error: ECAvgError) -> int:
+    """One line on stderr; the traceback is in the log at debug level, once there is a log."""
+    structlog = sys.modules.get("structlog")  # `--help` and configuration errors do without it
+    if structlog and structlog.is_configured():
+        structlog.get_logger().debug("failed", exc_info=error)
+    print(f"{command}: {error}", file=sys.stderr)  # noqa: T201
+    return error.exit_code
+
+
+async def _until_signalled(body: Callable[[], Coroutine[Any, Any, int]]) -> int:
+    task = asyncio.ensure_future(body())
+    loop = asyncio.get_running_loop()
+    stopped = False
+
+    def stop() -> None:
+        nonlocal stopped
+        if stopped:  # asked twice: do not wait for anything
+            os._exit(1)
+        stopped = True
+        task.cancel()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stop)
+    try:
+        return await task
+    except asyncio.CancelledError:
+        if stopped:
+            return 0
+        raise
+
+
+def _parse_assignments(assignments: Sequence[str]) -> dict[str, Any]:
+    """`["run.seed=3"]` → `{"run": {"seed": 3}}`; values are TOML, anything else is a string."""
+    merged: dict[str, Any] = {}
+    for assignment in assignments:
+        key, equals, text = assignment.partition("=")
+        if not equals or not key:
+            raise UsageError(f"--set {assignment}: write KEY=VALUE, for example run.seed=3")
+        try:
+            value = tomllib.loads(f"value = {text}")["value"]
+        except tomllib.TOMLDecodeError:
+            value = text
+        for part in reversed(key.split(".")):
+            value = {part: value}
+        merged = deep_merge(merged, value)
+    return merged

@@ -1,0 +1,37 @@
+"""Files that are there whole or not at all."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Hand out a temporary path in the same folder, whose file becomes `path`, durably, at the end.
+
+    When the body raises, `path` is as it was. A crash leaves a `.<name>.partial` at most, which the
+    next attempt overwrites.
+
+    Raises:
+        OSError: the folder or the disk does not let it.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    partial.touch()  # an OSError here, where no library can turn it into something else
+    try:
+        yield partial
+        sync(partial)
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Wait until the file or folder is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,351 @@
+"""What an operator sees of a process: its log, its progress, its metrics and its status page."""
+
+import asyncio
+import base64
+import contextlib
+import hashlib
+import json
+import logging
+import math
+import re
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Protocol
+
+import structlog
+import uvicorn
+from prometheus_client import CollectorRegistry, PlatformCollector, ProcessCollector, disable_created_metrics
+from prometheus_client.exposition import choose_encoder
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse, Response
+from starlette.routing import Route
+
+from common.errors import UsageError
+
+LOG_LEVELS = ("debug", "info", "warning", "error")
+LOGGED_PROGRESS_SECONDS = 5.0  # the shortest time between two "progress" events of one label
+MAX_LIVE_BARS = 3
+STOP_SECONDS = 2  # how long a response in flight may take when the HTTP server stops
+
+
+# --- log ---------------------------------------------------------------------------------------------
+
+
+def configure_logging(*, level: str = "info", as_json: bool | None = None) -> None:
+    """Log to stderr: one event name plus fields, UTC time, whatever `structlog.contextvars` binds.
+
+    Libraries that log through `logging`, and Python's own warnings, appear in it from "warning" on.
+
+    Args:
+        level: the lowest of LOG_LEVELS that is shown.
+        as_json: one JSON object a line; None: yes unless stderr is a terminal.
+
+    Raises:
+        UsageError: unknown level.
+    """
+    if level not in LOG_LEVELS:
+        raise UsageError(f"unknown log level {level!r}: choose {', '.join(LOG_LEVELS)}")
+    if as_json is None:
+        as_json = not sys.stderr.isatty()
+    structlog.configure(
+        processors=[
+            structlog.contextvars.merge_contextvars,
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            *(_json_renderers() if as_json else _console_renderers()),
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(level),
+        logger_factory=_StderrLogger,
+        cache_logger_on_first_use=False,
+    )
+    logging.basicConfig(handlers=[_ToStructlog()], level=logging.WARNING, force=True)
+    logging.captureWarnings(True)
+
+
+class _StderrLogger:
+    """Writes to whatever sys.stderr is at that moment: a progress display replaces it while it is shown."""
+
+    def __init__(self, *_: object) -> None: ...
+
+    def msg(self, line: str) -> None:
+        sys.stderr.write(line + "\n")
+        sys.stderr.flush()
+
+    debug = info = warning = error = critical = msg
+
+
+class _ToStructlog(logging.Handler):
+    """Passes a library's log record on as a structlog event."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            structlog.get_logger().log(
+                record.levelno, record.getMessage(), logger=record.name, exc_info=record.exc_info
+            )
+        except Exception:
+            self.handleError(record)
+
+
+def _json_renderers() -> list[Any]:
+    return [structlog.processors.format_exc_info, structlog.processors.JSONRenderer(serializer=_to_json)]
+
+
+def _console_renderers() -> list[Any]:
+    plain = structlog.dev.plain_traceback  # the default prints every local variable of every frame
+    return [structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty(), exception_formatter=plain)]
+
+
+def _to_json(value: Any, **options: Any) -> str:
+    """Strict JSON: what is not a finite number becomes null, as JSON has no word for it."""
+    return json.dumps(_finite(value), allow_nan=False, **options)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return value
+
+
+# --- progress ----------------------------------------------------------------------------------------
+
+
+class ProgressDisplay(Protocol):
+    """Shows how far each labelled piece of work is, at the terminal or in the log; for any thread."""
+
+    def update(self, label: str, done: float, total: float, detail: str = "") -> None:
+        """`done` of `total` units of `label` are finished; all of them when they are equal."""
+
+    def message(self, text: str) -> None:
+        """Say one line that stays."""
+
+    def close(self) -> None:
+        """Leave the terminal as it was; harmless when done twice."""
+
+
+def progress_display() -> ProgressDisplay:
+    """Bars when stderr is a terminal, otherwise "progress" events in the log."""
+    return _ProgressBars() if sys.stderr.isatty() else _ProgressLog()
+
+
+class _ProgressBars:
+    """A live bar for each label that is under way; one that is finished, or was left aside for
+    MAX_LIVE_BARS others, stays behind as a line above."""
+
+    def __init__(self) -> None:
+        self._progress = Progress(
+            TextColumn("{task.description}", markup=False),
+            BarColumn(bar_width=24),
+            TaskProgressColumn(),
+            TimeRemainingColumn(elapsed_when_finished=True),
+            TextColumn("{task.fields[detail]}", markup=False),
+            console=Console(stderr=True),
+        )
+        self._tasks: dict[str, TaskID] = {}  # the one updated last comes last
+        self._latest: dict[str, tuple[float, float]] = {}
+        self._lock = threading.Lock()
+
+    def update(self, label: str, done: float, total: float, detail: str = "") -> None:
+        with self._lock:
+            if self._latest.get(label) == (done, total):
+                return  # news that is no news would print a finished bar twice
+            self._latest[label] = (done, total)
+            self._draw(label, done, total, detail)
+
+    def _draw(self, label: str, done: float, total: float, detail: str) -> None:
+        if label not in self._tasks:
+            self._progress.start()
+            self._tasks[label] = self._progress.add_task(label, total=total, detail=detail)
+        task_id = self._tasks[label] = self._tasks.pop(label)
+        self._progress.update(task_id, completed=done, total=total, detail=detail)
+        if done >= total:
+            self._leave_behind(label)
+        elif len(self._tasks) > MAX_LIVE_BARS:
+            self._leave_behind(next(iter(self._tasks)))
+
+    def _leave_behind(self, label: str) -> None:
+        task_id = self._tasks.pop(label)
+        finished = [task for task in self._progress.tasks if task.id == task_id]
+        self._progress.console.print(self._progress.make_tasks_table(finished))
+        self._progress.remove_task(task_id)
+
+    def message(self, text: str) -> None:
+        self._progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def close(self) -> None:
+        self._progress.stop()
+
+
+class _ProgressLog:
+    """An event for each label at once, then every few seconds, and when it is finished."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._log = structlog.get_logger()
+        self._latest: dict[str, tuple[float, float]] = {}
+        self._logged_at: dict[str, float] = {}
+
+    def update(self, label: str, done: float, total: float, detail: str = "") -> None:
+        if self._latest.get(label) == (done, total):
+            return
+        self._latest[label] = (done, total)
+        now = self._clock()
+        due = now - self._logged_at.get(label, -math.inf) >= LOGGED_PROGRESS_SECONDS
+        if due or done >= total:
+            self._logged_at[label] = now
+            self._log.info("progress", label=label, done=done, total=total, detail=detail)
+
+    def message(self, text: str) -> None:
+        self._log.info("message", text=text)
+
+    def close(self) -> None: ...
+
+
+# --- metrics -----------------------------------------------------------------------------------------
+
+
+def make_registry() -> CollectorRegistry:
+    """A registry of this process's own, which already tells its CPU seconds, memory and open files."""
+    disable_created_metrics()  # type: ignore[no-untyped-call]  # would add a series to each counter
+    registry = CollectorRegistry()
+    ProcessCollector(registry=registry)
+    PlatformCollector(registry=registry)
+    return registry
+
+
+# --- HTTP --------------------------------------------------------------------------------------------
+
+
+def make_app(
+    registry: CollectorRegistry,
+    *,
+    ready: Callable[[], bool],
+    status: Callable[[], Mapping[str, Any]],
+    page: bytes | None,
+) -> Starlette:
+    """`/api/status`, `/metrics`, `/healthz`, `/readyz`, and `/` where there is a page.
+
+    Args:
+        ready: whether `/readyz` answers 200; until then 503.
+        status: the JSON behind the page; called for each request, on the event loop.
+        page: an HTML file whose script and style are inline; the browser will run no others.
+    """
+
+    async def api_status(_: Request) -> Response:
+        return Response(
+            _to_json(status()), media_type="application/json", headers={"Cache-Control": "no-store"}
+        )
+
+    async def metrics(request: Request) -> Response:
+        encode, content_type = choose_encoder(request.headers.get("accept", ""))
+        return Response(encode(registry), headers={"Content-Type": content_type})
+
+    async def healthz(_: Request) -> Response:
+        return PlainTextResponse("ok\n")
+
+    async def readyz(_: Request) -> Response:
+        return PlainTextResponse("ready\n") if ready() else PlainTextResponse("not ready\n", 503)
+
+    routes = [
+        Route("/api/status", api_status),
+        Route("/metrics", metrics),
+        Route("/healthz", healthz),
+        Route("/readyz", readyz),
+    ]
+    if page is not None:
+        routes.append(_page_route(page))
+    return Starlette(routes=routes)
+
+
+def _page_route(page: bytes) -> Route:
+    headers = {
+        "Content-Security-Policy": _content_security_policy(page),
+        "X-Content-Type-Options": "nosniff",
+        "Referrer-Policy": "no-referrer",
+        "Cache-Control": "no-cache",
+    }
+
+    async def index(_: Request) -> Response:
+        return Response(page, media_type="text/html", headers=headers)
+
+    return Route("/", index)
+
+
+def _content_security_policy(page: bytes) -> str:
+    """Only the page's own inline script and style, by digest (W3C Content Security Policy Level 3)."""
+
+    def digests(tag: bytes) -> str:
+        bodies = re.findall(rb"<%b>(.*?)</%b>" % (tag, tag), page, re.DOTALL)
+        hashed = (base64.b64encode(hashlib.sha256(body).digest()).decode() for body in bodies)
+        return " ".join(f"'sha256-{digest}'" for digest in hashed) or "'none'"
+
+    return (
+        f"default-src 'none'; script-src {digests(b'script')}; style-src {digests(b'style')};"
+        " connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    )
+
+
+class _QuietServer(uvicorn.Server):
+    """uvicorn without signal handlers: the process that embeds it has its own."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+class HttpServer:
+    """An HTTP server that runs in the current event loop until `stop()`."""
+
+    def __init__(self, server: uvicorn.Server, listener: socket.socket) -> None:
+        self.port: int = listener.getsockname()[1]
+        self._server = server
+        self._task = asyncio.create_task(server.serve(sockets=[listener]))
+
+    async def stop(self) -> None:
+        """Close the port, after the responses in flight or STOP_SECONDS."""
+        self._server.should_exit = True
+        await self._task
+
+
+async def serve_http(app: Starlette, *, host: str, port: int) -> HttpServer:
+    """Serve `app`; connections are accepted from the moment this returns. Port 0 picks a free one.
+
+    Raises:
+        UsageError: the address cannot be listened on.
+    """
+    listener = _listen(host, port)
+    config = uvicorn.Config(
+        app,
+        lifespan="off",
+        ws="none",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        timeout_graceful_shutdown=STOP_SECONDS,
+    )
+    return HttpServer(_QuietServer(config), listener)
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host, port))
+        listener.listen()
+    except OSError as error:
+        listener.close()
+        raise UsageError(
+            f"cannot listen on {host}:{port}: {error.strerror};"
+            " choose another address or port, or port 0 for a free one"
+        ) from error
+    return listener

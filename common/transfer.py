@@ -1,0 +1,117 @@
+"""Bytes ↔ chunks: a blob on its way, with its offset, its byte budget and its SHA-256.
+
+Everything here blocks on the disk: callers on an event loop use a thread.
+"""
+
+import hashlib
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from common.errors import CorruptError, InvalidError, OffsetError, Reason
+
+CHUNK_BYTES = 1024 * 1024
+MAX_CHUNK_BYTES = 4 * 1024 * 1024
+_READ_BYTES = 4 * 1024 * 1024
+
+
+class Blob(NamedTuple):
+    """A file as it is named on the wire."""
+
+    digest: str  # SHA-256, hexadecimal
+    size_bytes: int
+
+
+def blob_of(path: Path) -> Blob:
+    """The digest and size of the file at `path`."""
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        return Blob(digest, file.tell())
+
+
+def read_chunks(path: Path, offset: int) -> Iterator[bytes]:
+    """The file from `offset` on, in pieces of CHUNK_BYTES; one piece is in memory at a time.
+
+    Raises:
+        OffsetError: `offset` is beyond the end of the file.
+    """
+    size = path.stat().st_size
+    if offset > size:
+        raise OffsetError(f"offset {offset} is beyond the {size} bytes of the blob")
+    with path.open("rb", buffering=0) as file:
+        file.seek(offset)
+        while chunk := file.read(CHUNK_BYTES):
+            yield chunk
+
+
+class Receiver:
+    """The receiving end of one blob: appends to a partial file, and goes on where that file ends.
+
+    Args:
+        path: the partial file; what it already holds counts as received.
+        blob: what is to be received.
+        gate: given the first bytes until it says True, before any byte is stored; it raises if the blob
+            must not be stored. Bytes that an earlier attempt stored have passed it.
+    """
+
+    def __init__(self, path: Path, blob: Blob, gate: Callable[[bytes], bool] | None = None) -> None:
+        self.blob = blob
+        self._path = path
+        self._hash = hashlib.sha256()
+        self._file = path.open("ab", buffering=0)
+        self._held = b""  # waits for the gate
+        self._gate = gate if self._file.tell() == 0 else None
+        self.received_bytes = self._hash_what_is_there()
+
+    def close(self) -> None:
+        self._file.close()
+
+    def write(self, chunk: bytes) -> None:
+        """Append a chunk.
+
+        Raises:
+            InvalidError: more bytes than declared, or an oversized chunk; or what the gate raises.
+        """
+        if len(chunk) > MAX_CHUNK_BYTES:
+            raise InvalidError(f"a chunk has {len(chunk)} bytes, at most {MAX_CHUNK_BYTES} are allowed")
+        self.received_bytes += len(chunk)
+        if self.received_bytes > self.blob.size_bytes:
+            raise InvalidError(
+                f"more than the declared {self.blob.size_bytes} bytes arrived", Reason.SIZE_MISMATCH
+            )
+        if self._gate:
+            self._held += chunk
+            if not self._gate(self._held):
+                return
+            chunk, self._held, self._gate = self._held, b"", None
+        self._hash.update(chunk)
+        while chunk:  # a raw file may write less than it was given
+            chunk = chunk[self._file.write(chunk) :]
+
+    def finish(self) -> None:
+        """Make the partial file durable once it is whole and right.
+
+        Raises:
+            InvalidError: bytes are missing.
+            CorruptError: the bytes are not the digest's; the partial file is gone.
+        """
+        if self.received_bytes < self.blob.size_bytes or self._gate:
+            raise InvalidError(
+                f"the stream ended after {self.received_bytes} of {self.blob.size_bytes} bytes",
+                Reason.SIZE_MISMATCH,
+            )
+        if self._hash.hexdigest() != self.blob.digest:
+            self._path.unlink(missing_ok=True)
+            raise CorruptError("the bytes received do not match their SHA-256 digest; send them again")
+        os.fsync(self._file.fileno())
+
+    def discard(self) -> None:
+        """Forget what was received: it must not be stored."""
+        self._path.unlink(missing_ok=True)
+
+    def _hash_what_is_there(self) -> int:
+        with self._path.open("rb", buffering=0) as file:
+            while chunk := file.read(_READ_BYTES):
+                self._hash.update(chunk)
+            return file.tell()

@@ -1,0 +1,93 @@
+"""A state_dict on disk, as safetensors: every parameter and buffer, in its own dtype."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from common.errors import InvalidError, RunError
+from common.files import replacing
+from common.schema import Header, TensorSpec, check_weights, read_header
+
+StateDict = dict[str, Tensor]
+
+_DTYPE_NAMES: Mapping[torch.dtype, str] = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+    torch.complex64: "C64", torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
+    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8",
+    torch.uint64: "U64", torch.uint32: "U32", torch.uint16: "U16", torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
+
+
+def write_state_dict(state_dict: Mapping[str, Tensor], path: Path) -> None:
+    """Write the tensors, wherever they are; the same tensors give the same bytes.
+
+    Tied tensors are stored once under each of their names, as every reader of the format expects.
+    A reader of `path` never sees half a file.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    with replacing(path) as partial:
+        try:
+            save_file(_separate(state_dict), partial, metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise OSError(f"cannot write {path}: {error}") from error
+
+
+def read_state_dict(path: Path) -> StateDict:
+    """Read all tensors of the file, onto the CPU.
+
+    Raises:
+        RunError: it is not a safetensors file.
+        OSError: the file cannot be read.
+    """
+    with _opened(path) as (header, file):
+        return {name: file.get_tensor(name) for name in header.schema}
+
+
+def load_into(model: nn.Module, path: Path) -> None:
+    """Copy the file's tensors into the model's parameters and buffers, one at a time.
+
+    Raises:
+        RunError: it is not a safetensors file, or a name, shape or dtype is not the model's; the
+            message names the first. The model is then unchanged.
+        OSError: the file cannot be read.
+    """
+    state_dict = model.state_dict()
+    expected = {name: _spec(tensor) for name, tensor in state_dict.items()}
+    with _opened(path) as (header, file), torch.no_grad():
+        check_weights(header, expected)
+        for name, tensor in state_dict.items():
+            tensor.copy_(file.get_tensor(name))
+
+
+def _spec(tensor: Tensor) -> TensorSpec:
+    return TensorSpec(_DTYPE_NAMES[tensor.dtype], tuple(tensor.shape))
+
+
+def _separate(state_dict: Mapping[str, Tensor]) -> StateDict:
+    """Contiguous tensors on the CPU that share no memory; copies only where they have to be."""
+    tensors: StateDict = {}
+    seen: set[int] = set()
+    for name, tensor in state_dict.items():
+        separate = tensor.detach().cpu().contiguous()
+        memory = separate.untyped_storage().data_ptr()
+        tensors[name] = separate.clone() if memory in seen else separate
+        seen.add(memory)
+    return tensors
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[tuple[Header, Any]]:
+    try:
+        header = read_header(path)
+        with safe_open(path, framework="pt") as file:
+            yield header, file
+    except (InvalidError, SafetensorError) as error:
+        raise RunError(f"cannot read the weights in {path}: {error}") from error

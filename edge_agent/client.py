@@ -1,0 +1,286 @@
+"""The cloud as the agent sees it: every call is tried again until it is answered, transfers resume."""
+
+import asyncio
+import random
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, TypeVar
+
+import grpc
+import structlog
+
+from common import rpc
+from common.config import PROTOCOL_VERSION, RunConfig
+from common.errors import CorruptError, Refusal, UnavailableError
+from common.files import sync
+from common.pb import ecavg_pb2 as pb
+from common.pb import ecavg_pb2_grpc as pb_grpc
+from common.transfer import Blob, Receiver, read_chunks
+from edge_agent.metrics import AgentMetrics
+
+Kind = Literal["weights", "data"]
+OnBytes = Callable[[int, int], None]  # bytes done, bytes in all
+
+CALL_SECONDS = 60.0  # for an answer to a small call
+RECONNECT_SECONDS = 0.5  # the longest pause before a broken Watch is opened again
+MAX_CORRUPT = 3  # the same file does not match its digest so often: it is the file, not the network
+
+_KINDS = {"weights": pb.BLOB_KIND_WEIGHTS, "data": pb.BLOB_KIND_DATA}
+_T = TypeVar("_T")
+
+log = structlog.get_logger()
+
+
+class Joined(NamedTuple):
+    """What the server said when this agent joined."""
+
+    run_id: str
+    run: RunConfig
+    slot: int  # from 1 on
+    num_partitions: int
+
+
+class RunState(NamedTuple):
+    """The whole state of the run at one moment."""
+
+    round: int
+    phase: str  # "collecting" … "published", "failed"
+    initial_weights: Blob
+    outcome: str  # of this agent's contribution: "accepted", "rejected", "late" or ""
+    done: int  # of the cloud's work in this phase
+    total: int
+    latest_round: int  # that published a model; 0: none yet
+    latest_weights: Blob
+    failed_round: int  # the last round that failed; 0: none has
+    failure: str  # why it did
+    run_over: bool
+
+
+class Verdict(NamedTuple):
+    """How a contribution ended."""
+
+    outcome: str
+    message: str
+
+
+class Report(NamedTuple):
+    """What became of a published model on this device; accuracies on its own held-out data."""
+
+    round: int
+    accuracy_local: float | None
+    accuracy_before: float | None
+    accuracy_after: float
+    num_held_out: int
+    applied: bool
+    reason: str
+
+
+class CloudClient:
+    """One agent's connection to the cloud server.
+
+    Args:
+        on_waiting: told once when the server is out of reach, and why; and with "" when it is back.
+    """
+
+    def __init__(
+        self,
+        server: str,
+        agent_id: str,
+        metrics: AgentMetrics,
+        on_waiting: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        self._channel = grpc.aio.insecure_channel(server, options=rpc.CHANNEL_OPTIONS)
+        self._stub = pb_grpc.ECAvgStub(self._channel)  # type: ignore[no-untyped-call]
+        self._metadata = ((rpc.AGENT_ID_KEY, agent_id),)
+        self._metrics = metrics
+        self._on_waiting = on_waiting
+        self._is_waiting = False
+
+    async def close(self) -> None:
+        await self._channel.close(None)
+
+    async def join(self) -> Joined:
+        reply = await self._unary(self._stub.Join, pb.JoinRequest(protocol_version=PROTOCOL_VERSION))
+        run = RunConfig.model_validate_json(reply.run_json)
+        return Joined(reply.run_id, run, reply.slot, reply.num_partitions)
+
+    async def watch(self) -> AsyncIterator[RunState]:
+        """The state of the run whenever it changes, across reconnections, until the run is over."""
+        while True:
+            async for attempt in self._retrying():
+                with attempt:
+                    call = self._stub.Watch(pb.WatchRequest(), metadata=self._metadata)
+                    events = _answered(call)
+                    event = await anext(events)
+            try:
+                while True:
+                    self._heard()
+                    yield _run_state(event)
+                    if event.run_over:
+                        return
+                    event = await anext(events)
+            except (UnavailableError, StopAsyncIteration) as error:
+                pause_seconds = random.uniform(0, RECONNECT_SECONDS)  # not all agents at the same moment
+                self._before_retry(error, pause_seconds)
+                await asyncio.sleep(pause_seconds)
+            finally:
+                call.cancel()
+
+    async def upload(self, path: Path, blob: Blob, kind: Kind, on_bytes: OnBytes) -> None:
+        """Store the file on the server, from where an earlier attempt ended.
+
+        Raises:
+            InvalidError: the server refuses the file for good.
+            CorruptError: the file does not have the digest of `blob`.
+        """
+        query = pb.QueryUploadRequest(digest=blob.digest, kind=_KINDS[kind])
+        num_corrupt = 0
+        async for attempt in self._retrying():
+            with attempt:
+                stored = await self._once(self._stub.QueryUpload, query)
+                on_bytes(stored.received_bytes, blob.size_bytes)
+                if stored.complete:
+                    return
+                try:
+                    await self._stream_up(path, blob, kind, stored.received_bytes, on_bytes)
+                except CorruptError as error:
+                    num_corrupt += 1
+                    if num_corrupt >= MAX_CORRUPT:
+                        raise Refusal(str(error), error.reason) from error
+                    raise
+
+    async def contribute(
+        self,
+        number: int,
+        *,
+        weights: Blob,
+        shards: list[Blob],
+        num_examples: int,
+        accuracy_local: float | None,
+    ) -> Verdict:
+        request = pb.ContributeRequest(
+            round=number,
+            weights_digest=weights.digest,
+            shard_digests=[shard.digest for shard in shards],
+            num_examples=num_examples,
+            accuracy_local=accuracy_local,
+        )
+        reply = await self._unary(self._stub.Contribute, request)
+        return Verdict(_name(pb.Outcome, reply.outcome, "OUTCOME_"), reply.message)
+
+    async def download(self, blob: Blob, path: Path, on_bytes: OnBytes) -> None:
+        """Fetch a blob to `path`, where it appears whole, checked and durable."""
+        partial = path.with_name(f".{path.name}.{blob.digest[:16]}.partial")
+        async for attempt in self._retrying():
+            with attempt:
+                await self._stream_down(partial, blob, on_bytes)
+        await asyncio.to_thread(partial.replace, path)
+        await asyncio.to_thread(sync, path.parent)
+
+    async def report(self, report: Report) -> None:
+        await self._unary(self._stub.Report, pb.ReportRequest(**report._asdict()))
+
+    # ------------------------------------------------------------------ how calls are made
+
+    async def _unary(self, method: Any, request: Any) -> Any:
+        async for attempt in self._retrying():
+            with attempt:
+                return await self._once(method, request)
+        raise AssertionError("retrying ends with an answer or an error")
+
+    async def _once(self, method: Any, request: Any) -> Any:
+        reply = await _translated(method(request, metadata=self._metadata, timeout=CALL_SECONDS))
+        self._heard()
+        return reply
+
+    async def _stream_up(self, path: Path, blob: Blob, kind: Kind, offset: int, on_bytes: OnBytes) -> None:
+        sent = offset
+
+        async def requests() -> AsyncIterator[pb.UploadRequest]:
+            nonlocal sent
+            header = pb.UploadHeader(
+                digest=blob.digest, kind=_KINDS[kind], size_bytes=blob.size_bytes, offset=offset
+            )
+            yield pb.UploadRequest(header=header)
+            async for chunk in _in_thread(read_chunks(path, offset)):
+                yield pb.UploadRequest(chunk=chunk)
+                sent += len(chunk)
+                self._metrics.sent_bytes_total.labels(kind).inc(len(chunk))
+                on_bytes(sent, blob.size_bytes)
+
+        await _translated(self._stub.Upload(requests(), metadata=self._metadata))
+
+    async def _stream_down(self, partial: Path, blob: Blob, on_bytes: OnBytes) -> None:
+        receiver = await asyncio.to_thread(Receiver, partial, blob)
+        try:
+            if receiver.received_bytes < blob.size_bytes:
+                request = pb.DownloadRequest(digest=blob.digest, offset=receiver.received_bytes)
+                async for reply in _answered(self._stub.Download(request, metadata=self._metadata)):
+                    self._heard()
+                    await asyncio.to_thread(receiver.write, reply.chunk)
+                    on_bytes(receiver.received_bytes, blob.size_bytes)
+            await asyncio.to_thread(receiver.finish)
+        finally:
+            receiver.close()
+
+    def _retrying(self) -> Any:
+        return rpc.retrying(self._before_retry)
+
+    def _before_retry(self, error: BaseException, pause_seconds: float) -> None:
+        log.debug("retry", error=str(error), pause_seconds=round(pause_seconds, 3))
+        if not self._is_waiting:
+            self._is_waiting = True
+            self._metrics.reconnects_total.inc()
+            self._on_waiting(str(error))
+
+    def _heard(self) -> None:
+        if self._is_waiting:
+            self._is_waiting = False
+            self._on_waiting("")
+
+
+async def _translated(call: Awaitable[_T]) -> _T:
+    """The answer, with the server's refusal as the error that it raised."""
+    try:
+        return await call
+    except grpc.aio.AioRpcError as error:
+        raise rpc.error_from(error) from error
+
+
+async def _answered(call: Any) -> AsyncIterator[Any]:
+    """The messages of a stream, with a refusal as its error. A dead peer is found by keepalive."""
+    try:
+        async for message in call:
+            yield message
+    except grpc.aio.AioRpcError as error:
+        raise rpc.error_from(error) from error
+
+
+async def _in_thread(blocking: Iterator[bytes]) -> AsyncIterator[bytes]:
+    while (chunk := await asyncio.to_thread(next, blocking, None)) is not None:
+        yield chunk
+
+
+def _run_state(event: pb.WatchEvent) -> RunState:
+    return RunState(
+        round=event.round,
+        phase=_name(pb.Phase, event.phase, "PHASE_"),
+        initial_weights=_blob(event.initial_weights),
+        outcome=_name(pb.Outcome, event.outcome, "OUTCOME_"),
+        done=event.progress.done,
+        total=event.progress.total,
+        latest_round=event.latest_model.round,
+        latest_weights=_blob(event.latest_model.weights),
+        failed_round=event.failed_round,
+        failure=event.failure,
+        run_over=event.run_over,
+    )
+
+
+def _blob(message: pb.Blob) -> Blob:
+    return Blob(message.digest, message.size_bytes)
+
+
+def _name(enum: Any, value: int, prefix: str) -> str:
+    """`PHASE_COLLECTING` → "collecting"; the unspecified value is ""."""
+    return enum.Name(value).removeprefix(prefix).lower() if value else ""

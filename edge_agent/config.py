@@ -1,0 +1,70 @@
+"""The edge agent's own configuration; what the run does comes from the server."""
+
+import re
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator
+
+from common.config import AGENT_ID_PATTERN, ProcessConfig
+from common.errors import UsageError
+from edge_agent.partition import parse_partition
+
+ENV_PREFIX = "ECAVG_AGENT_"
+
+Port = Annotated[int, Field(ge=0, le=65535)]
+
+
+class AgentConfig(ProcessConfig):
+    """Keys of an agent's configuration file; each is a flag as well."""
+
+    server: str = Field(title="HOST:PORT", description="where the cloud-server listens (required)")
+    agent_id: str | None = Field(
+        None, description="this device's name in the run (default: made from the host name, and kept)"
+    )
+    data: str | None = Field(
+        None,
+        title="SOURCE",
+        description="digits, mnist, fashion-mnist, cifar10, cifar100, an image folder"
+        " (DIR/{train,test}/<class>/*) or package.module:factory (default: the run's dataset)",
+    )
+    data_dir: Path | None = Field(None, description="where named datasets are, or are downloaded to")
+    partition: str | None = Field(
+        None, title="I/N", description="take part I of N of the data (default: by the server's slot)"
+    )
+    state_dir: Path | None = Field(
+        None, description="where model, report and progress are kept (default: ecavg-agent)"
+    )
+    device: str = Field("auto", description="where to train: auto, cpu, cuda, cuda:1")
+    metrics_host: str = Field("127.0.0.1", description="address of /metrics and the health checks")
+    metrics_port: Port | None = Field(None, description="port of /metrics; 0 picks one (default: none)")
+    allow_factory: tuple[str, ...] = Field(
+        (), description="package.module:factory that the server may name as its model; repeatable"
+    )
+    insecure: bool = Field(True, description="plaintext instead of TLS (the only choice so far)")
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least severe shown")
+
+    @field_validator("server")
+    @classmethod
+    def _host_and_port(cls, value: str) -> str:
+        host, _, port = value.rpartition(":")
+        if not host or not port.isdigit() or not 1 <= int(port) <= 65535:
+            raise ValueError("should be HOST:PORT with a port from 1 to 65535")
+        return value
+
+    @field_validator("agent_id")
+    @classmethod
+    def _restricted_characters(cls, value: str | None) -> str | None:
+        if value is not None and not re.fullmatch(AGENT_ID_PATTERN, value):
+            raise ValueError("should be 1 to 64 letters, digits, '.', '_' or '-', first a letter or digit")
+        return value
+
+    @field_validator("partition")
+    @classmethod
+    def _partition(cls, value: str | None) -> str | None:
+        if value is not None:
+            try:
+                parse_partition(value)
+            except UsageError as error:
+                raise ValueError(str(error)) from error
+        return value

@@ -1,0 +1,284 @@
+"""From a data source to this agent's shard: what it trains on and uploads, and what it keeps to itself.
+
+    --data SOURCE → splits (labels known, files not decoded yet) → this agent's part → Shard
+
+The held-out part never leaves the device. Where the source has a test split, it is the agent's part of
+that, dealt out as the train split is; otherwise it is `holdout_fraction` of the agent's shard.
+
+Images of every source come out in the run's shape: resized where height or width differ (the aspect
+ratio is not kept), grey repeated into RGB, RGB weighted into grey.
+"""
+
+import fcntl
+import os
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torchvision import datasets
+from torchvision.transforms.v2 import functional
+
+from common.config import DATASETS, RunConfig
+from common.errors import UsageError
+from common.models import import_factory
+from common.shards import Shard, split
+from common.training import derive_seed
+from edge_agent.image_folder import list_image_folder
+from edge_agent.partition import Partition, partition_indices
+
+DEFAULT_DATA_DIR = Path("~/.cache/ecavg")
+_TORCHVISION: Mapping[str, Callable[..., Any]] = {
+    "mnist": datasets.MNIST,
+    "fashion-mnist": datasets.FashionMNIST,
+    "cifar10": datasets.CIFAR10,
+    "cifar100": datasets.CIFAR100,
+}
+_FACTORY_PATTERN = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
+
+ImageShape = tuple[int, int, int]  # channels, height, width
+
+
+class AgentData(NamedTuple):
+    """One agent's part of its source, in the run's image shape."""
+
+    train: Shard  # trained on, and uploaded
+    held_out: Shard  # for the agent's own before and after figures; never leaves the device
+    num_skipped: int  # image files that could not be read
+
+
+class Split(Protocol):
+    """The train or the test part of a source."""
+
+    @property
+    def labels(self) -> np.ndarray: ...  # int64 [N]
+
+    def read(self, indices: np.ndarray, image_shape: ImageShape) -> tuple[Shard, int]:
+        """These examples in this shape, and how many could not be read and are left out."""
+
+
+class Source(NamedTuple):
+    train: Split
+    test: Split | None
+
+
+def load_agent_data(
+    run: RunConfig,
+    *,
+    source: str | None,
+    data_dir: Path | None,
+    partition: Partition | None,
+    seed_name: str,
+    allowed_factories: Collection[str],
+) -> AgentData:
+    """Read this agent's part of `source`, or of the run's dataset where that is None.
+
+    Args:
+        data_dir: where named datasets are, or are downloaded to; None: DEFAULT_DATA_DIR. With a folder
+            `train` in it, an image folder.
+        partition: None: all of the source.
+        seed_name: names the random stream that picks the held-out part: the agent's id.
+        allowed_factories: the "package.module:factory" names that may be imported.
+
+    Raises:
+        UsageError: the source does not exist, cannot be read, does not fit the run, or leaves nothing
+            for this agent.
+    """
+    opened = open_source(run, source, data_dir=data_dir, allowed_factories=allowed_factories)
+    name = source or run.dataset
+    splits = [part for part in opened if part is not None]
+    classes = np.unique(np.concatenate([part.labels for part in splits]))
+    _check_labels(name, classes, run.spec.num_classes)
+
+    shards, num_skipped = [], 0
+    for part in splits:
+        indices = _own_indices(run, name, part.labels, classes, partition)
+        shard, skipped = part.read(indices, run.spec.image_shape)
+        if not len(shard.labels):
+            raise UsageError(f"data source {name}: none of its images can be read; see the warning above")
+        shards.append(shard)
+        num_skipped += skipped
+
+    if opened.test is None:
+        seed = derive_seed(run.seed, "holdout", seed_name)
+        shards = [_take(shards[0], part) for part in split(shards[0].labels, run.holdout_fraction, seed)]
+    return AgentData(shards[0], shards[1], num_skipped)
+
+
+def open_source(
+    run: RunConfig, source: str | None, *, data_dir: Path | None, allowed_factories: Collection[str]
+) -> Source:
+    """Find what `source`, or the run's dataset where that is None, means.
+
+    A folder is read only where this agent's own configuration names it: what a server sends is never
+    taken for a path.
+
+    Raises:
+        UsageError: there is no such source, or it cannot be read.
+    """
+    name = source or run.dataset
+    if name == "digits":
+        return _open_digits()
+    if name in _TORCHVISION:
+        return _open_dataset(run, name, data_dir)
+    if _FACTORY_PATTERN.fullmatch(name):
+        return _open_factory(name, allowed_factories)
+    if source is None:
+        raise UsageError(
+            f"the run's dataset {name!r} is its own: say where this agent's part is, with --data FOLDER"
+        )
+    folder = Path(source).expanduser()
+    if not folder.is_dir():
+        raise UsageError(
+            f"data source {source!r} is neither a folder nor a dataset: give an existing image folder,"
+            f" {', '.join(DATASETS)}, or package.module:factory"
+        )
+    return Source(*list_image_folder(folder, run))
+
+
+@dataclass(frozen=True)
+class ArraySplit:
+    """Images that are in memory already, in their own shape."""
+
+    images: np.ndarray  # uint8 [N, C, H, W]
+    labels: np.ndarray  # int64 [N]
+
+    def read(self, indices: np.ndarray, image_shape: ImageShape) -> tuple[Shard, int]:
+        return Shard(fit(self.images[indices], image_shape), self.labels[indices]), 0
+
+
+def fit(images: np.ndarray, image_shape: ImageShape) -> np.ndarray:
+    """Bring uint8 [N, C, H, W] into `image_shape`.
+
+    Grey is 0.299 R + 0.587 G + 0.114 B (ITU-R BT.601); resizing is bilinear with antialiasing.
+
+    Raises:
+        UsageError: from these channels to those there is no way.
+    """
+    channels, *size = image_shape
+    tensor = torch.from_numpy(images)
+    if (tensor.shape[1], channels) == (3, 1):
+        tensor = functional.rgb_to_grayscale(tensor)
+    if list(tensor.shape[2:]) != size:
+        tensor = functional.resize(tensor, size, antialias=True)
+    if (tensor.shape[1], channels) == (1, 3):
+        tensor = tensor.expand(-1, 3, -1, -1)
+    if tensor.shape[1] != channels:
+        raise UsageError(
+            f"the data has images of {tensor.shape[1]} channels, and the run wants {channels}:"
+            " set image_shape in the server's [run] table"
+        )
+    return np.ascontiguousarray(tensor.numpy())
+
+
+def _open_digits() -> Source:
+    from sklearn.datasets import load_digits  # a second to import, for this source only
+
+    pixels, labels = load_digits(return_X_y=True)  # 0 to 16
+    images = np.rint(pixels * (255 / 16)).astype(np.uint8).reshape(-1, 1, 8, 8)
+    return Source(ArraySplit(images, labels.astype(np.int64)), None)
+
+
+def _open_dataset(run: RunConfig, name: str, data_dir: Path | None) -> Source:
+    root = (data_dir or DEFAULT_DATA_DIR).expanduser()
+    if (root / "train").is_dir():
+        return Source(*list_image_folder(root, run))
+    if data_dir is not None and not root.is_dir():
+        raise UsageError(f"data folder {root} does not exist: make it, or name the right one with --data-dir")
+    try:
+        return _read_dataset(name, root)
+    except Exception as error:  # torchvision raises whatever a broken file or network led it to
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UsageError(
+            f"cannot load {name} from {root}: {reason}; give a folder that has it with --data-dir,"
+            " or one to download it to"
+        ) from error
+
+
+def _read_dataset(name: str, root: Path) -> Source:
+    def read(*, download: bool) -> Source:
+        parts = (_TORCHVISION[name](root, train=train, download=download) for train in (True, False))
+        return Source(*(_to_split(part) for part in parts))
+
+    try:
+        return read(download=False)
+    except RuntimeError:  # torchvision's way to say that it is not there
+        root.mkdir(parents=True, exist_ok=True)
+        if not os.access(root, os.W_OK):
+            raise PermissionError("it is not there, and the folder is not writable") from None
+    with _locked(root / ".download.lock"):  # several agents on one machine start together
+        return read(download=True)
+
+
+def _to_split(dataset: Any) -> ArraySplit:
+    images = np.asarray(dataset.data)  # [N, H, W] or [N, H, W, C]
+    images = images[:, None] if images.ndim == 3 else images.transpose(0, 3, 1, 2)
+    return ArraySplit(images, np.asarray(dataset.targets, np.int64))
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _open_factory(name: str, allowed_factories: Collection[str]) -> Source:
+    factory = import_factory(name, allowed_factories)
+    try:
+        train, test = factory("train"), factory("test")
+    except Exception as error:  # the user's code
+        raise UsageError(f"data source {name} failed with {type(error).__name__}: {error}") from error
+    return Source(_check_arrays(name, train), None if test is None else _check_arrays(name, test))
+
+
+def _check_arrays(name: str, arrays: Any) -> ArraySplit:
+    try:
+        images, labels = (np.asarray(array) for array in arrays)
+    except (TypeError, ValueError) as error:
+        raise UsageError(
+            f"data source {name} must return (images, labels), or None where there is no test split"
+        ) from error
+    if images.dtype != np.uint8 or images.ndim != 4:
+        raise UsageError(
+            f"data source {name}: images are {images.dtype} {list(images.shape)}, not uint8 [N, C, H, W]"
+        )
+    if labels.dtype.kind not in "iu" or labels.shape != images.shape[:1] or not len(labels):
+        raise UsageError(
+            f"data source {name}: labels are {labels.dtype} {list(labels.shape)} for {len(images)} images;"
+            " there must be one integer for each, and at least one"
+        )
+    return ArraySplit(images, labels.astype(np.int64))
+
+
+def _check_labels(name: str, classes: np.ndarray, num_classes: int) -> None:
+    strangers = classes[(classes < 0) | (classes >= num_classes)]
+    if len(strangers):
+        raise UsageError(
+            f"data source {name} has the label {strangers[0]}, and the run only 0 to {num_classes - 1}:"
+            " set num_classes in the server's [run] table"
+        )
+
+
+def _own_indices(
+    run: RunConfig, name: str, labels: np.ndarray, classes: np.ndarray, partition: Partition | None
+) -> np.ndarray:
+    if partition is None:
+        return np.arange(len(labels))
+    seed = derive_seed(run.seed, "partition")
+    parts = partition_indices(labels, partition.count, run.partition_by, seed, classes=classes)
+    indices = parts[partition.index - 1]
+    if not len(indices):
+        raise UsageError(
+            f"partition {partition} of {name} is empty: partition_by {run.partition_by} left it none of"
+            f" {len(labels)} examples; use fewer partitions, another seed, or a more even partition_by"
+        )
+    return indices
+
+
+def _take(shard: Shard, indices: np.ndarray) -> Shard:
+    return Shard(shard.images[indices], shard.labels[indices])

@@ -1,0 +1,162 @@
+"""Image folders, DIR/{train,test}/<class>/*: listed first, decoded later and only as far as asked for."""
+
+import os
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import structlog
+from PIL import Image
+
+from common.config import RunConfig
+from common.errors import UsageError
+from common.shards import Shard
+
+MAX_IMAGE_PIXELS = 64_000_000  # of one file, checked before it is decoded
+IMAGE_FORMATS: Mapping[str, str] = {
+    ".jpg": "JPEG",
+    ".jpeg": "JPEG",
+    ".png": "PNG",
+    ".webp": "WEBP",
+    ".bmp": "BMP",
+}
+_MODES = {1: "L", 3: "RGB"}  # by number of channels
+
+# Pillow lets go of the interpreter's lock only while it decodes: photos keep several threads busy, and
+# with tiny images more than a few only wait for each other.
+NUM_DECODERS = min(4, os.cpu_count() or 1)
+_DECODER_BATCH = 64
+
+log = structlog.get_logger()
+
+
+@dataclass(frozen=True)
+class FileSplit:
+    """The train or the test part of an image folder."""
+
+    paths: Sequence[Path]
+    labels: np.ndarray  # int64 [N]
+
+    def read(self, indices: np.ndarray, image_shape: tuple[int, int, int]) -> tuple[Shard, int]:
+        """Decode these files; those that cannot be read are left out, counted, and logged once."""
+        images = np.empty((len(indices), *image_shape), np.uint8)
+        is_read = np.zeros(len(indices), bool)
+
+        def decode(start: int) -> list[str]:
+            failures = []
+            for n in range(start, min(start + _DECODER_BATCH, len(indices))):
+                path = self.paths[indices[n]]
+                try:
+                    images[n] = decode_image(path, image_shape)
+                    is_read[n] = True
+                except Exception as error:  # Pillow raises whatever a broken file led it to
+                    failures.append(f"{path}: {error}")
+            return failures
+
+        with _quiet_pillow(), ThreadPoolExecutor(NUM_DECODERS) as pool:
+            batches = pool.map(decode, range(0, len(indices), _DECODER_BATCH))
+            failures = [failure for batch in batches for failure in batch]
+        if not failures:
+            return Shard(images, self.labels[indices]), 0
+        log.warning("images_skipped", num_skipped=len(failures), first=failures[0])
+        return Shard(images[is_read], self.labels[indices][is_read]), len(failures)
+
+
+def list_image_folder(folder: Path, run: RunConfig) -> tuple[FileSplit, FileSplit | None]:
+    """Find the files and labels of `folder`/train and, where there is one, `folder`/test.
+
+    A class folder's label is its place among the run's class_names or, where there are none, among the
+    sorted names of the class folders in `folder`/train.
+
+    Raises:
+        UsageError: a folder is missing, cannot be read, or has no images, or the class folders are not
+            the run's classes.
+    """
+    spec = run.spec
+    if spec.image_shape[0] not in _MODES:
+        raise UsageError(
+            f"data folder {folder}: image folders give 1 or 3 channels, and the run's image_shape asks for"
+            f" {spec.image_shape[0]}"
+        )
+    train, test = folder / "train", folder / "test"
+    try:
+        class_names = run.class_names or _class_folders(train)
+        if len(class_names) != spec.num_classes:
+            raise UsageError(
+                f"data folder {train} has {len(class_names)} class folders, and the run {spec.num_classes}"
+                " classes: set class_names in the server's [run] table"
+            )
+        return _list_images(train, class_names), _list_images(test, class_names) if test.is_dir() else None
+    except OSError as error:
+        raise UsageError(f"cannot read data folder {error.filename}: {error.strerror}") from error
+
+
+def decode_image(path: Path, image_shape: tuple[int, int, int]) -> np.ndarray:
+    """Read one file as uint8 [C, H, W], C being 1 or 3; resized where its size differs.
+
+    Transparency is dropped, 16-bit grey is scaled to 8 bits.
+
+    Raises:
+        Exception: of any kind: the file is no image, is broken, or has more than MAX_IMAGE_PIXELS.
+    """
+    channels, height, width = image_shape
+    mode, size = _MODES[channels], (width, height)
+    with Image.open(path, formats=tuple(set(IMAGE_FORMATS.values()))) as file:
+        if file.width * file.height > MAX_IMAGE_PIXELS:
+            raise ValueError(f"{file.width} x {file.height} pixels, at most {MAX_IMAGE_PIXELS} are read")
+        file.draft(mode, size)  # spares JPEG the detail that resizing would take away
+        image = _to_8_bits(file).convert(mode)
+    if image.size != size:
+        image = image.resize(size, Image.Resampling.BILINEAR)  # antialiased, as Pillow always does
+    return np.asarray(image).reshape(height, width, channels).transpose(2, 0, 1)
+
+
+def _to_8_bits(image: Image.Image) -> Image.Image:
+    if not image.mode.startswith("I;16"):
+        return image
+    return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))  # convert() would clip to white
+
+
+@contextmanager
+def _quiet_pillow() -> Iterator[None]:
+    """Keep Pillow's remarks on odd files off the terminal; what it calls a bomb, though, is not read."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        yield
+
+
+def _class_folders(folder: Path) -> tuple[str, ...]:
+    names = []
+    if folder.is_dir():
+        names = sorted(path.name for path in folder.iterdir() if path.is_dir() and not _is_hidden(path))
+    if not names:
+        raise UsageError(f"no class folders in {folder}: lay the images out as {folder}/<class>/*")
+    return tuple(names)
+
+
+def _list_images(folder: Path, class_names: Sequence[str]) -> FileSplit:
+    label_of = {name: label for label, name in enumerate(class_names)}
+    paths: list[Path] = []
+    labels: list[int] = []
+    for name in _class_folders(folder):
+        if name not in label_of:
+            raise UsageError(f"class folder {folder / name} is not one of the run's {len(label_of)} classes")
+        images = sorted(path for path in (folder / name).iterdir() if _is_image(path))
+        paths += images
+        labels += [label_of[name]] * len(images)
+    if not paths:
+        raise UsageError(f"no images ({', '.join(IMAGE_FORMATS)}) in the class folders of {folder}")
+    return FileSplit(paths, np.array(labels, np.int64))
+
+
+def _is_image(path: Path) -> bool:
+    return path.suffix.lower() in IMAGE_FORMATS and not _is_hidden(path)
+
+
+def _is_hidden(path: Path) -> bool:
+    return path.name.startswith(".")  # .DS_Store, ._photo.jpg

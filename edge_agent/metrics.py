@@ -1,0 +1,62 @@
+"""What the agent counts and measures, under the names of the contract (Prometheus).
+
+An attribute is called as its metric, less the prefix `ecavg_agent_`.
+"""
+
+import math
+from enum import StrEnum
+
+from prometheus_client import Counter, Gauge
+
+from common.telemetry import make_registry
+
+SENT_KINDS = ("weights", "data")
+
+
+class Phase(StrEnum):
+    """What the agent is doing."""
+
+    CONNECTING = "connecting"  # to a server that is not up yet, or out of reach
+    PRE_TRAINING = "pre_training"  # on its own shard
+    UPLOADING = "uploading"  # weights and data, then the contribution
+    WAITING = "waiting"  # for the other agents, and for the cloud
+    DOWNLOADING = "downloading"  # the global model
+    EVALUATING = "evaluating"  # the global model on its own held-out data, before it is applied
+    DONE = "done"  # the run is over
+
+
+class AgentMetrics:
+    """All metrics of one edge-agent, in a registry of its own."""
+
+    def __init__(self) -> None:
+        self.registry = registry = make_registry()
+        self._phase = Gauge(
+            "ecavg_agent_phase", "1 on what the agent is doing.", ["phase"], registry=registry
+        )
+        self.pretrain_loss = Gauge(
+            "ecavg_agent_pretrain_loss", "Training loss of the last steps.", registry=registry
+        )
+        self.accuracy_ratio = Gauge(
+            "ecavg_agent_accuracy_ratio",
+            "Accuracy on the agent's own held-out data, 0 to 1: of its pre-trained weights (local),"
+            " of the model in use before the round, and of the global model (after).",
+            ["stage"],
+            registry=registry,
+        )
+        self.sent_bytes_total = Counter(
+            "ecavg_agent_sent_bytes_total",
+            "Blobs to the server; what a broken connection made travel twice counts twice.",
+            ["kind"],
+            registry=registry,
+        )
+        self.reconnects_total = Counter(
+            "ecavg_agent_reconnects_total", "Connections to the server that broke.", registry=registry
+        )
+        for kind in SENT_KINDS:
+            self.sent_bytes_total.labels(kind)  # a counter that first appears at 1 hides its first increase
+        self.pretrain_loss.set(math.nan)  # none yet; 0 would be a perfect one
+        self.set_phase(Phase.CONNECTING)
+
+    def set_phase(self, phase: Phase) -> None:
+        for each in Phase:
+            self._phase.labels(each).set(each == phase)

@@ -1,0 +1,139 @@
+"""What an agent keeps on disk: who it is, the model in use, and how far it got."""
+
+import fcntl
+import os
+import re
+import secrets
+import socket
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from common.config import FrozenModel
+from common.errors import UsageError
+from common.files import replacing
+
+DEFAULT_STATE_DIR = "ecavg-agent"
+MAX_DEFAULTS = 1000  # agents on one machine that share a working directory
+
+
+class Progress(FrozenModel):
+    """How far this agent got in a run; what a restart must not do again."""
+
+    run_id: str = ""
+    contributed_round: int = 0  # the last round this agent tried to contribute to
+    evaluated_round: int = 0  # the last round whose global model was evaluated and reported
+    accuracy_local: float | None = None  # of the weights contributed last
+
+
+class AgentState:
+    """A locked state directory.
+
+    Args:
+        path: None picks `ecavg-agent`, or `ecavg-agent-2`, … when that one is in use by another agent.
+        agent_id: None keeps the id that the directory remembers, or makes one.
+
+    Raises:
+        UsageError: not writable, in use by another agent, or another agent's.
+    """
+
+    def __init__(self, path: Path | None, agent_id: str | None) -> None:
+        candidates = [path] if path else _default_directories(agent_id)
+        for candidate in candidates:
+            descriptor = _lock(candidate)
+            if descriptor is not None:
+                break
+        else:
+            holder = _read(candidates[-1] / "lock")
+            raise UsageError(
+                f"state directory {candidates[-1]} is in use by the edge-agent with process id {holder};"
+                " give this one another --state-dir"
+            )
+        self.path = candidate
+        self._descriptor = descriptor
+        self.work.mkdir(exist_ok=True)
+        self.agent_id = self._remember_id(agent_id)
+        self.progress = self._read_progress()
+
+    def close(self) -> None:
+        os.close(self._descriptor)
+
+    @property
+    def model(self) -> Path:
+        """The model in use."""
+        return self.path / "model.safetensors"
+
+    @property
+    def report(self) -> Path:
+        return self.path / "report.json"
+
+    @property
+    def work(self) -> Path:
+        """What is in the making: it can be lost, and is then made again."""
+        return self.path / "work"
+
+    def save(self, progress: Progress) -> None:
+        self.progress = progress
+        _write(self.path / "progress.json", progress.model_dump_json())
+
+    def _read_progress(self) -> Progress:
+        try:
+            return Progress.model_validate_json(_read(self.path / "progress.json") or "{}")
+        except ValidationError as error:
+            raise UsageError(
+                f"{self.path / 'progress.json'} is damaged; remove {self.path} to start afresh"
+            ) from error
+
+    def _remember_id(self, agent_id: str | None) -> str:
+        file = self.path / "agent-id"
+        known = _read(file).strip()
+        if agent_id and known and agent_id != known:
+            raise UsageError(
+                f"state directory {self.path} belongs to agent {known}, not {agent_id};"
+                " give this one another --state-dir"
+            )
+        if not known:
+            known = agent_id or _new_agent_id()
+            _write(file, known + "\n")
+        return known
+
+
+def _default_directories(agent_id: str | None) -> list[Path]:
+    if agent_id:
+        return [Path(f"{DEFAULT_STATE_DIR}-{agent_id}")]
+    others = (Path(f"{DEFAULT_STATE_DIR}-{number}") for number in range(2, MAX_DEFAULTS))
+    return [Path(DEFAULT_STATE_DIR), *others]
+
+
+def _lock(directory: Path) -> int | None:
+    """The descriptor that holds the lock as long as it is open; None when another process has it."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(directory / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise UsageError(f"state directory {directory} cannot be written: {error.strerror}") from error
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        return None
+    os.truncate(descriptor, 0)
+    os.write(descriptor, str(os.getpid()).encode())
+    return descriptor
+
+
+def _new_agent_id() -> str:
+    host = re.sub(r"[^A-Za-z0-9-]", "-", socket.gethostname()).strip("-")[:40]
+    return f"{host or 'agent'}-{secrets.token_hex(3)}"
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text("utf-8")
+    except FileNotFoundError:
+        return ""
+
+
+def _write(path: Path, text: str) -> None:
+    with replacing(path) as partial:
+        partial.write_text(text, "utf-8")

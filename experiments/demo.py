@@ -1,0 +1,149 @@
+"""`make demo`: one real cloud-server, two real edge-agents, one round of handwritten digits.
+
+Everything is a process of its own on loopback, started by the commands that a user would type. What they
+leave behind is in the folder `.demo`.
+"""
+
+import argparse
+import json
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.status import Status
+from rich.table import Table
+
+FOLDER = Path(".demo")
+AGENTS = ("edge-1", "edge-2")
+TIMEOUT_SECONDS = 300.0
+STOP_SECONDS = 10.0
+
+console = Console()
+
+
+def main() -> int:
+    argparse.ArgumentParser(prog="demo", description=__doc__.splitlines()[0]).parse_args()
+    shutil.rmtree(FOLDER, ignore_errors=True)
+    FOLDER.mkdir()
+    started = time.monotonic()
+    try:
+        with console.status("starting …") as status:
+            run_round(status)
+    except KeyboardInterrupt:
+        console.print("stopped")
+        return 130
+    except RuntimeError as error:
+        console.print(f"demo: {error}", markup=False)
+        return 1
+    report = json.loads((FOLDER / "server/rounds/0001/report.json").read_text("utf-8"))
+    show(report)
+    console.print(
+        f"one round of {report['model']} on {report['dataset']} in {time.monotonic() - started:.1f} s;"
+        f" reports, models and logs are in {FOLDER}/"
+    )
+    return 0
+
+
+def run_round(status: Status) -> None:
+    """Start the three processes and wait until they are done.
+
+    Raises:
+        RuntimeError: one of them failed, or took too long.
+    """
+    port, http_port = free_ports(2)
+    server = [
+        "cloud_server", "--preset", "digits-mlp", "--host", "127.0.0.1", "--port", str(port),
+        "--http-port", str(http_port), "--state-dir", str(FOLDER / "server"), "--rounds", "1",
+    ]  # fmt: skip
+    commands = {"cloud-server": server}
+    for agent_id in AGENTS:
+        commands[agent_id] = [
+            "edge_agent", "--server", f"127.0.0.1:{port}", "--agent-id", agent_id,
+            "--state-dir", str(FOLDER / agent_id),
+        ]  # fmt: skip
+    with running(commands) as processes:
+        deadline = time.monotonic() + TIMEOUT_SECONDS
+        while any(process.poll() is None for process in processes.values()):
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"not done after {TIMEOUT_SECONDS:.0f} s; the logs are in {FOLDER}/")
+            for name, process in processes.items():
+                if process.poll():
+                    last_line = (FOLDER / f"{name}.log").read_text("utf-8").strip().rpartition("\n")[2]
+                    raise RuntimeError(f"{name} failed: {last_line}")
+            status.update(describe(http_port))
+            time.sleep(0.1)
+
+
+@contextmanager
+def running(commands: dict[str, list[str]]) -> Iterator[dict[str, subprocess.Popen[bytes]]]:
+    """The commands as processes, of which none is left at the end."""
+    processes: dict[str, subprocess.Popen[bytes]] = {}
+    try:
+        for name, command in commands.items():
+            with (FOLDER / f"{name}.log").open("wb") as log:
+                processes[name] = subprocess.Popen(
+                    [sys.executable, "-m", *command], stdout=log, stderr=log, start_new_session=True
+                )
+        yield processes
+    finally:
+        for process in processes.values():
+            process.terminate()
+        for process in processes.values():
+            try:
+                process.wait(STOP_SECONDS)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+def describe(http_port: int) -> str:
+    """One line about where the run is."""
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{http_port}/api/status", timeout=1) as reply:
+            state: dict[str, Any] = json.load(reply)
+    except (OSError, ValueError):
+        return "starting the processes …"
+    if "round" not in state:
+        return "the trainer is warming up …"
+    progress = state["progress"]
+    detail = f" {progress['done']} of {progress['total']}" if progress else ""
+    contributed = sum(agent["outcome"] == "accepted" for agent in state["agents"])
+    return (
+        f"round {state['round']}: {state['phase'].replace('_', '-')}{detail}"
+        f" ({len(state['agents'])} agents joined, {contributed} contributed)"
+    )
+
+
+def show(report: dict[str, Any]) -> None:
+    """The before and after table."""
+    table = Table(title="accuracy on held-out data")
+    for heading in ("", "before", "after"):
+        table.add_column(heading, justify="left" if not heading else "right")
+    for agent in report["agents"]:
+        before, after = agent["accuracy_before"], agent["accuracy_after"]
+        table.add_row(agent["agent_id"], f"{before:.4f}", f"{after:.4f}")
+    table.add_section()
+    average, published = report["candidates"]["average"], report["accuracy_published"]
+    table.add_row("cloud (average → fine-tuned)", f"{average:.4f}", f"{published:.4f}")
+    console.print(table)
+
+
+def free_ports(count: int) -> list[int]:
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [each.getsockname()[1] for each in sockets]
+    for each in sockets:
+        each.close()
+    return ports
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,127 @@
+"""Real servers and agents as processes of their own, for tests; none is left behind."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+WAIT_SECONDS = 60.0
+
+
+class Command:
+    """One `cloud-server` or `edge-agent`, its output in files."""
+
+    def __init__(self, module: str, *args: object, folder: Path, env: dict[str, str] | None = None) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.output_path = folder / f"{module}.{time.monotonic_ns()}.log"
+        with self.output_path.open("wb") as output:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", module, *map(str, args)],
+                cwd=ROOT,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})},
+                start_new_session=True,
+            )
+
+    @property
+    def output(self) -> str:
+        return self.output_path.read_text("utf-8")
+
+    def wait(self, seconds: float = WAIT_SECONDS) -> int:
+        """Its exit code."""
+        try:
+            return self.process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"still running after {seconds} s:\n{self.output}") from None
+
+    def wait_for(self, pattern: str, seconds: float = WAIT_SECONDS) -> re.Match[str]:
+        """The first match of `pattern` in its output."""
+        return until(lambda: re.search(pattern, self.output), self, seconds)
+
+    def terminate(self) -> int:
+        self.process.terminate()
+        return self.wait(15)
+
+    def kill(self) -> None:
+        """SIGKILL the process alone: what it started must notice by itself."""
+        self.process.kill()
+        self.process.wait()
+
+    def close(self) -> None:
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+
+
+def until(condition: Callable[[], Any], command: Command, seconds: float = WAIT_SECONDS) -> Any:
+    """The condition's value once it is true, as long as the command runs or has just ended."""
+    deadline = time.monotonic() + seconds
+    while True:
+        ended = command.process.poll() is not None
+        if value := condition():
+            return value
+        if ended or time.monotonic() > deadline:
+            what = "ended" if ended else f"nothing came in {seconds} s"
+            raise AssertionError(f"{what}; its output:\n{command.output}")
+        time.sleep(0.02)
+
+
+class Cluster:
+    """A server and its agents below one folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.state_dir = folder / "server"
+        self.port = 0
+        self.http_port = 0
+        self._commands: list[Command] = []
+
+    def server(self, *args: object, env: dict[str, str] | None = None, ready: bool = True) -> Command:
+        """Start the server, on the ports that it had before if it is not the first time."""
+        command = self._start(
+            "cloud_server", "--host", "127.0.0.1", "--port", self.port, "--http-port", self.http_port,
+            "--state-dir", self.state_dir, *args, folder=self.folder, env=env,
+        )  # fmt: skip
+        if ready:
+            match = command.wait_for(r"ready: agents on \S+?:(\d+), status page on http://\S+?:(\d+)/")
+            self.port, self.http_port = int(match[1]), int(match[2])
+        return command
+
+    def agent(self, name: str, *args: object, env: dict[str, str] | None = None) -> Command:
+        return self._start(
+            "edge_agent", "--server", f"127.0.0.1:{self.port}", "--agent-id", name,
+            "--state-dir", self.folder / name, *args, folder=self.folder, env=env,
+        )  # fmt: skip
+
+    def report(self, number: int = 1) -> dict[str, Any]:
+        path = self.state_dir / f"rounds/{number:04d}/report.json"
+        report: dict[str, Any] = json.loads(path.read_text("utf-8"))
+        return report
+
+    def _start(self, module: str, *args: object, folder: Path, env: dict[str, str] | None) -> Command:
+        command = Command(module, *args, folder=folder / "logs", env=env)
+        self._commands.append(command)
+        return command
+
+    def close(self) -> None:
+        for command in self._commands:
+            command.close()
+
+
+@contextmanager
+def cluster_in(folder: Path) -> Iterator[Cluster]:
+    cluster = Cluster(folder)
+    try:
+        yield cluster
+    finally:
+        cluster.close()

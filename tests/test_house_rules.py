@@ -1,0 +1,154 @@
+"""The rules of the house, checked: who may import whom, and that tables and generated code are complete."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from google.protobuf import descriptor_pb2
+
+from common import errors, rpc
+from common.pb import ecavg_pb2 as pb
+
+ROOT = Path(__file__).parent.parent
+PACKAGES = ("common", "edge_agent", "cloud_server")
+TORCH = {"torch", "torchvision"}
+MAY_IMPORT_TORCH = {
+    "common/models.py",
+    "common/training.py",
+    "common/weights.py",
+    "edge_agent/agent.py",
+    "edge_agent/data.py",
+}
+MAY_IMPORT_GRPC = {
+    "cloud_server/__main__.py",
+    "cloud_server/servicer.py",
+    "common/rpc.py",
+    "edge_agent/__main__.py",
+    "edge_agent/client.py",
+}
+MAY_IMPORT_PB = {"cloud_server/servicer.py", "common/transfer.py", "edge_agent/client.py"}
+FORBIDDEN = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal", "jsonpickle"}
+
+
+def own_modules() -> list[str]:
+    files = (path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
+    return sorted(str(path.relative_to(ROOT)) for path in files if not path.match("common/pb/*"))
+
+
+def tree_of(module: str) -> ast.Module:
+    return ast.parse((ROOT / module).read_text("utf-8"), module)
+
+
+def imports_of(module: str) -> Iterator[str]:
+    """Dotted names, wherever in the file they are imported; for `from a import b` both a and a.b."""
+    for node in ast.walk(tree_of(module)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{module} has a relative import"
+            yield str(node.module)
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def top_levels(module: str) -> set[str]:
+    return {name.split(".")[0] for name in imports_of(module)}
+
+
+@pytest.mark.parametrize("module", own_modules())
+def test_imports_keep_to_the_arrows(module: str) -> None:
+    package = module.split("/")[0]
+    others = {"common": {"edge_agent", "cloud_server"}, "edge_agent": {"cloud_server"}}
+    assert not top_levels(module) & others.get(package, {"edge_agent"})
+    assert not top_levels(module) & FORBIDDEN
+    if not module.startswith("cloud_server/trainer/") and module not in MAY_IMPORT_TORCH:
+        assert not top_levels(module) & TORCH
+    if module not in MAY_IMPORT_GRPC:
+        assert not {name for name in top_levels(module) if name.startswith("grpc")}
+    if module not in MAY_IMPORT_PB:
+        assert not {name for name in imports_of(module) if name.startswith("common.pb")}
+
+
+@pytest.mark.parametrize("module", ["round", "store", "jobs"])
+def test_round_store_and_jobs_do_not_know_each_other(module: str) -> None:
+    others = {f"cloud_server.{other}" for other in ("round", "store", "jobs", "coordinator", "servicer")}
+    others.remove(f"cloud_server.{module}")
+    assert not set(imports_of(f"cloud_server/{module}.py")) & others
+
+
+def test_trainer_shares_only_jobs_with_the_server() -> None:
+    for path in (ROOT / "cloud_server/trainer").glob("*.py"):
+        names = {name for name in imports_of(str(path.relative_to(ROOT))) if name.startswith("cloud_server.")}
+        strangers = {
+            name for name in names if not name.startswith(("cloud_server.jobs", "cloud_server.trainer"))
+        }
+        assert not strangers
+
+
+@pytest.mark.parametrize("module", own_modules())
+def test_nothing_unpickles(module: str) -> None:
+    for node in ast.walk(tree_of(module)):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            assert (node.value.id, node.attr) != ("torch", "load")
+        if isinstance(node, ast.keyword):
+            assert node.arg != "allow_pickle"
+
+
+def test_serving_process_does_not_import_torch() -> None:
+    code = (
+        "import sys, cloud_server.servicer, cloud_server.coordinator, cloud_server.supervisor,"
+        " cloud_server.display, cloud_server.__main__;"
+        "sys.exit(1 if 'torch' in sys.modules else 0)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+@pytest.mark.parametrize("package", ["cloud_server", "edge_agent"])
+def test_help_needs_neither_torch_nor_grpc(package: str) -> None:
+    code = (
+        f"import sys, {package}.__main__ as m\n"
+        "try: m.main(['--help'])\n"
+        "except SystemExit: pass\n"
+        "sys.exit(1 if {'torch', 'grpc', 'structlog'} & set(sys.modules) else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False, capture_output=True)
+    assert done.returncode == 0
+
+
+def refusals(error: type[errors.Refusal] = errors.Refusal) -> Iterator[type[errors.Refusal]]:
+    yield error
+    for child in error.__subclasses__():
+        yield from refusals(child)
+
+
+def test_every_refusal_has_one_status_and_every_status_one_refusal() -> None:
+    assert set(rpc.STATUS) == set(refusals())
+    assert len(set(rpc.STATUS.values())) == len(rpc.STATUS)
+
+
+def test_reasons_are_those_of_the_wire() -> None:
+    ours = {f"REASON_{reason.name}" for reason in errors.Reason}
+    assert ours | {"REASON_UNSPECIFIED"} == set(pb.Reason.keys())
+
+
+def test_generated_code_is_current(tmp_path: Path) -> None:
+    out = tmp_path / "descriptors"
+    command = [sys.executable, "-m", "grpc_tools.protoc", "-Iproto", f"--descriptor_set_out={out}"]
+    subprocess.run([*command, "proto/common/pb/ecavg.proto"], cwd=ROOT, check=True)
+    described = descriptor_pb2.FileDescriptorSet.FromString(out.read_bytes()).file[0]
+    committed = descriptor_pb2.FileDescriptorProto()
+    pb.DESCRIPTOR.CopyToProto(committed)
+    for file in (described, committed):  # protoc alone fills these in
+        for message in file.message_type:
+            for field in message.field:
+                field.ClearField("json_name")
+    assert described == committed, "run `make proto`"
+
+
+def test_every_field_and_value_of_the_wire_is_documented() -> None:
+    lines = (ROOT / "proto/common/pb/ecavg.proto").read_text("utf-8").splitlines()
+    declared = [line for line in lines if line.startswith("  ") and " = " in line]
+    assert len(declared) > 80
+    assert not [line for line in declared if "//" not in line and "UNSPECIFIED" not in line]

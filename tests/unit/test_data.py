@@ -1,0 +1,391 @@
+import os
+import struct
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+from urllib.error import URLError
+
+import numpy as np
+import pytest
+from PIL import Image
+from sklearn.datasets import load_digits
+from torchvision.datasets import utils as torchvision_utils
+
+from common.config import DATASETS, RunConfig
+from common.errors import UsageError
+from common.shards import Shard
+from edge_agent import data
+from edge_agent.data import AgentData, fit, load_agent_data
+from edge_agent.partition import Partition, parse_partition
+
+DIGITS = RunConfig(dataset="digits")
+MNIST = RunConfig(dataset="mnist")
+PETS = RunConfig(dataset="pets", num_classes=2, image_shape=(3, 4, 4), holdout_fraction=0.25)
+RANDOM = np.random.default_rng(0)
+
+
+def load(run: RunConfig, source: str | None = None, **options: Any) -> AgentData:
+    defaults = {"data_dir": None, "partition": None, "seed_name": "agent-1", "allowed_factories": ()}
+    return load_agent_data(run, source=source, **{**defaults, **options})
+
+
+def random_arrays(num: int, *shape: int, num_classes: int = 10) -> tuple[np.ndarray, np.ndarray]:
+    """Different images, labels in turn."""
+    images = RANDOM.integers(0, 256, (num, *shape), dtype=np.uint8)
+    return images, np.arange(num) % num_classes
+
+
+def as_set(*shards: Shard) -> set[tuple[bytes, int]]:
+    return {(i.tobytes(), int(label)) for s in shards for i, label in zip(s.images, s.labels, strict=True)}
+
+
+def write_idx(path: Path, array: np.ndarray) -> None:
+    """The IDX format of the MNIST files: type 8 is ubyte; big-endian sizes; data."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    header = struct.pack(f">HBB{array.ndim}I", 0, 8, array.ndim, *array.shape)
+    path.write_bytes(header + array.astype(np.uint8).tobytes())
+
+
+def write_mnist(root: Path, *, folder: str = "MNIST") -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    written = {"train": random_arrays(120, 28, 28), "t10k": random_arrays(40, 28, 28)}
+    for name, (images, labels) in written.items():
+        write_idx(root / folder / "raw" / f"{name}-images-idx3-ubyte", images)
+        write_idx(root / folder / "raw" / f"{name}-labels-idx1-ubyte", labels)
+    return written
+
+
+@pytest.fixture
+def pets(tmp_path: Path) -> Path:
+    """Eight different images of each of two classes; no test split."""
+    for name in ("cat", "dog"):
+        folder = tmp_path / "pets" / "train" / name
+        folder.mkdir(parents=True)
+        for number, pixels in enumerate(random_arrays(8, 4, 4, 3)[0]):
+            Image.fromarray(pixels).save(folder / f"{number}.png")
+    return tmp_path / "pets"
+
+
+@pytest.fixture
+def offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_network(*_: Any, **__: Any) -> None:
+        raise URLError("name resolution failed")
+
+    monkeypatch.setattr(torchvision_utils.urllib.request, "urlopen", no_network)
+
+
+@pytest.fixture
+def factory(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Install what a user's factory returns for each split; gives the factory's name."""
+
+    def install(**splits: Any) -> str:
+        module = ModuleType("users_own")
+        module.load = lambda split: splits.get(split)  # type: ignore[attr-defined]
+        monkeypatch.setitem(sys.modules, "users_own", module)
+        return "users_own:load"
+
+    return install
+
+
+# --- digits: a source without a test split
+
+
+def test_digits_are_scaled_to_bytes_and_split_by_the_holdout_fraction() -> None:
+    pixels, labels = load_digits(return_X_y=True)
+    expected = {
+        (bytes(round(value * 255 / 16) for value in image), int(label))
+        for image, label in zip(pixels, labels, strict=True)
+    }
+    loaded = load(DIGITS)
+    assert loaded.train.images.shape[1:] == (1, 8, 8)
+    assert loaded.train.images.dtype == np.uint8
+    assert loaded.train.labels.dtype == np.int64
+    assert len(loaded.held_out.labels) == round(0.1 * len(labels))
+    assert as_set(loaded.train, loaded.held_out) == expected
+    assert loaded.num_skipped == 0
+
+
+def test_held_out_part_is_not_trained_on() -> None:
+    loaded = load(DIGITS)
+    assert len(loaded.train.labels) + len(loaded.held_out.labels) == 1797
+    assert not as_set(loaded.train) & as_set(loaded.held_out)
+
+
+@pytest.mark.parametrize("partition_by", ["iid", "dirichlet:0.5", "classes:4"])
+def test_agents_share_the_whole_source_between_them(partition_by: str) -> None:
+    run = DIGITS.model_copy(update={"partition_by": partition_by})
+    agents = [load(run, partition=Partition(index, 3), seed_name=f"agent-{index}") for index in (1, 2, 3)]
+    shards = [shard for agent in agents for shard in (agent.train, agent.held_out)]
+    assert sum(len(shard.labels) for shard in shards) == 1797
+    assert as_set(*shards) == as_set(*load(DIGITS)[:2])
+
+
+def test_loading_again_gives_the_same_and_another_name_holds_out_others() -> None:
+    first, again, other = (load(DIGITS, seed_name=name) for name in ("a", "a", "b"))
+    np.testing.assert_array_equal(first.held_out.images, again.held_out.images)
+    assert as_set(first.held_out) != as_set(other.held_out)
+
+
+def test_an_empty_partition_is_refused_by_name(factory: Any) -> None:
+    name = factory(train=random_arrays(12, 1, 8, 8, num_classes=2))
+    run = DIGITS.model_copy(update={"partition_by": "dirichlet:1e-6"})  # a class each for two at most
+    refusals = {}
+    for index in range(1, 7):
+        try:
+            load(run, name, partition=Partition(index, 6), allowed_factories=[name])
+        except UsageError as error:
+            refusals[index] = str(error)
+    assert len(refusals) >= 4
+    for index, message in refusals.items():
+        assert message.startswith(f"partition {index}/6 of {name} is empty: partition_by dirichlet:1e-6")
+        assert "use fewer partitions" in message
+
+
+def test_classes_that_no_agent_would_own_are_refused() -> None:
+    run = DIGITS.model_copy(update={"partition_by": "classes:2"})
+    with pytest.raises(UsageError, match="set at least classes:5"):
+        load(run, partition=Partition(1, 2))
+
+
+# --- MNIST: named, with a test split
+
+
+@pytest.mark.parametrize(("name", "folder"), [("mnist", "MNIST"), ("fashion-mnist", "FashionMNIST")])
+def test_idx_files_are_read_from_the_data_dir(tmp_path: Path, offline: None, name: str, folder: str) -> None:
+    written = write_mnist(tmp_path, folder=folder)
+    loaded = load(RunConfig(dataset=name), data_dir=tmp_path)
+    for shard, (images, labels) in zip(loaded[:2], written.values(), strict=True):
+        np.testing.assert_array_equal(shard.images, images[:, None])
+        np.testing.assert_array_equal(shard.labels, labels)
+
+
+def test_held_out_part_is_the_agents_part_of_the_test_split(tmp_path: Path) -> None:
+    test_images, test_labels = write_mnist(tmp_path)["t10k"]
+    run = MNIST.model_copy(update={"partition_by": "classes:5"})
+    agents = [load(run, data_dir=tmp_path, partition=Partition(index, 2)) for index in (1, 2)]
+    assert as_set(*(agent.held_out for agent in agents)) == as_set(Shard(test_images[:, None], test_labels))
+    for agent in agents:
+        assert set(agent.held_out.labels) == set(agent.train.labels)
+        assert len(set(agent.train.labels)) == 5
+
+
+def test_source_overrides_the_runs_dataset(tmp_path: Path) -> None:
+    write_mnist(tmp_path)
+    assert load(DIGITS, "mnist", data_dir=tmp_path).train.images.shape == (120, 1, 8, 8)
+
+
+def test_a_data_dir_with_train_in_it_is_an_image_folder(pets: Path) -> None:
+    run = RunConfig(dataset="cifar10", num_classes=2)
+    loaded = load(run, "cifar10", data_dir=pets)
+    assert loaded.train.images.shape == (14, 3, 32, 32)
+    assert len(loaded.held_out.labels) == 2
+
+
+def test_every_named_dataset_can_be_opened() -> None:
+    assert {"digits", *data._TORCHVISION} == set(DATASETS)
+
+
+def test_a_missing_data_dir_is_refused_and_not_made(tmp_path: Path) -> None:
+    missing = tmp_path / "tpyo"
+    with pytest.raises(UsageError, match=f"data folder {missing} does not exist: .*--data-dir"):
+        load(MNIST, data_dir=missing)
+    assert not missing.exists()
+
+
+@pytest.mark.parametrize("name", ["mnist", "cifar10"])
+def test_a_failed_download_is_one_line(tmp_path: Path, offline: None, name: str) -> None:
+    with pytest.raises(UsageError, match=f"cannot load {name} from {tmp_path}: .*name resolution") as caught:
+        load(RunConfig(dataset=name), data_dir=tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_default_data_dir_is_made_for_the_download(
+    tmp_path: Path, offline: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with pytest.raises(UsageError, match=f"cannot load mnist from {tmp_path}/.cache/ecavg"):
+        load(MNIST)
+    assert (tmp_path / ".cache" / "ecavg").is_dir()
+
+
+def test_nothing_is_downloaded_into_a_folder_that_is_not_writable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    with pytest.raises(UsageError, match="it is not there, and the folder is not writable"):
+        load(MNIST, data_dir=tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_broken_dataset_file_is_refused(tmp_path: Path, offline: None) -> None:
+    write_mnist(tmp_path)
+    (tmp_path / "MNIST/raw/train-images-idx3-ubyte").write_bytes(b"\x00\x00\x08\x03 and so on")
+    with pytest.raises(UsageError, match=f"cannot load mnist from {tmp_path}"):
+        load(MNIST, data_dir=tmp_path)
+
+
+def test_labels_that_the_run_does_not_have_are_refused() -> None:
+    run = DIGITS.model_copy(update={"num_classes": 5})
+    with pytest.raises(UsageError, match=r"digits has the label 5, and the run only 0 to 4: set num_classes"):
+        load(run)
+
+
+# --- image folders
+
+
+def test_an_image_folder_is_read_from_its_path(pets: Path) -> None:
+    loaded = load(PETS, str(pets))
+    assert len(loaded.train.labels) == 12
+    assert np.bincount(loaded.held_out.labels).tolist() == [2, 2]
+
+
+def test_agents_decode_only_their_own_part(pets: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[Path] = []
+    monkeypatch.setattr(
+        "edge_agent.image_folder.decode_image", lambda path, shape: opened.append(path) or np.zeros(shape)
+    )
+    load(PETS, str(pets), partition=Partition(1, 4))
+    assert len(opened) == 4
+    load(PETS, str(pets), partition=Partition(2, 4))
+    assert len(set(opened)) == 8
+
+
+def test_unreadable_images_are_counted(pets: Path) -> None:
+    (pets / "train/cat/3.png").write_bytes(b"")
+    loaded = load(PETS, str(pets))
+    assert loaded.num_skipped == 1
+    assert len(loaded.train.labels) + len(loaded.held_out.labels) == 15
+
+
+def test_nothing_readable_is_refused(pets: Path) -> None:
+    for path in pets.rglob("*.png"):
+        path.write_bytes(b"not an image")
+    with pytest.raises(UsageError, match=f"data source {pets}: none of its images can be read"):
+        load(PETS, str(pets))
+
+
+def test_a_folder_that_leaves_nothing_to_hold_out_is_refused(pets: Path) -> None:
+    with pytest.raises(UsageError, match="1 examples cannot be split"):
+        load(PETS, str(pets), partition=Partition(1, 16))
+
+
+@pytest.mark.parametrize("source", ["no/such/folder", "imagenet", "cifra10"])
+def test_an_unknown_source_is_refused_with_the_choices(source: str) -> None:
+    with pytest.raises(
+        UsageError, match=f"data source '{source}' is neither a folder nor a dataset: .*cifar100"
+    ):
+        load(DIGITS, source)
+
+
+def test_a_file_is_no_data_folder(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UsageError, match="is neither a folder nor a dataset"):
+        load(DIGITS, str(tmp_path / "file"))
+
+
+def test_a_run_cannot_make_an_agent_read_a_path(pets: Path) -> None:
+    run = PETS.model_copy(update={"dataset": str(pets)})
+    with pytest.raises(UsageError, match=f"dataset '{pets}' is its own: say .* with --data FOLDER"):
+        load(run)
+
+
+# --- the user's own code
+
+
+def test_a_factory_gives_train_and_test(factory: Any) -> None:
+    train, test = random_arrays(20, 1, 8, 8), random_arrays(10, 1, 8, 8)
+    name = factory(train=train, test=test)
+    loaded = load(DIGITS, name, allowed_factories=[name])
+    np.testing.assert_array_equal(loaded.train.images, train[0])
+    np.testing.assert_array_equal(loaded.held_out.images, test[0])
+
+
+def test_a_factory_without_test_split_is_split_by_the_holdout_fraction(factory: Any) -> None:
+    name = factory(train=random_arrays(20, 1, 8, 8))
+    loaded = load(DIGITS, name, allowed_factories=[name])
+    assert (len(loaded.train.labels), len(loaded.held_out.labels)) == (18, 2)
+
+
+@pytest.mark.parametrize("source", ["users_own:load", None], ids=["by the agent", "by the run"])
+def test_a_factory_is_only_imported_where_it_is_allowed(factory: Any, source: str | None) -> None:
+    run = RunConfig(dataset=factory(train=random_arrays(20, 1, 8, 8)), num_classes=10, image_shape=(1, 8, 8))
+    with pytest.raises(UsageError, match="--allow-factory users_own:load"):
+        load(run, source)
+    assert len(load(run, source, allowed_factories=["users_own:load"]).train.labels) == 18
+
+
+@pytest.mark.parametrize(
+    ("train", "message"),
+    [
+        (None, "must return"),
+        (7, "must return"),
+        ((np.zeros((2, 1, 8, 8)), np.zeros(2, int)), r"float64 \[2, 1, 8, 8\], not uint8"),
+        ((np.zeros((2, 8, 8), np.uint8), np.zeros(2, int)), r"uint8 \[2, 8, 8\], not uint8 \[N, C, H, W\]"),
+        ((np.zeros((2, 1, 8, 8), np.uint8), np.zeros(2)), r"labels are float64 \[2\] for 2 images"),
+        ((np.zeros((2, 1, 8, 8), np.uint8), np.zeros(3, int)), r"labels are int64 \[3\] for 2 images"),
+        ((np.zeros((0, 1, 8, 8), np.uint8), np.zeros(0, int)), "at least one"),
+        ((np.zeros((2, 1, 8, 8), np.uint8), np.array([0, -1])), "label -1, and the run only 0 to 9"),
+        ((np.zeros((2, 2, 8, 8), np.uint8), np.zeros(2, int)), "2 channels, and the run wants 1"),
+    ],
+)
+def test_what_a_factory_returns_is_checked(factory: Any, train: Any, message: str) -> None:
+    name = factory(train=train)
+    with pytest.raises(UsageError, match=message):
+        load(DIGITS, name, allowed_factories=[name])
+
+
+def test_a_factory_that_fails_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = ModuleType("users_own")
+    module.load = lambda split: [][0]  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "users_own", module)
+    with pytest.raises(UsageError, match="users_own:load failed with IndexError: list index out of range"):
+        load(DIGITS, "users_own:load", allowed_factories=["users_own:load"])
+
+
+# --- the run's shape
+
+
+def test_fit_keeps_what_fits() -> None:
+    images = random_arrays(3, 3, 4, 5)[0]
+    np.testing.assert_array_equal(fit(images, (3, 4, 5)), images)
+
+
+def test_fit_repeats_grey_and_weights_colour() -> None:
+    grey, colour = random_arrays(3, 1, 4, 5)[0], random_arrays(3, 3, 4, 5)[0]
+    np.testing.assert_array_equal(fit(grey, (3, 4, 5)), np.repeat(grey, 3, axis=1))
+    weighted = np.tensordot(colour.astype(float), [0.299, 0.587, 0.114], axes=(1, 0))
+    np.testing.assert_allclose(fit(colour, (1, 4, 5))[:, 0], weighted, atol=1.1)
+
+
+def test_fit_resizes_to_height_and_width() -> None:
+    blocks = random_arrays(2, 1, 2, 3)[0]
+    large = blocks.repeat(32, axis=2).repeat(32, axis=3)
+    fitted = fit(large, (3, 8, 12))
+    assert fitted.shape == (2, 3, 8, 12)
+    assert fitted.flags.c_contiguous
+    np.testing.assert_allclose(fitted[:, :1, 1::4, 1::4], blocks, atol=1)
+
+
+# --- the real thing
+
+
+@pytest.fixture
+def real_data() -> Path:
+    beside = Path(__file__).parents[3] / "shared" / "data"
+    root = Path(os.environ.get("ECAVG_TEST_DATA", beside))
+    if not (root / "MNIST" / "raw").is_dir():
+        pytest.skip("set ECAVG_TEST_DATA to a folder that holds MNIST/raw")
+    return root
+
+
+@pytest.mark.realdata
+def test_real_mnist_is_dealt_out_whole(real_data: Path) -> None:
+    agents = [load(MNIST, data_dir=real_data, partition=parse_partition(text)) for text in ("1/2", "2/2")]
+    assert [len(agent.train.labels) for agent in agents] == [30_000, 30_000]
+    assert [len(agent.held_out.labels) for agent in agents] == [5_000, 5_000]
+    counts = sum(np.bincount(agent.train.labels) for agent in agents)
+    # The counts of the ten digits in the training set, as its authors publish them.
+    assert counts.tolist() == [5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949]
+    pixels = np.concatenate([agent.train.images for agent in agents]) / np.float32(255)
+    assert pixels.mean() == pytest.approx(DATASETS["mnist"].mean[0], abs=1e-4)
+    assert pixels.std() == pytest.approx(DATASETS["mnist"].std[0], abs=1e-4)

@@ -1,0 +1,193 @@
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.parser import text_string_to_metric_families
+
+from cloud_server.metrics import ServerMetrics
+from cloud_server.round import Outcome
+from cloud_server.round import Phase as RoundPhase
+from edge_agent.metrics import AgentMetrics
+from edge_agent.metrics import Phase as AgentPhase
+
+SERVER_CONTRACT = {
+    "ecavg_server_rounds_total": {"outcome"},
+    "ecavg_server_round": set(),
+    "ecavg_server_phase": {"phase"},
+    "ecavg_server_phase_duration_seconds": {"phase"},
+    "ecavg_server_agents": {"state"},
+    "ecavg_server_contributions_total": {"outcome"},
+    "ecavg_server_received_bytes_total": {"kind"},
+    "ecavg_server_sent_bytes_total": {"kind"},
+    "ecavg_server_accuracy_ratio": {"stage"},
+    "grpc_server_handled_total": {"grpc_service", "grpc_method", "grpc_code"},
+    "grpc_server_handling_seconds": {"grpc_service", "grpc_method"},
+}
+AGENT_CONTRACT = {
+    "ecavg_agent_phase": {"phase"},
+    "ecavg_agent_pretrain_loss": set(),
+    "ecavg_agent_accuracy_ratio": {"stage"},
+    "ecavg_agent_sent_bytes_total": {"kind"},
+    "ecavg_agent_reconnects_total": set(),
+}
+
+
+def scraped(registry: CollectorRegistry) -> dict[str, set[str]]:
+    """Our metrics as a scrape shows them: name, with the suffix of a counter → its label names."""
+    families = text_string_to_metric_families(generate_latest(registry).decode())
+    return {
+        family.name + ("_total" if family.type == "counter" else ""): {
+            label for sample in family.samples for label in sample.labels
+        }
+        - {"le"}
+        for family in families
+        if family.name.startswith(("ecavg_", "grpc_"))
+    }
+
+
+def values(registry: CollectorRegistry, name: str) -> Mapping[str, float]:
+    """The samples of a metric with one label: its value → the sample's."""
+    return {
+        next(iter(sample.labels.values())): sample.value
+        for family in registry.collect()
+        for sample in family.samples
+        if sample.name == name
+    }
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def server() -> ServerMetrics:
+    return ServerMetrics()
+
+
+@pytest.fixture
+def agent() -> AgentMetrics:
+    return AgentMetrics()
+
+
+def test_server_metrics_have_the_names_and_labels_of_the_contract(server: ServerMetrics) -> None:
+    server.set_phase(1, "collecting")
+    server.set_phase(1, "aggregating")
+    server.set_accuracy("average", 0.9)
+    server.observe_rpc("ecavg.v1.ECAvg", "Join", "OK", 0.01)
+    assert scraped(server.registry) == SERVER_CONTRACT
+
+
+def test_agent_metrics_have_the_names_and_labels_of_the_contract(agent: AgentMetrics) -> None:
+    agent.accuracy_ratio.labels("local").set(0.9)
+    assert scraped(agent.registry) == AGENT_CONTRACT
+
+
+def test_two_processes_in_one_do_not_share_metrics() -> None:
+    first, second = ServerMetrics(), ServerMetrics()
+    first.count_round("published")
+    assert values(first.registry, "ecavg_server_rounds_total")["published"] == 1
+    assert values(second.registry, "ecavg_server_rounds_total")["published"] == 0
+
+
+def test_counters_are_there_before_they_count(server: ServerMetrics, agent: AgentMetrics) -> None:
+    def zeros(*labels: Any) -> dict[str, float]:
+        return dict.fromkeys(labels, 0.0)
+
+    assert values(server.registry, "ecavg_server_rounds_total") == zeros("published", "failed")
+    assert values(server.registry, "ecavg_server_contributions_total") == zeros(*map(str, Outcome))
+    assert values(server.registry, "ecavg_server_received_bytes_total") == zeros("weights", "data")
+    assert values(server.registry, "ecavg_server_sent_bytes_total") == zeros("model")
+    assert values(agent.registry, "ecavg_agent_sent_bytes_total") == zeros("weights", "data")
+
+
+def test_accuracy_is_absent_until_it_is_measured(server: ServerMetrics, agent: AgentMetrics) -> None:
+    assert values(server.registry, "ecavg_server_accuracy_ratio") == {}
+    assert values(agent.registry, "ecavg_agent_accuracy_ratio") == {}
+    server.set_accuracy("published", 0.5)
+    assert values(server.registry, "ecavg_server_accuracy_ratio") == {"published": 0.5}
+
+
+@pytest.mark.parametrize("phase", RoundPhase)
+def test_server_is_in_one_phase(server: ServerMetrics, phase: RoundPhase) -> None:
+    server.set_phase(3, "collecting")
+    server.set_phase(3, phase)
+    samples = values(server.registry, "ecavg_server_phase")
+    assert samples == {each.value: float(each == phase) for each in RoundPhase}
+    assert server.registry.get_sample_value("ecavg_server_round") == 3
+
+
+@pytest.mark.parametrize("phase", AgentPhase)
+def test_agent_is_in_one_phase(agent: AgentMetrics, phase: AgentPhase) -> None:
+    agent.set_phase(phase)
+    samples = values(agent.registry, "ecavg_agent_phase")
+    assert samples == {each.value: float(each == phase) for each in AgentPhase}
+
+
+def test_phase_duration_is_taken_when_the_phase_is_left() -> None:
+    clock = Clock()
+    server = ServerMetrics(clock)
+    for now, number, phase in [
+        (0, 1, "collecting"),
+        (5, 1, "collecting"),  # told again: still the same stay
+        (7, 1, "aggregating"),
+        (8, 1, "published"),
+        (10, 2, "collecting"),
+        (13, 2, "aggregating"),
+    ]:
+        clock.now = now
+        server.set_phase(number, phase)
+
+    name = "ecavg_server_phase_duration_seconds"
+    assert values(server.registry, f"{name}_sum") == {"collecting": 7 + 3, "aggregating": 1, "published": 2}
+    assert values(server.registry, f"{name}_count") == {"collecting": 2, "aggregating": 1, "published": 1}
+
+
+def test_agents_are_counted_by_state(server: ServerMetrics) -> None:
+    server.set_agents(watching=2, contributed=1, away=0)
+    server.set_agents(watching=0, contributed=2, away=1)
+    assert values(server.registry, "ecavg_server_agents") == {"watching": 0, "contributed": 2, "away": 1}
+
+
+def test_bytes_and_contributions_add_up(server: ServerMetrics, agent: AgentMetrics) -> None:
+    server.count_received("data", 1000)
+    server.count_received("data", 24)
+    server.count_sent("model", 7)
+    server.count_contribution(Outcome.LATE)
+    agent.sent_bytes_total.labels("weights").inc(512)
+    agent.reconnects_total.inc()
+
+    assert values(server.registry, "ecavg_server_received_bytes_total") == {"weights": 0, "data": 1024}
+    assert values(server.registry, "ecavg_server_sent_bytes_total") == {"model": 7}
+    assert values(server.registry, "ecavg_server_contributions_total") == {
+        "accepted": 0,
+        "rejected": 0,
+        "late": 1,
+    }
+    assert values(agent.registry, "ecavg_agent_sent_bytes_total") == {"weights": 512, "data": 0}
+    assert agent.registry.get_sample_value("ecavg_agent_reconnects_total") == 1
+
+
+def test_rpcs_are_counted_by_status_and_timed_by_method(server: ServerMetrics) -> None:
+    service = "ecavg.v1.ECAvg"
+    server.observe_rpc(service, "Join", "OK", 0.5)
+    server.observe_rpc(service, "Join", "UNAVAILABLE", 1.5)
+
+    labels = {"grpc_service": service, "grpc_method": "Join"}
+    sample = server.registry.get_sample_value
+    assert sample("grpc_server_handled_total", labels | {"grpc_code": "OK"}) == 1
+    assert sample("grpc_server_handled_total", labels | {"grpc_code": "UNAVAILABLE"}) == 1
+    assert sample("grpc_server_handling_seconds_sum", labels) == 2
+    assert sample("grpc_server_handling_seconds_bucket", labels | {"le": "0.5"}) == 1
+
+
+def test_loss_is_not_a_number_until_there_is_one(agent: AgentMetrics) -> None:
+    loss = agent.registry.get_sample_value("ecavg_agent_pretrain_loss")
+    assert loss is not None
+    assert math.isnan(loss)
+    agent.pretrain_loss.set(0.25)
+    assert agent.registry.get_sample_value("ecavg_agent_pretrain_loss") == 0.25

@@ -1,0 +1,444 @@
+"""The round by itself, and, by Hypothesis, a round over a real store that is closed and opened again."""
+
+import os
+import tempfile
+from dataclasses import dataclass, replace
+from enum import Enum
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from cloud_server.round import TRANSITIONS, Contribution, Outcome, Phase, Policy, Rejection, Round
+from cloud_server.store import ContributionRow, RoundRow, Store
+from common.errors import ConflictError, Reason
+
+POLICY = Policy(min_agents=2, max_agents=3, deadline_seconds=60)
+OPENED_AT = 1_000.0
+IN_TIME, OVERDUE = OPENED_AT + 59.9, OPENED_AT + 60
+NOT_COLLECTING = [phase for phase in Phase if phase is not Phase.COLLECTING]
+
+
+def contribution(agent_id: str, **changes: Any) -> Contribution:
+    return replace(Contribution(agent_id, "a" * 64, ("b" * 64,), 100, 0.5), **changes)
+
+
+def round_of(*agent_ids: str, policy: Policy = POLICY, phase: Phase = Phase.COLLECTING) -> Round:
+    """A round that these agents have contributed to."""
+    return Round(
+        number=1,
+        policy=policy,
+        opened_at=OPENED_AT,
+        initial_weights="0" * 64,
+        phase=phase,
+        contributions={agent_id: contribution(agent_id) for agent_id in agent_ids},
+        published="f" * 64 if phase is Phase.PUBLISHED else None,
+        failure="out of memory" if phase is Phase.FAILED else "",
+    )
+
+
+# Contributions
+
+
+def test_contribution_is_accepted_while_collecting():
+    contributed, outcome = round_of().contribute(contribution("a"))
+    assert outcome is Outcome.ACCEPTED
+    assert contributed.contributions == {"a": contribution("a")}
+    assert contributed.outcome_of("a") is Outcome.ACCEPTED
+
+
+def test_contribute_leaves_the_round_before_as_it_was():
+    before = round_of("a")
+    before.contribute(contribution("b"))
+    assert before == round_of("a")
+
+
+@pytest.mark.parametrize("phase", Phase)
+def test_same_contribution_again_is_accepted_and_changes_nothing(phase):
+    before = round_of("a", phase=phase)
+    assert before.contribute(contribution("a")) == (before, Outcome.ACCEPTED)
+
+
+def test_local_accuracy_does_not_make_it_another_contribution():
+    before = round_of("a")
+    assert before.contribute(contribution("a", accuracy_local=None)) == (before, Outcome.ACCEPTED)
+
+
+@pytest.mark.parametrize("phase", Phase)
+@pytest.mark.parametrize("change", [{"weights": "c" * 64}, {"shards": ()}, {"num_examples": 7}])
+def test_accepted_contribution_stands_against_a_different_one(phase, change):
+    with pytest.raises(ConflictError) as refusal:
+        round_of("a", phase=phase).contribute(contribution("a", **change))
+    assert refusal.value.reason is Reason.ALREADY_CONTRIBUTED
+
+
+@pytest.mark.parametrize("phase", NOT_COLLECTING)
+def test_contribution_after_the_close_is_late_and_remembered(phase):
+    after, outcome = round_of("a", phase=phase).contribute(contribution("b"))
+    assert outcome is Outcome.LATE
+    assert after == replace(round_of("a", phase=phase), late=frozenset({"b"}))
+    assert after.outcome_of("b") is Outcome.LATE
+    assert after.contribute(contribution("b")) == (after, Outcome.LATE)
+
+
+def test_rejection_is_remembered_with_its_reason():
+    rejected = round_of("a").reject("b", Reason.NON_FINITE, "NaN in fc.weight")
+    assert rejected.rejections == {"b": Rejection(Reason.NON_FINITE, "NaN in fc.weight")}
+    assert rejected.outcome_of("b") is Outcome.REJECTED
+    assert rejected.outcome_of("c") is None
+
+
+def test_rejected_agent_may_contribute_well_in_the_same_round():
+    rejected = round_of().reject("a", Reason.NON_FINITE, "NaN").reject("b", Reason.NON_FINITE, "NaN")
+    accepted, outcome = rejected.contribute(contribution("a"))
+    assert outcome is Outcome.ACCEPTED
+    assert accepted.outcome_of("a") is Outcome.ACCEPTED
+    assert set(accepted.rejections) == {"b"}
+
+
+def test_rejected_agent_that_comes_back_too_late_is_late_only():
+    rejected = round_of("b", "c").reject("a", Reason.NON_FINITE, "NaN").advance(Phase.AGGREGATING)
+    late, outcome = rejected.contribute(contribution("a"))
+    assert outcome is late.outcome_of("a") is Outcome.LATE
+    assert not late.rejections
+
+
+def test_rejection_does_not_undo_an_accepted_contribution():
+    assert round_of("a").reject("a", Reason.NON_FINITE, "NaN") == round_of("a")
+
+
+@pytest.mark.parametrize("phase", NOT_COLLECTING)
+def test_rejection_after_the_close_changes_nothing(phase):
+    assert round_of(phase=phase).reject("a", Reason.NON_FINITE, "NaN") == round_of(phase=phase)
+
+
+# Time
+
+
+@pytest.mark.parametrize(
+    ("agent_ids", "now", "on_too_few", "phase"),
+    [
+        ("", IN_TIME, "fail", Phase.COLLECTING),
+        ("ab", IN_TIME, "wait", Phase.COLLECTING),
+        ("abc", OPENED_AT, "wait", Phase.AGGREGATING),
+        ("ab", OVERDUE, "wait", Phase.AGGREGATING),
+        ("ab", OVERDUE, "fail", Phase.AGGREGATING),
+        ("a", OVERDUE, "wait", Phase.COLLECTING),
+        ("a", OVERDUE, "fail", Phase.FAILED),
+        ("", OVERDUE, "fail", Phase.FAILED),
+    ],
+)
+def test_round_closes_by_number_or_by_deadline(agent_ids, now, on_too_few, phase):
+    policy = replace(POLICY, on_too_few=on_too_few)
+    assert round_of(*agent_ids, policy=policy).tick(now).phase is phase
+
+
+def test_round_that_waited_past_its_deadline_closes_when_enough_have_come():
+    waiting = round_of("a").tick(OVERDUE + 1_000)
+    contributed, _ = waiting.contribute(contribution("b"))
+    assert contributed.tick(OVERDUE + 1_000).phase is Phase.AGGREGATING
+
+
+def test_round_without_deadline_waits_for_all():
+    policy = replace(POLICY, deadline_seconds=None, on_too_few="fail")
+    assert round_of("a", "b", policy=policy).deadline_at is None
+    assert round_of("a", "b", policy=policy).tick(1e12).phase is Phase.COLLECTING
+    assert round_of("a", "b", "c", policy=policy).tick(OPENED_AT).phase is Phase.AGGREGATING
+
+
+def test_failure_by_deadline_says_how_many_were_missing():
+    failed = round_of("a", policy=replace(POLICY, on_too_few="fail")).tick(OVERDUE)
+    assert failed.failure == "too few agents: 1 of at least 2 contributed within 60 seconds"
+
+
+@pytest.mark.parametrize("phase", NOT_COLLECTING)
+def test_time_does_not_move_a_round_that_has_closed(phase):
+    assert round_of("a", phase=phase).tick(OVERDUE) == round_of("a", phase=phase)
+
+
+# Phases
+
+
+def test_life_of_a_round():
+    phases = [round_of("a", "b", "c")]
+    phases.append(phases[-1].tick(OPENED_AT))
+    phases.append(phases[-1].advance(Phase.FINE_TUNING))
+    phases.append(phases[-1].advance(Phase.EVALUATING))
+    phases.append(phases[-1].publish("e" * 64))
+    assert [each.phase.name for each in phases] == [
+        "COLLECTING",
+        "AGGREGATING",
+        "FINE_TUNING",
+        "EVALUATING",
+        "PUBLISHED",
+    ]
+    assert [each.is_over for each in phases] == [False, False, False, False, True]
+    assert phases[-1].published == "e" * 64
+
+
+@pytest.mark.parametrize("phase", Phase)
+@pytest.mark.parametrize("following", Phase)
+def test_round_takes_exactly_the_listed_steps(phase, following):
+    before = round_of("a", phase=phase)
+    step = {
+        Phase.PUBLISHED: lambda: before.publish("e" * 64),
+        Phase.FAILED: lambda: before.fail("out of memory"),
+    }.get(following, lambda: before.advance(following))
+    if following in TRANSITIONS[phase]:
+        assert step().phase is following
+        assert step().contributions == before.contributions
+    else:
+        with pytest.raises(ValueError, match=f"from {phase} to {following}"):
+            step()
+
+
+@pytest.mark.parametrize("phase", Phase)
+def test_round_that_is_not_over_can_fail_and_one_that_is_over_stays(phase):
+    is_over = phase in {Phase.PUBLISHED, Phase.FAILED}
+    assert round_of(phase=phase).is_over is is_over
+    assert TRANSITIONS[phase] >= ({Phase.FAILED} if not is_over else set())
+    assert is_over == (TRANSITIONS[phase] == frozenset())
+
+
+@pytest.mark.parametrize("phase", [Phase.AGGREGATING, Phase.FINE_TUNING, Phase.EVALUATING])
+def test_job_can_be_run_again_from_each_of_its_phases(phase):
+    assert round_of("a", phase=phase).advance(Phase.AGGREGATING).phase is Phase.AGGREGATING
+
+
+def test_nothing_is_published_without_a_model():
+    with pytest.raises(ValueError, match="published"):
+        round_of(phase=Phase.EVALUATING).advance(Phase.PUBLISHED)
+
+
+# A run of rounds over a store that dies and comes back
+
+
+class Crash(Enum):
+    """Where the server dies while it takes something in."""
+
+    NEVER = "never"
+    BEFORE_RECORD = "before the record"
+    AFTER_RECORD = "after the record, before the answer"
+
+
+@dataclass(frozen=True)
+class Published:
+    """A published round as its agents came to know it."""
+
+    weights: str
+    contributions: tuple[ContributionRow, ...]
+
+
+MEMORY = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # where fsync costs nothing
+AGENT_IDS = st.sampled_from(["a", "b", "c"])
+CRASHES = st.sampled_from([Crash.NEVER, Crash.NEVER, *Crash])
+
+
+class Run(RuleBasedStateMachine):
+    """What the coordinator does, in small: record first, then believe it, then answer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.folder = tempfile.TemporaryDirectory(dir=MEMORY)
+        self.now = OPENED_AT
+        self.store = Store(Path(self.folder.name))
+        self.store.open_round(1, "0" * 64, self.now)
+        self.slots: dict[str, int] = {}
+        self.acknowledged: dict[tuple[int, str], Contribution] = {}
+        self.published: dict[int, Published] = {}
+
+    @initialize(min_agents=st.sampled_from([1, 1, 2]), on_too_few=st.sampled_from(["wait", "wait", "fail"]))
+    def begin(self, min_agents: int, on_too_few: Literal["wait", "fail"]) -> None:
+        self.policy = Policy(min_agents, max_agents=2, deadline_seconds=60, on_too_few=on_too_few)
+        self.round = self.remembered_round()
+
+    def teardown(self) -> None:
+        self.store.close()
+        self.folder.cleanup()
+
+    # What happens to a run
+
+    @rule(agent_id=AGENT_IDS)
+    def join(self, agent_id: str) -> None:
+        slot = self.store.join(agent_id, self.now)
+        assert slot == self.slots.setdefault(agent_id, len(self.slots) + 1)
+
+    @rule(agent_id=AGENT_IDS, weights=st.sampled_from("12"), crash=CRASHES)
+    def contribute(self, agent_id: str, weights: str, crash: Crash) -> None:
+        self.join(agent_id)
+        offered = contribution(agent_id, weights=weights * 64)
+        try:
+            updated, outcome = self.round.contribute(offered)
+        except ConflictError:
+            assert self.round.contributions[agent_id] != offered
+            return
+        if self.acknowledged.get((self.round.number, agent_id)) == offered:
+            assert (updated, outcome) == (self.round, Outcome.ACCEPTED)
+        if updated is not self.round and crash is not Crash.BEFORE_RECORD:
+            self.store.record_contribution(self.round.number, row_of(offered, outcome, self.now))
+        if crash is not Crash.NEVER:
+            self.restart()
+            return
+        self.round = updated
+        if outcome is Outcome.ACCEPTED:
+            self.acknowledged[self.round.number, agent_id] = offered
+        self.tick()
+
+    @rule(agent_id=AGENT_IDS, crash=CRASHES)
+    def reject(self, agent_id: str, crash: Crash) -> None:
+        self.join(agent_id)
+        updated = self.round.reject(agent_id, Reason.NON_FINITE, "NaN in fc.weight")
+        if updated is not self.round and crash is not Crash.BEFORE_RECORD:
+            row = row_of(contribution(agent_id), Outcome.REJECTED, self.now)
+            row = replace(row, reason=Reason.NON_FINITE.value, message="NaN in fc.weight")
+            self.store.record_contribution(self.round.number, row)
+        if crash is Crash.NEVER:
+            self.round = updated
+        else:
+            self.restart()
+
+    @rule(seconds=st.sampled_from([1.0, 59.0, 60.0]))
+    def time_passes(self, seconds: float) -> None:
+        self.now += seconds
+        self.tick()
+
+    @precondition(lambda self: self.job_is_running())
+    @rule(phase=st.sampled_from([Phase.AGGREGATING, Phase.FINE_TUNING, Phase.EVALUATING]), crash=CRASHES)
+    def job_goes_on(self, phase: Phase, crash: Crash) -> None:
+        if phase in TRANSITIONS[self.round.phase]:
+            self.enter(self.round.advance(phase), crash)
+
+    @precondition(lambda self: self.job_is_running())
+    @rule(succeeds=st.sampled_from([True, True, False]), crash=CRASHES)
+    def job_ends(self, succeeds: bool, crash: Crash) -> None:
+        weights = f"{self.round.number:064x}"
+        self.enter(self.round.publish(weights) if succeeds else self.round.fail("out of memory"), crash)
+
+    @precondition(lambda self: self.round.is_over)
+    @rule()
+    def next_round(self) -> None:
+        start = self.round.published or self.round.initial_weights
+        self.store.open_round(self.round.number + 1, start, self.now)
+        self.round = self.remembered_round()
+
+    @rule()
+    def restart(self) -> None:
+        self.store.close()
+        self.store = Store(Path(self.folder.name))
+        self.round = self.remembered_round()
+
+    # What must hold after each of these
+
+    @invariant()
+    def what_is_remembered_is_what_is_believed(self) -> None:
+        assert self.remembered_round() == self.round
+
+    @invariant()
+    def every_acknowledged_contribution_is_there_once(self) -> None:
+        for (number, agent_id), offered in self.acknowledged.items():
+            rows = [row for row in self.store.contributions(number) if row.agent_id == agent_id]
+            assert [(row.outcome, contribution_of(row)) for row in rows] == [("accepted", offered)]
+
+    @invariant()
+    def every_agent_has_one_outcome_at_most(self) -> None:
+        groups = [set(self.round.contributions), set(self.round.rejections), set(self.round.late)]
+        assert sum(map(len, groups)) == len(set.union(*groups))
+        assert len(self.round.contributions) <= self.policy.max_agents
+
+    @invariant()
+    def published_rounds_never_change(self) -> None:
+        for number, published in self.published.items():
+            row = self.store.round(number)
+            assert row is not None
+            assert (row.phase, row.published) == ("published", published.weights)
+            assert accepted(self.store, number) == published.contributions
+
+    @invariant()
+    def only_the_last_round_is_open(self) -> None:
+        *earlier, last = self.store.rounds()
+        assert [row.number for row in (*earlier, last)] == list(range(1, self.round.number + 1))
+        assert all(row.phase in {"published", "failed"} for row in earlier)
+
+    # How the coordinator goes about it
+
+    def job_is_running(self) -> bool:
+        return self.round.phase is not Phase.COLLECTING and not self.round.is_over
+
+    def tick(self) -> None:
+        ticked = self.round.tick(self.now)
+        if ticked is not self.round:
+            self.enter(ticked, Crash.NEVER)
+
+    def enter(self, updated: Round, crash: Crash) -> None:
+        if crash is not Crash.BEFORE_RECORD:
+            self.store.set_phase(
+                updated.number, updated.phase, self.now, failure=updated.failure, published=updated.published
+            )
+            if updated.published:
+                contributions = accepted(self.store, updated.number)
+                self.published[updated.number] = Published(updated.published, contributions)
+        if crash is Crash.NEVER:
+            self.round = updated
+        else:
+            self.restart()
+
+    def remembered_round(self) -> Round:
+        row = self.store.last_round()
+        assert row is not None
+        return rebuild(row, self.store.contributions(row.number), self.policy)
+
+
+def row_of(offered: Contribution, outcome: Outcome, now: float) -> ContributionRow:
+    return ContributionRow(
+        offered.agent_id,
+        outcome.value,
+        offered.weights,
+        offered.shards,
+        offered.num_examples,
+        offered.accuracy_local,
+        reason="",
+        message="",
+        at=now,
+    )
+
+
+def contribution_of(row: ContributionRow) -> Contribution:
+    return Contribution(row.agent_id, row.weights, row.shards, row.num_examples, row.accuracy_local)
+
+
+def accepted(store: Store, number: int) -> tuple[ContributionRow, ...]:
+    return tuple(row for row in store.contributions(number) if row.outcome == "accepted")
+
+
+def rebuild(row: RoundRow, contributions: list[ContributionRow], policy: Policy) -> Round:
+    return Round(
+        number=row.number,
+        policy=policy,
+        opened_at=row.opened_at,
+        initial_weights=row.initial_weights,
+        phase=Phase(row.phase),
+        contributions={
+            each.agent_id: contribution_of(each) for each in contributions if each.outcome == "accepted"
+        },
+        rejections={
+            each.agent_id: Rejection(Reason(each.reason), each.message)
+            for each in contributions
+            if each.outcome == "rejected"
+        },
+        late=frozenset(each.agent_id for each in contributions if each.outcome == "late"),
+        published=row.published,
+        failure=row.failure,
+    )
+
+
+TestRun = Run.TestCase
+TestRun.settings = settings(
+    max_examples=150,
+    stateful_step_count=50,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.too_slow],
+)
