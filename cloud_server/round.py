@@ -112,7 +112,7 @@ class Round:
         return None if seconds is None else self.opened_at + seconds
 
     def contribute(self, contribution: Contribution) -> tuple["Round", Outcome]:
-        """The round with this contribution in it, or remembered as late once it has closed.
+        """The round with this contribution in it, or remembered as late once it has closed or is full.
 
         The same contribution again changes nothing and is accepted in any phase. The caller ticks next:
         this may have been the last one that the round waited for.
@@ -131,8 +131,9 @@ class Round:
         if agent_id in self.late:
             return self, Outcome.LATE
         others = {other: why for other, why in self.rejections.items() if other != agent_id}
-        if self.phase is not Phase.COLLECTING:
-            return replace(self, late=self.late | {agent_id}), Outcome.LATE
+        is_full = len(self.contributions) >= self.policy.max_agents
+        if is_full or self.phase is not Phase.COLLECTING:
+            return replace(self, rejections=others, late=self.late | {agent_id}), Outcome.LATE
         contributions = {**self.contributions, agent_id: contribution}
         return replace(self, rejections=others, contributions=contributions), Outcome.ACCEPTED
 

@@ -30,7 +30,7 @@ from common.errors import UsageError
 
 LOG_LEVELS = ("debug", "info", "warning", "error")
 LOGGED_PROGRESS_SECONDS = 5.0  # the shortest time between two "progress" events of one label
-MAX_LIVE_BARS = 3
+STANDSTILL_SECONDS = 1.0  # a bar that has not moved for so long makes room for a new one
 STOP_SECONDS = 2  # how long a response in flight may take when the HTTP server stops
 
 
@@ -138,10 +138,12 @@ def progress_display() -> ProgressDisplay:
 
 
 class _ProgressBars:
-    """A live bar for each label that is under way; one that is finished, or was left aside for
-    MAX_LIVE_BARS others, stays behind as a line above."""
+    """A live bar for each label that is under way; one that is finished, or stood still when
+    another began, stays behind as a line above.
+    """
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
         self._progress = Progress(
             TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=24),
@@ -150,7 +152,7 @@ class _ProgressBars:
             TextColumn("{task.fields[detail]}", markup=False),
             console=Console(stderr=True),
         )
-        self._tasks: dict[str, TaskID] = {}  # the one updated last comes last
+        self._bars: dict[str, tuple[TaskID, float]] = {}  # and when it last moved
         self._latest: dict[str, tuple[float, float]] = {}
         self._lock = threading.Lock()
 
@@ -160,22 +162,25 @@ class _ProgressBars:
                 return  # news that is no news would print a finished bar twice
             self._latest[label] = (done, total)
             self._draw(label, done, total, detail)
+            if done >= total:
+                self._leave_behind(label)
 
     def _draw(self, label: str, done: float, total: float, detail: str) -> None:
-        if label not in self._tasks:
+        now = self._clock()
+        if label in self._bars:
+            task_id, _ = self._bars[label]
+        else:
+            for other in [name for name, (_, at) in self._bars.items() if now - at >= STANDSTILL_SECONDS]:
+                self._leave_behind(other)
             self._progress.start()
-            self._tasks[label] = self._progress.add_task(label, total=total, detail=detail)
-        task_id = self._tasks[label] = self._tasks.pop(label)
+            task_id = self._progress.add_task(label, total=total, detail=detail)
         self._progress.update(task_id, completed=done, total=total, detail=detail)
-        if done >= total:
-            self._leave_behind(label)
-        elif len(self._tasks) > MAX_LIVE_BARS:
-            self._leave_behind(next(iter(self._tasks)))
+        self._bars[label] = (task_id, now)
 
     def _leave_behind(self, label: str) -> None:
-        task_id = self._tasks.pop(label)
-        finished = [task for task in self._progress.tasks if task.id == task_id]
-        self._progress.console.print(self._progress.make_tasks_table(finished))
+        task_id, _ = self._bars.pop(label)
+        bar = [task for task in self._progress.tasks if task.id == task_id]
+        self._progress.console.print(self._progress.make_tasks_table(bar))
         self._progress.remove_task(task_id)
 
     def message(self, text: str) -> None:

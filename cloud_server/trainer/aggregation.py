@@ -44,7 +44,7 @@ def mean(
     paths: Sequence[Path],
     coefficients: Sequence[float],
     *,
-    on_tensor: Callable[[int, int], None] = lambda done, total: None,
+    on_tensor: Callable[[int, int], None] = lambda *_: None,
 ) -> StateDict:
     """The mean of safetensors files with equal names, shapes and dtypes: Σ cᵢ·xᵢ / Σ cᵢ, in float64.
 
@@ -92,7 +92,7 @@ def _average_into(mean_tensor: Tensor, contributions: Sequence[tuple[Path, int, 
 
 
 def _read_into(values: Tensor, path: Path, offset: int) -> None:
-    data = memoryview(values.view(torch.uint8).numpy())
+    data = values.view(torch.uint8).numpy().data
     with path.open("rb") as file:
         file.seek(offset)
         if file.readinto(data) != len(data):

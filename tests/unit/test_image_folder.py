@@ -127,16 +127,23 @@ def test_large_images_shrink_to_the_mean_of_their_regions(tmp_path: Path, suffix
     np.testing.assert_allclose(inner, blocks.transpose(2, 0, 1), atol=4)
 
 
+def test_jpeg_loses_no_detail_that_the_size_asked_for_can_show(tmp_path: Path) -> None:
+    blocks = random_pixels(8, 8)  # 8 x 8 pixels each, which is where JPEG is exact
+    path = save(tmp_path / "a.jpg", blocks.repeat(8, axis=0).repeat(8, axis=1))
+    decoded = decode_image(path, (1, 32, 32))
+    np.testing.assert_allclose(decoded[0], blocks.repeat(4, axis=0).repeat(4, axis=1), atol=2)
+
+
 def test_unreadable_images_are_skipped_counted_and_logged_once(pets: Path) -> None:
     broken = pets / "train/cat/a.png"
     broken.write_bytes(b"not an image")
-    truncated = pets / "train/dog/c.png"
+    truncated = pets / "train/cat/b.png"
     truncated.write_bytes(truncated.read_bytes()[:60])
     with structlog.testing.capture_logs() as logs:
         images, labels, num_skipped = read_all(list_image_folder(pets, RUN)[0])
     assert num_skipped == 2
-    assert labels.tolist() == [0]
-    assert len(images) == 1
+    assert labels.tolist() == [1]
+    np.testing.assert_array_equal(images[0], decode_image(pets / "train/dog/c.png", (3, 4, 6)))
     (event,) = logs
     assert event["event"] == "images_skipped"
     assert event["log_level"] == "warning"

@@ -11,7 +11,7 @@ from common.config import RunConfig
 from common.errors import UsageError
 from common.models import build_model, check_model, model_names
 
-FACTORIES = '''
+FACTORIES = """
 import torch
 from torch import nn
 
@@ -39,7 +39,7 @@ def pair(*, num_classes, image_shape):
     return Pair()
 
 constant = 3
-'''
+"""
 
 
 @pytest.fixture

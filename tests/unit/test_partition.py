@@ -38,7 +38,7 @@ def test_same_seed_gives_the_same_parts(deal: tuple[np.ndarray, int, str], seed:
         np.testing.assert_array_equal(first, second)
 
 
-@pytest.mark.parametrize("partition_by", ["iid", "dirichlet:0.5", "classes:4"])
+@pytest.mark.parametrize("partition_by", ["iid", "dirichlet:0.5", "classes:4", "classes:10"])
 def test_another_seed_gives_other_parts(partition_by: str) -> None:
     first, second = (partition_indices(LABELS, 3, partition_by, seed)[0] for seed in (0, 1))
     assert not np.array_equal(first, second)

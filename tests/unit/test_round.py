@@ -84,6 +84,12 @@ def test_contribution_after_the_close_is_late_and_remembered(phase):
     assert after.contribute(contribution("b")) == (after, Outcome.LATE)
 
 
+def test_full_round_takes_no_more_even_before_its_close_is_recorded():
+    after, outcome = round_of("a", "b", "c").contribute(contribution("d"))
+    assert outcome is after.outcome_of("d") is Outcome.LATE
+    assert after.tick(OPENED_AT).contributions == round_of("a", "b", "c").contributions
+
+
 def test_rejection_is_remembered_with_its_reason():
     rejected = round_of("a").reject("b", Reason.NON_FINITE, "NaN in fc.weight")
     assert rejected.rejections == {"b": Rejection(Reason.NON_FINITE, "NaN in fc.weight")}
@@ -436,8 +442,8 @@ def rebuild(row: RoundRow, contributions: list[ContributionRow], policy: Policy)
 
 TestRun = Run.TestCase
 TestRun.settings = settings(
-    max_examples=150,
-    stateful_step_count=50,
+    max_examples=80,
+    stateful_step_count=40,
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.too_slow],

@@ -1,3 +1,4 @@
+import contextlib
 import json
 import struct
 from pathlib import Path
@@ -186,10 +187,8 @@ def test_names_of_strangers_are_escaped_and_cut_short() -> None:
 @given(st.binary(max_size=300))
 def test_random_bytes_are_refused_or_parsed_but_never_crash(content: bytes) -> None:
     for candidate in (content, file_bytes(content), file_bytes(b"{" + content + b"}")):
-        try:
-            parse(candidate)
-        except InvalidError as error:
-            assert error.reason is Reason.INVALID_FILE
+        with contextlib.suppress(InvalidError):
+            assert isinstance(parse(candidate), Header)
 
 
 @given(st.data())
@@ -212,7 +211,9 @@ def test_whatever_is_accepted_the_library_accepts_too(data: st.DataObject) -> No
         header = parse(content)
     except InvalidError:
         return
-    known = {name: (tensor["dtype"], tuple(tensor["shape"])) for name, tensor in safetensors.deserialize(content)}
+    known = {
+        name: (tensor["dtype"], tuple(tensor["shape"])) for name, tensor in safetensors.deserialize(content)
+    }
     assert header.schema == known
 
 
@@ -245,9 +246,7 @@ def test_weights_with_the_expected_schema_pass_in_any_order() -> None:
         ({}, r"w is F32 \[2\], the run's model has no such tensor"),
     ],
 )
-def test_other_weights_are_refused_naming_both_sides(
-    expected: dict[str, TensorSpec], message: str
-) -> None:
+def test_other_weights_are_refused_naming_both_sides(expected: dict[str, TensorSpec], message: str) -> None:
     with pytest.raises(InvalidError, match=message) as caught:
         check_weights(parse(save({"w": np.zeros(2, np.float32)})), expected)
     assert caught.value.reason is Reason.SCHEMA_MISMATCH

@@ -239,16 +239,18 @@ def test_finished_bar_stays_as_one_line(monkeypatch: pytest.MonkeyPatch) -> None
     assert finished[0].endswith("loss 0.5")
 
 
-def test_bars_that_never_finish_make_room(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bar_that_stands_still_makes_room_and_bars_that_move_stay(monkeypatch: pytest.MonkeyPatch) -> None:
     terminal = on_a_terminal(monkeypatch)
-    display = telemetry._ProgressBars()
-    for number in range(1, 6):
-        display.update(f"round {number}", 1, 2)
-    assert [task.description for task in display._progress.tasks] == ["round 3", "round 4", "round 5"]
+    now = 0.0
+    display = telemetry._ProgressBars(clock=lambda: now)
+    display.update("contributions", 2, 5)
+    now = 10.0
+    display.update("weights", 1, 2)
+    display.update("data", 1, 2)
+    assert [task.description for task in display._progress.tasks] == ["weights", "data"]
     display.close()
 
-    behind = [line for line in final_lines(terminal) if line.startswith(("round 1", "round 2"))]
-    assert {line[:7] for line in behind} == {"round 1", "round 2"}
+    assert [line for line in final_lines(terminal) if line.startswith("contributions")]
 
 
 def test_message_and_log_lines_stand_above_a_live_bar(monkeypatch: pytest.MonkeyPatch) -> None:

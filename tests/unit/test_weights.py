@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -70,12 +71,20 @@ def test_parameters_can_be_trained_on_after_writing(tmp_path: Path) -> None:
     assert torch.equal(read_state_dict(tmp_path / "x")["3.weight"], before)
 
 
-def test_failed_write_leaves_the_old_file_and_no_litter(tmp_path: Path) -> None:
+def test_failed_write_is_an_os_error_and_leaves_the_old_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "x"
     write_state_dict({"t": torch.ones(2)}, path)
     before = path.read_bytes()
-    with pytest.raises(ValueError, match="sparse"):
-        write_state_dict({"t": torch.ones(2).to_sparse()}, path)
+
+    def fail(_tensors: object, partial: Path, **_: object) -> None:
+        partial.write_bytes(b"half")
+        raise SafetensorError("No space left on device")
+
+    monkeypatch.setattr("common.weights.save_file", fail)
+    with pytest.raises(OSError, match="No space left"):
+        write_state_dict({"t": torch.zeros(2)}, path)
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
 

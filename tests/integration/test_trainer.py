@@ -1,0 +1,398 @@
+"""The trainer on real digits: its jobs in this process, and itself as a process that is killed."""
+
+import hashlib
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from sklearn.datasets import load_digits
+
+from cloud_server.jobs import Job, JobContribution, JobDirectory, Result, blob_path
+from cloud_server.trainer import __main__ as trainer_main
+from cloud_server.trainer import job as job_module
+from cloud_server.trainer.aggregation import mean
+from cloud_server.trainer.finetune import combine
+from cloud_server.trainer.group import Group
+from common.config import FineTuneConfig, RunConfig
+from common.models import build_model
+from common.shards import Shard, write_shard
+from common.training import derive_seed, evaluate, train
+from common.weights import read_state_dict, write_state_dict
+from tests.processes import ROOT, until
+
+RUN = RunConfig(hidden_units=32, fine_tune=FineTuneConfig(epochs=3, batch_size=64, learning_rate=0.05))
+ENDLESS = RUN.model_copy(update={"fine_tune": RUN.fine_tune.model_copy(update={"epochs": 100_000})})
+CPU = torch.device("cpu")
+AGENTS = ("ann", "bob")
+
+
+def digits() -> Shard:
+    bunch = load_digits()
+    images = (bunch.images * (255 / 16)).astype(np.uint8)[:, None]
+    return Shard(images, bunch.target.astype(np.int64))
+
+
+def part(shard: Shard, index: slice) -> Shard:
+    return Shard(shard.images[index], shard.labels[index])
+
+
+def put_blob(path: Path, blobs_dir: Path) -> str:
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    blob_path(blobs_dir, digest).parent.mkdir(parents=True, exist_ok=True)
+    path.rename(blob_path(blobs_dir, digest))
+    return digest
+
+
+def put_shard(shard: Shard, blobs_dir: Path) -> str:
+    write_shard(blobs_dir / "new", shard)
+    return put_blob(blobs_dir / "new", blobs_dir)
+
+
+@pytest.fixture(scope="module")
+def blobs_dir(tmp_path_factory):
+    return tmp_path_factory.mktemp("blobs")
+
+
+@pytest.fixture(scope="module")
+def contributions(blobs_dir) -> tuple[JobContribution, ...]:
+    """Two agents, each with a model that has seen its own half of the digits."""
+    everything = digits()
+    halves = [part(everything, slice(0, 900)), part(everything, slice(900, None))]
+    made = []
+    for agent_id, half in zip(AGENTS, halves, strict=True):
+        model = build_model(RUN, seed=derive_seed(RUN.seed, "initial_weights"))
+        images, labels = torch.from_numpy(half.images), torch.from_numpy(half.labels)
+        train(model, images, labels, RUN.pretrain, spec=RUN.spec, device=CPU, seed=1)
+        write_state_dict(model.state_dict(), blobs_dir / "new")
+        weights = put_blob(blobs_dir / "new", blobs_dir)
+        shards = (put_shard(half, blobs_dir),)
+        made.append(JobContribution(agent_id=agent_id, weights=weights, shards=shards, num_examples=len(labels)))
+    return tuple(made)
+
+
+@pytest.fixture
+def do(tmp_path, blobs_dir, contributions):
+    """Does a job in this process; the fields given take the place of an ordinary round's."""
+
+    def do(**fields) -> tuple[Result, JobDirectory]:
+        directory = JobDirectory(tmp_path / "jobs" / fields.get("name", "round-0001"))
+        directory.write_job(job(contributions, **fields))
+        job_module.run_job(directory, blobs_dir=blobs_dir, device_name="cpu", group=Group())
+        return directory.read_result(), directory
+
+    return do
+
+
+def job(contributions: tuple[JobContribution, ...], **fields) -> Job:
+    defaults = {
+        "kind": "round",
+        "name": "round-0001",
+        "round": 1,
+        "run": RUN,
+        "device": "auto",
+        "initial_weights": None,
+        "contributions": contributions,
+    }
+    return Job(**{**defaults, **fields})
+
+
+def test_initial_weights_are_those_of_the_seed(do):
+    result, directory = do(kind="initialise", name="initialise", round=0, contributions=())
+    assert result.error is None
+    assert result.weights.sha256 == hashlib.sha256(directory.weights_path.read_bytes()).hexdigest()
+    assert result.weights.bytes == directory.weights_path.stat().st_size
+    assert result.num_parameters == 64 * 32 + 32 + 32 * 10 + 10
+    again, _ = do(kind="initialise", name="again", round=0, contributions=())
+    other, _ = do(kind="initialise", name="other", round=0, run=RUN.model_copy(update={"seed": 1}))
+    assert again.weights == result.weights != other.weights
+
+
+def test_a_round_averages_fine_tunes_and_evaluates(do, blobs_dir, contributions):
+    result, directory = do()
+    assert result.error is None
+    data = combine(RUN, contributions, blobs_dir)
+    model = build_model(RUN, seed=0)
+
+    paths = [blob_path(blobs_dir, contribution.weights) for contribution in contributions]
+    model.load_state_dict(mean(paths, [900, 897]))
+    average = evaluate(model, *data.held_out, spec=RUN.spec, device=CPU)
+    model.load_state_dict(read_state_dict(directory.weights_path))
+    published = evaluate(model, *data.held_out, spec=RUN.spec, device=CPU)
+
+    assert average.num_examples == 180  # a tenth
+    assert result.candidates == {"average": average.accuracy}
+    assert result.start == "average"
+    assert result.accuracy_fine_tuned == result.accuracy_published == published.accuracy > 0.9
+    assert set(result.seconds) == {"aggregate", "fine_tune", "evaluate"}
+    assert min(result.seconds.values()) > 0
+    assert result.weights.sha256 == hashlib.sha256(directory.weights_path.read_bytes()).hexdigest()
+    assert not directory.is_pending
+
+
+def test_progress_goes_through_the_phases_in_order(do):
+    _, directory = do()
+    lines, _ = directory.read_progress(0)
+    assert list(dict.fromkeys(line.phase for line in lines)) == ["aggregating", "fine_tuning", "evaluating"]
+    assert [line.phase for line in lines] == sorted((line.phase for line in lines), key=phase_order)
+    last = {line.phase: line for line in lines}
+    assert all(line.done == line.total for line in last.values())
+    assert last["aggregating"].total == 4  # tensors
+    assert last["fine_tuning"].total == 3 * 26  # epochs of 1617 images in batches of 64
+    assert last["fine_tuning"].loss > 0
+
+
+def phase_order(phase: str) -> int:
+    return ["aggregating", "fine_tuning", "evaluating"].index(phase)
+
+
+def test_the_order_of_contributions_does_not_show(do, contributions):
+    one, _ = do(name="one")
+    other, _ = do(name="other", contributions=contributions[::-1])
+    assert one.weights == other.weights
+
+
+def test_rounds_differ_in_their_randomness(do):
+    one, _ = do(name="one", round=1)
+    two, _ = do(name="two", round=2)
+    assert one.weights != two.weights
+
+
+def test_a_new_attempt_gives_the_same_bytes_whatever_the_old_one_left(do, tmp_path):
+    first, _ = do(name="first")
+    second = JobDirectory(tmp_path / "jobs" / "second")
+    second.path.mkdir()
+    second.weights_path.write_bytes(b"half of a model")
+    again, _ = do(name="second")
+    assert again.weights == first.weights
+
+
+def test_agents_without_data_get_their_average(do, blobs_dir, contributions):
+    alone = tuple(item.model_copy(update={"shards": ()}) for item in contributions)
+    result, directory = do(contributions=alone)
+    assert result.error is None
+    assert (result.candidates, result.accuracy_published) == ({}, None)
+    expected = mean([blob_path(blobs_dir, item.weights) for item in alone], [900, 897])
+    found = read_state_dict(directory.weights_path)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    phases = {line.phase for line in directory.read_progress(0)[0]}
+    assert phases == {"aggregating", "fine_tuning", "evaluating"}
+
+
+def test_a_single_example_is_trained_on(do, blobs_dir, contributions):
+    single = contributions[0].model_copy(
+        update={"shards": (put_shard(part(digits(), slice(0, 1)), blobs_dir),), "num_examples": 1}
+    )
+    result, _ = do(contributions=(single, contributions[1]))
+    assert result.error is None
+
+
+def test_shards_in_pieces_are_the_same_data(blobs_dir, contributions):
+    half = part(digits(), slice(0, 900))
+    pieces = [part(half, slice(0, 1)), part(half, slice(1, 500)), part(half, slice(500, 900))]
+    shards = tuple(put_shard(piece, blobs_dir) for piece in pieces)
+    whole = combine(RUN, contributions[:1], blobs_dir)
+    pieced = combine(RUN, [contributions[0].model_copy(update={"shards": shards})], blobs_dir)
+    for one, other in zip((*whole.train, *whole.held_out), (*pieced.train, *pieced.held_out), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_combined_data_is_every_example_once_and_held_out_alike_in_any_company(blobs_dir, contributions):
+    both = combine(RUN, contributions, blobs_dir)
+    images = torch.cat([both.train.images, both.held_out.images]).flatten(1).numpy()
+    everything = digits().images.reshape(len(images), -1)
+    assert sorted(map(bytes, images)) == sorted(map(bytes, everything))
+    alone = combine(RUN, contributions[1:], blobs_dir)
+    assert torch.equal(both.held_out.images[-len(alone.held_out.labels) :], alone.held_out.images)
+
+
+class Full(Exception): ...
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "message"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory"), "out_of_memory", "out of memory"),
+        (MemoryError(), "out_of_memory", "out of memory"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "out_of_memory", "can't allocate"),
+        (Full("first line\nsecond line"), "failed", "Full: first line; see trainer.log"),
+    ],
+)
+def test_what_goes_wrong_is_the_result(do, monkeypatch, error, kind, message):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(job_module, "fine_tune", fail)
+    result, directory = do()
+    assert result.weights is None
+    assert result.error.kind == kind
+    assert message in result.error.message
+    assert "\n" not in result.error.message
+    assert not directory.weights_path.exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "kind", "message"),
+    [
+        ({"run": RUN.model_copy(update={"model": "resnet9000"})}, "usage", "unknown model 'resnet9000'"),
+        ({"device": "tpu"}, "usage", "device 'tpu' is not there"),
+        (
+            {"contributions": (JobContribution(agent_id="a", weights="0" * 64, shards=(), num_examples=1),)},
+            "failed",
+            "No such file",
+        ),
+        ({"contributions": ()}, "failed", "no contribution"),
+    ],
+)
+def test_bad_jobs_fail_with_one_line(do, changes, kind, message):
+    result, _ = do(**changes)
+    assert result.error.kind == kind
+    assert message in result.error.message
+
+
+def test_a_model_that_diverged_is_not_published(do):
+    wild = RUN.fine_tune.model_copy(update={"learning_rate": 1e3, "epochs": 5})
+    result, directory = do(run=RUN.model_copy(update={"hidden_units": 32, "fine_tune": wild}))
+    assert result.error.kind == "failed"
+    assert "learning_rate" in result.error.message
+    assert not directory.weights_path.exists()
+
+
+def test_a_broken_gpu_ends_the_process_after_its_result(do, monkeypatch, tmp_path):
+    def fail(*_, **__):
+        raise torch.AcceleratorError("CUDA error: device-side assert triggered")
+
+    monkeypatch.setattr(job_module, "fine_tune", fail)
+    with pytest.raises(torch.AcceleratorError):
+        do()
+    assert JobDirectory(tmp_path / "jobs" / "round-0001").read_result().error.kind == "failed"
+
+
+def test_a_damaged_job_fails(tmp_path):
+    directory = JobDirectory(tmp_path)
+    (tmp_path / "job.json").write_text("{")
+    job_module.run_job(directory, blobs_dir=tmp_path, device_name="cpu", group=Group())
+    assert "damaged" in directory.read_result().error.message
+
+
+def test_a_waiting_trainer_finds_a_job_within_50_ms(tmp_path, contributions):
+    assert trainer_main.POLL_SECONDS < 0.05
+    found = []
+    waiting = threading.Thread(target=lambda: found.append(trainer_main._next_job(tmp_path)), daemon=True)
+    waiting.start()
+    JobDirectory(tmp_path / "round-0007").write_job(job(contributions))
+    waiting.join(10)
+    assert found == ["round-0007"]
+
+
+class Trainer:
+    """A trainer process, or a group of them; whoever holds its stdin is its server."""
+
+    def __init__(self, state_dir: Path, *launcher: str) -> None:
+        state_dir.mkdir(exist_ok=True)
+        self._output_path = state_dir / "trainer.log"
+        with self._output_path.open("ab") as output:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", *launcher, "cloud_server.trainer"]
+                + ["--state-dir", str(state_dir), "--device", "cpu"],
+                cwd=ROOT,
+                stdin=subprocess.PIPE,
+                stdout=output,
+                stderr=output,
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
+                start_new_session=True,
+            )
+
+    @property
+    def output(self) -> str:
+        return self._output_path.read_text("utf-8")
+
+    def result_of(self, directory: JobDirectory) -> Result:
+        return until(directory.read_result, self)
+
+    def wait_for_training(self, directory: JobDirectory) -> None:
+        until(lambda: [line for line in directory.read_progress(0)[0] if line.loss], self)
+
+
+@contextmanager
+def trainer_in(state_dir: Path, *launcher: str) -> Iterator[Trainer]:
+    trainer = Trainer(state_dir, *launcher)
+    try:
+        yield trainer
+    finally:
+        trainer.process.stdin.close()
+        if trainer.process.poll() is None:
+            os.killpg(trainer.process.pid, signal.SIGKILL)
+        trainer.process.wait(10)
+
+
+@pytest.fixture
+def state_dir(tmp_path, blobs_dir):
+    (tmp_path / "blobs").symlink_to(blobs_dir)
+    return tmp_path
+
+
+def ask(state_dir: Path, job: Job) -> JobDirectory:
+    directory = JobDirectory(state_dir / "jobs" / job.name)
+    directory.write_job(job)
+    return directory
+
+
+def test_a_job_that_was_killed_is_done_again_with_the_same_bytes(state_dir, contributions):
+    run = RUN.model_copy(update={"fine_tune": RUN.fine_tune.model_copy(update={"epochs": 60})})
+    killed = ask(state_dir, job(contributions, run=run, name="killed"))
+    with trainer_in(state_dir) as trainer:
+        trainer.wait_for_training(killed)
+        trainer.process.kill()
+        trainer.process.wait()
+    assert killed.is_pending
+    with trainer_in(state_dir) as trainer:
+        undisturbed = ask(state_dir, job(contributions, run=run, name="undisturbed"))
+        assert trainer.result_of(killed).weights == trainer.result_of(undisturbed).weights
+        assert trainer.result_of(killed).error is None
+
+        # And when the server goes away in the middle of the next job, so does the trainer.
+        endless = ask(state_dir, job(contributions, run=ENDLESS, name="endless"))
+        trainer.wait_for_training(endless)
+        trainer.process.stdin.close()
+        assert trainer.process.wait(5) == 0
+    assert endless.is_pending
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signals_stop_a_trainer_in_the_middle_of_a_job_without_a_word(state_dir, contributions, number):
+    endless = ask(state_dir, job(contributions, run=ENDLESS, name="endless"))
+    with trainer_in(state_dir) as trainer:
+        trainer.wait_for_training(endless)
+        trainer.process.send_signal(number)
+        assert trainer.process.wait(5) == -number
+    assert "Traceback" not in trainer.output
+    assert endless.is_pending
+
+
+def test_two_ranks_under_torchrun_train_together(state_dir, contributions):
+    launcher = ("torch.distributed.run", "--nproc-per-node", "2", "--standalone", "-m")
+    with trainer_in(state_dir, *launcher) as trainer:
+        first = ask(state_dir, job((), kind="initialise", name="initialise", round=0))
+        assert trainer.result_of(first).error is None
+        second = ask(state_dir, job(contributions))
+        result = trainer.result_of(second)
+        assert result.error is None
+        assert result.accuracy_published > 0.9
+        assert trainer.output.count("job_done") == 4  # two jobs on two ranks
+        endless = ask(state_dir, job(contributions, run=ENDLESS, name="endless"))
+        trainer.wait_for_training(endless)
+        trainer.process.stdin.close()
+        trainer.process.wait(15)
+
+
+def test_an_unknown_flag_is_bad_usage():
+    command = [sys.executable, "-m", "cloud_server.trainer", "--unknown"]
+    assert subprocess.run(command, cwd=ROOT, capture_output=True, check=False).returncode == 2

@@ -1,0 +1,377 @@
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torchvision.transforms.v2 import functional as v2
+
+from common import training
+from common.config import DatasetSpec, RunConfig, TrainingConfig
+from common.errors import RunError, UsageError
+from common.models import build_model
+from common.training import (
+    CROP_PADDING,
+    StepReport,
+    batch_bounds,
+    derive_seed,
+    evaluate,
+    horizontal_flip,
+    learning_rate_factor,
+    make_deterministic,
+    random_crop,
+    select_device,
+    train,
+)
+from common.weights import read_state_dict, write_state_dict
+
+CPU = torch.device("cpu")
+SPEC = DatasetSpec(3, (3, 8, 8), (0.4, 0.5, 0.6), (0.2, 0.25, 0.3))
+
+
+def make_data(num_images: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Images whose brightest channel is their label."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(3, (num_images,), generator=generator)
+    images = torch.randint(0, 160, (num_images, 3, 8, 8), dtype=torch.uint8, generator=generator)
+    images[torch.arange(num_images), labels] += 80
+    return images, labels
+
+
+def make_model(seed: int = 0, *, batch_norm: bool = False, dropout: float = 0.0) -> nn.Module:
+    torch.manual_seed(seed)
+    norm = nn.BatchNorm2d(6) if batch_norm else nn.Identity()
+    return nn.Sequential(
+        nn.Conv2d(3, 6, 3), norm, nn.ReLU(), nn.Flatten(), nn.Dropout(dropout), nn.Linear(216, 3)
+    )
+
+
+def run(model: nn.Module, data: tuple[Tensor, Tensor], seed: int = 0, **config: Any) -> float:
+    more = {key: config.pop(key) for key in ("on_step",) if key in config}
+    return train(model, *data, TrainingConfig(**config), spec=SPEC, device=CPU, seed=seed, **more)
+
+
+def normalised(images: Tensor) -> Tensor:
+    return v2.normalize(v2.to_dtype(images, torch.float32, scale=True), list(SPEC.mean), list(SPEC.std))
+
+
+class Recorder(nn.Module):
+    """Keeps what it is shown."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(192, 3)
+        self.batches: list[Tensor] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.batches.append(x.detach().clone())
+        return self.linear(x.flatten(1))
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw"])
+@pytest.mark.parametrize("name", ["mlp", "mobilenet_v2"])
+def test_same_seed_gives_the_same_file_bit_by_bit(name: str, optimizer: str, tmp_path: Path) -> None:
+    spec = RunConfig(model=name, dataset="cifar10", image_shape=(3, 16, 16))
+    images = torch.randint(0, 256, (21, 3, 16, 16), dtype=torch.uint8)
+    labels = torch.randint(0, 10, (21,))
+    config = TrainingConfig(
+        epochs=2, batch_size=10, optimizer=optimizer, augment=("horizontal_flip", "random_crop")
+    )
+    files = []
+    for attempt, seed in enumerate((7, 7, 8)):
+        torch.manual_seed(attempt)  # what the process drew before does not matter
+        model = build_model(spec, seed=1)
+        train(model, images, labels, config, spec=spec.spec, device=CPU, seed=seed)
+        write_state_dict(model.state_dict(), tmp_path / "x")
+        files.append((tmp_path / "x").read_bytes())
+    assert files[0] == files[1]
+    assert files[0] != files[2]
+
+
+def test_global_random_state_is_left_as_it_was() -> None:
+    model = make_model(dropout=0.5)
+    before = torch.get_rng_state()
+    run(model, make_data(20), epochs=1, batch_size=8)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize(
+    ("config", "reference"),
+    [
+        ({"momentum": 0.9, "weight_decay": 1e-2}, lambda p: torch.optim.SGD(p, 0.1, 0.9, weight_decay=1e-2)),
+        ({"momentum": 0.9, "nesterov": True}, lambda p: torch.optim.SGD(p, 0.1, 0.9, nesterov=True)),
+        ({"optimizer": "adam", "weight_decay": 1e-2}, lambda p: torch.optim.Adam(p, 0.1, weight_decay=1e-2)),
+        ({"optimizer": "adamw", "weight_decay": 0.1}, lambda p: torch.optim.AdamW(p, 0.1, weight_decay=0.1)),
+        ({"label_smoothing": 0.2, "momentum": 0.0}, lambda p: torch.optim.SGD(p, 0.1)),
+    ],
+)
+@pytest.mark.parametrize("schedule", ["constant", "cosine"])
+def test_training_equals_a_plain_loop(config: dict[str, Any], reference: Any, schedule: str) -> None:
+    images, labels = make_data(40)
+    found, expected = make_model(), make_model()
+    losses = []
+    optimizer = reference(expected.parameters())
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 6)
+    for _ in range(6):
+        smoothing = config.get("label_smoothing", 0.0)
+        loss = F.cross_entropy(expected(normalised(images)), labels, label_smoothing=smoothing)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if schedule == "cosine":
+            scheduler.step()
+        losses.append(loss.item())
+
+    # One batch an epoch: the order within it makes no difference beyond rounding.
+    settings = {"learning_rate": 0.1, "schedule": schedule, "epochs": 6, "batch_size": 40, **config}
+    last_loss = run(found, (images, labels), **settings)
+
+    assert last_loss == pytest.approx(losses[-1], rel=1e-3)
+    for name, tensor in expected.state_dict().items():
+        torch.testing.assert_close(found.state_dict()[name], tensor, rtol=1e-3, atol=1e-4)
+
+
+def test_training_learns() -> None:
+    model = make_model(batch_norm=True)
+    run(model, make_data(300), epochs=3, batch_size=20, schedule="one-cycle", augment=("horizontal_flip",))
+    images, labels = make_data(200, seed=1)
+    assert evaluate(model, images, labels, spec=SPEC, device=CPU).accuracy > 0.95
+
+
+def test_every_epoch_shows_each_image_once_normalised_in_another_order() -> None:
+    images, labels = make_data(25)
+    model = Recorder()
+    run(model, (images, labels), epochs=2, batch_size=10)
+    assert [len(batch) for batch in model.batches] == [10, 10, 5] * 2
+    expected = normalised(images)
+    orders = []
+    for epoch in (model.batches[:3], model.batches[3:]):
+        seen = torch.cat(epoch)
+        distances = (seen[:, None] - expected[None]).abs().amax((2, 3, 4))
+        assert distances.amin(1).max() < 1e-5
+        orders.append(distances.argmin(1).tolist())
+    assert sorted(orders[0]) == sorted(orders[1]) == list(range(25))
+    assert orders[0] != orders[1]
+
+
+def test_crop_and_flip_equal_torchvision_image_by_image() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(200, 3, 7, 9, generator=generator)
+    corners = torch.randint(2 * CROP_PADDING + 1, (200, 2), generator=generator)
+    flipped = torch.rand(200, generator=generator) < 0.5
+    found = horizontal_flip(random_crop(x, corners), flipped)
+    for image, (top, left), flip, result in zip(x, corners.tolist(), flipped, found, strict=True):
+        expected = v2.crop(v2.pad(image, [CROP_PADDING]), top, left, 7, 9)
+        assert torch.equal(result, v2.horizontal_flip(expected) if flip else expected)
+
+
+def test_augmentation_in_training_draws_all_offsets_and_both_directions() -> None:
+    images, _ = make_data(1)
+    many = images.expand(2000, -1, -1, -1), torch.zeros(2000, dtype=torch.int64)
+    model = Recorder()
+    run(model, many, epochs=1, batch_size=500, augment=("random_crop", "horizontal_flip"))
+    padded = v2.pad(normalised(images)[0], [CROP_PADDING])
+    crops = [v2.crop(padded, top, left, 8, 8) for top in range(9) for left in range(9)]
+    known = torch.stack([*crops, *(v2.horizontal_flip(crop) for crop in crops)])
+    distances = torch.cdist(torch.cat(model.batches).flatten(1), known.flatten(1))
+    assert distances.amin(1).max() < 0.05
+    counts = distances.argmin(1).bincount(minlength=len(known))
+    assert (counts > 0).all()  # a given one of the 162 is missing once in 240,000 draws of 2000
+    assert counts[:81].sum() == pytest.approx(1000, abs=120)  # five standard deviations
+
+
+@given(st.integers(1, 300), st.integers(1, 50), st.integers(1, 4))
+def test_batches_cover_all_images_and_none_is_too_small(num_images: int, size: int, smallest: int) -> None:
+    if min(num_images, size) < smallest:
+        with pytest.raises(UsageError, match=f"at least {smallest} images"):
+            batch_bounds(num_images, size, smallest)
+        return
+    bounds = batch_bounds(num_images, size, smallest)
+    assert [index for begin, end in bounds for index in range(begin, end)] == list(range(num_images))
+    sizes = [end - begin for begin, end in bounds]
+    assert set(sizes[:-1]) <= {size}
+    assert smallest <= sizes[-1] < size + smallest
+
+
+def test_single_last_image_joins_the_batch_before_where_batch_norm_needs_it() -> None:
+    model = make_model(batch_norm=True)
+    run(model, make_data(21), epochs=1, batch_size=10)
+    assert model[1].num_batches_tracked == 2
+    with pytest.raises(UsageError, match=r"1 images in batches of 10.* at least 2"):
+        run(model, make_data(1), epochs=1, batch_size=10)
+    run(make_model(), make_data(1), epochs=1, batch_size=10)  # without BatchNorm it is a batch
+
+
+def test_no_epochs_leave_the_weights_alone() -> None:
+    model = make_model()
+    assert math.isnan(run(model, make_data(1), epochs=0))
+    assert torch.equal(model[0].weight, make_model()[0].weight)
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 3, 4, 10, 1001])
+def test_schedules_peak_at_one_and_end_at_zero(num_steps: int) -> None:
+    for schedule in ("constant", "cosine", "one-cycle"):
+        factors = [learning_rate_factor(schedule, step, num_steps) for step in range(num_steps)]
+        assert max(factors) == 1
+        assert min(factors) > 0
+    for schedule in ("cosine", "one-cycle"):
+        assert learning_rate_factor(schedule, num_steps, num_steps) == pytest.approx(0)
+
+
+def test_one_cycle_rises_for_a_quarter_then_falls() -> None:
+    factors = [learning_rate_factor("one-cycle", step, 100) for step in range(100)]
+    assert factors[:25] == pytest.approx([(step + 1) / 25 for step in range(25)])
+    assert factors[24:] == pytest.approx([1 - step / 76 for step in range(76)])
+
+
+def test_reports_are_rare_carry_the_mean_loss_and_end_with_the_last_step(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = iter(range(10_000))
+    monkeypatch.setattr(training.time, "monotonic", lambda: next(now))
+    monkeypatch.setattr(training, "REPORT_SECONDS", 3.5)
+    reports: list[StepReport] = []
+    loss = run(make_model(), make_data(50), epochs=1, batch_size=5, on_step=reports.append)
+
+    assert [report.step for report in reports] == [1, 5, 9, 10]
+    assert {report.num_steps for report in reports} == {10}
+    images = [5, 20, 20, 5]  # since the report before
+    mean = sum(report.loss * num for report, num in zip(reports, images, strict=True)) / 50
+    assert mean == pytest.approx(loss)
+
+
+def test_callback_can_stop_the_training() -> None:
+    class StoppedError(Exception):
+        pass
+
+    def stop(_: StepReport) -> None:
+        raise StoppedError
+
+    before = torch.get_rng_state()
+    with pytest.raises(StoppedError):
+        run(make_model(), make_data(50), epochs=1, batch_size=5, on_step=stop)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_diverged_training_says_so() -> None:
+    with pytest.raises(RunError, match=r"diverged in epoch \d+, its loss is (nan|inf): lower learning_rate"):
+        run(make_model(), make_data(50), epochs=20, batch_size=5, learning_rate=1000)
+
+
+def test_images_must_be_uint8() -> None:
+    with pytest.raises(ValueError, match=r"2 torch.float32 images, 2 torch.int64 labels"):
+        run(make_model(), (torch.zeros(2, 3, 8, 8), torch.zeros(2, dtype=torch.int64)))
+
+
+@pytest.mark.parametrize("was_training", [True, False])
+def test_evaluation_equals_a_plain_loop_over_images(was_training: bool) -> None:
+    images, labels = make_data(23)
+    model = make_model(batch_norm=True, dropout=0.5).train(was_training)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+    found = evaluate(model, images, labels, spec=SPEC, device=CPU, batch_size=10)
+
+    assert model.training is was_training
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    model.eval()
+    logits = torch.cat([model(normalised(image)[None]) for image in images]).detach()
+    assert torch.equal(found.correct, logits.argmax(1) == labels)
+    assert found.accuracy == found.correct.double().mean().item()
+    assert found.loss == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-5)
+    assert found.num_examples == 23
+
+
+def test_model_that_fails_in_evaluation_is_back_in_its_mode() -> None:
+    model = make_model()
+    with pytest.raises(RuntimeError):
+        evaluate(
+            model, torch.zeros(2, 3, 9, 9, dtype=torch.uint8), torch.tensor([0, 1]), spec=SPEC, device=CPU
+        )
+    assert model.training
+
+
+def test_derived_seeds_are_stable_and_tell_all_parts_apart() -> None:
+    assert derive_seed(1, "round", 2) == derive_seed(1, "round", 2)
+    # python3 -c 'import hashlib; print(int(hashlib.sha256(b"[0, \"a\", 1]").hexdigest()[:16], 16) >> 1)'
+    assert derive_seed(0, "a", 1) == 5352727647617221297
+    parts = [(), (1,), ("1",), ("a", "b"), ("ab",), ("b", "a"), ("a", 1), ("a", 11), ("a", 1, 1)]
+    seeds = {derive_seed(seed, *part) for seed in (0, 1, 2**63 - 1) for part in parts}
+    assert len(seeds) == 3 * len(parts)
+    assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+def test_devices() -> None:
+    gpus = torch.cuda.device_count()
+    assert select_device("cpu") == CPU
+    assert select_device("auto") == (torch.device("cuda:0") if gpus else CPU)
+    for name in ("gpu", "cuda:", "cuda:-1", "", f"cuda:{gpus}", *([] if gpus else ["cuda"])):
+        with pytest.raises(UsageError, match=f"device '{name}' is not there: choose auto, cpu"):
+            select_device(name)
+
+
+def test_deterministic_mode_is_on_and_trains(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    try:
+        make_deterministic()
+        assert torch.are_deterministic_algorithms_enabled()
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+        augment = ("random_crop", "horizontal_flip")
+        run(make_model(batch_norm=True), make_data(20), epochs=1, batch_size=10, augment=augment)
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.utils.deterministic.fill_uninitialized_memory = True
+        monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+
+
+RANK_SCRIPT = """
+import sys
+from pathlib import Path
+import torch
+from common.config import DatasetSpec, TrainingConfig
+from common.training import train
+from common.weights import read_state_dict, write_state_dict
+
+rank, folder = int(sys.argv[1]), Path(sys.argv[2])
+given = read_state_dict(folder / "given")
+model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 3))
+model[1].load_state_dict({"weight": given["weight"], "bias": given["bias"]})
+torch.distributed.init_process_group(
+    "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2
+)
+loss = train(
+    model, given["images"], given["labels"],
+    TrainingConfig.model_validate_json(sys.argv[3]), spec=DatasetSpec(*eval(sys.argv[4])),
+    device=torch.device("cpu"), seed=3, rank=rank, world_size=2,
+)
+torch.distributed.destroy_process_group()
+write_state_dict({**model[1].state_dict(), "loss": torch.tensor(loss)}, folder / str(rank))
+"""
+
+
+def test_two_ranks_train_what_one_process_trains(tmp_path: Path) -> None:
+    images, labels = make_data(23)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 3))
+    write_state_dict({**model[1].state_dict(), "images": images, "labels": labels}, tmp_path / "given")
+    config = TrainingConfig(epochs=2, batch_size=5, augment=("random_crop",))  # parts of 2 and 3 images
+    arguments = [str(tmp_path), config.model_dump_json(), repr(tuple(SPEC))]
+    ranks = [
+        subprocess.Popen([sys.executable, "-c", RANK_SCRIPT, str(rank), *arguments]) for rank in range(2)
+    ]
+    assert [process.wait(100) for process in ranks] == [0, 0]
+
+    loss = train(model, images, labels, config, spec=SPEC, device=CPU, seed=3)
+
+    assert (tmp_path / "0").read_bytes() == (tmp_path / "1").read_bytes()
+    together = read_state_dict(tmp_path / "0")
+    assert together.keys() == {"weight", "bias", "loss"}
+    assert together["loss"].item() == pytest.approx(loss, rel=1e-5)
+    torch.testing.assert_close(together["weight"], model[1].weight.detach(), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(together["bias"], model[1].bias.detach(), rtol=1e-4, atol=1e-6)
