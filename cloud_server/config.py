@@ -30,7 +30,9 @@ class ServerConfig(ProcessConfig):
         600, gt=0, description="after this long a round closes with min-agents, and the last reports are in"
     )
     on_too_few: Literal["wait", "fail"] = Field(
-        "wait", title="wait|fail", description="fewer than min-agents at the deadline: wait for more, or fail the round"
+        "wait",
+        title="wait|fail",
+        description="fewer than min-agents at the deadline: wait for more, or fail the round",
     )
     device: str = Field("auto", description="where to train: auto, cpu, cuda, cuda:1")
     max_attempts: int = Field(3, ge=1, le=100, description="tries at a round's training before it fails")

@@ -76,11 +76,11 @@ class Result(FrozenModel):
     """How a job ended. Accuracies are of the held-out part of the combined data, None without one."""
 
     weights: Weights | None = None  # of model.safetensors; None: see error
-    candidates: dict[str, float] = Field(default_factory=dict)  # accuracy of each possible start of the fine-tune
+    candidates: dict[str, float] = Field(default_factory=dict)  # accuracy of each possible start
     start: str | None = None  # the candidate that was fine-tuned
     accuracy_fine_tuned: float | None = None
     accuracy_published: float | None = None
-    seconds: dict[str, float] = Field(default_factory=dict)  # spent in "aggregate", "fine_tune" and "evaluate"
+    seconds: dict[str, float] = Field(default_factory=dict)  # "aggregate", "fine_tune", "evaluate"
     error: JobError | None = None
     num_parameters: int | None = None
 

@@ -396,7 +396,7 @@ class Store:
 
 def _checked(digest: str) -> str:
     if not _DIGEST.fullmatch(digest):
-        raise ValueError(f"{digest!r} is no digest: 64 lower-case hex digits")
+        raise ValueError(f"{digest[:80]!r} is no digest: 64 lower-case hex digits")
     return digest
 
 

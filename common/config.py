@@ -102,13 +102,13 @@ class RunConfig(FrozenModel):
         try:
             if value == "iid":
                 return value
-            if scheme == "dirichlet" and 0 < float(parameter) < float("inf"):
+            if scheme == "dirichlet" and 0 < float(parameter) <= 1e6:
                 return value
             if scheme == "classes" and int(parameter) >= 1:
                 return value
         except ValueError:
             pass
-        raise ValueError('choose "iid", "dirichlet:ALPHA" with ALPHA > 0, or "classes:K" with K >= 1')
+        raise ValueError('choose "iid", "dirichlet:ALPHA" with 0 < ALPHA <= 1e6, or "classes:K" with K >= 1')
 
     @model_validator(mode="after")
     def _known_dataset(self) -> Self:
@@ -124,7 +124,7 @@ class RunConfig(FrozenModel):
             raise ValueError(f"mean and std need one number for each of {spec.image_shape[0]} channels")
         if min(spec.std) <= 0:
             raise ValueError("std must be above 0")
-        if self.class_names and len(set(self.class_names)) != spec.num_classes:
+        if self.class_names and not (len(self.class_names) == len(set(self.class_names)) == spec.num_classes):
             raise ValueError(f"class_names must be {spec.num_classes} different names")
         return self
 

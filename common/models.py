@@ -83,7 +83,7 @@ def import_factory(name: str, allowed_factories: Collection[str] | None) -> Call
     """
     if allowed_factories is not None and name not in allowed_factories:
         raise UsageError(
-            f"the run asks for the factory {name!r}, which this device does not allow:"
+            f"this device does not allow the factory {name!r}:"
             f" if you trust its code, start the agent with --allow-factory {name}"
         )
     module_name, _, attribute = name.partition(":")

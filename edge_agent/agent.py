@@ -196,7 +196,8 @@ class EdgeAgent:
             data_dir=self._config.data_dir,
             partition=self._partition(),
             seed_name=self._disk.agent_id,
-            allowed_factories=self._config.allow_factory,
+            # Naming code with --data is leave to run it.
+            allowed_factories={*self._config.allow_factory, self._config.data or ""},
         )
 
     def _partition(self) -> Partition | None:

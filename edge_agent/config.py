@@ -4,13 +4,15 @@ import re
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, ValidationInfo, field_validator
 
-from common.config import AGENT_ID_PATTERN, ProcessConfig
+from common.config import AGENT_ID_PATTERN, DATASETS, ProcessConfig
 from common.errors import UsageError
 from edge_agent.partition import parse_partition
 
 ENV_PREFIX = "ECAVG_AGENT_"
+
+FACTORY_PATTERN = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
 Port = Annotated[int, Field(ge=0, le=65535)]
 
@@ -59,12 +61,34 @@ class AgentConfig(ProcessConfig):
             raise ValueError("should be 1 to 64 letters, digits, '.', '_' or '-', first a letter or digit")
         return value
 
-    @field_validator("partition")
+    @field_validator("partition", "data")
     @classmethod
-    def _partition(cls, value: str | None) -> str | None:
+    def _is_usable(cls, value: str | None, info: ValidationInfo) -> str | None:
+        """Said at once, not when the server has been reached."""
         if value is not None:
             try:
-                parse_partition(value)
+                parse_partition(value) if info.field_name == "partition" else check_source(value)
             except UsageError as error:
                 raise ValueError(str(error)) from error
         return value
+
+    @field_validator("data_dir")
+    @classmethod
+    def _exists(cls, value: Path | None) -> Path | None:
+        if value is not None and not value.expanduser().is_dir():
+            raise ValueError(f"data folder {value} does not exist: make it, or name the right one")
+        return value
+
+
+def check_source(source: str) -> None:
+    """Whether `--data` names something.
+
+    Raises:
+        UsageError: it is neither a dataset, nor the user's code, nor a folder.
+    """
+    if source in DATASETS or FACTORY_PATTERN.fullmatch(source) or Path(source).expanduser().is_dir():
+        return
+    raise UsageError(
+        f"data source {source!r} is neither a folder nor a dataset: give an existing image folder,"
+        f" {', '.join(DATASETS)}, or package.module:factory"
+    )

@@ -11,7 +11,6 @@ ratio is not kept), grey repeated into RGB, RGB weighted into grey.
 
 import fcntl
 import os
-import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,11 +22,12 @@ import torch
 from torchvision import datasets
 from torchvision.transforms.v2 import functional
 
-from common.config import DATASETS, RunConfig
+from common.config import RunConfig
 from common.errors import UsageError
 from common.models import import_factory
 from common.shards import Shard, split
 from common.training import derive_seed
+from edge_agent.config import FACTORY_PATTERN, check_source
 from edge_agent.image_folder import list_image_folder
 from edge_agent.partition import Partition, partition_indices
 
@@ -38,7 +38,6 @@ _TORCHVISION: Mapping[str, Callable[..., Any]] = {
     "cifar10": datasets.CIFAR10,
     "cifar100": datasets.CIFAR100,
 }
-_FACTORY_PATTERN = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
 ImageShape = tuple[int, int, int]  # channels, height, width
 
@@ -125,19 +124,14 @@ def open_source(
         return _open_digits()
     if name in _TORCHVISION:
         return _open_dataset(run, name, data_dir)
-    if _FACTORY_PATTERN.fullmatch(name):
+    if FACTORY_PATTERN.fullmatch(name):
         return _open_factory(name, allowed_factories)
     if source is None:
         raise UsageError(
             f"the run's dataset {name!r} is its own: say where this agent's part is, with --data FOLDER"
         )
-    folder = Path(source).expanduser()
-    if not folder.is_dir():
-        raise UsageError(
-            f"data source {source!r} is neither a folder nor a dataset: give an existing image folder,"
-            f" {', '.join(DATASETS)}, or package.module:factory"
-        )
-    return Source(*list_image_folder(folder, run))
+    check_source(source)
+    return Source(*list_image_folder(Path(source).expanduser(), run))
 
 
 @dataclass(frozen=True)

@@ -63,6 +63,7 @@ def test_wrong_server_configuration_is_named(args: tuple[str, ...], message: str
         (("--agent-id", "../x"), "agent_id: should be 1 to 64 letters"),
         (("--data", "no/such/folder"), "data source 'no/such/folder' is neither a folder nor a dataset"),
         (("--data", "mnits"), "data source 'mnits' is neither a folder nor a dataset"),
+        (("--data", "mnist", "--data-dir", "nowhere"), "data folder nowhere does not exist"),
         (("--config", "nowhere.toml"), "cannot read configuration file nowhere.toml: No such file"),
     ],
 )

@@ -72,7 +72,10 @@ def test_mean_is_that_of_float64_numpy(build, weights, tmp_path):
 
 def test_every_float_dtype_is_averaged_in_float64_and_kept(tmp_path):
     for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
-        values = [torch.tensor([1.0, -3.0, 2.0**-14], dtype=dtype), torch.tensor([2.0, 5.0, 0.0], dtype=dtype)]
+        values = [
+            torch.tensor([1.0, -3.0, 2.0**-14], dtype=dtype),
+            torch.tensor([2.0, 5.0, 0.0], dtype=dtype),
+        ]
         found = averaged(tmp_path, values, [1, 3])
         assert found.dtype == dtype
         assert found.tolist() == [1.75, 3.0, 2.0**-16]

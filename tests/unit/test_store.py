@@ -1,0 +1,550 @@
+"""The store: what it keeps, what it refuses, and what is left when its process is killed at any step.
+
+Run as a script, this file is the process that is killed; see `main` at its end.
+"""
+
+import errno
+import hashlib
+import itertools
+import os
+import shutil
+import signal
+import socket
+import sqlite3
+import stat
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import pytest
+
+from cloud_server import store as store_module
+from cloud_server.jobs import blob_path
+from cloud_server.round import Phase
+from cloud_server.store import AgentRow, ContributionRow, ReportRow, RoundRow, RunRow, Store, storage_errors
+from common.errors import NotFoundError, Reason, StorageError, UsageError
+
+MEMORY = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # where fsync costs nothing
+UPLOADED, TRAINED = b"an upload" * 1000, b"a global model" * 1000
+DIGEST, TRAINED_DIGEST = (hashlib.sha256(content).hexdigest() for content in (UPLOADED, TRAINED))
+CONTRIBUTION = ContributionRow("a", "accepted", DIGEST, ("b" * 64, "c" * 64), 600, 0.1 + 0.2, "", "", 12.5)
+REPORT = ReportRow("a", 0.91, None, 0.96, 120, True, "", 99.5)
+
+
+@pytest.fixture
+def state_dir() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(dir=MEMORY) as folder:
+        yield Path(folder) / "state"
+
+
+@pytest.fixture
+def store(state_dir: Path) -> Iterator[Store]:
+    with closing(Store(state_dir)) as store:
+        yield store
+
+
+@pytest.fixture
+def run_store(store: Store) -> Store:
+    """A store with an open round, the agents "a" and "b", and a whole upload of "a"."""
+    populate(store)
+    return store
+
+
+def populate(store: Store) -> None:
+    store.open_round(1, "0" * 64, 10.0)
+    for agent_id in ("a", "b"):
+        store.join(agent_id, 11.0)
+    store.partial_path("a", DIGEST).write_bytes(UPLOADED)
+
+
+# The run, its agents and its rounds
+
+
+def test_new_store_is_empty(store):
+    assert store.run() is None
+    assert store.last_round() is None
+    assert store.round(1) is None
+    assert store.agents() == store.rounds() == store.contributions(1) == store.reports(1) == []
+
+
+def test_there_is_one_run(store):
+    store.create_run("run-1", '{"model": "mlp"}', 1.5)
+    with pytest.raises(sqlite3.IntegrityError):
+        store.create_run("run-2", "{}", 2.5)
+    assert store.run() == RunRow("run-1", '{"model": "mlp"}', 1.5)
+
+
+def test_agent_keeps_its_slot(store):
+    assert [store.join(agent_id, now) for now, agent_id in enumerate("baba")] == [1, 2, 1, 2]
+    assert store.agents() == [AgentRow("b", 1, 0.0), AgentRow("a", 2, 1.0)]
+
+
+def test_agents_that_join_at_once_get_different_slots(store):
+    names = [f"agent-{number}" for number in range(20)] * 2
+    with ThreadPoolExecutor(8) as threads:
+        slots = list(threads.map(lambda name: store.join(name, 1.0), names))
+    assert slots[:20] == slots[20:]
+    assert sorted(slots[:20]) == list(range(1, 21))
+
+
+def test_round_opens_collecting(store):
+    store.open_round(1, "0" * 64, 10.0)
+    collecting = RoundRow(1, Phase.COLLECTING, "0" * 64, None, "", 10.0, {Phase.COLLECTING: 10.0})
+    assert store.round(1) == store.last_round() == collecting
+
+
+def test_round_number_is_taken_once(run_store):
+    with pytest.raises(sqlite3.IntegrityError):
+        run_store.open_round(1, "f" * 64, 20.0)
+    assert [row.initial_weights for row in run_store.rounds()] == ["0" * 64]
+
+
+def test_phase_times_are_those_of_the_last_entry(run_store):
+    run_store.set_phase(1, "aggregating", 20.0)
+    run_store.set_phase(1, "fine_tuning", 30.0)
+    run_store.set_phase(1, "aggregating", 25.0)  # after a step back of the clock
+    assert run_store.round(1).phase == "aggregating"
+    assert run_store.round(1).phase_times == {"collecting": 10.0, "aggregating": 25.0, "fine_tuning": 30.0}
+
+
+def test_rounds_end_published_or_failed(run_store):
+    run_store.set_phase(1, "published", 20.0, published="e" * 64)
+    run_store.open_round(2, "e" * 64, 21.0)
+    run_store.set_phase(2, "failed", 22.0, failure="out of memory")
+    assert [(row.number, row.phase, row.published, row.failure) for row in run_store.rounds()] == [
+        (1, "published", "e" * 64, ""),
+        (2, "failed", None, "out of memory"),
+    ]
+    assert run_store.last_round() == run_store.round(2)
+
+
+def test_phase_of_an_unknown_round_is_refused(run_store):
+    with pytest.raises(sqlite3.IntegrityError):
+        run_store.set_phase(7, "aggregating", 20.0)
+    assert [row.number for row in run_store.rounds()] == [1]
+
+
+# Contributions and reports
+
+
+def test_contributions_come_back_as_they_were_in_agent_id_order(run_store):
+    late = ContributionRow("b", "late", "d" * 64, (), 1, None, "", "", 13.0)
+    run_store.record_contribution(1, late)
+    run_store.record_contribution(1, CONTRIBUTION)
+    assert run_store.contributions(1) == [CONTRIBUTION, late]
+
+
+def test_last_record_of_an_agent_and_round_stands(run_store):
+    rejected = replace(CONTRIBUTION, outcome="rejected", reason="non_finite", message="NaN in fc.weight")
+    run_store.record_contribution(1, rejected)
+    assert run_store.contributions(1) == [rejected]
+    run_store.record_contribution(1, CONTRIBUTION)
+    assert run_store.contributions(1) == [CONTRIBUTION]
+
+
+@pytest.mark.parametrize(
+    ("number", "changes"), [(2, {}), (1, {"agent_id": "stranger"}), (1, {"outcome": "maybe"})]
+)
+def test_contribution_without_round_agent_or_outcome_is_refused(run_store, number, changes):
+    with pytest.raises(sqlite3.IntegrityError):
+        run_store.record_contribution(number, replace(CONTRIBUTION, **changes))
+    assert run_store.contributions(number) == []
+
+
+def test_reports_come_back_as_they_were_and_the_last_one_stands(run_store):
+    for report in (replace(REPORT, agent_id="b"), replace(REPORT, applied=False, reason="worse"), REPORT):
+        run_store.record_report(1, report)
+    assert run_store.reports(1) == [REPORT, replace(REPORT, agent_id="b")]
+    assert run_store.reports(1)[0].applied is True
+
+
+# Blobs
+
+
+def test_blob_lies_under_its_first_two_digits(store, state_dir):
+    assert store.blob_path("ab" * 32) == state_dir / "blobs" / "ab" / ("ab" * 32)
+    assert store.blob_path("ab" * 32) == blob_path(state_dir / "blobs", "ab" * 32)
+
+
+@pytest.mark.parametrize(
+    "digest", ["", "a" * 63, "a" * 65, "A" * 64, "g" * 64, "a" * 64 + "\n", "../" * 21 + "x", "\u0661" * 64]
+)
+def test_what_is_no_digest_never_becomes_a_path(run_store, digest):
+    for path_of in (run_store.blob_path, run_store.blob_size, lambda text: run_store.partial_path("a", text)):
+        with pytest.raises(ValueError, match="no digest"):
+            path_of(digest)
+
+
+def test_partial_uploads_are_named_by_slot(run_store, state_dir):
+    assert run_store.partial_path("b", DIGEST) == state_dir / "partial" / f"2-{DIGEST}"
+
+
+def test_agent_that_never_joined_cannot_upload(run_store):
+    with pytest.raises(NotFoundError) as refusal:
+        run_store.partial_path("stranger", DIGEST)
+    assert refusal.value.reason is Reason.UNKNOWN_AGENT
+
+
+def test_committed_upload_is_an_immutable_blob(run_store):
+    assert run_store.blob_size(DIGEST) is None
+    run_store.commit_upload("a", DIGEST, "weights", 12.0)
+    blob = run_store.blob_path(DIGEST)
+    assert blob.read_bytes() == UPLOADED
+    assert run_store.blob_size(DIGEST) == len(UPLOADED)
+    assert stat.S_IMODE(blob.stat().st_mode) == 0o444
+    assert not run_store.partial_path("a", DIGEST).exists()
+
+
+def test_upload_is_that_of_its_agent_and_kind_only(run_store):
+    run_store.commit_upload("a", DIGEST, "weights", 12.0)
+    assert run_store.has_upload("a", DIGEST, "weights")
+    assert not run_store.has_upload("b", DIGEST, "weights")
+    assert not run_store.has_upload("a", DIGEST, "data")
+
+
+def test_record_without_its_blob_is_no_upload(run_store):
+    run_store.commit_upload("a", DIGEST, "weights", 12.0)
+    run_store.blob_path(DIGEST).unlink()
+    assert not run_store.has_upload("a", DIGEST, "weights")
+
+
+def test_same_bytes_from_two_agents_are_one_blob_and_two_uploads(run_store):
+    run_store.partial_path("b", DIGEST).write_bytes(UPLOADED)
+    run_store.commit_upload("a", DIGEST, "weights", 12.0)
+    run_store.commit_upload("b", DIGEST, "weights", 13.0)
+    assert run_store.has_upload("a", DIGEST, "weights")
+    assert run_store.has_upload("b", DIGEST, "weights")
+    assert run_store.blob_path(DIGEST).read_bytes() == UPLOADED
+    assert not run_store.partial_path("b", DIGEST).exists()
+
+
+def test_commit_again_changes_nothing(run_store):
+    for now in (12.0, 13.0):
+        run_store.commit_upload("a", DIGEST, "weights", now)
+    assert run_store.has_upload("a", DIGEST, "weights")
+
+
+def test_commit_of_nothing_is_refused_and_leaves_no_record(run_store):
+    with pytest.raises(NotFoundError):
+        run_store.commit_upload("b", DIGEST, "weights", 12.0)
+    run_store.commit_upload("a", DIGEST, "weights", 12.0)
+    assert not run_store.has_upload("b", DIGEST, "weights")
+
+
+def test_trained_file_becomes_a_blob_once(run_store, state_dir):
+    trained = state_dir / "jobs" / "model.safetensors"
+    trained.write_bytes(TRAINED)
+    for _ in range(2):  # the second as after a restart
+        run_store.adopt_blob(trained, TRAINED_DIGEST)
+    assert run_store.blob_path(TRAINED_DIGEST).read_bytes() == TRAINED
+    assert not trained.exists()
+
+
+def test_missing_trained_file_is_refused(run_store, state_dir):
+    with pytest.raises(NotFoundError, match=TRAINED_DIGEST):
+        run_store.adopt_blob(state_dir / "jobs" / "model.safetensors", TRAINED_DIGEST)
+
+
+# Durable before acknowledged
+
+
+def test_everything_is_there_after_a_restart(run_store, state_dir):
+    run_store.create_run("run-1", "{}", 1.0)
+    run_store.commit_upload("a", DIGEST, "weights", 12.0)
+    run_store.record_contribution(1, CONTRIBUTION)
+    run_store.set_phase(1, "published", 20.0, published="e" * 64)
+    run_store.record_report(1, REPORT)
+    before = everything(run_store)
+    run_store.close()
+    with closing(Store(state_dir)) as reopened:
+        assert everything(reopened) == before
+        assert reopened.has_upload("a", DIGEST, "weights")
+
+
+def everything(store: Store) -> list[Any]:
+    return [store.run(), store.agents(), store.rounds(), store.contributions(1), store.reports(1)]
+
+
+def test_commits_of_the_database_wait_for_the_disk(store):
+    assert store._database.execute("PRAGMA journal_mode").fetchone() == {"journal_mode": "wal"}
+    assert store._database.execute("PRAGMA synchronous").fetchone() == {"synchronous": 2}  # FULL
+
+
+def test_upload_is_recorded_only_when_its_blob_is_on_disk(run_store, monkeypatch):
+    steps = []
+    fsync, rename = os.fsync, os.replace
+
+    def noted_fsync(descriptor: int) -> None:
+        path = Path(f"/proc/self/fd/{descriptor}").readlink()
+        steps.append(("fsync", path.parent.name, path.name))
+        fsync(descriptor)
+
+    def noted_rename(source: Path, target: Path) -> None:
+        steps.append(("rename", source.name, target.name))
+        rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", noted_fsync)
+    monkeypatch.setattr(os, "replace", noted_rename)
+    run_store._database.set_trace_callback(lambda statement: steps.append(statement.split()[0]))
+    run_store.commit_upload("a", DIGEST, "weights", 12.0)
+    run_store._database.set_trace_callback(None)
+    assert (
+        steps
+        == [
+            "SELECT",  # the slot, for the path
+            ("fsync", "partial", f"1-{DIGEST}"),
+            ("rename", f"1-{DIGEST}", DIGEST),
+            ("fsync", "blobs", DIGEST[:2]),
+            ("fsync", "state", "blobs"),
+            "BEGIN",
+            "INSERT",
+            "COMMIT",
+        ]
+    )
+
+
+def test_kill_at_any_step_loses_and_breaks_nothing(tmp_path, state_dir):
+    with closing(Store(state_dir)) as store:
+        populate(store)
+        (state_dir / "jobs" / "model.safetensors").write_bytes(TRAINED)
+    results = state_dir.parent / "results"
+    results.mkdir()
+    subprocess.run([sys.executable, __file__, "die", state_dir, results], check=True, timeout=60)
+    survivors = sorted(results.iterdir())
+    acknowledged = [check_survivor(survivor) for survivor in survivors]
+    assert acknowledged == sorted(acknowledged)
+    assert set(acknowledged) == {0, 1, 2, 3}
+    assert len(survivors) > 30
+
+
+def check_survivor(state_dir: Path) -> int:
+    """How many of the steps in `take_in` were acknowledged, once all that must hold has been checked."""
+    num_acknowledged = (state_dir / "acknowledged").read_bytes().count(b"\n")
+    with closing(Store(state_dir)) as store:
+        check_consistent(store, state_dir)
+        done = [
+            store.has_upload("a", DIGEST, "weights"),
+            store.contributions(1) == [CONTRIBUTION],
+            store.round(1).published == TRAINED_DIGEST,
+        ]
+        assert done == sorted(done, reverse=True)
+        assert sum(done) >= num_acknowledged
+        for _ in take_in(store, state_dir):
+            pass
+        check_consistent(store, state_dir)
+        assert store.has_upload("a", DIGEST, "weights")
+        assert store.round(1).published == TRAINED_DIGEST
+        assert not list((state_dir / "partial").iterdir())
+    return num_acknowledged
+
+
+def check_consistent(store: Store, state_dir: Path) -> None:
+    blobs = {path.name: path.read_bytes() for path in state_dir.glob("blobs/*/*")}
+    assert {name: hashlib.sha256(content).hexdigest() for name, content in blobs.items()} == {
+        name: name for name in blobs
+    }
+    needed = [row.weights for row in store.contributions(1)] + [row.published for row in store.rounds()]
+    assert set(filter(None, needed)) <= set(blobs)
+    partial = store.partial_path("a", DIGEST)
+    assert (partial if partial.exists() else store.blob_path(DIGEST)).read_bytes() == UPLOADED
+
+
+# A disk that takes nothing more
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO])
+def test_disk_errors_become_one_clear_refusal(number):
+    with pytest.raises(StorageError, match=os.strerror(number)) as refusal, storage_errors():
+        raise OSError(number, os.strerror(number))
+    assert refusal.value.reason is Reason.STORAGE_FULL
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EBADF, "bad"), sqlite3.OperationalError("no such table")])
+def test_other_errors_stay_what_they_are(error):
+    with pytest.raises(type(error)) as raised, storage_errors():
+        raise error
+    assert raised.value is error
+
+
+@pytest.mark.parametrize("step", ["mkdir", "fsync", "replace", "chmod"])
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO])
+def test_upload_that_the_disk_refused_can_be_committed_later(run_store, monkeypatch, step, number):
+    def refuse(*_: Any, **__: Any) -> None:
+        raise OSError(number, os.strerror(number))
+
+    with monkeypatch.context() as broken:
+        broken.setattr(os, step, refuse)
+        with pytest.raises(StorageError):
+            run_store.commit_upload("a", DIGEST, "weights", 12.0)
+    assert not run_store.has_upload("a", DIGEST, "weights")
+    run_store.commit_upload("a", DIGEST, "weights", 13.0)
+    assert run_store.has_upload("a", DIGEST, "weights")
+    assert run_store.blob_path(DIGEST).read_bytes() == UPLOADED
+
+
+def test_full_disk_under_the_database_leaves_it_as_it_was(run_store):
+    database = run_store._database
+    num_pages = database.execute("PRAGMA page_count").fetchone()["page_count"]
+    database.execute(f"PRAGMA max_page_count = {num_pages}")
+    big = replace(CONTRIBUTION, message="x" * 100_000)
+    with pytest.raises(StorageError, match="full"):
+        run_store.record_contribution(1, big)
+    assert run_store.contributions(1) == []
+    database.execute("PRAGMA max_page_count = 1000000")
+    run_store.record_contribution(1, big)
+    assert run_store.contributions(1) == [big]
+
+
+def test_read_only_database_is_a_storage_error(run_store):
+    run_store._database.execute("PRAGMA query_only = ON")
+    with pytest.raises(StorageError, match="readonly"):
+        run_store.join("c", 12.0)
+
+
+# Opening
+
+
+def test_second_server_is_refused_and_told_who_is_there(state_dir):
+    with subprocess.Popen(
+        [sys.executable, __file__, "hold", state_dir], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as holder:
+        assert holder.stdout.readline() == b"held\n"
+        with pytest.raises(UsageError, match=f"process {holder.pid} on {socket.gethostname()} uses"):
+            Store(state_dir)
+        holder.kill()
+    Store(state_dir).close()
+
+
+def test_lock_names_its_holder_after_a_longer_name_was_there(state_dir):
+    state_dir.mkdir()
+    (state_dir / "lock").write_text("99999999 a-host-with-a-very-long-name\n")
+    with closing(Store(state_dir)):
+        assert (state_dir / "lock").read_text() == f"{os.getpid()} {socket.gethostname()}\n"
+
+
+def test_close_twice_is_harmless(store):
+    store.close()
+    store.close()
+
+
+def test_state_directory_that_is_a_file_is_refused(tmp_path):
+    (tmp_path / "file").touch()
+    for state_dir in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(UsageError, match="--state-dir"):
+            Store(state_dir)
+
+
+@pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES, errno.ENOSPC])
+def test_state_directory_that_is_not_writable_is_refused(state_dir, monkeypatch, number):
+    def refuse(*_: Any, **__: Any) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "mkdir", refuse)
+    with pytest.raises(UsageError, match=os.strerror(number)):
+        Store(state_dir)
+
+
+def test_file_that_is_no_database_is_refused_and_the_lock_given_back(state_dir):
+    state_dir.mkdir()
+    (state_dir / "ecavg.sqlite3").write_bytes(b"not a database" * 100)
+    with pytest.raises(UsageError, match="not a database"):
+        Store(state_dir)
+    (state_dir / "ecavg.sqlite3").unlink()
+    Store(state_dir).close()
+
+
+def test_database_of_a_newer_program_is_refused(state_dir):
+    Store(state_dir).close()
+    with closing(sqlite3.connect(state_dir / "ecavg.sqlite3")) as database:
+        database.execute("PRAGMA user_version = 99")
+    with pytest.raises(UsageError, match="schema version 99"):
+        Store(state_dir)
+
+
+def test_database_of_an_older_program_is_upgraded_with_its_records(run_store, state_dir, monkeypatch):
+    run_store.close()
+    upgrade = "ALTER TABLE agents ADD COLUMN colour TEXT DEFAULT 'blue'; UPDATE agents SET slot = slot + 100"
+    monkeypatch.setattr(store_module, "MIGRATIONS", (*store_module.MIGRATIONS, upgrade))
+    for _ in range(2):  # applied once
+        with closing(Store(state_dir)) as upgraded:
+            assert [row.slot for row in upgraded.agents()] == [101, 102]
+
+
+def test_upgrade_that_fails_changes_nothing(run_store, state_dir, monkeypatch):
+    run_store.close()
+    with monkeypatch.context() as newer:
+        upgrade = "UPDATE agents SET slot = slot + 100; UPDATE nowhere SET slot = 1"
+        newer.setattr(store_module, "MIGRATIONS", (*store_module.MIGRATIONS, upgrade))
+        with pytest.raises(UsageError, match="nowhere"):
+            Store(state_dir)
+    with closing(Store(state_dir)) as store:
+        assert [row.slot for row in store.agents()] == [1, 2]
+
+
+# The process that holds the lock, or dies
+
+
+def hold(state_dir: Path) -> None:
+    with closing(Store(state_dir)):
+        print("held", flush=True)
+        sys.stdin.read()
+
+
+def die_at_each_step(state_dir: Path, results: Path) -> None:
+    """Goes through `take_in` on copies of a state directory, killed one step later on each."""
+    for step in itertools.count():
+        copy = results / f"{step:04d}"
+        shutil.copytree(state_dir, copy)
+        process = os.fork()
+        if process == 0:
+            take_in_and_die(copy, step)
+        _, status = os.waitpid(process, 0)
+        if os.WIFEXITED(status):
+            assert os.WEXITSTATUS(status) == 0
+            return
+        assert os.WTERMSIG(status) == signal.SIGKILL
+
+
+def take_in_and_die(state_dir: Path, step: int) -> None:
+    """A step ends wherever Python calls into C, so also between any two system calls of the store."""
+    steps = itertools.count()
+
+    def kill_in_time(_frame: FrameType, event: str, _argument: Any) -> None:
+        if event == "c_call" and next(steps) == step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    store = Store(state_dir)
+    acknowledged = os.open(state_dir / "acknowledged", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    sys.setprofile(kill_in_time)
+    for _ in take_in(store, state_dir):
+        os.write(acknowledged, b"\n")
+    sys.setprofile(None)
+    os._exit(0)
+
+
+def take_in(store: Store, state_dir: Path) -> Iterator[None]:
+    """What a round leaves in the store; each step is acknowledged where it yields."""
+    if not store.has_upload("a", DIGEST, "weights"):
+        store.commit_upload("a", DIGEST, "weights", 12.0)
+    yield
+    store.record_contribution(1, CONTRIBUTION)
+    yield
+    store.adopt_blob(state_dir / "jobs" / "model.safetensors", TRAINED_DIGEST)
+    store.set_phase(1, "published", 20.0, published=TRAINED_DIGEST)
+    yield
+
+
+def main(command: str, *folders: str) -> None:
+    {"hold": hold, "die": die_at_each_step}[command](*map(Path, folders))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
