@@ -37,6 +37,10 @@ class ServerConfig(ProcessConfig):
     device: str = Field("auto", description="where to train: auto, cpu, cuda, cuda:1")
     max_attempts: int = Field(3, ge=1, le=100, description="tries at a round's training before it fails")
     max_upload_bytes: int = Field(8 * 2**30, ge=1, description="largest data shard taken from an agent")
+    keep_rounds: int = Field(10, ge=1, description="rounds over whose models and uploads are kept")
+    keep_partial_seconds: float = Field(
+        7 * 24 * 3600, gt=0, description="how long uploads are kept that were not finished or not contributed"
+    )
     insecure: bool = Field(True, description="plaintext instead of TLS (the only choice so far)")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least severe shown")
     run: RunConfig = RunConfig()

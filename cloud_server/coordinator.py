@@ -6,32 +6,33 @@ restart must not lose is in the store before anyone is told.
 
 import asyncio
 import json
-import shutil
 import time
 import uuid
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import structlog
 
-from cloud_server import reports
+from cloud_server import reports, retention
 from cloud_server.config import ServerConfig
 from cloud_server.jobs import Job, JobContribution, JobDirectory, JobError, Progress, Result
 from cloud_server.metrics import ServerMetrics
 from cloud_server.round import Contribution, Outcome, Phase, Policy, Rejection, Round
-from cloud_server.store import ContributionRow, ReportRow, RoundRow, Store
+from cloud_server.store import ContributionRow, ReportRow, RoundRow, Store, storage_errors
 from cloud_server.uploads import Upload, Uploads
 from common import schema
 from common.config import RunConfig
-from common.errors import InvalidError, NotFoundError, Reason, RunError, UsageError
+from common.errors import InvalidError, NotFoundError, Reason, RunError, StorageError, UsageError
 from common.transfer import Blob
 
 POLL_SECONDS = 0.05
+STORAGE_RETRY_SECONDS = 2.0  # between two tries to write to a disk that is full or read-only
 STATUS_ROUNDS = 50  # as many of the latest rounds are on the status page
+MAX_FALSE_STARTS = 2  # a trainer may die so often before it takes up a job, without that being a try
 FAREWELL_SECONDS = 5.0  # how long the last word may take to reach the agents
 
 # What makes a blob unfit for good; anything else about an upload can be cured by sending it again.
@@ -49,6 +50,8 @@ _PHASE_OF_PROGRESS = {
     "fine_tuning": Phase.FINE_TUNING,
     "evaluating": Phase.EVALUATING,
 }
+
+_T = TypeVar("_T")
 
 log = structlog.get_logger()
 
@@ -165,6 +168,7 @@ class Coordinator:
                 " give that one, or another --state-dir"
             )
         await self._restore()
+        await self._clean_up()
 
     async def run(self) -> bool:
         """Run every round that is left; True when the last one was published."""
@@ -179,7 +183,7 @@ class Coordinator:
 
     async def _begin_run(self) -> None:
         """Have the trainer build the model: its weights are the start, its names and shapes the gate."""
-        shutil.rmtree(self._jobs_dir / "initialise", ignore_errors=True)  # of a start that failed
+        JobDirectory(self._jobs_dir / "initialise").remove()  # of a start that failed
         job = Job(
             kind="initialise",
             name="initialise",
@@ -193,9 +197,12 @@ class Coordinator:
             error = result.error or JobError(kind="failed", message="the trainer gave no weights")
             raise (UsageError if error.kind == "usage" else RunError)(error.message)
         await self._adopt(job, result)
-        await asyncio.to_thread(self._store.open_round, 1, result.weights.sha256, self._clock())
         await asyncio.to_thread(
-            self._store.create_run, uuid.uuid4().hex, self._config.run.model_dump_json(), self._clock()
+            self._store.create_run,
+            uuid.uuid4().hex,
+            self._config.run.model_dump_json(),
+            result.weights.sha256,
+            self._clock(),
         )
 
     async def _restore(self) -> None:
@@ -223,11 +230,9 @@ class Coordinator:
         """Wait until the round closes by number or by time."""
         while True:
             changed = self._changed
-            async with self._lock:
-                closed = self._round.tick(self._clock())
-                if closed is not self._round:
-                    await self._record_phase(closed)
-                    return
+            await self._transition(lambda round_: round_.tick(self._clock()))
+            if self._round.phase is not Phase.COLLECTING:
+                return
             await _wait(changed, self._seconds_to_deadline())
 
     async def _train(self) -> None:
@@ -236,11 +241,12 @@ class Coordinator:
         result = await self._finish_job(job)
         if result.error or result.weights is None:
             reason = result.error.message if result.error else "the trainer gave no weights"
-            await self._record_phase(self._round.fail(reason))
+            await self._transition(lambda round_: round_.fail(reason))
             return
+        digest = result.weights.sha256
         await self._adopt(job, result)
         await self._advance_to(Phase.EVALUATING)
-        await self._record_phase(self._round.publish(result.weights.sha256))
+        await self._transition(lambda round_: round_.publish(digest))
         for stage, accuracy in reports.stages(result).items():
             self._metrics.set_accuracy(stage, accuracy)
 
@@ -251,16 +257,36 @@ class Coordinator:
         outcome = self._round.phase.value
         self._metrics.count_round(outcome)
         log.info("round_ended", round=number, outcome=outcome, reason=self._round.failure or None)
+        await self._clean_up()
         if self._config.rounds and number >= self._config.rounds:
             await self._wait_for_reports(number)
             self._run_over = True
         else:
-            start = self._round.published or self._round.initial_weights
-            await asyncio.to_thread(self._store.open_round, number + 1, start, self._clock())
-            row = self._store.last_round()
-            assert row is not None
-            self._round = _round_from(row, [], self._policy)
+            await self._open_next_round()
         self._publish_change()
+
+    async def _open_next_round(self) -> None:
+        """From the last global model on, or from where the failed round started."""
+        number, start = self._round.number + 1, self._round.published or self._round.initial_weights
+        await self._durably(self._store.open_round, number, start, self._clock())
+        row = self._store.last_round()
+        assert row is not None
+        self._round = _round_from(row, [], self._policy)
+
+    async def _clean_up(self) -> None:
+        """Remove what old rounds have left; a disk that does not let it is no reason to stop."""
+        async with self._lock:
+            try:
+                await asyncio.to_thread(
+                    retention.clean_up,
+                    self._store,
+                    self._config.state_dir,
+                    keep_rounds=self._config.keep_rounds,
+                    keep_partial_seconds=self._config.keep_partial_seconds,
+                    now=self._clock(),
+                )
+            except (OSError, StorageError) as error:
+                log.warning("clean_up_failed", reason=str(error))
 
     async def _wait_for_reports(self, number: int) -> None:
         """Until every agent that is watching has reported, or the deadline passes."""
@@ -331,12 +357,12 @@ class Coordinator:
             NotFoundError: a blob it names has not been uploaded by this agent.
         """
         self._check_joined(agent_id)
-        await self._check_uploaded(agent_id, contribution)
         async with self._lock:
             if number > self._round.number:
                 raise InvalidError(f"round {number} is not open; round {self._round.number} is")
             if number < self._round.number:
                 return await self._verdict_of_past_round(number, contribution)
+            await self._check_uploaded(agent_id, contribution)  # no clean-up comes before the record
             updated, outcome = self._round.contribute(contribution)
             if updated is not self._round:
                 row = _row_of(contribution, outcome, self._clock())
@@ -369,9 +395,8 @@ class Coordinator:
             NotFoundError: the digest is neither initial weights nor a published model.
         """
         self._check_joined(agent_id)
-        for row in self._store.rounds():
-            if digest in (row.initial_weights, row.published):
-                return self._store.blob_path(digest)
+        if self._store.is_public(digest):
+            return self._store.blob_path(digest)
         raise NotFoundError(f"no initial weights or published model has the digest {digest[:16]}…")
 
     def count_sent(self, num_bytes: int) -> None:
@@ -396,7 +421,7 @@ class Coordinator:
 
     def status(self) -> Mapping[str, Any]:
         """What the status page shows; see common/telemetry.py for where."""
-        rows = self._store.rounds()[-STATUS_ROUNDS:]
+        rows = self._store.rounds(last=STATUS_ROUNDS)
         results = {row.number: self._result_of(row.number) for row in rows}
         last_published = max((row.number for row in rows if row.published), default=None)
         return reports.status(
@@ -440,29 +465,35 @@ class Coordinator:
         if result and not result.error:  # finished before a restart
             await self._show_progress(job, directory.read_progress(0)[0])
             return result
-        for attempt in range(1, self._config.max_attempts + 1):
+        attempt = 1
+        while True:
             result = await self._attempt(directory, job.model_copy(update={"attempt": attempt}))
             if result.error is None or result.error.kind == "usage":
                 return result
             log.warning("job_failed", job=job.name, attempt=attempt, reason=result.error.message)
+            if result.error.kind == "storage":  # the disk's fault, not the job's: it is no try
+                await asyncio.sleep(STORAGE_RETRY_SECONDS)
+                continue
+            if attempt >= self._config.max_attempts:
+                return result
+            attempt += 1
             if result.error.kind == "out_of_memory":
                 job = job.model_copy(update={"run": _with_half_the_batch(job.run)})
-        assert result is not None
-        return result
 
     async def _attempt(self, directory: JobDirectory, job: Job) -> Result:
-        num_exits, offset = self._trainer.num_exits, 0
-        await asyncio.to_thread(directory.write_job, job)
+        num_exits, offset, has_begun = self._trainer.num_exits, 0, False
+        await self._durably(directory.write_job, job)
         while True:
             result = directory.read_result()  # first: after it comes no more progress
             lines, offset = directory.read_progress(offset)
+            has_begun = has_begun or bool(lines)
             await self._show_progress(job, lines)
             if result:
                 return result
-            if self._trainer.num_exits > num_exits:
+            if self._trainer.num_exits > num_exits + (0 if has_begun else MAX_FALSE_STARTS):
                 died = JobError(kind="failed", message="the trainer died; see trainer.log")
                 # Written down, so that the next trainer does not take the job up by itself.
-                await asyncio.to_thread(directory.write_result, Result(error=died))
+                await self._durably(directory.write_result, Result(error=died))
             else:
                 await asyncio.sleep(POLL_SECONDS)
 
@@ -477,40 +508,79 @@ class Coordinator:
 
     async def _advance_to(self, phase: Phase, progress: Progress | None = None) -> None:
         """Enter a phase of the trainer's work, through those between; a job run again starts over."""
-        if phase is Phase.AGGREGATING and self._round.phase is not phase:
-            await self._record_phase(self._round.advance(phase), progress)
+        self._progress = progress
         here, there = _WORK.index(self._round.phase), _WORK.index(phase)
-        for between in _WORK[here + 1 : there + 1]:
-            await self._record_phase(self._round.advance(between), progress)
+        again = [phase] if phase is Phase.AGGREGATING and here > there else []
+        for each in again or _WORK[here + 1 : there + 1]:
+            await self._transition(lambda round_, each=each: round_.advance(each))  # type: ignore[misc]
 
     async def _adopt(self, job: Job, result: Result) -> None:
         assert result.weights
         path = JobDirectory(self._jobs_dir / job.name).weights_path
-        await asyncio.to_thread(self._store.adopt_blob, path, result.weights.sha256)
+        await self._durably(self._store.adopt_blob, path, result.weights.sha256)
 
     def _result_of(self, number: int) -> Result | None:
-        return JobDirectory(self._jobs_dir / f"round-{number:04d}").read_result()
+        job = JobDirectory(self._jobs_dir / f"round-{number:04d}")
+        return job.read_result() or reports.read_result(self._report_folder(number))
+
+    def _report_folder(self, number: int) -> Path:
+        return self._config.state_dir / "rounds" / f"{number:04d}"
 
     # ------------------------------------------------------------------ small parts
 
-    async def _record_phase(self, updated: Round, progress: Progress | None = None) -> None:
-        """Make a new phase durable, then true, then known."""
-        await asyncio.to_thread(
-            self._store.set_phase,
+    async def _transition(self, change: Callable[[Round], Round]) -> None:
+        """Make a change of phase durable, then true, then known."""
+
+        async def record() -> bool:
+            async with self._lock:
+                updated = change(self._round)
+                if updated is not self._round:
+                    await asyncio.to_thread(self._record_phase, updated)
+                    self._round = updated
+                    return True
+                return False
+
+        if not await self._when_disk_allows(record):
+            return
+        self._note_outcome()
+        log.info("phase", round=self._round.number, phase=self._round.phase.value)
+        self._publish_change()
+
+    def _record_phase(self, updated: Round) -> None:
+        self._store.set_phase(
             updated.number,
             updated.phase.value,
             self._clock(),
             failure=updated.failure,
             published=updated.published,
         )
-        self._round = updated
-        self._progress = progress
-        if updated.failure:
-            self._last_failure = (updated.number, updated.failure)
-        if updated.published:
-            self._latest_model = PublishedModel(updated.number, self._blob(updated.published))
-        log.info("phase", round=updated.number, phase=updated.phase.value)
-        self._publish_change()
+
+    def _note_outcome(self) -> None:
+        number = self._round.number
+        if self._round.published:
+            self._latest_model = PublishedModel(number, self._blob(self._round.published))
+        if self._round.failure:
+            self._last_failure = (number, self._round.failure)
+        if self._round.is_over:
+            self._progress = None
+
+    async def _durably(self, write: Callable[..., None], *args: Any) -> None:
+        """Write what the run cannot go on without."""
+
+        async def body() -> None:
+            with storage_errors():
+                await asyncio.to_thread(write, *args)
+
+        await self._when_disk_allows(body)
+
+    async def _when_disk_allows(self, body: Callable[[], Awaitable[_T]]) -> _T:
+        """Do it, and while the disk takes nothing, wait and try again: agents are answered meanwhile."""
+        while True:
+            try:
+                return await body()
+            except StorageError as error:
+                log.error("disk_refuses", reason=str(error))
+                await asyncio.sleep(STORAGE_RETRY_SECONDS)
 
     async def _reject(self, agent_id: str, reason: Reason, message: str) -> None:
         async with self._lock:
@@ -550,11 +620,13 @@ class Coordinator:
 
     async def _write_report(self, number: int) -> None:
         async with self._report_lock:
-            await asyncio.to_thread(self._write_report_now, number)
+            await self._durably(self._write_report_now, number)
 
     def _write_report_now(self, number: int) -> None:
         row = self._store.round(number)
         assert row is not None
+        if row.retired:
+            return  # what its report was made from is gone
         result = self._result_of(number)
         weights = self._store.blob_path(row.published) if row.published else None
         report = reports.build(
@@ -562,10 +634,11 @@ class Coordinator:
             row,
             self._store.contributions(number),
             self._store.reports(number),
+            self._store.agents(),
             result,
             weights_bytes=weights.stat().st_size if weights else None,
         )
-        reports.write(report, self._config.state_dir / "rounds" / f"{number:04d}", weights)
+        reports.write(report, self._report_folder(number), weights)
 
     def _check_joined(self, agent_id: str) -> None:
         if agent_id not in self._slots:

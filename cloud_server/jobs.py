@@ -11,6 +11,7 @@ takes it up again starts from the beginning and gets the same bytes.
 """
 
 import re
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,7 +69,8 @@ class Progress(FrozenModel):
 class JobError(FrozenModel):
     """Why a job gave no model."""
 
-    kind: Literal["usage", "out_of_memory", "failed"]  # usage: it would fail the same way again
+    # usage: it would fail the same way again; storage: the disk takes no data now
+    kind: Literal["usage", "out_of_memory", "storage", "failed"]
     message: str  # one line
 
 
@@ -107,6 +109,18 @@ class JobDirectory:
         _write(self._job_path, job)
         # Only now may it be pending: no trainer shall take up a new attempt with the old job.json.
         self._result_path.unlink(missing_ok=True)
+
+    def remove(self) -> None:
+        """Remove the job; one half removed is never pending.
+
+        Raises:
+            OSError: the folder does not let it.
+        """
+        if not self.path.exists():
+            return
+        self._job_path.unlink(missing_ok=True)  # first: without its result it would be taken up again
+        sync(self.path)
+        shutil.rmtree(self.path)
 
     def read_job(self) -> Job:
         """Raises: RunError, there is no readable job."""

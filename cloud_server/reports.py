@@ -1,6 +1,7 @@
 """What is left of a round: its report file, and the status that the page shows."""
 
 import json
+import math
 import os
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 
 from cloud_server.jobs import Progress, Result
 from cloud_server.round import Outcome, Phase, Round
-from cloud_server.store import ContributionRow, ReportRow, RoundRow
+from cloud_server.store import AgentRow, ContributionRow, ReportRow, RoundRow
 from common.config import RunConfig
 from common.files import replacing
 
@@ -21,6 +22,7 @@ def build(
     row: RoundRow,
     contributions: Sequence[ContributionRow],
     agent_reports: Sequence[ReportRow],
+    members: Sequence[AgentRow],
     result: Result | None,
     *,
     weights_bytes: int | None,
@@ -38,6 +40,7 @@ def build(
             if item.outcome == Outcome.REJECTED
         ],
         "late": [item.agent_id for item in contributions if item.outcome == Outcome.LATE],
+        "vanished": _vanished(row, contributions, members),
     }
     if row.failure:
         report["failure"] = row.failure
@@ -68,6 +71,21 @@ def write(report: Mapping[str, Any], folder: Path, weights: Path | None) -> None
         os.link(weights, model)
     with replacing(folder / "report.json") as partial:
         partial.write_text(json.dumps(report, indent=2) + "\n", "utf-8")
+
+
+def read_result(folder: Path) -> Result | None:
+    """What a written report still tells of a job whose own files are gone."""
+    try:
+        report = json.loads((folder / "report.json").read_text("utf-8"))
+    except (OSError, ValueError):
+        return None
+    return Result(
+        candidates=report.get("candidates", {}),
+        start=report.get("start"),
+        accuracy_fine_tuned=report.get("accuracy_fine_tuned"),
+        accuracy_published=report.get("accuracy_published"),
+        seconds=report.get("seconds", {}),
+    )
 
 
 def stages(result: Result) -> dict[str, float]:
@@ -111,6 +129,17 @@ def status(
         "max_agents": current.policy.max_agents,
         "deadline_at": current.deadline_at,
     }
+
+
+def _vanished(
+    row: RoundRow, contributions: Sequence[ContributionRow], members: Sequence[AgentRow]
+) -> list[str]:
+    """Agents that had joined before the round closed, and of which it heard nothing."""
+    heard = {item.agent_id for item in contributions}
+    closed_at = row.phase_times.get(Phase.AGGREGATING.value, math.inf)
+    return sorted(
+        member.agent_id for member in members if member.joined_at < closed_at and member.agent_id not in heard
+    )
 
 
 def _agents(

@@ -5,7 +5,6 @@
                         └───────────────┴───────────────┘  the trainer's job is run again
     any phase that is not over ──▶ FAILED
 
-The trainer's phases are watched from outside, and a short one may pass unseen: steps forward may skip it.
 Nothing here reads a clock, a disk or a network: whoever owns the round passes the time in, stores the
 round that a method returns, and only then acts on it. A round is never changed, only followed by another.
 """
@@ -31,10 +30,8 @@ class Phase(StrEnum):
 
 TRANSITIONS: Mapping[Phase, frozenset[Phase]] = {
     Phase.COLLECTING: frozenset({Phase.AGGREGATING, Phase.FAILED}),
-    Phase.AGGREGATING: frozenset(
-        {Phase.AGGREGATING, Phase.FINE_TUNING, Phase.EVALUATING, Phase.PUBLISHED, Phase.FAILED}
-    ),
-    Phase.FINE_TUNING: frozenset({Phase.AGGREGATING, Phase.EVALUATING, Phase.PUBLISHED, Phase.FAILED}),
+    Phase.AGGREGATING: frozenset({Phase.FINE_TUNING, Phase.FAILED}),
+    Phase.FINE_TUNING: frozenset({Phase.AGGREGATING, Phase.EVALUATING, Phase.FAILED}),
     Phase.EVALUATING: frozenset({Phase.AGGREGATING, Phase.PUBLISHED, Phase.FAILED}),
     Phase.PUBLISHED: frozenset(),
     Phase.FAILED: frozenset(),

@@ -119,7 +119,7 @@ class GrpcServer:
 
     def __init__(self, observe: rpc.ObserveCall) -> None:
         self._server = grpc.aio.server(
-            interceptors=[rpc.RefusingInterceptor(observe)], options=rpc.SERVER_OPTIONS
+            interceptors=[rpc.RefusingInterceptor(observe)], options=rpc.server_options()
         )
         self._health: Any = health.aio.HealthServicer()  # type: ignore[attr-defined]
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)

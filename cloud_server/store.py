@@ -17,8 +17,8 @@ import os
 import re
 import socket
 import sqlite3
-from collections.abc import Iterator
-from contextlib import ExitStack, closing, contextmanager
+from collections.abc import Collection, Iterator
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from threading import RLock
@@ -87,6 +87,16 @@ MIGRATIONS = (  # what takes the database from one schema version to the next; n
         PRIMARY KEY (agent_id, digest, kind)
     );
     """,
+    """
+    ALTER TABLE rounds ADD COLUMN retired INTEGER NOT NULL DEFAULT 0;
+    CREATE TABLE removals (digest TEXT PRIMARY KEY NOT NULL);
+    CREATE INDEX uploads_by_digest ON uploads (digest);
+    CREATE VIEW named_blobs AS
+        SELECT number AS round, '' AS agent_id, initial_weights AS digest, opened_at AS at FROM rounds
+        UNION ALL SELECT number, '', published, opened_at FROM rounds WHERE published IS NOT NULL
+        UNION ALL SELECT round, agent_id, weights, at FROM contributions WHERE weights != ''
+        UNION ALL SELECT round, agent_id, value, contributions.at FROM contributions, json_each(shards);
+    """,
 )
 
 _FIRST_PHASE = "collecting"  # round.Phase.COLLECTING: the two modules do not know each other
@@ -123,6 +133,7 @@ class RoundRow:
     failure: str
     opened_at: float
     phase_times: dict[str, float]  # when each phase was entered last
+    retired: bool = False  # its blobs have been given up; see cloud_server/retention.py
 
 
 @dataclass(frozen=True)
@@ -210,13 +221,14 @@ class Store:
         rows = self._read("SELECT run_id, config_json, created_at FROM run")
         return RunRow(**rows[0]) if rows else None
 
-    def create_run(self, run_id: str, config_json: str, now: float) -> None:
-        """Records the run; sqlite3.IntegrityError if there is one."""
+    def create_run(self, run_id: str, config_json: str, initial_weights: str, now: float) -> None:
+        """Records the run and its first round together; sqlite3.IntegrityError if there is a run."""
         with self._transaction() as database:
             database.execute(
                 "INSERT INTO run (run_id, config_json, created_at) VALUES (?, ?, ?)",
                 (run_id, config_json, now),
             )
+            self._insert_round(1, initial_weights, now)
 
     def join(self, agent_id: str, now: float) -> int:
         """The agent's slot, from 1 on: the next free one, and ever after the same."""
@@ -237,12 +249,8 @@ class Store:
 
     def open_round(self, number: int, initial_weights: str, now: float) -> None:
         """Records a new round, collecting; sqlite3.IntegrityError if the number is taken."""
-        with self._transaction() as database:
-            database.execute(
-                "INSERT INTO rounds (number, phase, initial_weights, opened_at) VALUES (?, ?, ?, ?)",
-                (number, _FIRST_PHASE, initial_weights, now),
-            )
-            self._append_phase(number, _FIRST_PHASE, now)
+        with self._transaction():
+            self._insert_round(number, initial_weights, now)
 
     def set_phase(
         self, number: int, phase: str, now: float, *, failure: str = "", published: str | None = None
@@ -255,9 +263,11 @@ class Store:
             )
             self._append_phase(number, phase, now)
 
-    def rounds(self) -> list[RoundRow]:
-        """Every round, by number."""
-        return self._read_rounds("SELECT * FROM rounds ORDER BY number")
+    def rounds(self, *, last: int = -1) -> list[RoundRow]:
+        """Every round, or so many of the last ones, by number."""
+        return self._read_rounds(
+            "SELECT * FROM (SELECT * FROM rounds ORDER BY number DESC LIMIT ?) ORDER BY number", last
+        )
 
     def last_round(self) -> RoundRow | None:
         """The round with the highest number."""
@@ -322,16 +332,29 @@ class Store:
 
     def partial_path(self, agent_id: str, digest: str) -> Path:
         """Where this agent's upload grows; NotFoundError if it never joined, ValueError like `blob_path`."""
-        return self._partial_dir / f"{self._slot(agent_id)}-{_checked(digest)}"
+        path = self._partial_dir / f"{self._slot(agent_id)}-{_checked(digest)}"
+        with self._lock, storage_errors(), suppress(FileNotFoundError):
+            os.utime(path)  # who asks is about to go on with it: `remove_partials` shall not come between
+        return path
 
     def commit_upload(self, agent_id: str, digest: str, kind: str, now: float) -> None:
         """Makes a whole, checked upload a blob, then records whose it is; NotFoundError without an upload."""
-        self._install(self.partial_path(agent_id, digest), digest)
-        with self._transaction() as database:
-            database.execute(
-                "INSERT OR IGNORE INTO uploads (agent_id, digest, kind, at) VALUES (?, ?, ?, ?)",
-                (agent_id, digest, kind, now),
-            )
+        partial, blob = self.partial_path(agent_id, digest), self.blob_path(digest)
+        with self._lock, storage_errors():  # `remove_blobs` shall not come between blob and record
+            blob.parent.mkdir(exist_ok=True)
+            # A second name, not another: killed before the record is there, the upload is still whole.
+            with suppress(FileExistsError):  # the same bytes, of this agent or another
+                self._link(partial, blob)
+            _fsync(blob.parent)
+            _fsync(self._blobs_dir)
+            with self._transaction() as database:
+                database.execute(
+                    "INSERT INTO uploads (agent_id, digest, kind, at) VALUES (?, ?, ?, ?)"
+                    " ON CONFLICT DO UPDATE SET at = excluded.at",
+                    (agent_id, digest, kind, now),
+                )
+            blob.chmod(0o444)  # not before: an upload that goes on after a failure must be able to write
+            partial.unlink(missing_ok=True)
 
     def has_upload(self, agent_id: str, digest: str, kind: str) -> bool:
         """Whether this agent's upload was committed and its blob is stored; ValueError like `blob_path`."""
@@ -344,6 +367,96 @@ class Store:
         """Moves a file of STATE that has this digest to the blobs; NotFoundError if it is in neither."""
         self._install(path, digest)
 
+    def is_public(self, digest: str) -> bool:
+        """Whether agents may read the blob: a round's initial weights or published model, still stored."""
+        named = self._read(
+            "SELECT 1 FROM rounds WHERE initial_weights = ? OR published = ? LIMIT 1", digest, digest
+        )
+        return bool(named) and self.blob_path(digest).exists()
+
+    # What goes, by the rule in cloud_server/retention.py
+
+    def retire_rounds(self, up_to: int, uploaded_before: float) -> None:
+        """Gives up what only rounds up to this number need, and old uploads that none does; records only."""
+        with self._transaction() as database:
+            rounds = {"first": self._first_not_retired(), "up_to": up_to}
+            database.execute("UPDATE rounds SET retired = 1 WHERE number <= ?", (up_to,))
+            database.execute(
+                "INSERT OR IGNORE INTO removals SELECT digest FROM named_blobs"
+                " WHERE round BETWEEN :first AND :up_to",
+                rounds,
+            )
+            database.execute(
+                "INSERT OR IGNORE INTO removals SELECT digest FROM uploads WHERE at < ?", (uploaded_before,)
+            )
+            database.executemany(
+                "DELETE FROM removals WHERE digest = ?", [(digest,) for digest in self.needed_blobs()]
+            )
+            # An upload later than the contribution is for one that is still to come.
+            database.execute(
+                "DELETE FROM uploads WHERE rowid IN (SELECT uploads.rowid FROM uploads"
+                " JOIN removals USING (digest) JOIN (SELECT agent_id, digest, max(at) AS at FROM named_blobs"
+                " WHERE round BETWEEN :first AND :up_to GROUP BY agent_id, digest) AS spent"
+                " USING (agent_id, digest) WHERE uploads.at <= spent.at)",
+                rounds,
+            )
+            database.execute(
+                "DELETE FROM uploads WHERE at < ? AND digest IN (SELECT digest FROM removals)",
+                (uploaded_before,),
+            )
+            database.execute("DELETE FROM removals WHERE digest IN (SELECT digest FROM uploads)")
+
+    def needed_blobs(self) -> set[str]:
+        """The digests that rounds which are not retired name, and the run's first initial weights."""
+        rows = self._read(
+            "SELECT digest FROM named_blobs WHERE round >= ?"
+            " UNION SELECT initial_weights FROM rounds WHERE number = (SELECT min(number) FROM rounds)",
+            self._first_not_retired(),
+        )
+        return {row["digest"] for row in rows}
+
+    def remove_blobs(self, stored_before: float, *, spare: Collection[str] = ()) -> int:
+        """Removes the blobs given up, and those stored before then that no record names; how many."""
+        needed = self.needed_blobs() | set(spare)
+        given_up = {row["digest"] for row in self._read("SELECT digest FROM removals")}
+        num_removed = 0
+        for path in self._blobs_dir.glob("??/*"):
+            if path.name in needed:
+                continue
+            with self._lock, storage_errors():  # `commit_upload` shall not come between
+                if self._read("SELECT 1 FROM uploads WHERE digest = ?", path.name):
+                    continue
+                if path.name in given_up or path.stat().st_mtime < stored_before:
+                    path.unlink()
+                    num_removed += 1
+        with self._transaction() as database:
+            database.executemany("DELETE FROM removals WHERE digest = ?", [(each,) for each in given_up])
+        return num_removed
+
+    def remove_partials(self, written_before: float) -> int:
+        """Removes the uploads that were begun and have had no byte since; how many."""
+        num_removed = 0
+        for path in self._partial_dir.iterdir():
+            with self._lock, storage_errors(), suppress(FileNotFoundError):
+                if path.stat().st_mtime < written_before:
+                    path.unlink()
+                    num_removed += 1
+        return num_removed
+
+    def _first_not_retired(self) -> int:
+        first: int = self._read("SELECT coalesce(max(number), 0) + 1 AS number FROM rounds WHERE retired")[0][
+            "number"
+        ]
+        return first
+
+    def _link(self, partial: Path, blob: Path) -> None:
+        try:
+            _fsync(partial)
+            os.link(partial, blob)
+        except FileNotFoundError:  # fine where an earlier call had got this far when the process died
+            if not blob.exists():
+                raise NotFoundError(f"the bytes of blob {blob.name} are not here: upload them") from None
+
     def _install(self, source: Path, digest: str) -> None:
         blob = self.blob_path(digest)
         with storage_errors():
@@ -354,7 +467,7 @@ class Store:
             except FileNotFoundError:  # fine where an earlier call had got this far when the process died
                 if not blob.exists():
                     raise NotFoundError(f"the bytes of blob {digest} are not here: upload them") from None
-            blob.chmod(0o444)  # not before: an upload that goes on after a failure must be able to write
+            blob.chmod(0o444)
             _fsync(blob.parent)
             _fsync(self._blobs_dir)
 
@@ -373,13 +486,22 @@ class Store:
     def _read_rounds(self, query: str, *values: object) -> list[RoundRow]:
         with self._lock:
             return [
-                RoundRow(**row, phase_times=self._phase_times(row["number"]))
+                RoundRow(
+                    **{**row, "retired": bool(row["retired"])}, phase_times=self._phase_times(row["number"])
+                )
                 for row in self._read(query, *values)
             ]
 
     def _phase_times(self, number: int) -> dict[str, float]:
         history = self._read("SELECT phase, at FROM phase_history WHERE round = ? ORDER BY entry", number)
         return {row["phase"]: row["at"] for row in history}
+
+    def _insert_round(self, number: int, initial_weights: str, now: float) -> None:
+        self._database.execute(
+            "INSERT INTO rounds (number, phase, initial_weights, opened_at) VALUES (?, ?, ?, ?)",
+            (number, _FIRST_PHASE, initial_weights, now),
+        )
+        self._append_phase(number, _FIRST_PHASE, now)
 
     def _append_phase(self, number: int, phase: str, now: float) -> None:
         self._database.execute(

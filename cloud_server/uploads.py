@@ -2,15 +2,18 @@
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
+from typing import TypeVar
 
 from cloud_server.store import Store, storage_errors
 from common import schema
 from common.config import DatasetSpec
 from common.errors import InvalidError, OffsetError, Reason, UnavailableError
 from common.transfer import Blob, Receiver
+
+_T = TypeVar("_T")
 
 
 class Uploads:
@@ -28,10 +31,10 @@ class Uploads:
 
     async def query(self, agent_id: str, kind: str, digest: str) -> tuple[int, bool]:
         """Bytes durably stored, and whether the blob is complete and checked."""
+        await self._supersede(agent_id, digest)  # it may be about to complete
         if await asyncio.to_thread(self._store.has_upload, agent_id, digest, kind):
             return self._store.blob_size(digest) or 0, True
         path = await asyncio.to_thread(self._store.partial_path, agent_id, digest)
-        await self._supersede(agent_id, digest)
         return await asyncio.to_thread(_durable_size, path), False
 
     @asynccontextmanager
@@ -52,12 +55,9 @@ class Uploads:
         key = (agent_id, blob.digest)
         self._active[key] = upload
         try:
-            async with upload.lock:
-                await asyncio.to_thread(upload.start, offset)
+            await upload.start(offset)
             yield upload
-            async with upload.lock:
-                upload.check_not_superseded()
-                await asyncio.to_thread(upload.finish, now)
+            await upload.finish(now)
         finally:
             upload.close()
             if self._active.get(key) is upload:
@@ -65,10 +65,13 @@ class Uploads:
 
     async def _supersede(self, agent_id: str, digest: str) -> None:
         """End an older stream of the same blob: its agent has come back on a new connection."""
-        if older := self._active.pop((agent_id, digest), None):
+        key = (agent_id, digest)
+        while older := self._active.get(key):  # again: another one may have come while we waited
             older.superseded = True
             async with older.lock:  # its last write is done
                 older.close()
+            if self._active.get(key) is older:
+                del self._active[key]
 
 
 class Upload:
@@ -87,7 +90,33 @@ class Upload:
         self._gate = gate
         self._receiver: Receiver | None = None
 
-    def start(self, offset: int) -> None:
+    async def start(self, offset: int) -> None:
+        """Go on where the stored bytes end.
+
+        Raises:
+            OffsetError: that is not at `offset`.
+        """
+        await self._exclusively(self._start, offset)
+
+    async def write(self, chunk: bytes) -> None:
+        """Append a chunk; raises what common.transfer.Receiver.write and the gate raise."""
+        await self._exclusively(self._write, chunk)
+
+    async def finish(self, now: float) -> None:
+        """Check the whole, make it durable and record it; raises what Receiver.finish and the gate raise."""
+        await self._exclusively(self._finish, now)
+
+    def close(self) -> None:
+        if self._receiver:
+            self._receiver.close()
+
+    async def _exclusively(self, function: Callable[[_T], None], argument: _T) -> None:
+        async with self.lock:
+            if self.superseded:
+                raise UnavailableError("a newer stream of the same upload has taken over")
+            await _to_the_end(function, argument)
+
+    def _start(self, offset: int) -> None:
         with storage_errors():
             receiver = Receiver(self._path, self._blob, self._passes_gate)
         self._receiver = receiver
@@ -97,17 +126,7 @@ class Upload:
         if receiver.received_bytes != offset:
             raise OffsetError(f"the upload goes on at {receiver.received_bytes}, not at {offset}")
 
-    async def write(self, chunk: bytes) -> None:
-        """Append a chunk; raises what common.transfer.Receiver.write and the gate raise."""
-        async with self.lock:
-            self.check_not_superseded()
-            await asyncio.to_thread(self._write, chunk)
-
-    def check_not_superseded(self) -> None:
-        if self.superseded:
-            raise UnavailableError("a newer stream of the same upload has taken over")
-
-    def finish(self, now: float) -> None:
+    def _finish(self, now: float) -> None:
         assert self._receiver
         with storage_errors():
             self._receiver.finish()
@@ -117,10 +136,6 @@ class Upload:
                 self._receiver.discard()
                 raise
             self._store.commit_upload(self._agent_id, self._blob.digest, self._kind, now)
-
-    def close(self) -> None:
-        if self._receiver:
-            self._receiver.close()
 
     def _write(self, chunk: bytes) -> None:
         assert self._receiver
@@ -183,6 +198,24 @@ class DataGate(BlobGate):
 
     def check_content(self, path: Path) -> None:
         schema.check_labels(path, schema.read_header(path), self._spec.num_classes)
+
+
+async def _to_the_end(function: Callable[[_T], None], argument: _T) -> None:
+    """Run in a thread, and return once it is done, cancelled or not.
+
+    A broken connection cancels the call; a write that went on behind its back would add to a file
+    whose size the agent has already been told.
+    """
+    work = asyncio.ensure_future(asyncio.to_thread(function, argument))
+    try:
+        await asyncio.shield(work)
+    except asyncio.CancelledError:
+        while not work.done():
+            with suppress(asyncio.CancelledError):
+                await asyncio.wait([work])
+        if not work.cancelled():
+            work.exception()  # nobody is left to tell
+        raise
 
 
 def _durable_size(path: Path) -> int:

@@ -1,6 +1,7 @@
 """gRPC as both sides use it: options, the table of errors and statuses, and how a call is tried again."""
 
 import asyncio
+import random
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -13,7 +14,6 @@ from tenacity import (
     RetryCallState,
     retry_if_exception_type,
     stop_never,
-    wait_random_exponential,
 )
 
 from common.errors import (
@@ -34,29 +34,49 @@ REASON_KEY = "ecavg-reason"  # trailing metadata: why the server refused
 
 MAX_MESSAGE_BYTES = 4 * 1024 * 1024 + 64 * 1024  # a chunk and its framing; nothing larger ever travels
 
-# A peer that vanished without a word is noticed within keepalive_time + keepalive_timeout.
-_KEEPALIVE = [("grpc.keepalive_time_ms", 20_000), ("grpc.keepalive_timeout_ms", 10_000)]
-_MESSAGE_LIMITS = [
-    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
-]
+# A peer that vanished without a word is noticed within the sum of the two.
+KEEPALIVE_SECONDS = 20.0  # of silence, then the peer is asked for a sign of life
+KEEPALIVE_TIMEOUT_SECONDS = 10.0  # for that sign, or any other
 
-CHANNEL_OPTIONS = [
-    *_MESSAGE_LIMITS,
-    *_KEEPALIVE,
-    # The retries below pace the attempts; the channel must not sit out a longer pause of its own.
-    ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.min_reconnect_backoff_ms", 1_000),
-    ("grpc.max_reconnect_backoff_ms", 5_000),
-]
+FIRST_PAUSE_SECONDS = 0.2  # the longest pause after a first failure
+MAX_PAUSE_SECONDS = 15.0  # the longest pause after any
 
-SERVER_OPTIONS = [
-    *_MESSAGE_LIMITS,
-    *_KEEPALIVE,
-    ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
-    # Linux would let a second server share the port in silence.
-    ("grpc.so_reuseport", 0),
-]
+Options = list[tuple[str, int]]
+
+
+def channel_options() -> Options:
+    """What an agent's channel needs."""
+    return [
+        *_common_options(),
+        # The retries below pace the attempts; the channel must not sit out a longer pause of its own.
+        ("grpc.initial_reconnect_backoff_ms", 100),
+        ("grpc.max_reconnect_backoff_ms", 5_000),
+        # In truth how long one attempt may take: a slow link needs its time.
+        ("grpc.min_reconnect_backoff_ms", 10_000),
+    ]
+
+
+def server_options() -> Options:
+    """What the server needs to go with it."""
+    return [
+        *_common_options(),
+        # Agents ask as often as we do; more than twice that counts as abuse and ends the connection.
+        ("grpc.http2.min_recv_ping_interval_without_data_ms", int(KEEPALIVE_SECONDS * 500)),
+        # Linux would let a second server share the port in silence.
+        ("grpc.so_reuseport", 0),
+    ]
+
+
+def _common_options() -> Options:
+    return [
+        ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+        ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+        ("grpc.keepalive_time_ms", int(KEEPALIVE_SECONDS * 1000)),
+        ("grpc.keepalive_timeout_ms", int(KEEPALIVE_TIMEOUT_SECONDS * 1000)),
+        # By default gRPC stops asking on a connection without data, as one with an idle Watch is.
+        ("grpc.http2.max_pings_without_data", 0),
+    ]
+
 
 STATUS: dict[type[Refusal], grpc.StatusCode] = {
     InvalidError: grpc.StatusCode.INVALID_ARGUMENT,
@@ -92,11 +112,31 @@ def error_from(rpc_error: grpc.aio.AioRpcError) -> Refusal:
     return _ERROR.get(rpc_error.code(), Refusal)(details, reason)
 
 
-def retrying(on_retry: Callable[[BaseException, float], None]) -> AsyncRetrying:
-    """Try again for ever, after exponentially growing random pauses (full jitter).
+class Backoff:
+    """Random pauses whose bound doubles with each failure ("full jitter"), up to MAX_PAUSE_SECONDS."""
+
+    def __init__(self) -> None:
+        self._num_failures = 0
+
+    def reset(self) -> None:
+        """Something was achieved: the next failure is a first one."""
+        self._num_failures = 0
+
+    def __call__(self, _: object = None) -> float:
+        """The next pause in seconds."""
+        bound = FIRST_PAUSE_SECONDS * 2.0 ** min(self._num_failures, 32)
+        self._num_failures += 1
+        return random.uniform(0, min(bound, MAX_PAUSE_SECONDS))
+
+
+def retrying(
+    on_retry: Callable[[BaseException, float], None], backoff: Backoff | None = None
+) -> AsyncRetrying:
+    """Try again for ever, with pauses between.
 
     Args:
         on_retry: called before each pause with the error and the pause in seconds.
+        backoff: for whoever can tell progress from failure; by default every attempt is a failure.
     """
 
     def before_sleep(state: RetryCallState) -> None:
@@ -107,7 +147,7 @@ def retrying(on_retry: Callable[[BaseException, float], None]) -> AsyncRetrying:
 
     return AsyncRetrying(
         retry=retry_if_exception_type(RETRIED),
-        wait=wait_random_exponential(multiplier=0.2, max=15),
+        wait=backoff or Backoff(),
         stop=stop_never,
         before_sleep=before_sleep,
         reraise=True,

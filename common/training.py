@@ -12,6 +12,7 @@ import math
 import os
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -20,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from common.checkpoint import CHECKPOINT_SECONDS, Checkpoints, Finished, fingerprint
 from common.config import DatasetSpec, TrainingConfig
 from common.errors import RunError, UsageError
 
@@ -93,6 +95,8 @@ def train(
     on_step: OnStep | None = None,
     rank: int = 0,
     world_size: int = 1,
+    checkpoint: Path | None = None,
+    checkpoint_seconds: float = CHECKPOINT_SECONDS,
 ) -> float:
     """Train the model, which is left on `device`; the global random state is left as it was.
 
@@ -103,6 +107,10 @@ def train(
         on_step: called about ten times a second at most, and after the last step; may raise to stop.
         rank: of this process in the default process group; each takes its part of every batch.
         world_size: of that group; 1: there is none.
+        checkpoint: a file that keeps the last finished epoch. If it is there, and of a training with the
+            same config, spec, seed, weights and data, that one is gone on with; on the CPU it ends with
+            the same bits as if it had never stopped. The caller removes it when the result is safe.
+        checkpoint_seconds: least time between two checkpoints.
 
     Returns:
         The mean loss of the last epoch, over all ranks; NaN when there is no epoch.
@@ -111,20 +119,29 @@ def train(
         UsageError: too few images, or too small batches, for this model.
         RunError: the loss is not finite any more.
     """
-    loss = math.nan
     if config.epochs == 0:
-        return loss
-    data = _Data(images, labels, spec, device)
-    training = _Training(model, data, config, seed, on_step, rank, world_size)
+        return math.nan
+    if checkpoint and world_size > 1:
+        raise ValueError("only a training in one process can be kept in a checkpoint")
+    training = _Training(model, _Data(images, labels, spec, device), config, seed, on_step, rank, world_size)
+    kept = None
+    if checkpoint:
+        settings = (config.model_dump(mode="json"), spec, seed)
+        identity = fingerprint(settings, model, images, labels)
+        kept = Checkpoints(checkpoint, identity, model, training.optimizer, checkpoint_seconds)
+    finished = kept.restore() if kept else Finished()
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        for epoch in range(config.epochs):
+        for epoch in range(finished.num_epochs, config.epochs):
             loss = training.run_epoch(epoch)
             if not math.isfinite(loss):
                 raise RunError(
                     f"training diverged in epoch {epoch + 1}, its loss is {loss}: lower learning_rate"
                 )
+            finished = Finished(num_epochs=epoch + 1, loss=loss)
+            if kept:
+                kept.epoch_finished(finished)
     model.zero_grad()  # gives the gradients' memory back
-    return loss
+    return finished.loss
 
 
 def evaluate(
@@ -302,7 +319,7 @@ class _Training:
         self._num_steps = config.epochs * len(self._batches)
         self._reports = _Reports(on_step, self._num_steps)
         self._memory_format = _place(model, data.device)
-        self._optimizer = _make_optimizer(model, config)
+        self.optimizer = _make_optimizer(model, config)
         self._model = model.train()
         if world_size > 1:
             device_ids = [data.device] if data.device.type == "cuda" else None
@@ -330,17 +347,17 @@ class _Training:
     def _step(self, step: int, chance: _Chance, mine: slice, batch_size: int) -> Tensor:
         """One step of the optimizer; the sum of the loss over this rank's part of the batch."""
         factor = learning_rate_factor(self._config.schedule, step, self._num_steps)
-        for group in self._optimizer.param_groups:
+        for group in self.optimizer.param_groups:
             group["lr"] = self._config.learning_rate * factor
         x_BCHW, y_B = self._batch(chance, mine)
         with _autocast(self._data.device):
             loss_sum = F.cross_entropy(
                 self._model(x_BCHW), y_B, reduction="sum", label_smoothing=self._config.label_smoothing
             )
-        self._optimizer.zero_grad()
+        self.optimizer.zero_grad()
         # DistributedDataParallel averages over ranks: times world_size it is the mean over the batch.
         (loss_sum * (self._world_size / batch_size)).backward()  # type: ignore[no-untyped-call]
-        self._optimizer.step()
+        self.optimizer.step()
         return loss_sum.detach()
 
     def _batch(self, chance: _Chance, mine: slice) -> tuple[Tensor, Tensor]:

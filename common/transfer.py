@@ -104,7 +104,11 @@ class Receiver:
         if self._hash.hexdigest() != self.blob.digest:
             self._path.unlink(missing_ok=True)
             raise CorruptError("the bytes received do not match their SHA-256 digest; send them again")
-        os.fsync(self._file.fileno())
+        try:
+            os.fsync(self._file.fileno())
+        except OSError:
+            self._path.unlink(missing_ok=True)  # what the disk has is unknown, and a retry would not tell
+            raise
 
     def discard(self) -> None:
         """Forget what was received: it must not be stored."""

@@ -16,6 +16,8 @@ from common.schema import Header, TensorSpec, check_weights, read_header
 
 StateDict = dict[str, Tensor]
 
+_METADATA: Mapping[str, str] = {"format": "pt"}  # one entry: the format's writer shuffles several
+
 _DTYPE_NAMES: Mapping[torch.dtype, str] = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
     torch.complex64: "C64", torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
@@ -24,7 +26,9 @@ _DTYPE_NAMES: Mapping[torch.dtype, str] = {
 }  # fmt: skip
 
 
-def write_state_dict(state_dict: Mapping[str, Tensor], path: Path) -> None:
+def write_state_dict(
+    state_dict: Mapping[str, Tensor], path: Path, *, metadata: Mapping[str, str] = _METADATA
+) -> None:
     """Write the tensors, wherever they are; the same tensors give the same bytes.
 
     Tied tensors are stored once under each of their names, as every reader of the format expects.
@@ -35,7 +39,7 @@ def write_state_dict(state_dict: Mapping[str, Tensor], path: Path) -> None:
     """
     with replacing(path) as partial:
         try:
-            save_file(_separate(state_dict), partial, metadata={"format": "pt"})
+            save_file(_separate(state_dict), partial, metadata=dict(metadata))
         except SafetensorError as error:
             raise OSError(f"cannot write {path}: {error}") from error
 

@@ -89,7 +89,7 @@ class CloudClient:
         metrics: AgentMetrics,
         on_waiting: Callable[[str], None] = lambda _: None,
     ) -> None:
-        self._channel = grpc.aio.insecure_channel(server, options=rpc.CHANNEL_OPTIONS)
+        self._channel = grpc.aio.insecure_channel(server, options=rpc.channel_options())
         self._stub = pb_grpc.ECAvgStub(self._channel)  # type: ignore[no-untyped-call]
         self._metadata = ((rpc.AGENT_ID_KEY, agent_id),)
         self._metrics = metrics
@@ -135,9 +135,13 @@ class CloudClient:
         """
         query = pb.QueryUploadRequest(digest=blob.digest, kind=_KINDS[kind])
         num_corrupt = 0
-        async for attempt in self._retrying():
+        backoff, furthest = rpc.Backoff(), 0
+        async for attempt in self._retrying(backoff):
             with attempt:
                 stored = await self._once(self._stub.QueryUpload, query)
+                if stored.received_bytes > furthest:
+                    furthest = stored.received_bytes
+                    backoff.reset()
                 on_bytes(stored.received_bytes, blob.size_bytes)
                 if stored.complete:
                     return
@@ -171,9 +175,10 @@ class CloudClient:
     async def download(self, blob: Blob, path: Path, on_bytes: OnBytes) -> None:
         """Fetch a blob to `path`, where it appears whole, checked and durable."""
         partial = path.with_name(f".{path.name}.{blob.digest[:16]}.partial")
-        async for attempt in self._retrying():
+        backoff = rpc.Backoff()
+        async for attempt in self._retrying(backoff):
             with attempt:
-                await self._stream_down(partial, blob, on_bytes)
+                await self._stream_down(partial, blob, on_bytes, backoff)
         await asyncio.to_thread(partial.replace, path)
         await asyncio.to_thread(sync, path.parent)
 
@@ -194,37 +199,43 @@ class CloudClient:
         return reply
 
     async def _stream_up(self, path: Path, blob: Blob, kind: Kind, offset: int, on_bytes: OnBytes) -> None:
+        header = pb.UploadHeader(
+            digest=blob.digest, kind=_KINDS[kind], size_bytes=blob.size_bytes, offset=offset
+        )
         sent = offset
-
-        async def requests() -> AsyncIterator[pb.UploadRequest]:
-            nonlocal sent
-            header = pb.UploadHeader(
-                digest=blob.digest, kind=_KINDS[kind], size_bytes=blob.size_bytes, offset=offset
-            )
-            yield pb.UploadRequest(header=header)
+        call = self._stub.Upload(metadata=self._metadata)
+        try:
+            # Not as an iterator: where reading the file fails, gRPC would cancel us instead of saying so.
+            await _translated(call.write(pb.UploadRequest(header=header)))
             async for chunk in _in_thread(read_chunks(path, offset)):
-                yield pb.UploadRequest(chunk=chunk)
+                await _translated(call.write(pb.UploadRequest(chunk=chunk)))
                 sent += len(chunk)
                 self._metrics.sent_bytes_total.labels(kind).inc(len(chunk))
                 on_bytes(sent, blob.size_bytes)
+            await _translated(call.done_writing())
+        except asyncio.InvalidStateError:
+            pass  # the server has ended the call; its status says why
+        except BaseException:
+            call.cancel()
+            raise
+        await _translated(call)
 
-        await _translated(self._stub.Upload(requests(), metadata=self._metadata))
-
-    async def _stream_down(self, partial: Path, blob: Blob, on_bytes: OnBytes) -> None:
+    async def _stream_down(self, partial: Path, blob: Blob, on_bytes: OnBytes, backoff: rpc.Backoff) -> None:
         receiver = await asyncio.to_thread(Receiver, partial, blob)
         try:
             if receiver.received_bytes < blob.size_bytes:
                 request = pb.DownloadRequest(digest=blob.digest, offset=receiver.received_bytes)
                 async for reply in _answered(self._stub.Download(request, metadata=self._metadata)):
                     self._heard()
+                    backoff.reset()
                     await asyncio.to_thread(receiver.write, reply.chunk)
                     on_bytes(receiver.received_bytes, blob.size_bytes)
             await asyncio.to_thread(receiver.finish)
         finally:
             receiver.close()
 
-    def _retrying(self) -> Any:
-        return rpc.retrying(self._before_retry)
+    def _retrying(self, backoff: rpc.Backoff | None = None) -> Any:
+        return rpc.retrying(self._before_retry, backoff)
 
     def _before_retry(self, error: BaseException, pause_seconds: float) -> None:
         log.debug("retry", error=str(error), pause_seconds=round(pause_seconds, 3))

@@ -16,11 +16,12 @@ ROOT = Path(__file__).parent.parent
 PACKAGES = ("common", "edge_agent", "cloud_server")
 TORCH = {"torch", "torchvision"}
 MAY_IMPORT_TORCH = {
+    "common/checkpoint.py",
     "common/models.py",
     "common/training.py",
     "common/weights.py",
-    "edge_agent/agent.py",
     "edge_agent/data.py",
+    "edge_agent/local.py",
 }
 MAY_IMPORT_GRPC = {
     "cloud_server/__main__.py",

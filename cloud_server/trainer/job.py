@@ -1,5 +1,6 @@
 """One job, from job.json to result.json."""
 
+import errno
 import gc
 import hashlib
 import time
@@ -192,6 +193,14 @@ def _describe(error: Exception) -> JobError:
         return JobError(kind="usage", message=text)
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in text:
         return JobError(kind="out_of_memory", message=f"training ran out of memory: {text}")
+    if _is_full_disk(error):
+        return JobError(kind="storage", message=f"the server's disk takes no data: {text}")
     if isinstance(error, ECAvgError):
         return JobError(kind="failed", message=text)
     return JobError(kind="failed", message=f"{type(error).__name__}: {text}; see trainer.log")
+
+
+def _is_full_disk(error: Exception) -> bool:
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+        return True
+    return f"os error {errno.ENOSPC})" in str(error)  # how safetensors says it

@@ -292,10 +292,10 @@ class Trainer:
     def __init__(self, state_dir: Path, *launcher: str) -> None:
         state_dir.mkdir(exist_ok=True)
         self._output_path = state_dir / "trainer.log"
+        arguments = ("--state-dir", str(state_dir), "--device", "cpu")
         with self._output_path.open("ab") as output:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", *launcher, "cloud_server.trainer"]
-                + ["--state-dir", str(state_dir), "--device", "cpu"],
+                [sys.executable, "-m", *launcher, "cloud_server.trainer", *arguments],
                 cwd=ROOT,
                 stdin=subprocess.PIPE,
                 stdout=output,

@@ -157,15 +157,15 @@ def test_a_loss_that_is_not_finite_is_left_out(directory):
 def test_damaged_files_are_named(directory, text):
     directory.write_job(JOB)
     (directory.path / "job.json").write_text(text)
-    with pytest.raises(RunError, match="job.json is damaged"):
+    with pytest.raises(RunError, match=r"job\.json is damaged"):
         directory.read_job()
     (directory.path / "result.json").write_text(text)
-    with pytest.raises(RunError, match="result.json is damaged"):
+    with pytest.raises(RunError, match=r"result\.json is damaged"):
         directory.read_result()
 
 
 def test_a_job_that_is_not_there_is_named(directory):
-    with pytest.raises(RunError, match="job.json is missing"):
+    with pytest.raises(RunError, match=r"job\.json is missing"):
         directory.read_job()
 
 

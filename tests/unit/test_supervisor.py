@@ -1,7 +1,6 @@
 import asyncio
 import os
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
@@ -186,10 +185,11 @@ async def test_the_trainer_leaves_when_the_server_is_killed(tmp_path, fifo):
         "    await asyncio.Event().wait()\n"
         "asyncio.run(main())\n"
     )
-    with subprocess.Popen([sys.executable, "-c", program, str(tmp_path), script]) as server:
-        assert await line_of(fifo) == "here"
-        server.kill()
-        assert await line_of(fifo) == "gone"
+    server = await asyncio.create_subprocess_exec(sys.executable, "-c", program, str(tmp_path), script)
+    assert await line_of(fifo) == "here"
+    server.kill()
+    assert await line_of(fifo) == "gone"
+    await server.wait()
 
 
 def test_the_trainer_is_this_python(tmp_path):

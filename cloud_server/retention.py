@@ -1,0 +1,71 @@
+"""What goes, and when: so that a server that runs for ever does not fill its disk.
+
+The rule. Kept are the round that is open and the last `keep_rounds` that are over, with all that they
+name: initial weights, published model, contributed weights and shards. Older rounds are retired: the
+trainer's files and every blob that no kept round names are removed. An upload that no contribution has
+named yet, and one that is not finished, stay for `keep_partial_seconds` from when they were last touched.
+For ever stay the first round's initial weights, which fix the names and shapes of all weights, each round's
+`report.json`, and the records of rounds and contributions, some hundred bytes for each agent and round.
+
+Records go first, in one transaction that also notes which blobs shall follow; then the files. Whatever
+a crash in between leaves is files that no record names, and the next clean-up removes them. A file that is
+being read while it is removed is still read to its end: POSIX keeps what an open descriptor refers to.
+"""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import structlog
+
+from cloud_server.jobs import JobDirectory
+from cloud_server.round import Phase
+from cloud_server.store import RoundRow, Store, storage_errors
+
+_JOB_NAME = re.compile(r"round-(\d+)")
+
+log = structlog.get_logger()
+
+
+def clean_up(
+    store: Store, state_dir: Path, *, keep_rounds: int, keep_partial_seconds: float, now: float
+) -> None:
+    """Remove what the rule above gives up; no round may change meanwhile, uploads may go on.
+
+    Raises:
+        StorageError: the disk does not let it; what is left goes next time.
+    """
+    last = store.last_round()
+    if last is None:
+        return
+    is_over = last.phase in (Phase.PUBLISHED, Phase.FAILED)
+    up_to = last.number - keep_rounds - (0 if is_over else 1)
+    store.retire_rounds(up_to, uploaded_before=now - keep_partial_seconds)
+    with storage_errors():
+        _remove_files_of_rounds(state_dir, up_to)
+    num_blobs = store.remove_blobs(now - keep_partial_seconds, spare=_unpublished_model(state_dir, last))
+    num_partials = store.remove_partials(now - keep_partial_seconds)
+    if num_blobs or num_partials:
+        log.info("cleaned_up", retired_up_to=max(0, up_to), num_blobs=num_blobs, num_uploads=num_partials)
+
+
+def _remove_files_of_rounds(state_dir: Path, up_to: int) -> None:
+    for number, directory in round_jobs(state_dir):
+        if number <= up_to:
+            directory.remove()
+    for model in (state_dir / "rounds").glob("*/model.safetensors"):
+        if model.parent.name.isdigit() and int(model.parent.name) <= up_to:
+            model.unlink()
+
+
+def round_jobs(state_dir: Path) -> Iterator[tuple[int, JobDirectory]]:
+    """The rounds whose jobs are on the disk, in no order."""
+    for path in list((state_dir / "jobs").iterdir()):
+        if match := _JOB_NAME.fullmatch(path.name):
+            yield int(match[1]), JobDirectory(path)
+
+
+def _unpublished_model(state_dir: Path, last: RoundRow) -> list[str]:
+    """The blob of a model that a crash kept from being published: no record names it yet."""
+    result = JobDirectory(state_dir / "jobs" / f"round-{last.number:04d}").read_result()
+    return [result.weights.sha256] if result and result.weights else []
