@@ -12,15 +12,29 @@ from common.errors import UsageError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["check"]:
+        return check(argv[1:])
     parser = argparse.ArgumentParser(
         prog="cloud-server",
         description="Average what edge agents pre-trained, fine-tune it on their data, give it back.",
+        epilog="`cloud-server check STATE` verifies the state directory of a server that is stopped.",
     )
     try:
         config = cli.parse_command_line(parser, ServerConfig, ENV_PREFIX, argv, default_preset=DEFAULT_PRESET)
     except UsageError as error:
         return cli.fail("cloud-server", error)
     return cli.run("cloud-server", lambda: serve(config))
+
+
+def check(argv: Sequence[str]) -> int:
+    """0 when all is well in a state directory, 1 when anything is wrong, 2 when it cannot be checked."""
+    from cloud_server.check import main as check_state
+
+    try:
+        return check_state(argv)
+    except UsageError as error:
+        return cli.fail("cloud-server check", error)
 
 
 async def serve(config: ServerConfig) -> int:

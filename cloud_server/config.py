@@ -41,7 +41,7 @@ class ServerConfig(ProcessConfig):
     keep_partial_seconds: float = Field(
         7 * 24 * 3600, gt=0, description="how long uploads are kept that were not finished or not contributed"
     )
-    insecure: bool = Field(True, description="plaintext instead of TLS (the only choice so far)")
+    insecure: Literal[True] = Field(True, description="plaintext instead of TLS (the only choice so far)")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least severe shown")
     run: RunConfig = RunConfig()
 

@@ -27,13 +27,15 @@ from cloud_server.uploads import Upload, Uploads
 from common import schema
 from common.config import RunConfig
 from common.errors import InvalidError, NotFoundError, Reason, RunError, StorageError, UsageError
+from common.faults import Point, crash_point
 from common.transfer import Blob
 
 POLL_SECONDS = 0.05
 STORAGE_RETRY_SECONDS = 2.0  # between two tries to write to a disk that is full or read-only
 STATUS_ROUNDS = 50  # as many of the latest rounds are on the status page
 MAX_FALSE_STARTS = 2  # a trainer may die so often before it takes up a job, without that being a try
-FAREWELL_SECONDS = 5.0  # how long the last word may take to reach the agents
+LIVENESS_SECONDS = 30.0  # an agent that was here so recently is expected back: it is being restarted
+LIVENESS_POLL_SECONDS = 1.0
 
 # What makes a blob unfit for good; anything else about an upload can be cured by sending it again.
 _UNFIT = {
@@ -143,6 +145,8 @@ class Coordinator:
         self._changed = asyncio.Event()
         self._slots: dict[str, int] = {}
         self._watching: Counter[str] = Counter()
+        self._last_seen: dict[str, float] = {}  # monotonic seconds
+        self._dismissed: set[str] = set()  # told that the run is over
         self._progress: Progress | None = None
         self._run_over = False
         self._round: Round  # set by start()
@@ -204,6 +208,7 @@ class Coordinator:
             result.weights.sha256,
             self._clock(),
         )
+        crash_point(Point.SERVER_RUN_CREATED)
 
     async def _restore(self) -> None:
         run, row = self._store.run(), self._store.last_round()
@@ -224,6 +229,7 @@ class Coordinator:
             max_data_bytes=self._config.max_upload_bytes,
         )
         self._round = _round_from(row, self._store.contributions(row.number), self._policy)
+        self._last_seen = dict.fromkeys(self._round.contributions, time.monotonic())
         self._publish_change()
 
     async def _collect(self) -> None:
@@ -269,6 +275,7 @@ class Coordinator:
         """From the last global model on, or from where the failed round started."""
         number, start = self._round.number + 1, self._round.published or self._round.initial_weights
         await self._durably(self._store.open_round, number, start, self._clock())
+        crash_point(Point.SERVER_ROUND_OPENED)
         row = self._store.last_round()
         assert row is not None
         self._round = _round_from(row, [], self._policy)
@@ -289,26 +296,32 @@ class Coordinator:
                 log.warning("clean_up_failed", reason=str(error))
 
     async def _wait_for_reports(self, number: int) -> None:
-        """Until every agent that is watching has reported, or the deadline passes."""
+        """Until every live agent has reported on the published model, or the deadline passes."""
         until = time.monotonic() + self._config.deadline_seconds
-        while time.monotonic() < until and self._round.phase is Phase.PUBLISHED:
+        while self._round.phase is Phase.PUBLISHED and time.monotonic() < until:
             changed = self._changed
             reported = {row.agent_id for row in await asyncio.to_thread(self._store.reports, number)}
-            if set(+self._watching) <= reported:
+            if self._live_agents() <= reported:
                 return
-            await _wait(changed, until - time.monotonic())
-        return
+            await _wait(changed, LIVENESS_POLL_SECONDS)
 
     async def _say_farewell(self) -> None:
-        until = time.monotonic() + FAREWELL_SECONDS
-        while +self._watching and time.monotonic() < until:
-            await _wait(self._changed, until - time.monotonic())
+        """Until every live agent has been told that the run is over."""
+        until = time.monotonic() + LIVENESS_SECONDS
+        while self._live_agents() - self._dismissed and time.monotonic() < until:
+            await _wait(self._changed, LIVENESS_POLL_SECONDS)
+
+    def _live_agents(self) -> set[str]:
+        """Those that watch, and those that may be back in a moment."""
+        recently = time.monotonic() - LIVENESS_SECONDS
+        return set(+self._watching) | {agent for agent, at in self._last_seen.items() if at > recently}
 
     # ------------------------------------------------------------------ what agents ask for
 
     async def join(self, agent_id: str) -> Membership:
         if agent_id not in self._slots:
             slot = await asyncio.to_thread(self._store.join, agent_id, self._clock())
+            crash_point(Point.SERVER_AGENT_JOINED)
             self._slots[agent_id] = slot
             log.info("agent_joined", agent_id=agent_id, slot=slot)
             self._publish_change()
@@ -329,6 +342,7 @@ class Coordinator:
                 state = self.state_for(agent_id)
                 yield state
                 if state.run_over:
+                    self._dismissed.add(agent_id)
                     return
                 await changed.wait()
 
@@ -367,6 +381,7 @@ class Coordinator:
             if updated is not self._round:
                 row = _row_of(contribution, outcome, self._clock())
                 await asyncio.to_thread(self._store.record_contribution, number, row)
+                crash_point(Point.SERVER_CONTRIBUTION_RECORDED)
                 self._round = updated
                 self._metrics.count_contribution(outcome.value)
                 log.info("contribution", round=number, agent_id=agent_id, outcome=outcome.value)
@@ -384,6 +399,7 @@ class Coordinator:
         if round_row is None or round_row.published is None:
             raise NotFoundError(f"round {number} has published no model", Reason.MALFORMED_REQUEST)
         await asyncio.to_thread(self._store.record_report, number, replace(row, at=self._clock()))
+        crash_point(Point.SERVER_AGENT_REPORT_RECORDED)
         await self._write_report(number)
         log.info("agent_reported", round=number, agent_id=agent_id, applied=row.applied)
         self._publish_change()
@@ -483,6 +499,7 @@ class Coordinator:
     async def _attempt(self, directory: JobDirectory, job: Job) -> Result:
         num_exits, offset, has_begun = self._trainer.num_exits, 0, False
         await self._durably(directory.write_job, job)
+        crash_point(Point.SERVER_JOB_WRITTEN)
         while True:
             result = directory.read_result()  # first: after it comes no more progress
             lines, offset = directory.read_progress(offset)
@@ -518,6 +535,7 @@ class Coordinator:
         assert result.weights
         path = JobDirectory(self._jobs_dir / job.name).weights_path
         await self._durably(self._store.adopt_blob, path, result.weights.sha256)
+        crash_point(Point.SERVER_MODEL_ADOPTED)
 
     def _result_of(self, number: int) -> Result | None:
         job = JobDirectory(self._jobs_dir / f"round-{number:04d}")
@@ -536,6 +554,7 @@ class Coordinator:
                 updated = change(self._round)
                 if updated is not self._round:
                     await asyncio.to_thread(self._record_phase, updated)
+                    crash_point(Point.SERVER_PHASE_RECORDED)
                     self._round = updated
                     return True
                 return False
@@ -621,6 +640,7 @@ class Coordinator:
     async def _write_report(self, number: int) -> None:
         async with self._report_lock:
             await self._durably(self._write_report_now, number)
+        crash_point(Point.SERVER_REPORT_WRITTEN)
 
     def _write_report_now(self, number: int) -> None:
         row = self._store.round(number)
@@ -652,6 +672,7 @@ class Coordinator:
             yield
         finally:
             self._watching[agent_id] -= 1
+            self._last_seen[agent_id] = time.monotonic()
             self._publish_change()
 
     def _seconds_to_deadline(self) -> float | None:

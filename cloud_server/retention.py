@@ -60,7 +60,7 @@ def _remove_files_of_rounds(state_dir: Path, up_to: int) -> None:
 
 def round_jobs(state_dir: Path) -> Iterator[tuple[int, JobDirectory]]:
     """The rounds whose jobs are on the disk, in no order."""
-    for path in list((state_dir / "jobs").iterdir()):
+    for path in list((state_dir / "jobs").glob("round-*")):
         if match := _JOB_NAME.fullmatch(path.name):
             yield int(match[1]), JobDirectory(path)
 

@@ -15,6 +15,7 @@ from cloud_server.store import ReportRow
 from common import rpc
 from common.config import AGENT_ID_PATTERN, PROTOCOL_VERSION
 from common.errors import InvalidError, Reason, UnavailableError, UsageError
+from common.faults import Point, crash_point
 from common.pb import ecavg_pb2 as pb
 from common.pb import ecavg_pb2_grpc as pb_grpc
 from common.transfer import Blob, read_chunks
@@ -94,6 +95,7 @@ class ECAvgServicer(pb_grpc.ECAvgServicer):
         chunks = read_chunks(path, request.offset)
         while (chunk := await asyncio.to_thread(next, chunks, None)) is not None:
             yield pb.DownloadReply(chunk=chunk, size_bytes=size_bytes)
+            crash_point(Point.SERVER_CHUNK_SENT)
             self._coordinator.count_sent(len(chunk))
             size_bytes = 0
         if size_bytes:  # nothing is left to send; say so with the size

@@ -25,6 +25,7 @@ from threading import RLock
 from typing import Any
 
 from common.errors import NotFoundError, Reason, StorageError, UsageError
+from common.faults import Point, crash_point
 
 MIGRATIONS = (  # what takes the database from one schema version to the next; never edit one, add another
     """
@@ -158,6 +159,14 @@ class ReportRow:
     num_held_out: int
     applied: bool
     reason: str  # why it was not applied, else empty
+    at: float
+
+
+@dataclass(frozen=True)
+class UploadRow:
+    agent_id: str
+    digest: str
+    kind: str  # "weights" or "data"
     at: float
 
 
@@ -347,12 +356,14 @@ class Store:
                 self._link(partial, blob)
             _fsync(blob.parent)
             _fsync(self._blobs_dir)
+            crash_point(Point.SERVER_BLOB_LINKED)
             with self._transaction() as database:
                 database.execute(
                     "INSERT INTO uploads (agent_id, digest, kind, at) VALUES (?, ?, ?, ?)"
                     " ON CONFLICT DO UPDATE SET at = excluded.at",
                     (agent_id, digest, kind, now),
                 )
+            crash_point(Point.SERVER_UPLOAD_RECORDED)
             blob.chmod(0o444)  # not before: an upload that goes on after a failure must be able to write
             partial.unlink(missing_ok=True)
 
@@ -362,6 +373,11 @@ class Store:
             "SELECT 1 FROM uploads WHERE agent_id = ? AND digest = ? AND kind = ?", agent_id, digest, kind
         )
         return bool(recorded) and self.blob_path(digest).exists()
+
+    def uploads(self) -> list[UploadRow]:
+        """Every upload that was committed and not given up since."""
+        rows = self._read("SELECT agent_id, digest, kind, at FROM uploads ORDER BY agent_id, digest, kind")
+        return [UploadRow(**row) for row in rows]
 
     def adopt_blob(self, path: Path, digest: str) -> None:
         """Moves a file of STATE that has this digest to the blobs; NotFoundError if it is in neither."""

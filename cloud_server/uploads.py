@@ -11,6 +11,7 @@ from cloud_server.store import Store, storage_errors
 from common import schema
 from common.config import DatasetSpec
 from common.errors import InvalidError, OffsetError, Reason, UnavailableError
+from common.faults import Point, crash_point
 from common.transfer import Blob, Receiver
 
 _T = TypeVar("_T")
@@ -141,6 +142,7 @@ class Upload:
         assert self._receiver
         with storage_errors():
             self._receiver.write(chunk)
+        crash_point(Point.SERVER_CHUNK_STORED)
 
     def _passes_gate(self, prefix: bytes) -> bool:
         needed = schema.header_bytes_needed(prefix)

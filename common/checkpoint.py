@@ -20,9 +20,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from common.config import FrozenModel
+from common.faults import Point, crash_point
 from common.weights import StateDict, write_state_dict
 
-CHECKPOINT_SECONDS = 5.0  # least time between two: where epochs are shorter, writing would slow them down
+CHECKPOINT_SECONDS = 5.0  # between two, at least: where epochs are shorter, writing would slow them down
 
 _KEY = "ecavg.checkpoint"
 _MODEL, _OPTIMIZER = "model.", "optimizer."
@@ -60,7 +61,7 @@ class Checkpoints:
         training: str,
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
-        seconds: float = CHECKPOINT_SECONDS,
+        seconds: float,
     ) -> None:
         self._path, self._training = path, training
         self._model, self._optimizer = model, optimizer
@@ -99,6 +100,7 @@ class Checkpoints:
         label = label.model_copy(update={"digest": _digest(label, tensors)})
         try:
             write_state_dict(tensors, self._path, metadata={_KEY: label.model_dump_json()})
+            crash_point(Point.AGENT_EPOCH_SAVED)
         except OSError as error:
             log.warning("checkpoint_not_written", path=str(self._path), reason=str(error))
         self._due = time.monotonic() + self._seconds

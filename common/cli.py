@@ -52,22 +52,24 @@ def add_flags(
     parser: argparse.ArgumentParser, config_class: type[ProcessConfig], default_preset: str | None
 ) -> None:
     """One flag for each key at the top of the configuration; `--set` reaches the tables below."""
+    config_help = "TOML file with any of these keys"
     if default_preset:
         text = f"a complete configuration to start from (default: {default_preset})"
         parser.add_argument("--preset", metavar="NAME", default=default_preset, help=text)
-    parser.add_argument("--config", metavar="FILE", type=Path, help="TOML file, laid over the preset")
+        config_help += " and of [run], laid over the preset"
+    parser.add_argument("--config", metavar="FILE", type=Path, help=config_help)
     for name, field in config_class.model_fields.items():
         if isinstance(field.default, BaseModel):
             text = f"set any key of a table, for example {name}.seed=3; repeatable"
             parser.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help=text)
             continue
         text = (field.description or "").replace("%", "%%")
-        if not (field.is_required() or field.default in (None, "", (), False)):
+        if not (field.is_required() or field.default in (None, "", (), True, False)):
             text += f" (default: {field.default})"
         options: dict[str, Any] = {"dest": name, "default": argparse.SUPPRESS, "help": text}
         flag = f"--{name.replace('_', '-')}"
-        if field.annotation is bool:
-            parser.add_argument(flag, action=argparse.BooleanOptionalAction, **options)
+        if isinstance(field.default, bool):
+            parser.add_argument(flag, action="store_true", **options)
         elif isinstance(field.default, tuple):
             parser.add_argument(flag, action="append", metavar="NAME", **options)
         else:

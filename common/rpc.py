@@ -36,7 +36,7 @@ MAX_MESSAGE_BYTES = 4 * 1024 * 1024 + 64 * 1024  # a chunk and its framing; noth
 
 # A peer that vanished without a word is noticed within the sum of the two.
 KEEPALIVE_SECONDS = 20.0  # of silence, then the peer is asked for a sign of life
-KEEPALIVE_TIMEOUT_SECONDS = 10.0  # for that sign, or any other
+KEEPALIVE_TIMEOUT_SECONDS = 60.0  # for that sign; on a slow link it queues behind megabytes of data
 
 FIRST_PAUSE_SECONDS = 0.2  # the longest pause after a first failure
 MAX_PAUSE_SECONDS = 15.0  # the longest pause after any
@@ -61,7 +61,7 @@ def server_options() -> Options:
     return [
         *_common_options(),
         # Agents ask as often as we do; more than twice that counts as abuse and ends the connection.
-        ("grpc.http2.min_recv_ping_interval_without_data_ms", int(KEEPALIVE_SECONDS * 500)),
+        ("grpc.http2.min_ping_interval_without_data_ms", int(KEEPALIVE_SECONDS * 500)),
         # Linux would let a second server share the port in silence.
         ("grpc.so_reuseport", 0),
     ]
@@ -75,6 +75,8 @@ def _common_options() -> Options:
         ("grpc.keepalive_timeout_ms", int(KEEPALIVE_TIMEOUT_SECONDS * 1000)),
         # By default gRPC stops asking on a connection without data, as one with an idle Watch is.
         ("grpc.http2.max_pings_without_data", 0),
+        # The answer to a ping has a time-out of its own; without data it is the only one that works.
+        ("grpc.http2.ping_timeout_ms", int(KEEPALIVE_TIMEOUT_SECONDS * 1000)),
     ]
 
 
@@ -108,6 +110,8 @@ def error_from(rpc_error: grpc.aio.AioRpcError) -> Refusal:
         if rpc_error.code() == grpc.StatusCode.UNIMPLEMENTED:
             return InvalidError("no ECAvg server of this version answers there", Reason.PROTOCOL_MISMATCH)
         # Proxies and broken connections end calls with almost any status; only our server gives reasons.
+        if rpc_error.code() != grpc.StatusCode.UNAVAILABLE:
+            details = f"the connection broke off ({details})"
         return UnavailableError(details)
     return _ERROR.get(rpc_error.code(), Refusal)(details, reason)
 

@@ -110,7 +110,7 @@ def train(
         checkpoint: a file that keeps the last finished epoch. If it is there, and of a training with the
             same config, spec, seed, weights and data, that one is gone on with; on the CPU it ends with
             the same bits as if it had never stopped. The caller removes it when the result is safe.
-        checkpoint_seconds: least time between two checkpoints.
+        checkpoint_seconds: least time between two checkpoints, and before the first.
 
     Returns:
         The mean loss of the last epoch, over all ranks; NaN when there is no epoch.

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from common.errors import CorruptError, InvalidError, OffsetError, Reason
 
-CHUNK_BYTES = 1024 * 1024
+CHUNK_BYTES = 256 * 1024
 MAX_CHUNK_BYTES = 4 * 1024 * 1024
 _READ_BYTES = 4 * 1024 * 1024
 

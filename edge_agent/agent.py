@@ -1,47 +1,34 @@
 """The life of an agent: pre-train, upload, contribute, wait, take the global model, report.
 
 The agent acts on what the run's latest state says is left for it to do, so it makes no difference
-whether it has been here all along, has lost its connection, or has just been started again.
+whether it has been here all along, has lost its connection, or has just been started again. Each step
+ends with saved progress; one that was cut short is taken again, to the same effect.
 """
 
 import asyncio
-import json
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import structlog
-import torch
-from torch import nn
 
-from common import training
-from common.errors import ConflictError, Refusal, RunError
-from common.files import replacing
-from common.models import build_model
-from common.shards import Shard, write_shard
+from common.errors import ConflictError, NotFoundError, Refusal, RunError
+from common.faults import Point, crash_point
 from common.telemetry import ProgressDisplay
-from common.training import StepReport, derive_seed
+from common.training import StepReport, select_device
 from common.transfer import Blob, blob_of
-from common.weights import load_into, write_state_dict
-from edge_agent.client import CloudClient, Joined, Kind, Report, RunState
+from edge_agent.client import CloudClient, Joined, Kind, RunState
 from edge_agent.config import AgentConfig
-from edge_agent.data import AgentData, load_agent_data
+from edge_agent.data import load_agent_data
+from edge_agent.local import LocalModels
 from edge_agent.metrics import AgentMetrics, Phase
 from edge_agent.partition import Partition, parse_partition
-from edge_agent.state import AgentState, Progress
+from edge_agent.state import AgentState, Arrived, Progress, Trained
 
 _T = TypeVar("_T")
 
 log = structlog.get_logger()
-
-
-class LocalModel(NamedTuple):
-    """This agent's pre-trained weights."""
-
-    path: Path
-    blob: Blob
-    accuracy: float  # on the held-out data
 
 
 class EdgeAgent:
@@ -60,13 +47,13 @@ class EdgeAgent:
         self._client = client
         self._metrics = metrics
         self._display = display
-        self._device = training.select_device(config.device)
+        self._device = select_device(config.device)
         self._stopping = threading.Event()
         self._latest: RunState | None = None
         self._news = asyncio.Event()
         self._shown_failure = 0
         self._joined: Joined  # set by run()
-        self._data: AgentData
+        self._local: LocalModels
 
     async def run(self) -> None:
         """Take part in every round until the server says that the run is over.
@@ -78,22 +65,31 @@ class EdgeAgent:
         self._joined = await self._client.join()
         if self._joined.run_id != self._disk.progress.run_id:
             self._disk.save(Progress(run_id=self._joined.run_id))
+            self._disk.discard_all_but(())
+        crash_point(Point.AGENT_JOINED)
         self._display.message(
             f"joined as {self._disk.agent_id}, slot {self._joined.slot}:"
             f" {self._joined.run.model} on {self._joined.run.dataset}"
         )
-        self._data = await self._in_thread(self._load_data)
-        async with asyncio.TaskGroup() as tasks:
-            watching = tasks.create_task(self._follow())
-            await self._take_part()
-            watching.cancel()
+        self._local = await self._in_thread(self._load_data)
+        crash_point(Point.AGENT_DATA_LOADED)
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                watching = tasks.create_task(self._follow())
+                await self._take_part()
+                watching.cancel()
+        except ExceptionGroup as group:
+            raise group.exceptions[0] from None
         self._metrics.set_phase(Phase.DONE)
 
     async def _take_part(self) -> None:
+        if arrived := self._disk.progress.arrived:
+            path = await self._download(arrived.weights, "global model")
+            await self._use_and_report(arrived, path)
         while True:
             state = await self._next_state(self._is_called_for)
             if self._is_new_model(state):
-                await self._take_global_model(state)
+                await self._take_latest_model(state)
             elif self._is_open_round(state):
                 await self._contribute(state)
             else:
@@ -113,36 +109,40 @@ class EdgeAgent:
 
     async def _contribute(self, state: RunState) -> None:
         """Pre-train on this agent's shard, upload weights and data, and commit them."""
-        local = await self._pretrain(state)
-        self._metrics.set_phase(Phase.UPLOADING)
-        try:
-            shard = await self._upload_shard()
-            await self._upload(local.path, local.blob, "weights")
-            verdict = await self._client.contribute(
-                state.round,
-                weights=local.blob,
-                shards=[shard],
-                num_examples=len(self._data.train.labels),
-                accuracy_local=local.accuracy,
-            )
-            outcome, message = verdict
-        except ConflictError as error:
-            outcome, message = "accepted", str(error)  # an earlier life of this agent has contributed
-        except Refusal as error:
-            outcome, message = "rejected", str(error)
+        if state.outcome == "accepted":  # in an earlier life, which ended before it heard of it
+            outcome, message = state.outcome, ""
+        else:
+            trained = await self._pretrain(state)
+            self._metrics.set_phase(Phase.UPLOADING)
+            outcome, message = await self._send(trained)
+            crash_point(Point.AGENT_CONTRIBUTED)
         log.info("contributed", round=state.round, outcome=outcome, reason=message or None)
         if outcome != "accepted":
             self._display.message(f"round {state.round}: contribution {outcome}: {message}")
-        self._save(contributed_round=state.round, accuracy_local=local.accuracy)
+        self._save(contributed_round=state.round)
+        crash_point(Point.AGENT_CONTRIBUTION_SAVED)
+        self._disk.discard(self._disk.local_weights, self._disk.checkpoint)
         self._metrics.set_phase(Phase.WAITING)
 
-    async def _pretrain(self, state: RunState) -> LocalModel:
+    async def _pretrain(self, state: RunState) -> Trained:
+        """This round's weights, which an earlier life of this agent may have trained."""
         self._metrics.set_phase(Phase.PRE_TRAINING)
-        initial = await self._initial_weights(state)
-        local = await self._in_thread(self._pretrain_now, state.round, initial)
-        self._display.message(f"round {state.round}: local accuracy {local.accuracy:.4f}")
-        self._metrics.accuracy_ratio.labels("local").set(local.accuracy)
-        return local
+        trained = self._disk.progress.trained
+        if not trained or not await self._in_thread(self._is_kept, trained, state.round):
+            initial = await self._initial_weights(state)
+            trained = await self._in_thread(
+                self._local.pretrain, state.round, initial, lambda step: self._show_step(state.round, step)
+            )
+            crash_point(Point.AGENT_WEIGHTS_WRITTEN)
+            self._save(trained=trained)
+            crash_point(Point.AGENT_PRETRAINED)
+            self._disk.discard(self._disk.checkpoint)
+        self._display.message(f"round {state.round}: local accuracy {trained.accuracy:.4f}")
+        self._metrics.accuracy_ratio.labels("local").set(trained.accuracy)
+        return trained
+
+    def _is_kept(self, trained: Trained, number: int) -> bool:
+        return trained.round == number and _is_whole(self._disk.local_weights, trained.weights)
 
     async def _initial_weights(self, state: RunState) -> Path | None:
         """Where this round's pre-training starts; None: from weights of this agent's own."""
@@ -150,14 +150,55 @@ class EdgeAgent:
             return None
         return await self._download(state.initial_weights, "initial weights")
 
+    async def _send(self, trained: Trained) -> tuple[str, str]:
+        """Upload and commit; the outcome, and why."""
+        try:
+            shard = await self._upload_shard()
+            await self._upload(self._disk.local_weights, trained.weights, "weights")
+            return await self._client.contribute(
+                trained.round,
+                weights=trained.weights,
+                shards=[shard],
+                num_examples=self._local.num_examples,
+                accuracy_local=trained.accuracy,
+            )
+        except ConflictError as error:
+            return "accepted", str(error)  # an earlier life of this agent has contributed
+        except Refusal as error:
+            return "rejected", str(error)
+
+    async def _take_latest_model(self, state: RunState) -> None:
+        """Take the published model, or a newer one where the server keeps this one no more."""
+        try:
+            await self._take_global_model(state)
+        except NotFoundError:
+            await self._next_state(lambda newer: newer.latest_round > state.latest_round)
+
     async def _take_global_model(self, state: RunState) -> None:
         """Download, compare on this agent's own held-out data, apply, report."""
         self._metrics.set_phase(Phase.DOWNLOADING)
         path = await self._download(state.latest_weights, "global model")
         self._metrics.set_phase(Phase.EVALUATING)
-        report = await self._in_thread(self._evaluate_and_apply, state.latest_round, path)
+        trained = self._disk.progress.trained
+        local = trained.accuracy if trained and trained.round == state.latest_round else None
+        report = await self._in_thread(self._local.measure, state.latest_round, path, local)
+        arrived = Arrived(weights=state.latest_weights, report=report)
+        self._save(arrived=arrived)  # once the model is replaced, the one before cannot be measured again
+        crash_point(Point.AGENT_EVALUATED)
+        await self._use_and_report(arrived, path)
+
+    async def _use_and_report(self, arrived: Arrived, path: Path) -> None:
+        report = arrived.report
+        await self._in_thread(self._local.apply, path, report)
+        crash_point(Point.AGENT_MODEL_APPLIED)
+        self._metrics.accuracy_ratio.labels("after").set(report.accuracy_after)
+        if report.accuracy_before is not None:
+            self._metrics.accuracy_ratio.labels("before").set(report.accuracy_before)
         await self._client.report(report)
-        self._save(evaluated_round=state.latest_round)
+        crash_point(Point.AGENT_REPORTED)
+        self._save(evaluated_round=report.round, arrived=None)
+        # Nothing in there is of a later round yet: that one starts from this model.
+        self._disk.discard_all_but({self._disk.shard, path})
         before = "none" if report.accuracy_before is None else f"{report.accuracy_before:.4f}"
         self._display.message(
             f"round {report.round}: accuracy before {before}, after {report.accuracy_after:.4f},"
@@ -169,35 +210,44 @@ class EdgeAgent:
 
     async def _download(self, blob: Blob, label: str) -> Path:
         """The blob as a file; the same blob is fetched once."""
-        path = self._disk.work / f"{blob.digest}.safetensors"
-        if not path.exists():
+        path = self._disk.weights(blob)
+        if not await self._in_thread(_is_whole, path, blob):
             await self._client.download(blob, path, self._bar(f"download {label}"))
+            crash_point(Point.AGENT_DOWNLOADED)
         return path
 
     async def _upload(self, path: Path, blob: Blob, kind: Kind) -> None:
         await self._client.upload(path, blob, kind, self._bar(f"upload {kind}"))
+        crash_point(Point.AGENT_UPLOADED)
 
     async def _upload_shard(self) -> Blob:
-        path = self._disk.work / "shard.safetensors"
-        blob = await self._in_thread(_write_once, path, self._data.train)
-        await self._upload(path, blob, "data")
+        blob = await self._in_thread(self._local.write_shard)
+        await self._upload(self._disk.shard, blob, "data")
         return blob
 
     def _bar(self, label: str) -> Callable[[int, int], None]:
         return lambda done, total: self._display.update(label, done, total)
 
-    # ------------------------------------------------------------------ training, in a thread
+    # ------------------------------------------------------------------ what runs in a thread
 
-    def _load_data(self) -> AgentData:
-        joined = self._joined
-        return load_agent_data(
-            joined.run,
+    def _load_data(self) -> LocalModels:
+        run = self._joined.run
+        data = load_agent_data(
+            run,
             source=self._config.data,
             data_dir=self._config.data_dir,
             partition=self._partition(),
             seed_name=self._disk.agent_id,
             # Naming code with --data is leave to run it.
             allowed_factories={*self._config.allow_factory, self._config.data or ""},
+        )
+        return LocalModels(
+            run,
+            data,
+            self._disk,
+            self._device,
+            self._config.allow_factory,
+            self._config.checkpoint_seconds,
         )
 
     def _partition(self) -> Partition | None:
@@ -210,72 +260,6 @@ class EdgeAgent:
         if slot > count:
             log.warning("partition_shared", slot=slot, num_partitions=count)
         return Partition((slot - 1) % count + 1, count)
-
-    def _pretrain_now(self, number: int, initial: Path | None) -> LocalModel:
-        run, data = self._joined.run, self._data.train
-        model = self._model(initial)
-        training.train(
-            model,
-            torch.from_numpy(data.images),
-            torch.from_numpy(data.labels),
-            run.pretrain,
-            spec=run.spec,
-            device=self._device,
-            seed=derive_seed(run.seed, "pretrain", number, self._disk.agent_id),
-            on_step=lambda step: self._show_step(number, step),
-        )
-        accuracy = self._accuracy(model)
-        path = self._disk.work / "local.safetensors"
-        write_state_dict(model.state_dict(), path)
-        if not self._disk.model.exists() or accuracy >= self._accuracy_of(self._disk.model):
-            _copy(path, self._disk.model)
-        return LocalModel(path, blob_of(path), accuracy)
-
-    def _evaluate_and_apply(self, number: int, path: Path) -> Report:
-        after = self._accuracy_of(path)
-        before = self._accuracy_of(self._disk.model) if self._disk.model.exists() else None
-        took_part = self._disk.progress.contributed_round == number
-        report = Report(
-            round=number,
-            accuracy_local=self._disk.progress.accuracy_local if took_part else None,
-            accuracy_before=before,
-            accuracy_after=after,
-            num_held_out=len(self._data.held_out.labels),
-            applied=True,
-            reason="",
-        )
-        _copy(path, self._disk.model)
-        with replacing(self._disk.report) as partial:
-            text = json.dumps({"agent_id": self._disk.agent_id, **report._asdict()}, indent=2)
-            partial.write_text(text + "\n", "utf-8")
-        self._metrics.accuracy_ratio.labels("after").set(after)
-        if before is not None:
-            self._metrics.accuracy_ratio.labels("before").set(before)
-        return report
-
-    def _model(self, weights: Path | None) -> nn.Module:
-        run = self._joined.run
-        model = build_model(
-            run,
-            seed=derive_seed(run.seed, "initial_weights", self._disk.agent_id),
-            allowed_factories=self._config.allow_factory,
-        )
-        if weights:
-            load_into(model, weights)
-        return model
-
-    def _accuracy_of(self, weights: Path) -> float:
-        return self._accuracy(self._model(weights))
-
-    def _accuracy(self, model: nn.Module) -> float:
-        held_out = self._data.held_out
-        return training.evaluate(
-            model,
-            torch.from_numpy(held_out.images),
-            torch.from_numpy(held_out.labels),
-            spec=self._joined.run.spec,
-            device=self._device,
-        ).accuracy
 
     def _show_step(self, number: int, step: StepReport) -> None:
         if self._stopping.is_set():
@@ -307,7 +291,7 @@ class EdgeAgent:
             "phase": self._latest.phase if self._latest else None,
             "contributed_round": progress.contributed_round,
             "evaluated_round": progress.evaluated_round,
-            "accuracy_local": progress.accuracy_local,
+            "accuracy_local": progress.trained.accuracy if progress.trained else None,
         }
 
     async def _follow(self) -> None:
@@ -330,13 +314,5 @@ class EdgeAgent:
         self._disk.save(self._disk.progress.model_copy(update=changes))
 
 
-def _write_once(path: Path, shard: Shard) -> Blob:
-    write_shard(path, shard)
-    return blob_of(path)
-
-
-def _copy(source: Path, target: Path) -> None:
-    """A second, durable copy: the source may be replaced later."""
-    with replacing(target) as partial, source.open("rb") as file, partial.open("wb") as copy:
-        while piece := file.read(1 << 20):
-            copy.write(piece)
+def _is_whole(path: Path, blob: Blob) -> bool:
+    return path.exists() and blob_of(path) == blob

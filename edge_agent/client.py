@@ -12,11 +12,13 @@ import structlog
 from common import rpc
 from common.config import PROTOCOL_VERSION, RunConfig
 from common.errors import CorruptError, Refusal, UnavailableError
+from common.faults import Point, crash_point
 from common.files import sync
 from common.pb import ecavg_pb2 as pb
 from common.pb import ecavg_pb2_grpc as pb_grpc
 from common.transfer import Blob, Receiver, read_chunks
 from edge_agent.metrics import AgentMetrics
+from edge_agent.state import Report
 
 Kind = Literal["weights", "data"]
 OnBytes = Callable[[int, int], None]  # bytes done, bytes in all
@@ -61,18 +63,6 @@ class Verdict(NamedTuple):
 
     outcome: str
     message: str
-
-
-class Report(NamedTuple):
-    """What became of a published model on this device; accuracies on its own held-out data."""
-
-    round: int
-    accuracy_local: float | None
-    accuracy_before: float | None
-    accuracy_after: float
-    num_held_out: int
-    applied: bool
-    reason: str
 
 
 class CloudClient:
@@ -183,7 +173,7 @@ class CloudClient:
         await asyncio.to_thread(sync, path.parent)
 
     async def report(self, report: Report) -> None:
-        await self._unary(self._stub.Report, pb.ReportRequest(**report._asdict()))
+        await self._unary(self._stub.Report, pb.ReportRequest(**report.model_dump()))
 
     # ------------------------------------------------------------------ how calls are made
 
@@ -211,6 +201,7 @@ class CloudClient:
                 await _translated(call.write(pb.UploadRequest(chunk=chunk)))
                 sent += len(chunk)
                 self._metrics.sent_bytes_total.labels(kind).inc(len(chunk))
+                crash_point(Point.AGENT_CHUNK_SENT)
                 on_bytes(sent, blob.size_bytes)
             await _translated(call.done_writing())
         except asyncio.InvalidStateError:
@@ -229,6 +220,7 @@ class CloudClient:
                     self._heard()
                     backoff.reset()
                     await asyncio.to_thread(receiver.write, reply.chunk)
+                    crash_point(Point.AGENT_CHUNK_RECEIVED)
                     on_bytes(receiver.received_bytes, blob.size_bytes)
             await asyncio.to_thread(receiver.finish)
         finally:

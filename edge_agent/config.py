@@ -38,12 +38,15 @@ class AgentConfig(ProcessConfig):
         None, description="where model, report and progress are kept (default: ecavg-agent)"
     )
     device: str = Field("auto", description="where to train: auto, cpu, cuda, cuda:1")
+    checkpoint_seconds: float = Field(
+        5, ge=0, description="least time between two checkpoints of pre-training, taken after an epoch"
+    )
     metrics_host: str = Field("127.0.0.1", description="address of /metrics and the health checks")
     metrics_port: Port | None = Field(None, description="port of /metrics; 0 picks one (default: none)")
     allow_factory: tuple[str, ...] = Field(
         (), description="package.module:factory that the server may name as its model; repeatable"
     )
-    insecure: bool = Field(True, description="plaintext instead of TLS (the only choice so far)")
+    insecure: Literal[True] = Field(True, description="plaintext instead of TLS (the only choice so far)")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least severe shown")
 
     @field_validator("server")

@@ -5,6 +5,7 @@ import os
 import re
 import secrets
 import socket
+from collections.abc import Collection
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -12,18 +13,47 @@ from pydantic import ValidationError
 from common.config import FrozenModel
 from common.errors import UsageError
 from common.files import replacing
+from common.transfer import Blob
 
 DEFAULT_STATE_DIR = "ecavg-agent"
 MAX_DEFAULTS = 1000  # agents on one machine that share a working directory
+
+
+class Trained(FrozenModel):
+    """The weights that this agent has pre-trained last."""
+
+    round: int
+    weights: Blob
+    accuracy: float  # on the held-out data
+
+
+class Report(FrozenModel):
+    """What became of a published model on this device; accuracies on its own held-out data."""
+
+    round: int
+    accuracy_local: float | None  # of the weights that this agent had pre-trained for the round
+    accuracy_before: float | None  # of the model in use before; None: there was none
+    accuracy_after: float
+    num_held_out: int
+    applied: bool
+    reason: str  # why it was not
+
+
+class Arrived(FrozenModel):
+    """A global model that has been measured: what is left is to use it, and to report it."""
+
+    weights: Blob
+    report: Report
 
 
 class Progress(FrozenModel):
     """How far this agent got in a run; what a restart must not do again."""
 
     run_id: str = ""
+    trained: Trained | None = None
     contributed_round: int = 0  # the last round this agent tried to contribute to
+    arrived: Arrived | None = None  # from its evaluation until its report is acknowledged
     evaluated_round: int = 0  # the last round whose global model was evaluated and reported
-    accuracy_local: float | None = None  # of the weights contributed last
 
 
 class AgentState:
@@ -71,6 +101,33 @@ class AgentState:
     def work(self) -> Path:
         """What is in the making: it can be lost, and is then made again."""
         return self.path / "work"
+
+    @property
+    def shard(self) -> Path:
+        return self.work / "shard.safetensors"
+
+    @property
+    def checkpoint(self) -> Path:
+        """Of the pre-training under way."""
+        return self.work / "checkpoint.safetensors"
+
+    @property
+    def local_weights(self) -> Path:
+        """What was pre-trained, until it is contributed."""
+        return self.work / "local.safetensors"
+
+    def weights(self, blob: Blob) -> Path:
+        """Where weights from the server are kept."""
+        return self.work / f"{blob.digest}.safetensors"
+
+    def discard(self, *paths: Path) -> None:
+        """Remove files that the saved progress has no more use for."""
+        for path in paths:
+            path.unlink(missing_ok=True)
+
+    def discard_all_but(self, needed: Collection[Path]) -> None:
+        """Remove all other files from `work`, with what broken-off downloads have left."""
+        self.discard(*(path for path in self.work.iterdir() if path not in needed))
 
     def save(self, progress: Progress) -> None:
         self.progress = progress

@@ -19,6 +19,7 @@ from cloud_server.trainer.finetune import Examples, combine, fine_tune
 from cloud_server.trainer.group import Group
 from common.config import RunConfig
 from common.errors import ECAvgError, RunError, UsageError
+from common.faults import Point, crash_point
 from common.models import build_model
 from common.training import StepReport, derive_seed, evaluate
 from common.weights import write_state_dict
@@ -44,6 +45,7 @@ def run_job(directory: JobDirectory, *, blobs_dir: Path, device_name: str, group
             result = _do(directory, blobs_dir, device_name, group)
             if group.rank == 0:
                 directory.write_result(result)
+                crash_point(Point.TRAINER_RESULT_WRITTEN)
             log.info("job_done", seconds=result.seconds, accuracy=result.accuracy_published)
         except Exception as error:  # model and data are the user's: anything can be raised
             log.exception("job_failed")
@@ -62,6 +64,7 @@ def _do(directory: JobDirectory, blobs_dir: Path, device_name: str, group: Group
     log.info("job_started", round=job.round, attempt=job.attempt, device=str(device))
     if group.rank == 0:
         directory.discard_output()
+    crash_point(Point.TRAINER_JOB_TAKEN)
     if job.kind == "round":
         return _RoundJob(job, directory, blobs_dir, device, group).run()
     return _initialise(job, directory, group)
@@ -103,6 +106,7 @@ class _RoundJob:
         accuracy_average = self._evaluate(model, data.held_out)
         self._tell("fine_tuning", 0, 1)
         self._fine_tune(model, data.train)
+        crash_point(Point.TRAINER_FINE_TUNED)
         self._tell("evaluating", 0, 1)
         accuracy_fine_tuned = self._evaluate(model, data.held_out)
         self._tell("evaluating", 1, 1)
@@ -125,7 +129,7 @@ class _RoundJob:
             state_dict = mean(
                 [blob_path(self._blobs_dir, item.weights) for item in self._contributions],
                 coefficients([item.num_examples for item in self._contributions], self._run.weights),
-                on_tensor=lambda done, total: self._tell("aggregating", done, total),
+                on_tensor=self._tell_tensor,
             )
             model.load_state_dict(state_dict)
 
@@ -151,8 +155,13 @@ class _RoundJob:
                 world_size=self._group.world_size,
             )
 
+    def _tell_tensor(self, done: int, total: int) -> None:
+        self._tell("aggregating", done, total)
+        crash_point(Point.TRAINER_TENSOR_AVERAGED)
+
     def _tell_step(self, report: StepReport) -> None:
         self._tell("fine_tuning", report.step, report.num_steps, report.loss)
+        crash_point(Point.TRAINER_STEP_DONE)
 
     def _tell(
         self,
@@ -177,6 +186,7 @@ def _write_weights(model: nn.Module, path: Path) -> Weights:
         if tensor.is_floating_point() and not tensor.isfinite().all():
             raise RunError(f"tensor {name} of the new model is not finite: lower run.fine_tune.learning_rate")
     write_state_dict(state_dict, path)
+    crash_point(Point.TRAINER_WEIGHTS_WRITTEN)
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     return Weights(sha256=digest, bytes=path.stat().st_size)

@@ -2,8 +2,10 @@
 
 import json
 import signal
+import sqlite3
 import urllib.error
 import urllib.request
+from contextlib import closing
 from pathlib import Path
 
 from safetensors import safe_open
@@ -75,8 +77,12 @@ def test_global_model_starts_the_next_round(cluster: Cluster) -> None:
     first, second = cluster.report(1), cluster.report(2)
     assert first["weights"] != second["weights"]
     assert second["accuracy_published"] >= first["accuracy_published"] - 0.05
-    initial = cluster.folder / "edge-1/work" / f"{first['weights']['sha256']}.safetensors"
-    assert initial.exists()
+    with closing(sqlite3.connect(cluster.state_dir / "ecavg.sqlite3")) as database:
+        started_from = dict(database.execute("SELECT number, initial_weights FROM rounds"))
+    assert started_from[2] == first["weights"]["sha256"]
+    # What a third round would start from and send again is kept; the rest has served.
+    kept = {path.name for path in (cluster.folder / "edge-1/work").iterdir()}
+    assert kept == {"shard.safetensors", f"{second['weights']['sha256']}.safetensors"}
 
 
 def test_agents_that_start_before_the_server_wait_for_it(cluster: Cluster) -> None:

@@ -11,7 +11,6 @@ from structlog.testing import capture_logs
 from torch import Tensor, nn
 
 from common import checkpoint
-from common.checkpoint import CHECKPOINT_SECONDS
 from common.config import DatasetSpec, RunConfig, TrainingConfig
 from common.models import build_model
 from common.training import StepReport, train
@@ -70,7 +69,7 @@ def run(
     model: nn.Module, path: Path | None, config: TrainingConfig, *, seed: int = 7, **more: Any
 ) -> tuple[float, dict[str, Tensor]]:
     images, labels = more.pop("data", None) or make_data()
-    more = {"checkpoint_seconds": 0.0, "spec": SPEC, **more}
+    more = {"spec": SPEC, "checkpoint_seconds": 0.0, **more}
     loss = train(
         model, images, labels, config, device=torch.device("cpu"), seed=seed, checkpoint=path, **more
     )
@@ -219,8 +218,7 @@ def test_checkpoint_is_written_at_most_every_few_seconds(
             (tmp_path / "x").unlink(missing_ok=True)
 
     config = config_of(epochs=7)
-    run(make_model(), tmp_path / "x", config, on_step=on_step, checkpoint_seconds=CHECKPOINT_SECONDS)
-    assert CHECKPOINT_SECONDS == 5.0
+    run(make_model(), tmp_path / "x", config, on_step=on_step, checkpoint_seconds=5.0)
     # The third and the sixth epoch ended more than five seconds after the start, and the third.
     assert written == [False] * 6 + [True] + [False] * 5 + [True, False]
 

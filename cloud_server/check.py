@@ -1,0 +1,342 @@
+"""`cloud-server check STATE`: is all of a state directory there, and is it what it was?
+
+Nothing in STATE is changed, so that a folder which can only be read can be checked as well. The records
+are read from a copy: SQLite writes beside a database even to read it.
+"""
+
+import argparse
+import fcntl
+import json
+import re
+import shutil
+import sqlite3
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager, suppress
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from pydantic import ValidationError
+
+from cloud_server import jobs
+from cloud_server.retention import round_jobs
+from cloud_server.round import Outcome, Phase
+from cloud_server.store import MIGRATIONS, RoundRow, Store
+from common.config import RunConfig
+from common.errors import RunError, UsageError
+from common.transfer import blob_of
+
+_BLOB_NAME = re.compile(r"[0-9a-f]{64}")
+_PARTIAL_NAME = re.compile(r"(\d+)-[0-9a-f]{64}")
+_OVER = (Phase.PUBLISHED, Phase.FAILED)
+
+_RESTORE = "restore it from a backup"
+_RESTORE_DATABASE = "restore ecavg.sqlite3 from a backup, or begin anew in another --state-dir"
+_SEND_AGAIN = "nothing to do, its agent sends it again"
+_REMOVE = "remove it"
+
+
+class Problem(NamedTuple):
+    """One thing that is wrong."""
+
+    where: str  # path inside STATE, or the record
+    what: str
+    remedy: str
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.what}: {self.remedy}"
+
+
+def main(argv: Sequence[str]) -> int:
+    """Print what is wrong with a state directory and a summary; 0 when nothing is, else 1.
+
+    Raises:
+        UsageError: there is no state directory, or a server uses it.
+    """
+    parser = argparse.ArgumentParser(
+        prog="cloud-server check",
+        description="Verify every digest and record of a server that is stopped. Changes nothing."
+        " Exits with 0 when all is well, 1 when anything is wrong, 2 when there is nothing to check.",
+    )
+    parser.add_argument("state", metavar="STATE", type=Path, help="the server's --state-dir")
+    state_dir: Path = parser.parse_args(argv).state
+    with _unused(state_dir):
+        check = Check(state_dir)
+        for problem in check.problems():
+            print(problem, flush=True)  # noqa: T201
+    print(check.summary())  # noqa: T201
+    return 1 if check.num_problems else 0
+
+
+class Check:
+    """One look at a whole state directory; `problems` counts as it goes, `summary` is for afterwards."""
+
+    def __init__(self, state_dir: Path) -> None:
+        self.num_problems = 0
+        self._state_dir = state_dir
+        self._num_rounds = 0
+        self._num_partials = 0
+        self._blob_bytes: dict[str, int] = {}  # of every blob that is what its name says
+        self._damaged: set[str] = set()  # reported once, however many records name them
+
+    def problems(self) -> Iterator[Problem]:
+        """Everything that is wrong.
+
+        Raises:
+            UsageError: a newer program wrote the database.
+        """
+        for problem in self._all_problems():
+            self.num_problems += 1
+            yield problem
+
+    def summary(self) -> str:
+        found = f"{self.num_problems} problem{'s' * (self.num_problems != 1)}" if self.num_problems else "ok"
+        total = sum(self._blob_bytes.values())
+        return (
+            f"{self._state_dir}: {found}; checked rounds: {self._num_rounds},"
+            f" blobs: {len(self._blob_bytes)} ({total / 1e6:.1f} MB), begun uploads: {self._num_partials}"
+        )
+
+    def _all_problems(self) -> Iterator[Problem]:
+        with tempfile.TemporaryDirectory(prefix="ecavg-check-") as folder:
+            copy = Path(folder) / "ecavg.sqlite3"
+            for suffix in ("", "-wal"):
+                with suppress(FileNotFoundError):
+                    shutil.copyfile(self._state_dir / f"ecavg.sqlite3{suffix}", f"{copy}{suffix}")
+            damage = list(_database(copy, self._state_dir))
+            yield from damage
+            if damage:  # the records tell nothing
+                yield from self._blobs(needed=None)
+                return
+            with closing(Store(Path(folder))) as records:
+                yield from self._blobs(records.needed_blobs())
+                yield from self._records(records)
+
+    def _records(self, records: Store) -> Iterator[Problem]:
+        rounds = records.rounds()
+        self._num_rounds = len(rounds)
+        yield from self._run(records, rounds)
+        yield from self._order(rounds)
+        for row in rounds:
+            if not row.retired or row is rounds[0]:
+                yield from self._blob(row.initial_weights, f"record of round {row.number}", "initial weights")
+            if not row.retired:
+                yield from self._kept_round(records, row)
+            if row.phase in _OVER:
+                yield from self._left_of_round(row, may_be_missing=row is rounds[-1])
+        for upload in records.uploads():
+            where = f"record of an upload of {upload.agent_id}"
+            yield from self._blob(upload.digest, where, upload.kind, _SEND_AGAIN)
+        yield from self._jobs({row.number: row for row in rounds})
+        yield from self._folders({row.number for row in rounds})
+        yield from self._partials({agent.slot for agent in records.agents()})
+
+    # Blobs
+
+    def _blobs(self, needed: set[str] | None) -> Iterator[Problem]:
+        """Every file's digest; one that no record names is no problem, a clean-up sees to it."""
+        for path in sorted((self._state_dir / "blobs").glob("*/*")):
+            where = str(path.relative_to(self._state_dir))
+            if not _BLOB_NAME.fullmatch(path.name) or path.parent.name != path.name[:2]:
+                yield Problem(where, "no blob has this name", _REMOVE)
+            elif damage := self._damage_of(path):
+                self._damaged.add(path.name)
+                is_needed = needed is None or path.name in needed
+                yield Problem(where, damage, _RESTORE if is_needed else f"{_REMOVE}, no round needs it")
+
+    def _damage_of(self, path: Path) -> str:
+        try:
+            blob = blob_of(path)
+        except OSError as error:
+            return f"cannot be read ({error.strerror})"
+        if blob.digest != path.name:
+            return f"its {blob.size_bytes} bytes have the digest {blob.digest[:16]}…, not its name's"
+        self._blob_bytes[blob.digest] = blob.size_bytes
+        return ""
+
+    def _blob(self, digest: str, where: str, kind: str, remedy: str = _RESTORE) -> Iterator[Problem]:
+        if not _BLOB_NAME.fullmatch(digest):
+            yield Problem(where, f"its {kind} {digest[:80]!r} is no digest", _RESTORE_DATABASE)
+        elif digest not in self._blob_bytes and digest not in self._damaged:
+            self._damaged.add(digest)
+            yield Problem(where, f"its {kind} blobs/{digest[:2]}/{digest} is missing", remedy)
+
+    # Records
+
+    def _run(self, records: Store, rounds: Sequence[RoundRow]) -> Iterator[Problem]:
+        run = records.run()
+        if run is None:
+            if rounds:
+                yield Problem("ecavg.sqlite3", "there are rounds but no run", _RESTORE_DATABASE)
+            return
+        if not rounds:
+            yield Problem("ecavg.sqlite3", "the run has no round", _RESTORE_DATABASE)
+        try:
+            RunConfig.model_validate_json(run.config_json)
+        except ValidationError:
+            yield Problem("record of the run", "its configuration cannot be read", _RESTORE_DATABASE)
+
+    def _order(self, rounds: Sequence[RoundRow]) -> Iterator[Problem]:
+        """Rounds follow each other without a gap, each from what the one before it gave."""
+        for number, row in enumerate(rounds, start=1):
+            if row.number != number:
+                yield Problem(f"record of round {number}", "is missing", _RESTORE_DATABASE)
+                return
+        for before, after in pairwise(rounds):
+            where = f"record of round {after.number}"
+            if before.phase not in _OVER:
+                yield Problem(where, f"round {before.number} before it is not over", _RESTORE_DATABASE)
+            elif after.initial_weights != (before.published or before.initial_weights):
+                what = f"it does not start from what round {before.number} left"
+                yield Problem(where, what, _RESTORE_DATABASE)
+
+    def _kept_round(self, records: Store, row: RoundRow) -> Iterator[Problem]:
+        where = f"record of round {row.number}"
+        if row.phase not in list(Phase):
+            yield Problem(where, f"its phase {row.phase!r} is none", _RESTORE_DATABASE)
+        elif row.phase not in row.phase_times:
+            yield Problem(where, f"it is {row.phase}, and its history has no such phase", _RESTORE_DATABASE)
+        if (row.published is not None) != (row.phase == Phase.PUBLISHED):
+            yield Problem(where, f"it is {row.phase}, with published {row.published}", _RESTORE_DATABASE)
+        if row.published:
+            yield from self._blob(row.published, where, "published model")
+        contributions = records.contributions(row.number)
+        if row.published and not any(item.outcome == Outcome.ACCEPTED for item in contributions):
+            yield Problem(where, "it is published, of no contribution", _RESTORE_DATABASE)
+        for item in contributions:
+            blobs = [(item.weights, "weights"), *((digest, "data") for digest in item.shards)]
+            for digest, kind in blobs if item.outcome != Outcome.REJECTED else ():
+                contribution = f"contribution of {item.agent_id} to round {row.number}"
+                yield from self._blob(digest, contribution, kind)
+
+    # What a round leaves outside the database
+
+    def _left_of_round(self, row: RoundRow, *, may_be_missing: bool) -> Iterator[Problem]:
+        """The report, and the model beside it; killed before, a server writes the last one's at its start."""
+        folder = f"rounds/{row.number:04d}"
+        path = self._state_dir / folder / "report.json"
+        if not path.exists():
+            if not may_be_missing:
+                yield Problem(f"{folder}/report.json", "is missing", _RESTORE)
+            return
+        report = _json(path)
+        if report is None:
+            yield Problem(f"{folder}/report.json", "is no JSON", _RESTORE)
+            return
+        outcome = Phase.PUBLISHED if row.published else Phase.FAILED
+        if (report.get("round"), report.get("outcome")) != (row.number, outcome):
+            yield Problem(f"{folder}/report.json", f"is not of round {row.number}, {outcome}", _RESTORE)
+        elif row.published and _digest_in(report) not in (row.published, None):
+            yield Problem(f"{folder}/report.json", "names another model than the record", _RESTORE)
+        if row.published and not row.retired:
+            yield from self._model(f"{folder}/model.safetensors", row.published)
+
+    def _model(self, where: str, digest: str) -> Iterator[Problem]:
+        path, blob = self._state_dir / where, jobs.blob_path(self._state_dir / "blobs", digest)
+        remedy = f"link it anew: ln -f {blob} {path}"
+        if not path.exists():
+            yield Problem(where, "is missing", remedy)
+        elif blob.exists() and path.samefile(blob):
+            return  # checked as a blob
+        elif blob_of(path).digest != digest:
+            yield Problem(where, "is not the published model", remedy)
+
+    def _jobs(self, rounds: dict[int, RoundRow]) -> Iterator[Problem]:
+        results: dict[int, jobs.Result] = {}
+        for number, directory in sorted([*round_jobs(self._state_dir), (0, self._initialise())]):
+            where = str(directory.path.relative_to(self._state_dir))
+            try:
+                if (directory.path / "job.json").exists():
+                    directory.read_job()
+                if result := directory.read_result():
+                    results[number] = result
+            except (RunError, OSError):
+                over = number in rounds and rounds[number].phase in _OVER
+                remedy = (
+                    f"{_RESTORE}, or remove the folder" if over else "remove the folder: it is done again"
+                )
+                yield Problem(where, "its job or result cannot be read", remedy)
+                rounds.pop(number, None)
+                continue
+            if number and number not in rounds:
+                yield Problem(where, "there is no record of its round", _REMOVE)
+        for row in rounds.values():
+            result = results.get(row.number)
+            if row.published and not row.retired and _made(result) != row.published:
+                what = "is not of the published model" if result else "is missing"
+                where = f"jobs/round-{row.number:04d}/result.json"
+                yield Problem(where, what, f"{_RESTORE}; the round's report.json stays as it is")
+
+    def _initialise(self) -> jobs.JobDirectory:
+        return jobs.JobDirectory(self._state_dir / "jobs" / "initialise")
+
+    def _folders(self, numbers: set[int]) -> Iterator[Problem]:
+        for path in _entries(self._state_dir / "rounds"):
+            if not path.name.isdigit() or int(path.name) not in numbers:
+                yield Problem(f"rounds/{path.name}", "there is no record of its round", _REMOVE)
+
+    def _partials(self, slots: set[int]) -> Iterator[Problem]:
+        for path in _entries(self._state_dir / "partial"):
+            match = _PARTIAL_NAME.fullmatch(path.name)
+            if not match or int(match[1]) not in slots:
+                yield Problem(f"partial/{path.name}", "it is no agent's upload", _REMOVE)
+            else:
+                self._num_partials += 1
+
+
+@contextmanager
+def _unused(state_dir: Path) -> Iterator[None]:
+    """Keep servers away; UsageError where one is at work, and where nothing ever was."""
+    lock = state_dir / "lock"
+    if not lock.is_file() or not (state_dir / "blobs").is_dir():
+        raise UsageError(f"{state_dir} is no state directory: name the one that cloud-server has")
+    with lock.open() as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = " on ".join(file.read().split())
+            raise UsageError(f"process {holder} uses state directory {state_dir}: stop it first") from None
+        yield
+
+
+def _database(copy: Path, state_dir: Path) -> Iterator[Problem]:
+    """What SQLite itself finds; UsageError for a schema that this program does not know."""
+    where = "ecavg.sqlite3"
+    if not copy.exists():
+        yield Problem(where, "is missing", _RESTORE_DATABASE)
+        return
+    try:
+        with closing(sqlite3.connect(copy)) as database:
+            (version,) = database.execute("PRAGMA user_version").fetchone()
+            if version > len(MIGRATIONS):
+                raise UsageError(f"a newer cloud-server has written {state_dir}: use that one to check it")
+            for (message,) in database.execute("PRAGMA integrity_check"):
+                if message != "ok":
+                    yield Problem(where, " ".join(message.split()), _RESTORE_DATABASE)
+            for table, row_id, parent, _ in database.execute("PRAGMA foreign_key_check"):
+                what = f"row {row_id} of {table} names none of {parent}"
+                yield Problem(where, what, _RESTORE_DATABASE)
+    except sqlite3.DatabaseError as error:
+        yield Problem(where, f"is damaged ({error})", _RESTORE_DATABASE)
+
+
+def _json(path: Path) -> dict[str, Any] | None:
+    try:
+        content = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError):
+        return None
+    return content if isinstance(content, dict) else None
+
+
+def _digest_in(report: dict[str, Any]) -> Any:
+    weights = report.get("weights")
+    return weights.get("sha256") if isinstance(weights, dict) else None
+
+
+def _made(result: jobs.Result | None) -> str | None:
+    return result.weights.sha256 if result and result.weights else None
+
+
+def _entries(folder: Path) -> list[Path]:
+    return sorted(folder.iterdir()) if folder.is_dir() else []

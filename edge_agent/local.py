@@ -1,0 +1,139 @@
+"""The models on this device: trained, measured and replaced. All of it blocks, so it runs in a thread.
+
+Whatever is written here is whole or absent, and doing it again gives the same bytes: what is done is
+decided by the progress that the agent saves afterwards.
+"""
+
+import json
+from collections.abc import Collection
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from common import training
+from common.config import RunConfig
+from common.errors import InvalidError
+from common.files import replacing
+from common.models import build_model
+from common.shards import Shard, read_shard, write_shard
+from common.training import OnStep, derive_seed
+from common.transfer import Blob, blob_of
+from common.weights import load_into, write_state_dict
+from edge_agent.data import AgentData
+from edge_agent.state import AgentState, Report, Trained
+
+
+class LocalModels:
+    """This agent's data, and what it does with models on them."""
+
+    def __init__(
+        self,
+        run: RunConfig,
+        data: AgentData,
+        disk: AgentState,
+        device: torch.device,
+        allowed_factories: Collection[str],
+        checkpoint_seconds: float,
+    ) -> None:
+        self._run = run
+        self._data = data
+        self._disk = disk
+        self._device = device
+        self._allowed_factories = allowed_factories
+        self._checkpoint_seconds = checkpoint_seconds
+
+    @property
+    def num_examples(self) -> int:
+        """That this agent trains on."""
+        return len(self._data.train.labels)
+
+    def write_shard(self) -> Blob:
+        """See that the shard file holds this agent's data."""
+        if not _holds(self._disk.shard, self._data.train):
+            write_shard(self._disk.shard, self._data.train)
+        return blob_of(self._disk.shard)
+
+    def pretrain(self, number: int, initial: Path | None, on_step: OnStep) -> Trained:
+        """Train for a round, from its last checkpoint if there is one; leaves the weights in a file.
+
+        Args:
+            initial: weights to start from; None: this agent's own.
+        """
+        model = self._model(initial)
+        training.train(
+            model,
+            torch.from_numpy(self._data.train.images),
+            torch.from_numpy(self._data.train.labels),
+            self._run.pretrain,
+            spec=self._run.spec,
+            device=self._device,
+            seed=derive_seed(self._run.seed, "pretrain", number, self._disk.agent_id),
+            on_step=on_step,
+            checkpoint=self._disk.checkpoint,
+            checkpoint_seconds=self._checkpoint_seconds,
+        )
+        accuracy = self._accuracy(model)
+        path = self._disk.local_weights
+        write_state_dict(model.state_dict(), path)
+        if not self._disk.model.exists() or accuracy >= self._accuracy_of(self._disk.model):
+            _copy(path, self._disk.model)
+        return Trained(round=number, weights=blob_of(path), accuracy=accuracy)
+
+    def measure(self, number: int, weights: Path, accuracy_local: float | None) -> Report:
+        """Compare a global model with the one in use, on this agent's own held-out data."""
+        return Report(
+            round=number,
+            accuracy_local=accuracy_local,
+            accuracy_before=self._accuracy_of(self._disk.model) if self._disk.model.exists() else None,
+            accuracy_after=self._accuracy_of(weights),
+            num_held_out=len(self._data.held_out.labels),
+            applied=True,
+            reason="",
+        )
+
+    def apply(self, weights: Path, report: Report) -> None:
+        """Use a global model from now on, and leave the report for the user."""
+        _copy(weights, self._disk.model)
+        text = json.dumps({"agent_id": self._disk.agent_id, **report.model_dump()}, indent=2)
+        with replacing(self._disk.report) as partial:
+            partial.write_text(text + "\n", "utf-8")
+
+    def _model(self, weights: Path | None) -> nn.Module:
+        model = build_model(
+            self._run,
+            seed=derive_seed(self._run.seed, "initial_weights", self._disk.agent_id),
+            allowed_factories=self._allowed_factories,
+        )
+        if weights:
+            load_into(model, weights)
+        return model
+
+    def _accuracy_of(self, weights: Path) -> float:
+        return self._accuracy(self._model(weights))
+
+    def _accuracy(self, model: nn.Module) -> float:
+        return training.evaluate(
+            model,
+            torch.from_numpy(self._data.held_out.images),
+            torch.from_numpy(self._data.held_out.labels),
+            spec=self._run.spec,
+            device=self._device,
+        ).accuracy
+
+
+def _holds(path: Path, shard: Shard) -> bool:
+    """Whether the file is there, whole, and of this very shard."""
+    try:
+        found = read_shard(path)
+    except (OSError, InvalidError, KeyError, ValueError):
+        return False
+    return all(np.array_equal(mine, yours) for mine, yours in zip(found, shard, strict=True))
+
+
+def _copy(source: Path, target: Path) -> None:
+    """A second, durable copy: the source may be replaced later."""
+    with replacing(target) as partial, source.open("rb") as file, partial.open("wb") as copy:
+        while piece := file.read(1 << 20):
+            copy.write(piece)

@@ -1,0 +1,79 @@
+"""Runs whose processes are killed, and that have to come to the same end all the same."""
+
+import signal
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from common.faults import Point
+from tests.integration.test_round import free_port
+from tests.processes import Cluster, Command
+
+AGENTS = ("edge-1", "edge-2")
+NUM_ROUNDS = 2
+# Wide enough that the weights travel in several chunks.
+SETTINGS = (
+    "--rounds", NUM_ROUNDS, "--min-agents", len(AGENTS), "--max-attempts", 100,
+    "--set", "run.hidden_units=8192", "--set", "run.pretrain.epochs=2", "--set", "run.fine_tune.epochs=1",
+)  # fmt: skip
+
+Environment = Mapping[str, str]
+
+
+class Run:
+    """One server and its agents, each started again whenever it is killed."""
+
+    def __init__(self, cluster: Cluster, settings: tuple[object, ...] = SETTINGS) -> None:
+        self.cluster = cluster
+        self.num_restarts = 0
+        self._settings = settings
+        cluster.port, cluster.http_port = free_port(), free_port()
+        self.processes: dict[str, Command] = {}
+
+    def start(self, armed: str = "", env: Environment | None = None) -> None:
+        """Start everything, the process named `armed` with this environment."""
+        for name in ("server", *AGENTS):
+            self._start(name, env if name == armed else None)
+
+    def finish(self, seconds: float, disturb: Callable[["Run"], None] = lambda _: None) -> list[str]:
+        """Keep everything alive to the end; the digests that the rounds published.
+
+        Args:
+            disturb: called again and again while processes run; it may kill some.
+        """
+        deadline = time.monotonic() + seconds
+        while not all(process.process.poll() == 0 for process in self.processes.values()):
+            for name, process in self.processes.items():
+                code = process.process.poll()
+                if code == -signal.SIGKILL:
+                    self.num_restarts += 1
+                    self._start(name)
+                assert code in (None, 0, -signal.SIGKILL), f"{name} failed:\n{process.output[-3000:]}"
+            if time.monotonic() > deadline:
+                outputs = (f"{name}:\n{process.output[-2000:]}" for name, process in self.processes.items())
+                raise AssertionError(f"no end after {seconds} s; " + "\n".join(outputs))
+            disturb(self)
+            time.sleep(0.02)
+        return [self.cluster.report(number)["weights"]["sha256"] for number in range(1, self._num_rounds + 1)]
+
+    @property
+    def _num_rounds(self) -> int:
+        rounds = self._settings[self._settings.index("--rounds") + 1]
+        assert isinstance(rounds, int)
+        return rounds
+
+    def _start(self, name: str, env: Environment | None = None) -> None:
+        if name == "server":
+            process = self.cluster.server(*self._settings, env=dict(env or {}), ready=False)
+        else:
+            part = f"{AGENTS.index(name) + 1}/{len(AGENTS)}"
+            process = self.cluster.agent(
+                name, "--partition", part, "--checkpoint-seconds", 0, env=dict(env or {})
+            )
+        self.processes[name] = process
+
+
+def armed_with(point: Point, count: int, marker: Path) -> tuple[str, Environment]:
+    """Which process to arm, and how, so that it dies when it comes to `point` for the `count`th time."""
+    victim = "edge-1" if point.startswith("agent_") else "server"  # the trainer inherits the server's
+    return victim, {"ECAVG_CRASH_AT": f"{point.value}:{count}:{marker}"}

@@ -1,0 +1,57 @@
+"""Every named point of the protocol is killed once; the run comes to the same digests, bit by bit."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from common.faults import Point
+from tests.faults.runs import AGENTS, NUM_ROUNDS, Run, armed_with
+from tests.processes import Cluster, cluster_in
+
+pytestmark = pytest.mark.timeout(300)
+
+FINISH_SECONDS = 240.0
+
+# The count is the occurrence that leaves most to lose: in mid-transfer, or in a later phase or round.
+COUNTS = {
+    Point.SERVER_CHUNK_SENT: 2,
+    Point.SERVER_CHUNK_STORED: 2,
+    Point.AGENT_CHUNK_SENT: 2,
+    Point.AGENT_CHUNK_RECEIVED: 2,
+    Point.SERVER_PHASE_RECORDED: 2,
+    Point.SERVER_CONTRIBUTION_RECORDED: 2,
+    Point.TRAINER_TENSOR_AVERAGED: 2,
+}
+CASES = [(point, COUNTS.get(point, 1)) for point in Point] + [
+    (Point.SERVER_PHASE_RECORDED, 1),  # aggregating
+    (Point.SERVER_PHASE_RECORDED, 3),  # evaluating
+    (Point.SERVER_PHASE_RECORDED, 4),  # published
+    (Point.SERVER_REPORT_WRITTEN, NUM_ROUNDS * (1 + len(AGENTS))),  # the very last one
+]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[str]]:
+    with cluster_in(tmp_path_factory.mktemp("undisturbed")) as cluster:
+        run = Run(cluster)
+        run.start()
+        yield run.finish(FINISH_SECONDS)
+        assert run.num_restarts == 0
+
+
+@pytest.mark.parametrize(("point", "count"), CASES)
+def test_killed_at_any_point_the_run_publishes_the_same(
+    undisturbed: list[str], cluster: Cluster, tmp_path: Path, point: Point, count: int
+) -> None:
+    marker = tmp_path / "died"
+    victim, environment = armed_with(point, count, marker)
+    run = Run(cluster)
+    run.start(victim, environment)
+    assert run.finish(FINISH_SECONDS) == undisturbed
+    assert marker.exists(), "the point was never reached"
+    for number in range(1, NUM_ROUNDS + 1):
+        report = cluster.report(number)
+        assert [agent["agent_id"] for agent in report["agents"]] == list(AGENTS)
+        assert report["late"] == report["rejected"] == report["vanished"] == []
+        assert all(agent["applied"] for agent in report["agents"])

@@ -1,0 +1,89 @@
+"""State directories as a server leaves them, made without one."""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+from cloud_server.jobs import Job, JobDirectory, Result, Weights
+from cloud_server.store import ContributionRow, Store
+from common.config import RunConfig
+
+INITIAL = b"initial weights"
+AGENT = "edge-1"
+SHARD = b"shard"  # the same in every round
+
+
+def digest_of(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def model_of(number: int) -> bytes:
+    return f"global model {number}".encode()
+
+
+def local_of(number: int) -> bytes:
+    return f"local weights {number}".encode()
+
+
+def begin(store: Store, state_dir: Path) -> None:
+    made = state_dir / "jobs/made"
+    made.write_bytes(INITIAL)
+    store.adopt_blob(made, digest_of(INITIAL))
+    store.create_run("run-1", RunConfig().model_dump_json(), digest_of(INITIAL), 0.0)
+    store.join(AGENT, 0.5)
+
+
+def upload(store: Store, content: bytes, kind: str, now: float) -> str:
+    digest = digest_of(content)
+    store.partial_path(AGENT, digest).write_bytes(content)
+    store.commit_upload(AGENT, digest, kind, now)
+    return digest
+
+
+def contribute(store: Store, number: int, *, shard: bytes = SHARD) -> None:
+    """At second `number` of the run; the shard is sent once."""
+    weights = upload(store, local_of(number), "weights", number + 0.1)
+    if not store.has_upload(AGENT, digest_of(shard), "data"):
+        upload(store, shard, "data", number + 0.2)
+    row = ContributionRow(AGENT, "accepted", weights, (digest_of(shard),), 10, 0.9, "", "", at=number + 0.3)
+    store.record_contribution(number, row)
+
+
+def run_job(state_dir: Path, number: int, start: str) -> JobDirectory:
+    directory = JobDirectory(state_dir / f"jobs/round-{number:04d}")
+    name = directory.path.name
+    directory.write_job(
+        Job(kind="round", name=name, round=number, run=RunConfig(), device="cpu", initial_weights=start)
+    )
+    directory.weights_path.write_bytes(model_of(number))
+    weights = Weights(sha256=digest_of(model_of(number)), bytes=len(model_of(number)))
+    directory.write_result(Result(weights=weights, candidates={"average": 0.8}, accuracy_published=0.9))
+    return directory
+
+
+def publish(store: Store, state_dir: Path, number: int) -> None:
+    row = store.round(number)
+    assert row
+    directory = run_job(state_dir, number, row.initial_weights)
+    digest = digest_of(model_of(number))
+    store.adopt_blob(directory.weights_path, digest)
+    store.set_phase(number, "published", number + 0.9, published=digest)
+    folder = state_dir / f"rounds/{number:04d}"
+    folder.mkdir()
+    os.link(store.blob_path(digest), folder / "model.safetensors")
+    report = {"round": number, "outcome": "published", "weights": {"sha256": digest}}
+    (folder / "report.json").write_text(json.dumps(report), "utf-8")
+
+
+def run_rounds(store: Store, state_dir: Path, count: int) -> None:
+    """So many published rounds, and the next one open."""
+    begin(store, state_dir)
+    for number in range(1, count + 1):
+        contribute(store, number)
+        publish(store, state_dir, number)
+        store.open_round(number + 1, digest_of(model_of(number)), number + 1)
+
+
+def blobs(state_dir: Path) -> set[str]:
+    return {path.name for path in (state_dir / "blobs").glob("*/*")}

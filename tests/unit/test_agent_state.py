@@ -1,0 +1,139 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from common.config import RunConfig, TrainingConfig
+from common.errors import UsageError
+from common.shards import Shard
+from common.training import StepReport
+from common.transfer import Blob, blob_of
+from common.weights import read_state_dict, write_state_dict
+from edge_agent.data import AgentData
+from edge_agent.local import LocalModels
+from edge_agent.state import AgentState, Arrived, Progress, Report, Trained
+
+REPORT = Report(
+    round=2,
+    accuracy_local=0.1,
+    accuracy_before=1 / 3,
+    accuracy_after=0.7000000000000001,
+    num_held_out=30,
+    applied=True,
+    reason="",
+)
+RUN = RunConfig(hidden_units=8, pretrain=TrainingConfig(epochs=3, batch_size=16))
+
+
+def make_shard(num_images: int, seed: int) -> Shard:
+    random = np.random.default_rng(seed)
+    images = random.integers(0, 256, (num_images, 1, 8, 8), dtype=np.uint8)
+    return Shard(images, random.integers(0, 10, num_images, dtype=np.int64))
+
+
+def local_models(disk: AgentState) -> LocalModels:
+    data = AgentData(train=make_shard(40, 0), held_out=make_shard(20, 1), num_skipped=0)
+    return LocalModels(RUN, data, disk, torch.device("cpu"), (), 0.0)
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> AgentState:
+    return AgentState(tmp_path / "agent", "edge-1")
+
+
+def ignore(_: StepReport) -> None:
+    pass
+
+
+def test_progress_comes_back_to_the_last_bit(disk: AgentState) -> None:
+    blob = Blob("ab" * 32, 123)
+    progress = Progress(
+        run_id="r",
+        trained=Trained(round=2, weights=blob, accuracy=0.1 + 0.2),
+        contributed_round=2,
+        arrived=Arrived(weights=blob, report=REPORT),
+        evaluated_round=1,
+    )
+    disk.save(progress)
+    disk.close()
+    again = AgentState(disk.path, None)
+    assert again.progress == progress
+    assert again.progress.arrived.weights.digest == blob.digest
+
+
+def test_damaged_progress_says_what_to_do(disk: AgentState) -> None:
+    disk.close()
+    (disk.path / "progress.json").write_text("{")
+    with pytest.raises(UsageError, match=r"progress\.json is damaged; remove"):
+        AgentState(disk.path, None)
+
+
+def test_only_what_is_needed_stays(disk: AgentState) -> None:
+    blob = Blob("ab" * 32, 123)
+    for path in (disk.shard, disk.checkpoint, disk.weights(blob), disk.work / ".x.partial"):
+        path.touch()
+    disk.discard_all_but({disk.shard, disk.weights(blob), disk.local_weights})
+    assert set(disk.work.iterdir()) == {disk.shard, disk.weights(blob)}
+    disk.discard(disk.shard, disk.shard)
+    assert set(disk.work.iterdir()) == {disk.weights(blob)}
+
+
+def test_whole_shard_file_is_not_written_again(disk: AgentState) -> None:
+    blob = local_models(disk).write_shard()
+    inode = disk.shard.stat().st_ino
+    assert local_models(disk).write_shard() == blob
+    assert disk.shard.stat().st_ino == inode
+
+
+@pytest.mark.parametrize("damage", [lambda b: b[:-1], lambda b: b"", lambda b: b[:-9] + b"\x63" + b[-8:]])
+def test_damaged_shard_file_is_written_again(disk: AgentState, damage) -> None:  # type: ignore[no-untyped-def]
+    blob = local_models(disk).write_shard()
+    disk.shard.write_bytes(damage(disk.shard.read_bytes()))
+    assert local_models(disk).write_shard() == blob == blob_of(disk.shard)
+
+
+def test_interrupted_pretraining_goes_on_to_the_same_weights(
+    disk: AgentState, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("common.training.REPORT_SECONDS", 0.0)
+    undisturbed = AgentState(tmp_path / "other", "edge-1")
+    expected = local_models(undisturbed).pretrain(1, None, ignore)
+
+    def cut(step: StepReport) -> None:
+        if step.step == 5:  # in the midst of the second of three epochs of three steps
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        local_models(disk).pretrain(1, None, cut)
+    assert not disk.model.exists()
+    steps: list[StepReport] = []
+    assert local_models(disk).pretrain(1, None, steps.append) == expected
+    assert [step.step for step in steps] == [4, 5, 6, 7, 8, 9]
+    assert blob_of(disk.local_weights) == expected.weights == blob_of(disk.model)
+    # Killed before the result was noted: the last checkpoint is all it takes.
+    assert local_models(disk).pretrain(1, None, steps.append) == expected
+    assert len(steps) == 6
+
+
+def test_global_model_is_measured_against_the_one_in_use_and_replaces_it(
+    disk: AgentState, tmp_path: Path
+) -> None:
+    local = local_models(disk)
+    trained = local.pretrain(1, None, ignore)
+    weights = tmp_path / "global"
+    tensors = read_state_dict(disk.local_weights)
+    write_state_dict({name: torch.zeros_like(tensor) for name, tensor in tensors.items()}, weights)
+
+    report = local.measure(1, weights, trained.accuracy)
+    assert disk.model.read_bytes() == disk.local_weights.read_bytes()
+    assert report.accuracy_before == trained.accuracy
+    # All logits are equal: it says 0 to everything.
+    assert report.accuracy_after == (make_shard(20, 1).labels == 0).mean()
+
+    for _ in range(2):  # the second after a crash
+        local.apply(weights, report)
+        assert disk.model.read_bytes() == weights.read_bytes()
+        assert (
+            Report.model_validate_json(disk.report.read_text().replace('"agent_id": "edge-1",', "")) == report
+        )

@@ -1,0 +1,331 @@
+"""What is kept, what goes, and that a clean-up may die anywhere; the state is written out by hand."""
+
+import errno
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from cloud_server import check, jobs, reports, retention
+from cloud_server.config import ServerConfig
+from cloud_server.jobs import JobDirectory
+from cloud_server.store import Store
+from common.errors import StorageError
+from tests.unit.states import (
+    AGENT,
+    INITIAL,
+    SHARD,
+    begin,
+    blobs,
+    contribute,
+    digest_of,
+    local_of,
+    model_of,
+    publish,
+    run_job,
+    run_rounds,
+    upload,
+)
+
+WEEK = 7 * 24 * 3600.0
+NOW = time.time()  # the rounds' own times are near zero: only files are young
+
+
+@pytest.fixture
+def state_dir(tmp_path: Path) -> Path:
+    return tmp_path / "state"
+
+
+@pytest.fixture
+def store(state_dir: Path) -> Iterator[Store]:
+    with closing(Store(state_dir)) as store:
+        yield store
+
+
+def clean_up(
+    store: Store, state_dir: Path, *, keep_rounds: int = 2, keep: float = WEEK, now: float = 10.0
+) -> None:
+    retention.clean_up(store, state_dir, keep_rounds=keep_rounds, keep_partial_seconds=keep, now=now)
+
+
+def expected_blobs(kept: range) -> set[str]:
+    contents = [INITIAL, SHARD, model_of(kept[0] - 1)] if kept[0] > 1 else [INITIAL, SHARD]
+    for number in kept:
+        contents += [local_of(number), model_of(number)]
+    return {digest_of(content) for content in contents}
+
+
+def is_healthy(state_dir: Path) -> bool:
+    return check.main([str(state_dir)]) == 0
+
+
+# What stays and what goes
+
+
+@pytest.mark.parametrize("keep_rounds", [1, 2, 4, 5, 10])
+def test_blobs_of_the_open_and_the_last_rounds_stay(store: Store, state_dir: Path, keep_rounds: int) -> None:
+    run_rounds(store, state_dir, 5)
+    clean_up(store, state_dir, keep_rounds=keep_rounds)
+    kept = range(max(1, 6 - keep_rounds), 6)
+    assert blobs(state_dir) == expected_blobs(kept)
+    models = {int(path.parent.name) for path in (state_dir / "rounds").glob("*/model.safetensors")}
+    assert models == {number for number, _ in retention.round_jobs(state_dir)} == set(kept)
+    assert len(list((state_dir / "rounds").glob("*/report.json"))) == 5
+    assert [row.number for row in store.rounds() if row.retired] == list(range(1, kept[0]))
+
+
+def test_cleaned_up_state_passes_the_check(store: Store, state_dir: Path) -> None:
+    run_rounds(store, state_dir, 5)
+    clean_up(store, state_dir)
+    store.close()
+    assert is_healthy(state_dir)
+
+
+def test_nothing_grows_over_many_rounds(store: Store, state_dir: Path) -> None:
+    begin(store, state_dir)
+    for number in range(1, 9):
+        contribute(store, number)
+        publish(store, state_dir, number)
+        clean_up(store, state_dir)
+        store.open_round(number + 1, digest_of(model_of(number)), number + 1)
+        assert len(blobs(state_dir)) <= 7
+        assert len(store.uploads()) <= 3
+
+
+def test_round_that_is_over_counts_before_the_next_one_opens(store: Store, state_dir: Path) -> None:
+    begin(store, state_dir)
+    contribute(store, 1)
+    publish(store, state_dir, 1)
+    clean_up(store, state_dir, keep_rounds=1)
+    assert blobs(state_dir) == expected_blobs(range(1, 2))
+
+
+def test_records_of_contributions_stay(store: Store, state_dir: Path) -> None:
+    run_rounds(store, state_dir, 5)
+    before = [store.contributions(number) for number in range(1, 6)]
+    clean_up(store, state_dir)
+    assert [store.contributions(number) for number in range(1, 6)] == before
+
+
+def test_an_old_shard_can_be_sent_again(store: Store, state_dir: Path) -> None:
+    run_rounds(store, state_dir, 1)
+    for number in range(2, 6):
+        contribute(store, number, shard=b"another shard")
+        publish(store, state_dir, number)
+        store.open_round(number + 1, digest_of(model_of(number)), number + 1)
+    clean_up(store, state_dir)
+    assert not store.has_upload(AGENT, digest_of(SHARD), "data")
+    contribute(store, 6)
+    clean_up(store, state_dir)
+    assert store.has_upload(AGENT, digest_of(SHARD), "data")
+
+
+def test_upload_for_a_contribution_to_come_stays_though_an_old_round_named_it(
+    store: Store, state_dir: Path
+) -> None:
+    run_rounds(store, state_dir, 5)
+    upload(store, local_of(1), "weights", 9.0)  # again, after round 1
+    clean_up(store, state_dir, keep=5.0)
+    assert store.has_upload(AGENT, digest_of(local_of(1)), "weights")
+
+
+@pytest.mark.parametrize(("age", "stays"), [(99.0, True), (101.0, False)])
+def test_upload_that_was_never_contributed_stays_for_keep_partial_seconds(
+    store: Store, state_dir: Path, age: float, stays: bool
+) -> None:
+    begin(store, state_dir)
+    digest = upload(store, b"never contributed", "data", NOW - age)
+    clean_up(store, state_dir, keep=100.0, now=NOW)
+    assert store.has_upload(AGENT, digest, "data") == stays
+    assert (digest in blobs(state_dir)) == stays
+
+
+@pytest.mark.parametrize(("age", "stays"), [(99.0, True), (101.0, False)])
+def test_partial_upload_stays_for_keep_partial_seconds(
+    store: Store, state_dir: Path, age: float, stays: bool
+) -> None:
+    begin(store, state_dir)
+    partial = store.partial_path(AGENT, "a" * 64)
+    partial.write_bytes(b"half")
+    os.utime(partial, (NOW - age, NOW - age))
+    clean_up(store, state_dir, keep=100.0, now=NOW)
+    assert partial.exists() == stays
+
+
+def test_partial_upload_that_is_asked_for_is_young_again(store: Store, state_dir: Path) -> None:
+    begin(store, state_dir)
+    partial = store.partial_path(AGENT, "a" * 64)
+    partial.write_bytes(b"half")
+    os.utime(partial, (0, 0))
+    store.partial_path(AGENT, "a" * 64)
+    clean_up(store, state_dir, keep=100.0, now=NOW)
+    assert partial.exists()
+
+
+@pytest.mark.parametrize(("age", "stays"), [(99.0, True), (101.0, False)])
+def test_blob_without_a_record_stays_as_long_as_an_upload(
+    store: Store, state_dir: Path, age: float, stays: bool
+) -> None:
+    begin(store, state_dir)
+    orphan = store.blob_path("b" * 64)
+    orphan.parent.mkdir()
+    orphan.write_bytes(b"committed, and then the power went")
+    os.utime(orphan, (NOW - age, NOW - age))
+    clean_up(store, state_dir, keep=100.0, now=NOW)
+    assert orphan.exists() == stays
+
+
+def test_model_that_a_crash_kept_from_being_published_stays(store: Store, state_dir: Path) -> None:
+    begin(store, state_dir)
+    directory = run_job(state_dir, 1, digest_of(INITIAL))
+    digest = digest_of(model_of(1))
+    store.adopt_blob(directory.weights_path, digest)
+    os.utime(store.blob_path(digest), (0, 0))
+    clean_up(store, state_dir, now=NOW)
+    assert digest in blobs(state_dir)
+
+
+def test_download_in_progress_reads_to_its_end(store: Store, state_dir: Path) -> None:
+    run_rounds(store, state_dir, 5)
+    with store.blob_path(digest_of(model_of(1))).open("rb") as download:
+        clean_up(store, state_dir)
+        assert not store.is_public(digest_of(model_of(1)))
+        assert download.read() == model_of(1)
+
+
+def test_agents_may_read_initial_weights_and_models_only(store: Store, state_dir: Path) -> None:
+    run_rounds(store, state_dir, 2)
+    assert store.is_public(digest_of(INITIAL))
+    assert store.is_public(digest_of(model_of(2)))
+    assert not store.is_public(digest_of(local_of(2)))
+
+
+def test_accuracies_of_a_round_are_read_from_its_report_when_its_job_is_gone(tmp_path: Path) -> None:
+    assert reports.read_result(tmp_path) is None
+    (tmp_path / "report.json").write_text('{"candidates": {"average": 0.5}, "accuracy_published": 0.75}')
+    result = reports.read_result(tmp_path)
+    assert result
+    assert reports.stages(result) == {"average": 0.5, "published": 0.75}
+
+
+@pytest.mark.parametrize("values", [{"keep_rounds": 0}, {"keep_partial_seconds": 0}])
+def test_limits_of_the_keys(values: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match="greater than"):
+        ServerConfig(**values)
+
+
+# Crashes
+
+
+class Killed(BaseException):
+    pass
+
+
+def kill_at(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
+    """Die at the so-maniest change on the disk: before it where the number is even, after it where odd."""
+    left = steps
+
+    def dying(function):
+        def step(*args, **kwargs):
+            nonlocal left
+            left -= 1
+            if left == 0:
+                raise Killed
+            result = function(*args, **kwargs)
+            left -= 1
+            if left == 0:
+                raise Killed
+            return result
+
+        return step
+
+    for owner, name in [(Path, "unlink"), (shutil, "rmtree"), (Store, "retire_rounds"), (jobs, "sync")]:
+        monkeypatch.setattr(owner, name, dying(getattr(owner, name)))
+
+
+def test_clean_up_may_die_at_any_step(tmp_path: Path) -> None:
+    template = tmp_path / "template"
+    with closing(Store(template)) as store:
+        run_rounds(store, template, 4)
+    for steps in range(1, 1000):
+        state_dir = tmp_path / str(steps)
+        shutil.copytree(template, state_dir)
+        with closing(Store(state_dir)) as store, pytest.MonkeyPatch.context() as monkeypatch:
+            kill_at(monkeypatch, steps)
+            try:
+                clean_up(store, state_dir)
+                break
+            except Killed:
+                pass
+        assert not jobs.pending_jobs(state_dir / "jobs")
+        assert is_healthy(state_dir)
+        with closing(Store(state_dir)) as store:
+            clean_up(store, state_dir)
+        assert is_healthy(state_dir)
+        assert blobs(state_dir) == expected_blobs(range(3, 5))
+        assert len(list((state_dir / "rounds").glob("*/model.safetensors"))) == 2
+    assert 20 < steps < 1000
+
+
+def test_records_go_all_or_none(store: Store, state_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_rounds(store, state_dir, 5)
+    before = (store.rounds(), store.uploads())
+
+    def killed(self: Store) -> set[str]:
+        raise Killed
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Store, "needed_blobs", killed)
+        with pytest.raises(Killed):
+            clean_up(store, state_dir)
+    assert (store.rounds(), store.uploads()) == before
+
+
+def test_read_only_disk_leaves_the_rest_for_next_time(
+    store: Store, state_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_rounds(store, state_dir, 5)
+
+    def refuse(path: Path, missing_ok: bool = False) -> None:
+        raise OSError(errno.EROFS, "read-only")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "unlink", refuse)
+        with pytest.raises(StorageError):
+            clean_up(store, state_dir)
+    clean_up(store, state_dir)
+    assert blobs(state_dir) == expected_blobs(range(4, 6))
+
+
+def test_job_that_is_half_removed_is_never_pending(state_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    directory = run_job(state_dir, 1, "0" * 64)
+
+    def remove_result_and_die(path: Path) -> None:
+        (path / "result.json").unlink()
+        raise Killed
+
+    monkeypatch.setattr(shutil, "rmtree", remove_result_and_die)
+    with pytest.raises(Killed):
+        directory.remove()
+    assert not directory.is_pending
+
+
+def test_job_that_never_was_is_removed(state_dir: Path) -> None:
+    JobDirectory(state_dir / "jobs/round-0001").remove()
+
+
+def test_state_of_a_first_version_upgrades_itself(state_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from cloud_server import store as store_module
+
+    with monkeypatch.context() as older:
+        older.setattr(store_module, "MIGRATIONS", store_module.MIGRATIONS[:1])
+        with closing(Store(state_dir)) as store:
+            store.join(AGENT, 1.0)
+            upload(store, b"from before", "data", 1.0)
+    with closing(Store(state_dir)) as store:
+        assert [row.digest for row in store.uploads()] == [digest_of(b"from before")]
+        store.retire_rounds(0, 0.0)

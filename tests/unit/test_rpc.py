@@ -1,0 +1,68 @@
+"""How calls are tried again, and that both sides agree on keepalive."""
+
+import random
+
+import pytest
+
+from common import rpc
+from common.errors import InvalidError, UnavailableError
+from common.rpc import Backoff
+
+
+def test_bound_of_pauses_doubles_up_to_the_longest(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(random, "uniform", lambda low, high: high)
+    backoff = Backoff()
+    assert [backoff() for _ in range(9)] == pytest.approx([0.2, 0.4, 0.8, 1.6, 3.2, 6.4, 12.8, 15, 15])
+
+
+def test_pauses_are_bounded_however_long_the_server_is_away() -> None:
+    backoff = Backoff()
+    assert all(0 <= backoff() <= rpc.MAX_PAUSE_SECONDS for _ in range(5000))
+
+
+def test_pauses_have_full_jitter() -> None:
+    """Uniform from 0 on: the mean is half of the bound, and all of the range is used."""
+    random.seed(1)
+    pauses = []
+    for _ in range(2000):
+        backoff = Backoff()
+        pauses.append([backoff() for _ in range(8)][-1])
+    assert sum(pauses) / len(pauses) == pytest.approx(rpc.MAX_PAUSE_SECONDS / 2, rel=0.05)
+    assert min(pauses) < 0.02 * rpc.MAX_PAUSE_SECONDS
+    assert max(pauses) > 0.98 * rpc.MAX_PAUSE_SECONDS
+
+
+def test_pauses_start_over_after_progress(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(random, "uniform", lambda low, high: high)
+    backoff = Backoff()
+    before = [backoff() for _ in range(5)]
+    backoff.reset()
+    assert [backoff() for _ in range(5)] == before
+
+
+async def test_retrying_goes_on_until_an_answer_and_tells_each_pause(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rpc, "MAX_PAUSE_SECONDS", 0.0)
+    told = []
+    num_attempts = 0
+    async for attempt in rpc.retrying(lambda error, seconds: told.append((str(error), seconds))):
+        with attempt:
+            num_attempts += 1
+            if num_attempts < 40:
+                raise UnavailableError("away")
+    assert told == [("away", 0.0)] * 39
+
+
+async def test_errors_that_waiting_does_not_cure_are_not_retried() -> None:
+    async def refuse() -> None:
+        raise InvalidError("no")
+
+    with pytest.raises(InvalidError):
+        await rpc.retrying(lambda *_: None)(refuse)
+
+
+def test_server_allows_the_pings_that_agents_send() -> None:
+    channel, server = dict(rpc.channel_options()), dict(rpc.server_options())
+    least = server["grpc.http2.min_ping_interval_without_data_ms"]
+    for options in (channel, server):
+        assert options["grpc.keepalive_time_ms"] >= 2 * least
+        assert options["grpc.http2.max_pings_without_data"] == 0  # or a silent Watch is not watched over
