@@ -4,12 +4,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help install demo test check format proto clean
+.PHONY: help install demo test check soak format proto clean
 
 help:
 	@echo "make demo    one round of handwritten digits: a server and two agents on this machine"
 	@echo "make test    all tests"
 	@echo "make check   style, types and house rules"
+	@echo "make soak    200 random kills of server, trainer and agents (a quarter of an hour)"
 	@echo "make format  rewrite the code in the house style"
 	@echo "make proto   generate common/pb from proto/"
 	@echo "make clean   remove everything that was made"
@@ -31,6 +32,9 @@ check: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+soak: $(READY)
+	$(BIN)/python -m tests.faults.soak
 
 format: $(READY)
 	$(BIN)/ruff check --fix .

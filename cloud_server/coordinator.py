@@ -444,6 +444,7 @@ class Coordinator:
             run_id=self._run_id,
             current=self._round,
             rows=rows,
+            num_accepted=self._store.num_accepted(),
             results={number: result for number, result in results.items() if result},
             slots=self._slots,
             watching=set(+self._watching),

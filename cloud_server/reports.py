@@ -103,6 +103,7 @@ def status(
     run_id: str,
     current: Round,
     rows: Sequence[RoundRow],
+    num_accepted: Mapping[int, int],
     results: Mapping[int, Result],
     slots: Mapping[str, int],
     watching: Collection[str],
@@ -123,7 +124,11 @@ def status(
             _agent_status(agent_id, slot, current, agent_id in watching, reported.get(agent_id))
             for agent_id, slot in sorted(slots.items(), key=lambda item: item[1])
         ],
-        "rounds": [_round_status(row, results.get(row.number)) for row in rows if _is_over(row)],
+        "rounds": [
+            _round_status(row, num_accepted.get(row.number, 0), results.get(row.number))
+            for row in rows
+            if _is_over(row)
+        ],
         "run_over": run_over,
         "min_agents": current.policy.min_agents,
         "max_agents": current.policy.max_agents,
@@ -190,12 +195,14 @@ def _agent_status(
     }
 
 
-def _round_status(row: RoundRow, result: Result | None) -> dict[str, Any]:
+def _round_status(row: RoundRow, num_contributions: int, result: Result | None) -> dict[str, Any]:
     measured = stages(result) if result else {}
     ended_at = max(row.phase_times.values(), default=row.opened_at)
     return {
         "round": row.number,
         "outcome": row.phase,
+        "failure": row.failure or None,
+        "num_contributions": num_contributions,
         "accuracy_average": measured.get("average"),
         "accuracy_published": measured.get("published"),
         "seconds": round(ended_at - row.opened_at, 3),

@@ -307,6 +307,13 @@ class Store:
         )
         return [ContributionRow(**{**row, "shards": tuple(json.loads(row["shards"]))}) for row in rows]
 
+    def num_accepted(self) -> dict[int, int]:
+        """How many contributions each round has accepted, of the rounds that have any."""
+        rows = self._read(
+            "SELECT round, count(*) AS number FROM contributions WHERE outcome = 'accepted' GROUP BY round"
+        )
+        return {row["round"]: row["number"] for row in rows}
+
     def record_report(self, number: int, report: ReportRow) -> None:
         """Records what became of a round's model on a device; the agent's last report stands."""
         with self._transaction() as database:

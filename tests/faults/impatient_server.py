@@ -7,7 +7,7 @@ from cloud_server.__main__ import main
 from common import rpc
 
 KEEPALIVE_SECONDS = 0.5
-KEEPALIVE_TIMEOUT_SECONDS = 2.0
+KEEPALIVE_TIMEOUT_SECONDS = 3.0
 IDLE_SECONDS = 1.5
 
 if __name__ == "__main__":

@@ -1,5 +1,8 @@
 """Runs whose processes are killed, and that have to come to the same end all the same."""
 
+import contextlib
+import itertools
+import os
 import signal
 import time
 from collections.abc import Callable, Mapping
@@ -56,11 +59,23 @@ class Run:
             time.sleep(0.02)
         return [self.cluster.report(number)["weights"]["sha256"] for number in range(1, self._num_rounds + 1)]
 
+    def kill(self, name: str) -> bool:
+        """SIGKILL the process, or the server's trainer; False where there is none to kill."""
+        if name == "trainer":
+            pids = trainers_of(self.processes["server"].process.pid)
+        else:
+            process = self.processes[name].process
+            pids = [process.pid] if process.poll() is None else []
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        return bool(pids)
+
     @property
     def _num_rounds(self) -> int:
-        rounds = self._settings[self._settings.index("--rounds") + 1]
-        assert isinstance(rounds, int)
-        return rounds
+        """The last `--rounds` counts, as on the command line."""
+        values = [value for flag, value in itertools.pairwise(self._settings) if flag == "--rounds"]
+        return int(str(values[-1]))
 
     def _start(self, name: str, env: Environment | None = None) -> None:
         if name == "server":
@@ -71,6 +86,15 @@ class Run:
                 name, "--partition", part, "--checkpoint-seconds", 0, env=dict(env or {})
             )
         self.processes[name] = process
+
+
+def trainers_of(server_pid: int) -> list[int]:
+    children = Path(f"/proc/{server_pid}/task/{server_pid}/children")
+    try:
+        pids = [int(pid) for pid in children.read_text("utf-8").split()]
+        return [pid for pid in pids if b"cloud_server.trainer" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    except FileNotFoundError:
+        return []
 
 
 def armed_with(point: Point, count: int, marker: Path) -> tuple[str, Environment]:

@@ -4,7 +4,7 @@ import asyncio
 import json
 import time
 import urllib.request
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -150,28 +150,27 @@ async def test_slow_but_moving_transfers_outlast_every_time_out(
     cluster: ImpatientCluster, tmp_path: Path
 ) -> None:
     path, blob = shard(tmp_path, 16 * MIB)
-    slow = Flow(bytes_per_second=4e6)
+    up, down = Flow(bytes_per_second=4e6), Flow(bytes_per_second=4e6)
+    async with Proxy(cluster.port, up=up, down=down) as proxy:
+        async with joined(proxy.port, "slow-up") as sender, joined(proxy.port, "slow-down") as receiver:
+            model = (await receiver.state()).initial_weights
+
+            async def seconds(transfer: Awaitable[None]) -> float:
+                started = time.monotonic()
+                await transfer
+                return time.monotonic() - started
+
+            durations = await asyncio.gather(
+                seconds(sender.upload(path, blob, "data", sender.on_bytes)),
+                seconds(receiver.download(model, tmp_path / "model", receiver.on_bytes)),
+            )
+        assert (proxy.num_connections, sender.troubles, receiver.troubles) == (2, [], [])
     patience = impatient_server.KEEPALIVE_SECONDS + impatient_server.KEEPALIVE_TIMEOUT_SECONDS
-    started = time.monotonic()
-    async with Proxy(cluster.port, up=slow) as proxy, joined(proxy.port, "slow-up") as agent:
-        await agent.upload(path, blob, "data", agent.on_bytes)
-        assert (proxy.num_connections, agent.troubles) == (1, [])
-    assert time.monotonic() - started > 1.2 * max(patience, impatient_server.IDLE_SECONDS)
+    assert min(durations) > 1.1 * max(patience, impatient_server.IDLE_SECONDS)
 
 
 def test_idle_time_out_leaves_a_very_slow_link_the_time_for_a_chunk() -> None:
     assert CHUNK_BYTES / servicer.IDLE_SECONDS < 2500  # bytes per second
-
-
-async def test_slow_but_moving_download_outlasts_keepalive(cluster: ImpatientCluster, tmp_path: Path) -> None:
-    slow = Flow(bytes_per_second=4e6)
-    started = time.monotonic()
-    async with Proxy(cluster.port, down=slow) as proxy, joined(proxy.port, "slow-down") as agent:
-        blob = (await agent.state()).initial_weights
-        await agent.download(blob, tmp_path / "model", agent.on_bytes)
-        assert (proxy.num_connections, agent.troubles) == (1, [])
-    patience = impatient_server.KEEPALIVE_SECONDS + impatient_server.KEEPALIVE_TIMEOUT_SECONDS
-    assert time.monotonic() - started > 1.2 * patience
 
 
 async def test_link_with_seconds_of_delay_connects(cluster: ImpatientCluster) -> None:
@@ -214,9 +213,9 @@ async def test_idle_watch_is_not_ended_for_too_many_pings(cluster: ImpatientClus
         await anext(watch)
         silent = asyncio.ensure_future(anext(watch))
         passed_bytes = proxy.up.num_bytes
-        await asyncio.wait([silent], timeout=10 * impatient_server.KEEPALIVE_SECONDS)
+        await asyncio.wait([silent], timeout=8 * impatient_server.KEEPALIVE_SECONDS)
         ping_bytes = 9 + 8
-        assert proxy.up.num_bytes - passed_bytes >= 8 * ping_bytes  # pings go on without any data
+        assert proxy.up.num_bytes - passed_bytes >= 6 * ping_bytes  # pings go on without any data
         assert not silent.done()
         assert (proxy.num_connections, agent.troubles) == (1, [])
         silent.cancel()

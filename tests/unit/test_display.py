@@ -1,0 +1,50 @@
+"""The server's progress bars."""
+
+from dataclasses import replace
+
+from cloud_server.coordinator import RunState
+from cloud_server.display import RunDisplay
+from cloud_server.jobs import Progress
+from cloud_server.round import Phase
+from common.transfer import Blob
+
+STATE = RunState(
+    round=1,
+    phase=Phase.COLLECTING,
+    initial_weights=Blob("0" * 64, 1),
+    outcome=None,
+    progress=None,
+    latest_model=None,
+    failed_round=0,
+    failure="",
+    run_over=False,
+    num_contributions=0,
+    max_contributions=3,
+)
+
+
+class Bars:
+    """Keeps the last figures of each bar."""
+
+    def __init__(self) -> None:
+        self.figures: dict[str, tuple[float, float]] = {}
+
+    def update(self, label: str, done: float, total: float, detail: str = "") -> None:
+        self.figures[label] = (done, total)
+
+    def message(self, text: str) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def test_bars_are_full_once_their_work_is_over() -> None:
+    bars = Bars()
+    display = RunDisplay(bars)
+    display.show(replace(STATE, num_contributions=1))
+    assert bars.figures == {"round 1: contributions": (1, 3)}
+    display.show(replace(STATE, num_contributions=2))
+    step = Progress(phase="fine_tuning", done=8, total=9, loss=0.5)
+    display.show(replace(STATE, phase=Phase.FINE_TUNING, progress=step))
+    assert bars.figures == {"round 1: contributions": (2, 2), "round 1: fine-tuning": (8, 9)}
+    display.show(replace(STATE, phase=Phase.PUBLISHED))
+    assert bars.figures["round 1: fine-tuning"] == (9, 9)
