@@ -1,11 +1,14 @@
-"""From a model's name to the model, checked against the run's dataset."""
+"""From a model's name to the model, checked against the run's dataset.
+
+torchvision is imported where it is needed: that takes as long as importing PyTorch itself, and an mlp
+does without it.
+"""
 
 import importlib
 from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
-import torchvision
 from torch import nn
 
 from common.config import RunConfig
@@ -23,6 +26,8 @@ _WIDENABLE = (
 
 def model_names() -> list[str]:
     """The names that `build_model` knows by itself."""
+    import torchvision
+
     return ["mlp", *torchvision.models.list_models(module=torchvision.models)]
 
 
@@ -39,16 +44,27 @@ def build_model(run: RunConfig, *, seed: int, allowed_factories: Collection[str]
     Raises:
         UsageError: unknown or forbidden model, or one that does not fit the dataset.
     """
+    make = _builder(run, allowed_factories)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        if run.model == "mlp":
-            model = _mlp(run)
-        elif ":" in run.model:
-            model = _call_factory(run, allowed_factories)
-        else:
-            model = _torchvision_model(run)
+        model = make(run)
         check_model(model, run)
     return model
+
+
+def _builder(run: RunConfig, allowed_factories: Collection[str] | None) -> Callable[[RunConfig], nn.Module]:
+    """What makes the run's model; imported before the seed is set, for an import may draw numbers, too."""
+    if run.model == "mlp":
+        return _mlp
+    if ":" in run.model:
+        factory = import_factory(run.model, allowed_factories)
+        return lambda run: _call_factory(factory, run)
+    if run.model not in model_names():
+        raise UsageError(
+            f"unknown model {run.model!r}: choose mlp, a classification model of torchvision.models"
+            " such as resnet50, or your own package.module:factory"
+        )
+    return _torchvision_model
 
 
 def check_model(model: nn.Module, run: RunConfig) -> None:
@@ -109,9 +125,8 @@ def _mlp(run: RunConfig) -> nn.Module:
     )
 
 
-def _call_factory(run: RunConfig, allowed_factories: Collection[str] | None) -> nn.Module:
+def _call_factory(factory: Callable[..., Any], run: RunConfig) -> nn.Module:
     _no_small_images(run)
-    factory = import_factory(run.model, allowed_factories)
     try:
         model = factory(num_classes=run.spec.num_classes, image_shape=run.spec.image_shape)
     except Exception as error:  # the user's code may raise anything
@@ -122,11 +137,8 @@ def _call_factory(run: RunConfig, allowed_factories: Collection[str] | None) -> 
 
 
 def _torchvision_model(run: RunConfig) -> nn.Module:
-    if run.model not in model_names():
-        raise UsageError(
-            f"unknown model {run.model!r}: choose mlp, a classification model of torchvision.models"
-            " such as resnet50, or your own package.module:factory"
-        )
+    import torchvision
+
     if not run.model.startswith(_WIDENABLE):
         _no_small_images(run)
     model: nn.Module = torchvision.models.get_model(

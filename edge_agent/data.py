@@ -7,11 +7,13 @@ that, dealt out as the train split is; otherwise it is `holdout_fraction` of the
 
 Images of every source come out in the run's shape: resized where height or width differ (the aspect
 ratio is not kept), grey repeated into RGB, RGB weighted into grey.
+
+What some sources do without is imported where it is needed: torchvision takes as long as PyTorch itself.
 """
 
 import fcntl
 import os
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +21,6 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
-from torchvision import datasets
-from torchvision.transforms.v2 import functional
 
 from common.config import RunConfig
 from common.errors import UsageError
@@ -32,11 +32,11 @@ from edge_agent.image_folder import list_image_folder
 from edge_agent.partition import Partition, partition_indices
 
 DEFAULT_DATA_DIR = Path("~/.cache/ecavg")
-_TORCHVISION: Mapping[str, Callable[..., Any]] = {
-    "mnist": datasets.MNIST,
-    "fashion-mnist": datasets.FashionMNIST,
-    "cifar10": datasets.CIFAR10,
-    "cifar100": datasets.CIFAR100,
+_TORCHVISION: Mapping[str, str] = {  # class in torchvision.datasets
+    "mnist": "MNIST",
+    "fashion-mnist": "FashionMNIST",
+    "cifar10": "CIFAR10",
+    "cifar100": "CIFAR100",
 }
 
 ImageShape = tuple[int, int, int]  # channels, height, width
@@ -153,6 +153,10 @@ def fit(images: np.ndarray, image_shape: ImageShape) -> np.ndarray:
     Raises:
         UsageError: from these channels to those there is no way.
     """
+    if images.shape[1:] == image_shape:
+        return np.ascontiguousarray(images)
+    from torchvision.transforms.v2 import functional
+
     channels, *size = image_shape
     tensor = torch.from_numpy(images)
     if (tensor.shape[1], channels) == (3, 1):
@@ -194,8 +198,12 @@ def _open_dataset(run: RunConfig, name: str, data_dir: Path | None) -> Source:
 
 
 def _read_dataset(name: str, root: Path) -> Source:
+    from torchvision import datasets
+
+    dataset = getattr(datasets, _TORCHVISION[name])
+
     def read(*, download: bool) -> Source:
-        parts = (_TORCHVISION[name](root, train=train, download=download) for train in (True, False))
+        parts = (dataset(root, train=train, download=download) for train in (True, False))
         return Source(*(_to_split(part) for part in parts))
 
     try:

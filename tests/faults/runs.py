@@ -89,12 +89,14 @@ class Run:
 
 
 def trainers_of(server_pid: int) -> list[int]:
-    children = Path(f"/proc/{server_pid}/task/{server_pid}/children")
-    try:
-        pids = [int(pid) for pid in children.read_text("utf-8").split()]
-        return [pid for pid in pids if b"cloud_server.trainer" in Path(f"/proc/{pid}/cmdline").read_bytes()]
-    except FileNotFoundError:
-        return []
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            parent_pid = int(process.joinpath("stat").read_text("utf-8").rpartition(")")[2].split()[1])
+            is_trainer = b"cloud_server.trainer" in process.joinpath("cmdline").read_bytes()
+            if parent_pid == server_pid and is_trainer:
+                found.append(int(process.name))
+    return found
 
 
 def armed_with(point: Point, count: int, marker: Path) -> tuple[str, Environment]:

@@ -293,7 +293,7 @@ async def test_download_goes_on_from_an_offset(cluster: Cluster, tmp_path: Path)
         request = pb.DownloadRequest(digest=blob.digest, offset=1000)
         replies = [reply async for reply in client.stub.Download(request, metadata=client.metadata)]
         assert b"".join(reply.chunk for reply in replies) == whole.read_bytes()[1000:]
-        assert [reply.size_bytes for reply in replies][0] == blob.size_bytes
+        assert replies[0].size_bytes == blob.size_bytes
         request = pb.DownloadRequest(digest=blob.digest, offset=blob.size_bytes + 1)
         with pytest.raises(grpc.aio.AioRpcError) as error:
             await anext(aiter(client.stub.Download(request, metadata=client.metadata)))
