@@ -3,8 +3,9 @@
 import argparse
 import asyncio
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import resources
+from typing import Any
 
 from cloud_server.config import DEFAULT_PRESET, ENV_PREFIX, ServerConfig
 from common import cli
@@ -38,7 +39,12 @@ def check(argv: Sequence[str]) -> int:
 
 
 async def serve(config: ServerConfig) -> int:
-    """Run until the run is over: 0 when its last round was published, else 1."""
+    """Run until the run is over.
+
+    Raises:
+        UsageError: an address, the state directory or the run's model cannot be used.
+        RunError: the last round published no model.
+    """
     # Imported here, so that --help and configuration errors are immediate.
     from cloud_server.coordinator import Coordinator
     from cloud_server.display import RunDisplay
@@ -56,10 +62,14 @@ async def serve(config: ServerConfig) -> int:
     coordinator = Coordinator(config, store, trainer, metrics, on_change=display.show)
     server = GrpcServer(metrics.observe_rpc)
     is_ready = asyncio.Event()
+
+    async def status() -> Mapping[str, Any]:
+        return await coordinator.status() if is_ready.is_set() else {"phase": "starting"}
+
     app = telemetry.make_app(
         metrics.registry,
         ready=is_ready.is_set,
-        status=lambda: coordinator.status() if is_ready.is_set() else {"phase": "starting"},
+        status=status,
         page=resources.files("cloud_server").joinpath("web/index.html").read_bytes(),
     )
     http = None
@@ -75,7 +85,7 @@ async def serve(config: ServerConfig) -> int:
             f" status page on http://{config.http_host}:{http.port}/",
             flush=True,
         )
-        published = await coordinator.run()
+        await coordinator.run()
     finally:
         is_ready.clear()
         display.close()
@@ -84,7 +94,7 @@ async def serve(config: ServerConfig) -> int:
             await http.stop()
         await trainer.stop()
         store.close()
-    return 0 if published else 1
+    return 0
 
 
 if __name__ == "__main__":

@@ -8,21 +8,25 @@ import asyncio
 import json
 import time
 import uuid
-from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import structlog
+from pydantic import ValidationError
 
 from cloud_server import reports, retention
 from cloud_server.config import ServerConfig
-from cloud_server.jobs import Job, JobContribution, JobDirectory, JobError, Progress, Result
+from cloud_server.disk import durably, to_the_end, when_disk_allows
+from cloud_server.job_runner import JobRunner, Trainer
+from cloud_server.jobs import Job, JobContribution, JobError, Progress, Result
 from cloud_server.metrics import ServerMetrics
-from cloud_server.round import Contribution, Outcome, Phase, Policy, Rejection, Round
-from cloud_server.store import ContributionRow, ReportRow, RoundRow, Store, storage_errors
+from cloud_server.presence import LIVENESS_SECONDS, Presence
+from cloud_server.records import contribution_row, rejection_row, round_from
+from cloud_server.round import Contribution, Outcome, Phase, Policy, Round
+from cloud_server.store import ReportRow, RoundRow, Store, storage_errors
 from cloud_server.uploads import Upload, Uploads
 from common import schema
 from common.config import RunConfig
@@ -30,11 +34,7 @@ from common.errors import InvalidError, NotFoundError, Reason, RunError, Storage
 from common.faults import Point, crash_point
 from common.transfer import Blob
 
-POLL_SECONDS = 0.05
-STORAGE_RETRY_SECONDS = 2.0  # between two tries to write to a disk that is full or read-only
 STATUS_ROUNDS = 50  # as many of the latest rounds are on the status page
-MAX_FALSE_STARTS = 2  # a trainer may die so often before it takes up a job, without that being a try
-LIVENESS_SECONDS = 30.0  # an agent that was here so recently is expected back: it is being restarted
 LIVENESS_POLL_SECONDS = 1.0
 
 # What makes a blob unfit for good; anything else about an upload can be cured by sending it again.
@@ -58,14 +58,6 @@ _T = TypeVar("_T")
 log = structlog.get_logger()
 
 
-class Trainer(Protocol):
-    """What the coordinator needs to know of the trainer process."""
-
-    @property
-    def num_exits(self) -> int:
-        """How often it has died since the server started."""
-
-
 @dataclass(frozen=True)
 class Membership:
     """What an agent learns when it joins."""
@@ -74,7 +66,6 @@ class Membership:
     run: RunConfig
     slot: int
     num_partitions: int
-    initial_weights: Blob
 
 
 @dataclass(frozen=True)
@@ -93,7 +84,7 @@ class RunState:
     outcome: Outcome | None
     progress: Progress | None
     latest_model: PublishedModel | None
-    failed_round: int  # the last round that failed; 0: none has
+    failed_round: int  # this round or the one before, if it failed; else 0
     failure: str  # why it did
     run_over: bool
     num_contributions: int
@@ -129,11 +120,10 @@ class Coordinator:
     ) -> None:
         self._config = config
         self._store = store
-        self._trainer = trainer
+        self._jobs = JobRunner(config.state_dir / "jobs", trainer, config.max_attempts)
         self._metrics = metrics
         self._clock = clock
         self._on_change = on_change
-        self._jobs_dir = config.state_dir / "jobs"
         self._policy = Policy(
             min_agents=config.min_agents,
             max_agents=config.agents_to_close,
@@ -143,17 +133,17 @@ class Coordinator:
         self._lock = asyncio.Lock()
         self._report_lock = asyncio.Lock()
         self._changed = asyncio.Event()
+        self._presence = Presence()
         self._slots: dict[str, int] = {}
-        self._watching: Counter[str] = Counter()
-        self._last_seen: dict[str, float] = {}  # monotonic seconds
-        self._dismissed: set[str] = set()  # told that the run is over
         self._progress: Progress | None = None
         self._run_over = False
-        self._round: Round  # set by start()
-        self._uploads: Uploads
         self._run_id = ""
         self._latest_model: PublishedModel | None = None
         self._last_failure = (0, "")  # round, reason
+        self._results: dict[int, Result] = {}  # of rounds on the status page
+        self._round: Round  # this and what follows: set by start()
+        self._initial_weights: Blob  # of the current round
+        self._uploads: Uploads
 
     # ------------------------------------------------------------------ the life of a run
 
@@ -171,23 +161,39 @@ class Coordinator:
                 f"{self._config.state_dir} holds a run with another configuration ({difference});"
                 " give that one, or another --state-dir"
             )
-        await self._restore()
+        self._restore()
         await self._clean_up()
 
-    async def run(self) -> bool:
-        """Run every round that is left; True when the last one was published."""
-        while not self._run_over:
-            if not self._round.is_over:
-                await self._collect()
+    async def run(self) -> None:
+        """Run every round that is left, and see the agents off.
+
+        Raises:
+            RunError: the last round published no model.
+        """
+        if self._round.is_over:  # the last life may have ended before the report was written
+            await self._write_report(self._round.number)
+        while not self._has_run_enough():
+            if self._round.is_over:
+                await self._open_next_round()
+            await self._collect()
             if not self._round.is_over:
                 await self._train()
             await self._end_round()
+        await self._wait_for_reports()
+        self._run_over = True
+        self._publish_change()
         await self._say_farewell()
-        return self._round.phase is Phase.PUBLISHED
+        if self._round.failure:
+            raise RunError(f"round {self._round.number} failed: {self._round.failure}")
+
+    def _has_run_enough(self) -> bool:
+        """0 rounds are never enough. A round begun under a larger number may stay open."""
+        number, asked_for = self._round.number, self._config.rounds
+        return bool(asked_for) and (number > asked_for or (number == asked_for and self._round.is_over))
 
     async def _begin_run(self) -> None:
         """Have the trainer build the model: its weights are the start, its names and shapes the gate."""
-        JobDirectory(self._jobs_dir / "initialise").remove()  # of a start that failed
+        self._jobs.directory("initialise").remove()  # of a start that failed
         job = Job(
             kind="initialise",
             name="initialise",
@@ -196,7 +202,7 @@ class Coordinator:
             device=self._config.device,
             initial_weights=None,
         )
-        result = await self._finish_job(job)
+        result = await self._jobs.finish(job, _ignore_progress)
         if result.error or result.weights is None:
             error = result.error or JobError(kind="failed", message="the trainer gave no weights")
             raise (UsageError if error.kind == "usage" else RunError)(error.message)
@@ -210,27 +216,32 @@ class Coordinator:
         )
         crash_point(Point.SERVER_RUN_CREATED)
 
-    async def _restore(self) -> None:
-        run, row = self._store.run(), self._store.last_round()
+    def _restore(self) -> None:
+        """Take everything up where the last life of this server left it."""
+        run, rows = self._store.run(), self._store.rounds()
         assert run is not None
-        assert row is not None
         self._run_id = run.run_id
         self._slots = {agent.agent_id: agent.slot for agent in self._store.agents()}
-        rows = self._store.rounds()
-        published = [row for row in rows if row.published]
-        if published:
-            self._latest_model = self._model_of(published[-1])
-        self._last_failure = max(((row.number, row.failure) for row in rows if row.failure), default=(0, ""))
-        self._initial_weights = self._blob(rows[0].initial_weights)
+        for row in rows:
+            if row.published:
+                self._latest_model = PublishedModel(row.number, self._blob(row.published))
+            if row.failure:
+                self._last_failure = (row.number, row.failure)
+        first, last = rows[0], rows[-1]
         self._uploads = Uploads(
             self._store,
-            weights_schema=schema.read_header(self._store.blob_path(rows[0].initial_weights)).schema,
+            weights_schema=schema.read_header(self._store.blob_path(first.initial_weights)).schema,
             spec=self._config.run.spec,
             max_data_bytes=self._config.max_upload_bytes,
+            on_received=self._metrics.count_received,
         )
-        self._round = _round_from(row, self._store.contributions(row.number), self._policy)
-        self._last_seen = dict.fromkeys(self._round.contributions, time.monotonic())
+        self._enter(last)
+        self._presence = Presence(expected=self._round.contributions)
         self._publish_change()
+
+    def _enter(self, row: RoundRow) -> None:
+        self._round = round_from(row, self._store.contributions(row.number), self._policy)
+        self._initial_weights = self._blob(row.initial_weights)
 
     async def _collect(self) -> None:
         """Wait until the round closes by number or by time."""
@@ -244,7 +255,7 @@ class Coordinator:
     async def _train(self) -> None:
         """Average, fine-tune and evaluate in the trainer; publish what comes back."""
         job = self._job_of_round()
-        result = await self._finish_job(job)
+        result = await self._jobs.finish(job, self._show_progress)
         if result.error or result.weights is None:
             reason = result.error.message if result.error else "the trainer gave no weights"
             await self._transition(lambda round_: round_.fail(reason))
@@ -257,32 +268,31 @@ class Coordinator:
             self._metrics.set_accuracy(stage, accuracy)
 
     async def _end_round(self) -> None:
-        """Write the report, then open the next round or end the run."""
-        number = self._round.number
+        """Write the report, and give up what is too old."""
+        number, outcome = self._round.number, self._round.phase.value
         await self._write_report(number)
-        outcome = self._round.phase.value
         self._metrics.count_round(outcome)
         log.info("round_ended", round=number, outcome=outcome, reason=self._round.failure or None)
         await self._clean_up()
-        if self._config.rounds and number >= self._config.rounds:
-            await self._wait_for_reports(number)
-            self._run_over = True
-        else:
-            await self._open_next_round()
-        self._publish_change()
 
     async def _open_next_round(self) -> None:
         """From the last global model on, or from where the failed round started."""
-        number, start = self._round.number + 1, self._round.published or self._round.initial_weights
-        await self._durably(self._store.open_round, number, start, self._clock())
-        crash_point(Point.SERVER_ROUND_OPENED)
-        row = self._store.last_round()
-        assert row is not None
-        self._round = _round_from(row, [], self._policy)
+
+        async def open_round() -> None:
+            number = self._round.number + 1
+            start = self._round.published or self._round.initial_weights
+            await asyncio.to_thread(self._store.open_round, number, start, self._clock())
+            crash_point(Point.SERVER_ROUND_OPENED)
+            row = self._store.last_round()
+            assert row is not None
+            self._enter(row)
+
+        await when_disk_allows(lambda: self._exclusively(open_round))
+        self._publish_change()
 
     async def _clean_up(self) -> None:
         """Remove what old rounds have left; a disk that does not let it is no reason to stop."""
-        async with self._lock:
+        async with self._lock, self._report_lock:
             try:
                 await asyncio.to_thread(
                     retention.clean_up,
@@ -295,26 +305,21 @@ class Coordinator:
             except (OSError, StorageError) as error:
                 log.warning("clean_up_failed", reason=str(error))
 
-    async def _wait_for_reports(self, number: int) -> None:
+    async def _wait_for_reports(self) -> None:
         """Until every live agent has reported on the published model, or the deadline passes."""
         until = time.monotonic() + self._config.deadline_seconds
         while self._round.phase is Phase.PUBLISHED and time.monotonic() < until:
             changed = self._changed
-            reported = {row.agent_id for row in await asyncio.to_thread(self._store.reports, number)}
-            if self._live_agents() <= reported:
+            rows = await asyncio.to_thread(self._store.reports, self._round.number)
+            if self._presence.live <= {row.agent_id for row in rows}:
                 return
             await _wait(changed, LIVENESS_POLL_SECONDS)
 
     async def _say_farewell(self) -> None:
         """Until every live agent has been told that the run is over."""
         until = time.monotonic() + LIVENESS_SECONDS
-        while self._live_agents() - self._dismissed and time.monotonic() < until:
+        while self._presence.not_dismissed and time.monotonic() < until:
             await _wait(self._changed, LIVENESS_POLL_SECONDS)
-
-    def _live_agents(self) -> set[str]:
-        """Those that watch, and those that may be back in a moment."""
-        recently = time.monotonic() - LIVENESS_SECONDS
-        return set(+self._watching) | {agent for agent, at in self._last_seen.items() if at > recently}
 
     # ------------------------------------------------------------------ what agents ask for
 
@@ -330,7 +335,6 @@ class Coordinator:
             run=self._config.run,
             slot=self._slots[agent_id],
             num_partitions=self._config.run.num_partitions or self._policy.max_agents,
-            initial_weights=self._initial_weights,
         )
 
     async def watch(self, agent_id: str) -> AsyncIterator[RunState]:
@@ -342,7 +346,7 @@ class Coordinator:
                 state = self.state_for(agent_id)
                 yield state
                 if state.run_over:
-                    self._dismissed.add(agent_id)
+                    self._presence.dismiss(agent_id)
                     return
                 await changed.wait()
 
@@ -361,7 +365,6 @@ class Coordinator:
             if error.reason in _UNFIT:
                 await self._reject(agent_id, error.reason, str(error))
             raise
-        self._metrics.count_received(kind, blob.size_bytes - offset)
 
     async def contribute(self, agent_id: str, number: int, contribution: Contribution) -> Verdict:
         """Commit uploaded blobs to round `number`; durable when this returns.
@@ -369,24 +372,30 @@ class Coordinator:
         Raises:
             ConflictError: another contribution of this agent stands.
             NotFoundError: a blob it names has not been uploaded by this agent.
+            InvalidError: the round does not exist yet.
         """
         self._check_joined(agent_id)
-        async with self._lock:
+
+        async def commit() -> Outcome:
             if number > self._round.number:
                 raise InvalidError(f"round {number} is not open; round {self._round.number} is")
             if number < self._round.number:
-                return await self._verdict_of_past_round(number, contribution)
+                return await self._contribute_to_past_round(number, contribution)
             await self._check_uploaded(agent_id, contribution)  # no clean-up comes before the record
             updated, outcome = self._round.contribute(contribution)
             if updated is not self._round:
-                row = _row_of(contribution, outcome, self._clock())
-                await asyncio.to_thread(self._store.record_contribution, number, row)
-                crash_point(Point.SERVER_CONTRIBUTION_RECORDED)
+                await self._record_contribution(number, contribution, outcome)
                 self._round = updated
-                self._metrics.count_contribution(outcome.value)
-                log.info("contribution", round=number, agent_id=agent_id, outcome=outcome.value)
+            return outcome
+
+        outcome = await self._exclusively(commit)
         self._publish_change()
-        return _verdict(outcome, number)
+        if outcome is not Outcome.LATE:
+            return Verdict(outcome)
+        if number < self._round.number:
+            await self._write_report(number)  # which names the late
+        text = f"round {number} had closed; this agent takes part in the next one"
+        return Verdict(outcome, Reason.ROUND_CLOSED, text)
 
     async def report(self, agent_id: str, number: int, row: ReportRow) -> None:
         """Keep what became of a published model on a device.
@@ -404,14 +413,14 @@ class Coordinator:
         log.info("agent_reported", round=number, agent_id=agent_id, applied=row.applied)
         self._publish_change()
 
-    def readable_blob(self, agent_id: str, digest: str) -> Path:
+    async def readable_blob(self, agent_id: str, digest: str) -> Path:
         """Where an agent's download is read from.
 
         Raises:
             NotFoundError: the digest is neither initial weights nor a published model.
         """
         self._check_joined(agent_id)
-        if self._store.is_public(digest):
+        if await asyncio.to_thread(self._store.is_public, digest):
             return self._store.blob_path(digest)
         raise NotFoundError(f"no initial weights or published model has the digest {digest[:16]}…")
 
@@ -421,45 +430,52 @@ class Coordinator:
     # ------------------------------------------------------------------ how it stands
 
     def state_for(self, agent_id: str | None = None) -> RunState:
+        failed_round, failure = self._last_failure
+        is_news = failed_round >= self._round.number - 1
         return RunState(
             round=self._round.number,
             phase=self._round.phase,
-            initial_weights=self._blob(self._round.initial_weights),
+            initial_weights=self._initial_weights,
             outcome=self._round.outcome_of(agent_id) if agent_id else None,
             progress=self._progress,
             latest_model=self._latest_model,
-            failed_round=self._last_failure[0],
-            failure=self._last_failure[1],
+            failed_round=failed_round if is_news else 0,
+            failure=failure if is_news else "",
             run_over=self._run_over,
             num_contributions=len(self._round.contributions),
             max_contributions=self._policy.max_agents,
         )
 
-    def status(self) -> Mapping[str, Any]:
+    async def status(self) -> Mapping[str, Any]:
         """What the status page shows; see common/telemetry.py for where."""
-        rows = self._store.rounds(last=STATUS_ROUNDS)
-        results = {row.number: self._result_of(row.number) for row in rows}
-        last_published = max((row.number for row in rows if row.published), default=None)
+        rows = await asyncio.to_thread(self._store.rounds, last=STATUS_ROUNDS)
+        self._results = await asyncio.to_thread(self._results_of, rows)
+        last_published = max((row.number for row in rows if row.published), default=0)
         return reports.status(
             run_id=self._run_id,
             current=self._round,
             rows=rows,
-            num_accepted=self._store.num_accepted(),
-            results={number: result for number, result in results.items() if result},
+            num_accepted=await asyncio.to_thread(self._store.num_accepted),
+            results=self._results,
             slots=self._slots,
-            watching=set(+self._watching),
-            agent_reports=self._store.reports(last_published) if last_published else [],
+            watching=self._presence.here,
+            agent_reports=await asyncio.to_thread(self._store.reports, last_published),
             progress=self._progress,
             run_over=self._run_over,
             now=self._clock(),
         )
 
-    # ------------------------------------------------------------------ jobs
+    def _results_of(self, rows: list[RoundRow]) -> dict[int, Result]:
+        known = {row.number: self._results.get(row.number) for row in rows if row.published}
+        read = {number: result or self._result_of(number) for number, result in known.items()}
+        return {number: result for number, result in read.items() if result}
+
+    # ------------------------------------------------------------------ the trainer's work
 
     def _job_of_round(self) -> Job:
         return Job(
             kind="round",
-            name=f"round-{self._round.number:04d}",
+            name=_job_name(self._round.number),
             round=self._round.number,
             run=self._config.run,
             device=self._config.device,
@@ -475,49 +491,7 @@ class Coordinator:
             ),
         )
 
-    async def _finish_job(self, job: Job) -> Result:
-        """Run a job, again where that may help: a dead trainer, or a batch that was too large."""
-        directory = JobDirectory(self._jobs_dir / job.name)
-        result = directory.read_result()
-        if result and not result.error:  # finished before a restart
-            await self._show_progress(job, directory.read_progress(0)[0])
-            return result
-        attempt = 1
-        while True:
-            result = await self._attempt(directory, job.model_copy(update={"attempt": attempt}))
-            if result.error is None or result.error.kind == "usage":
-                return result
-            log.warning("job_failed", job=job.name, attempt=attempt, reason=result.error.message)
-            if result.error.kind == "storage":  # the disk's fault, not the job's: it is no try
-                await asyncio.sleep(STORAGE_RETRY_SECONDS)
-                continue
-            if attempt >= self._config.max_attempts:
-                return result
-            attempt += 1
-            if result.error.kind == "out_of_memory":
-                job = job.model_copy(update={"run": _with_half_the_batch(job.run)})
-
-    async def _attempt(self, directory: JobDirectory, job: Job) -> Result:
-        num_exits, offset, has_begun = self._trainer.num_exits, 0, False
-        await self._durably(directory.write_job, job)
-        crash_point(Point.SERVER_JOB_WRITTEN)
-        while True:
-            result = directory.read_result()  # first: after it comes no more progress
-            lines, offset = directory.read_progress(offset)
-            has_begun = has_begun or bool(lines)
-            await self._show_progress(job, lines)
-            if result:
-                return result
-            if self._trainer.num_exits > num_exits + (0 if has_begun else MAX_FALSE_STARTS):
-                died = JobError(kind="failed", message="the trainer died; see trainer.log")
-                # Written down, so that the next trainer does not take the job up by itself.
-                await self._durably(directory.write_result, Result(error=died))
-            else:
-                await asyncio.sleep(POLL_SECONDS)
-
-    async def _show_progress(self, job: Job, lines: list[Progress]) -> None:
-        if job.kind != "round":
-            return
+    async def _show_progress(self, lines: list[Progress]) -> None:
         for line in lines:
             await self._advance_to(_PHASE_OF_PROGRESS[line.phase], line)
         if lines:
@@ -534,37 +508,37 @@ class Coordinator:
 
     async def _adopt(self, job: Job, result: Result) -> None:
         assert result.weights
-        path = JobDirectory(self._jobs_dir / job.name).weights_path
-        await self._durably(self._store.adopt_blob, path, result.weights.sha256)
+        path = self._jobs.directory(job.name).weights_path
+        await durably(self._store.adopt_blob, path, result.weights.sha256)
         crash_point(Point.SERVER_MODEL_ADOPTED)
 
-    def _result_of(self, number: int) -> Result | None:
-        job = JobDirectory(self._jobs_dir / f"round-{number:04d}")
-        return job.read_result() or reports.read_result(self._report_folder(number))
+    # ------------------------------------------------------------------ changes of the round
 
-    def _report_folder(self, number: int) -> Path:
-        return self._config.state_dir / "rounds" / f"{number:04d}"
+    async def _exclusively(self, change: Callable[[], Awaitable[_T]]) -> _T:
+        """Change the round, one at a time, and to the end: record first, then memory."""
 
-    # ------------------------------------------------------------------ small parts
+        async def locked() -> _T:
+            async with self._lock:
+                return await change()
+
+        return await to_the_end(locked())
 
     async def _transition(self, change: Callable[[Round], Round]) -> None:
         """Make a change of phase durable, then true, then known."""
 
         async def record() -> bool:
-            async with self._lock:
-                updated = change(self._round)
-                if updated is not self._round:
-                    await asyncio.to_thread(self._record_phase, updated)
-                    crash_point(Point.SERVER_PHASE_RECORDED)
-                    self._round = updated
-                    return True
+            updated = change(self._round)
+            if updated is self._round:
                 return False
+            await asyncio.to_thread(self._record_phase, updated)
+            crash_point(Point.SERVER_PHASE_RECORDED)
+            self._round = updated
+            return True
 
-        if not await self._when_disk_allows(record):
-            return
-        self._note_outcome()
-        log.info("phase", round=self._round.number, phase=self._round.phase.value)
-        self._publish_change()
+        if await when_disk_allows(lambda: self._exclusively(record)):
+            self._note_outcome()
+            log.info("phase", round=self._round.number, phase=self._round.phase.value)
+            self._publish_change()
 
     def _record_phase(self, updated: Round) -> None:
         self._store.set_phase(
@@ -584,44 +558,35 @@ class Coordinator:
         if self._round.is_over:
             self._progress = None
 
-    async def _durably(self, write: Callable[..., None], *args: Any) -> None:
-        """Write what the run cannot go on without."""
+    async def _contribute_to_past_round(self, number: int, contribution: Contribution) -> Outcome:
+        """LATE, and known to have been; accepted, if that is what it was in its time."""
+        rows = {row.agent_id: row for row in await asyncio.to_thread(self._store.contributions, number)}
+        row = rows.get(contribution.agent_id)
+        if row and row.outcome == Outcome.ACCEPTED:
+            return Outcome.ACCEPTED if row.weights == contribution.weights else Outcome.LATE
+        if row is None:
+            await self._record_contribution(number, contribution, Outcome.LATE)
+        return Outcome.LATE
 
-        async def body() -> None:
-            with storage_errors():
-                await asyncio.to_thread(write, *args)
-
-        await self._when_disk_allows(body)
-
-    async def _when_disk_allows(self, body: Callable[[], Awaitable[_T]]) -> _T:
-        """Do it, and while the disk takes nothing, wait and try again: agents are answered meanwhile."""
-        while True:
-            try:
-                return await body()
-            except StorageError as error:
-                log.error("disk_refuses", reason=str(error))
-                await asyncio.sleep(STORAGE_RETRY_SECONDS)
+    async def _record_contribution(self, number: int, contribution: Contribution, outcome: Outcome) -> None:
+        row = contribution_row(contribution, outcome, self._clock())
+        await asyncio.to_thread(self._store.record_contribution, number, row)
+        crash_point(Point.SERVER_CONTRIBUTION_RECORDED)
+        self._metrics.count_contribution(outcome.value)
+        log.info("contribution", round=number, agent_id=row.agent_id, outcome=outcome.value)
 
     async def _reject(self, agent_id: str, reason: Reason, message: str) -> None:
-        async with self._lock:
+        async def record() -> None:
             updated = self._round.reject(agent_id, reason, message)
             if updated is self._round:
                 return
-            row = ContributionRow(
-                agent_id=agent_id,
-                outcome=Outcome.REJECTED.value,
-                weights="",
-                shards=(),
-                num_examples=0,
-                accuracy_local=None,
-                reason=reason.value,
-                message=message,
-                at=self._clock(),
-            )
-            await asyncio.to_thread(self._store.record_contribution, self._round.number, row)
+            row = rejection_row(agent_id, updated.rejections[agent_id], self._clock())
+            await asyncio.to_thread(self._store.record_contribution, updated.number, row)
             self._round = updated
             self._metrics.count_contribution(Outcome.REJECTED.value)
             log.warning("contribution_rejected", round=updated.number, agent_id=agent_id, reason=reason.value)
+
+        await self._exclusively(record)
         self._publish_change()
 
     async def _check_uploaded(self, agent_id: str, contribution: Contribution) -> None:
@@ -629,18 +594,21 @@ class Coordinator:
         for digest, kind in blobs:
             if not await asyncio.to_thread(self._store.has_upload, agent_id, digest, kind):
                 raise NotFoundError(f"the {kind} blob {digest[:16]}… is not uploaded", Reason.MISSING_BLOB)
+        await self._uploads.check_num_examples(contribution.shards, contribution.num_examples)
 
-    async def _verdict_of_past_round(self, number: int, contribution: Contribution) -> Verdict:
-        rows = await asyncio.to_thread(self._store.contributions, number)
-        for row in rows:
-            same = (row.agent_id, row.weights) == (contribution.agent_id, contribution.weights)
-            if same and row.outcome == Outcome.ACCEPTED:
-                return Verdict(Outcome.ACCEPTED)
-        return _verdict(Outcome.LATE, number)
+    def _check_joined(self, agent_id: str) -> None:
+        if agent_id not in self._slots:
+            raise NotFoundError(f"agent {agent_id} has not joined this run", Reason.UNKNOWN_AGENT)
+
+    # ------------------------------------------------------------------ reports
 
     async def _write_report(self, number: int) -> None:
-        async with self._report_lock:
-            await self._durably(self._write_report_now, number)
+        async def write() -> None:
+            async with self._report_lock:  # let go between two tries: nobody waits here for a full disk
+                with storage_errors():
+                    await asyncio.to_thread(self._write_report_now, number)
+
+        await when_disk_allows(write)
         crash_point(Point.SERVER_REPORT_WRITTEN)
 
     def _write_report_now(self, number: int) -> None:
@@ -648,7 +616,6 @@ class Coordinator:
         assert row is not None
         if row.retired:
             return  # what its report was made from is gone
-        result = self._result_of(number)
         weights = self._store.blob_path(row.published) if row.published else None
         report = reports.build(
             self._config.run,
@@ -656,24 +623,27 @@ class Coordinator:
             self._store.contributions(number),
             self._store.reports(number),
             self._store.agents(),
-            result,
+            self._result_of(number),
             weights_bytes=weights.stat().st_size if weights else None,
         )
         reports.write(report, self._report_folder(number), weights)
 
-    def _check_joined(self, agent_id: str) -> None:
-        if agent_id not in self._slots:
-            raise NotFoundError(f"agent {agent_id} has not joined this run", Reason.UNKNOWN_AGENT)
+    def _result_of(self, number: int) -> Result | None:
+        result = self._jobs.directory(_job_name(number)).read_result()
+        return result or reports.read_result(self._report_folder(number))
+
+    def _report_folder(self, number: int) -> Path:
+        return self._config.state_dir / "rounds" / f"{number:04d}"
+
+    # ------------------------------------------------------------------ small parts
 
     @contextmanager
     def _counted_as_watching(self, agent_id: str) -> Any:
-        self._watching[agent_id] += 1
-        self._publish_change()
         try:
-            yield
+            with self._presence.watching(agent_id):
+                self._publish_change()
+                yield
         finally:
-            self._watching[agent_id] -= 1
-            self._last_seen[agent_id] = time.monotonic()
             self._publish_change()
 
     def _seconds_to_deadline(self) -> float | None:
@@ -686,86 +656,34 @@ class Coordinator:
     def _blob(self, digest: str) -> Blob:
         return Blob(digest, self._store.blob_size(digest) or 0)
 
-    def _model_of(self, row: RoundRow) -> PublishedModel:
-        assert row.published
-        return PublishedModel(row.number, self._blob(row.published))
-
     def _publish_change(self) -> None:
         """Wake everyone who waits for news."""
         self._changed.set()
         self._changed = asyncio.Event()
         self._metrics.set_phase(self._round.number, self._round.phase.value)
-        contributed = set(self._round.contributions)
-        watching = set(+self._watching)
+        contributed, here = set(self._round.contributions), self._presence.here
         self._metrics.set_agents(
-            watching=len(watching - contributed),
-            contributed=len(watching & contributed),
-            away=len(set(self._slots) - watching),
+            watching=len(here - contributed),
+            contributed=len(here & contributed),
+            away=len(set(self._slots) - here),
         )
         self._on_change(self.state_for())
 
 
-def _verdict(outcome: Outcome, number: int) -> Verdict:
-    if outcome is Outcome.LATE:
-        text = f"round {number} had closed; this agent takes part in the next one"
-        return Verdict(outcome, Reason.ROUND_CLOSED, text)
-    return Verdict(outcome)
+def _job_name(number: int) -> str:
+    return f"round-{number:04d}"
 
 
-def _round_from(row: RoundRow, contributions: list[ContributionRow], policy: Policy) -> Round:
-    """The round as the store remembers it."""
-    by_outcome: dict[str, list[ContributionRow]] = {outcome.value: [] for outcome in Outcome}
-    for contribution in contributions:
-        by_outcome[contribution.outcome].append(contribution)
-    return Round(
-        number=row.number,
-        policy=policy,
-        opened_at=row.opened_at,
-        initial_weights=row.initial_weights,
-        phase=Phase(row.phase),
-        contributions={
-            item.agent_id: Contribution(
-                agent_id=item.agent_id,
-                weights=item.weights,
-                shards=item.shards,
-                num_examples=item.num_examples,
-                accuracy_local=item.accuracy_local,
-            )
-            for item in by_outcome[Outcome.ACCEPTED.value]
-        },
-        rejections={
-            item.agent_id: Rejection(Reason(item.reason), item.message)
-            for item in by_outcome[Outcome.REJECTED.value]
-        },
-        late=frozenset(item.agent_id for item in by_outcome[Outcome.LATE.value]),
-        published=row.published,
-        failure=row.failure,
-    )
-
-
-def _row_of(contribution: Contribution, outcome: Outcome, now: float) -> ContributionRow:
-    late = outcome is Outcome.LATE
-    return ContributionRow(
-        agent_id=contribution.agent_id,
-        outcome=outcome.value,
-        weights=contribution.weights,
-        shards=contribution.shards,
-        num_examples=contribution.num_examples,
-        accuracy_local=contribution.accuracy_local,
-        reason=Reason.ROUND_CLOSED.value if late else "",
-        message="",
-        at=now,
-    )
-
-
-def _with_half_the_batch(run: RunConfig) -> RunConfig:
-    batch_size = max(1, run.fine_tune.batch_size // 2)
-    return run.model_copy(update={"fine_tune": run.fine_tune.model_copy(update={"batch_size": batch_size})})
+async def _ignore_progress(lines: list[Progress]) -> None: ...
 
 
 def _first_difference(stored_json: str, run: RunConfig) -> str:
-    """`"run.model: mlp there, resnet50 here"`, or nothing."""
-    there, here = _flat(json.loads(stored_json)), _flat(json.loads(run.model_dump_json()))
+    """`"run.model: mlp there, resnet50 here"`, or nothing; a key that is new since has its default."""
+    try:
+        stored = RunConfig.model_validate_json(stored_json)
+    except ValidationError:
+        return "made by another version of this program"
+    there, here = _flat(json.loads(stored.model_dump_json())), _flat(json.loads(run.model_dump_json()))
     for key, value in here.items():
         if there.get(key) != value:
             return f"{key}: {there.get(key)} there, {value} here"

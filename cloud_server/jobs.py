@@ -85,6 +85,7 @@ class Result(FrozenModel):
     seconds: dict[str, float] = Field(default_factory=dict)  # "aggregate", "fine_tune", "evaluate"
     error: JobError | None = None
     num_parameters: int | None = None
+    finished_at: float | None = None  # seconds since the epoch
 
 
 @dataclass(frozen=True)
@@ -165,6 +166,10 @@ class JobDirectory:
     def read_result(self) -> Result | None:
         """None while the job is pending. Raises: RunError, the file is damaged."""
         return _read(Result, self._result_path)
+
+    @property
+    def is_begun(self) -> bool:
+        return self._job_path.exists()
 
     @property
     def is_pending(self) -> bool:

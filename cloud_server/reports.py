@@ -49,16 +49,17 @@ def build(
     if Phase.AGGREGATING.value in times:
         seconds["collect"] = times[Phase.AGGREGATING.value] - row.opened_at
     if result and row.published:
-        report |= {"candidates": result.candidates, "start": result.start}
-        report |= {
+        measured = {
+            "candidates": result.candidates or None,
+            "start": result.start,
             "accuracy_fine_tuned": result.accuracy_fine_tuned,
             "accuracy_published": result.accuracy_published,
         }
+        report |= {name: value for name, value in measured.items() if value is not None}
         report["weights"] = {"sha256": row.published, "bytes": weights_bytes}
         seconds |= {name: result.seconds[name] for name in _TRAINER_SECONDS if name in result.seconds}
-        # What lies between the last thing the trainer did and the model being public.
-        evaluated_at = times[Phase.EVALUATING.value] + seconds.get("evaluate", 0.0)
-        seconds["publish"] = max(0.0, times[Phase.PUBLISHED.value] - evaluated_at)
+        if result.finished_at is not None:
+            seconds["publish"] = max(0.0, times[Phase.PUBLISHED.value] - result.finished_at)
     report["seconds"] = {name: round(value, 3) for name, value in seconds.items()}
     return report
 

@@ -40,22 +40,22 @@ def clean_up(
         return
     is_over = last.phase in (Phase.PUBLISHED, Phase.FAILED)
     up_to = last.number - keep_rounds - (0 if is_over else 1)
+    retired_before = store.uncleared_rounds()
     store.retire_rounds(up_to, uploaded_before=now - keep_partial_seconds)
     with storage_errors():
-        _remove_files_of_rounds(state_dir, up_to)
+        for number in store.uncleared_rounds():
+            _remove_files_of_round(state_dir, number)
+    # One clean-up late: a report that came in at the same time may have put the model there again.
+    store.note_cleared(retired_before)
     num_blobs = store.remove_blobs(now - keep_partial_seconds, spare=_unpublished_model(state_dir, last))
     num_partials = store.remove_partials(now - keep_partial_seconds)
     if num_blobs or num_partials:
         log.info("cleaned_up", retired_up_to=max(0, up_to), num_blobs=num_blobs, num_uploads=num_partials)
 
 
-def _remove_files_of_rounds(state_dir: Path, up_to: int) -> None:
-    for number, directory in round_jobs(state_dir):
-        if number <= up_to:
-            directory.remove()
-    for model in (state_dir / "rounds").glob("*/model.safetensors"):
-        if model.parent.name.isdigit() and int(model.parent.name) <= up_to:
-            model.unlink()
+def _remove_files_of_round(state_dir: Path, number: int) -> None:
+    JobDirectory(state_dir / "jobs" / f"round-{number:04d}").remove()
+    (state_dir / "rounds" / f"{number:04d}" / "model.safetensors").unlink(missing_ok=True)
 
 
 def round_jobs(state_dir: Path) -> Iterator[tuple[int, JobDirectory]]:

@@ -54,7 +54,6 @@ class ECAvgServicer(pb_grpc.ECAvgServicer):
             run_json=joined.run.model_dump_json(),
             slot=joined.slot,
             num_partitions=joined.num_partitions,
-            initial_weights=_blob(joined.initial_weights),
         )
 
     async def Watch(self, _: pb.WatchRequest, context: Any) -> AsyncIterator[pb.WatchEvent]:
@@ -90,7 +89,7 @@ class ECAvgServicer(pb_grpc.ECAvgServicer):
         return _reply(verdict)
 
     async def Download(self, request: pb.DownloadRequest, context: Any) -> AsyncIterator[pb.DownloadReply]:
-        path = self._coordinator.readable_blob(_caller(context), _digest(request.digest))
+        path = await self._coordinator.readable_blob(_caller(context), _digest(request.digest))
         size_bytes = path.stat().st_size
         chunks = read_chunks(path, request.offset)
         while (chunk := await asyncio.to_thread(next, chunks, None)) is not None:

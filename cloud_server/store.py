@@ -22,7 +22,7 @@ from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from threading import RLock
-from typing import Any
+from typing import Any, TextIO
 
 from common.errors import NotFoundError, Reason, StorageError, UsageError
 from common.faults import Point, crash_point
@@ -100,6 +100,7 @@ MIGRATIONS = (  # what takes the database from one schema version to the next; n
     """,
 )
 
+_RETIRED, _CLEARED = 1, 2  # rounds.retired: its records are given up; and so are its files
 _FIRST_PHASE = "collecting"  # round.Phase.COLLECTING: the two modules do not know each other
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _STORAGE_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO}
@@ -133,7 +134,7 @@ class RoundRow:
     published: str | None  # digest
     failure: str
     opened_at: float
-    phase_times: dict[str, float]  # when each phase was entered last
+    phase_times: dict[str, float]  # when each phase was entered first
     retired: bool = False  # its blobs have been given up; see cloud_server/retention.py
 
 
@@ -399,11 +400,25 @@ class Store:
 
     # What goes, by the rule in cloud_server/retention.py
 
+    def uncleared_rounds(self) -> list[int]:
+        """The retired rounds that `note_cleared` has not been told of."""
+        rows = self._read("SELECT number FROM rounds WHERE retired = ? ORDER BY number", _RETIRED)
+        return [row["number"] for row in rows]
+
+    def note_cleared(self, numbers: Collection[int]) -> None:
+        """Records that no file of these retired rounds is left."""
+        with self._transaction() as database:
+            database.executemany(
+                "UPDATE rounds SET retired = ? WHERE number = ?", [(_CLEARED, number) for number in numbers]
+            )
+
     def retire_rounds(self, up_to: int, uploaded_before: float) -> None:
         """Gives up what only rounds up to this number need, and old uploads that none does; records only."""
         with self._transaction() as database:
             rounds = {"first": self._first_not_retired(), "up_to": up_to}
-            database.execute("UPDATE rounds SET retired = 1 WHERE number <= ?", (up_to,))
+            database.execute(
+                "UPDATE rounds SET retired = ? WHERE number <= ? AND NOT retired", (_RETIRED, up_to)
+            )
             database.execute(
                 "INSERT OR IGNORE INTO removals SELECT digest FROM named_blobs"
                 " WHERE round BETWEEN :first AND :up_to",
@@ -517,7 +532,7 @@ class Store:
 
     def _phase_times(self, number: int) -> dict[str, float]:
         history = self._read("SELECT phase, at FROM phase_history WHERE round = ? ORDER BY entry", number)
-        return {row["phase"]: row["at"] for row in history}
+        return {row["phase"]: row["at"] for row in reversed(history)}
 
     def _insert_round(self, number: int, initial_weights: str, now: float) -> None:
         self._database.execute(
@@ -561,15 +576,31 @@ def _locked(state_dir: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            file.seek(0)
-            holder = " on ".join(file.read().split())
             raise UsageError(
-                f"process {holder} uses state directory {state_dir}: stop it, or choose another --state-dir"
+                f"process {_holder(file)} uses state directory {state_dir}:"
+                " stop it, or choose another --state-dir"
             ) from None
         file.truncate(0)
         file.write(f"{os.getpid()} {socket.gethostname()}\n")
         file.flush()
         yield
+
+
+def _holder(file: TextIO) -> str:
+    """Who has the lock, as far as can be told.
+
+    A server has left its name in the file. `cloud-server check` may not, it changes nothing: the kernel
+    knows it, as the only one that shares the lock (https://man7.org/linux/man-pages/man5/proc_locks.5.html).
+    """
+    status = os.fstat(file.fileno())
+    device = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}"
+    with suppress(OSError):  # it is Linux that has this file
+        for line in Path("/proc/locks").read_text("ascii").splitlines():
+            match line.split():
+                case [_, "FLOCK", _, "READ", pid, where, *_] if where == f"{device}:{status.st_ino}":
+                    return f"{pid} (cloud-server check)"
+    file.seek(0)
+    return " on ".join(file.read().split())
 
 
 @contextmanager

@@ -8,11 +8,12 @@ behind, not even by SIGKILL.
 import asyncio
 import contextlib
 import os
+import shutil
 import signal
 import sys
 import time
 from asyncio.subprocess import Process, create_subprocess_exec
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import BinaryIO
@@ -23,6 +24,8 @@ FIRST_PAUSE_SECONDS = 0.2  # before a trainer that died is started again; double
 LONGEST_PAUSE_SECONDS = 5.0
 HEALTHY_SECONDS = 60.0  # a trainer that lived this long did not die of its start: pauses begin anew
 STOP_SECONDS = 5.0  # from SIGTERM to SIGKILL
+MAX_LOG_BYTES = 10 << 20  # a longer trainer.log becomes trainer.log.1
+LOG_CHECK_SECONDS = 60.0
 
 log = structlog.get_logger()
 
@@ -33,7 +36,6 @@ class TrainerProcess:
     Args:
         state_dir: where its jobs are; what it prints is added to `trainer.log` there.
         device: "auto", "cpu", "cuda" or "cuda:1".
-        on_exit: called each time it has died, with the return code; negative: minus the signal.
         command: what to run instead of the trainer.
     """
 
@@ -42,12 +44,10 @@ class TrainerProcess:
         state_dir: Path,
         *,
         device: str = "auto",
-        on_exit: Callable[[int], None] = lambda _: None,
         command: Sequence[str] = (),
     ) -> None:
         self._log_path = state_dir / "trainer.log"
         self._command = command or _trainer_command(state_dir, device)
-        self._on_exit = on_exit
         self._pid: int | None = None
         self._task: asyncio.Task[None] | None = None
         self._num_exits = 0
@@ -80,7 +80,6 @@ class TrainerProcess:
             returncode = await self._live()
             self._num_exits += 1
             log.warning("trainer_died", returncode=returncode, see=str(self._log_path))
-            self._on_exit(returncode)
             if time.monotonic() - started_at >= HEALTHY_SECONDS:
                 pause = FIRST_PAUSE_SECONDS
             await asyncio.sleep(pause)
@@ -90,10 +89,21 @@ class TrainerProcess:
         """Run it from start to end; its return code."""
         try:
             async with self._running() as process:
-                return await process.wait()
+                return await self._end_of(process)
         except OSError as error:  # no process or memory to be had, or the log is not writable
             log.error("trainer_not_started", reason=str(error))
             return os.EX_OSERR
+
+    async def _end_of(self, process: Process) -> int:
+        """Its return code; until then its log is kept from growing without bound."""
+        end = asyncio.ensure_future(process.wait())
+        try:
+            while not end.done():
+                await asyncio.to_thread(_rotate, self._log_path)
+                await asyncio.wait([end], timeout=LOG_CHECK_SECONDS)
+            return end.result()
+        finally:
+            end.cancel()
 
     @asynccontextmanager
     async def _running(self) -> AsyncIterator[Process]:
@@ -144,3 +154,19 @@ def _pipe() -> Iterator[tuple[BinaryIO, BinaryIO]]:
 
 def _append_to(path: Path) -> BinaryIO:
     return path.open("ab")
+
+
+def _rotate(log_path: Path) -> None:
+    """Make room in a log that has become long.
+
+    Copied and emptied, not renamed: who writes goes on with the file that it has open, at what is then
+    its end. A line that is written in between is lost.
+    """
+    try:
+        if log_path.stat().st_size > MAX_LOG_BYTES:
+            shutil.copyfile(log_path, f"{log_path}.1")
+            os.truncate(log_path, 0)
+    except FileNotFoundError:
+        pass
+    except OSError as error:  # the disk's fault; trainer and server can do without
+        log.warning("trainer_log_not_rotated", reason=str(error))

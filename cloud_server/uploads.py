@@ -2,11 +2,12 @@
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TypeVar
 
+from cloud_server.disk import to_the_end
 from cloud_server.store import Store, storage_errors
 from common import schema
 from common.config import DatasetSpec
@@ -18,12 +19,23 @@ _T = TypeVar("_T")
 
 
 class Uploads:
-    """All uploads of one run. One stream at a time may write a blob of an agent; the newest wins."""
+    """All uploads of one run. One stream at a time may write a blob of an agent; the newest wins.
+
+    Args:
+        on_received: called from any thread with the kind and the bytes of each chunk that was taken in.
+    """
 
     def __init__(
-        self, store: Store, *, weights_schema: schema.Schema, spec: DatasetSpec, max_data_bytes: int
+        self,
+        store: Store,
+        *,
+        weights_schema: schema.Schema,
+        spec: DatasetSpec,
+        max_data_bytes: int,
+        on_received: Callable[[str, int], None] = lambda _kind, _num_bytes: None,
     ) -> None:
         self._store = store
+        self._on_received = on_received
         self._gates: Mapping[str, BlobGate] = {
             "weights": WeightsGate(weights_schema),
             "data": DataGate(spec, max_data_bytes),
@@ -37,6 +49,25 @@ class Uploads:
             return self._store.blob_size(digest) or 0, True
         path = await asyncio.to_thread(self._store.partial_path, agent_id, digest)
         return await asyncio.to_thread(_durable_size, path), False
+
+    async def check_num_examples(self, shards: Sequence[str], num_examples: int) -> None:
+        """Hold what an agent says it trained on against its shards' labels; without shards it is believed.
+
+        Raises:
+            InvalidError: the two differ.
+        """
+        if not shards:
+            return
+        num_labels = await asyncio.to_thread(self._num_labels, shards)
+        if num_labels != num_examples:
+            raise InvalidError(
+                f"num_examples is {num_examples}, but the contribution's shards have {num_labels} labels:"
+                " send the number of their labels"
+            )
+
+    def _num_labels(self, shards: Sequence[str]) -> int:
+        headers = (schema.read_header(self._store.blob_path(digest)) for digest in shards)
+        return sum(header.schema["labels"].shape[0] for header in headers)
 
     @asynccontextmanager
     async def open(
@@ -52,7 +83,7 @@ class Uploads:
         gate.check_size(blob.size_bytes)
         path = await asyncio.to_thread(self._store.partial_path, agent_id, blob.digest)
         await self._supersede(agent_id, blob.digest)
-        upload = Upload(self._store, agent_id, kind, blob, path, gate)
+        upload = Upload(self._store, agent_id, kind, blob, path, gate, self._on_received)
         key = (agent_id, blob.digest)
         self._active[key] = upload
         try:
@@ -79,7 +110,14 @@ class Upload:
     """One stream that writes one blob."""
 
     def __init__(
-        self, store: Store, agent_id: str, kind: str, blob: Blob, path: Path, gate: "BlobGate"
+        self,
+        store: Store,
+        agent_id: str,
+        kind: str,
+        blob: Blob,
+        path: Path,
+        gate: "BlobGate",
+        on_received: Callable[[str, int], None],
     ) -> None:
         self.lock = asyncio.Lock()
         self.superseded = False
@@ -89,6 +127,7 @@ class Upload:
         self._blob = blob
         self._path = path
         self._gate = gate
+        self._on_received = on_received
         self._receiver: Receiver | None = None
 
     async def start(self, offset: int) -> None:
@@ -115,7 +154,7 @@ class Upload:
         async with self.lock:
             if self.superseded:
                 raise UnavailableError("a newer stream of the same upload has taken over")
-            await _to_the_end(function, argument)
+            await to_the_end(asyncio.to_thread(function, argument))
 
     def _start(self, offset: int) -> None:
         with storage_errors():
@@ -132,6 +171,8 @@ class Upload:
         with storage_errors():
             self._receiver.finish()
             try:
+                # Bytes of an earlier stream may have passed the gate of another kind.
+                self._gate.check_header(schema.read_header(self._path))
                 self._gate.check_content(self._path)
             except InvalidError:
                 self._receiver.discard()
@@ -142,6 +183,7 @@ class Upload:
         assert self._receiver
         with storage_errors():
             self._receiver.write(chunk)
+        self._on_received(self._kind, len(chunk))  # here: the stream may be cancelled behind our back
         crash_point(Point.SERVER_CHUNK_STORED)
 
     def _passes_gate(self, prefix: bytes) -> bool:
@@ -200,24 +242,6 @@ class DataGate(BlobGate):
 
     def check_content(self, path: Path) -> None:
         schema.check_labels(path, schema.read_header(path), self._spec.num_classes)
-
-
-async def _to_the_end(function: Callable[[_T], None], argument: _T) -> None:
-    """Run in a thread, and return once it is done, cancelled or not.
-
-    A broken connection cancels the call; a write that went on behind its back would add to a file
-    whose size the agent has already been told.
-    """
-    work = asyncio.ensure_future(asyncio.to_thread(function, argument))
-    try:
-        await asyncio.shield(work)
-    except asyncio.CancelledError:
-        while not work.done():
-            with suppress(asyncio.CancelledError):
-                await asyncio.wait([work])
-        if not work.cancelled():
-            work.exception()  # nobody is left to tell
-        raise
 
 
 def _durable_size(path: Path) -> int:

@@ -5,10 +5,13 @@ import asyncio
 import os
 import signal
 import sys
+import threading
+import time
 import tomllib
 from collections.abc import Callable, Coroutine, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from pydantic import BaseModel
 
@@ -16,6 +19,8 @@ from common.config import ProcessConfig, deep_merge, load
 from common.errors import ECAvgError, UsageError
 
 Config = TypeVar("Config", bound=ProcessConfig)
+
+BUSY_SECONDS = 0.3  # a thread that has not ended by then has something long to do
 
 
 def parse_command_line(
@@ -77,22 +82,64 @@ def add_flags(
 
 
 def run(command: str, body: Callable[[], Coroutine[Any, Any, int]]) -> int:
-    """Run a command's coroutine to its exit code; SIGINT and SIGTERM cancel it, and that is a clean stop."""
+    """Run a command's coroutine to its exit code; SIGINT and SIGTERM cancel it, and that is a clean stop.
+
+    When the coroutine has ended, nothing is waited for that still works in a thread. After a signal the
+    process ends at once: every file is whole at every moment, and taking PyTorch apart takes seconds.
+    """
     try:
-        return asyncio.run(_until_signalled(body))
-    except ECAvgError as error:
-        return fail(command, error)
+        return asyncio.run(_to_exit_code(command, body))
     except KeyboardInterrupt:
         return 0
 
 
-def fail(command: str, error: ECAvgError) -> int:
+def fail(command: str, error: Exception) -> int:
     """One line on stderr; the traceback is in the log at debug level, once there is a log."""
     structlog = sys.modules.get("structlog")  # `--help` and configuration errors do without it
     if structlog and structlog.is_configured():
         structlog.get_logger().debug("failed", exc_info=error)
-    print(f"{command}: {error}", file=sys.stderr)  # noqa: T201
-    return error.exit_code
+    print(f"{command}: {_in_one_line(error)}", file=sys.stderr)  # noqa: T201
+    return error.exit_code if isinstance(error, ECAvgError) else 1
+
+
+def _in_one_line(error: Exception) -> str:
+    if isinstance(error, ECAvgError):
+        return str(error)
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+    text = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, OSError):
+        return text
+    return f"{type(error).__name__}: {text}; a fault of this program: --log-level debug shows more"
+
+
+async def _to_exit_code(command: str, body: Callable[[], Coroutine[Any, Any, int]]) -> int:
+    pool = ThreadPoolExecutor(thread_name_prefix="asyncio")
+    asyncio.get_running_loop().set_default_executor(pool)
+    try:
+        code = await _until_signalled(body)
+    except Exception as error:
+        code = fail(command, error)
+    pool.shutdown(wait=False, cancel_futures=True)
+    _leave_if_busy(code)
+    return code
+
+
+def _leave_if_busy(code: int) -> None:
+    """End the process here if a thread still works: asyncio, and then Python, would wait for it."""
+    deadline = time.monotonic() + BUSY_SECONDS
+    for thread in threading.enumerate():
+        if thread is threading.current_thread() or thread.daemon:
+            continue
+        thread.join(max(0.0, deadline - time.monotonic()))
+        if thread.is_alive():
+            _leave(code)
+
+
+def _leave(code: int) -> NoReturn:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 async def _until_signalled(body: Callable[[], Coroutine[Any, Any, int]]) -> int:
@@ -113,7 +160,7 @@ async def _until_signalled(body: Callable[[], Coroutine[Any, Any, int]]) -> int:
         return await task
     except asyncio.CancelledError:
         if stopped:
-            return 0
+            _leave(0)
         raise
 
 

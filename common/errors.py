@@ -5,7 +5,6 @@
     ├── RunError             failed while running: exit code 1
     └── Refusal              what a server answers an agent; carries a Reason, crosses the wire
         ├── InvalidError     what was sent is wrong and would be wrong again: do not retry
-        ├── LateError        the round is closed: take part in the next one
         ├── ConflictError    it contradicts what the server already holds
         ├── NotFoundError    the server does not have what was asked for
         ├── OffsetError      the upload does not go on where the server's bytes end: query, resume
@@ -72,12 +71,6 @@ class InvalidError(Refusal):
     """What was sent is wrong and would be wrong again."""
 
     default_reason = Reason.MALFORMED_REQUEST
-
-
-class LateError(Refusal):
-    """The round is closed for contributions."""
-
-    default_reason = Reason.ROUND_CLOSED
 
 
 class ConflictError(Refusal):

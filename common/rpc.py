@@ -12,15 +12,15 @@ import structlog
 from tenacity import (
     AsyncRetrying,
     RetryCallState,
-    retry_if_exception_type,
+    retry_if_exception,
     stop_never,
 )
+from tenacity.stop import StopBaseT
 
 from common.errors import (
     ConflictError,
     CorruptError,
     InvalidError,
-    LateError,
     NotFoundError,
     OffsetError,
     Reason,
@@ -82,7 +82,6 @@ def _common_options() -> Options:
 
 STATUS: dict[type[Refusal], grpc.StatusCode] = {
     InvalidError: grpc.StatusCode.INVALID_ARGUMENT,
-    LateError: grpc.StatusCode.FAILED_PRECONDITION,
     ConflictError: grpc.StatusCode.ALREADY_EXISTS,
     NotFoundError: grpc.StatusCode.NOT_FOUND,
     OffsetError: grpc.StatusCode.OUT_OF_RANGE,
@@ -94,7 +93,7 @@ STATUS: dict[type[Refusal], grpc.StatusCode] = {
 _ERROR = {status: error for error, status in STATUS.items()}
 
 # What waiting may cure. OffsetError and CorruptError are cured by asking where to go on.
-RETRIED = (UnavailableError, StorageError, OffsetError, CorruptError)
+_RETRIED = (UnavailableError, StorageError, OffsetError, CorruptError)
 
 log = structlog.get_logger()
 
@@ -116,6 +115,11 @@ def error_from(rpc_error: grpc.aio.AioRpcError) -> Refusal:
     return _ERROR.get(rpc_error.code(), Refusal)(details, reason)
 
 
+def is_retried(error: BaseException) -> bool:
+    """Whether waiting may cure it; so it may where our server failed inside (INTERNAL)."""
+    return isinstance(error, _RETRIED) or type(error) is Refusal
+
+
 class Backoff:
     """Random pauses whose bound doubles with each failure ("full jitter"), up to MAX_PAUSE_SECONDS."""
 
@@ -134,13 +138,16 @@ class Backoff:
 
 
 def retrying(
-    on_retry: Callable[[BaseException, float], None], backoff: Backoff | None = None
+    on_retry: Callable[[BaseException, float], None],
+    backoff: Backoff | None = None,
+    stop: StopBaseT = stop_never,
 ) -> AsyncRetrying:
-    """Try again for ever, with pauses between.
+    """Try again what is_retried(), with pauses between.
 
     Args:
         on_retry: called before each pause with the error and the pause in seconds.
         backoff: for whoever can tell progress from failure; by default every attempt is a failure.
+        stop: when to raise the last error instead; by default never.
     """
 
     def before_sleep(state: RetryCallState) -> None:
@@ -150,9 +157,9 @@ def retrying(
         on_retry(error, state.upcoming_sleep)
 
     return AsyncRetrying(
-        retry=retry_if_exception_type(RETRIED),
+        retry=retry_if_exception(is_retried),
         wait=backoff or Backoff(),
-        stop=stop_never,
+        stop=stop,
         before_sleep=before_sleep,
         reraise=True,
     )

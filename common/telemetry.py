@@ -12,8 +12,8 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Protocol
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from typing import Any, Protocol, TypeVar
 
 import structlog
 import uvicorn
@@ -30,8 +30,11 @@ from common.errors import UsageError
 
 LOG_LEVELS = ("debug", "info", "warning", "error")
 LOGGED_PROGRESS_SECONDS = 5.0  # the shortest time between two "progress" events of one label
+KEPT_LABELS = 32  # a process that runs for ever has ever new labels: old ones are forgotten
 STANDSTILL_SECONDS = 1.0  # a bar that has not moved for so long makes room for a new one
 STOP_SECONDS = 2  # how long a response in flight may take when the HTTP server stops
+
+_T = TypeVar("_T")
 
 
 # --- log ---------------------------------------------------------------------------------------------
@@ -137,6 +140,16 @@ def progress_display() -> ProgressDisplay:
     return _ProgressBars() if sys.stderr.isatty() else _ProgressLog()
 
 
+class _Recent(dict[str, _T]):
+    """Keeps the KEPT_LABELS labels that were set last."""
+
+    def __setitem__(self, label: str, value: _T) -> None:
+        self.pop(label, None)
+        super().__setitem__(label, value)
+        if len(self) > KEPT_LABELS:
+            del self[next(iter(self))]
+
+
 class _ProgressBars:
     """A live bar for each label that is under way; one that is finished, or stood still when
     another began, stays behind as a line above.
@@ -153,7 +166,7 @@ class _ProgressBars:
             console=Console(stderr=True),
         )
         self._bars: dict[str, tuple[TaskID, float]] = {}  # and when it last moved
-        self._latest: dict[str, tuple[float, float]] = {}
+        self._latest: dict[str, tuple[float, float]] = _Recent()
         self._lock = threading.Lock()
 
     def update(self, label: str, done: float, total: float, detail: str = "") -> None:
@@ -196,8 +209,8 @@ class _ProgressLog:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._log = structlog.get_logger()
-        self._latest: dict[str, tuple[float, float]] = {}
-        self._logged_at: dict[str, float] = {}
+        self._latest: dict[str, tuple[float, float]] = _Recent()
+        self._logged_at: dict[str, float] = _Recent()
 
     def update(self, label: str, done: float, total: float, detail: str = "") -> None:
         if self._latest.get(label) == (done, total):
@@ -234,7 +247,7 @@ def make_app(
     registry: CollectorRegistry,
     *,
     ready: Callable[[], bool],
-    status: Callable[[], Mapping[str, Any]],
+    status: Callable[[], Awaitable[Mapping[str, Any]]],
     page: bytes | None,
 ) -> Starlette:
     """`/api/status`, `/metrics`, `/healthz`, `/readyz`, and `/` where there is a page.
@@ -247,7 +260,7 @@ def make_app(
 
     async def api_status(_: Request) -> Response:
         return Response(
-            _to_json(status()), media_type="application/json", headers={"Cache-Control": "no-store"}
+            _to_json(await status()), media_type="application/json", headers={"Cache-Control": "no-store"}
         )
 
     async def metrics(request: Request) -> Response:

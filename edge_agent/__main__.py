@@ -56,7 +56,7 @@ async def take_part(config: AgentConfig) -> int:
         await client.close()
         if http:
             await http.stop()
-        state.close()
+        # The state directory stays locked until the process is gone: a thread may still write to it.
     return 0
 
 

@@ -9,24 +9,26 @@ import asyncio
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import structlog
 
-from common.errors import ConflictError, NotFoundError, Refusal, RunError
+from common import rpc
+from common.errors import ConflictError, NotFoundError, Reason, Refusal, RunError
 from common.faults import Point, crash_point
 from common.telemetry import ProgressDisplay
 from common.training import StepReport, select_device
 from common.transfer import Blob, blob_of
-from edge_agent.client import CloudClient, Joined, Kind, RunState
+from edge_agent.client import CloudClient, Joined, Kind, RunState, UnknownAgentError
 from edge_agent.config import AgentConfig
-from edge_agent.data import load_agent_data
-from edge_agent.local import LocalModels
+from edge_agent.local import LocalModels, load_local_models
 from edge_agent.metrics import AgentMetrics, Phase
-from edge_agent.partition import Partition, parse_partition
+from edge_agent.news import News
 from edge_agent.state import AgentState, Arrived, Progress, Trained
+from edge_agent.worker import Worker
 
-_T = TypeVar("_T")
+LAST_SECONDS = 60.0  # without a word from the server, when the run is over and a model is left to take
+MAX_SENDINGS = 3  # of one contribution, where the server turns out not to hold what was uploaded
 
 log = structlog.get_logger()
 
@@ -48,12 +50,11 @@ class EdgeAgent:
         self._metrics = metrics
         self._display = display
         self._device = select_device(config.device)
-        self._stopping = threading.Event()
-        self._latest: RunState | None = None
-        self._news = asyncio.Event()
+        self._worker = Worker(display.message)
+        self._news = News()
         self._shown_failure = 0
         self._joined: Joined  # set by run()
-        self._local: LocalModels
+        self._loading: asyncio.Task[LocalModels]
 
     async def run(self) -> None:
         """Take part in every round until the server says that the run is over.
@@ -61,42 +62,65 @@ class EdgeAgent:
         Raises:
             UsageError: the data or the run's model cannot be used on this device.
         """
+        backoff = rpc.Backoff()
+        try:
+            while not self._news.is_over:
+                try:
+                    await self._join()
+                    await self._take_part()
+                except UnknownAgentError:
+                    self._display.message("the server has begun another run")
+                    await asyncio.sleep(backoff())
+        except Refusal as error:
+            if not (self._news.is_over and rpc.is_retried(error)):
+                raise
+            self._display.message(f"the run ended, and the server was gone before the end of it: {error}")
+        finally:
+            self._worker.close()
+        self._metrics.set_phase(Phase.DONE)
+
+    async def _join(self) -> None:
         self._metrics.set_phase(Phase.CONNECTING)
+        self._news.latest = None  # it may have been another run's
         self._joined = await self._client.join()
         if self._joined.run_id != self._disk.progress.run_id:
-            self._disk.save(Progress(run_id=self._joined.run_id))
+            await self._worker.run(self._disk.save, Progress(run_id=self._joined.run_id))
             self._disk.discard_all_but(())
+            self._shown_failure = 0
         crash_point(Point.AGENT_JOINED)
         self._display.message(
             f"joined as {self._disk.agent_id}, slot {self._joined.slot}:"
             f" {self._joined.run.model} on {self._joined.run.dataset}"
         )
-        self._local = await self._in_thread(self._load_data)
-        crash_point(Point.AGENT_DATA_LOADED)
-        try:
-            async with asyncio.TaskGroup() as tasks:
-                watching = tasks.create_task(self._follow())
-                await self._take_part()
-                watching.cancel()
-        except ExceptionGroup as group:
-            raise group.exceptions[0] from None
-        self._metrics.set_phase(Phase.DONE)
 
     async def _take_part(self) -> None:
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(self._follow())  # from now on, so that we hear of the run's end
+                self._loading = tasks.create_task(self._load())
+                self._loading.add_done_callback(lambda _: self._news.look_again())
+                await self._follow_up()
+                self._loading.cancel()
+        except ExceptionGroup as group:
+            raise group.exceptions[0] from None
+
+    async def _follow_up(self) -> None:
+        """Do what each state calls for."""
         if arrived := self._disk.progress.arrived:
             path = await self._download(arrived.weights, "global model")
             await self._use_and_report(arrived, path)
         while True:
-            state = await self._next_state(self._is_called_for)
+            state = await self._news.next(self._is_called_for)
             if self._is_new_model(state):
                 await self._take_latest_model(state)
             elif self._is_open_round(state):
-                await self._contribute(state)
+                await self._news.while_run_lasts(self._contribute(state))
             else:
                 return
 
     def _is_called_for(self, state: RunState) -> bool:
-        return state.run_over or self._is_new_model(state) or self._is_open_round(state)
+        is_work = self._is_new_model(state) or self._is_open_round(state)
+        return state.run_over or (is_work and self._loading.done())
 
     def _is_new_model(self, state: RunState) -> bool:
         return state.latest_round > self._disk.progress.evaluated_round
@@ -119,7 +143,7 @@ class EdgeAgent:
         log.info("contributed", round=state.round, outcome=outcome, reason=message or None)
         if outcome != "accepted":
             self._display.message(f"round {state.round}: contribution {outcome}: {message}")
-        self._save(contributed_round=state.round)
+        await self._save(contributed_round=state.round)
         crash_point(Point.AGENT_CONTRIBUTION_SAVED)
         self._disk.discard(self._disk.local_weights, self._disk.checkpoint)
         self._metrics.set_phase(Phase.WAITING)
@@ -128,18 +152,30 @@ class EdgeAgent:
         """This round's weights, which an earlier life of this agent may have trained."""
         self._metrics.set_phase(Phase.PRE_TRAINING)
         trained = self._disk.progress.trained
-        if not trained or not await self._in_thread(self._is_kept, trained, state.round):
+        if not trained or not await self._worker.run(self._is_kept, trained, state.round):
             initial = await self._initial_weights(state)
-            trained = await self._in_thread(
-                self._local.pretrain, state.round, initial, lambda step: self._show_step(state.round, step)
-            )
+            trained = await self._train(state.round, initial)
             crash_point(Point.AGENT_WEIGHTS_WRITTEN)
-            self._save(trained=trained)
+            await self._save(trained=trained)
             crash_point(Point.AGENT_PRETRAINED)
             self._disk.discard(self._disk.checkpoint)
         self._display.message(f"round {state.round}: local accuracy {trained.accuracy:.4f}")
         self._metrics.accuracy_ratio.labels("local").set(trained.accuracy)
         return trained
+
+    async def _train(self, number: int, initial: Path | None) -> Trained:
+        local, is_left = await self._models(), threading.Event()
+
+        def show(step: StepReport) -> None:
+            if is_left.is_set():
+                raise RunError("stopped while pre-training")
+            self._show_step(number, step)
+
+        try:
+            model = await self._worker.run(local.pretrain, number, initial, show)
+        finally:
+            is_left.set()  # a thread can only end by itself
+        return await self._worker.run(local.keep, number, model)
 
     def _is_kept(self, trained: Trained, number: int) -> bool:
         return trained.round == number and _is_whole(self._disk.local_weights, trained.weights)
@@ -152,27 +188,36 @@ class EdgeAgent:
 
     async def _send(self, trained: Trained) -> tuple[str, str]:
         """Upload and commit; the outcome, and why."""
-        try:
-            shard = await self._upload_shard()
-            await self._upload(self._disk.local_weights, trained.weights, "weights")
-            return await self._client.contribute(
-                trained.round,
-                weights=trained.weights,
-                shards=[shard],
-                num_examples=self._local.num_examples,
-                accuracy_local=trained.accuracy,
-            )
-        except ConflictError as error:
-            return "accepted", str(error)  # an earlier life of this agent has contributed
-        except Refusal as error:
-            return "rejected", str(error)
+        local = await self._models()
+        for attempt in range(1, MAX_SENDINGS + 1):
+            try:
+                shard = await self._upload_shard(local)
+                await self._upload(self._disk.local_weights, trained.weights, "weights")
+                return await self._client.contribute(
+                    trained.round,
+                    weights=trained.weights,
+                    shards=[shard],
+                    num_examples=local.num_examples,
+                    accuracy_local=trained.accuracy,
+                )
+            except ConflictError as error:
+                return "accepted", str(error)  # an earlier life of this agent has contributed
+            except Refusal as error:
+                if error.reason is not Reason.MISSING_BLOB or attempt == MAX_SENDINGS:
+                    return "rejected", str(error)
+                log.warning("uploading_again", round=trained.round, reason=str(error))
+        raise AssertionError("the last attempt returns")
 
     async def _take_latest_model(self, state: RunState) -> None:
         """Take the published model, or a newer one where the server keeps this one no more."""
         try:
             await self._take_global_model(state)
-        except NotFoundError:
-            await self._next_state(lambda newer: newer.latest_round > state.latest_round)
+        except NotFoundError as error:
+            number = state.latest_round
+            state = await self._news.next(lambda newer: newer.latest_round > number or newer.run_over)
+            if state.latest_round == number:
+                self._display.message(f"round {number}: its model cannot be had any more: {error}")
+                await self._save(evaluated_round=number)
 
     async def _take_global_model(self, state: RunState) -> None:
         """Download, compare on this agent's own held-out data, apply, report."""
@@ -181,22 +226,24 @@ class EdgeAgent:
         self._metrics.set_phase(Phase.EVALUATING)
         trained = self._disk.progress.trained
         local = trained.accuracy if trained and trained.round == state.latest_round else None
-        report = await self._in_thread(self._local.measure, state.latest_round, path, local)
+        models = await self._models()
+        report = await self._worker.run(models.measure, state.latest_round, path, local)
         arrived = Arrived(weights=state.latest_weights, report=report)
-        self._save(arrived=arrived)  # once the model is replaced, the one before cannot be measured again
+        # Once the model is replaced, the one before cannot be measured again.
+        await self._save(arrived=arrived)
         crash_point(Point.AGENT_EVALUATED)
         await self._use_and_report(arrived, path)
 
     async def _use_and_report(self, arrived: Arrived, path: Path) -> None:
         report = arrived.report
-        await self._in_thread(self._local.apply, path, report)
+        await self._worker.run((await self._models()).apply, path, report)
         crash_point(Point.AGENT_MODEL_APPLIED)
         self._metrics.accuracy_ratio.labels("after").set(report.accuracy_after)
         if report.accuracy_before is not None:
             self._metrics.accuracy_ratio.labels("before").set(report.accuracy_before)
         await self._client.report(report)
         crash_point(Point.AGENT_REPORTED)
-        self._save(evaluated_round=report.round, arrived=None)
+        await self._save(evaluated_round=report.round, arrived=None)
         # Nothing in there is of a later round yet: that one starts from this model.
         self._disk.discard_all_but({self._disk.shard, path})
         before = "none" if report.accuracy_before is None else f"{report.accuracy_before:.4f}"
@@ -211,8 +258,9 @@ class EdgeAgent:
     async def _download(self, blob: Blob, label: str) -> Path:
         """The blob as a file; the same blob is fetched once."""
         path = self._disk.weights(blob)
-        if not await self._in_thread(_is_whole, path, blob):
-            await self._client.download(blob, path, self._bar(f"download {label}"))
+        if not await asyncio.to_thread(_is_whole, path, blob):
+            show = self._bar(f"download {label}")
+            await self._worker.when_there_is_room(lambda: self._client.download(blob, path, show))
             crash_point(Point.AGENT_DOWNLOADED)
         return path
 
@@ -220,8 +268,8 @@ class EdgeAgent:
         await self._client.upload(path, blob, kind, self._bar(f"upload {kind}"))
         crash_point(Point.AGENT_UPLOADED)
 
-    async def _upload_shard(self) -> Blob:
-        blob = await self._in_thread(self._local.write_shard)
+    async def _upload_shard(self, local: LocalModels) -> Blob:
+        blob = await self._worker.run(local.write_shard)
         await self._upload(self._disk.shard, blob, "data")
         return blob
 
@@ -230,65 +278,35 @@ class EdgeAgent:
 
     # ------------------------------------------------------------------ what runs in a thread
 
-    def _load_data(self) -> LocalModels:
-        run = self._joined.run
-        data = load_agent_data(
-            run,
-            source=self._config.data,
-            data_dir=self._config.data_dir,
-            partition=self._partition(),
-            seed_name=self._disk.agent_id,
-            # Naming code with --data is leave to run it.
-            allowed_factories={*self._config.allow_factory, self._config.data or ""},
-        )
-        return LocalModels(
-            run,
-            data,
-            self._disk,
-            self._device,
-            self._config.allow_factory,
-            self._config.checkpoint_seconds,
-        )
+    async def _load(self) -> LocalModels:
+        local = await self._worker.run(self._load_data)
+        crash_point(Point.AGENT_DATA_LOADED)
+        return local
 
-    def _partition(self) -> Partition | None:
-        """Asked for, or the server's slot where agents share the run's dataset."""
-        if self._config.partition:
-            return parse_partition(self._config.partition)
-        if self._config.data:
-            return None
-        slot, count = self._joined.slot, self._joined.num_partitions
-        if slot > count:
-            log.warning("partition_shared", slot=slot, num_partitions=count)
-        return Partition((slot - 1) % count + 1, count)
+    async def _models(self) -> LocalModels:
+        return await asyncio.shield(self._loading)
+
+    def _load_data(self) -> LocalModels:
+        return load_local_models(self._joined, self._config, self._disk, self._device)
 
     def _show_step(self, number: int, step: StepReport) -> None:
-        if self._stopping.is_set():
-            raise RunError("stopped while pre-training")
         self._metrics.pretrain_loss.set(step.loss)
         label = f"round {number}: pre-training"
         self._display.update(label, step.step, step.num_steps, f"loss {step.loss:.3f}")
-
-    async def _in_thread(self, function: Callable[..., _T], *args: Any) -> _T:
-        """Run what blocks, and have it stop soon when this agent is stopped."""
-        try:
-            return await asyncio.to_thread(function, *args)
-        except asyncio.CancelledError:
-            self._stopping.set()
-            raise
 
     # ------------------------------------------------------------------ how it stands
 
     def is_ready(self) -> bool:
         """Whether the server has been reached."""
-        return self._latest is not None
+        return self._news.latest is not None
 
-    def status(self) -> dict[str, Any]:
-        progress = self._disk.progress
+    async def status(self) -> dict[str, Any]:
+        progress, latest = self._disk.progress, self._news.latest
         return {
             "agent_id": self._disk.agent_id,
             "run_id": progress.run_id,
-            "round": self._latest.round if self._latest else None,
-            "phase": self._latest.phase if self._latest else None,
+            "round": latest.round if latest else None,
+            "phase": latest.phase if latest else None,
             "contributed_round": progress.contributed_round,
             "evaluated_round": progress.evaluated_round,
             "accuracy_local": progress.trained.accuracy if progress.trained else None,
@@ -296,22 +314,15 @@ class EdgeAgent:
 
     async def _follow(self) -> None:
         async for state in self._client.watch():
-            self._latest = state
             if state.failed_round > self._shown_failure:
                 self._shown_failure = state.failed_round
                 self._display.message(f"round {state.failed_round} failed: {state.failure}")
-            self._news.set()
-            self._news = asyncio.Event()
+            if state.run_over:
+                self._client.patience_seconds = LAST_SECONDS
+            self._news.tell(state)
 
-    async def _next_state(self, is_awaited: Callable[[RunState], bool]) -> RunState:
-        while True:
-            news = self._news
-            if self._latest and is_awaited(self._latest):
-                return self._latest
-            await news.wait()
-
-    def _save(self, **changes: Any) -> None:
-        self._disk.save(self._disk.progress.model_copy(update=changes))
+    async def _save(self, **changes: Any) -> None:
+        await self._worker.run(self._disk.save, self._disk.progress.model_copy(update=changes))
 
 
 def _is_whole(path: Path, blob: Blob) -> bool:

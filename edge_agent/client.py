@@ -1,17 +1,30 @@
 """The cloud as the agent sees it: every call is tried again until it is answered, transfers resume."""
 
 import asyncio
-import random
+import math
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import grpc
 import structlog
+from pydantic import ValidationError
+from tenacity import RetryCallState
 
 from common import rpc
 from common.config import PROTOCOL_VERSION, RunConfig
-from common.errors import CorruptError, Refusal, UnavailableError
+from common.errors import (
+    CorruptError,
+    ECAvgError,
+    InvalidError,
+    OffsetError,
+    Reason,
+    Refusal,
+    RunError,
+    UnavailableError,
+)
 from common.faults import Point, crash_point
 from common.files import sync
 from common.pb import ecavg_pb2 as pb
@@ -24,13 +37,17 @@ Kind = Literal["weights", "data"]
 OnBytes = Callable[[int, int], None]  # bytes done, bytes in all
 
 CALL_SECONDS = 60.0  # for an answer to a small call
-RECONNECT_SECONDS = 0.5  # the longest pause before a broken Watch is opened again
-MAX_CORRUPT = 3  # the same file does not match its digest so often: it is the file, not the network
+STEADY_SECONDS = 10.0  # a Watch that lasted for so long was a good one
+MAX_DAMAGED = 3  # the same file does not match its digest so often: it is the file, not the network
 
 _KINDS = {"weights": pb.BLOB_KIND_WEIGHTS, "data": pb.BLOB_KIND_DATA}
 _T = TypeVar("_T")
 
 log = structlog.get_logger()
+
+
+class UnknownAgentError(ECAvgError):
+    """The server does not know this agent: it has begun another run, which is to be joined anew."""
 
 
 class Joined(NamedTuple):
@@ -68,9 +85,14 @@ class Verdict(NamedTuple):
 class CloudClient:
     """One agent's connection to the cloud server.
 
+    Every method may raise UnknownAgentError. `patience_seconds` is how long a call is tried again without
+    a word from the server until it raises what it last failed with.
+
     Args:
         on_waiting: told once when the server is out of reach, and why; and with "" when it is back.
     """
+
+    patience_seconds = math.inf
 
     def __init__(
         self,
@@ -85,32 +107,34 @@ class CloudClient:
         self._metrics = metrics
         self._on_waiting = on_waiting
         self._is_waiting = False
+        self._heard_at = -math.inf
 
     async def close(self) -> None:
         await self._channel.close(None)
 
     async def join(self) -> Joined:
         reply = await self._unary(self._stub.Join, pb.JoinRequest(protocol_version=PROTOCOL_VERSION))
-        run = RunConfig.model_validate_json(reply.run_json)
-        return Joined(reply.run_id, run, reply.slot, reply.num_partitions)
+        return Joined(reply.run_id, _run_config(reply.run_json), reply.slot, reply.num_partitions)
 
     async def watch(self) -> AsyncIterator[RunState]:
         """The state of the run whenever it changes, across reconnections, until the run is over."""
+        backoff = rpc.Backoff()
         while True:
-            async for attempt in self._retrying():
-                with attempt:
-                    call = self._stub.Watch(pb.WatchRequest(), metadata=self._metadata)
-                    events = _answered(call)
-                    event = await anext(events)
+            opened_at = time.monotonic()
+            call = self._stub.Watch(pb.WatchRequest(), metadata=self._metadata)
             try:
-                while True:
+                async for event in _answered(call):
                     self._heard()
                     yield _run_state(event)
                     if event.run_over:
                         return
-                    event = await anext(events)
-            except (UnavailableError, StopAsyncIteration) as error:
-                pause_seconds = random.uniform(0, RECONNECT_SECONDS)  # not all agents at the same moment
+                raise UnavailableError("the server ended the stream")
+            except Refusal as error:
+                if not rpc.is_retried(error):
+                    raise
+                if time.monotonic() - opened_at > STEADY_SECONDS:
+                    backoff.reset()
+                pause_seconds = backoff()
                 self._before_retry(error, pause_seconds)
                 await asyncio.sleep(pause_seconds)
             finally:
@@ -120,28 +144,19 @@ class CloudClient:
         """Store the file on the server, from where an earlier attempt ended.
 
         Raises:
-            InvalidError: the server refuses the file for good.
-            CorruptError: the file does not have the digest of `blob`.
+            InvalidError: the server refuses the file for good, or `blob` is not this file's.
         """
         query = pb.QueryUploadRequest(digest=blob.digest, kind=_KINDS[kind])
-        num_corrupt = 0
-        backoff, furthest = rpc.Backoff(), 0
-        async for attempt in self._retrying(backoff):
+        fate = _Fate()
+        async for attempt in self._retrying(fate.backoff):
             with attempt:
                 stored = await self._once(self._stub.QueryUpload, query)
-                if stored.received_bytes > furthest:
-                    furthest = stored.received_bytes
-                    backoff.reset()
+                fate.reached(stored.received_bytes)
                 on_bytes(stored.received_bytes, blob.size_bytes)
                 if stored.complete:
                     return
-                try:
+                with fate.bounded(CorruptError, Refusal):
                     await self._stream_up(path, blob, kind, stored.received_bytes, on_bytes)
-                except CorruptError as error:
-                    num_corrupt += 1
-                    if num_corrupt >= MAX_CORRUPT:
-                        raise Refusal(str(error), error.reason) from error
-                    raise
 
     async def contribute(
         self,
@@ -163,12 +178,18 @@ class CloudClient:
         return Verdict(_name(pb.Outcome, reply.outcome, "OUTCOME_"), reply.message)
 
     async def download(self, blob: Blob, path: Path, on_bytes: OnBytes) -> None:
-        """Fetch a blob to `path`, where it appears whole, checked and durable."""
+        """Fetch a blob to `path`, where it appears whole, checked and durable.
+
+        Raises:
+            InvalidError: the server's file is damaged.
+            NotFoundError: the server does not have it.
+            OSError: this device's disk does not take it.
+        """
         partial = path.with_name(f".{path.name}.{blob.digest[:16]}.partial")
-        backoff = rpc.Backoff()
-        async for attempt in self._retrying(backoff):
-            with attempt:
-                await self._stream_down(partial, blob, on_bytes, backoff)
+        fate = _Fate("the server's file is damaged, `cloud-server check` there says more: ")
+        async for attempt in self._retrying(fate.backoff):
+            with attempt, fate.bounded(CorruptError, OffsetError):
+                await self._stream_down(partial, blob, on_bytes, fate)
         await asyncio.to_thread(partial.replace, path)
         await asyncio.to_thread(sync, path.parent)
 
@@ -211,15 +232,15 @@ class CloudClient:
             raise
         await _translated(call)
 
-    async def _stream_down(self, partial: Path, blob: Blob, on_bytes: OnBytes, backoff: rpc.Backoff) -> None:
+    async def _stream_down(self, partial: Path, blob: Blob, on_bytes: OnBytes, fate: "_Fate") -> None:
         receiver = await asyncio.to_thread(Receiver, partial, blob)
         try:
             if receiver.received_bytes < blob.size_bytes:
                 request = pb.DownloadRequest(digest=blob.digest, offset=receiver.received_bytes)
                 async for reply in _answered(self._stub.Download(request, metadata=self._metadata)):
                     self._heard()
-                    backoff.reset()
                     await asyncio.to_thread(receiver.write, reply.chunk)
+                    fate.reached(receiver.received_bytes)
                     crash_point(Point.AGENT_CHUNK_RECEIVED)
                     on_bytes(receiver.received_bytes, blob.size_bytes)
             await asyncio.to_thread(receiver.finish)
@@ -227,7 +248,11 @@ class CloudClient:
             receiver.close()
 
     def _retrying(self, backoff: rpc.Backoff | None = None) -> Any:
-        return rpc.retrying(self._before_retry, backoff)
+        return rpc.retrying(self._before_retry, backoff, self._is_given_up)
+
+    def _is_given_up(self, attempts: RetryCallState) -> bool:
+        since = max(self._heard_at, attempts.start_time)
+        return time.monotonic() - since > self.patience_seconds
 
     def _before_retry(self, error: BaseException, pause_seconds: float) -> None:
         log.debug("retry", error=str(error), pause_seconds=round(pause_seconds, 3))
@@ -237,9 +262,41 @@ class CloudClient:
             self._on_waiting(str(error))
 
     def _heard(self) -> None:
+        self._heard_at = time.monotonic()
         if self._is_waiting:
             self._is_waiting = False
             self._on_waiting("")
+
+
+class _Fate:
+    """How a transfer fares: what gets on is tried again soon, and what comes out wrong not for ever.
+
+    Args:
+        verdict: what it means when it came out wrong MAX_DAMAGED times.
+    """
+
+    def __init__(self, verdict: str = "") -> None:
+        self.backoff = rpc.Backoff()
+        self._verdict = verdict
+        self._furthest = 0
+        self._num_damaged = 0
+
+    def reached(self, num_bytes: int) -> None:
+        if num_bytes > self._furthest:
+            self._furthest = num_bytes
+            self.backoff.reset()
+
+    @contextmanager
+    def bounded(self, *kinds: type[Refusal]) -> Iterator[None]:
+        """Turn the last error of exactly these kinds into one that is not tried again."""
+        try:
+            yield
+        except Refusal as error:
+            if type(error) in kinds:
+                self._num_damaged += 1
+                if self._num_damaged >= MAX_DAMAGED:
+                    raise InvalidError(f"{self._verdict}{error}", error.reason) from error
+            raise
 
 
 async def _translated(call: Awaitable[_T]) -> _T:
@@ -247,7 +304,7 @@ async def _translated(call: Awaitable[_T]) -> _T:
     try:
         return await call
     except grpc.aio.AioRpcError as error:
-        raise rpc.error_from(error) from error
+        raise _error_from(error) from error
 
 
 async def _answered(call: Any) -> AsyncIterator[Any]:
@@ -256,12 +313,29 @@ async def _answered(call: Any) -> AsyncIterator[Any]:
         async for message in call:
             yield message
     except grpc.aio.AioRpcError as error:
-        raise rpc.error_from(error) from error
+        raise _error_from(error) from error
 
 
 async def _in_thread(blocking: Iterator[bytes]) -> AsyncIterator[bytes]:
     while (chunk := await asyncio.to_thread(next, blocking, None)) is not None:
         yield chunk
+
+
+def _error_from(error: grpc.aio.AioRpcError) -> ECAvgError:
+    refusal = rpc.error_from(error)
+    return UnknownAgentError(str(refusal)) if refusal.reason is Reason.UNKNOWN_AGENT else refusal
+
+
+def _run_config(run_json: str) -> RunConfig:
+    try:
+        return RunConfig.model_validate_json(run_json)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"])) or "run"
+        raise RunError(
+            f"this agent does not understand the server's run ({key}: {first['msg']}):"
+            " install the same version on both"
+        ) from error
 
 
 def _run_state(event: pb.WatchEvent) -> RunState:

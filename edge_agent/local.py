@@ -9,20 +9,58 @@ from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
+import structlog
 import torch
 from torch import nn
 
 from common import training
 from common.config import RunConfig
-from common.errors import InvalidError
+from common.errors import InvalidError, RunError
 from common.files import replacing
 from common.models import build_model
 from common.shards import Shard, read_shard, write_shard
 from common.training import OnStep, derive_seed
 from common.transfer import Blob, blob_of
 from common.weights import load_into, write_state_dict
-from edge_agent.data import AgentData
+from edge_agent.client import Joined
+from edge_agent.config import AgentConfig
+from edge_agent.data import AgentData, load_agent_data
+from edge_agent.partition import Partition, parse_partition
 from edge_agent.state import AgentState, Report, Trained
+
+log = structlog.get_logger()
+
+
+def load_local_models(
+    joined: Joined, config: AgentConfig, disk: AgentState, device: torch.device
+) -> "LocalModels":
+    """Read this agent's data.
+
+    Raises:
+        UsageError: they cannot be read, or do not fit the run.
+    """
+    data = load_agent_data(
+        joined.run,
+        source=config.data,
+        data_dir=config.data_dir,
+        partition=_partition(joined, config),
+        seed_name=disk.agent_id,
+        # Naming code with --data is leave to run it.
+        allowed_factories={*config.allow_factory, config.data or ""},
+    )
+    return LocalModels(joined.run, data, disk, device, config.allow_factory, config.checkpoint_seconds)
+
+
+def _partition(joined: Joined, config: AgentConfig) -> Partition | None:
+    """Asked for, or the server's slot where agents share the run's dataset."""
+    if config.partition:
+        return parse_partition(config.partition)
+    if config.data:
+        return None
+    slot, count = joined.slot, joined.num_partitions
+    if slot > count:
+        log.warning("partition_shared", slot=slot, num_partitions=count)
+    return Partition((slot - 1) % count + 1, count)
 
 
 class LocalModels:
@@ -55,8 +93,8 @@ class LocalModels:
             write_shard(self._disk.shard, self._data.train)
         return blob_of(self._disk.shard)
 
-    def pretrain(self, number: int, initial: Path | None, on_step: OnStep) -> Trained:
-        """Train for a round, from its last checkpoint if there is one; leaves the weights in a file.
+    def pretrain(self, number: int, initial: Path | None, on_step: OnStep) -> nn.Module:
+        """Train for a round, from its last checkpoint if there is one.
 
         Args:
             initial: weights to start from; None: this agent's own.
@@ -74,10 +112,15 @@ class LocalModels:
             checkpoint=self._disk.checkpoint,
             checkpoint_seconds=self._checkpoint_seconds,
         )
+        return model
+
+    def keep(self, number: int, model: nn.Module) -> Trained:
+        """Leave what was pre-trained for a round in a file, and use it unless what is in use is better."""
         accuracy = self._accuracy(model)
         path = self._disk.local_weights
         write_state_dict(model.state_dict(), path)
-        if not self._disk.model.exists() or accuracy >= self._accuracy_of(self._disk.model):
+        in_use = self._accuracy_in_use()
+        if in_use is None or accuracy >= in_use:
             _copy(path, self._disk.model)
         return Trained(round=number, weights=blob_of(path), accuracy=accuracy)
 
@@ -86,7 +129,7 @@ class LocalModels:
         return Report(
             round=number,
             accuracy_local=accuracy_local,
-            accuracy_before=self._accuracy_of(self._disk.model) if self._disk.model.exists() else None,
+            accuracy_before=self._accuracy_in_use(),
             accuracy_after=self._accuracy_of(weights),
             num_held_out=len(self._data.held_out.labels),
             applied=True,
@@ -109,6 +152,16 @@ class LocalModels:
         if weights:
             load_into(model, weights)
         return model
+
+    def _accuracy_in_use(self) -> float | None:
+        """Of the model in use; None: there is none that fits this run."""
+        if not self._disk.model.exists():
+            return None
+        try:
+            return self._accuracy_of(self._disk.model)
+        except RunError as error:  # of an earlier run
+            log.warning("model_in_use_ignored", reason=str(error))
+            return None
 
     def _accuracy_of(self, weights: Path) -> float:
         return self._accuracy(self._model(weights))

@@ -7,6 +7,7 @@ leave behind is in the folder `.demo`.
 import argparse
 import json
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -30,14 +31,35 @@ STOP_SECONDS = 10.0
 console = Console()
 
 
+class Stop:
+    """Notes that the user, or whoever started us, wants an end.
+
+    The signals are looked at between two steps only: in the middle of one, a process that has just been
+    started would be left behind, and so would all of them if a second Ctrl-C ended the clean-up.
+    """
+
+    def __init__(self) -> None:
+        self._is_wanted = False
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._note)
+
+    def _note(self, *_: object) -> None:
+        self._is_wanted = True
+
+    def check(self) -> None:
+        if self._is_wanted:
+            raise KeyboardInterrupt
+
+
 def main() -> int:
     argparse.ArgumentParser(prog="demo", description=__doc__.splitlines()[0]).parse_args()
+    stop = Stop()
     shutil.rmtree(FOLDER, ignore_errors=True)
     FOLDER.mkdir()
     started = time.monotonic()
     try:
         with console.status("starting …") as status:
-            run_round(status)
+            run_round(status, stop)
     except KeyboardInterrupt:
         console.print("stopped")
         return 130
@@ -53,11 +75,12 @@ def main() -> int:
     return 0
 
 
-def run_round(status: Status) -> None:
+def run_round(status: Status, stop: Stop) -> None:
     """Start the three processes and wait until they are done.
 
     Raises:
         RuntimeError: one of them failed, or took too long.
+        KeyboardInterrupt: a stop is wanted.
     """
     port, http_port = free_ports(2)
     server = [
@@ -73,6 +96,7 @@ def run_round(status: Status) -> None:
     with running(commands) as processes:
         deadline = time.monotonic() + TIMEOUT_SECONDS
         while any(process.poll() is None for process in processes.values()):
+            stop.check()
             if time.monotonic() > deadline:
                 raise RuntimeError(f"not done after {TIMEOUT_SECONDS:.0f} s; the logs are in {FOLDER}/")
             for name, process in processes.items():
@@ -129,12 +153,17 @@ def show(report: dict[str, Any]) -> None:
     for heading in ("", "before", "after"):
         table.add_column(heading, justify="left" if not heading else "right")
     for agent in report["agents"]:
-        before, after = agent["accuracy_before"], agent["accuracy_after"]
-        table.add_row(agent["agent_id"], f"{before:.4f}", f"{after:.4f}")
+        before, after = agent.get("accuracy_before"), agent.get("accuracy_after")
+        table.add_row(agent["agent_id"], figure(before), figure(after))
     table.add_section()
-    average, published = report["candidates"]["average"], report["accuracy_published"]
-    table.add_row("cloud (average → fine-tuned)", f"{average:.4f}", f"{published:.4f}")
+    average, published = report["candidates"].get("average"), report["accuracy_published"]
+    table.add_row("cloud (average → fine-tuned)", figure(average), figure(published))
     console.print(table)
+
+
+def figure(accuracy: float | None) -> str:
+    """As the table shows it; an agent that was cut off has reported none."""
+    return "-" if accuracy is None else f"{accuracy:.4f}"
 
 
 def free_ports(count: int) -> list[int]:

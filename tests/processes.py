@@ -19,13 +19,15 @@ WAIT_SECONDS = 60.0
 class Command:
     """One `cloud-server` or `edge-agent`, its output in files."""
 
-    def __init__(self, module: str, *args: object, folder: Path, env: dict[str, str] | None = None) -> None:
+    def __init__(
+        self, module: str, *args: object, folder: Path, env: dict[str, str] | None = None, cwd: Path = ROOT
+    ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.output_path = folder / f"{module}.{time.monotonic_ns()}.log"
         with self.output_path.open("wb") as output:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", module, *map(str, args)],
-                cwd=ROOT,
+                cwd=cwd,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,

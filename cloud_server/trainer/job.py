@@ -119,6 +119,7 @@ class _RoundJob:
             accuracy_published=accuracy_fine_tuned,
             seconds=self._seconds,
             num_parameters=_num_parameters(model),
+            finished_at=time.time(),
         )
 
     def _aggregate_into(self, model: nn.Module) -> None:

@@ -100,18 +100,16 @@ class JoinRequest(_message.Message):
     def __init__(self, protocol_version: _Optional[int] = ...) -> None: ...
 
 class JoinReply(_message.Message):
-    __slots__ = ("run_id", "run_json", "slot", "num_partitions", "initial_weights")
+    __slots__ = ("run_id", "run_json", "slot", "num_partitions")
     RUN_ID_FIELD_NUMBER: _ClassVar[int]
     RUN_JSON_FIELD_NUMBER: _ClassVar[int]
     SLOT_FIELD_NUMBER: _ClassVar[int]
     NUM_PARTITIONS_FIELD_NUMBER: _ClassVar[int]
-    INITIAL_WEIGHTS_FIELD_NUMBER: _ClassVar[int]
     run_id: str
     run_json: str
     slot: int
     num_partitions: int
-    initial_weights: Blob
-    def __init__(self, run_id: _Optional[str] = ..., run_json: _Optional[str] = ..., slot: _Optional[int] = ..., num_partitions: _Optional[int] = ..., initial_weights: _Optional[_Union[Blob, _Mapping]] = ...) -> None: ...
+    def __init__(self, run_id: _Optional[str] = ..., run_json: _Optional[str] = ..., slot: _Optional[int] = ..., num_partitions: _Optional[int] = ...) -> None: ...
 
 class WatchRequest(_message.Message):
     __slots__ = ()

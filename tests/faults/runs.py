@@ -8,17 +8,30 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import numpy as np
+
 from common.faults import Point
 from tests.integration.test_round import free_port
 from tests.processes import Cluster, Command
 
 AGENTS = ("edge-1", "edge-2")
 NUM_ROUNDS = 2
-# Wide enough that the weights travel in several chunks.
+# Wide enough that the weights travel in several chunks, short enough that most of the time is starting.
 SETTINGS = (
     "--rounds", NUM_ROUNDS, "--min-agents", len(AGENTS), "--max-attempts", 100,
-    "--set", "run.hidden_units=8192", "--set", "run.pretrain.epochs=2", "--set", "run.fine_tune.epochs=1",
+    "--set", "run.hidden_units=2048", "--set", "run.pretrain.epochs=2", "--set", "run.fine_tune.epochs=1",
 )  # fmt: skip
+
+
+def blobs(split: str) -> tuple[np.ndarray, np.ndarray] | None:
+    """A data source that needs no large library: digit-sized noise around one image for each class."""
+    if split != "train":
+        return None
+    chance = np.random.default_rng(0)
+    labels = np.arange(400) % 10
+    images = chance.integers(0, 200, (10, 1, 8, 8))[labels] + chance.integers(0, 56, (400, 1, 8, 8))
+    return images.astype(np.uint8), labels.astype(np.int64)
+
 
 Environment = Mapping[str, str]
 
@@ -83,8 +96,9 @@ class Run:
         else:
             part = f"{AGENTS.index(name) + 1}/{len(AGENTS)}"
             process = self.cluster.agent(
-                name, "--partition", part, "--checkpoint-seconds", 0, env=dict(env or {})
-            )
+                name, "--data", "tests.faults.runs:blobs", "--partition", part, "--checkpoint-seconds", 0,
+                env=dict(env or {}),
+            )  # fmt: skip
         self.processes[name] = process
 
 

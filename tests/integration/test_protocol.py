@@ -265,6 +265,21 @@ async def test_contribution_counts_once_and_another_one_is_refused(cluster: Clus
             await client.contribute(1, weights=second, **contribution)
 
 
+async def test_num_examples_is_held_against_the_shards(cluster: Cluster, tmp_path: Path) -> None:
+    async with member(cluster, "boaster") as client:
+        weights = await upload(client, written(tmp_path, await initial_weights(client, tmp_path)))
+        path = shard_file(tmp_path, np.full((4, 1, 8, 8), 7, np.uint8), np.arange(4))
+        contribution: Any = {
+            "weights": weights,
+            "shards": [await upload(client, path, "data")],
+            "accuracy_local": None,
+        }
+        with pytest.raises(InvalidError, match=r"num_examples is 1000, .* 4 labels") as refused:
+            await client.contribute(1, num_examples=1000, **contribution)
+        assert refused.value.reason == Reason.MALFORMED_REQUEST
+        assert (await client.contribute(1, num_examples=4, **contribution)).outcome == "accepted"
+
+
 async def test_contribution_of_blobs_of_others_is_refused(cluster: Cluster, tmp_path: Path) -> None:
     async with member(cluster, "owner") as owner, member(cluster, "thief") as thief:
         blob = await upload(owner, written(tmp_path, await initial_weights(owner, tmp_path)))

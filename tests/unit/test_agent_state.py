@@ -7,7 +7,7 @@ import torch
 from common.config import RunConfig, TrainingConfig
 from common.errors import UsageError
 from common.shards import Shard
-from common.training import StepReport
+from common.training import OnStep, StepReport
 from common.transfer import Blob, blob_of
 from common.weights import read_state_dict, write_state_dict
 from edge_agent.data import AgentData
@@ -40,6 +40,10 @@ def local_models(disk: AgentState) -> LocalModels:
 @pytest.fixture
 def disk(tmp_path: Path) -> AgentState:
     return AgentState(tmp_path / "agent", "edge-1")
+
+
+def pretrain(local: LocalModels, on_step: OnStep) -> Trained:
+    return local.keep(1, local.pretrain(1, None, on_step))
 
 
 def ignore(_: StepReport) -> None:
@@ -98,21 +102,21 @@ def test_interrupted_pretraining_goes_on_to_the_same_weights(
 ) -> None:
     monkeypatch.setattr("common.training.REPORT_SECONDS", 0.0)
     undisturbed = AgentState(tmp_path / "other", "edge-1")
-    expected = local_models(undisturbed).pretrain(1, None, ignore)
+    expected = pretrain(local_models(undisturbed), ignore)
 
     def cut(step: StepReport) -> None:
         if step.step == 5:  # in the midst of the second of three epochs of three steps
             raise InterruptedError
 
     with pytest.raises(InterruptedError):
-        local_models(disk).pretrain(1, None, cut)
+        pretrain(local_models(disk), cut)
     assert not disk.model.exists()
     steps: list[StepReport] = []
-    assert local_models(disk).pretrain(1, None, steps.append) == expected
+    assert pretrain(local_models(disk), steps.append) == expected
     assert [step.step for step in steps] == [4, 5, 6, 7, 8, 9]
     assert blob_of(disk.local_weights) == expected.weights == blob_of(disk.model)
     # Killed before the result was noted: the last checkpoint is all it takes.
-    assert local_models(disk).pretrain(1, None, steps.append) == expected
+    assert pretrain(local_models(disk), steps.append) == expected
     assert len(steps) == 6
 
 
@@ -120,7 +124,7 @@ def test_global_model_is_measured_against_the_one_in_use_and_replaces_it(
     disk: AgentState, tmp_path: Path
 ) -> None:
     local = local_models(disk)
-    trained = local.pretrain(1, None, ignore)
+    trained = pretrain(local, ignore)
     weights = tmp_path / "global"
     tensors = read_state_dict(disk.local_weights)
     write_state_dict({name: torch.zeros_like(tensor) for name, tensor in tensors.items()}, weights)
@@ -137,3 +141,23 @@ def test_global_model_is_measured_against_the_one_in_use_and_replaces_it(
         assert (
             Report.model_validate_json(disk.report.read_text().replace('"agent_id": "edge-1",', "")) == report
         )
+
+
+def test_model_of_another_run_counts_as_absent_and_is_replaced(disk: AgentState, tmp_path: Path) -> None:
+    local = local_models(disk)
+    pretrain(local, ignore)
+    fitting = read_state_dict(disk.local_weights)
+    weights = tmp_path / "global"
+    write_state_dict(fitting, weights)
+    stranger = {"another.weight": torch.zeros(3)}
+
+    write_state_dict(stranger, disk.model)
+    assert local.measure(1, weights, None).accuracy_before is None
+    local.keep(1, local.pretrain(1, None, ignore))
+    assert blob_of(disk.model) == blob_of(disk.local_weights)
+
+    disk.model.write_bytes(b"no safetensors")
+    report = local.measure(1, weights, None)
+    assert report.accuracy_before is None
+    local.apply(weights, report)
+    assert blob_of(disk.model) == blob_of(weights)

@@ -1,5 +1,6 @@
 """`cloud-server check`: a healthy state passes, and each kind of damage is found and named."""
 
+import os
 import shutil
 import sqlite3
 import sys
@@ -9,9 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from cloud_server import check
 from cloud_server.__main__ import main
 from cloud_server.retention import clean_up
 from cloud_server.store import MIGRATIONS, Store
+from common.errors import UsageError
 from tests.unit.states import (
     AGENT,
     INITIAL,
@@ -290,6 +293,16 @@ def test_running_server_is_named(state_dir: Path, capsys: pytest.CaptureFixture[
         holder = " on ".join((state_dir / "lock").read_text().split())
         assert main(["check", str(state_dir)]) == 2
     assert f"process {holder} uses state directory {state_dir}: stop it first" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not Path("/proc/locks").exists(), reason="only Linux tells who shares a lock")
+def test_running_check_is_named_to_a_server(state_dir: Path) -> None:
+    (state_dir / "lock").write_text("99999999 of-the-last-server\n")
+    with (
+        check._unused(state_dir),
+        pytest.raises(UsageError, match=rf"process {os.getpid()} \(cloud-server check\) uses"),
+    ):
+        Store(state_dir)
 
 
 @pytest.mark.parametrize("name", [".", "nowhere"])

@@ -218,6 +218,31 @@ def test_limits_of_the_keys(values: dict[str, int]) -> None:
         ServerConfig(**values)
 
 
+def test_files_of_long_retired_rounds_are_not_looked_for_again(
+    store: Store, state_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_rounds(store, state_dir, 5)
+    clean_up(store, state_dir)
+    looked_for: list[str] = []
+    monkeypatch.setattr(JobDirectory, "remove", lambda directory: looked_for.append(directory.path.name))
+    clean_up(store, state_dir)
+    assert looked_for == ["round-0001", "round-0002", "round-0003"]
+    looked_for.clear()
+    clean_up(store, state_dir)
+    assert looked_for == []
+    clean_up(store, state_dir, keep_rounds=1)
+    assert looked_for == ["round-0004"]
+
+
+def test_model_that_a_report_puts_back_while_its_round_is_retired_goes(store: Store, state_dir: Path) -> None:
+    run_rounds(store, state_dir, 5)
+    clean_up(store, state_dir)
+    model = state_dir / "rounds/0003/model.safetensors"
+    model.write_bytes(b"put back")
+    clean_up(store, state_dir)
+    assert not model.exists()
+
+
 # Crashes
 
 

@@ -3,9 +3,10 @@
 import random
 
 import pytest
+from tenacity import stop_after_attempt
 
 from common import rpc
-from common.errors import InvalidError, UnavailableError
+from common.errors import InvalidError, NotFoundError, Reason, Refusal, UnavailableError
 from common.rpc import Backoff
 
 
@@ -58,6 +59,22 @@ async def test_errors_that_waiting_does_not_cure_are_not_retried() -> None:
 
     with pytest.raises(InvalidError):
         await rpc.retrying(lambda *_: None)(refuse)
+
+
+def test_fault_inside_the_server_is_retried_and_its_no_is_not() -> None:
+    assert rpc.is_retried(Refusal("the server failed inside", Reason.INTERNAL))
+    assert not rpc.is_retried(NotFoundError("no such blob"))
+    assert not rpc.is_retried(InvalidError("again and again", Reason.INTERNAL))
+
+
+async def test_retrying_that_is_stopped_raises_the_last_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rpc, "MAX_PAUSE_SECONDS", 0.0)
+
+    async def fail() -> None:
+        raise UnavailableError("away")
+
+    with pytest.raises(UnavailableError, match="away"):
+        await rpc.retrying(lambda *_: None, stop=stop_after_attempt(3))(fail)
 
 
 def test_server_allows_the_pings_that_agents_send() -> None:

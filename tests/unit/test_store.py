@@ -106,12 +106,13 @@ def test_round_number_is_taken_once(run_store):
     assert [row.initial_weights for row in run_store.rounds()] == ["0" * 64]
 
 
-def test_phase_times_are_those_of_the_last_entry(run_store):
+def test_phase_times_are_those_of_the_first_entry(run_store):
+    """A job that is done again does not change when the round closed."""
     run_store.set_phase(1, "aggregating", 20.0)
     run_store.set_phase(1, "fine_tuning", 30.0)
-    run_store.set_phase(1, "aggregating", 25.0)  # after a step back of the clock
+    run_store.set_phase(1, "aggregating", 40.0)
     assert run_store.round(1).phase == "aggregating"
-    assert run_store.round(1).phase_times == {"collecting": 10.0, "aggregating": 25.0, "fine_tuning": 30.0}
+    assert run_store.round(1).phase_times == {"collecting": 10.0, "aggregating": 20.0, "fine_tuning": 30.0}
 
 
 def test_rounds_end_published_or_failed(run_store):

@@ -2,9 +2,12 @@ import asyncio
 import os
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+from structlog.testing import capture_logs
 
 from cloud_server import supervisor
 from cloud_server.supervisor import TrainerProcess
@@ -20,11 +23,13 @@ def shell(script: str) -> list[str]:
     return ["/bin/sh", "-c", script]
 
 
-class Exits(asyncio.Queue[int]):
-    """Return codes, as they come in."""
+async def until(condition: Callable[[], object]) -> None:
+    while not condition():  # noqa: ASYNC110 - most conditions are on the disk
+        await asyncio.sleep(0.001)
 
-    def __call__(self, returncode: int) -> None:
-        self.put_nowait(returncode)
+
+def returncodes(events: list[Any]) -> list[int]:
+    return [event["returncode"] for event in events if event["event"] == "trainer_died"]
 
 
 async def line_of(fifo: Path) -> str:
@@ -47,26 +52,26 @@ def is_alive(pid: int) -> bool:
 
 
 async def test_a_trainer_that_dies_is_started_again(tmp_path):
-    exits = Exits()
-    trainer = TrainerProcess(tmp_path, on_exit=exits, command=shell("exit 3"))
+    trainer = TrainerProcess(tmp_path, command=shell("exit 3"))
     assert trainer.num_exits == 0
-    await trainer.start()
-    assert [await exits.get() for _ in range(3)] == [3, 3, 3]
-    assert trainer.num_exits >= 3
-    await trainer.stop()
+    with capture_logs() as events:
+        await trainer.start()
+        await until(lambda: trainer.num_exits >= 3)
+        await trainer.stop()
+    assert returncodes(events) == [3] * trainer.num_exits
 
 
 async def test_a_trainer_that_is_killed_is_replaced(tmp_path, fifo):
-    exits = Exits()
-    trainer = TrainerProcess(tmp_path, on_exit=exits, command=shell(f"echo $$ > {fifo}; exec cat"))
+    trainer = TrainerProcess(tmp_path, command=shell(f"echo $$ > {fifo}; exec cat"))
     await trainer.start()
     first = int(await line_of(fifo))
-    assert trainer.pid == first
-    os.kill(first, signal.SIGKILL)
-    assert await exits.get() == -signal.SIGKILL
-    second = int(await line_of(fifo))
+    await until(lambda: trainer.pid == first)
+    with capture_logs() as events:
+        os.kill(first, signal.SIGKILL)
+        second = int(await line_of(fifo))
+    assert returncodes(events) == [-signal.SIGKILL]
     assert second != first
-    assert trainer.pid == second
+    await until(lambda: trainer.pid == second)
     await trainer.stop()
     assert not is_alive(second)
 
@@ -111,15 +116,13 @@ async def test_pauses_begin_anew_after_a_healthy_life(tmp_path, monkeypatch):
 
 
 async def test_stop_ends_the_trainer_and_does_not_count_it_as_dead(tmp_path, fifo):
-    exits = Exits()
-    trainer = TrainerProcess(tmp_path, on_exit=exits, command=shell(f"echo $$ > {fifo}; exec cat"))
+    trainer = TrainerProcess(tmp_path, command=shell(f"echo $$ > {fifo}; exec cat"))
     await trainer.start()
     pid = int(await line_of(fifo))
     await trainer.stop()
     assert not is_alive(pid)
     assert trainer.pid is None
     assert trainer.num_exits == 0
-    assert exits.empty()
     await trainer.stop()
 
 
@@ -158,6 +161,46 @@ async def test_output_is_added_to_the_log(tmp_path, fifo):
     assert (tmp_path / "trainer.log").read_text() == "before\nout\nerr\n"
 
 
+async def test_long_log_is_put_aside_at_the_start(tmp_path, fifo, monkeypatch):
+    monkeypatch.setattr(supervisor, "MAX_LOG_BYTES", 6)
+    (tmp_path / "trainer.log").write_text("before\n")
+    (tmp_path / "trainer.log.1").write_text("long before\n")
+    trainer = TrainerProcess(tmp_path, command=shell(f"read line; echo after; echo > {fifo}; cat"))
+    await trainer.start()
+    await until(lambda: (tmp_path / "trainer.log").stat().st_size == 0)
+    await trainer.stop()
+    assert (tmp_path / "trainer.log.1").read_text() == "before\n"
+
+
+async def test_log_of_a_long_life_is_put_aside_and_written_on(tmp_path, fifo, monkeypatch):
+    monkeypatch.setattr(supervisor, "MAX_LOG_BYTES", 6)
+    monkeypatch.setattr(supervisor, "LOG_CHECK_SECONDS", 0.001)
+    script = f"echo something long; cat {fifo}; echo next; echo > {fifo}; cat"
+    trainer = TrainerProcess(tmp_path, command=shell(script))
+    await trainer.start()
+    await until((tmp_path / "trainer.log.1").exists)
+    await until(lambda: (tmp_path / "trainer.log").stat().st_size == 0)
+    await asyncio.to_thread(fifo.write_text, "")
+    await line_of(fifo)
+    await trainer.stop()
+    assert (tmp_path / "trainer.log.1").read_text() == "something long\n"
+    assert (tmp_path / "trainer.log").read_text() == "next\n"
+    assert trainer.num_exits == 0
+
+
+async def test_disk_that_does_not_let_the_log_rotate_does_not_end_the_trainer(tmp_path, fifo, monkeypatch):
+    monkeypatch.setattr(supervisor, "MAX_LOG_BYTES", 0)
+    (tmp_path / "trainer.log").write_text("before\n")
+    (tmp_path / "trainer.log.1").mkdir()
+    trainer = TrainerProcess(tmp_path, command=shell(f"echo here > {fifo}; cat"))
+    with capture_logs() as events:
+        await trainer.start()
+        assert await line_of(fifo) == "here"
+        await until(lambda: events)
+        await trainer.stop()
+    assert [event["event"] for event in events] == ["trainer_log_not_rotated"]
+
+
 async def test_the_trainer_has_a_process_group_of_its_own(tmp_path, fifo):
     trainer = TrainerProcess(tmp_path, command=shell(f"echo $$ > {fifo}; exec cat"))
     await trainer.start()
@@ -167,11 +210,12 @@ async def test_the_trainer_has_a_process_group_of_its_own(tmp_path, fifo):
 
 
 async def test_a_command_that_cannot_be_started_counts_as_dead_and_is_tried_again(tmp_path):
-    exits = Exits()
-    trainer = TrainerProcess(tmp_path, on_exit=exits, command=["/nonexistent"])
-    await trainer.start()
-    assert [await exits.get() for _ in range(2)] == [os.EX_OSERR] * 2
-    await trainer.stop()
+    trainer = TrainerProcess(tmp_path, command=["/nonexistent"])
+    with capture_logs() as events:
+        await trainer.start()
+        await until(lambda: trainer.num_exits >= 2)
+        await trainer.stop()
+    assert returncodes(events) == [os.EX_OSERR] * trainer.num_exits
 
 
 async def test_the_trainer_leaves_when_the_server_is_killed(tmp_path, fifo):

@@ -208,6 +208,26 @@ def test_finished_progress_told_twice_is_logged_once() -> None:
     assert len(events) == 1
 
 
+def test_labels_of_long_ago_are_forgotten() -> None:
+    display = telemetry._ProgressLog(clock=lambda: 0.0)
+    with structlog.testing.capture_logs():
+        for number in range(100):
+            display.update(f"round {number}", 1, 2)  # never finished: it broke off
+            display.update(f"round {number}", 2, 2)
+    assert len(display._latest) == len(display._logged_at) == telemetry.KEPT_LABELS
+    assert "round 99" in display._latest
+
+
+def test_bars_of_long_ago_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    on_a_terminal(monkeypatch)
+    display = telemetry._ProgressBars()
+    for number in range(100):
+        display.update(f"round {number}", 2, 2)
+    display.close()
+    assert len(display._latest) == telemetry.KEPT_LABELS
+    assert not display._bars
+
+
 def test_progress_off_a_terminal_writes_log_events_only(capsys: pytest.CaptureFixture[str]) -> None:
     configure_logging()
     display = progress_display()
@@ -296,8 +316,11 @@ class Process:
         self.is_ready = False
         self.status: dict[str, Any] = {"round": 1}
 
+    async def read_status(self) -> dict[str, Any]:
+        return self.status
+
     def app(self, page: bytes | None = PAGE) -> Starlette:
-        return make_app(self.registry, ready=lambda: self.is_ready, status=lambda: self.status, page=page)
+        return make_app(self.registry, ready=lambda: self.is_ready, status=self.read_status, page=page)
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import pytest
 from cloud_server.store import Store
 from cloud_server.uploads import Uploads
 from common.config import RunConfig
-from common.errors import UnavailableError
+from common.errors import InvalidError, Reason, UnavailableError
 from common.shards import Shard, write_shard
 from common.transfer import Blob, Receiver, blob_of
 
@@ -26,8 +26,20 @@ def store(tmp_path: Path) -> Iterator[Store]:
 
 
 @pytest.fixture
-def uploads(store: Store) -> Uploads:
-    return Uploads(store, weights_schema={}, spec=RunConfig().spec, max_data_bytes=1 << 20)
+def received() -> list[tuple[str, int]]:
+    """What is counted."""
+    return []
+
+
+@pytest.fixture
+def uploads(store: Store, received: list[tuple[str, int]]) -> Uploads:
+    return Uploads(
+        store,
+        weights_schema={},
+        spec=RunConfig().spec,
+        max_data_bytes=1 << 20,
+        on_received=lambda kind, num_bytes: received.append((kind, num_bytes)),
+    )
 
 
 @pytest.fixture
@@ -57,8 +69,8 @@ class Gate:
         monkeypatch.setattr(owner, method, held)
 
 
-async def send(uploads: Uploads, blob: Blob, offset: int, *chunks: bytes) -> None:
-    async with uploads.open("a", "data", blob, offset, 0.0) as upload:
+async def send(uploads: Uploads, blob: Blob, offset: int, *chunks: bytes, kind: str = "data") -> None:
+    async with uploads.open("a", kind, blob, offset, 0.0) as upload:
         for chunk in chunks:
             await upload.write(chunk)
 
@@ -121,3 +133,50 @@ async def test_newest_stream_wins(uploads: Uploads, shard: bytes, tmp_path: Path
     results = await asyncio.gather(first, *later, return_exceptions=True)
     assert [type(result) for result in results].count(UnavailableError) == 2
     assert await uploads.query("a", "data", blob.digest) == (blob.size_bytes, True)
+
+
+async def break_off(uploads: Uploads, blob: Blob, *chunks: bytes) -> None:
+    with pytest.raises(InvalidError, match="the stream ended"):
+        await send(uploads, blob, 0, *chunks)
+
+
+async def test_kind_that_changes_on_the_way_does_not_pass_the_gate(
+    uploads: Uploads, store: Store, shard: bytes, tmp_path: Path
+) -> None:
+    blob = blob_named(tmp_path)
+    await break_off(uploads, blob, shard[:500])
+    with pytest.raises(InvalidError) as refused:
+        await send(uploads, blob, 500, shard[500:], kind="weights")
+    assert refused.value.reason == Reason.SCHEMA_MISMATCH
+    assert not store.has_upload("a", blob.digest, "weights")
+    assert await uploads.query("a", "weights", blob.digest) == (0, False)
+
+
+async def test_bytes_are_counted_as_they_come_in_whatever_becomes_of_the_upload(
+    uploads: Uploads, shard: bytes, tmp_path: Path, received: list[tuple[str, int]]
+) -> None:
+    blob = blob_named(tmp_path)
+    await break_off(uploads, blob, shard[:300], shard[300:500])
+    assert received == [("data", 300), ("data", 200)]
+    await send(uploads, blob, 500, shard[500:])
+    assert received[2:] == [("data", blob.size_bytes - 500)]
+
+
+async def test_num_examples_must_be_the_number_of_labels(
+    uploads: Uploads, shard: bytes, tmp_path: Path
+) -> None:
+    first = blob_named(tmp_path)
+    await send(uploads, first, 0, shard)
+    write_shard(tmp_path / "shard", Shard(np.ones((4, 1, 8, 8), np.uint8), np.arange(4)))
+    second = blob_named(tmp_path)
+    await send(uploads, second, 0, (tmp_path / "shard").read_bytes())
+
+    await uploads.check_num_examples([first.digest, second.digest], 13)
+    for claimed in (12, 14, 2**40):
+        with pytest.raises(InvalidError, match=f"num_examples is {claimed}, .* 13 labels") as refused:
+            await uploads.check_num_examples([first.digest, second.digest], claimed)
+        assert refused.value.reason == Reason.MALFORMED_REQUEST
+
+
+async def test_agent_that_shares_nothing_is_believed(uploads: Uploads) -> None:
+    await uploads.check_num_examples([], 2**40)

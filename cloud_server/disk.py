@@ -1,0 +1,55 @@
+"""Writing what the run cannot go on without, on a disk that may be full or read-only for a while."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from typing import Any, TypeVar
+
+import structlog
+
+from cloud_server.store import storage_errors
+from common.errors import StorageError
+
+STORAGE_RETRY_SECONDS = 2.0  # between two tries
+
+_T = TypeVar("_T")
+
+log = structlog.get_logger()
+
+
+async def durably(write: Callable[..., object], *args: Any) -> None:
+    """Write in a thread; while the disk takes nothing, wait and try again."""
+
+    async def body() -> None:
+        with storage_errors():
+            await asyncio.to_thread(write, *args)
+
+    await when_disk_allows(body)
+
+
+async def when_disk_allows(body: Callable[[], Awaitable[_T]]) -> _T:
+    """Do it, again and again as long as it raises StorageError: others are served meanwhile."""
+    while True:
+        try:
+            return await body()
+        except StorageError as error:
+            log.error("disk_refuses", reason=str(error))
+            await asyncio.sleep(STORAGE_RETRY_SECONDS)
+
+
+async def to_the_end(work: Awaitable[_T]) -> _T:
+    """Await it, and return only once it is done, cancelled or not.
+
+    A broken connection cancels the call that it carried; what was being written goes on in its thread,
+    and memory must come to agree with the disk all the same.
+    """
+    task = asyncio.ensure_future(work)
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        while not task.done():
+            with suppress(asyncio.CancelledError):
+                await asyncio.wait([task])
+        if not task.cancelled():
+            task.exception()  # nobody is left to tell
+        raise

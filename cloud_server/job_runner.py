@@ -1,0 +1,100 @@
+"""Has the trainer finish a job: again where that may help, and not for ever."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Protocol
+
+import structlog
+
+from cloud_server.disk import STORAGE_RETRY_SECONDS, durably
+from cloud_server.jobs import Job, JobDirectory, JobError, Progress, Result
+from common.config import RunConfig
+from common.faults import Point, crash_point
+
+POLL_SECONDS = 0.05
+MAX_FALSE_STARTS = 2  # a trainer may die so often before it takes up a job, without that being a try
+
+OnProgress = Callable[[list[Progress]], Awaitable[None]]
+
+log = structlog.get_logger()
+
+
+class Trainer(Protocol):
+    """What is to be known of the trainer process."""
+
+    @property
+    def num_exits(self) -> int:
+        """How often it has died since the server started."""
+
+
+class JobRunner:
+    """Gives jobs to the trainer, one at a time.
+
+    Args:
+        max_attempts: tries at a job; a full disk and a wrong configuration are none.
+    """
+
+    def __init__(self, jobs_dir: Path, trainer: Trainer, max_attempts: int) -> None:
+        self._jobs_dir = jobs_dir
+        self._trainer = trainer
+        self._max_attempts = max_attempts
+
+    def directory(self, name: str) -> JobDirectory:
+        return JobDirectory(self._jobs_dir / name)
+
+    async def finish(self, job: Job, on_progress: OnProgress) -> Result:
+        """The job's result: a model, or why there is none after the last attempt.
+
+        A job that was begun before a restart goes on with its attempts where they were.
+        """
+        directory = self.directory(job.name)
+        if directory.is_begun:
+            begun = directory.read_job()
+            job = job.model_copy(update={"attempt": begun.attempt, "run": begun.run})
+        result = directory.read_result()
+        if result and not result.error:
+            await on_progress(directory.read_progress(0)[0])
+            return result
+        while True:
+            if result is None:
+                result = await self._attempt(directory, job, on_progress)
+            if result.error is None or result.error.kind == "usage":
+                return result
+            log.warning("job_failed", job=job.name, attempt=job.attempt, reason=result.error.message)
+            if result.error.kind == "storage":  # the disk's fault, not the job's: it is no try
+                await asyncio.sleep(STORAGE_RETRY_SECONDS)
+            elif job.attempt >= self._max_attempts:
+                return result
+            else:
+                job = _next_attempt(job, result.error)
+            result = None
+
+    async def _attempt(self, directory: JobDirectory, job: Job, on_progress: OnProgress) -> Result:
+        num_exits, offset, has_begun = self._trainer.num_exits, 0, False
+        await durably(directory.write_job, job)
+        crash_point(Point.SERVER_JOB_WRITTEN)
+        while True:
+            result = directory.read_result()  # first: after it comes no more progress
+            lines, offset = directory.read_progress(offset)
+            has_begun = has_begun or bool(lines)
+            await on_progress(lines)
+            if result:
+                return result
+            if self._trainer.num_exits > num_exits + (0 if has_begun else MAX_FALSE_STARTS):
+                died = JobError(kind="failed", message="the trainer died; see trainer.log")
+                # Written down, so that the next trainer does not take the job up by itself.
+                await durably(directory.write_result, Result(error=died))
+            else:
+                await asyncio.sleep(POLL_SECONDS)
+
+
+def _next_attempt(job: Job, error: JobError) -> Job:
+    """The job once more, with half the batch where memory ran out."""
+    run = _with_half_the_batch(job.run) if error.kind == "out_of_memory" else job.run
+    return job.model_copy(update={"attempt": job.attempt + 1, "run": run})
+
+
+def _with_half_the_batch(run: RunConfig) -> RunConfig:
+    batch_size = max(1, run.fine_tune.batch_size // 2)
+    return run.model_copy(update={"fine_tune": run.fine_tune.model_copy(update={"batch_size": batch_size})})

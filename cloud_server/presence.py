@@ -1,0 +1,51 @@
+"""Which agents are here, which are expected back, and which may be let go."""
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+
+LIVENESS_SECONDS = 30.0  # an agent that was here so recently is expected back: it is being restarted
+
+
+class Presence:
+    """Who watches the run.
+
+    Args:
+        expected: agents of whom the last life of this server had heard: they are given time to come back.
+        clock: seconds that only ever grow.
+    """
+
+    def __init__(self, expected: Iterable[str] = (), clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._watching: Counter[str] = Counter()
+        self._last_seen = dict.fromkeys(expected, clock())
+        self._dismissed: set[str] = set()
+
+    @contextmanager
+    def watching(self, agent_id: str) -> Iterator[None]:
+        """Count the agent as here; it may be here twice while an old connection has not yet ended."""
+        self._watching[agent_id] += 1
+        try:
+            yield
+        finally:
+            self._watching[agent_id] -= 1
+            self._last_seen[agent_id] = self._clock()
+
+    def dismiss(self, agent_id: str) -> None:
+        """It has been told that the run is over."""
+        self._dismissed.add(agent_id)
+
+    @property
+    def here(self) -> set[str]:
+        return set(+self._watching)
+
+    @property
+    def live(self) -> set[str]:
+        """Those that are here, and those that may be back in a moment."""
+        recently = self._clock() - LIVENESS_SECONDS
+        return self.here | {agent for agent, at in self._last_seen.items() if at > recently}
+
+    @property
+    def not_dismissed(self) -> set[str]:
+        return self.live - self._dismissed

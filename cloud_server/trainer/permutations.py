@@ -1,0 +1,669 @@
+"""Permutation groups: which neurons of a network may change places, and everything that moves with them.
+
+They are found by running the model's graph (torch.fx, in eval mode) once. Beside each value two tensors of
+its shape travel through the graph: `units` says which neuron an element belongs to, `positions` where within
+that neuron (pixel, image of the batch) it is; in the whole graph these two determine the value. Operations
+that only move elements (flatten, chunk, cat, permute …) are applied to all three. Every other operation
+makes new units and writes down
+
+- ties: a new unit moves together with the units that it is computed from, channel by channel;
+- uses: where an operation meets a unit, above all at which index of which tensor.
+
+Tied units form a slot. Slots met by the same uses are interchangeable, and make a group. What a slot needs
+to be swapped with another is so checked on every element, and nothing is assumed about architectures: an
+operation that is not known ties its inputs and outputs to FIXED, which never moves, as do the model's
+inputs and outputs.
+"""
+
+import math
+import operator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torchvision
+from numpy.typing import NDArray
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+from torch import Tensor, fx, nn
+from torch.nn import functional
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from common.weights import StateDict
+
+Permutation = Tensor  # int64 [size]: the neuron that was in place permutation[i] goes to place i
+
+FIXED = 0  # the unit that is in its place for ever
+
+
+class NotTraceable(Exception):
+    """The model's graph cannot be found, or it leaves out a part of the model."""
+
+
+class Place(NamedTuple):
+    """Where the neurons of a group are along one axis of one tensor of the state_dict.
+
+    `indices` is int64 [repeats, size], column i is neuron i: one row for most, H*W rows after the
+    flattening of a convolution's output, arbitrary offsets within a concatenation. `rows` limits the place
+    to a part of axis 0: the input channels of one group of a grouped convolution.
+    """
+
+    tensor: str
+    axis: int
+    indices: Tensor
+    rows: tuple[int, int] | None
+    is_statistic: bool  # a buffer: it follows from the weights
+
+
+class PermutationGroup(NamedTuple):
+    """`size` interchangeable neurons or channels: one permutation moves all places at once."""
+
+    size: int
+    places: tuple[Place, ...]
+
+
+def permutation_groups(model: nn.Module, image_shape: Sequence[int]) -> list[PermutationGroup]:
+    """The groups of the model, in the order of its graph.
+
+    Any permutation of any group leaves the model's outputs as they are. Not all that could be permuted is
+    found: where it is not plain that a permutation is sound, the neurons stay where they are.
+
+    Args:
+        model: left as it was; its values do not matter.
+        image_shape: [C, H, W] of the images that it takes.
+
+    Raises:
+        NotTraceable: torch.fx cannot trace it, or parameters take no part in its graph, so that nobody
+            knows what they expect of the others.
+    """
+    was_training = {module: module.training for module in model.modules()}
+    try:
+        flow = _FlowThrough(fx.symbolic_trace(model.eval()), model)
+        example = next(model.parameters(), torch.empty(0))
+        images = torch.zeros(2, *image_shape, dtype=example.dtype, device=example.device)
+        with torch.no_grad():
+            flow.run(images)
+    except Exception as error:  # tracing and running somebody's model may raise anything
+        raise NotTraceable(next(iter(str(error).splitlines()), "") or type(error).__name__) from error
+    finally:
+        for module, training in was_training.items():
+            module.training = training
+    for name, parameter in model.named_parameters():
+        if id(parameter) not in flow.seen:
+            raise NotTraceable(f"parameter {name} takes no part in the graph")
+    return flow.ledger.groups(flow.names)
+
+
+def apply(
+    groups: Sequence[PermutationGroup], permutations: Sequence[Permutation], state_dict: Mapping[str, Tensor]
+) -> StateDict:
+    """The same network with its neurons in another order; tensors that stay as they are are not copied."""
+    moving = {
+        place.tensor
+        for group, permutation in zip(groups, permutations, strict=True)
+        if not torch.equal(permutation, torch.arange(group.size))
+        for place in group.places
+    }
+    permuted = {name: tensor.clone() if name in moving else tensor for name, tensor in state_dict.items()}
+    for group, permutation in zip(groups, permutations, strict=True):
+        for place in group.places:
+            if place.tensor in moving:
+                permute_in_place(place, permutation, permuted[place.tensor])
+    return permuted
+
+
+def permute_in_place(place: Place, permutation: Permutation, tensor: Tensor) -> None:
+    """Permute the tensor along the place, and nowhere else."""
+    part = _rows(tensor, place)
+    moved = part.index_select(place.axis, place.indices[:, permutation].flatten())
+    part.index_copy_(place.axis, place.indices.flatten(), moved)
+
+
+def as_matrix(place: Place, tensor: Tensor) -> Tensor:
+    """All that the tensor holds of each neuron: [size, elements of a neuron], a copy."""
+    part = _rows(tensor, place)
+    picked = part.index_select(place.axis, place.indices.t().flatten()).movedim(place.axis, 0)
+    return picked.reshape(place.indices.shape[1], -1)
+
+
+def _rows(tensor: Tensor, place: Place) -> Tensor:
+    return tensor if place.rows is None else tensor[place.rows[0] : place.rows[1]]
+
+
+class _Target(NamedTuple):
+    tensor: str
+    axis: int
+    rows: tuple[int, int] | None = None
+    is_statistic: bool = False
+
+
+class _Use(NamedTuple):
+    """An operation meets units[i] at index i of each target; kinds[i] tells apart what it does there."""
+
+    targets: tuple[_Target, ...]
+    units: Tensor  # int64 [n]
+    kinds: Tensor  # int64 [n]
+
+
+class _Ledger:
+    """Units, ties and uses as they are written down, and the groups that follow from them."""
+
+    def __init__(self) -> None:
+        self._num_units = 1
+        self._block_starts = [0]  # a block: the units that one operation made
+        self._ties: list[tuple[Tensor, Tensor]] = []
+        self._uses: list[_Use] = []
+        self._units_at: dict[_Target, Tensor] = {}
+        self._ways: dict[str, object] = {}
+        self._frozen: set[str] = set()
+
+    def new_block(self, size: int, targets: Sequence[_Target] = (), kinds: Tensor | None = None) -> Tensor:
+        """Units that an operation makes, whose parameters for them are the targets."""
+        units = torch.arange(self._num_units, self._num_units + size)
+        self._block_starts.append(self._num_units)
+        self._num_units += size
+        self.use(units, targets, kinds)
+        return units
+
+    def use(self, units: Tensor, targets: Sequence[_Target] = (), kinds: Tensor | None = None) -> None:
+        self._uses.append(_Use(tuple(targets), units, torch.zeros_like(units) if kinds is None else kinds))
+        for target in targets:
+            # A tensor that is used twice can be permuted only in one way.
+            self.tie(units, self._units_at.setdefault(target, units))
+
+    def tie(self, units: Tensor, others: Tensor) -> None:
+        self._ties.append((units, others))
+
+    def fix(self, units: Tensor) -> None:
+        unique = torch.unique(units)
+        self.tie(unique, torch.full_like(unique, FIXED))
+
+    def freeze(self, tensor: str) -> None:
+        """Permute no axis of it, whatever is written down."""
+        self._frozen.add(tensor)
+
+    def used_as(self, tensor: str, way: object) -> None:
+        """Freeze a tensor that is used in different ways: its uses say nothing about each other."""
+        if self._ways.setdefault(tensor, way) != way:
+            self.freeze(tensor)
+
+    def groups(self, names: Mapping[str, Sequence[str]]) -> list[PermutationGroup]:
+        """The groups, each target under all the names of its tensor."""
+        for use in self._uses:
+            if any(target.tensor in self._frozen for target in use.targets):
+                self.fix(use.units)
+        slots_by_signature: dict[bytes, list[NDArray[np.int64]]] = {}
+        signatures: dict[bytes, tuple[NDArray[np.int64], NDArray[np.int64]]] = {}
+        for uses, keys, indices in self._slots():
+            signature = keys.tobytes()
+            signatures[signature] = uses, keys
+            slots_by_signature.setdefault(signature, []).append(indices)
+        groups = []
+        for signature, slots in slots_by_signature.items():
+            if len(slots) > 1:
+                places = self._places(signatures[signature][0], np.stack(slots, axis=1), names)
+                if places:
+                    groups.append(PermutationGroup(len(slots), places))
+        return groups
+
+    def _slots(self) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]]:
+        """Of every slot that can move: the uses that meet it, their keys (sorted), the indices there.
+
+        A key says which use, what it does there, and to which of the tied units. A slot that has the same
+        key twice stays fixed: in an exchange it would not be known which index goes to which.
+        """
+        slots = self._slot_of_units()
+        units = np.concatenate([use.units.numpy() for use in self._uses])
+        kinds = np.concatenate([use.kinds.numpy() for use in self._uses])
+        indices = np.concatenate([np.arange(len(use.units)) for use in self._uses])
+        uses = np.repeat(np.arange(len(self._uses)), [len(use.units) for use in self._uses])
+        blocks = np.searchsorted(self._block_starts, units, side="right")
+        keys = (uses * (int(kinds.max()) + 1) + kinds) * (len(self._block_starts) + 1) + blocks
+        order = np.lexsort((keys, slots[units]))
+        order = order[slots[units][order] != slots[FIXED]]
+        bounds = np.flatnonzero(np.diff(slots[units][order])) + 1
+        found = [piece for piece in np.split(order, bounds) if len(piece)]
+        found.sort(key=lambda piece: (int(uses[piece[0]]), int(indices[piece[0]])))
+        for piece in found:
+            if (np.diff(keys[piece]) > 0).all():
+                yield uses[piece], keys[piece], indices[piece]
+
+    def _slot_of_units(self) -> NDArray[np.int64]:
+        first, second = (torch.cat(ends).numpy() for ends in zip(*self._ties, strict=True))
+        shape = (self._num_units, self._num_units)
+        graph = coo_array((np.ones(len(first), dtype=np.int8), (first, second)), shape=shape)
+        return np.asarray(connected_components(graph, directed=False)[1], dtype=np.int64)
+
+    def _places(
+        self, uses: NDArray[np.int64], indices: NDArray[np.int64], names: Mapping[str, Sequence[str]]
+    ) -> tuple[Place, ...]:
+        """From indices [uses, size] to places; none where neurons would overlap in a tensor."""
+        found: dict[_Target, dict[bytes, NDArray[np.int64]]] = {}
+        for use, row in zip(uses, indices, strict=True):
+            for target in self._uses[use].targets:
+                found.setdefault(target, {})[row.tobytes()] = row
+        places = []
+        for target, rows in found.items():
+            repeated = torch.from_numpy(np.stack(list(rows.values())))
+            if len(torch.unique(repeated)) != repeated.numel():
+                return ()
+            for name in names[target.tensor]:
+                places.append(Place(name, target.axis, repeated, target.rows, target.is_statistic))
+        return tuple(places)
+
+
+@dataclass(frozen=True, eq=False)
+class _Flow:
+    """A tensor in the graph, and of each of its elements the unit and the position (int64, its shape)."""
+
+    value: Tensor
+    units: Tensor
+    positions: Tensor
+
+
+class _Reading(NamedTuple):
+    """What lies along an axis. Equal kinds: the same positions, so that exchanging units exchanges all."""
+
+    units: Tensor  # int64 [size of the axis]
+    kinds: Tensor
+
+    @property
+    def is_plain(self) -> bool:
+        return not self.kinds.any()
+
+
+def _read(flow: _Flow, axis: int) -> _Reading | None:
+    """None where the units along the axis are not the same everywhere else."""
+    units = flow.units.movedim(axis, -1).reshape(-1, flow.units.shape[axis])
+    if (units != units[:1]).any():
+        return None
+    moving = units[0] != FIXED
+    kinds = torch.zeros_like(units[0])
+    positions = flow.positions.movedim(axis, -1).reshape(units.shape)[:, moving]
+    if (positions != positions[:, :1]).any():
+        kinds[moving] = torch.unique(positions, dim=1, return_inverse=True)[1]
+    return _Reading(units[0].clone(), kinds)
+
+
+def _flow_along(value: Tensor, units: Tensor, axis: int) -> _Flow:
+    """A value whose units lie along the axis."""
+    axis %= value.ndim
+    along = [1] * value.ndim
+    along[axis] = -1
+    across = [1 if number == axis else size for number, size in enumerate(value.shape)]
+    positions = torch.arange(math.prod(across)).view(across)
+    return _Flow(value, units.view(along).expand(value.shape), positions.expand(value.shape))
+
+
+def _fixed(value: Tensor) -> _Flow:
+    zeros = torch.zeros(1, dtype=torch.int64).expand(value.shape)
+    return _Flow(value, zeros, zeros)
+
+
+class _FlowThrough(fx.Interpreter):
+    """Runs the graph on flows."""
+
+    def __init__(self, graph: fx.GraphModule, model: nn.Module) -> None:
+        super().__init__(graph)
+        self.ledger = _Ledger()
+        self.names: dict[str, list[str]] = {}
+        self.seen: set[int] = set()  # tensors that took part
+        self._name_of: dict[int, str] = {}
+        self._parameters = {id(parameter) for parameter in model.parameters()}
+        for name, tensor in model.state_dict(keep_vars=True).items():
+            first = self._name_of.setdefault(id(tensor), name)
+            self.names.setdefault(first, []).append(name)
+
+    def placeholder(self, target: Any, args: Any, kwargs: Any) -> Any:
+        value = super().placeholder(target, args, kwargs)
+        return _fixed(value) if isinstance(value, Tensor) else value
+
+    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
+        value = super().get_attr(target, args, kwargs)
+        if not isinstance(value, Tensor):
+            return value
+        self.seen.add(id(value))
+        axes = [axis for axis, size in enumerate(value.shape) if size > 1]
+        if id(value) not in self._name_of or len(axes) != 1:
+            self._freeze([value])
+            return _fixed(value)
+        units = self.ledger.new_block(value.shape[axes[0]], self.targets([value], axes[0]))
+        return _flow_along(value, units, axes[0])
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        return self._call(_FUNCTIONS.get(target), target, args, kwargs)
+
+    def call_method(self, target: Any, args: Any, kwargs: Any) -> Any:
+        def method(subject: Any, *args: Any, **kwargs: Any) -> Any:
+            return getattr(subject, target)(*args, **kwargs)
+
+        return self._call(_METHODS.get(target), method, args, kwargs)
+
+    def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
+        module: Any = self.fetch_attr(target)
+        tensors = [*module.parameters(), *module.buffers()]
+        self.seen.update(map(id, tensors))
+        # The type itself: whoever made a subclass or put in a hook did so to change what happens.
+        rule = _MODULES.get(type(module))
+        is_hooked = module._forward_hooks or module._forward_pre_hooks
+        if rule is None or is_hooked or any(id(tensor) not in self._name_of for tensor in tensors):
+            rule = None
+            self._freeze(tensors)
+        return self._call(rule, module, args, kwargs)
+
+    def output(self, target: Any, args: Any, kwargs: Any) -> Any:
+        self._fix(_flows_in(args))
+        return super().output(target, args, kwargs)
+
+    def _call(self, rule: "_Rule | None", function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        flows = _flows_in((args, kwargs))
+        if any(flow.value.shape != flow.units.shape for flow in flows):
+            raise NotTraceable("a tensor changes its shape in place")
+        call = _Call(self, function, args, kwargs, flows, _run(function, args, kwargs, "value"))
+        result = rule(call) if rule and flows else None
+        if result is None:
+            self._fix(flows)
+            result = tree_map_only(Tensor, _fixed, call.value)
+        return result
+
+    def _fix(self, flows: Sequence[_Flow]) -> None:
+        for flow in flows:
+            self.ledger.fix(flow.units)
+
+    def _freeze(self, tensors: Sequence[Tensor]) -> None:
+        for tensor in tensors:
+            if id(tensor) in self._name_of:
+                self.ledger.freeze(self._name_of[id(tensor)])
+
+    def targets(
+        self, tensors: Sequence[Tensor | None], axis: int, rows: tuple[int, int] | None = None
+    ) -> list[_Target]:
+        return [
+            _Target(self._name_of[id(tensor)], axis, rows, id(tensor) not in self._parameters)
+            for tensor in tensors
+            if tensor is not None
+        ]
+
+    def weight_used_as(self, weight: Tensor, way: object) -> None:
+        self.ledger.used_as(self._name_of[id(weight)], way)
+
+
+class _Call(NamedTuple):
+    """One node of the graph: the call with flows among its arguments, and what it gave."""
+
+    run: _FlowThrough
+    function: Any  # for a module: the module itself
+    args: Any
+    kwargs: Any
+    flows: list[_Flow]
+    value: Any
+
+
+# What becomes of the units; None: this call is not understood, so that all that it meets has to stay fixed.
+_Rule = Callable[[_Call], Any]
+
+
+def _flows_in(tree: Any) -> list[_Flow]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, _Flow)]
+
+
+def _run(function: Callable[..., Any], args: Any, kwargs: Any, part: str) -> Any:
+    """Call the function on one of the parts of its flows."""
+    args, kwargs = tree_map_only(_Flow, lambda flow: getattr(flow, part), (args, kwargs))
+    return function(*args, **kwargs)
+
+
+def _move(call: _Call) -> Any:
+    """Elements go elsewhere, or nowhere, but do not change."""
+    if _flows_in((call.args[1:], call.kwargs)):
+        return None  # where they go depends on values
+    args = tree_map_only(_Flow, _contiguous, call.args)
+    units = _run(call.function, args, call.kwargs, "units")
+    positions = _run(call.function, args, call.kwargs, "positions")
+    if isinstance(call.value, Tensor):
+        return _Flow(call.value, units, positions)
+    if isinstance(call.value, tuple | list) and all(isinstance(item, Tensor) for item in call.value):
+        return tuple(map(_Flow, call.value, units, positions))
+    return call.value  # a size, say
+
+
+def _contiguous(flow: _Flow) -> _Flow:
+    """What can be a view of the value must be possible with the rest."""
+    return _Flow(flow.value, flow.units.contiguous(), flow.positions.contiguous())
+
+
+def _elementwise(call: _Call) -> _Flow | None:
+    """Each element depends on those in the same place of all operands, after broadcasting."""
+    value, flows = call.value, call.flows
+    if not isinstance(value, Tensor) or value.ndim == 0:
+        return None
+    for axis in dict.fromkeys([1 % value.ndim, value.ndim - 1, *range(value.ndim)]):
+        readings = _operands_along(axis, value.shape, flows)
+        if readings is not None:
+            return _channelwise(call, axis, readings)
+    if len(flows) == 1 and flows[0].value.shape == value.shape:
+        return _renewed(call, flows[0])
+    return None
+
+
+def _operands_along(axis: int, shape: torch.Size, flows: Sequence[_Flow]) -> list[Tensor] | None:
+    """The units of the operands along the axis; None unless all of them have theirs there."""
+    vectors = []
+    for flow in flows:
+        size = ([1] * (len(shape) - flow.value.ndim) + list(flow.value.shape))[axis]
+        if size == 1 and not flow.units.any():
+            continue  # one value for the whole axis, and the same for ever: nothing to move along with
+        units, positions = flow.units.broadcast_to(shape), flow.positions.broadcast_to(shape)
+        reading = _read(_Flow(flow.value, units, positions), axis)
+        if reading is None or not reading.is_plain:
+            return None
+        vectors.append(reading.units)
+    return vectors
+
+
+def _channelwise(
+    call: _Call,
+    axis: int,
+    operands: Sequence[Tensor],
+    parameters: Sequence[Tensor | None] = (),
+    kinds: Tensor | None = None,
+) -> _Flow:
+    """Along the axis each output depends on the inputs with its own index, and on them alone.
+
+    Args:
+        operands: the units along the axis of each operand.
+        parameters: tensors whose axis 0 goes with the axis.
+        kinds: outputs of different kinds cannot change places.
+    """
+    if not any(units.any() for units in operands):
+        return _fixed(call.value)
+    new = call.run.ledger.new_block(len(operands[0]), call.run.targets(parameters, 0), kinds)
+    for units in operands:
+        call.run.ledger.use(units, (), kinds)
+        call.run.ledger.tie(new, units)
+    return _flow_along(call.value, new, axis)
+
+
+def _renewed(call: _Call, flow: _Flow) -> _Flow:
+    """Each output depends on one input, wherever its units are: a channel that was flattened, say."""
+    old, inverse = torch.unique(flow.units, return_inverse=True)
+    new = call.run.ledger.new_block(len(old))
+    call.run.ledger.use(old)
+    call.run.ledger.tie(new, old)
+    return _Flow(call.value, new[inverse], flow.positions)
+
+
+def _pooling(num_dims: int) -> _Rule:
+    def rule(call: _Call) -> _Flow | None:
+        if len(call.flows) != 1 or not isinstance(call.value, Tensor) or call.value.ndim != num_dims + 2:
+            return None
+        reading = _read(call.flows[0], 1)
+        if reading is None or not reading.is_plain:
+            return None
+        return _channelwise(call, 1, [reading.units])
+
+    return rule
+
+
+def _reduction(call: _Call) -> _Flow | None:
+    """The mean, sum … over axes other than that of the units."""
+    dims = call.kwargs.get("dim", call.args[1] if len(call.args) > 1 else None)
+    if len(call.flows) != 1 or dims is None or not isinstance(call.value, Tensor):
+        return None
+    (flow,) = call.flows
+    reduced = {dim % flow.value.ndim for dim in ([dims] if isinstance(dims, int) else dims)}
+    for axis in set(range(flow.value.ndim)) - reduced:
+        reading = _read(flow, axis)
+        if reading is not None and reading.is_plain:
+            is_kept = call.value.ndim == flow.value.ndim
+            place = axis if is_kept else axis - sum(dim < axis for dim in reduced)
+            return _channelwise(call, place, [reading.units])
+    return None
+
+
+def _batch_norm(call: _Call) -> _Flow | None:
+    norm = call.function
+    return _per_channel(call, 1, [norm.weight, norm.bias, norm.running_mean, norm.running_var])
+
+
+def _layer_norm(call: _Call) -> _Flow | None:
+    norm = call.function
+    return _per_channel(call, -1, [norm.weight, norm.bias]) if len(norm.normalized_shape) == 1 else None
+
+
+def _prelu(call: _Call) -> _Flow | None:
+    weight = call.function.weight
+    return _elementwise(call) if weight.numel() == 1 else _per_channel(call, 1, [weight])
+
+
+def _per_channel(call: _Call, axis: int, parameters: Sequence[Tensor | None]) -> _Flow | None:
+    """Treats all along the axis alike, but for parameters of each."""
+    (flow,) = call.flows
+    reading = _read(flow, axis)
+    if reading is None:
+        return None
+    if reading.is_plain:
+        return _channelwise(call, axis, [reading.units], parameters)
+    marks = torch.stack([flow.units.flatten(), flow.positions.flatten()])
+    if torch.unique(marks, dim=1).shape != marks.shape:
+        return None  # copies of one element would have different parameters
+    call.run.ledger.use(reading.units, call.run.targets(parameters, 0), reading.kinds)
+    return _renewed(call, flow)
+
+
+def _group_norm(call: _Call) -> _Flow | None:
+    """Channels may change places within their group: its mean and variance stay the same."""
+    norm, (flow,) = call.function, call.flows
+    reading = _read(flow, 1)
+    if reading is None or not reading.is_plain:
+        return None
+    kinds = torch.arange(norm.num_channels) // (norm.num_channels // norm.num_groups)
+    return _channelwise(call, 1, [reading.units], [norm.weight, norm.bias], kinds)
+
+
+def _functional_layer_norm(call: _Call) -> _Flow | None:
+    """(input, normalized_shape, weight, bias): the input's last axis goes with axis 0 of the others."""
+    if len(call.args) < 2 or len(call.args[1]) != 1:
+        return None
+    readings = [_read(flow, -1) for flow in call.flows]
+    if not all(reading is not None and reading.is_plain for reading in readings):
+        return None
+    return _channelwise(call, -1, [reading.units for reading in readings if reading is not None])
+
+
+def _linear(call: _Call) -> _Flow | None:
+    layer, (flow,) = call.function, call.flows
+    reading = _read(flow, -1)
+    if reading is None:
+        return None
+    call.run.weight_used_as(layer.weight, "linear")
+    call.run.ledger.use(reading.units, call.run.targets([layer.weight], 1), reading.kinds)
+    return _outputs(call, -1, torch.zeros(layer.out_features, dtype=torch.int64))
+
+
+def _convolution(call: _Call) -> _Flow | None:
+    layer, (flow,) = call.function, call.flows
+    reading = _read(flow, 1)
+    if reading is None or not reading.is_plain or flow.value.ndim != layer.weight.ndim:
+        return None
+    run, num_groups = call.run, layer.groups
+    run.weight_used_as(layer.weight, ("convolution", num_groups))
+    if num_groups == layer.in_channels == layer.out_channels and num_groups > 1:
+        return _channelwise(call, 1, [reading.units], [layer.weight, layer.bias])
+    # In a grouped one channels may change places within their group, among the inputs and the outputs.
+    group_of_output = torch.arange(layer.out_channels) // (layer.out_channels // num_groups)
+    for number, units in enumerate(reading.units.chunk(num_groups)):
+        outputs = (group_of_output == number).nonzero().flatten()
+        rows = None if num_groups == 1 else (int(outputs[0]), int(outputs[-1]) + 1)
+        run.ledger.use(units, run.targets([layer.weight], 1, rows))
+    return _outputs(call, 1, group_of_output)
+
+
+def _outputs(call: _Call, axis: int, kinds: Tensor) -> _Flow:
+    """New neurons, each with its own weights."""
+    if len(kinds) == 1:
+        return _fixed(call.value)
+    targets = call.run.targets([call.function.weight, call.function.bias], 0)
+    return _flow_along(call.value, call.run.ledger.new_block(len(kinds), targets, kinds), axis)
+
+
+_MOVES = (
+    "flatten", "permute", "transpose", "swapaxes", "movedim", "reshape", "squeeze", "unsqueeze", "chunk",
+    "split", "unbind", "narrow", "roll", "clone",
+)  # fmt: skip
+_ARITHMETIC = ("add", "sub", "mul")
+_UNARY = ("relu", "sigmoid", "tanh")
+_REDUCTIONS = ("mean", "sum", "amax")
+
+_FUNCTIONS: dict[Any, _Rule] = {
+    **{getattr(torch, name): _move for name in _MOVES},
+    **dict.fromkeys([torch.cat, torch.concat, operator.getitem, getattr], _move),
+    **{getattr(torch, name): _elementwise for name in (*_ARITHMETIC, *_UNARY, "div", "neg", "clamp")},
+    **{getattr(operator, name): _elementwise for name in (*_ARITHMETIC, "truediv", "neg")},
+    **{getattr(operator, f"i{name}"): _elementwise for name in _ARITHMETIC},
+    **{
+        getattr(functional, name): _elementwise
+        for name in (
+            *_UNARY, "celu", "dropout", "dropout2d", "elu", "gelu", "hardsigmoid", "hardswish", "hardtanh",
+            "leaky_relu", "logsigmoid", "mish", "relu6", "selu", "silu", "softplus", "softsign",
+        )
+    },
+    torchvision.ops.stochastic_depth: _elementwise,
+    functional.max_pool2d: _pooling(2),
+    functional.avg_pool2d: _pooling(2),
+    functional.adaptive_avg_pool2d: _pooling(2),
+    functional.adaptive_max_pool2d: _pooling(2),
+    **{getattr(torch, name): _reduction for name in _REDUCTIONS},
+    functional.layer_norm: _functional_layer_norm,
+}  # fmt: skip
+
+_METHODS: dict[str, _Rule] = {
+    **dict.fromkeys([*_MOVES, "view", "contiguous", "expand", "size", "dim"], _move),
+    **dict.fromkeys([*_ARITHMETIC, *_UNARY, "add_", "mul_", "sub_", "div", "neg", "clamp"], _elementwise),
+    **dict.fromkeys(_REDUCTIONS, _reduction),
+}
+
+_MODULES: dict[type[nn.Module], _Rule] = {
+    nn.Linear: _linear,
+    **dict.fromkeys([nn.Conv1d, nn.Conv2d, nn.Conv3d], _convolution),
+    **dict.fromkeys([nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d], _batch_norm),
+    nn.LayerNorm: _layer_norm,
+    nn.GroupNorm: _group_norm,
+    nn.PReLU: _prelu,
+    **dict.fromkeys([nn.Flatten, nn.Unflatten, nn.Identity], _move),
+    **dict.fromkeys(
+        [
+            nn.CELU, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.ELU, nn.GELU, nn.Hardsigmoid,
+            nn.Hardswish, nn.Hardtanh, nn.LeakyReLU, nn.LogSigmoid, nn.Mish, nn.ReLU, nn.ReLU6, nn.SELU,
+            nn.Sigmoid, nn.SiLU, nn.Softplus, nn.Softsign, nn.Tanh,
+        ],
+        _elementwise,
+    ),
+    **{
+        getattr(nn, f"{pool}Pool{num_dims}d"): _pooling(num_dims)
+        for pool in ("Max", "Avg", "AdaptiveAvg", "AdaptiveMax")
+        for num_dims in (1, 2, 3)
+    },
+}  # fmt: skip

@@ -1,0 +1,274 @@
+"""An agent whose run ends, whose server begins another run, or who is told to stop, does not hang on."""
+
+import asyncio
+import signal
+import threading
+import time
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from common import rpc
+from common.errors import NotFoundError, Reason, UnavailableError
+from common.transfer import Blob
+from edge_agent.agent import MAX_SENDINGS, EdgeAgent
+from edge_agent.client import Joined, RunState, UnknownAgentError, Verdict
+from edge_agent.config import AgentConfig
+from edge_agent.metrics import AgentMetrics
+from edge_agent.state import AgentState, Report
+from tests.faults.test_agent_restart import RUN, Client, Cloud, Display, Power
+from tests.processes import Cluster
+
+NO_BLOB = Blob("", 0)
+
+
+class Steered(Client):
+    """A connection whose states the test sends; all else the Cloud answers."""
+
+    def __init__(self, cloud: Cloud) -> None:
+        super().__init__(cloud, Power(None))
+        self.states: asyncio.Queue[RunState | Exception] = asyncio.Queue()
+        self.run_ids = ["run"]
+        self.num_joins = 0
+
+    async def join(self) -> Joined:
+        self.num_joins += 1
+        return Joined(self.run_ids[min(self.num_joins, len(self.run_ids)) - 1], RUN, 1, 1)
+
+    async def watch(self) -> AsyncIterator[RunState]:
+        while True:
+            state = await self.states.get()
+            if isinstance(state, Exception):
+                raise state
+            yield state
+            if state.run_over:
+                return
+
+
+class Started:
+    """An agent in this process, and its fakes."""
+
+    def __init__(self, folder: Path, client_class: type[Steered] = Steered) -> None:
+        self.cloud = Cloud(folder / "cloud")
+        self.client = client_class(self.cloud)
+        self.disk = AgentState(folder / "agent", "edge-1")
+        self.said: list[str] = []
+        display = Display()
+        display.message = self.said.append  # type: ignore[method-assign]
+        config = AgentConfig(server="localhost:1", device="cpu")
+        self.agent = EdgeAgent(config, self.disk, self.client, AgentMetrics(), display)  # type: ignore[arg-type]
+
+    def send(self, *, latest: int = 0, over: bool = False, phase: str = "collecting") -> None:
+        weights = self.cloud.published if latest else NO_BLOB
+        state = RunState(latest + 1, phase, self.cloud.initial, "", 0, 0, latest, weights, 0, "", over)
+        self.client.states.put_nowait(state)
+
+    async def run(self, seconds: float = 30) -> None:
+        try:
+            await asyncio.wait_for(self.agent.run(), seconds)
+        finally:
+            self.disk.close()
+
+
+class Blocked:
+    """Keeps a thread busy until it is let go."""
+
+    def __init__(self, then: Callable[..., Any]) -> None:
+        self.entered, self._release, self._then = threading.Event(), threading.Event(), then
+
+    def __call__(self, *args: Any) -> Any:
+        self.entered.set()
+        assert self._release.wait(30)
+        return self._then(*args)
+
+    def let_go(self) -> None:
+        self._release.set()
+
+
+async def test_run_that_ends_while_data_are_loaded_lets_the_agent_go(tmp_path: Path) -> None:
+    started = Started(tmp_path)
+    loading = started.agent._load_data = Blocked(lambda: None)  # type: ignore[method-assign]
+    started.send()
+    running = asyncio.create_task(started.run())
+    await asyncio.to_thread(loading.entered.wait, 30)
+    started.send(over=True)
+    await running
+    loading.let_go()
+
+
+async def test_run_that_ends_while_the_agent_trains_lets_it_go(tmp_path: Path) -> None:
+    started = Started(tmp_path)
+    load, training = started.agent._load_data, Blocked(lambda *_: None)
+
+    def loaded() -> Any:
+        local = load()
+        local.pretrain = training  # type: ignore[method-assign]
+        return local
+
+    started.agent._load_data = loaded  # type: ignore[method-assign]
+    started.send()
+    running = asyncio.create_task(started.run())
+    await asyncio.to_thread(training.entered.wait, 30)
+    started.send(over=True)
+    await running
+    training.let_go()
+    assert started.cloud.counts["contributions"] == 0
+
+
+async def test_training_that_is_left_ends_at_its_next_step(tmp_path: Path) -> None:
+    started = Started(tmp_path)
+    stepped, resumed = threading.Event(), threading.Event()
+
+    def show_step(*_: Any) -> None:
+        stepped.set()
+        assert resumed.wait(30)
+
+    started.agent._show_step = show_step  # type: ignore[method-assign]
+    started.send()
+    running = asyncio.create_task(started.run())
+    await asyncio.to_thread(stepped.wait, 30)
+    started.send(over=True)
+    await running
+    resumed.set()
+    await asyncio.to_thread(started.agent._worker._thread.shutdown)
+    assert not started.disk.local_weights.exists()
+
+
+async def test_last_model_is_taken_when_the_run_ended_while_data_were_loaded(tmp_path: Path) -> None:
+    started = Started(tmp_path)
+    loading = started.agent._load_data = Blocked(started.agent._load_data)  # type: ignore[method-assign]
+    started.send(latest=1, over=True)
+    running = asyncio.create_task(started.run())
+    await asyncio.to_thread(loading.entered.wait, 30)
+    loading.let_go()
+    await running
+    assert started.disk.model.read_bytes() == started.cloud.files[1].read_bytes()
+    assert [report.round for report in started.cloud.reports] == [1]
+
+
+class Deserted(Steered):
+    """Nobody is there any more when the report is due."""
+
+    patience_seconds = float("inf")
+
+    async def report(self, report: Report) -> None:
+        assert self.patience_seconds < 100  # or it would be tried for ever
+        raise UnavailableError("gone")
+
+
+async def test_server_that_is_gone_before_the_last_report_is_not_waited_for(tmp_path: Path) -> None:
+    started = Started(tmp_path, Deserted)
+    started.send(latest=1, over=True)
+    await started.run()
+    assert started.disk.model.read_bytes() == started.cloud.files[1].read_bytes()
+    assert any("the server was gone" in text for text in started.said)
+
+
+class Empty(Steered):
+    async def download(self, blob: Blob, path: Path, on_bytes: Any) -> None:
+        raise NotFoundError("no such blob")
+
+
+async def test_last_model_that_is_not_there_is_not_waited_for(tmp_path: Path) -> None:
+    started = Started(tmp_path, Empty)
+    started.send(latest=1)
+    started.send(latest=1, over=True, phase="published")
+    await started.run()
+    assert any("cannot be had any more" in text for text in started.said)
+
+
+async def test_server_that_begins_another_run_is_joined_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rpc, "MAX_PAUSE_SECONDS", 0.0)
+    started = Started(tmp_path)
+    started.client.run_ids = ["one", "two"]
+    started.send(phase="published")
+    started.client.states.put_nowait(UnknownAgentError("who?"))
+    started.send(latest=1, over=True)
+    await started.run()
+    assert started.client.num_joins == 2
+    assert (started.disk.progress.run_id, started.disk.progress.evaluated_round) == ("two", 1)
+
+
+async def test_agent_that_is_not_known_at_its_upload_joins_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rpc, "MAX_PAUSE_SECONDS", 0.0)
+    started = Started(tmp_path)
+    started.client.run_ids = ["one", "two"]
+    join = started.client.join
+
+    async def refuse(*args: Any) -> None:
+        raise UnknownAgentError("who?")
+
+    async def join_and_hear() -> Joined:
+        joined = await join()
+        started.send(over=started.client.num_joins == 2)
+        return joined
+
+    monkeypatch.setattr(started.client, "upload", refuse)
+    monkeypatch.setattr(started.client, "join", join_and_hear)
+    await started.run()
+    assert (started.client.num_joins, started.disk.progress.run_id) == (2, "two")
+
+
+class Forgetful(Steered):
+    """Has lost what was uploaded; more than once."""
+
+    num_uploads = 0
+    num_losses = 2
+
+    async def upload(self, path: Path, blob: Blob, kind: str, on_bytes: Any) -> None:
+        self.num_uploads += 1
+
+    async def contribute(self, number: int, **contribution: Any) -> Verdict:
+        if self.num_uploads <= 2 * self.num_losses:
+            raise NotFoundError("not uploaded", Reason.MISSING_BLOB)
+        return await super().contribute(number, **contribution)
+
+
+@pytest.mark.parametrize("num_losses", [2, 99])
+async def test_blobs_that_the_server_lost_are_uploaded_again(
+    tmp_path: Path, num_losses: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started = Started(tmp_path, Forgetful)
+    monkeypatch.setattr(started.client, "num_losses", num_losses)
+    save = started.disk.save
+
+    def then_end(progress: Any) -> None:
+        save(progress)
+        if progress.contributed_round:
+            loop.call_soon_threadsafe(lambda: started.send(over=True))
+
+    loop = asyncio.get_running_loop()
+    started.disk.save = then_end  # type: ignore[method-assign]
+    started.send()
+    await started.run()
+    assert started.cloud.counts["contributions"] == (num_losses < MAX_SENDINGS)
+    assert started.client.num_uploads == 2 * MAX_SENDINGS  # type: ignore[attr-defined]
+
+
+def seconds_to_end(process: Any, number: signal.Signals) -> float:
+    started = time.monotonic()
+    process.process.send_signal(number)
+    assert process.wait(20) == 0
+    return time.monotonic() - started
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_one_signal_ends_an_agent_that_trains_and_one_that_loads(
+    cluster: Cluster, number: signal.Signals
+) -> None:
+    cluster.server("--min-agents", 2, "--set", "run.pretrain.epochs=100000")
+    trains = cluster.agent("edge-1", "--partition", "1/2")
+    loads = cluster.agent("edge-2", "--data", "tests.faults.sources:endless")
+    loads.wait_for("endless data source")
+    trains.wait_for("round 1: pre-training")
+    for agent in (trains, loads):
+        assert seconds_to_end(agent, number) < 2
+        assert "Traceback" not in agent.output
+    # The lock was kept until the process was gone, and is free now.
+    AgentState(cluster.folder / "edge-1", "edge-1").close()

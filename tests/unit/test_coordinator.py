@@ -1,0 +1,370 @@
+"""The order of things, with a real store and real files; only the trainer is played by the test."""
+
+import asyncio
+import hashlib
+import json
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, closing, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from cloud_server import job_runner, presence
+from cloud_server.config import ServerConfig
+from cloud_server.coordinator import Coordinator
+from cloud_server.jobs import Job, JobDirectory, JobError, Progress, Result, Weights, pending_jobs
+from cloud_server.metrics import ServerMetrics
+from cloud_server.round import Contribution, Outcome, Phase
+from cloud_server.store import ReportRow, Store
+from common.errors import InvalidError, Reason, RunError, UsageError
+from common.transfer import Blob
+
+REPORT = ReportRow(
+    agent_id="",
+    accuracy_local=0.5,
+    accuracy_before=0.5,
+    accuracy_after=0.6,
+    num_held_out=10,
+    applied=True,
+    reason="",
+    at=0.0,
+)
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(job_runner, "POLL_SECONDS", 0.001)
+    monkeypatch.setattr(presence, "LIVENESS_SECONDS", 0.0)
+
+
+@dataclass
+class PlayedTrainer:
+    """Does the jobs as the test has them done."""
+
+    state_dir: Path
+    outcomes: list[Result | None] = field(default_factory=list)  # of round jobs, in order; None: a model
+    num_exits: int = 0
+    jobs: list[Job] = field(default_factory=list)
+
+    async def work(self) -> None:
+        while True:
+            for directory in pending_jobs(self.state_dir / "jobs"):
+                job = directory.read_job()
+                self.jobs.append(job)
+                outcome = self.outcomes.pop(0) if job.kind == "round" and self.outcomes else None
+                directory.append_progress(Progress(phase="aggregating", done=1, total=1))
+                directory.write_result(outcome or model_in(directory, job.round))
+            await asyncio.sleep(0.001)
+
+
+def model_in(directory: JobDirectory, seed: int) -> Result:
+    digest = write_weights(directory.weights_path, seed)
+    size = directory.weights_path.stat().st_size
+    return Result(weights=Weights(sha256=digest, bytes=size), candidates={"average": 0.5}, start="average")
+
+
+def write_weights(path: Path, seed: int) -> str:
+    save_file({"weight": np.full((2, 3), seed, np.float32)}, path)
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@dataclass
+class World:
+    """A coordinator that runs, and what it stands on."""
+
+    coordinator: Coordinator
+    store: Store
+    trainer: PlayedTrainer
+    config: ServerConfig
+    metrics: ServerMetrics
+    running: asyncio.Task[None]
+
+    async def contribution_of(self, agent_id: str, seed: int = 7) -> Contribution:
+        """Join and upload; what is left is to contribute."""
+        await self.coordinator.join(agent_id)
+        path = self.config.state_dir / "upload"
+        digest = write_weights(path, seed)
+        async with self.coordinator.receive(
+            agent_id, "weights", Blob(digest, path.stat().st_size), 0
+        ) as upload:
+            await upload.write(path.read_bytes())
+        return Contribution(agent_id, digest, (), 1, 0.5)
+
+    async def contribute(self, agent_id: str, number: int = 1) -> Outcome:
+        contribution = await self.contribution_of(agent_id)
+        return (await self.coordinator.contribute(agent_id, number, contribution)).outcome
+
+    async def until(self, condition: Callable[[], bool]) -> None:
+        async with asyncio.timeout(10):
+            while not condition():
+                if self.running.done():
+                    self.running.result()
+                await asyncio.sleep(0.001)
+
+    def report(self, number: int = 1) -> dict[str, Any]:
+        path = self.config.state_dir / f"rounds/{number:04d}/report.json"
+        report: dict[str, Any] = json.loads(path.read_text("utf-8"))
+        return report
+
+
+@asynccontextmanager
+async def world(
+    state_dir: Path, outcomes: list[Result | None] | None = None, **keys: Any
+) -> AsyncIterator[World]:
+    config = ServerConfig(state_dir=state_dir, **{"min_agents": 1, "rounds": 0} | keys)
+    with closing(Store(state_dir)) as store:
+        trainer = PlayedTrainer(state_dir, outcomes or [])
+        metrics = ServerMetrics()
+        coordinator = Coordinator(config, store, trainer, metrics)
+        working = asyncio.create_task(trainer.work())
+        await coordinator.start()
+        running = asyncio.create_task(coordinator.run())
+        try:
+            yield World(coordinator, store, trainer, config, metrics, running)
+        finally:
+            for task in (running, working):
+                task.cancel()
+                with suppress(asyncio.CancelledError, RunError):
+                    await task
+
+
+async def test_late_contribution_while_the_next_round_opens_harms_neither(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with world(tmp_path) as here:
+        late = await here.contribution_of("late")
+        assert await here.contribute("first") is Outcome.ACCEPTED
+        opening = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        open_round, record = here.store.open_round, here.store.record_contribution
+
+        def slow_open_round(*args: Any) -> None:
+            loop.call_soon_threadsafe(opening.set)
+            pause(0.05, loop)
+            open_round(*args)
+
+        def slow_record(*args: Any) -> None:
+            pause(0.1, loop)
+            record(*args)
+
+        monkeypatch.setattr(here.store, "open_round", slow_open_round)
+        monkeypatch.setattr(here.store, "record_contribution", slow_record)
+        await opening.wait()
+        verdict = await here.coordinator.contribute("late", 1, late)
+        assert verdict.outcome is Outcome.LATE
+        await here.until(lambda: here.coordinator.state_for().round == 2)
+        assert here.store.last_round().number == 2
+        assert here.store.contributions(2) == []
+        assert await here.contribute("first", 2) is Outcome.ACCEPTED
+        await here.until(lambda: here.coordinator.state_for().round == 3)
+
+
+def pause(seconds: float, loop: asyncio.AbstractEventLoop) -> None:
+    """Hold a thread of the store's up while the event loop goes on."""
+    asyncio.run_coroutine_threadsafe(asyncio.sleep(seconds), loop).result()
+
+
+async def test_cancelled_contribution_is_the_same_in_memory_and_on_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with world(tmp_path, min_agents=2) as here:
+        contribution = await here.contribution_of("a")
+        recording = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        record = here.store.record_contribution
+
+        def slow_record(*args: Any) -> None:
+            loop.call_soon_threadsafe(recording.set)
+            pause(0.05, loop)
+            record(*args)
+
+        monkeypatch.setattr(here.store, "record_contribution", slow_record)
+        call = asyncio.create_task(here.coordinator.contribute("a", 1, contribution))
+        await recording.wait()
+        call.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await call
+        assert [row.agent_id for row in here.store.contributions(1)] == ["a"]
+        assert here.coordinator.state_for("a").outcome is Outcome.ACCEPTED
+
+
+async def test_late_agents_are_reported_as_late_and_silent_ones_as_vanished(tmp_path: Path) -> None:
+    async with world(tmp_path) as here:
+        await here.coordinator.join("silent")
+        late = await here.contribution_of("late")
+        assert await here.contribute("first") is Outcome.ACCEPTED
+        await here.until(lambda: here.coordinator.state_for().round == 2)
+        assert here.report()["vanished"] == ["late", "silent"]
+        assert (await here.coordinator.contribute("late", 1, late)).outcome is Outcome.LATE
+        assert here.report()["late"] == ["late"]
+        assert here.report()["vanished"] == ["silent"]
+        await here.coordinator.join("newcomer")
+        assert here.report()["vanished"] == ["silent"]
+
+
+async def test_accepted_contribution_repeated_after_its_round_is_still_accepted(tmp_path: Path) -> None:
+    async with world(tmp_path) as here:
+        contribution = await here.contribution_of("a")
+        for _ in range(2):
+            verdict = await here.coordinator.contribute("a", 1, contribution)
+            assert verdict.outcome is Outcome.ACCEPTED
+            await here.until(lambda: here.coordinator.state_for().round == 2)
+        assert [row.outcome for row in here.store.contributions(1)] == ["accepted"]
+
+
+async def test_contribution_to_a_round_that_is_not_open_yet_is_refused(tmp_path: Path) -> None:
+    async with world(tmp_path) as here:
+        contribution = await here.contribution_of("a")
+        with pytest.raises(InvalidError, match="round 2 is not open; round 1 is"):
+            await here.coordinator.contribute("a", 2, contribution)
+
+
+def failure(kind: Any) -> Result:
+    return Result(error=JobError(kind=kind, message=f"it went wrong: {kind}"))
+
+
+async def test_training_that_runs_out_of_memory_is_tried_with_half_the_batch(tmp_path: Path) -> None:
+    outcomes = [failure("out_of_memory"), failure("out_of_memory"), None]
+    async with world(tmp_path, outcomes, run={"fine_tune": {"batch_size": 100}}) as here:
+        await here.contribute("a")
+        await here.until(lambda: here.coordinator.state_for().round == 2)
+        rounds = [job for job in here.trainer.jobs if job.kind == "round"]
+        assert [job.run.fine_tune.batch_size for job in rounds] == [100, 50, 25]
+        assert [job.attempt for job in rounds] == [1, 2, 3]
+        assert here.report()["outcome"] == "published"
+
+
+async def test_round_that_cannot_be_trained_fails_with_its_reason_and_the_next_one_opens(
+    tmp_path: Path,
+) -> None:
+    async with world(tmp_path, [failure("failed")] * 2, max_attempts=2) as here:
+        initial = here.coordinator.state_for().initial_weights
+        await here.contribute("a")
+        await here.until(lambda: here.coordinator.state_for().round == 2)
+        report = here.report()
+        assert (report["outcome"], report["failure"]) == ("failed", "it went wrong: failed")
+        state = here.coordinator.state_for("a")
+        assert (state.failed_round, state.failure) == (1, "it went wrong: failed")
+        assert (state.phase, state.initial_weights) == (Phase.COLLECTING, initial)
+        sample = here.metrics.registry.get_sample_value("ecavg_server_rounds_total", {"outcome": "failed"})
+        assert sample == 1
+        await here.contribute("a", 2)
+        await here.until(lambda: here.coordinator.state_for().round == 3)
+        assert here.report(2)["outcome"] == "published"
+
+
+async def test_attempts_and_the_smaller_batch_survive_a_restart(tmp_path: Path) -> None:
+    run = {"fine_tune": {"batch_size": 100}}
+    async with world(tmp_path, min_agents=1, run=run) as here:
+        await here.contribute("a")
+        await here.until(lambda: here.coordinator.state_for().round == 2)
+        directory = JobDirectory(tmp_path / "jobs/round-0001")
+        job = directory.read_job()
+    with closing(Store(tmp_path)) as store:  # as a server leaves it that died after a failed first attempt
+        store.set_phase(1, "aggregating", 1.0)
+        store._database.execute("DELETE FROM phase_history WHERE round = 2")
+        store._database.execute("DELETE FROM rounds WHERE number = 2")
+        store._database.commit()
+    directory.write_job(job)
+    directory.write_result(failure("out_of_memory"))
+    async with world(tmp_path, [failure("failed")], run=run) as here:
+        await here.until(lambda: here.coordinator.state_for().round == 2)
+        again = [job for job in here.trainer.jobs if job.kind == "round"]
+        assert [(job.attempt, job.run.fine_tune.batch_size) for job in again] == [(2, 50), (3, 50)]
+
+
+async def test_trainer_that_dies_in_mid_job_costs_an_attempt_and_one_that_dies_idle_does_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with world(tmp_path, min_agents=2, max_attempts=2) as here:
+        here.trainer.num_exits = 5  # idle
+        monkeypatch.setattr(JobDirectory, "is_pending", property(lambda self: False))  # the trainer is dead
+        await here.contribute("a")
+        await here.contribute("b")
+        directory = JobDirectory(tmp_path / "jobs/round-0001")
+        for _ in range(2):
+            await here.until(lambda: directory.is_begun and directory.read_result() is None)
+            directory.append_progress(Progress(phase="fine_tuning", done=1, total=2))
+            await here.until(lambda: here.coordinator.state_for().phase is Phase.FINE_TUNING)
+            here.trainer.num_exits += 1
+            await here.until(lambda: here.coordinator.state_for().phase is not Phase.FINE_TUNING
+                             or directory.read_job().attempt == 2)  # fmt: skip
+        await here.until(lambda: here.coordinator.state_for().round == 2)
+        assert here.report()["failure"] == "the trainer died; see trainer.log"
+
+
+async def test_failed_last_round_ends_the_run_with_its_reason(tmp_path: Path) -> None:
+    async with world(tmp_path, [failure("failed")], max_attempts=1, rounds=1) as here:
+        await here.contribute("a")
+        with pytest.raises(RunError, match="round 1 failed: it went wrong: failed"):
+            await asyncio.wait_for(here.running, 10)
+    async with world(tmp_path, max_attempts=1, rounds=1) as here:
+        with pytest.raises(RunError, match="round 1 failed"):
+            await asyncio.wait_for(here.running, 10)
+        sample = here.metrics.registry.get_sample_value("ecavg_server_rounds_total", {"outcome": "failed"})
+        assert sample == 0  # it did not fail again
+
+
+async def test_finished_run_ends_at_once_and_goes_on_when_more_rounds_are_wanted(tmp_path: Path) -> None:
+    async with world(tmp_path, rounds=1) as here:
+        await here.contribute("a")
+        await asyncio.wait_for(here.running, 10)
+    published = here.report()["weights"]["sha256"]
+    async with world(tmp_path, rounds=1) as here:
+        await asyncio.wait_for(here.running, 10)
+        assert here.coordinator.state_for().run_over
+    async with world(tmp_path, rounds=2) as here:
+        await here.until(lambda: here.coordinator.state_for().round == 2)
+        assert here.coordinator.state_for().initial_weights.digest == published
+
+
+async def test_too_few_agents_at_the_deadline_fail_the_round_if_so_configured(tmp_path: Path) -> None:
+    async with world(tmp_path, min_agents=2, deadline_seconds=0.05, on_too_few="fail", rounds=1) as here:
+        with pytest.raises(RunError, match="too few agents: 0 of at least 2 contributed within 0.05 seconds"):
+            await asyncio.wait_for(here.running, 10)
+
+
+async def test_deadline_closes_a_round_with_enough_agents(tmp_path: Path) -> None:
+    async with world(tmp_path, min_agents=1, max_agents=3, deadline_seconds=0.3, rounds=1) as here:
+        await here.contribute("a")
+        assert here.coordinator.state_for().phase is Phase.COLLECTING
+        await asyncio.wait_for(here.running, 10)
+        assert [agent["agent_id"] for agent in here.report()["agents"]] == ["a"]
+
+
+async def test_other_configuration_of_the_run_is_refused_and_named(tmp_path: Path) -> None:
+    async with world(tmp_path):
+        pass
+    with pytest.raises(UsageError, match=r"run\.pretrain\.epochs: 5 there, 9 here"):
+        async with world(tmp_path, run={"pretrain": {"epochs": 9}}):
+            pass
+
+
+async def test_rejection_is_reported_with_its_reason(tmp_path: Path) -> None:
+    async with world(tmp_path) as here:
+        await here.coordinator.join("bad")
+        path = tmp_path / "bad"
+        save_file({"weight": np.full((2, 3), np.nan, np.float32)}, path)
+        blob = Blob(hashlib.sha256(path.read_bytes()).hexdigest(), path.stat().st_size)
+        with pytest.raises(InvalidError):
+            async with here.coordinator.receive("bad", "weights", blob, 0) as upload:
+                await upload.write(path.read_bytes())
+        await here.contribute("good")
+        await here.until(lambda: here.coordinator.state_for().round == 2)
+        (rejected,) = here.report()["rejected"]
+        assert (rejected["agent_id"], rejected["reason"]) == ("bad", Reason.NON_FINITE)
+        assert here.report()["vanished"] == []
+
+
+async def test_reports_of_agents_end_up_in_the_report(tmp_path: Path) -> None:
+    async with world(tmp_path) as here:
+        await here.contribute("a")
+        await here.until(lambda: here.coordinator.state_for().round == 2)
+        row = ReportRow(**{**vars(REPORT), "agent_id": "a"})
+        await asyncio.gather(*(here.coordinator.report("a", 1, row) for _ in range(5)))
+        (agent,) = here.report()["agents"]
+        assert (agent["accuracy_before"], agent["accuracy_after"], agent["applied"]) == (0.5, 0.6, True)

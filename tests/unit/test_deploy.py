@@ -1,0 +1,30 @@
+"""What the units and the stack promise about restarts."""
+
+import configparser
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def unit() -> configparser.ConfigParser:
+    parser = configparser.ConfigParser(strict=False, interpolation=None)
+    parser.read(ROOT / "deploy/systemd/cloud-server.service", "utf-8")
+    return parser
+
+
+def test_server_outlives_a_trainer_that_ran_out_of_memory(unit: configparser.ConfigParser) -> None:
+    assert unit["Service"]["OOMPolicy"] == "continue"
+
+
+def test_server_that_always_fails_is_given_up(unit: configparser.ConfigParser) -> None:
+    burst, interval = int(unit["Unit"]["StartLimitBurst"]), int(unit["Unit"]["StartLimitIntervalSec"])
+    assert 1 < burst <= 5
+    assert interval >= 10 * burst * int(unit["Service"]["RestartSec"])  # it takes seconds to fail as well
+    stack = (ROOT / "docker-compose.yml").read_text("utf-8")
+    server = re.search(r"^  cloud-server:$(.*?)^  \S", stack, re.MULTILINE | re.DOTALL)
+    assert server
+    assert re.search(r"^    restart: on-failure:[1-9]\b", server[1], re.MULTILINE)
