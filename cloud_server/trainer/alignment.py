@@ -75,7 +75,7 @@ def _descend(
     for group, permutation in zip(groups, permutations, strict=True):
         _permute(group, permutation, current)
     # The groups whose costs a group's permutation changes: itself where it is on two axes of a tensor.
-    neighbours = [set().union(*crossing.values()) for crossing in _crossings(groups)]
+    neighbours = [set().union(*crossings) for crossings in _crossings(groups)]
     generator = np.random.default_rng(seed)
     stale = set(range(len(groups)))  # may get better
     while stale:
@@ -103,8 +103,12 @@ def _from_the_inputs(
     """Match the groups in the order of the graph, by what depends on no group that is still to come."""
     permutations: list[Permutation] = []
     current = _copy(given)
-    for number, (group, crossing) in enumerate(zip(groups, _crossings(groups), strict=True)):
-        settled = [place for place in group.places if all(other < number for other in crossing[place])]
+    for number, (group, crossings) in enumerate(zip(groups, _crossings(groups), strict=True)):
+        settled = [
+            place
+            for place, others in zip(group.places, crossings, strict=True)
+            if all(other < number for other in others)
+        ]
         found = _improvement(group, settled, wanted, current)
         permutations.append(torch.arange(group.size) if found is None else found)
         _permute(group, permutations[-1], current)
@@ -181,17 +185,17 @@ def _permute(group: PermutationGroup, permutation: Permutation, compared: StateD
             permute_in_place(place, permutation, compared[place.tensor])
 
 
-def _crossings(groups: Sequence[PermutationGroup]) -> list[dict[Place, set[int]]]:
+def _crossings(groups: Sequence[PermutationGroup]) -> list[list[set[int]]]:
     """For each place of each group the groups on another axis of its tensor: they change what it holds."""
     by_tensor: dict[str, list[tuple[int, Place]]] = {}
     for number, group in enumerate(groups):
         for place in group.places:
             by_tensor.setdefault(place.tensor, []).append((number, place))
     return [
-        {
-            place: {other for other, crossing in by_tensor[place.tensor] if _do_cross(place, crossing)}
+        [
+            {other for other, crossing in by_tensor[place.tensor] if _do_cross(place, crossing)}
             for place in group.places
-        }
+        ]
         for group in groups
     ]
 
