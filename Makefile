@@ -26,7 +26,7 @@ demo: $(READY)
 	@$(BIN)/python -m experiments.demo
 
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
 check: $(READY)
 	$(BIN)/ruff check .

@@ -324,7 +324,7 @@ async def test_finished_run_ends_at_once_and_goes_on_when_more_rounds_are_wanted
 
 async def test_too_few_agents_at_the_deadline_fail_the_round_if_so_configured(tmp_path: Path) -> None:
     async with world(tmp_path, min_agents=2, deadline_seconds=0.05, on_too_few="fail", rounds=1) as here:
-        with pytest.raises(RunError, match=r"too few agents: 0 of at least 2 contributed within 0.05 seconds"):
+        with pytest.raises(RunError, match=r"too few agents: 0 of at least 2 contributed"):
             await asyncio.wait_for(here.running, 10)
 
 
