@@ -19,6 +19,8 @@ WAIT_SECONDS = 60.0
 class Command:
     """One `cloud-server` or `edge-agent`, its output in files."""
 
+    process: Any  # a subprocess.Popen, or what does as well
+
     def __init__(
         self, module: str, *args: object, folder: Path, env: dict[str, str] | None = None, cwd: Path = ROOT
     ) -> None:
@@ -111,7 +113,10 @@ class Cluster:
         return report
 
     def _start(self, module: str, *args: object, folder: Path, env: dict[str, str] | None) -> Command:
-        command = Command(module, *args, folder=folder / "logs", env=env)
+        return self.adopt(Command(module, *args, folder=folder / "logs", env=env))
+
+    def adopt(self, command: Command) -> Command:
+        """See to it that the command does not outlive the cluster."""
         self._commands.append(command)
         return command
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from common.faults import Point
+from tests.faults.zygote import Zygote
 from tests.integration.test_round import free_port
 from tests.processes import Cluster, Command
 
@@ -36,11 +37,21 @@ def blobs(split: str) -> tuple[np.ndarray, np.ndarray] | None:
 Environment = Mapping[str, str]
 
 
+class ForkedAgent(Command):
+    """An edge-agent that need not import PyTorch."""
+
+    def __init__(self, zygote: Zygote, arguments: tuple[object, ...], folder: Path, env: Environment) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.output_path = folder / f"edge_agent.{time.monotonic_ns()}.log"
+        self.process = zygote.start([str(argument) for argument in arguments], self.output_path, env)
+
+
 class Run:
     """One server and its agents, each started again whenever it is killed."""
 
-    def __init__(self, cluster: Cluster, settings: tuple[object, ...] = SETTINGS) -> None:
+    def __init__(self, cluster: Cluster, zygote: Zygote, settings: tuple[object, ...] = SETTINGS) -> None:
         self.cluster = cluster
+        self._zygote = zygote
         self.num_restarts = 0
         self._settings = settings
         cluster.port, cluster.http_port = free_port(), free_port()
@@ -95,10 +106,14 @@ class Run:
             process = self.cluster.server(*self._settings, env=dict(env or {}), ready=False)
         else:
             part = f"{AGENTS.index(name) + 1}/{len(AGENTS)}"
-            process = self.cluster.agent(
-                name, "--data", "tests.faults.runs:blobs", "--partition", part, "--checkpoint-seconds", 0,
-                env=dict(env or {}),
+            arguments = (
+                "--server", f"127.0.0.1:{self.cluster.port}", "--agent-id", name,
+                "--state-dir", self.cluster.folder / name, "--data", "tests.faults.runs:blobs",
+                "--partition", part, "--checkpoint-seconds", 0,
             )  # fmt: skip
+            process = self.cluster.adopt(
+                ForkedAgent(self._zygote, arguments, self.cluster.folder / "logs", env or {})
+            )
         self.processes[name] = process
 
 

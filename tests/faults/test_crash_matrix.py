@@ -1,12 +1,14 @@
 """Every named point of the protocol is killed once; the run comes to the same digests, bit by bit."""
 
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
 from common.faults import Point
 from tests.faults.runs import AGENTS, NUM_ROUNDS, Run, armed_with
+from tests.faults.zygote import Zygote
 from tests.processes import Cluster, cluster_in
 
 pytestmark = pytest.mark.timeout(300)
@@ -32,9 +34,15 @@ CASES = [(point, COUNTS.get(point, 1)) for point in Point] + [
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[str]]:
+def zygote() -> Iterator[Zygote]:
+    with closing(Zygote()) as zygote:
+        yield zygote
+
+
+@pytest.fixture(scope="module")
+def undisturbed(zygote: Zygote, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[str]]:
     with cluster_in(tmp_path_factory.mktemp("undisturbed")) as cluster:
-        run = Run(cluster)
+        run = Run(cluster, zygote)
         run.start()
         yield run.finish(FINISH_SECONDS)
         assert run.num_restarts == 0
@@ -42,11 +50,11 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[str]]
 
 @pytest.mark.parametrize(("point", "count"), CASES)
 def test_killed_at_any_point_the_run_publishes_the_same(
-    undisturbed: list[str], cluster: Cluster, tmp_path: Path, point: Point, count: int
+    undisturbed: list[str], zygote: Zygote, cluster: Cluster, tmp_path: Path, point: Point, count: int
 ) -> None:
     marker = tmp_path / "died"
     victim, environment = armed_with(point, count, marker)
-    run = Run(cluster)
+    run = Run(cluster, zygote)
     run.start(victim, environment)
     assert run.finish(FINISH_SECONDS) == undisturbed
     assert marker.exists(), "the point was never reached"
