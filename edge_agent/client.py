@@ -118,18 +118,21 @@ class CloudClient:
 
     async def watch(self) -> AsyncIterator[RunState]:
         """The state of the run whenever it changes, across reconnections, until the run is over."""
-        backoff = rpc.Backoff()
-        while True:
+        backoff, is_over = rpc.Backoff(), False
+        while not is_over:
             opened_at = time.monotonic()
             call = self._stub.Watch(pb.WatchRequest(), metadata=self._metadata)
             try:
                 async for event in _answered(call):
                     self._heard()
+                    is_over = event.run_over
                     yield _run_state(event)
-                    if event.run_over:
-                        return
-                raise UnavailableError("the server ended the stream")
+                # Once the run is over we wait for this end: the server then knows that we have heard it.
+                if not is_over:
+                    raise UnavailableError("the server ended the stream")
             except Refusal as error:
+                if is_over:
+                    return
                 if not rpc.is_retried(error):
                     raise
                 if time.monotonic() - opened_at > STEADY_SECONDS:

@@ -24,7 +24,7 @@ def run(cluster: Cluster, agents: list[tuple[str, str]], *server_args: object) -
         started.append(cluster.agent(name, "--partition", partition))
         started[-1].wait_for("joined as")
     assert [agent.wait() for agent in started] == [0] * len(agents)
-    assert server.wait() == 0
+    assert server.wait(15) == 0  # it knows that all have heard of the end, and waits for none to come back
     rounds = sorted((cluster.state_dir / "rounds").iterdir())
     digest: str = json.loads((rounds[-1] / "report.json").read_text("utf-8"))["weights"]["sha256"]
     return digest
