@@ -83,6 +83,9 @@ class Run:
             time.sleep(0.02)
         return [self.cluster.report(number)["weights"]["sha256"] for number in range(1, self._num_rounds + 1)]
 
+    def is_running(self, name: str) -> bool:
+        return self.processes[name].process.poll() is None
+
     def kill(self, name: str) -> bool:
         """SIGKILL the process, or the server's trainer; False where there is none to kill."""
         if name == "trainer":

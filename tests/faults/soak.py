@@ -62,6 +62,8 @@ class Killer:
     def __call__(self, run: Run) -> None:
         if self.kills.total() >= self._most or time.monotonic() < self._due:
             return
+        if not any(run.is_running(name) for name in AGENTS):
+            return  # the server is about to leave, and gives agents half a minute to come back each time
         self._due = time.monotonic() + self._chance.uniform(*PAUSE_SECONDS)
         victim = self._chance.choice(("server", "trainer", *AGENTS))
         if run.kill(victim):
