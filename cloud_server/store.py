@@ -26,6 +26,7 @@ from typing import Any, TextIO
 
 from common.errors import NotFoundError, Reason, StorageError, UsageError
 from common.faults import Point, crash_point
+from common.files import sync
 
 MIGRATIONS = (  # what takes the database from one schema version to the next; never edit one, add another
     """
@@ -211,7 +212,7 @@ class Store:
                     (state_dir / folder).mkdir(parents=True, exist_ok=True)
                 resources.enter_context(_locked(state_dir))
                 self._database = resources.enter_context(_database(state_dir / "ecavg.sqlite3"))
-                _fsync(state_dir)
+                sync(state_dir)
             except (OSError, sqlite3.DatabaseError) as error:
                 what = error.strerror if isinstance(error, OSError) else error
                 raise UsageError(
@@ -362,8 +363,8 @@ class Store:
             # A second name, not another: killed before the record is there, the upload is still whole.
             with suppress(FileExistsError):  # the same bytes, of this agent or another
                 self._link(partial, blob)
-            _fsync(blob.parent)
-            _fsync(self._blobs_dir)
+            sync(blob.parent)
+            sync(self._blobs_dir)
             crash_point(Point.SERVER_BLOB_LINKED)
             with self._transaction() as database:
                 database.execute(
@@ -489,7 +490,7 @@ class Store:
 
     def _link(self, partial: Path, blob: Path) -> None:
         try:
-            _fsync(partial)
+            sync(partial)
             os.link(partial, blob)
         except FileNotFoundError:  # fine where an earlier call had got this far when the process died
             if not blob.exists():
@@ -500,14 +501,14 @@ class Store:
         with storage_errors():
             blob.parent.mkdir(exist_ok=True)
             try:
-                _fsync(source)
+                sync(source)
                 source.replace(blob)  # should one be there, its bytes are the same
             except FileNotFoundError:  # fine where an earlier call had got this far when the process died
                 if not blob.exists():
                     raise NotFoundError(f"the bytes of blob {digest} are not here: upload them") from None
             blob.chmod(0o444)
-            _fsync(blob.parent)
-            _fsync(self._blobs_dir)
+            sync(blob.parent)
+            sync(self._blobs_dir)
 
     # SQL
 
@@ -558,15 +559,6 @@ def _checked(digest: str) -> str:
     if not _DIGEST.fullmatch(digest):
         raise ValueError(f"{digest[:80]!r} is no digest: 64 lower-case hex digits")
     return digest
-
-
-def _fsync(path: Path) -> None:
-    """Puts a file's bytes, or a folder's entries, on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 @contextmanager

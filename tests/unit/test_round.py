@@ -12,8 +12,9 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from cloud_server.records import round_from
 from cloud_server.round import TRANSITIONS, Contribution, Outcome, Phase, Policy, Rejection, Round
-from cloud_server.store import ContributionRow, RoundRow, Store
+from cloud_server.store import ContributionRow, Store
 from common.errors import ConflictError, Reason
 
 POLICY = Policy(min_agents=2, max_agents=3, deadline_seconds=60)
@@ -399,7 +400,7 @@ class Run(RuleBasedStateMachine):
     def remembered_round(self) -> Round:
         row = self.store.last_round()
         assert row is not None
-        return rebuild(row, self.store.contributions(row.number), self.policy)
+        return round_from(row, self.store.contributions(row.number), self.policy)
 
 
 def row_of(offered: Contribution, outcome: Outcome, now: float) -> ContributionRow:
@@ -422,27 +423,6 @@ def contribution_of(row: ContributionRow) -> Contribution:
 
 def accepted(store: Store, number: int) -> tuple[ContributionRow, ...]:
     return tuple(row for row in store.contributions(number) if row.outcome == "accepted")
-
-
-def rebuild(row: RoundRow, contributions: list[ContributionRow], policy: Policy) -> Round:
-    return Round(
-        number=row.number,
-        policy=policy,
-        opened_at=row.opened_at,
-        initial_weights=row.initial_weights,
-        phase=Phase(row.phase),
-        contributions={
-            each.agent_id: contribution_of(each) for each in contributions if each.outcome == "accepted"
-        },
-        rejections={
-            each.agent_id: Rejection(Reason(each.reason), each.message)
-            for each in contributions
-            if each.outcome == "rejected"
-        },
-        late=frozenset(each.agent_id for each in contributions if each.outcome == "late"),
-        published=row.published,
-        failure=row.failure,
-    )
 
 
 TestRun = Run.TestCase
