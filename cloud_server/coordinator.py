@@ -5,53 +5,37 @@ restart must not lose is in the store before anyone is told.
 """
 
 import asyncio
-import json
 import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import structlog
-from pydantic import ValidationError
 
-from cloud_server import reports, retention
+from cloud_server import records, retention
 from cloud_server.config import ServerConfig
 from cloud_server.disk import durably, to_the_end, when_disk_allows
 from cloud_server.job_runner import JobRunner, Trainer
-from cloud_server.jobs import Job, JobContribution, JobError, Progress, Result
+from cloud_server.jobs import Job, JobError, Progress, Result
 from cloud_server.metrics import ServerMetrics
 from cloud_server.presence import LIVENESS_SECONDS, Presence
-from cloud_server.records import contribution_row, rejection_row, round_from
+from cloud_server.reports import Reports, stages
 from cloud_server.round import Contribution, Outcome, Phase, Policy, Round
-from cloud_server.store import ReportRow, RoundRow, Store, storage_errors
-from cloud_server.uploads import Upload, Uploads
+from cloud_server.standing import RunState, Standing, wait_for
+from cloud_server.store import ReportRow, RoundRow, Store
+from cloud_server.uploads import UNFIT, Upload, Uploads
 from common import schema
 from common.config import RunConfig
 from common.errors import InvalidError, NotFoundError, Reason, RunError, StorageError, UsageError
 from common.faults import Point, crash_point
 from common.transfer import Blob
 
-STATUS_ROUNDS = 50  # as many of the latest rounds are on the status page
 LIVENESS_POLL_SECONDS = 1.0
 
-# What makes a blob unfit for good; anything else about an upload can be cured by sending it again.
-_UNFIT = {
-    Reason.INVALID_FILE,
-    Reason.SCHEMA_MISMATCH,
-    Reason.NON_FINITE,
-    Reason.INVALID_SHARD,
-    Reason.SIZE_LIMIT,
-}
-
 _WORK = (Phase.AGGREGATING, Phase.FINE_TUNING, Phase.EVALUATING)  # the trainer's phases, in order
-_PHASE_OF_PROGRESS = {
-    "aggregating": Phase.AGGREGATING,
-    "fine_tuning": Phase.FINE_TUNING,
-    "evaluating": Phase.EVALUATING,
-}
 
 _T = TypeVar("_T")
 
@@ -66,29 +50,6 @@ class Membership:
     run: RunConfig
     slot: int
     num_partitions: int
-
-
-@dataclass(frozen=True)
-class PublishedModel:
-    round: int
-    weights: Blob
-
-
-@dataclass(frozen=True)
-class RunState:
-    """The whole state of the run at one moment, as one agent may see it."""
-
-    round: int
-    phase: Phase
-    initial_weights: Blob
-    outcome: Outcome | None
-    progress: Progress | None
-    latest_model: PublishedModel | None
-    failed_round: int  # this round or the one before, if it failed; else 0
-    failure: str  # why it did
-    run_over: bool
-    num_contributions: int
-    max_contributions: int
 
 
 @dataclass(frozen=True)
@@ -124,6 +85,7 @@ class Coordinator:
         self._metrics = metrics
         self._clock = clock
         self._on_change = on_change
+        self._reports = Reports(config.state_dir, config.run, store)
         self._policy = Policy(
             min_agents=config.min_agents,
             max_agents=config.agents_to_close,
@@ -131,19 +93,12 @@ class Coordinator:
             on_too_few=config.on_too_few,
         )
         self._lock = asyncio.Lock()
-        self._report_lock = asyncio.Lock()
-        self._changed = asyncio.Event()
-        self._presence = Presence()
         self._slots: dict[str, int] = {}
-        self._progress: Progress | None = None
-        self._run_over = False
-        self._run_id = ""
-        self._latest_model: PublishedModel | None = None
-        self._last_failure = (0, "")  # round, reason
-        self._results: dict[int, Result] = {}  # of rounds on the status page
-        self._round: Round  # this and what follows: set by start()
-        self._initial_weights: Blob  # of the current round
+        self._run_id: str  # this and what follows: set by start()
+        self._round: Round
         self._uploads: Uploads
+        self._presence: Presence
+        self._standing: Standing
 
     # ------------------------------------------------------------------ the life of a run
 
@@ -156,7 +111,7 @@ class Coordinator:
         run = await asyncio.to_thread(self._store.run)
         if run is None:
             await self._begin_run()
-        elif difference := _first_difference(run.config_json, self._config.run):
+        elif difference := records.first_difference(run.config_json, self._config.run):
             raise UsageError(
                 f"{self._config.state_dir} holds a run with another configuration ({difference});"
                 " give that one, or another --state-dir"
@@ -171,7 +126,7 @@ class Coordinator:
             RunError: the last round published no model.
         """
         if self._round.is_over:  # the last life may have ended before the report was written
-            await self._write_report(self._round.number)
+            await self._reports.write(self._round.number)
         while not self._has_run_enough():
             if self._round.is_over:
                 await self._open_next_round()
@@ -180,8 +135,7 @@ class Coordinator:
                 await self._train()
             await self._end_round()
         await self._wait_for_reports()
-        self._run_over = True
-        self._publish_change()
+        self._standing.show_run_over()
         await self._say_farewell()
         if self._round.failure:
             raise RunError(f"round {self._round.number} failed: {self._round.failure}")
@@ -193,26 +147,16 @@ class Coordinator:
 
     async def _begin_run(self) -> None:
         """Have the trainer build the model: its weights are the start, its names and shapes the gate."""
-        self._jobs.directory("initialise").remove()  # of a start that failed
-        job = Job(
-            kind="initialise",
-            name="initialise",
-            round=0,
-            run=self._config.run,
-            device=self._config.device,
-            initial_weights=None,
-        )
-        result = await self._jobs.finish(job, _ignore_progress)
+        job = records.initialise_job(self._config.run, self._config.device)
+        self._jobs.directory(job.name).remove()  # of a start that failed
+        result = await self._jobs.finish(job)
         if result.error or result.weights is None:
             error = result.error or JobError(kind="failed", message="the trainer gave no weights")
             raise (UsageError if error.kind == "usage" else RunError)(error.message)
         await self._adopt(job, result)
+        run_id, run_json = uuid.uuid4().hex, self._config.run.model_dump_json()
         await asyncio.to_thread(
-            self._store.create_run,
-            uuid.uuid4().hex,
-            self._config.run.model_dump_json(),
-            result.weights.sha256,
-            self._clock(),
+            self._store.create_run, run_id, run_json, result.weights.sha256, self._clock()
         )
         crash_point(Point.SERVER_RUN_CREATED)
 
@@ -222,11 +166,6 @@ class Coordinator:
         assert run is not None
         self._run_id = run.run_id
         self._slots = {agent.agent_id: agent.slot for agent in self._store.agents()}
-        for row in rows:
-            if row.published:
-                self._latest_model = PublishedModel(row.number, self._blob(row.published))
-            if row.failure:
-                self._last_failure = (row.number, row.failure)
         first, last = rows[0], rows[-1]
         self._uploads = Uploads(
             self._store,
@@ -235,26 +174,47 @@ class Coordinator:
             max_data_bytes=self._config.max_upload_bytes,
             on_received=self._metrics.count_received,
         )
-        self._enter(last)
+        self._round = self._recorded(last)
         self._presence = Presence(expected=self._round.contributions)
-        self._publish_change()
+        self._standing = Standing(
+            run.run_id,
+            self._round,
+            self._slots,
+            self._presence,
+            store=self._store,
+            reports=self._reports,
+            metrics=self._metrics,
+            on_change=self._on_change,
+        )
 
-    def _enter(self, row: RoundRow) -> None:
-        self._round = round_from(row, self._store.contributions(row.number), self._policy)
-        self._initial_weights = self._blob(row.initial_weights)
+    def _recorded(self, row: RoundRow) -> Round:
+        is_independent = self._config.run.initial_weights == "independent"
+        return records.round_from(
+            row,
+            self._store.contributions(row.number),
+            self._policy,
+            may_be_independent=is_independent and not self._store.has_published(),
+        )
 
     async def _collect(self) -> None:
         """Wait until the round closes by number or by time."""
         while True:
-            changed = self._changed
+            changed = self._standing.next_change
             await self._transition(lambda round_: round_.tick(self._clock()))
             if self._round.phase is not Phase.COLLECTING:
                 return
-            await _wait(changed, self._seconds_to_deadline())
+            await wait_for(changed, self._seconds_to_deadline())
+
+    def _seconds_to_deadline(self) -> float | None:
+        """None: nothing happens by time alone."""
+        deadline = self._round.deadline_at
+        if deadline is None or deadline <= self._clock():
+            return None
+        return deadline - self._clock()
 
     async def _train(self) -> None:
         """Average, fine-tune and evaluate in the trainer; publish what comes back."""
-        job = self._job_of_round()
+        job = records.round_job(self._round, self._config.run, self._config.device)
         result = await self._jobs.finish(job, self._show_progress)
         if result.error or result.weights is None:
             reason = result.error.message if result.error else "the trainer gave no weights"
@@ -264,13 +224,12 @@ class Coordinator:
         await self._adopt(job, result)
         await self._advance_to(Phase.EVALUATING)
         await self._transition(lambda round_: round_.publish(digest))
-        for stage, accuracy in reports.stages(result).items():
-            self._metrics.set_accuracy(stage, accuracy)
+        self._metrics.set_accuracies(stages(result))
 
     async def _end_round(self) -> None:
         """Write the report, and give up what is too old."""
         number, outcome = self._round.number, self._round.phase.value
-        await self._write_report(number)
+        await self._reports.write(number)
         self._metrics.count_round(outcome)
         log.info("round_ended", round=number, outcome=outcome, reason=self._round.failure or None)
         await self._clean_up()
@@ -285,14 +244,13 @@ class Coordinator:
             crash_point(Point.SERVER_ROUND_OPENED)
             row = self._store.last_round()
             assert row is not None
-            self._enter(row)
+            self._believe(self._recorded(row))
 
         await when_disk_allows(lambda: self._exclusively(open_round))
-        self._publish_change()
 
     async def _clean_up(self) -> None:
         """Remove what old rounds have left; a disk that does not let it is no reason to stop."""
-        async with self._lock, self._report_lock:
+        async with self._lock, self._reports.lock:
             try:
                 await asyncio.to_thread(
                     retention.clean_up,
@@ -309,17 +267,17 @@ class Coordinator:
         """Until every live agent has reported on the published model, or the deadline passes."""
         until = time.monotonic() + self._config.deadline_seconds
         while self._round.phase is Phase.PUBLISHED and time.monotonic() < until:
-            changed = self._changed
+            changed = self._standing.next_change
             rows = await asyncio.to_thread(self._store.reports, self._round.number)
             if self._presence.live <= {row.agent_id for row in rows}:
                 return
-            await _wait(changed, LIVENESS_POLL_SECONDS)
+            await wait_for(changed, LIVENESS_POLL_SECONDS)
 
     async def _say_farewell(self) -> None:
         """Until every live agent has been told that the run is over."""
         until = time.monotonic() + LIVENESS_SECONDS
         while self._presence.not_dismissed and time.monotonic() < until:
-            await _wait(self._changed, LIVENESS_POLL_SECONDS)
+            await wait_for(self._standing.next_change, LIVENESS_POLL_SECONDS)
 
     # ------------------------------------------------------------------ what agents ask for
 
@@ -329,7 +287,7 @@ class Coordinator:
             crash_point(Point.SERVER_AGENT_JOINED)
             self._slots[agent_id] = slot
             log.info("agent_joined", agent_id=agent_id, slot=slot)
-            self._publish_change()
+            self._standing.look_again()
         return Membership(
             run_id=self._run_id,
             run=self._config.run,
@@ -337,18 +295,10 @@ class Coordinator:
             num_partitions=self._config.run.num_partitions or self._policy.max_agents,
         )
 
-    async def watch(self, agent_id: str) -> AsyncIterator[RunState]:
+    def watch(self, agent_id: str) -> AsyncIterator[RunState]:
         """The state now, then again after each change; slow readers skip states, never the latest."""
         self._check_joined(agent_id)
-        with self._counted_as_watching(agent_id):
-            while True:
-                changed = self._changed
-                state = self.state_for(agent_id)
-                yield state
-                if state.run_over:
-                    self._presence.dismiss(agent_id)
-                    return
-                await changed.wait()
+        return self._standing.watch(agent_id)
 
     async def query_upload(self, agent_id: str, kind: str, digest: str) -> tuple[int, bool]:
         self._check_joined(agent_id)
@@ -362,7 +312,7 @@ class Coordinator:
             async with self._uploads.open(agent_id, kind, blob, offset, self._clock()) as upload:
                 yield upload
         except InvalidError as error:
-            if error.reason in _UNFIT:
+            if error.reason in UNFIT:
                 await self._reject(agent_id, error.reason, str(error))
             raise
 
@@ -372,7 +322,8 @@ class Coordinator:
         Raises:
             ConflictError: another contribution of this agent stands.
             NotFoundError: a blob it names has not been uploaded by this agent.
-            InvalidError: the round does not exist yet.
+            InvalidError: the round does not exist yet; or it starts from other initial weights, and then
+                this is a rejected contribution.
         """
         self._check_joined(agent_id)
 
@@ -381,19 +332,25 @@ class Coordinator:
                 raise InvalidError(f"round {number} is not open; round {self._round.number} is")
             if number < self._round.number:
                 return await self._contribute_to_past_round(number, contribution)
-            await self._check_uploaded(agent_id, contribution)  # no clean-up comes before the record
+            # Here, so that no clean-up comes between the checks and the record.
+            await self._uploads.check_complete(agent_id, contribution.weights, contribution.shards)
+            await self._uploads.check_num_examples(contribution.shards, contribution.num_examples)
             updated, outcome = self._round.contribute(contribution)
             if updated is not self._round:
                 await self._record_contribution(number, contribution, outcome)
-                self._round = updated
+                self._believe(updated)
             return outcome
 
-        outcome = await self._exclusively(commit)
-        self._publish_change()
+        try:
+            outcome = await self._exclusively(commit)
+        except InvalidError as error:
+            if error.reason is Reason.INITIAL_WEIGHTS:
+                await self._reject(agent_id, error.reason, str(error))
+            raise
         if outcome is not Outcome.LATE:
             return Verdict(outcome)
         if number < self._round.number:
-            await self._write_report(number)  # which names the late
+            await self._reports.write(number)  # which names the late
         text = f"round {number} had closed; this agent takes part in the next one"
         return Verdict(outcome, Reason.ROUND_CLOSED, text)
 
@@ -407,11 +364,14 @@ class Coordinator:
         round_row = await asyncio.to_thread(self._store.round, number)
         if round_row is None or round_row.published is None:
             raise NotFoundError(f"round {number} has published no model", Reason.MALFORMED_REQUEST)
-        await asyncio.to_thread(self._store.record_report, number, replace(row, at=self._clock()))
+        row = replace(row, at=self._clock())
+        is_first = await asyncio.to_thread(self._store.record_report, number, row)
+        if is_first:
+            self._metrics.count_report(row.applied)
         crash_point(Point.SERVER_AGENT_REPORT_RECORDED)
-        await self._write_report(number)
+        await self._reports.write(number)
         log.info("agent_reported", round=number, agent_id=agent_id, applied=row.applied)
-        self._publish_change()
+        self._standing.look_again()
 
     async def readable_blob(self, agent_id: str, digest: str) -> Path:
         """Where an agent's download is read from.
@@ -427,80 +387,23 @@ class Coordinator:
     def count_sent(self, num_bytes: int) -> None:
         self._metrics.count_sent("model", num_bytes)
 
-    # ------------------------------------------------------------------ how it stands
-
     def state_for(self, agent_id: str | None = None) -> RunState:
-        failed_round, failure = self._last_failure
-        is_news = failed_round >= self._round.number - 1
-        return RunState(
-            round=self._round.number,
-            phase=self._round.phase,
-            initial_weights=self._initial_weights,
-            outcome=self._round.outcome_of(agent_id) if agent_id else None,
-            progress=self._progress,
-            latest_model=self._latest_model,
-            failed_round=failed_round if is_news else 0,
-            failure=failure if is_news else "",
-            run_over=self._run_over,
-            num_contributions=len(self._round.contributions),
-            max_contributions=self._policy.max_agents,
-        )
+        return self._standing.state_for(agent_id)
 
     async def status(self) -> Mapping[str, Any]:
         """What the status page shows; see common/telemetry.py for where."""
-        rows = await asyncio.to_thread(self._store.rounds, last=STATUS_ROUNDS)
-        self._results = await asyncio.to_thread(self._results_of, rows)
-        last_published = max((row.number for row in rows if row.published), default=0)
-        return reports.status(
-            run_id=self._run_id,
-            current=self._round,
-            rows=rows,
-            num_accepted=await asyncio.to_thread(self._store.num_accepted),
-            results=self._results,
-            slots=self._slots,
-            watching=self._presence.here,
-            agent_reports=await asyncio.to_thread(self._store.reports, last_published),
-            progress=self._progress,
-            run_over=self._run_over,
-            now=self._clock(),
-        )
-
-    def _results_of(self, rows: list[RoundRow]) -> dict[int, Result]:
-        known = {row.number: self._results.get(row.number) for row in rows if row.published}
-        read = {number: result or self._result_of(number) for number, result in known.items()}
-        return {number: result for number, result in read.items() if result}
+        return await self._standing.status(self._clock())
 
     # ------------------------------------------------------------------ the trainer's work
 
-    def _job_of_round(self) -> Job:
-        return Job(
-            kind="round",
-            name=_job_name(self._round.number),
-            round=self._round.number,
-            run=self._config.run,
-            device=self._config.device,
-            initial_weights=self._round.initial_weights,
-            contributions=tuple(
-                JobContribution(
-                    agent_id=agent_id,
-                    weights=contribution.weights,
-                    shards=contribution.shards,
-                    num_examples=contribution.num_examples,
-                )
-                for agent_id, contribution in sorted(self._round.contributions.items())
-            ),
-        )
-
     async def _show_progress(self, lines: list[Progress]) -> None:
         for line in lines:
-            await self._advance_to(_PHASE_OF_PROGRESS[line.phase], line)
+            await self._advance_to(Phase(line.phase))
         if lines:
-            self._progress = lines[-1]
-            self._publish_change()
+            self._standing.show_progress(lines[-1])
 
-    async def _advance_to(self, phase: Phase, progress: Progress | None = None) -> None:
+    async def _advance_to(self, phase: Phase) -> None:
         """Enter a phase of the trainer's work, through those between; a job run again starts over."""
-        self._progress = progress
         here, there = _WORK.index(self._round.phase), _WORK.index(phase)
         again = [phase] if phase is Phase.AGGREGATING and here > there else []
         for each in again or _WORK[here + 1 : there + 1]:
@@ -523,40 +426,31 @@ class Coordinator:
 
         return await to_the_end(locked())
 
-    async def _transition(self, change: Callable[[Round], Round]) -> None:
-        """Make a change of phase durable, then true, then known."""
+    def _believe(self, updated: Round) -> None:
+        """Go on with the round as it is on record now, and let everyone know."""
+        self._round = updated
+        self._standing.show(updated)
 
-        async def record() -> bool:
+    async def _transition(self, change: Callable[[Round], Round]) -> None:
+        """Make a change of phase durable, then true and known."""
+
+        async def record() -> None:
             updated = change(self._round)
             if updated is self._round:
-                return False
-            await asyncio.to_thread(self._record_phase, updated)
+                return
+            await asyncio.to_thread(
+                self._store.set_phase,
+                updated.number,
+                updated.phase.value,
+                self._clock(),
+                failure=updated.failure,
+                published=updated.published,
+            )
             crash_point(Point.SERVER_PHASE_RECORDED)
-            self._round = updated
-            return True
+            self._believe(updated)
+            log.info("phase", round=updated.number, phase=updated.phase.value)
 
-        if await when_disk_allows(lambda: self._exclusively(record)):
-            self._note_outcome()
-            log.info("phase", round=self._round.number, phase=self._round.phase.value)
-            self._publish_change()
-
-    def _record_phase(self, updated: Round) -> None:
-        self._store.set_phase(
-            updated.number,
-            updated.phase.value,
-            self._clock(),
-            failure=updated.failure,
-            published=updated.published,
-        )
-
-    def _note_outcome(self) -> None:
-        number = self._round.number
-        if self._round.published:
-            self._latest_model = PublishedModel(number, self._blob(self._round.published))
-        if self._round.failure:
-            self._last_failure = (number, self._round.failure)
-        if self._round.is_over:
-            self._progress = None
+        await when_disk_allows(lambda: self._exclusively(record))
 
     async def _contribute_to_past_round(self, number: int, contribution: Contribution) -> Outcome:
         """LATE, and known to have been; accepted, if that is what it was in its time."""
@@ -569,7 +463,7 @@ class Coordinator:
         return Outcome.LATE
 
     async def _record_contribution(self, number: int, contribution: Contribution, outcome: Outcome) -> None:
-        row = contribution_row(contribution, outcome, self._clock())
+        row = records.contribution_row(contribution, outcome, self._clock())
         await asyncio.to_thread(self._store.record_contribution, number, row)
         crash_point(Point.SERVER_CONTRIBUTION_RECORDED)
         self._metrics.count_contribution(outcome.value)
@@ -580,127 +474,14 @@ class Coordinator:
             updated = self._round.reject(agent_id, reason, message)
             if updated is self._round:
                 return
-            row = rejection_row(agent_id, updated.rejections[agent_id], self._clock())
+            row = records.rejection_row(agent_id, updated.rejections[agent_id], self._clock())
             await asyncio.to_thread(self._store.record_contribution, updated.number, row)
-            self._round = updated
+            self._believe(updated)
             self._metrics.count_contribution(Outcome.REJECTED.value)
             log.warning("contribution_rejected", round=updated.number, agent_id=agent_id, reason=reason.value)
 
         await self._exclusively(record)
-        self._publish_change()
-
-    async def _check_uploaded(self, agent_id: str, contribution: Contribution) -> None:
-        blobs = [(contribution.weights, "weights"), *((digest, "data") for digest in contribution.shards)]
-        for digest, kind in blobs:
-            if not await asyncio.to_thread(self._store.has_upload, agent_id, digest, kind):
-                raise NotFoundError(f"the {kind} blob {digest[:16]}… is not uploaded", Reason.MISSING_BLOB)
-        await self._uploads.check_num_examples(contribution.shards, contribution.num_examples)
 
     def _check_joined(self, agent_id: str) -> None:
         if agent_id not in self._slots:
             raise NotFoundError(f"agent {agent_id} has not joined this run", Reason.UNKNOWN_AGENT)
-
-    # ------------------------------------------------------------------ reports
-
-    async def _write_report(self, number: int) -> None:
-        async def write() -> None:
-            async with self._report_lock:  # let go between two tries: nobody waits here for a full disk
-                with storage_errors():
-                    await asyncio.to_thread(self._write_report_now, number)
-
-        await when_disk_allows(write)
-        crash_point(Point.SERVER_REPORT_WRITTEN)
-
-    def _write_report_now(self, number: int) -> None:
-        row = self._store.round(number)
-        assert row is not None
-        if row.retired:
-            return  # what its report was made from is gone
-        weights = self._store.blob_path(row.published) if row.published else None
-        report = reports.build(
-            self._config.run,
-            row,
-            self._store.contributions(number),
-            self._store.reports(number),
-            self._store.agents(),
-            self._result_of(number),
-            weights_bytes=weights.stat().st_size if weights else None,
-        )
-        reports.write(report, self._report_folder(number), weights)
-
-    def _result_of(self, number: int) -> Result | None:
-        result = self._jobs.directory(_job_name(number)).read_result()
-        return result or reports.read_result(self._report_folder(number))
-
-    def _report_folder(self, number: int) -> Path:
-        return self._config.state_dir / "rounds" / f"{number:04d}"
-
-    # ------------------------------------------------------------------ small parts
-
-    @contextmanager
-    def _counted_as_watching(self, agent_id: str) -> Any:
-        try:
-            with self._presence.watching(agent_id):
-                self._publish_change()
-                yield
-        finally:
-            self._publish_change()
-
-    def _seconds_to_deadline(self) -> float | None:
-        """None: nothing happens by time alone."""
-        deadline = self._round.deadline_at
-        if deadline is None or deadline <= self._clock():
-            return None
-        return deadline - self._clock()
-
-    def _blob(self, digest: str) -> Blob:
-        return Blob(digest, self._store.blob_size(digest) or 0)
-
-    def _publish_change(self) -> None:
-        """Wake everyone who waits for news."""
-        self._changed.set()
-        self._changed = asyncio.Event()
-        self._metrics.set_phase(self._round.number, self._round.phase.value)
-        contributed, here = set(self._round.contributions), self._presence.here
-        self._metrics.set_agents(
-            watching=len(here - contributed),
-            contributed=len(here & contributed),
-            away=len(set(self._slots) - here),
-        )
-        self._on_change(self.state_for())
-
-
-def _job_name(number: int) -> str:
-    return f"round-{number:04d}"
-
-
-async def _ignore_progress(lines: list[Progress]) -> None: ...
-
-
-def _first_difference(stored_json: str, run: RunConfig) -> str:
-    """`"run.model: mlp there, resnet50 here"`, or nothing; a key that is new since has its default."""
-    try:
-        stored = RunConfig.model_validate_json(stored_json)
-    except ValidationError:
-        return "made by another version of this program"
-    there, here = _flat(json.loads(stored.model_dump_json())), _flat(json.loads(run.model_dump_json()))
-    for key, value in here.items():
-        if there.get(key) != value:
-            return f"{key}: {there.get(key)} there, {value} here"
-    return ""
-
-
-def _flat(table: Mapping[str, Any], prefix: str = "run") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in table.items():
-        flat |= _flat(value, f"{prefix}.{key}") if isinstance(value, dict) else {f"{prefix}.{key}": value}
-    return flat
-
-
-async def _wait(event: asyncio.Event, seconds: float | None) -> None:
-    """Wait for the event, at most so long."""
-    try:
-        async with asyncio.timeout(seconds):
-            await event.wait()
-    except TimeoutError:
-        pass

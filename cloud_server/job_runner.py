@@ -28,6 +28,9 @@ class Trainer(Protocol):
         """How often it has died since the server started."""
 
 
+async def _ignore(lines: list[Progress]) -> None: ...
+
+
 class JobRunner:
     """Gives jobs to the trainer, one at a time.
 
@@ -43,7 +46,7 @@ class JobRunner:
     def directory(self, name: str) -> JobDirectory:
         return JobDirectory(self._jobs_dir / name)
 
-    async def finish(self, job: Job, on_progress: OnProgress) -> Result:
+    async def finish(self, job: Job, on_progress: OnProgress = _ignore) -> Result:
         """The job's result: a model, or why there is none after the last attempt.
 
         A job that was begun before a restart goes on with its attempts where they were.

@@ -3,6 +3,7 @@
     STATE/jobs/round-0003/
         job.json            what to do; written by the server
         progress.jsonl      how far it is, a line at a time; from here on written by the trainer
+        scratch/            what it needs on the way
         model.safetensors   the weights it made
         result.json         last of all: the job is over, well or badly
 
@@ -13,6 +14,7 @@ takes it up again starts from the beginning and gets the same bytes.
 import re
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeVar
@@ -74,14 +76,26 @@ class JobError(FrozenModel):
     message: str  # one line
 
 
+class ClassAccuracy(FrozenModel):
+    """How well the models of a round know one class, on the held-out part of the combined data."""
+
+    label: int
+    num_examples: int  # held out
+    accuracy_start: float
+    accuracy_published: float
+
+
 class Result(FrozenModel):
     """How a job ended. Accuracies are of the held-out part of the combined data, None without one."""
 
     weights: Weights | None = None  # of model.safetensors; None: see error
     candidates: dict[str, float] = Field(default_factory=dict)  # accuracy of each possible start
     start: str | None = None  # the candidate that was fine-tuned
+    soup: tuple[str, ...] = ()  # agent ids of the greedy soup
+    published: Literal["start", "fine_tuned"] | None = None
     accuracy_fine_tuned: float | None = None
     accuracy_published: float | None = None
+    classes: tuple[ClassAccuracy, ...] = ()  # those with examples, by label
     seconds: dict[str, float] = Field(default_factory=dict)  # "aggregate", "fine_tune", "evaluate"
     error: JobError | None = None
     num_parameters: int | None = None
@@ -107,9 +121,11 @@ class JobDirectory:
         self.path.mkdir(parents=True, exist_ok=True)
         sync(self.path.parent)
         self._progress_path.unlink(missing_ok=True)
+        is_new_attempt = self._result_path.exists()  # otherwise a result is soon there: of this very job
         _write(self._job_path, job)
         # Only now may it be pending: no trainer shall take up a new attempt with the old job.json.
-        self._result_path.unlink(missing_ok=True)
+        if is_new_attempt:
+            self._result_path.unlink()
 
     def remove(self) -> None:
         """Remove the job; one half removed is never pending.
@@ -134,6 +150,16 @@ class JobDirectory:
         """Remove what an attempt that did not end may have left."""
         self._progress_path.unlink(missing_ok=True)
         self.weights_path.unlink(missing_ok=True)
+        shutil.rmtree(self._scratch_path, ignore_errors=True)
+
+    @contextmanager
+    def scratch(self) -> Iterator[Path]:
+        """An empty folder, for as long as it is needed."""
+        self._scratch_path.mkdir()
+        try:
+            yield self._scratch_path
+        finally:
+            shutil.rmtree(self._scratch_path, ignore_errors=True)
 
     def append_progress(self, progress: Progress) -> None:
         """Not made durable: after a crash of the machine the job starts again anyway."""
@@ -182,6 +208,10 @@ class JobDirectory:
     @property
     def _progress_path(self) -> Path:
         return self.path / "progress.jsonl"
+
+    @property
+    def _scratch_path(self) -> Path:
+        return self.path / "scratch"
 
     @property
     def _result_path(self) -> Path:

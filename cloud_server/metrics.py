@@ -5,7 +5,7 @@ codes that the server has: the number of series is bounded.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from prometheus_client import Counter, Gauge, Histogram
 
@@ -49,13 +49,19 @@ class ServerMetrics:
         self._contributions = Counter(
             "ecavg_server_contributions_total", "Contributions, by how.", ["outcome"], registry=registry
         )
+        self._reports = Counter(
+            "ecavg_server_reports_total",
+            "Agents that reported on a round's global model, by whether they use it.",
+            ["applied"],
+            registry=registry,
+        )
         self._received = Counter(
             "ecavg_server_received_bytes_total", "Blobs from agents.", ["kind"], registry=registry
         )
         self._sent = Counter("ecavg_server_sent_bytes_total", "Blobs to agents.", ["kind"], registry=registry)
         self._accuracy = Gauge(
             "ecavg_server_accuracy_ratio",
-            "Accuracy on the held-out part of the combined data, 0 to 1, in the last round that had one.",
+            "Accuracy on the held-out part of the combined data, 0 to 1, in the last published round.",
             ["stage"],
             registry=registry,
         )
@@ -80,6 +86,8 @@ class ServerMetrics:
             self.count_round(phase, 0)
         for outcome in Outcome:
             self.count_contribution(outcome, 0)
+        for applied in (True, False):
+            self.count_report(applied, 0)
         for kind in RECEIVED_KINDS:
             self.count_received(kind, 0)
         for kind in SENT_KINDS:
@@ -104,9 +112,11 @@ class ServerMetrics:
         self._agents.labels("contributed").set(contributed)
         self._agents.labels("away").set(away)
 
-    def set_accuracy(self, stage: str, ratio: float) -> None:
-        """`stage` is "average", "fine_tuned" or "published"; `ratio` 0 to 1."""
-        self._accuracy.labels(stage).set(ratio)
+    def set_accuracies(self, ratios: Mapping[str, float]) -> None:
+        """What a published round has of `reports.stages`, 0 to 1; nothing stays of the round before."""
+        self._accuracy.clear()
+        for stage, ratio in ratios.items():
+            self._accuracy.labels(stage).set(ratio)
 
     def count_round(self, outcome: str, num_rounds: int = 1) -> None:
         """`outcome` is the phase that it ended in: "published" or "failed"."""
@@ -114,6 +124,10 @@ class ServerMetrics:
 
     def count_contribution(self, outcome: str, num_contributions: int = 1) -> None:
         self._contributions.labels(outcome).inc(num_contributions)
+
+    def count_report(self, applied: bool, num_reports: int = 1) -> None:
+        """The first report of an agent on a round."""
+        self._reports.labels(str(applied).lower()).inc(num_reports)
 
     def count_received(self, kind: str, num_bytes: int) -> None:
         """`kind` is one of RECEIVED_KINDS."""

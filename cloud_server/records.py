@@ -1,13 +1,25 @@
-"""The round ↔ its records: round.py and store.py do not know each other."""
+"""Round and run as records and as jobs: round.py, store.py and jobs.py do not know each other."""
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
 
+from pydantic import ValidationError
+
+from cloud_server.jobs import Job, JobContribution
 from cloud_server.round import Contribution, Outcome, Phase, Policy, Rejection, Round
 from cloud_server.store import ContributionRow, RoundRow
+from common.config import RunConfig
 from common.errors import Reason
 
 
-def round_from(row: RoundRow, contributions: Sequence[ContributionRow], policy: Policy) -> Round:
+def round_from(
+    row: RoundRow,
+    contributions: Sequence[ContributionRow],
+    policy: Policy,
+    *,
+    may_be_independent: bool = False,
+) -> Round:
     """The round as the store remembers it."""
     by_outcome: dict[str, list[ContributionRow]] = {outcome.value: [] for outcome in Outcome}
     for contribution in contributions:
@@ -17,6 +29,7 @@ def round_from(row: RoundRow, contributions: Sequence[ContributionRow], policy: 
         policy=policy,
         opened_at=row.opened_at,
         initial_weights=row.initial_weights,
+        may_be_independent=may_be_independent,
         phase=Phase(row.phase),
         contributions={
             item.agent_id: Contribution(
@@ -24,6 +37,7 @@ def round_from(row: RoundRow, contributions: Sequence[ContributionRow], policy: 
                 weights=item.weights,
                 shards=item.shards,
                 num_examples=item.num_examples,
+                initial_weights=item.initial_weights,
                 accuracy_local=item.accuracy_local,
             )
             for item in by_outcome[Outcome.ACCEPTED.value]
@@ -46,6 +60,7 @@ def contribution_row(contribution: Contribution, outcome: Outcome, now: float) -
         weights=contribution.weights,
         shards=contribution.shards,
         num_examples=contribution.num_examples,
+        initial_weights=contribution.initial_weights,
         accuracy_local=contribution.accuracy_local,
         reason=Reason.ROUND_CLOSED.value if outcome is Outcome.LATE else "",
         message="",
@@ -66,3 +81,54 @@ def rejection_row(agent_id: str, rejection: Rejection, now: float) -> Contributi
         message=rejection.message,
         at=now,
     )
+
+
+def initialise_job(run: RunConfig, device: str) -> Job:
+    """Before the first round: the run's initial weights."""
+    return Job(kind="initialise", name="initialise", round=0, run=run, device=device, initial_weights=None)
+
+
+def round_job(round_: Round, run: RunConfig, device: str) -> Job:
+    """What the trainer has to do for a round that has closed."""
+    return Job(
+        kind="round",
+        name=job_name(round_.number),
+        round=round_.number,
+        run=run,
+        device=device,
+        initial_weights=round_.initial_weights,
+        contributions=tuple(
+            JobContribution(
+                agent_id=agent_id,
+                weights=contribution.weights,
+                shards=contribution.shards,
+                num_examples=contribution.num_examples,
+            )
+            for agent_id, contribution in sorted(round_.contributions.items())
+        ),
+    )
+
+
+def job_name(number: int) -> str:
+    """Of the directory of a round's job."""
+    return f"round-{number:04d}"
+
+
+def first_difference(recorded_json: str, run: RunConfig) -> str:
+    """`"run.model: mlp there, resnet50 here"`, or nothing; a key that is new since has its default."""
+    try:
+        recorded = RunConfig.model_validate_json(recorded_json)
+    except ValidationError:
+        return "made by another version of this program"
+    there, here = _flat(json.loads(recorded.model_dump_json())), _flat(json.loads(run.model_dump_json()))
+    for key, value in here.items():
+        if there.get(key) != value:
+            return f"{key}: {there.get(key)} there, {value} here"
+    return ""
+
+
+def _flat(table: Mapping[str, Any], prefix: str = "run") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in table.items():
+        flat |= _flat(value, f"{prefix}.{key}") if isinstance(value, dict) else {f"{prefix}.{key}": value}
+    return flat

@@ -1,20 +1,72 @@
-"""What is left of a round: its report file, and the status that the page shows."""
+"""What is left of a round: its report file."""
 
+import asyncio
 import json
 import math
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cloud_server.jobs import Progress, Result
-from cloud_server.round import Outcome, Phase, Round
-from cloud_server.store import AgentRow, ContributionRow, ReportRow, RoundRow
-from common.config import RunConfig
+from cloud_server.disk import when_disk_allows
+from cloud_server.jobs import JobDirectory, Result
+from cloud_server.records import job_name
+from cloud_server.round import Outcome, Phase
+from cloud_server.store import AgentRow, ContributionRow, ReportRow, RoundRow, Store, storage_errors
+from common.config import CANDIDATES, RunConfig
+from common.faults import Point, crash_point
 from common.files import replacing
 
+# What a report has from the trainer's result as it is, where there is any.
+_MEASURED = ("candidates", "start", "soup", "published", "accuracy_fine_tuned", "accuracy_published")
 # The trainer's part of a round, under the names of its own clock.
 _TRAINER_SECONDS = ("aggregate", "fine_tune", "evaluate")
+
+
+class Reports:
+    """The report files of a run's rounds, `STATE/rounds/0001/report.json`."""
+
+    def __init__(self, state_dir: Path, run: RunConfig, store: Store) -> None:
+        self.lock = asyncio.Lock()  # held by whoever writes a report, or removes what it is made from
+        self._state_dir = state_dir
+        self._run = run
+        self._store = store
+
+    async def write(self, number: int) -> None:
+        """Write the report of a round that is over, or write it anew: it has to tell something else now."""
+
+        async def locked() -> None:
+            async with self.lock:  # let go between two tries: nobody waits here for a full disk
+                with storage_errors():
+                    await asyncio.to_thread(self._write, number)
+
+        await when_disk_allows(locked)
+        crash_point(Point.SERVER_REPORT_WRITTEN)
+
+    def result_of(self, number: int) -> Result | None:
+        """What the trainer found in a round, as far as it is still known."""
+        result = JobDirectory(self._state_dir / "jobs" / job_name(number)).read_result()
+        return result or read_result(self._folder(number))
+
+    def _write(self, number: int) -> None:
+        row = self._store.round(number)
+        assert row is not None
+        if row.retired:
+            return  # what its report was made from is gone
+        weights = self._store.blob_path(row.published) if row.published else None
+        report = build(
+            self._run,
+            row,
+            self._store.contributions(number),
+            self._store.reports(number),
+            self._store.agents(),
+            self.result_of(number),
+            weights_bytes=weights.stat().st_size if weights else None,
+        )
+        write(report, self._folder(number), weights)
+
+    def _folder(self, number: int) -> Path:
+        return self._state_dir / "rounds" / f"{number:04d}"
 
 
 def build(
@@ -49,13 +101,8 @@ def build(
     if Phase.AGGREGATING.value in times:
         seconds["collect"] = times[Phase.AGGREGATING.value] - row.opened_at
     if result and row.published:
-        measured = {
-            "candidates": result.candidates or None,
-            "start": result.start,
-            "accuracy_fine_tuned": result.accuracy_fine_tuned,
-            "accuracy_published": result.accuracy_published,
-        }
-        report |= {name: value for name, value in measured.items() if value is not None}
+        measured = result.model_dump(include=set(_MEASURED)) | {"classes": _classes(result, run.class_names)}
+        report |= {name: value for name, value in measured.items() if value not in (None, {}, (), [])}
         report["weights"] = {"sha256": row.published, "bytes": weights_bytes}
         seconds |= {name: result.seconds[name] for name in _TRAINER_SECONDS if name in result.seconds}
         if result.finished_at is not None:
@@ -78,63 +125,34 @@ def read_result(folder: Path) -> Result | None:
     """What a written report still tells of a job whose own files are gone."""
     try:
         report = json.loads((folder / "report.json").read_text("utf-8"))
+        kept = {name: report[name] for name in (*_MEASURED, "seconds") if name in report}
+        classes = [_without_name(item) for item in report.get("classes", [])]
+        return Result.model_validate(kept | {"classes": classes})
     except (OSError, ValueError):
         return None
-    return Result(
-        candidates=report.get("candidates", {}),
-        start=report.get("start"),
-        accuracy_fine_tuned=report.get("accuracy_fine_tuned"),
-        accuracy_published=report.get("accuracy_published"),
-        seconds=report.get("seconds", {}),
-    )
 
 
 def stages(result: Result) -> dict[str, float]:
-    """The accuracies of a round by stage, those that were measured."""
-    measured = {
-        "average": result.candidates.get("average"),
+    """The accuracies of a round by stage, those that were measured.
+
+    A stage is one of CANDIDATES, "fine_tuned" or "published".
+    """
+    measured = {name: result.candidates.get(name) for name in CANDIDATES} | {
         "fine_tuned": result.accuracy_fine_tuned,
         "published": result.accuracy_published,
     }
     return {stage: accuracy for stage, accuracy in measured.items() if accuracy is not None}
 
 
-def status(
-    *,
-    run_id: str,
-    current: Round,
-    rows: Sequence[RoundRow],
-    num_accepted: Mapping[int, int],
-    results: Mapping[int, Result],
-    slots: Mapping[str, int],
-    watching: Collection[str],
-    agent_reports: Sequence[ReportRow],
-    progress: Progress | None,
-    run_over: bool,
-    now: float,
-) -> dict[str, Any]:
-    """The JSON behind the status page."""
-    reported = {row.agent_id: row for row in agent_reports}
-    return {
-        "run_id": run_id,
-        "round": current.number,
-        "phase": current.phase.value,
-        "phases": _phases(rows[-1], current, now),
-        "progress": progress and {"done": progress.done, "total": progress.total, "loss": progress.loss},
-        "agents": [
-            _agent_status(agent_id, slot, current, agent_id in watching, reported.get(agent_id))
-            for agent_id, slot in sorted(slots.items(), key=lambda item: item[1])
-        ],
-        "rounds": [
-            _round_status(row, num_accepted.get(row.number, 0), results.get(row.number))
-            for row in rows
-            if _is_over(row)
-        ],
-        "run_over": run_over,
-        "min_agents": current.policy.min_agents,
-        "max_agents": current.policy.max_agents,
-        "deadline_at": current.deadline_at,
-    }
+def _classes(result: Result, names: Sequence[str]) -> list[dict[str, Any]]:
+    return [
+        {"label": item.label} | ({"name": names[item.label]} if names else {}) | item.model_dump()
+        for item in result.classes
+    ]
+
+
+def _without_name(fields: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in fields.items() if name != "name"}
 
 
 def _vanished(
@@ -156,7 +174,11 @@ def _agents(
     for item in contributions:
         if item.outcome != Outcome.ACCEPTED:
             continue
-        agent = {"agent_id": item.agent_id, "num_examples": item.num_examples}
+        agent = {
+            "agent_id": item.agent_id,
+            "num_examples": item.num_examples,
+            "initial_weights": item.initial_weights,  # null: its own
+        }
         if item.accuracy_local is not None:
             agent["accuracy_local"] = item.accuracy_local
         if row := reported.get(item.agent_id):
@@ -174,53 +196,3 @@ def _report_fields(row: ReportRow) -> dict[str, Any]:
         "reason": row.reason or None,
     }
     return {name: value for name, value in fields.items() if value is not None}
-
-
-def _agent_status(
-    agent_id: str, slot: int, current: Round, is_watching: bool, report: ReportRow | None
-) -> dict[str, Any]:
-    outcome = current.outcome_of(agent_id)
-    rejection = current.rejections.get(agent_id)
-    contribution = current.contributions.get(agent_id)
-    state = "contributed" if contribution else "watching"
-    return {
-        "agent_id": agent_id,
-        "slot": slot,
-        "state": state if is_watching else "away",
-        "outcome": outcome and outcome.value,
-        "accuracy_local": contribution and contribution.accuracy_local,
-        "accuracy_before": report and report.accuracy_before,
-        "accuracy_after": report and report.accuracy_after,
-        "applied": report and report.applied,
-        "message": rejection.message if rejection else (report.reason if report else ""),
-    }
-
-
-def _round_status(row: RoundRow, num_contributions: int, result: Result | None) -> dict[str, Any]:
-    measured = stages(result) if result else {}
-    ended_at = max(row.phase_times.values(), default=row.opened_at)
-    return {
-        "round": row.number,
-        "outcome": row.phase,
-        "failure": row.failure or None,
-        "num_contributions": num_contributions,
-        "accuracy_average": measured.get("average"),
-        "accuracy_published": measured.get("published"),
-        "seconds": round(ended_at - row.opened_at, 3),
-    }
-
-
-def _phases(row: RoundRow, current: Round, now: float) -> list[dict[str, Any]]:
-    """How long the current round has been in each of its phases, in order."""
-    starts = {Phase.COLLECTING.value: row.opened_at} | row.phase_times
-    ordered = sorted(starts.items(), key=lambda item: item[1])
-    ends = [start for _, start in ordered[1:]]
-    ends.append(ordered[-1][1] if current.is_over else now)
-    return [
-        {"phase": phase, "seconds": round(max(0.0, end - start), 3)}
-        for (phase, start), end in zip(ordered, ends, strict=True)
-    ]
-
-
-def _is_over(row: RoundRow) -> bool:
-    return row.phase in (Phase.PUBLISHED, Phase.FAILED)

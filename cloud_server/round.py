@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any, Literal, NamedTuple
 
-from common.errors import ConflictError, Reason
+from common.errors import ConflictError, InvalidError, Reason
 
 
 class Phase(StrEnum):
@@ -64,6 +64,7 @@ class Contribution:
     weights: str  # digest
     shards: tuple[str, ...]  # digests
     num_examples: int
+    initial_weights: str | None  # digest of what pre-training started from; None: the agent's own
     # A figure for the report, not part of what is averaged: it does not make a contribution another one.
     accuracy_local: float | None = field(compare=False)
 
@@ -87,6 +88,7 @@ class Round:
     policy: Policy
     opened_at: float  # seconds since the epoch
     initial_weights: str  # digest of what the agents start from
+    may_be_independent: bool = False  # or from weights of their own
     phase: Phase = Phase.COLLECTING
     contributions: Mapping[str, Contribution] = field(default_factory=dict)  # the accepted, by agent id
     rejections: Mapping[str, Rejection] = field(default_factory=dict)  # by agent id
@@ -116,6 +118,7 @@ class Round:
 
         Raises:
             ConflictError: a different contribution of this agent has been accepted.
+            InvalidError: its pre-training did not start from this round's initial weights.
         """
         agent_id = contribution.agent_id
         standing = self.contributions.get(agent_id)
@@ -131,6 +134,7 @@ class Round:
         is_full = len(self.contributions) >= self.policy.max_agents
         if is_full or self.phase is not Phase.COLLECTING:
             return replace(self, rejections=others, late=self.late | {agent_id}), Outcome.LATE
+        self._check_initial_weights(contribution.initial_weights)
         contributions = {**self.contributions, agent_id: contribution}
         return replace(self, rejections=others, contributions=contributions), Outcome.ACCEPTED
 
@@ -174,6 +178,16 @@ class Round:
     def fail(self, reason: str) -> "Round":
         """The round over without a model; raises ValueError like `advance`."""
         return self._enter(Phase.FAILED, failure=reason)
+
+    def _check_initial_weights(self, digest: str | None) -> None:
+        if digest == self.initial_weights or (digest is None and self.may_be_independent):
+            return
+        start = f"from {digest[:16]}…" if digest else "from weights of the agent's own"
+        raise InvalidError(
+            f"pre-training started {start}, and that of round {self.number} starts from"
+            f" {self.initial_weights[:16]}…: download these initial weights, and train again",
+            Reason.INITIAL_WEIGHTS,
+        )
 
     def _enter(self, phase: Phase, **results: Any) -> "Round":
         if phase not in TRANSITIONS[self.phase]:

@@ -9,8 +9,9 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from cloud_server.coordinator import Coordinator, RunState, Verdict
+from cloud_server.coordinator import Coordinator, Verdict
 from cloud_server.round import Contribution, Outcome, Phase
+from cloud_server.standing import RunState
 from cloud_server.store import ReportRow
 from common import rpc
 from common.config import AGENT_ID_PATTERN, PROTOCOL_VERSION
@@ -219,6 +220,7 @@ def _contribution(agent_id: str, request: pb.ContributeRequest) -> Contribution:
         weights=_digest(request.weights_digest),
         shards=tuple(_digest(digest) for digest in request.shard_digests),
         num_examples=_count(request.num_examples),
+        initial_weights=_digest(request.initial_weights_digest) if request.initial_weights_digest else None,
         accuracy_local=_ratio(request, "accuracy_local"),
     )
 

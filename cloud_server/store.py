@@ -99,6 +99,7 @@ MIGRATIONS = (  # what takes the database from one schema version to the next; n
         UNION ALL SELECT round, agent_id, weights, at FROM contributions WHERE weights != ''
         UNION ALL SELECT round, agent_id, value, contributions.at FROM contributions, json_each(shards);
     """,
+    "ALTER TABLE contributions ADD COLUMN initial_weights TEXT;",
 )
 
 _RETIRED, _CLEARED = 1, 2  # rounds.retired: its records are given up; and so are its files
@@ -150,6 +151,7 @@ class ContributionRow:
     reason: str  # of a rejection, else empty
     message: str  # of a rejection, else empty
     at: float
+    initial_weights: str | None = None  # digest; None: the agent's own, or not known
 
 
 @dataclass(frozen=True)
@@ -285,6 +287,10 @@ class Store:
         rounds = self._read_rounds("SELECT * FROM rounds ORDER BY number DESC LIMIT 1")
         return rounds[0] if rounds else None
 
+    def has_published(self) -> bool:
+        """Whether any round has published a model."""
+        return bool(self._read("SELECT 1 FROM rounds WHERE published IS NOT NULL LIMIT 1"))
+
     def round(self, number: int) -> RoundRow | None:
         """The round with this number."""
         rounds = self._read_rounds("SELECT * FROM rounds WHERE number = ?", number)
@@ -295,16 +301,17 @@ class Store:
         with self._transaction() as database:
             database.execute(
                 "INSERT OR REPLACE INTO contributions (round, agent_id, outcome, weights, shards,"
-                " num_examples, accuracy_local, reason, message, at) VALUES (:round, :agent_id, :outcome,"
-                " :weights, :shards, :num_examples, :accuracy_local, :reason, :message, :at)",
+                " num_examples, initial_weights, accuracy_local, reason, message, at) VALUES (:round,"
+                " :agent_id, :outcome, :weights, :shards, :num_examples, :initial_weights,"
+                " :accuracy_local, :reason, :message, :at)",
                 {**vars(contribution), "round": number, "shards": json.dumps(contribution.shards)},
             )
 
     def contributions(self, number: int) -> list[ContributionRow]:
         """How every contribution to a round ended, in agent-id order."""
         rows = self._read(
-            "SELECT agent_id, outcome, weights, shards, num_examples, accuracy_local, reason, message, at"
-            " FROM contributions WHERE round = ? ORDER BY agent_id",
+            "SELECT agent_id, outcome, weights, shards, num_examples, initial_weights, accuracy_local,"
+            " reason, message, at FROM contributions WHERE round = ? ORDER BY agent_id",
             number,
         )
         return [ContributionRow(**{**row, "shards": tuple(json.loads(row["shards"]))}) for row in rows]
@@ -316,15 +323,22 @@ class Store:
         )
         return {row["round"]: row["number"] for row in rows}
 
-    def record_report(self, number: int, report: ReportRow) -> None:
-        """Records what became of a round's model on a device; the agent's last report stands."""
+    def record_report(self, number: int, report: ReportRow) -> bool:
+        """Records what became of a round's model on a device; whether it is the agent's first report on it.
+
+        The last one stands.
+        """
         with self._transaction() as database:
+            is_first = not self._read(
+                "SELECT 1 FROM reports WHERE round = ? AND agent_id = ?", number, report.agent_id
+            )
             database.execute(
                 "INSERT OR REPLACE INTO reports (round, agent_id, accuracy_local, accuracy_before,"
                 " accuracy_after, num_held_out, applied, reason, at) VALUES (:round, :agent_id,"
                 " :accuracy_local, :accuracy_before, :accuracy_after, :num_held_out, :applied, :reason, :at)",
                 {**vars(report), "round": number},
             )
+        return is_first
 
     def reports(self, number: int) -> list[ReportRow]:
         """The reports on a round's model, in agent-id order."""

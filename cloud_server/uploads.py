@@ -11,9 +11,18 @@ from cloud_server.disk import to_the_end
 from cloud_server.store import Store, storage_errors
 from common import schema
 from common.config import DatasetSpec
-from common.errors import InvalidError, OffsetError, Reason, UnavailableError
+from common.errors import InvalidError, NotFoundError, OffsetError, Reason, UnavailableError
 from common.faults import Point, crash_point
 from common.transfer import Blob, Receiver
+
+# What makes a blob unfit for good; anything else about an upload can be cured by sending it again.
+UNFIT = {
+    Reason.INVALID_FILE,
+    Reason.SCHEMA_MISMATCH,
+    Reason.NON_FINITE,
+    Reason.INVALID_SHARD,
+    Reason.SIZE_LIMIT,
+}
 
 _T = TypeVar("_T")
 
@@ -49,6 +58,16 @@ class Uploads:
             return self._store.blob_size(digest) or 0, True
         path = await asyncio.to_thread(self._store.partial_path, agent_id, digest)
         return await asyncio.to_thread(_durable_size, path), False
+
+    async def check_complete(self, agent_id: str, weights: str, shards: Sequence[str]) -> None:
+        """Hold what an agent says it has sent, by digests, against what is stored and checked.
+
+        Raises:
+            NotFoundError: this agent has not uploaded one of them.
+        """
+        for digest, kind in [(weights, "weights"), *((digest, "data") for digest in shards)]:
+            if not await asyncio.to_thread(self._store.has_upload, agent_id, digest, kind):
+                raise NotFoundError(f"the {kind} blob {digest[:16]}… is not uploaded", Reason.MISSING_BLOB)
 
     async def check_num_examples(self, shards: Sequence[str], num_examples: int) -> None:
         """Hold what an agent says it trained on against its shards' labels; without shards it is believed.

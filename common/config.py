@@ -9,7 +9,7 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, Self, TypeVar
+from typing import Annotated, Any, Literal, NamedTuple, Self, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSettingsSource
@@ -36,6 +36,11 @@ DATASETS: Mapping[str, DatasetSpec] = {
     "cifar10": DatasetSpec(10, (3, 32, 32), (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
     "cifar100": DatasetSpec(100, (3, 32, 32), (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
 }
+
+
+# What the fine-tune may start from; where two do equally well, the first is taken.
+CandidateName = Literal["aligned", "average", "best_agent", "greedy_soup", "previous"]
+CANDIDATES: tuple[CandidateName, ...] = get_args(CandidateName)
 
 
 class FrozenModel(BaseModel):
@@ -68,7 +73,9 @@ class TrainingConfig(FrozenModel):
 class FineTuneConfig(TrainingConfig):
     """The cloud's training on the combined data."""
 
-    holdout_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1  # of the combined data, to evaluate on
+    holdout_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1  # of each shard, never trained on
+    distill: Annotated[float, Field(ge=0, le=1)] = 0.0  # part of the loss that is learning from the ensemble
+    class_balanced: bool = False  # draw every class equally often
 
 
 class RunConfig(FrozenModel):
@@ -87,13 +94,32 @@ class RunConfig(FrozenModel):
     partition_by: str = "iid"  # "iid", "dirichlet:ALPHA" or "classes:K"
     num_partitions: Annotated[int, Field(ge=1)] | None = None  # None: the server's max_agents
     holdout_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1  # of a shard, kept on the device
-    initial_weights: Literal["shared", "independent"] = "shared"
-    aggregator: Literal["mean"] = "mean"
-    weights: Literal["examples", "uniform"] = "examples"
+    # "shared" (drawn by the server), "independent" (each agent draws its own), "pretrained" (torchvision's
+    # published weights under a new last layer), or a safetensors file on the server
+    initial_weights: str = "shared"
+    aggregator: Literal["mean", "trimmed_mean", "median", "geometric_median"] = "mean"
+    trim_fraction: Annotated[float, Field(ge=0, lt=0.5)] = 0.2  # at each end, rounded down
+    weights: Literal["examples", "uniform"] = "examples"  # in mean and geometric_median
+    candidates: tuple[CandidateName, ...] = CANDIDATES
+    recompute_statistics: bool = True  # BatchNorm's, on the combined data, after any averaging
     wire: Literal["float32"] = "float32"
-    apply: Literal["always"] = "always"
+    apply: Literal["if-not-worse", "always"] = "if-not-worse"
     pretrain: TrainingConfig = TrainingConfig()
     fine_tune: FineTuneConfig = FineTuneConfig()
+
+    @field_validator("initial_weights")
+    @classmethod
+    def _known_initial_weights(cls, value: str) -> str:
+        if value in ("shared", "independent", "pretrained") or value.endswith(".safetensors"):
+            return value
+        raise ValueError('choose "shared", "independent", "pretrained", or a file called ….safetensors')
+
+    @field_validator("candidates")
+    @classmethod
+    def _candidates_in_order(cls, value: tuple[CandidateName, ...]) -> tuple[CandidateName, ...]:
+        if set(value) <= {"previous"}:
+            raise ValueError(f"choose some of {', '.join(CANDIDATES)}; previous alone leaves round 1 none")
+        return tuple(name for name in CANDIDATES if name in value)
 
     @field_validator("partition_by")
     @classmethod

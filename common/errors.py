@@ -38,6 +38,7 @@ class Reason(StrEnum):
     ALREADY_CONTRIBUTED = "already_contributed"  # a different contribution of this agent stands
     STORAGE_FULL = "storage_full"  # the server's disk is full or not writable
     UNAVAILABLE = "unavailable"  # starting, stopping or unreachable
+    INITIAL_WEIGHTS = "initial_weights"  # pre-training started from other weights than the round
     INTERNAL = "internal"  # a fault of the server; its log says more
 
 

@@ -1,4 +1,4 @@
-"""Shards: one agent's images and labels as a safetensors file, and the split that holds some back.
+"""Shards: one agent's images and labels as a safetensors file, and the splits that hold some back.
 
 Shape suffixes: N images, C channels, H height, W width.
 """
@@ -83,6 +83,25 @@ def split(labels: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, n
     is_held_out = np.zeros(len(labels), bool)
     is_held_out[by_class[steps]] = True
     return np.flatnonzero(~is_held_out), np.flatnonzero(is_held_out)
+
+
+def cloud_holdout(labels: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """What the cloud holds back of one agent's shard to choose and to evaluate models on.
+
+    The agent computes the same and does not pre-train on it: a model that had seen these examples would
+    look better to the cloud than it is.
+
+    Args:
+        labels: int64 [N], of the whole shard in the order in which it is uploaded.
+        fraction: `run.fine_tune.holdout_fraction`.
+        seed: of the run's stream "cloud_holdout" for this agent's id.
+
+    Returns:
+        Indices like those of `split`; with fewer than two examples nothing is held back.
+    """
+    if len(labels) < 2:
+        return np.arange(len(labels)), np.arange(0)
+    return split(labels, fraction, seed)
 
 
 def _view(data: np.ndarray, header: Header, name: str) -> np.ndarray:

@@ -3,7 +3,7 @@
 Everything that chance decides comes from seeds derived for each epoch, so an epoch depends only on
 the weights, the optimizer and its own number: whoever has those can go on from any finished epoch.
 
-Shapes: B images of a batch, N of a data set, C channels, H height, W width.
+Shapes: B images of a batch, N of a data set, C channels, H height, W width, K classes.
 """
 
 import hashlib
@@ -11,7 +11,8 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,13 +20,14 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
+from common.batches import DeviceData, Draws, batch_bounds, draw_epoch
 from common.checkpoint import CHECKPOINT_SECONDS, Checkpoints, Finished, fingerprint
 from common.config import DatasetSpec, TrainingConfig
 from common.errors import RunError, UsageError
 
-CROP_PADDING = 4  # pixels on each side, as usual for 32x32 images (He et al., arXiv 1512.03385, 4.2)
 REPORT_SECONDS = 0.1  # reading the loss waits for the device: not at every step
 
 
@@ -97,6 +99,9 @@ def train(
     world_size: int = 1,
     checkpoint: Path | None = None,
     checkpoint_seconds: float = CHECKPOINT_SECONDS,
+    soft_labels: Tensor | None = None,
+    distill: float = 0.0,
+    class_balanced: bool = False,
 ) -> float:
     """Train the model, which is left on `device`; the global random state is left as it was.
 
@@ -111,6 +116,11 @@ def train(
             same config, spec, seed, weights and data, that one is gone on with; on the CPU it ends with
             the same bits as if it had never stopped. The caller removes it when the result is safe.
         checkpoint_seconds: least time between two checkpoints, and before the first.
+        soft_labels: float32 [N, K], probabilities: what teachers make of each image. On every rank.
+        distill: 0 to 1, how much of the loss is the cross-entropy to the soft labels; the rest is the one
+            to the labels. FedDF (arXiv 2006.07242) takes the divergence from the teachers instead: that
+            is less by their entropy, a constant, so the gradients are the same.
+        class_balanced: make each epoch of N images by `batches.balanced_order`, instead of showing each once.
 
     Returns:
         The mean loss of the last epoch, over all ranks; NaN when there is no epoch.
@@ -118,12 +128,17 @@ def train(
     Raises:
         UsageError: too few images, or too small batches, for this model.
         RunError: the loss is not finite any more.
+        ValueError: arguments that do not go together.
     """
+    if (distill > 0) != (soft_labels is not None):
+        raise ValueError("soft labels and distill above 0 are given together, or neither")
+    if checkpoint and (world_size > 1 or distill or class_balanced):
+        raise ValueError("only a plain training in one process can be kept in a checkpoint")
     if config.epochs == 0:
         return math.nan
-    if checkpoint and world_size > 1:
-        raise ValueError("only a training in one process can be kept in a checkpoint")
-    training = _Training(model, _Data(images, labels, spec, device), config, seed, on_step, rank, world_size)
+    data = DeviceData(images, spec, device, [labels] if soft_labels is None else [labels, soft_labels])
+    balanced = labels.cpu() if class_balanced else None
+    training = _Training(model, data, config, seed, on_step, rank, world_size, distill, balanced)
     kept = None
     if checkpoint:
         settings = (config.model_dump(mode="json"), spec, seed)
@@ -159,47 +174,71 @@ def evaluate(
         images: uint8 [N, C, H, W], N of at least 1.
         labels: int64 [N].
     """
-    data = _Data(images, labels, spec, device)
-    memory_format = _place(model, device)
-    loss = torch.zeros((), dtype=torch.float64, device=device)
-    correct = []
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.inference_mode():
-            for begin in range(0, len(labels), batch_size):
-                x_BCHW, y_B = data.take(slice(begin, begin + batch_size))
-                logits = model(x_BCHW.contiguous(memory_format=memory_format))
-                loss += F.cross_entropy(logits, y_B, reduction="sum")
-                correct.append(logits.argmax(1) == y_B)
-    finally:
-        model.train(was_training)
-    correct_N = torch.cat(correct).cpu()
+    logits_NK = predict(model, images, spec=spec, device=device, batch_size=batch_size)
+    labels = labels.cpu()
+    correct_N = logits_NK.argmax(1) == labels
     return Evaluation(
-        accuracy=int(correct_N.sum()) / len(correct_N),
-        loss=loss.item() / len(correct_N),
-        num_examples=len(correct_N),
+        accuracy=int(correct_N.sum()) / len(labels),
+        loss=F.cross_entropy(logits_NK, labels, reduction="none").double().mean().item(),
+        num_examples=len(labels),
         correct=correct_N,
     )
 
 
-def random_crop(x_BCHW: Tensor, corners_B2: Tensor) -> Tensor:
-    """Pad with zeros and cut the old size out again, each image from its own top left corner.
+@torch.no_grad()  # not inference_mode: its tensors cannot be trained with afterwards
+def predict(
+    model: nn.Module, images: Tensor, *, spec: DatasetSpec, device: torch.device, batch_size: int = 512
+) -> Tensor:
+    """The logits, float32 [N, K] on the CPU, in evaluation mode; the model is left as by `evaluate`.
 
     Args:
-        x_BCHW: any dtype; normalised, so that zero is the mean colour.
-        corners_B2: int64, row and column, 0 to 2 * CROP_PADDING.
+        images: uint8 [N, C, H, W], N of at least 1.
     """
-    num_images, _, height, width = x_BCHW.shape
-    padded = F.pad(x_BCHW, (CROP_PADDING,) * 4)
-    windows = padded.unfold(2, height, 1).unfold(3, width, 1)  # a view [B, C, row, column, H, W]
-    every = torch.arange(num_images, device=x_BCHW.device)
-    return windows[every, :, corners_B2[:, 0], corners_B2[:, 1]]
+    data = DeviceData(images, spec, device)
+    memory_format = _place(model, device)
+    logits = []
+    with _evaluation_mode(model):
+        for begin in range(0, len(data), batch_size):
+            (x_BCHW,) = data.take(slice(begin, begin + batch_size))
+            logits.append(model(x_BCHW.contiguous(memory_format=memory_format)).float().cpu())
+    return torch.cat(logits)
 
 
-def horizontal_flip(x_BCHW: Tensor, flipped_B: Tensor) -> Tensor:
-    """Mirror the images for which `flipped_B` (bool) is true."""
-    return torch.where(flipped_B[:, None, None, None], x_BCHW.flip(3), x_BCHW)
+@torch.no_grad()
+def recompute_statistics(
+    model: nn.Module,
+    images: Tensor,
+    *,
+    spec: DatasetSpec,
+    device: torch.device,
+    seed: int,
+    batch_size: int = 512,
+) -> None:
+    """Set BatchNorm's running statistics to their mean over the batches of one pass, in float32.
+
+    An average of weights has other activations than the models that were averaged, and an average of
+    their statistics does not fit them: this is the step that REPAIR calls reset (arXiv 2211.08403).
+    Nothing happens to a model without such statistics, or with fewer than two images. The model is
+    left on `device`, in the mode it was in.
+
+    Args:
+        images: uint8 [N, C, H, W].
+        seed: of the batches. They mix images from everywhere: in the order of the agents, each batch
+            would miss the variance that is between agents.
+        batch_size: at most, where it is 3 or more.
+    """
+    norms = [norm for norm in _batch_norms(model) if norm.track_running_stats]
+    if not norms or len(images) < 2:
+        return
+    data = DeviceData(images, spec, device)
+    memory_format = _place(model, device)
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
+    # Of nearly equal size: each batch counts alike in the mean. One image alone may have no variance.
+    num_batches = min(math.ceil(len(images) / batch_size), len(images) // 2)
+    with _evaluation_mode(model), _cumulative_mean(norms):
+        for indices in order.tensor_split(num_batches):
+            (x_BCHW,) = data.take(indices)
+            model(x_BCHW.contiguous(memory_format=memory_format))
 
 
 def learning_rate_factor(schedule: str, step: int, num_steps: int) -> float:
@@ -214,66 +253,6 @@ def learning_rate_factor(schedule: str, step: int, num_steps: int) -> float:
         num_rising = math.ceil(num_steps / 4)
         return min((step + 1) / num_rising, (num_steps - step) / (num_steps - num_rising + 1))
     return 1.0
-
-
-def batch_bounds(num_images: int, batch_size: int, smallest: int) -> list[tuple[int, int]]:
-    """Begin and end of each batch; a last one of fewer than `smallest` images joins the one before.
-
-    Raises:
-        UsageError: no batch, or none but too small ones, can be made.
-    """
-    if min(num_images, batch_size) < smallest:
-        raise UsageError(
-            f"cannot train on {num_images} images in batches of {batch_size}:"
-            f" this model needs at least {smallest} images in a batch"
-        )
-    starts = list(range(0, num_images, batch_size))
-    if num_images - starts[-1] < smallest:
-        starts.pop()
-    return list(zip(starts, [*starts[1:], num_images], strict=True))
-
-
-class _Data:
-    """Images and labels, on the device where they fit; taken out as normalised float32."""
-
-    def __init__(self, images: Tensor, labels: Tensor, spec: DatasetSpec, device: torch.device) -> None:
-        if images.dtype != torch.uint8 or labels.dtype != torch.int64 or len(images) != len(labels):
-            raise ValueError(f"{len(images)} {images.dtype} images, {len(labels)} {labels.dtype} labels")
-        self.device = device
-        self._images = images.to(device) if _fits(images, device) else images
-        self._labels = labels.to(self._images.device)
-        mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (spec.mean, spec.std))
-        self._scale = (1 / (255 * std)).to(device)
-        self._shift = (-mean / std).to(device)
-
-    def __len__(self) -> int:
-        return len(self._labels)
-
-    def take(self, which: Tensor | slice) -> tuple[Tensor, Tensor]:
-        """x [B, C, H, W], normalised, and y [B], both on the device."""
-        if isinstance(which, Tensor):
-            which = which.to(self._images.device)
-        images, labels = self._images[which], self._labels[which]
-        if images.device != self.device:
-            images = images.pin_memory().to(self.device, non_blocking=True)
-            labels = labels.pin_memory().to(self.device, non_blocking=True)
-        return torch.addcmul(self._shift, images.float(), self._scale), labels
-
-
-class _Chance(NamedTuple):
-    """All that chance decides about one epoch's data; drawn on the CPU, so every device and rank agrees."""
-
-    order_N: Tensor  # int64, a permutation
-    corners_N2: Tensor  # int64, for random_crop
-    flipped_N: Tensor  # bool, for horizontal_flip
-
-    @classmethod
-    def draw(cls, num_images: int, seed: int, device: torch.device) -> "_Chance":
-        generator = torch.Generator().manual_seed(seed)
-        order = torch.randperm(num_images, generator=generator)
-        corners = torch.randint(2 * CROP_PADDING + 1, (num_images, 2), generator=generator)
-        flipped = torch.rand(num_images, generator=generator) < 0.5
-        return cls(order.to(device), corners.to(device), flipped.to(device))
 
 
 class _Reports:
@@ -305,16 +284,19 @@ class _Training:
     def __init__(
         self,
         model: nn.Module,
-        data: _Data,
+        data: DeviceData,
         config: TrainingConfig,
         seed: int,
         on_step: OnStep | None,
         rank: int,
         world_size: int,
+        distill: float,
+        balanced_N: Tensor | None,  # the labels by which to balance
     ) -> None:
         self._data, self._config, self._seed = data, config, seed
         self._rank, self._world_size = rank, world_size
-        smallest = world_size * (2 if _has_batch_norm(model) else 1)
+        self._distill, self._balanced_N = distill, balanced_N
+        smallest = world_size * (2 if _batch_norms(model) else 1)  # one image alone may have no variance
         self._batches = batch_bounds(len(data), config.batch_size, smallest)
         self._num_steps = config.epochs * len(self._batches)
         self._reports = _Reports(on_step, self._num_steps)
@@ -328,12 +310,13 @@ class _Training:
     def run_epoch(self, epoch: int) -> float:
         """One pass over the data, epochs counted from 0; its mean loss over all ranks."""
         torch.manual_seed(derive_seed(self._seed, "layers", epoch, self._rank))  # dropout and the like
-        chance = _Chance.draw(len(self._data), derive_seed(self._seed, "data", epoch), self._data.device)
+        data_seed = derive_seed(self._seed, "data", epoch)
+        draws = draw_epoch(len(self._data), data_seed, self._data.device, self._balanced_N)
         total = torch.zeros((), dtype=torch.float64, device=self._data.device)
         for index, (begin, end) in enumerate(self._batches):
             step = epoch * len(self._batches) + index
             mine = self._my_part(begin, end)
-            loss_sum = self._step(step, chance, mine, end - begin)
+            loss_sum = self._step(step, draws, mine, end - begin)
             total += loss_sum
             self._reports.add(step + 1, loss_sum, mine.stop - mine.start)
         if self._world_size > 1:
@@ -344,29 +327,29 @@ class _Training:
         size, rank, ranks = end - begin, self._rank, self._world_size
         return slice(begin + size * rank // ranks, begin + size * (rank + 1) // ranks)
 
-    def _step(self, step: int, chance: _Chance, mine: slice, batch_size: int) -> Tensor:
+    def _step(self, step: int, draws: Draws, mine: slice, batch_size: int) -> Tensor:
         """One step of the optimizer; the sum of the loss over this rank's part of the batch."""
         factor = learning_rate_factor(self._config.schedule, step, self._num_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = self._config.learning_rate * factor
-        x_BCHW, y_B = self._batch(chance, mine)
+        x_BCHW, *targets = draws.take(self._data, mine, self._config.augment)
+        x_BCHW = x_BCHW.contiguous(memory_format=self._memory_format)
         with _autocast(self._data.device):
-            loss_sum = F.cross_entropy(
-                self._model(x_BCHW), y_B, reduction="sum", label_smoothing=self._config.label_smoothing
-            )
+            loss_sum = self._loss_sum(self._model(x_BCHW), *targets)
         self.optimizer.zero_grad()
         # DistributedDataParallel averages over ranks: times world_size it is the mean over the batch.
         (loss_sum * (self._world_size / batch_size)).backward()  # type: ignore[no-untyped-call]
         self.optimizer.step()
         return loss_sum.detach()
 
-    def _batch(self, chance: _Chance, mine: slice) -> tuple[Tensor, Tensor]:
-        x_BCHW, y_B = self._data.take(chance.order_N[mine])
-        if "random_crop" in self._config.augment:
-            x_BCHW = random_crop(x_BCHW, chance.corners_N2[mine])
-        if "horizontal_flip" in self._config.augment:
-            x_BCHW = horizontal_flip(x_BCHW, chance.flipped_N[mine])
-        return x_BCHW.contiguous(memory_format=self._memory_format), y_B
+    def _loss_sum(self, logits_BK: Tensor, y_B: Tensor, soft_BK: Tensor | None = None) -> Tensor:
+        logits_BK = logits_BK.float()  # bfloat16 has three digits: too few for log-probabilities
+        smoothing = self._config.label_smoothing
+        loss = F.cross_entropy(logits_BK, y_B, reduction="sum", label_smoothing=smoothing)
+        if soft_BK is None:
+            return loss
+        soft_loss = F.cross_entropy(logits_BK, soft_BK, reduction="sum")
+        return (1 - self._distill) * loss + self._distill * soft_loss
 
 
 def _place(model: nn.Module, device: torch.device) -> torch.memory_format:
@@ -377,14 +360,35 @@ def _place(model: nn.Module, device: torch.device) -> torch.memory_format:
     return memory_format
 
 
-def _fits(images: Tensor, device: torch.device) -> bool:
-    """Whether the images may stay on the device: half of its free memory is left for the training."""
-    return device.type == "cpu" or images.nbytes < torch.cuda.mem_get_info(device)[0] // 2
+@contextmanager
+def _evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Dropout and BatchNorm as in use; afterwards every module is back in the mode it was in."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
-def _has_batch_norm(model: nn.Module) -> bool:
-    """Whether a batch of one image is too small: it has no variance."""
-    return any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
+@contextmanager
+def _cumulative_mean(norms: Sequence[_BatchNorm]) -> Iterator[None]:
+    """Forget the running statistics; meanwhile, they become the mean over the batches that are shown."""
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.train()
+        norm.momentum = None  # each batch counts alike
+    try:
+        yield
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+
+
+def _batch_norms(model: nn.Module) -> list[_BatchNorm]:
+    return [module for module in model.modules() if isinstance(module, _BatchNorm)]
 
 
 def _make_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:

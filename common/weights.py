@@ -1,6 +1,6 @@
 """A state_dict on disk, as safetensors: every parameter and buffer, in its own dtype."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -63,16 +63,41 @@ def load_into(model: nn.Module, path: Path) -> None:
             message names the first. The model is then unchanged.
         OSError: the file cannot be read.
     """
-    state_dict = model.state_dict()
-    expected = {name: _spec(tensor) for name, tensor in state_dict.items()}
-    with _opened(path) as (header, file), torch.no_grad():
-        check_weights(header, expected)
+    own = model.state_dict()
+    with _opened(path) as (header, file):
+        check_weights(header, _schema(own))
+        _copy(file.get_tensor, own)
+
+
+def copy_into(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
+    """Copy the tensors, wherever they are, into the model's parameters and buffers.
+
+    `Module.load_state_dict` would convert dtypes, and fail where a model wants to know which version of
+    its class wrote the state_dict: MNASNet refuses a plain dict.
+
+    Raises:
+        RunError: a name, shape or dtype is not the model's; the message names the first. The model is
+            then unchanged.
+    """
+    own = model.state_dict()
+    try:
+        check_weights(Header(_schema(state_dict), metadata={}, data_start=0, offsets={}), _schema(own))
+    except InvalidError as error:
+        raise RunError(str(error)) from error
+    _copy(state_dict.__getitem__, own)
+
+
+def _copy(source: Callable[[str], Tensor], state_dict: StateDict) -> None:
+    with torch.no_grad():
         for name, tensor in state_dict.items():
-            tensor.copy_(file.get_tensor(name))
+            tensor.copy_(source(name))
 
 
-def _spec(tensor: Tensor) -> TensorSpec:
-    return TensorSpec(_DTYPE_NAMES[tensor.dtype], tuple(tensor.shape))
+def _schema(state_dict: Mapping[str, Tensor]) -> dict[str, TensorSpec]:
+    return {
+        name: TensorSpec(_DTYPE_NAMES[tensor.dtype], tuple(tensor.shape))
+        for name, tensor in state_dict.items()
+    }
 
 
 def _separate(state_dict: Mapping[str, Tensor]) -> StateDict:

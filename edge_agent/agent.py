@@ -1,4 +1,4 @@
-"""The life of an agent: pre-train, upload, contribute, wait, take the global model, report.
+"""The life of an agent: pre-train, upload, contribute, wait, compare the global model, apply it, report.
 
 The agent acts on what the run's latest state says is left for it to do, so it makes no difference
 whether it has been here all along, has lost its connection, or has just been started again. Each step
@@ -24,7 +24,7 @@ from edge_agent.config import AgentConfig
 from edge_agent.local import LocalModels, load_local_models
 from edge_agent.metrics import AgentMetrics, Phase
 from edge_agent.news import News
-from edge_agent.state import AgentState, Arrived, Progress, Trained
+from edge_agent.state import AgentState, Arrived, Progress, Report, Trained
 from edge_agent.worker import Worker
 
 LAST_SECONDS = 60.0  # without a word from the server, when the run is over and a model is left to take
@@ -151,9 +151,8 @@ class EdgeAgent:
     async def _pretrain(self, state: RunState) -> Trained:
         """This round's weights, which an earlier life of this agent may have trained."""
         self._metrics.set_phase(Phase.PRE_TRAINING)
-        trained = self._disk.progress.trained
-        if not trained or not await self._worker.run(self._is_kept, trained, state.round):
-            initial = await self._initial_weights(state)
+        trained, initial = self._disk.progress.trained, self._initial_weights(state)
+        if not trained or not await self._worker.run(self._is_kept, trained, state.round, initial):
             trained = await self._train(state.round, initial)
             crash_point(Point.AGENT_WEIGHTS_WRITTEN)
             await self._save(trained=trained)
@@ -163,7 +162,8 @@ class EdgeAgent:
         self._metrics.accuracy_ratio.labels("local").set(trained.accuracy)
         return trained
 
-    async def _train(self, number: int, initial: Path | None) -> Trained:
+    async def _train(self, number: int, initial: Blob | None) -> Trained:
+        path = await self._download(initial, "initial weights") if initial else None
         local, is_left = await self._models(), threading.Event()
 
         def show(step: StepReport) -> None:
@@ -172,19 +172,20 @@ class EdgeAgent:
             self._show_step(number, step)
 
         try:
-            model = await self._worker.run(local.pretrain, number, initial, show)
+            model = await self._worker.run(local.pretrain, number, path, show)
         finally:
             is_left.set()  # a thread can only end by itself
-        return await self._worker.run(local.keep, number, model)
+        return await self._worker.run(local.keep, number, initial and initial.digest, model)
 
-    def _is_kept(self, trained: Trained, number: int) -> bool:
-        return trained.round == number and _is_whole(self._disk.local_weights, trained.weights)
+    def _is_kept(self, trained: Trained, number: int, initial: Blob | None) -> bool:
+        is_this = (trained.round, trained.initial_weights) == (number, initial and initial.digest)
+        return is_this and _is_whole(self._disk.local_weights, trained.weights)
 
-    async def _initial_weights(self, state: RunState) -> Path | None:
-        """Where this round's pre-training starts; None: from weights of this agent's own."""
+    def _initial_weights(self, state: RunState) -> Blob | None:
+        """What this round's pre-training starts from; None: from weights of this agent's own."""
         if self._joined.run.initial_weights == "independent" and state.latest_round == 0:
             return None
-        return await self._download(state.initial_weights, "initial weights")
+        return state.initial_weights
 
     async def _send(self, trained: Trained) -> tuple[str, str]:
         """Upload and commit; the outcome, and why."""
@@ -199,6 +200,7 @@ class EdgeAgent:
                     shards=[shard],
                     num_examples=local.num_examples,
                     accuracy_local=trained.accuracy,
+                    initial_weights=trained.initial_weights,
                 )
             except ConflictError as error:
                 return "accepted", str(error)  # an earlier life of this agent has contributed
@@ -220,14 +222,15 @@ class EdgeAgent:
                 await self._save(evaluated_round=number)
 
     async def _take_global_model(self, state: RunState) -> None:
-        """Download, compare on this agent's own held-out data, apply, report."""
+        """Download, compare on this agent's own held-out data, apply unless it does worse, report."""
         self._metrics.set_phase(Phase.DOWNLOADING)
         path = await self._download(state.latest_weights, "global model")
         self._metrics.set_phase(Phase.EVALUATING)
         trained = self._disk.progress.trained
-        local = trained.accuracy if trained and trained.round == state.latest_round else None
+        if trained and trained.round != state.latest_round:
+            trained = None
         models = await self._models()
-        report = await self._worker.run(models.measure, state.latest_round, path, local)
+        report = await self._worker.run(models.measure, state.latest_round, path, trained)
         arrived = Arrived(weights=state.latest_weights, report=report)
         # Once the model is replaced, the one before cannot be measured again.
         await self._save(arrived=arrived)
@@ -244,13 +247,9 @@ class EdgeAgent:
         await self._client.report(report)
         crash_point(Point.AGENT_REPORTED)
         await self._save(evaluated_round=report.round, arrived=None)
-        # Nothing in there is of a later round yet: that one starts from this model.
+        # Nothing in there is of a later round yet: that one starts from this model, applied or not.
         self._disk.discard_all_but({self._disk.shard, path})
-        before = "none" if report.accuracy_before is None else f"{report.accuracy_before:.4f}"
-        self._display.message(
-            f"round {report.round}: accuracy before {before}, after {report.accuracy_after:.4f},"
-            f" {'applied' if report.applied else f'not applied: {report.reason}'}"
-        )
+        self._display.message(f"round {report.round}: {_outcome_of(report)}")
         self._metrics.set_phase(Phase.WAITING)
 
     # ------------------------------------------------------------------ transfers
@@ -323,6 +322,13 @@ class EdgeAgent:
 
     async def _save(self, **changes: Any) -> None:
         await self._worker.run(self._disk.save, self._disk.progress.model_copy(update=changes))
+
+
+def _outcome_of(report: Report) -> str:
+    if not report.applied:
+        return f"kept its own model: {report.reason}"
+    before = "none" if report.accuracy_before is None else f"{report.accuracy_before:.4f}"
+    return f"accuracy before {before}, after {report.accuracy_after:.4f}, applied"
 
 
 def _is_whole(path: Path, blob: Blob) -> bool:

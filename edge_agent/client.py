@@ -169,6 +169,7 @@ class CloudClient:
         shards: list[Blob],
         num_examples: int,
         accuracy_local: float | None,
+        initial_weights: str | None,
     ) -> Verdict:
         request = pb.ContributeRequest(
             round=number,
@@ -176,6 +177,7 @@ class CloudClient:
             shard_digests=[shard.digest for shard in shards],
             num_examples=num_examples,
             accuracy_local=accuracy_local,
+            initial_weights_digest=initial_weights,
         )
         reply = await self._unary(self._stub.Contribute, request)
         return Verdict(_name(pb.Outcome, reply.outcome, "OUTCOME_"), reply.message)
@@ -197,7 +199,9 @@ class CloudClient:
         await asyncio.to_thread(sync, path.parent)
 
     async def report(self, report: Report) -> None:
-        await self._unary(self._stub.Report, pb.ReportRequest(**report.model_dump()))
+        # The server knows the initial weights from the contribution.
+        fields = report.model_dump(exclude={"initial_weights"})
+        await self._unary(self._stub.Report, pb.ReportRequest(**fields))
 
     # ------------------------------------------------------------------ how calls are made
 

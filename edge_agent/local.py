@@ -18,11 +18,12 @@ from common.config import RunConfig
 from common.errors import InvalidError, RunError
 from common.files import replacing
 from common.models import build_model
-from common.shards import Shard, read_shard, write_shard
-from common.training import OnStep, derive_seed
+from common.shards import Shard, cloud_holdout, read_shard, write_shard
+from common.training import Evaluation, OnStep, derive_seed
 from common.transfer import Blob, blob_of
 from common.weights import load_into, write_state_dict
 from edge_agent.client import Joined
+from edge_agent.comparison import objection
 from edge_agent.config import AgentConfig
 from edge_agent.data import AgentData, load_agent_data
 from edge_agent.partition import Partition, parse_partition
@@ -84,7 +85,7 @@ class LocalModels:
 
     @property
     def num_examples(self) -> int:
-        """That this agent trains on."""
+        """In this agent's shard, with those that the cloud holds back: the same part of any shard."""
         return len(self._data.train.labels)
 
     def write_shard(self) -> Blob:
@@ -94,16 +95,17 @@ class LocalModels:
         return blob_of(self._disk.shard)
 
     def pretrain(self, number: int, initial: Path | None, on_step: OnStep) -> nn.Module:
-        """Train for a round, from its last checkpoint if there is one.
+        """Train for a round on what the cloud does not hold back, from the last checkpoint if there is one.
 
         Args:
             initial: weights to start from; None: this agent's own.
         """
         model = self._model(initial)
+        rest = self._not_held_back()
         training.train(
             model,
-            torch.from_numpy(self._data.train.images),
-            torch.from_numpy(self._data.train.labels),
+            torch.from_numpy(self._data.train.images[rest]),
+            torch.from_numpy(self._data.train.labels[rest]),
             self._run.pretrain,
             spec=self._run.spec,
             device=self._device,
@@ -114,31 +116,43 @@ class LocalModels:
         )
         return model
 
-    def keep(self, number: int, model: nn.Module) -> Trained:
+    def keep(self, number: int, initial_weights: str | None, model: nn.Module) -> Trained:
         """Leave what was pre-trained for a round in a file, and use it unless what is in use is better."""
-        accuracy = self._accuracy(model)
+        accuracy = self._evaluate(model).accuracy
         path = self._disk.local_weights
         write_state_dict(model.state_dict(), path)
-        in_use = self._accuracy_in_use()
-        if in_use is None or accuracy >= in_use:
+        in_use = self._evaluate_in_use()
+        if in_use is None or accuracy >= in_use.accuracy:
             _copy(path, self._disk.model)
-        return Trained(round=number, weights=blob_of(path), accuracy=accuracy)
+        return Trained(
+            round=number, weights=blob_of(path), accuracy=accuracy, initial_weights=initial_weights
+        )
 
-    def measure(self, number: int, weights: Path, accuracy_local: float | None) -> Report:
-        """Compare a global model with the one in use, on this agent's own held-out data."""
+    def measure(self, number: int, weights: Path, trained: Trained | None) -> Report:
+        """Compare a global model with the one in use, on this agent's own held-out data, and decide.
+
+        Args:
+            trained: what this agent pre-trained for the round, if it did.
+        """
+        before, after = self._evaluate_in_use(), self._evaluate(self._model(weights))
+        reason = ""
+        if before and self._run.apply == "if-not-worse":
+            reason = objection(before.correct.numpy(), after.correct.numpy())
         return Report(
             round=number,
-            accuracy_local=accuracy_local,
-            accuracy_before=self._accuracy_in_use(),
-            accuracy_after=self._accuracy_of(weights),
-            num_held_out=len(self._data.held_out.labels),
-            applied=True,
-            reason="",
+            initial_weights=trained.initial_weights if trained else None,
+            accuracy_local=trained.accuracy if trained else None,
+            accuracy_before=before.accuracy if before else None,
+            accuracy_after=after.accuracy,
+            num_held_out=after.num_examples,
+            applied=not reason,
+            reason=reason,
         )
 
     def apply(self, weights: Path, report: Report) -> None:
-        """Use a global model from now on, and leave the report for the user."""
-        _copy(weights, self._disk.model)
+        """Use a global model from now on if that is what was decided, and leave the report for the user."""
+        if report.applied:
+            _copy(weights, self._disk.model)
         text = json.dumps({"agent_id": self._disk.agent_id, **report.model_dump()}, indent=2)
         with replacing(self._disk.report) as partial:
             partial.write_text(text + "\n", "utf-8")
@@ -153,27 +167,30 @@ class LocalModels:
             load_into(model, weights)
         return model
 
-    def _accuracy_in_use(self) -> float | None:
-        """Of the model in use; None: there is none that fits this run."""
+    def _not_held_back(self) -> np.ndarray:
+        """Indices of the examples that the cloud fine-tunes on; the rest it chooses and evaluates on."""
+        seed = derive_seed(self._run.seed, "cloud_holdout", self._disk.agent_id)
+        rest, _ = cloud_holdout(self._data.train.labels, self._run.fine_tune.holdout_fraction, seed)
+        return rest
+
+    def _evaluate_in_use(self) -> Evaluation | None:
+        """The model in use; None: there is none that fits this run."""
         if not self._disk.model.exists():
             return None
         try:
-            return self._accuracy_of(self._disk.model)
+            return self._evaluate(self._model(self._disk.model))
         except RunError as error:  # of an earlier run
             log.warning("model_in_use_ignored", reason=str(error))
             return None
 
-    def _accuracy_of(self, weights: Path) -> float:
-        return self._accuracy(self._model(weights))
-
-    def _accuracy(self, model: nn.Module) -> float:
+    def _evaluate(self, model: nn.Module) -> Evaluation:
         return training.evaluate(
             model,
             torch.from_numpy(self._data.held_out.images),
             torch.from_numpy(self._data.held_out.labels),
             spec=self._run.spec,
             device=self._device,
-        ).accuracy
+        )
 
 
 def _holds(path: Path, shard: Shard) -> bool:

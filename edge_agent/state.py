@@ -25,12 +25,14 @@ class Trained(FrozenModel):
     round: int
     weights: Blob
     accuracy: float  # on the held-out data
+    initial_weights: str | None = None  # digest of what it started from; None: this agent's own
 
 
 class Report(FrozenModel):
     """What became of a published model on this device; accuracies on its own held-out data."""
 
     round: int
+    initial_weights: str | None = None  # those of `Trained`; None as well where it did not take part
     accuracy_local: float | None  # of the weights that this agent had pre-trained for the round
     accuracy_before: float | None  # of the model in use before; None: there was none
     accuracy_after: float
@@ -40,7 +42,7 @@ class Report(FrozenModel):
 
 
 class Arrived(FrozenModel):
-    """A global model that has been measured: what is left is to use it, and to report it."""
+    """A global model that has been measured: what is left is to use it or not, and to report it."""
 
     weights: Blob
     report: Report

@@ -16,6 +16,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGES = ("common", "edge_agent", "cloud_server")
 TORCH = {"torch", "torchvision"}
 MAY_IMPORT_TORCH = {
+    "common/batches.py",
     "common/checkpoint.py",
     "common/models.py",
     "common/training.py",

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from cloud_server.jobs import JobContribution, blob_path
-from common.config import RunConfig
-from common.shards import Shard, read_shard, split
-from common.training import OnStep, derive_seed, train
+from common.config import DatasetSpec, RunConfig
+from common.shards import Shard, cloud_holdout, read_shard
+from common.training import OnStep, derive_seed, predict, train
+from common.weights import load_into
 
 
 class Examples(NamedTuple):
@@ -58,6 +59,7 @@ def fine_tune(
     *,
     round_number: int,
     device: torch.device,
+    soft_labels: Tensor | None = None,
     on_step: OnStep | None = None,
     rank: int = 0,
     world_size: int = 1,
@@ -73,16 +75,45 @@ def fine_tune(
         on_step=on_step,
         rank=rank,
         world_size=world_size,
+        soft_labels=soft_labels,
+        distill=run.fine_tune.distill,
+        class_balanced=run.fine_tune.class_balanced,
     )
+
+
+def soft_labels(
+    model: nn.Module,
+    weights: Sequence[Path],
+    coefficients: Sequence[float],
+    images: Tensor,
+    *,
+    spec: DatasetSpec,
+    device: torch.device,
+) -> Tensor:
+    """What the ensemble of the agents' models says of the images: the softmax of their mean logits.
+
+    (FedDF, Lin et al., arXiv 2006.07242, section 3.)
+
+    Args:
+        model: left with the weights of the last agent.
+        coefficients: what each agent's logits count; only their ratios matter.
+        images: uint8 [N, C, H, W].
+
+    Returns:
+        float32 [N, K], each row a distribution over the K classes.
+    """
+    total = torch.zeros(len(images), spec.num_classes)
+    for path, coefficient in zip(weights, coefficients, strict=True):
+        load_into(model, path)
+        total.add_(predict(model, images, spec=spec, device=device), alpha=coefficient / sum(coefficients))
+    return total.softmax(1)
 
 
 def _split(shards: Sequence[Shard], run: RunConfig, agent_id: str) -> tuple[np.ndarray, np.ndarray]:
     """Indices into one agent's examples: those to train on, those to hold back."""
     labels = np.concatenate([np.empty(0, np.int64), *(shard.labels for shard in shards)])
-    if len(labels) < 2:  # one example cannot be on both sides
-        return np.arange(len(labels)), np.arange(0)
     seed = derive_seed(run.seed, "cloud_holdout", agent_id)
-    return split(labels, run.fine_tune.holdout_fraction, seed)
+    return cloud_holdout(labels, run.fine_tune.holdout_fraction, seed)
 
 
 def _by_shard(shards: Iterable[Shard], indices: np.ndarray) -> Iterator[tuple[Shard, np.ndarray]]:

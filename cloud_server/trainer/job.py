@@ -11,18 +11,29 @@ from typing import Literal
 
 import structlog
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from cloud_server.jobs import Job, JobDirectory, JobError, Progress, Result, Weights, blob_path
-from cloud_server.trainer.aggregation import coefficients, mean
-from cloud_server.trainer.finetune import Examples, combine, fine_tune
+from cloud_server.jobs import (
+    ClassAccuracy,
+    Job,
+    JobDirectory,
+    JobError,
+    Progress,
+    Result,
+    Weights,
+    blob_path,
+)
+from cloud_server.trainer.aggregation import coefficients
+from cloud_server.trainer.finetune import CombinedData, Examples, combine, fine_tune, soft_labels
 from cloud_server.trainer.group import Group
+from cloud_server.trainer.initial import initial_model
+from cloud_server.trainer.selection import Best, Contributed, OnCandidate, Selection
 from common.config import RunConfig
 from common.errors import ECAvgError, RunError, UsageError
 from common.faults import Point, crash_point
 from common.models import build_model
-from common.training import StepReport, derive_seed, evaluate
-from common.weights import write_state_dict
+from common.training import Evaluation, StepReport
+from common.weights import copy_into, write_state_dict
 
 log = structlog.get_logger()
 
@@ -66,7 +77,7 @@ def _do(directory: JobDirectory, blobs_dir: Path, device_name: str, group: Group
         directory.discard_output()
     crash_point(Point.TRAINER_JOB_TAKEN)
     if job.kind == "round":
-        return _RoundJob(job, directory, blobs_dir, device, group).run()
+        return RoundJob(job, directory, blobs_dir, device, group).run()
     return _initialise(job, directory, group)
 
 
@@ -74,26 +85,44 @@ def _initialise(job: Job, directory: JobDirectory, group: Group) -> Result:
     """Make the run's initial weights."""
     if group.rank != 0:
         return Result()
-    model = build_model(job.run, seed=derive_seed(job.run.seed, "initial_weights"))
+    model = initial_model(job.run)
     return Result(
         weights=_write_weights(model, directory.weights_path), num_parameters=_num_parameters(model)
     )
 
 
-class _RoundJob:
-    """Makes a round's global model: aggregate → fine-tune → evaluate."""
+class RoundJob:
+    """Makes a round's global model: select the start → fine-tune → publish the better of the two.
+
+    Args:
+        on_candidate: called on rank 0 with the name and the model of each candidate, and of the
+            fine-tuned model; for experiments.
+    """
 
     def __init__(
-        self, job: Job, directory: JobDirectory, blobs_dir: Path, device: torch.device, group: Group
+        self,
+        job: Job,
+        directory: JobDirectory,
+        blobs_dir: Path,
+        device: torch.device,
+        group: Group,
+        on_candidate: OnCandidate | None = None,
     ) -> None:
         self._job = job
         self._run: RunConfig = job.run
-        self._contributions = sorted(job.contributions, key=lambda contribution: contribution.agent_id)
+        contributions = sorted(job.contributions, key=lambda contribution: contribution.agent_id)
+        self._contributions = contributions
+        weighted = coefficients([item.num_examples for item in contributions], job.run.weights)
+        self._contributed = [
+            Contributed(item.agent_id, blob_path(blobs_dir, item.weights), coefficient)
+            for item, coefficient in zip(contributions, weighted, strict=True)
+        ]
         self._directory = directory
         self._blobs_dir = blobs_dir
         self._device = device
         self._group = group
         self._is_first = group.rank == 0
+        self._on_candidate = on_candidate
         self._seconds: dict[str, float] = {}
 
     def run(self) -> Result:
@@ -102,63 +131,91 @@ class _RoundJob:
         data = combine(self._run, self._contributions, self._blobs_dir)
 
         self._tell("aggregating", 0, 1)
-        self._aggregate_into(model)
-        accuracy_average = self._evaluate(model, data.held_out)
+        with self._timed("aggregate"):
+            selection = self._select(model, data) if self._is_first else None
+        start = selection.take_best() if selection else None
         self._tell("fine_tuning", 0, 1)
-        self._fine_tune(model, data.train)
+        self._fine_tune(model, data.train, start)
         crash_point(Point.TRAINER_FINE_TUNED)
-        self._tell("evaluating", 0, 1)
-        accuracy_fine_tuned = self._evaluate(model, data.held_out)
-        self._tell("evaluating", 1, 1)
+        if selection is None or start is None:
+            return Result()
 
+        self._tell("evaluating", 0, 1)
+        with self._timed("evaluate"):
+            fine_tuned = selection.offer("fine_tuned") if len(data.train.labels) else None
+        if self._on_candidate and fine_tuned:
+            self._on_candidate("fine_tuned", model)
+        published = selection.take_best()
+        self._tell("evaluating", 1, 1)
+        log.info("selected", start=start.name, published=published.name, accuracies=selection.accuracies)
+        classes: tuple[ClassAccuracy, ...] = ()
+        if start.evaluation and published.evaluation:
+            classes = tuple(_by_class(data.held_out.labels, start.evaluation, published.evaluation))
         return Result(
-            weights=_write_weights(model, self._directory.weights_path) if self._is_first else None,
-            candidates={} if accuracy_average is None else {"average": accuracy_average},
-            start="average",
-            accuracy_fine_tuned=accuracy_fine_tuned,
-            accuracy_published=accuracy_fine_tuned,
+            weights=_write_weights(model, self._directory.weights_path),
+            candidates=selection.accuracies,
+            start=start.name,
+            soup=selection.soup,
+            published="fine_tuned" if published.name == "fine_tuned" else "start",
+            accuracy_fine_tuned=fine_tuned and fine_tuned.accuracy,
+            accuracy_published=published.evaluation and published.evaluation.accuracy,
+            classes=classes,
             seconds=self._seconds,
             num_parameters=_num_parameters(model),
             finished_at=time.time(),
         )
 
-    def _aggregate_into(self, model: nn.Module) -> None:
-        """On rank 0 alone: the others get its weights when the fine-tune begins."""
-        if not self._is_first:
-            return
-        with self._timed("aggregate"):
-            state_dict = mean(
-                [blob_path(self._blobs_dir, item.weights) for item in self._contributions],
-                coefficients([item.num_examples for item in self._contributions], self._run.weights),
-                on_tensor=self._tell_tensor,
+    def _select(self, model: nn.Module, data: CombinedData) -> Selection:
+        """Rank 0's part: the others get the start's weights when the fine-tune begins."""
+        previous = None
+        if self._job.initial_weights and self._job.round > 1:
+            previous = blob_path(self._blobs_dir, self._job.initial_weights)
+        with self._directory.scratch() as scratch:
+            selection = Selection(
+                model,
+                self._run,
+                self._contributed,
+                previous,
+                data,
+                device=self._device,
+                scratch=scratch,
+                on_candidate=self._on_candidate,
+                on_tensor=lambda *_: crash_point(Point.TRAINER_TENSOR_AVERAGED),
             )
-            model.load_state_dict(state_dict)
+            selection.run(lambda done, total: self._tell("aggregating", done, total))
+        return selection
 
-    def _evaluate(self, model: nn.Module, examples: Examples) -> float | None:
-        """Its accuracy; None where there is nothing to measure it on."""
-        if not self._is_first or not len(examples.labels):
-            return None
-        with self._timed("evaluate"):
-            return evaluate(model, *examples, spec=self._run.spec, device=self._device).accuracy
-
-    def _fine_tune(self, model: nn.Module, examples: Examples) -> None:
+    def _fine_tune(self, model: nn.Module, examples: Examples, start: Best | None) -> None:
         if not len(examples.labels):
             return  # agents may contribute their weights alone
         with self._timed("fine_tune"):
+            teaching = self._teach(model, examples)
+            if start:
+                copy_into(model, start.state_dict)
             fine_tune(
                 model,
                 examples,
                 self._run,
                 round_number=self._job.round,
                 device=self._device,
+                soft_labels=teaching,
                 on_step=self._tell_step if self._is_first else None,
                 rank=self._group.rank,
                 world_size=self._group.world_size,
             )
 
-    def _tell_tensor(self, done: int, total: int) -> None:
-        self._tell("aggregating", done, total)
-        crash_point(Point.TRAINER_TENSOR_AVERAGED)
+    def _teach(self, model: nn.Module, examples: Examples) -> Tensor | None:
+        """What the agents' models make of the examples; every rank finds out for itself."""
+        if not self._run.fine_tune.distill:
+            return None
+        return soft_labels(
+            model,
+            [item.weights for item in self._contributed],
+            [item.coefficient for item in self._contributed],
+            examples.images,
+            spec=self._run.spec,
+            device=self._device,
+        )
 
     def _tell_step(self, report: StepReport) -> None:
         self._tell("fine_tuning", report.step, report.num_steps, report.loss)
@@ -179,6 +236,22 @@ class _RoundJob:
         started = time.perf_counter()
         yield
         self._seconds[what] = self._seconds.get(what, 0.0) + time.perf_counter() - started
+
+
+def _by_class(labels: Tensor, start: Evaluation, published: Evaluation) -> Iterator[ClassAccuracy]:
+    """How well each class among the labels (int64 [N]) is known, before and after."""
+    counts = torch.bincount(labels)
+    before, after = (
+        torch.bincount(labels[evaluation.correct], minlength=len(counts)) for evaluation in (start, published)
+    )
+    for label, count in enumerate(counts.tolist()):
+        if count:
+            yield ClassAccuracy(
+                label=label,
+                num_examples=count,
+                accuracy_start=before[label].item() / count,
+                accuracy_published=after[label].item() / count,
+            )
 
 
 def _write_weights(model: nn.Module, path: Path) -> Weights:

@@ -28,6 +28,7 @@ class Reason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     REASON_STORAGE_FULL: _ClassVar[Reason]
     REASON_UNAVAILABLE: _ClassVar[Reason]
     REASON_INTERNAL: _ClassVar[Reason]
+    REASON_INITIAL_WEIGHTS: _ClassVar[Reason]
 
 class Phase(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -70,6 +71,7 @@ REASON_ALREADY_CONTRIBUTED: Reason
 REASON_STORAGE_FULL: Reason
 REASON_UNAVAILABLE: Reason
 REASON_INTERNAL: Reason
+REASON_INITIAL_WEIGHTS: Reason
 PHASE_UNSPECIFIED: Phase
 PHASE_COLLECTING: Phase
 PHASE_AGGREGATING: Phase
@@ -202,18 +204,20 @@ class UploadReply(_message.Message):
     def __init__(self, received_bytes: _Optional[int] = ...) -> None: ...
 
 class ContributeRequest(_message.Message):
-    __slots__ = ("round", "weights_digest", "shard_digests", "num_examples", "accuracy_local")
+    __slots__ = ("round", "weights_digest", "shard_digests", "num_examples", "accuracy_local", "initial_weights_digest")
     ROUND_FIELD_NUMBER: _ClassVar[int]
     WEIGHTS_DIGEST_FIELD_NUMBER: _ClassVar[int]
     SHARD_DIGESTS_FIELD_NUMBER: _ClassVar[int]
     NUM_EXAMPLES_FIELD_NUMBER: _ClassVar[int]
     ACCURACY_LOCAL_FIELD_NUMBER: _ClassVar[int]
+    INITIAL_WEIGHTS_DIGEST_FIELD_NUMBER: _ClassVar[int]
     round: int
     weights_digest: str
     shard_digests: _containers.RepeatedScalarFieldContainer[str]
     num_examples: int
     accuracy_local: float
-    def __init__(self, round: _Optional[int] = ..., weights_digest: _Optional[str] = ..., shard_digests: _Optional[_Iterable[str]] = ..., num_examples: _Optional[int] = ..., accuracy_local: _Optional[float] = ...) -> None: ...
+    initial_weights_digest: str
+    def __init__(self, round: _Optional[int] = ..., weights_digest: _Optional[str] = ..., shard_digests: _Optional[_Iterable[str]] = ..., num_examples: _Optional[int] = ..., accuracy_local: _Optional[float] = ..., initial_weights_digest: _Optional[str] = ...) -> None: ...
 
 class ContributeReply(_message.Message):
     __slots__ = ("outcome", "reason", "message")

@@ -1,6 +1,7 @@
 """An agent that is cut off between any two steps of its round and started again goes on where it was."""
 
 import asyncio
+import json
 import shutil
 from collections import Counter
 from collections.abc import AsyncIterator
@@ -17,7 +18,7 @@ from edge_agent.agent import EdgeAgent
 from edge_agent.client import Joined, RunState, Verdict
 from edge_agent.config import AgentConfig
 from edge_agent.metrics import AgentMetrics
-from edge_agent.state import AgentState, Progress, Report
+from edge_agent.state import AgentState, Progress, Report, Trained
 
 RUN = RunConfig(hidden_units=8, pretrain=TrainingConfig(epochs=2))
 
@@ -42,8 +43,9 @@ class Power:
 class Cloud:
     """A server that publishes as soon as there is a contribution; it outlives the agent."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, run: RunConfig = RUN) -> None:
         folder.mkdir()
+        self.run = run
         self.files = []
         for seed in range(2):
             path = folder / str(seed)
@@ -70,7 +72,7 @@ class Client:
         self._news = asyncio.Event()
 
     async def join(self) -> Joined:
-        return Joined("run", RUN, 1, 1)
+        return Joined("run", self._cloud.run, 1, 1)
 
     async def watch(self) -> AsyncIterator[RunState]:
         while True:
@@ -155,16 +157,20 @@ def local_apply_cut(agent: EdgeAgent, power: Power) -> None:
     agent._load_data = loaded  # type: ignore[method-assign]
 
 
-async def test_round_ends_the_same_wherever_the_agent_was_cut_off(tmp_path: Path) -> None:
-    undisturbed = Cloud(tmp_path / "cloud")
+@pytest.mark.parametrize("apply", ["always", "if-not-worse"])
+async def test_round_ends_the_same_wherever_the_agent_was_cut_off(tmp_path: Path, apply: str) -> None:
+    run = RUN.model_copy(update={"apply": apply})
+    undisturbed = Cloud(tmp_path / "cloud", run)
     power = Power(None)
     progress = await live(undisturbed, tmp_path / "agent", power)
     report = undisturbed.reports[0]
-    assert report.accuracy_before == report.accuracy_local != report.accuracy_after
+    assert report.accuracy_before == report.accuracy_local > report.accuracy_after
+    assert report.applied is (apply == "always")
+    in_use = progress.trained.weights if apply == "if-not-worse" else undisturbed.published
     assert power.moments > 20
 
     for moment in range(power.moments):
-        cloud, folder = Cloud(tmp_path / f"cloud-{moment}"), tmp_path / f"agent-{moment}"
+        cloud, folder = Cloud(tmp_path / f"cloud-{moment}", run), tmp_path / f"agent-{moment}"
         with pytest.raises((PowerCutError, ExceptionGroup)):
             await live(cloud, folder, Power(moment))
         again = await live(cloud, folder, Power(None))
@@ -173,4 +179,30 @@ async def test_round_ends_the_same_wherever_the_agent_was_cut_off(tmp_path: Path
         assert set(map(repr, cloud.reports)) == {repr(report)}, moment
         assert cloud.contribution == undisturbed.contribution
         assert set(cloud.counts.values()) == {1}, (moment, cloud.counts)
-        assert (folder / "model.safetensors").read_bytes() == cloud.files[1].read_bytes()
+        assert blob_of(folder / "model.safetensors") == in_use
+
+
+@pytest.mark.parametrize("initial_weights", ["shared", "pretrained", "start.safetensors", "independent"])
+async def test_pretraining_starts_from_the_initial_weights_unless_independent(
+    tmp_path: Path, initial_weights: str
+) -> None:
+    cloud = Cloud(tmp_path / "cloud", RUN.model_copy(update={"initial_weights": initial_weights}))
+    progress = await live(cloud, tmp_path / "agent", Power(None))
+    start = None if initial_weights == "independent" else cloud.initial.digest
+    assert cloud.counts[f"download {cloud.initial.digest}"] == (start is not None)
+    assert progress.trained.initial_weights == cloud.contribution["initial_weights"] == start
+    report = json.loads((tmp_path / "agent/report.json").read_text("utf-8"))
+    assert report["initial_weights"] == start
+
+
+async def test_weights_that_started_elsewhere_are_trained_again(tmp_path: Path) -> None:
+    """As an older agent left them, which did not note where it had started."""
+    cloud = Cloud(tmp_path / "cloud")
+    disk = AgentState(tmp_path / "agent", "edge-1")
+    shutil.copy(cloud.files[1], disk.local_weights)
+    stale = Trained(round=1, weights=blob_of(disk.local_weights), accuracy=0.5)
+    disk.save(Progress(run_id="run", trained=stale))
+    disk.close()
+    progress = await live(cloud, tmp_path / "agent", Power(None))
+    assert progress.trained.initial_weights == cloud.contribution["initial_weights"] == cloud.initial.digest
+    assert cloud.contribution["weights"] == progress.trained.weights != stale.weights

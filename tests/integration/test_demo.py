@@ -40,7 +40,7 @@ def test_demo_shows_before_and_after(running_demo: Command, tmp_path: Path) -> N
     assert running_demo.wait() == 0
     output = running_demo.output
     assert "accuracy on held-out data" in output
-    for name in (*demo.AGENTS, "cloud (average → fine-tuned)"):
+    for name in (*demo.AGENTS, "cloud (start → published)"):
         row = next(line for line in output.splitlines() if name in line)
         assert row.count(" 0.") == 2 or " 1.0000" in row
     assert "one round of mlp on digits" in output

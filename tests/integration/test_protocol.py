@@ -28,7 +28,7 @@ from common.pb import ecavg_pb2 as pb
 from common.pb import ecavg_pb2_grpc as pb_grpc
 from common.shards import Shard, write_shard
 from common.transfer import Blob, blob_of
-from edge_agent.client import CloudClient, Joined, Kind, RunState
+from edge_agent.client import CloudClient, Joined, Kind, RunState, Verdict
 from edge_agent.metrics import AgentMetrics
 from tests.processes import Cluster, cluster_in
 
@@ -73,6 +73,12 @@ async def initial_weights(client: Member, folder: Path) -> dict[str, np.ndarray]
     path = folder / "initial.safetensors"
     await client.download(client.state.initial_weights, path, ignore)
     return load_file(path)
+
+
+async def contribute(client: Member, weights: Blob, **changes: Any) -> Verdict:
+    start = client.state.initial_weights.digest
+    fields = {"shards": [], "num_examples": 1, "accuracy_local": None, "initial_weights": start}
+    return await client.contribute(1, weights=weights, **(fields | changes))
 
 
 async def upload(client: Member, path: Path, kind: Kind = "weights") -> Blob:
@@ -136,7 +142,7 @@ async def test_unfit_weights_are_refused_and_the_round_goes_on(
         assert await outcome(client) == pb.OUTCOME_REJECTED
 
         blob = await upload(client, written(tmp_path, weights))
-        verdict = await client.contribute(1, weights=blob, shards=[], num_examples=1, accuracy_local=None)
+        verdict = await contribute(client, blob)
         assert verdict.outcome == "accepted"
         assert await outcome(client) == pb.OUTCOME_ACCEPTED
 
@@ -257,34 +263,43 @@ async def test_contribution_counts_once_and_another_one_is_refused(cluster: Clus
         weights = await initial_weights(client, tmp_path)
         first = await upload(client, written(tmp_path, weights))
         second = await upload(client, written(tmp_path, with_value(0.5)(weights)))
-        contribution: Any = {"shards": [], "num_examples": 7, "accuracy_local": 0.5}
         for _ in range(2):
-            verdict = await client.contribute(1, weights=first, **contribution)
+            verdict = await contribute(client, first, num_examples=7, accuracy_local=0.5)
             assert verdict.outcome == "accepted"
         with pytest.raises(ConflictError):
-            await client.contribute(1, weights=second, **contribution)
+            await contribute(client, second, num_examples=7, accuracy_local=0.5)
 
 
 async def test_num_examples_is_held_against_the_shards(cluster: Cluster, tmp_path: Path) -> None:
     async with member(cluster, "boaster") as client:
         weights = await upload(client, written(tmp_path, await initial_weights(client, tmp_path)))
         path = shard_file(tmp_path, np.full((4, 1, 8, 8), 7, np.uint8), np.arange(4))
-        contribution: Any = {
-            "weights": weights,
-            "shards": [await upload(client, path, "data")],
-            "accuracy_local": None,
-        }
+        shards = [await upload(client, path, "data")]
         with pytest.raises(InvalidError, match=r"num_examples is 1000, .* 4 labels") as refused:
-            await client.contribute(1, num_examples=1000, **contribution)
+            await contribute(client, weights, shards=shards, num_examples=1000)
         assert refused.value.reason == Reason.MALFORMED_REQUEST
-        assert (await client.contribute(1, num_examples=4, **contribution)).outcome == "accepted"
+        assert (await contribute(client, weights, shards=shards, num_examples=4)).outcome == "accepted"
+
+
+async def test_pretraining_from_other_initial_weights_is_refused(cluster: Cluster, tmp_path: Path) -> None:
+    async with member(cluster, "elsewhere") as client:
+        blob = await upload(client, written(tmp_path, await initial_weights(client, tmp_path)))
+        for start, text in ((None, "weights of the agent's own"), ("5" * 64, "5555555555555555…")):
+            with pytest.raises(InvalidError, match=f"pre-training started from {text}") as refused:
+                await contribute(client, blob, initial_weights=start)
+            assert refused.value.reason == Reason.INITIAL_WEIGHTS
+            assert await outcome(client) == pb.OUTCOME_REJECTED
+        with pytest.raises(InvalidError, match="64 lower-case hex") as refused:
+            await contribute(client, blob, initial_weights="../../etc/passwd")
+        assert refused.value.reason == Reason.MALFORMED_REQUEST
+        assert (await contribute(client, blob)).outcome == "accepted"
 
 
 async def test_contribution_of_blobs_of_others_is_refused(cluster: Cluster, tmp_path: Path) -> None:
     async with member(cluster, "owner") as owner, member(cluster, "thief") as thief:
         blob = await upload(owner, written(tmp_path, await initial_weights(owner, tmp_path)))
         with pytest.raises(NotFoundError) as refused:
-            await thief.contribute(1, weights=blob, shards=[], num_examples=1, accuracy_local=None)
+            await contribute(thief, blob)
         assert refused.value.reason == Reason.MISSING_BLOB
 
 

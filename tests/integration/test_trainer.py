@@ -122,9 +122,16 @@ def test_a_round_averages_fine_tunes_and_evaluates(do, blobs_dir, contributions)
     published = evaluate(model, *data.held_out, spec=RUN.spec, device=CPU)
 
     assert average.num_examples == 180  # a tenth
-    assert result.candidates == {"average": average.accuracy}
-    assert result.start == "average"
+    assert result.candidates["average"] == average.accuracy
+    assert set(result.candidates) == {"aligned", "average", "best_agent", "greedy_soup"}  # none is previous
+    assert result.candidates[result.start] == max(result.candidates.values())
+    assert set(result.soup) <= set(AGENTS)
+    assert result.published == "fine_tuned"
     assert result.accuracy_fine_tuned == result.accuracy_published == published.accuracy > 0.9
+    assert [item.label for item in result.classes] == list(range(10))
+    assert sum(item.num_examples for item in result.classes) == 180
+    num_right = sum(item.num_examples * item.accuracy_published for item in result.classes)
+    assert num_right == pytest.approx(180 * published.accuracy)
     assert set(result.seconds) == {"aggregate", "fine_tune", "evaluate"}
     assert min(result.seconds.values()) > 0
     assert result.weights.sha256 == hashlib.sha256(directory.weights_path.read_bytes()).hexdigest()
@@ -138,7 +145,7 @@ def test_progress_goes_through_the_phases_in_order(do):
     assert [line.phase for line in lines] == sorted((line.phase for line in lines), key=phase_order)
     last = {line.phase: line for line in lines}
     assert all(line.done == line.total for line in last.values())
-    assert last["aggregating"].total == 4  # tensors
+    assert last["aggregating"].total == len(RUN.candidates)
     assert last["fine_tuning"].total == 3 * 26  # epochs of 1617 images in batches of 64
     assert last["fine_tuning"].loss > 0
 
@@ -251,12 +258,47 @@ def test_bad_jobs_fail_with_one_line(do, changes, kind, message):
     assert message in result.error.message
 
 
-def test_a_model_that_is_not_finite_is_not_published(do, monkeypatch):
+def test_a_fine_tune_that_makes_it_worse_is_not_published(do, monkeypatch):
     monkeypatch.setattr(job_module, "fine_tune", lambda model, *_, **__: model[1].weight.data.fill_(np.inf))
     result, directory = do()
+    assert result.published == "start"
+    assert result.accuracy_fine_tuned < result.accuracy_published == result.candidates[result.start]
+    assert all(tensor.isfinite().all() for tensor in read_state_dict(directory.weights_path).values())
+
+
+def test_a_model_that_is_not_finite_is_not_published(do, monkeypatch, blobs_dir, contributions):
+    monkeypatch.setattr(job_module, "fine_tune", lambda model, *_, **__: model[1].weight.data.fill_(np.inf))
+    alone = put_shard(part(digits(), slice(0, 1)), blobs_dir)  # nothing of it can be held out
+    result, directory = do(contributions=(contributions[0].model_copy(update={"shards": (alone,)}),))
     assert result.error.kind == "failed"
-    assert "1.weight of the new model is not finite" in result.error.message
+    assert "1.weight" in result.error.message
+    assert "run.fine_tune.learning_rate" in result.error.message
     assert not directory.weights_path.exists()
+
+
+def test_learning_from_the_ensemble_changes_the_model_and_nothing_else(do):
+    alone, _ = do()
+    run = RUN.model_copy(update={"fine_tune": RUN.fine_tune.model_copy(update={"distill": 0.5})})
+    together, _ = do(name="distilled", run=run)
+    assert together.error is None
+    assert together.candidates == alone.candidates
+    assert together.weights != alone.weights
+    assert together.accuracy_fine_tuned > 0.9
+
+
+def test_the_previous_global_model_is_a_candidate_from_the_second_round_on(do, contributions):
+    initial = contributions[0].weights
+    first, _ = do(initial_weights=initial)
+    second, _ = do(name="round-0002", round=2, initial_weights=initial)
+    assert "previous" not in first.candidates
+    assert second.candidates["previous"] > 0.5
+
+
+@pytest.mark.parametrize("aggregator", ["trimmed_mean", "median", "geometric_median"])
+def test_every_aggregator_makes_a_round(do, aggregator):
+    result, _ = do(run=RUN.model_copy(update={"aggregator": aggregator}))
+    assert result.error is None
+    assert result.accuracy_published > 0.9
 
 
 def test_a_broken_gpu_ends_the_process_after_its_result(do, monkeypatch, tmp_path):

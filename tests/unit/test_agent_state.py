@@ -4,9 +4,11 @@ import numpy as np
 import pytest
 import torch
 
+from cloud_server.jobs import JobContribution, blob_path
+from cloud_server.trainer.finetune import combine
 from common.config import RunConfig, TrainingConfig
 from common.errors import UsageError
-from common.shards import Shard
+from common.shards import Shard, read_shard
 from common.training import OnStep, StepReport
 from common.transfer import Blob, blob_of
 from common.weights import read_state_dict, write_state_dict
@@ -16,6 +18,7 @@ from edge_agent.state import AgentState, Arrived, Progress, Report, Trained
 
 REPORT = Report(
     round=2,
+    initial_weights="cd" * 32,
     accuracy_local=0.1,
     accuracy_before=1 / 3,
     accuracy_after=0.7000000000000001,
@@ -32,9 +35,17 @@ def make_shard(num_images: int, seed: int) -> Shard:
     return Shard(images, random.integers(0, 10, num_images, dtype=np.int64))
 
 
-def local_models(disk: AgentState) -> LocalModels:
+def local_models(disk: AgentState, run: RunConfig = RUN) -> LocalModels:
     data = AgentData(train=make_shard(40, 0), held_out=make_shard(20, 1), num_skipped=0)
-    return LocalModels(RUN, data, disk, torch.device("cpu"), (), 0.0)
+    return LocalModels(run, data, disk, torch.device("cpu"), (), 0.0)
+
+
+def saying(label: int, path: Path, model: Path) -> Path:
+    """Weights like those of `model` that give every image this label; the file at `path`."""
+    tensors = {name: torch.zeros_like(tensor) for name, tensor in read_state_dict(model).items()}
+    tensors["3.bias"][label] = 1
+    write_state_dict(tensors, path)
+    return path
 
 
 @pytest.fixture
@@ -43,7 +54,7 @@ def disk(tmp_path: Path) -> AgentState:
 
 
 def pretrain(local: LocalModels, on_step: OnStep) -> Trained:
-    return local.keep(1, local.pretrain(1, None, on_step))
+    return local.keep(1, None, local.pretrain(1, None, on_step))
 
 
 def ignore(_: StepReport) -> None:
@@ -54,7 +65,7 @@ def test_progress_comes_back_to_the_last_bit(disk: AgentState) -> None:
     blob = Blob("ab" * 32, 123)
     progress = Progress(
         run_id="r",
-        trained=Trained(round=2, weights=blob, accuracy=0.1 + 0.2),
+        trained=Trained(round=2, weights=blob, accuracy=0.1 + 0.2, initial_weights="cd" * 32),
         contributed_round=2,
         arrived=Arrived(weights=blob, report=REPORT),
         evaluated_round=1,
@@ -120,27 +131,76 @@ def test_interrupted_pretraining_goes_on_to_the_same_weights(
     assert len(steps) == 6
 
 
-def test_global_model_is_measured_against_the_one_in_use_and_replaces_it(
-    disk: AgentState, tmp_path: Path
-) -> None:
+def test_global_model_that_does_no_worse_replaces_the_one_in_use(disk: AgentState, tmp_path: Path) -> None:
     local = local_models(disk)
     trained = pretrain(local, ignore)
-    weights = tmp_path / "global"
-    tensors = read_state_dict(disk.local_weights)
-    write_state_dict({name: torch.zeros_like(tensor) for name, tensor in tensors.items()}, weights)
+    labels = make_shard(20, 1).labels
+    rare, common = np.argsort(np.bincount(labels))[[0, -1]]
+    saying(rare, disk.model, disk.local_weights)
+    weights = saying(common, tmp_path / "global", disk.local_weights)
 
-    report = local.measure(1, weights, trained.accuracy)
-    assert disk.model.read_bytes() == disk.local_weights.read_bytes()
-    assert report.accuracy_before == trained.accuracy
-    # All logits are equal: it says 0 to everything.
-    assert report.accuracy_after == (make_shard(20, 1).labels == 0).mean()
+    report = local.measure(1, weights, trained)
+    assert (report.accuracy_local, report.initial_weights) == (trained.accuracy, None)
+    assert report.accuracy_before == (labels == rare).mean()
+    assert report.accuracy_after == (labels == common).mean()
+    assert (report.num_held_out, report.applied, report.reason) == (20, True, "")
 
     for _ in range(2):  # the second after a crash
         local.apply(weights, report)
         assert disk.model.read_bytes() == weights.read_bytes()
-        assert (
-            Report.model_validate_json(disk.report.read_text().replace('"agent_id": "edge-1",', "")) == report
-        )
+        assert report_on(disk) == report
+
+
+def test_global_model_that_does_worse_leaves_the_one_in_use_alone(disk: AgentState, tmp_path: Path) -> None:
+    local = local_models(disk)
+    trained = pretrain(local, ignore).model_copy(update={"initial_weights": "cd" * 32})
+    labels = make_shard(20, 1).labels
+    rare, common = np.argsort(np.bincount(labels))[[0, -1]]
+    saying(common, disk.model, disk.local_weights)
+    in_use = disk.model.read_bytes()
+    weights = saying(rare, tmp_path / "global", disk.local_weights)
+
+    report = local.measure(1, weights, trained)
+    assert not report.applied
+    before, after = (labels == common).mean(), (labels == rare).mean()
+    assert report.reason.startswith(f"accuracy {before:.4f} → {after:.4f} on 20 held-out examples, worse by")
+    assert report.initial_weights == "cd" * 32
+    local.apply(weights, report)
+    assert disk.model.read_bytes() == in_use
+    assert report_on(disk) == report
+
+    always = local_models(disk, RUN.model_copy(update={"apply": "always"}))
+    assert always.measure(1, weights, trained) == report.model_copy(update={"applied": True, "reason": ""})
+
+
+def report_on(disk: AgentState) -> Report:
+    return Report.model_validate_json(disk.report.read_text().replace('"agent_id": "edge-1",', ""))
+
+
+def test_agent_does_not_train_on_what_the_cloud_holds_back(
+    disk: AgentState, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained_on = {}
+
+    def train(_: object, images: torch.Tensor, labels: torch.Tensor, *args: object, **kwargs: object) -> None:
+        trained_on.update(images=images, labels=labels)
+
+    monkeypatch.setattr("common.training.train", train)
+    local = local_models(disk)
+    local.pretrain(1, None, ignore)
+
+    shard = local.write_shard()
+    blob = blob_path(tmp_path / "blobs", shard.digest)
+    blob.parent.mkdir(parents=True)
+    disk.shard.rename(blob)
+    contribution = JobContribution(
+        agent_id=disk.agent_id, weights="", shards=(shard.digest,), num_examples=local.num_examples
+    )
+    combined = combine(RUN, [contribution], tmp_path / "blobs")
+    assert torch.equal(trained_on["images"], combined.train.images)
+    assert torch.equal(trained_on["labels"], combined.train.labels)
+    assert len(combined.held_out.labels) == 4  # a tenth of 40
+    assert local.num_examples == len(read_shard(blob).labels) == 40
 
 
 def test_model_of_another_run_counts_as_absent_and_is_replaced(disk: AgentState, tmp_path: Path) -> None:
@@ -153,7 +213,7 @@ def test_model_of_another_run_counts_as_absent_and_is_replaced(disk: AgentState,
 
     write_state_dict(stranger, disk.model)
     assert local.measure(1, weights, None).accuracy_before is None
-    local.keep(1, local.pretrain(1, None, ignore))
+    local.keep(1, None, local.pretrain(1, None, ignore))
     assert blob_of(disk.model) == blob_of(disk.local_weights)
 
     disk.model.write_bytes(b"no safetensors")

@@ -5,7 +5,7 @@ import hashlib
 import json
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, closing, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +92,8 @@ class World:
             agent_id, "weights", Blob(digest, path.stat().st_size), 0
         ) as upload:
             await upload.write(path.read_bytes())
-        return Contribution(agent_id, digest, (), 1, 0.5)
+        start = self.coordinator.state_for().initial_weights.digest
+        return Contribution(agent_id, digest, (), 1, start, 0.5)
 
     async def contribute(self, agent_id: str, number: int = 1) -> Outcome:
         contribution = await self.contribution_of(agent_id)
@@ -172,6 +173,7 @@ async def test_cancelled_contribution_is_the_same_in_memory_and_on_disk(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with world(tmp_path, min_agents=2) as here:
+        await here.contribute("b")
         contribution = await here.contribution_of("a")
         recording = asyncio.Event()
         loop = asyncio.get_running_loop()
@@ -188,8 +190,9 @@ async def test_cancelled_contribution_is_the_same_in_memory_and_on_disk(
         call.cancel()
         with pytest.raises(asyncio.CancelledError):
             await call
-        assert [row.agent_id for row in here.store.contributions(1)] == ["a"]
+        assert [row.agent_id for row in here.store.contributions(1)] == ["a", "b"]
         assert here.coordinator.state_for("a").outcome is Outcome.ACCEPTED
+        await here.until(lambda: here.coordinator.state_for().round == 2)  # it was the last one wanted
 
 
 async def test_late_agents_are_reported_as_late_and_silent_ones_as_vanished(tmp_path: Path) -> None:
@@ -360,11 +363,83 @@ async def test_rejection_is_reported_with_its_reason(tmp_path: Path) -> None:
         assert here.report()["vanished"] == []
 
 
+async def test_contribution_from_other_initial_weights_is_rejected_and_a_better_one_accepted(
+    tmp_path: Path,
+) -> None:
+    async with world(tmp_path) as here:
+        contribution = await here.contribution_of("a")
+        for other in ("f" * 64, None):
+            with pytest.raises(InvalidError, match="pre-training started from"):
+                await here.coordinator.contribute("a", 1, replace(contribution, initial_weights=other))
+            assert here.coordinator.state_for("a").outcome is Outcome.REJECTED
+        (row,) = here.store.contributions(1)
+        assert (row.outcome, row.reason) == ("rejected", Reason.INITIAL_WEIGHTS)
+        assert (await here.coordinator.contribute("a", 1, contribution)).outcome is Outcome.ACCEPTED
+        await here.until(lambda: here.coordinator.state_for().round == 2)
+        (agent,) = here.report()["agents"]
+        assert agent["initial_weights"] == here.store.round(1).initial_weights
+
+
+async def test_independent_agents_start_from_their_own_weights_until_a_model_is_published(
+    tmp_path: Path,
+) -> None:
+    run = {"initial_weights": "independent"}
+
+    async def contribute_own(here: World, number: int) -> Outcome:
+        contribution = replace(await here.contribution_of("a"), initial_weights=None)
+        return (await here.coordinator.contribute("a", number, contribution)).outcome
+
+    async with world(tmp_path, [failure("failed")] * 9, max_attempts=1, run=run) as here:
+        assert await contribute_own(here, 1) is Outcome.ACCEPTED
+        await here.until(lambda: here.coordinator.state_for().round == 2)
+        assert here.report()["agents"][0]["initial_weights"] is None
+    async with world(tmp_path, run=run) as here:
+        assert await contribute_own(here, 2) is Outcome.ACCEPTED  # round 1 failed
+        await here.until(lambda: here.coordinator.state_for().round == 3)
+        with pytest.raises(InvalidError, match="from weights of the agent's own"):
+            await contribute_own(here, 3)
+    async with world(tmp_path, run=run) as here:
+        with pytest.raises(InvalidError, match="from weights of the agent's own"):
+            await contribute_own(here, 3)
+        assert await here.contribute("a", 3) is Outcome.ACCEPTED
+
+
+async def test_accuracies_are_those_of_the_last_published_round(tmp_path: Path) -> None:
+    async with world(tmp_path, [None, failure("failed")], max_attempts=1) as here:
+        here.metrics.set_accuracies({"average": 0.3, "best_agent": 0.4})  # as of a round before
+        for number in (1, 2):
+            await here.contribute("a", number)
+            await here.until(lambda number=number: here.coordinator.state_for().round > number)
+        (family,) = [each for each in here.metrics.registry.collect() if each.name.endswith("accuracy_ratio")]
+        assert {sample.labels["stage"]: sample.value for sample in family.samples} == {"average": 0.5}
+
+
+async def test_repeated_report_is_counted_once(tmp_path: Path) -> None:
+    def count(applied: str) -> float | None:
+        return here.metrics.registry.get_sample_value("ecavg_server_reports_total", {"applied": applied})
+
+    async with world(tmp_path, min_agents=2) as here:
+        for agent_id in ("a", "b"):
+            await here.contribute(agent_id)
+        await here.until(lambda: here.coordinator.state_for().round == 2)
+        kept = replace(REPORT, applied=False, reason="accuracy 0.91 → 0.84")
+        for _ in range(3):
+            await here.coordinator.report("a", 1, replace(REPORT, agent_id="a"))
+            await here.coordinator.report("b", 1, replace(kept, agent_id="b"))
+        assert (count("true"), count("false")) == (1, 1)
+        first, second = (await here.coordinator.status())["agents"]
+        assert (first["applied"], first["message"]) == (True, "")
+        assert (second["applied"], second["message"]) == (False, kept.reason)
+    async with world(tmp_path, min_agents=2) as here:
+        await here.coordinator.report("b", 1, replace(kept, agent_id="b"))
+        assert (count("true"), count("false")) == (0, 0)  # counted in the life before
+
+
 async def test_reports_of_agents_end_up_in_the_report(tmp_path: Path) -> None:
     async with world(tmp_path) as here:
         await here.contribute("a")
         await here.until(lambda: here.coordinator.state_for().round == 2)
-        row = ReportRow(**{**vars(REPORT), "agent_id": "a"})
+        row = replace(REPORT, agent_id="a")
         await asyncio.gather(*(here.coordinator.report("a", 1, row) for _ in range(5)))
         (agent,) = here.report()["agents"]
         assert (agent["accuracy_before"], agent["accuracy_after"], agent["applied"]) == (0.5, 0.6, True)

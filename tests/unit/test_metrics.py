@@ -19,6 +19,7 @@ SERVER_CONTRACT = {
     "ecavg_server_phase_duration_seconds": {"phase"},
     "ecavg_server_agents": {"state"},
     "ecavg_server_contributions_total": {"outcome"},
+    "ecavg_server_reports_total": {"applied"},
     "ecavg_server_received_bytes_total": {"kind"},
     "ecavg_server_sent_bytes_total": {"kind"},
     "ecavg_server_accuracy_ratio": {"stage"},
@@ -77,7 +78,7 @@ def agent() -> AgentMetrics:
 def test_server_metrics_have_the_names_and_labels_of_the_contract(server: ServerMetrics) -> None:
     server.set_phase(1, "collecting")
     server.set_phase(1, "aggregating")
-    server.set_accuracy("average", 0.9)
+    server.set_accuracies({"average": 0.9})
     server.observe_rpc("ecavg.v1.ECAvg", "Join", "OK", 0.01)
     assert scraped(server.registry) == SERVER_CONTRACT
 
@@ -100,6 +101,7 @@ def test_counters_are_there_before_they_count(server: ServerMetrics, agent: Agen
 
     assert values(server.registry, "ecavg_server_rounds_total") == zeros("published", "failed")
     assert values(server.registry, "ecavg_server_contributions_total") == zeros(*map(str, Outcome))
+    assert values(server.registry, "ecavg_server_reports_total") == zeros("true", "false")
     assert values(server.registry, "ecavg_server_received_bytes_total") == zeros("weights", "data")
     assert values(server.registry, "ecavg_server_sent_bytes_total") == zeros("model")
     assert values(agent.registry, "ecavg_agent_sent_bytes_total") == zeros("weights", "data")
@@ -108,8 +110,16 @@ def test_counters_are_there_before_they_count(server: ServerMetrics, agent: Agen
 def test_accuracy_is_absent_until_it_is_measured(server: ServerMetrics, agent: AgentMetrics) -> None:
     assert values(server.registry, "ecavg_server_accuracy_ratio") == {}
     assert values(agent.registry, "ecavg_agent_accuracy_ratio") == {}
-    server.set_accuracy("published", 0.5)
+    server.set_accuracies({"published": 0.5})
     assert values(server.registry, "ecavg_server_accuracy_ratio") == {"published": 0.5}
+
+
+def test_accuracy_is_of_one_round(server: ServerMetrics) -> None:
+    server.set_accuracies({"average": 0.7, "aligned": 0.8, "published": 0.9})
+    server.set_accuracies({"average": 0.75, "published": 0.85})
+    assert values(server.registry, "ecavg_server_accuracy_ratio") == {"average": 0.75, "published": 0.85}
+    server.set_accuracies({})
+    assert values(server.registry, "ecavg_server_accuracy_ratio") == {}
 
 
 @pytest.mark.parametrize("phase", RoundPhase)

@@ -15,16 +15,17 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from cloud_server.records import round_from
 from cloud_server.round import TRANSITIONS, Contribution, Outcome, Phase, Policy, Rejection, Round
 from cloud_server.store import ContributionRow, Store
-from common.errors import ConflictError, Reason
+from common.errors import ConflictError, InvalidError, Reason
 
 POLICY = Policy(min_agents=2, max_agents=3, deadline_seconds=60)
 OPENED_AT = 1_000.0
 IN_TIME, OVERDUE = OPENED_AT + 59.9, OPENED_AT + 60
+INITIAL = "0" * 64
 NOT_COLLECTING = [phase for phase in Phase if phase is not Phase.COLLECTING]
 
 
 def contribution(agent_id: str, **changes: Any) -> Contribution:
-    return replace(Contribution(agent_id, "a" * 64, ("b" * 64,), 100, 0.5), **changes)
+    return replace(Contribution(agent_id, "a" * 64, ("b" * 64,), 100, INITIAL, 0.5), **changes)
 
 
 def round_of(*agent_ids: str, policy: Policy = POLICY, phase: Phase = Phase.COLLECTING) -> Round:
@@ -33,7 +34,7 @@ def round_of(*agent_ids: str, policy: Policy = POLICY, phase: Phase = Phase.COLL
         number=1,
         policy=policy,
         opened_at=OPENED_AT,
-        initial_weights="0" * 64,
+        initial_weights=INITIAL,
         phase=phase,
         contributions={agent_id: contribution(agent_id) for agent_id in agent_ids},
         published="f" * 64 if phase is Phase.PUBLISHED else None,
@@ -69,11 +70,45 @@ def test_local_accuracy_does_not_make_it_another_contribution():
 
 
 @pytest.mark.parametrize("phase", Phase)
-@pytest.mark.parametrize("change", [{"weights": "c" * 64}, {"shards": ()}, {"num_examples": 7}])
+@pytest.mark.parametrize(
+    "change", [{"weights": "c" * 64}, {"shards": ()}, {"num_examples": 7}, {"initial_weights": None}]
+)
 def test_accepted_contribution_stands_against_a_different_one(phase, change):
     with pytest.raises(ConflictError) as refusal:
         round_of("a", phase=phase).contribute(contribution("a", **change))
     assert refusal.value.reason is Reason.ALREADY_CONTRIBUTED
+
+
+@pytest.mark.parametrize("initial_weights", [INITIAL, None])
+def test_independent_agents_may_start_from_weights_of_their_own(initial_weights):
+    offered = contribution("a", initial_weights=initial_weights)
+    _, outcome = replace(round_of(), may_be_independent=True).contribute(offered)
+    assert outcome is Outcome.ACCEPTED
+
+
+@pytest.mark.parametrize(
+    ("may_be_independent", "initial_weights", "start"),
+    [
+        (False, None, "weights of the agent's own"),
+        (False, "1" * 64, "1111111111111111…"),
+        (True, "1" * 64, "1111111111111111…"),
+    ],
+)
+def test_pretraining_from_other_weights_than_the_initial_is_refused(
+    may_be_independent, initial_weights, start
+):
+    collecting = replace(round_of(), may_be_independent=may_be_independent)
+    with pytest.raises(
+        InvalidError, match=f"started from {start}, .* starts from 0000000000000000…"
+    ) as refusal:
+        collecting.contribute(contribution("a", initial_weights=initial_weights))
+    assert refusal.value.reason is Reason.INITIAL_WEIGHTS
+
+
+@pytest.mark.parametrize("phase", NOT_COLLECTING)
+def test_late_contribution_is_late_whatever_it_started_from(phase):
+    _, outcome = round_of(phase=phase).contribute(contribution("a", initial_weights="1" * 64))
+    assert outcome is Outcome.LATE
 
 
 @pytest.mark.parametrize("phase", NOT_COLLECTING)
@@ -277,7 +312,7 @@ class Run(RuleBasedStateMachine):
     @rule(agent_id=AGENT_IDS, weights=st.sampled_from("12"), crash=CRASHES)
     def contribute(self, agent_id: str, weights: str, crash: Crash) -> None:
         self.join(agent_id)
-        offered = contribution(agent_id, weights=weights * 64)
+        offered = contribution(agent_id, weights=weights * 64, initial_weights=self.round.initial_weights)
         try:
             updated, outcome = self.round.contribute(offered)
         except ConflictError:
@@ -414,11 +449,14 @@ def row_of(offered: Contribution, outcome: Outcome, now: float) -> ContributionR
         reason="",
         message="",
         at=now,
+        initial_weights=offered.initial_weights,
     )
 
 
 def contribution_of(row: ContributionRow) -> Contribution:
-    return Contribution(row.agent_id, row.weights, row.shards, row.num_examples, row.accuracy_local)
+    return Contribution(
+        row.agent_id, row.weights, row.shards, row.num_examples, row.initial_weights, row.accuracy_local
+    )
 
 
 def accepted(store: Store, number: int) -> tuple[ContributionRow, ...]:

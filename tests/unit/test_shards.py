@@ -8,7 +8,7 @@ from safetensors.numpy import load_file
 
 from common.errors import UsageError
 from common.schema import check_shard, read_header
-from common.shards import Shard, read_shard, split, write_shard
+from common.shards import Shard, cloud_holdout, read_shard, split, write_shard
 
 
 def make_shard(num_examples: int = 7) -> Shard:
@@ -122,6 +122,13 @@ def test_every_example_can_be_held_out() -> None:
     labels = np.arange(20) % 3
     seen = {index for seed in range(200) for index in split(labels, 0.1, seed)[1]}
     assert seen == set(range(20))
+
+
+@pytest.mark.parametrize(("num_examples", "num_held_out"), [(0, 0), (1, 0), (2, 1), (10, 3)])
+def test_cloud_holds_back_of_two_examples_on(num_examples: int, num_held_out: int) -> None:
+    rest, held_out = cloud_holdout(np.zeros(num_examples, np.int64), 0.3, 5)
+    assert sorted([*rest, *held_out]) == list(range(num_examples))
+    assert len(held_out) == num_held_out
 
 
 def test_single_example_cannot_be_split() -> None:

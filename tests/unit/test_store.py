@@ -34,7 +34,9 @@ from common.errors import NotFoundError, Reason, StorageError, UsageError
 MEMORY = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # where fsync costs nothing
 UPLOADED, TRAINED = b"an upload" * 1000, b"a global model" * 1000
 DIGEST, TRAINED_DIGEST = (hashlib.sha256(content).hexdigest() for content in (UPLOADED, TRAINED))
-CONTRIBUTION = ContributionRow("a", "accepted", DIGEST, ("b" * 64, "c" * 64), 600, 0.1 + 0.2, "", "", 12.5)
+CONTRIBUTION = ContributionRow(
+    "a", "accepted", DIGEST, ("b" * 64, "c" * 64), 600, 0.1 + 0.2, "", "", 12.5, "e" * 64
+)
 REPORT = ReportRow("a", 0.91, None, 0.96, 120, True, "", 99.5)
 
 
@@ -126,6 +128,15 @@ def test_rounds_end_published_or_failed(run_store):
     assert run_store.last_round() == run_store.round(2)
 
 
+def test_run_has_published_from_its_first_model_on(run_store):
+    run_store.set_phase(1, "failed", 20.0, failure="out of memory")
+    run_store.open_round(2, "0" * 64, 21.0)
+    assert not run_store.has_published()
+    run_store.set_phase(2, "published", 22.0, published="e" * 64)
+    run_store.open_round(3, "e" * 64, 23.0)
+    assert run_store.has_published()
+
+
 def test_phase_of_an_unknown_round_is_refused(run_store):
     with pytest.raises(sqlite3.IntegrityError):
         run_store.set_phase(7, "aggregating", 20.0)
@@ -160,8 +171,8 @@ def test_contribution_without_round_agent_or_outcome_is_refused(run_store, numbe
 
 
 def test_reports_come_back_as_they_were_and_the_last_one_stands(run_store):
-    for report in (replace(REPORT, agent_id="b"), replace(REPORT, applied=False, reason="worse"), REPORT):
-        run_store.record_report(1, report)
+    reports = (replace(REPORT, agent_id="b"), replace(REPORT, applied=False, reason="worse"), REPORT)
+    assert [run_store.record_report(1, report) for report in reports] == [True, True, False]
     assert run_store.reports(1) == [REPORT, replace(REPORT, agent_id="b")]
     assert run_store.reports(1)[0].applied is True
 
@@ -477,6 +488,22 @@ def test_database_of_an_older_program_is_upgraded_with_its_records(run_store, st
     for _ in range(2):  # applied once
         with closing(Store(state_dir)) as upgraded:
             assert [row.slot for row in upgraded.agents()] == [101, 102]
+
+
+def test_contributions_of_an_older_program_started_from_nobody_knows_what(state_dir, monkeypatch):
+    with monkeypatch.context() as older:
+        older.setattr(store_module, "MIGRATIONS", store_module.MIGRATIONS[:2])
+        with closing(Store(state_dir)) as store:
+            populate(store)
+    with closing(sqlite3.connect(state_dir / "ecavg.sqlite3")) as database, database:
+        database.execute(
+            "INSERT INTO contributions VALUES (1, 'a', 'accepted', 'd', '[\"s\"]', 600, 0.5, '', '', 12.5)"
+        )
+    with closing(Store(state_dir)) as upgraded:
+        known = ContributionRow("a", "accepted", "d", ("s",), 600, 0.5, "", "", 12.5, initial_weights=None)
+        assert upgraded.contributions(1) == [known]
+        upgraded.record_contribution(1, CONTRIBUTION)
+        assert upgraded.contributions(1) == [CONTRIBUTION]
 
 
 def test_upgrade_that_fails_changes_nothing(run_store, state_dir, monkeypatch):

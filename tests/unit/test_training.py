@@ -5,28 +5,26 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as v2
 
 from common import training
+from common.batches import CROP_PADDING, horizontal_flip, random_crop
 from common.config import DatasetSpec, RunConfig, TrainingConfig
 from common.errors import RunError, UsageError
 from common.models import build_model
 from common.training import (
-    CROP_PADDING,
     StepReport,
-    batch_bounds,
     derive_seed,
     evaluate,
-    horizontal_flip,
     learning_rate_factor,
     make_deterministic,
-    random_crop,
+    predict,
+    recompute_statistics,
     select_device,
     train,
 )
@@ -53,8 +51,11 @@ def make_model(seed: int = 0, *, batch_norm: bool = False, dropout: float = 0.0)
     )
 
 
+OPTIONS = ("on_step", "checkpoint", "soft_labels", "distill", "class_balanced")
+
+
 def run(model: nn.Module, data: tuple[Tensor, Tensor], seed: int = 0, **config: Any) -> float:
-    more = {key: config.pop(key) for key in ("on_step",) if key in config}
+    more = {key: config.pop(key) for key in OPTIONS if key in config}
     return train(model, *data, TrainingConfig(**config), spec=SPEC, device=CPU, seed=seed, **more)
 
 
@@ -161,15 +162,17 @@ def test_every_epoch_shows_each_image_once_normalised_in_another_order() -> None
     assert orders[0] != orders[1]
 
 
-def test_crop_and_flip_equal_torchvision_image_by_image() -> None:
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(200, 3, 7, 9, generator=generator)
-    corners = torch.randint(2 * CROP_PADDING + 1, (200, 2), generator=generator)
-    flipped = torch.rand(200, generator=generator) < 0.5
-    found = horizontal_flip(random_crop(x, corners), flipped)
-    for image, (top, left), flip, result in zip(x, corners.tolist(), flipped, found, strict=True):
-        expected = v2.crop(v2.pad(image, [CROP_PADDING]), top, left, 7, 9)
-        assert torch.equal(result, v2.horizontal_flip(expected) if flip else expected)
+def test_plain_training_draws_order_then_corners_then_flips() -> None:
+    images, labels = make_data(25)
+    model = Recorder()
+    run(model, (images, labels), seed=4, epochs=2, batch_size=25, augment=("random_crop", "horizontal_flip"))
+    for epoch, batch in enumerate(model.batches):  # other draws would be another result from the same run
+        generator = torch.Generator().manual_seed(derive_seed(4, "data", epoch))
+        order = torch.randperm(25, generator=generator)
+        corners = torch.randint(2 * CROP_PADDING + 1, (25, 2), generator=generator)
+        flipped = torch.rand(25, generator=generator) < 0.5
+        expected = horizontal_flip(random_crop(normalised(images)[order], corners), flipped)
+        torch.testing.assert_close(batch, expected)
 
 
 def test_augmentation_in_training_draws_all_offsets_and_both_directions() -> None:
@@ -187,17 +190,86 @@ def test_augmentation_in_training_draws_all_offsets_and_both_directions() -> Non
     assert counts[:81].sum() == pytest.approx(1000, abs=120)  # five standard deviations
 
 
-@given(st.integers(1, 300), st.integers(1, 50), st.integers(1, 4))
-def test_batches_cover_all_images_and_none_is_too_small(num_images: int, size: int, smallest: int) -> None:
-    if min(num_images, size) < smallest:
-        with pytest.raises(UsageError, match=f"at least {smallest} images"):
-            batch_bounds(num_images, size, smallest)
-        return
-    bounds = batch_bounds(num_images, size, smallest)
-    assert [index for begin, end in bounds for index in range(begin, end)] == list(range(num_images))
-    sizes = [end - begin for begin, end in bounds]
-    assert set(sizes[:-1]) <= {size}
-    assert smallest <= sizes[-1] < size + smallest
+def test_distilling_a_step_follows_the_mixed_target() -> None:
+    images, labels = make_data(40)
+    soft_labels = torch.rand(40, 3, generator=torch.Generator().manual_seed(1)).softmax(1)
+    expected = make_model()
+    smooth = 0.8 * F.one_hot(labels, 3) + 0.2 / 3  # label smoothing (arXiv 1512.00567, section 7)
+    target = 0.3 * soft_labels + 0.7 * smooth
+    loss = -(target * expected(normalised(images)).log_softmax(1)).sum() / 40
+    loss.backward()
+
+    found = make_model()
+    options = {"soft_labels": soft_labels, "distill": 0.3, "label_smoothing": 0.2}
+    settings = {"epochs": 1, "batch_size": 40, "learning_rate": 0.1, "schedule": "constant"}
+    mean_loss = run(found, (images, labels), **settings, **options)
+
+    assert mean_loss == pytest.approx(loss.item(), rel=1e-5)
+    for before, after in zip(expected.parameters(), found.parameters(), strict=True):
+        torch.testing.assert_close(after, before - 0.1 * before.grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("distill", [0.0, 0.5])
+def test_loss_is_computed_in_float32_whatever_the_model_answers_in(distill: float) -> None:
+    class Coarse(Recorder):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x).bfloat16()
+
+    images, labels = make_data(40)
+    soft_labels = torch.rand(40, 3, generator=torch.Generator().manual_seed(1)).softmax(1)
+    torch.manual_seed(0)
+    model = Coarse()
+    logits = predict(model, images, spec=SPEC, device=CPU)
+    assert logits.dtype == torch.float32
+    target = distill * soft_labels + (1 - distill) * F.one_hot(labels, 3)
+    expected = -(target * logits.double().log_softmax(1)).sum(1).mean().item()
+
+    options = {"soft_labels": soft_labels, "distill": distill} if distill else {}
+    found = run(model, (images, labels), epochs=1, batch_size=40, **options)
+
+    assert found == pytest.approx(expected, rel=1e-6)  # bfloat16 would be off by up to 4e-3
+
+
+def test_model_stays_as_it_is_while_it_learns_from_itself_alone() -> None:
+    images, labels = make_data(23)
+    model, before = make_model(), make_model()
+    own = predict(model, images, spec=SPEC, device=CPU).softmax(1)
+    settings = {"epochs": 2, "batch_size": 5, "learning_rate": 0.1}
+    run(model, (images, labels), soft_labels=own, distill=1.0, **settings)
+    for name, tensor in before.state_dict().items():
+        torch.testing.assert_close(model.state_dict()[name], tensor, rtol=1e-4, atol=1e-5)
+    run(model, (images, labels), soft_labels=own.flip(0), distill=1.0, **settings)
+    assert (model[0].weight - before[0].weight).abs().max() > 1e-2  # each image has its own soft label
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"distill": 0.5}, "given together"),
+        ({"soft_labels": torch.full((20, 3), 1 / 3)}, "given together"),
+        ({"distill": 0.5, "soft_labels": torch.full((19, 3), 1 / 3)}, r"20 torch.int64, 19 torch.float32"),
+        ({"class_balanced": True, "checkpoint": Path("x")}, "plain training"),
+        ({"distill": 1.0, "soft_labels": torch.full((20, 3), 1 / 3), "checkpoint": Path("x")}, "plain"),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        run(make_model(), make_data(20), epochs=1, batch_size=10, **options)
+
+
+def test_class_balanced_epochs_show_rare_classes_as_often_as_others() -> None:
+    images, _ = make_data(40)
+    labels = torch.tensor([0] * 34 + [1] * 5 + [2])
+    model = Recorder()
+    run(model, (images, labels), epochs=2, batch_size=16, class_balanced=True)
+    assert [len(batch) for batch in model.batches] == [16, 16, 8] * 2
+    epochs = []
+    for epoch in (model.batches[:3], model.batches[3:]):
+        distances = (torch.cat(epoch)[:, None] - normalised(images)[None]).abs().amax((2, 3, 4))
+        assert distances.amin(1).max() < 1e-5
+        epochs.append(distances.argmin(1))
+        assert sorted(labels[epochs[-1]].bincount().tolist()) == [13, 13, 14]
+    assert not torch.equal(*epochs)
 
 
 def test_single_last_image_joins_the_batch_before_where_batch_norm_needs_it() -> None:
@@ -265,20 +337,18 @@ def test_diverged_training_says_so() -> None:
         run(make_model(), make_data(50), epochs=20, batch_size=5, learning_rate=1000)
 
 
-def test_images_must_be_uint8() -> None:
-    with pytest.raises(ValueError, match=r"2 torch.float32 images, 2 torch.int64 labels"):
-        run(make_model(), (torch.zeros(2, 3, 8, 8), torch.zeros(2, dtype=torch.int64)))
-
-
 @pytest.mark.parametrize("was_training", [True, False])
 def test_evaluation_equals_a_plain_loop_over_images(was_training: bool) -> None:
     images, labels = make_data(23)
     model = make_model(batch_norm=True, dropout=0.5).train(was_training)
+    model[1].eval()  # the user's own frozen layer
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
     found = evaluate(model, images, labels, spec=SPEC, device=CPU, batch_size=10)
+    predicted = predict(model, images, spec=SPEC, device=CPU, batch_size=7)
 
-    assert model.training is was_training
+    assert model.training is model[4].training is was_training
+    assert not model[1].training
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     model.eval()
     logits = torch.cat([model(normalised(image)[None]) for image in images]).detach()
@@ -286,6 +356,95 @@ def test_evaluation_equals_a_plain_loop_over_images(was_training: bool) -> None:
     assert found.accuracy == found.correct.double().mean().item()
     assert found.loss == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-5)
     assert found.num_examples == 23
+    torch.testing.assert_close(predicted, logits)
+
+
+def test_predictions_can_be_trained_with() -> None:
+    images, _ = make_data(5)
+    predicted = predict(make_model(), images, spec=SPEC, device=CPU)
+    assert predicted.dtype == torch.float32
+    assert not predicted.requires_grad
+    scale = torch.ones(3, requires_grad=True)
+    (predicted * scale).sum().backward()  # an inference tensor cannot be saved for this
+    assert torch.allclose(scale.grad, predicted.sum(0))
+
+
+def make_normalised_model() -> nn.Module:
+    """Chance before a BatchNorm, one BatchNorm after another, and statistics that fit nothing."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.BatchNorm2d(3, momentum=0.3), nn.Flatten(), nn.Dropout(0.5), nn.Linear(192, 6),
+        nn.BatchNorm1d(6, momentum=None), nn.Linear(6, 3),
+    )  # fmt: skip
+    for norm in (model[0], model[4]):
+        for tensor in (norm.weight.data, norm.bias.data, norm.running_mean, norm.running_var):
+            tensor.uniform_(1, 3)
+        norm.num_batches_tracked.fill_(77)
+    return model
+
+
+@pytest.mark.parametrize(("batch_size", "num_batches"), [(512, 1), (25, 1), (10, 3), (1, 12)])
+def test_recomputed_statistics_are_the_mean_over_equal_batches(batch_size: int, num_batches: int) -> None:
+    images, _ = make_data(25)
+    model = make_normalised_model()
+    given = {name: tensor.double().numpy().copy() for name, tensor in model.state_dict().items()}
+    mean, std = (np.array(values).reshape(3, 1, 1) for values in (SPEC.mean, SPEC.std))
+    x = (images.double().numpy() / 255 - mean) / std
+    order = torch.randperm(25, generator=torch.Generator().manual_seed(9)).numpy()
+    expected: dict[str, list[Any]] = {"0": [], "4": []}
+    for batch in np.array_split(x[order], num_batches):
+        hidden = batch.transpose(0, 2, 3, 1).reshape(-1, 3)
+        expected["0"].append([hidden.mean(0), hidden.var(0, ddof=1)])
+        hidden = (hidden - hidden.mean(0)) / np.sqrt(hidden.var(0) + 1e-5)
+        hidden = hidden * given["0.weight"] + given["0.bias"]
+        hidden = hidden.reshape(-1, 8, 8, 3).transpose(0, 3, 1, 2).reshape(-1, 192)
+        hidden = hidden @ given["3.weight"].T + given["3.bias"]
+        expected["4"].append([hidden.mean(0), hidden.var(0, ddof=1)])
+
+    recompute_statistics(model, images, spec=SPEC, device=CPU, seed=9, batch_size=batch_size)
+
+    after = model.state_dict()
+    for norm, batches in expected.items():
+        running_mean, running_var = np.mean(batches, 0)
+        np.testing.assert_allclose(after[f"{norm}.running_mean"], running_mean, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(after[f"{norm}.running_var"], running_var, rtol=1e-4)
+        assert after[f"{norm}.num_batches_tracked"] == num_batches
+    parameters = [name for name, _ in model.named_parameters()]
+    assert all(np.array_equal(after[name].double().numpy(), given[name]) for name in parameters)
+
+
+def test_recomputing_statistics_leaves_modes_momenta_and_chance_alone() -> None:
+    model = make_normalised_model()
+    model[0].eval()
+    before = torch.get_rng_state()
+    recompute_statistics(model, make_data(25)[0], spec=SPEC, device=CPU, seed=0)
+    assert [module.training for module in model] == [False, True, True, True, True, True]
+    assert (model[0].momentum, model[4].momentum) == (0.3, None)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(parameter.grad is None for parameter in model.parameters())
+    with pytest.raises(RuntimeError):
+        recompute_statistics(model, torch.zeros(2, 3, 9, 9, dtype=torch.uint8), spec=SPEC, device=CPU, seed=0)
+    assert (model[0].momentum, model[4].momentum, model.training) == (0.3, None, True)
+
+
+def test_recomputed_variances_have_what_differs_between_agents() -> None:
+    images = torch.zeros(60, 3, 8, 8, dtype=torch.uint8)
+    images[30:] = 255  # one agent at night, one by day
+    model = make_normalised_model()
+    recompute_statistics(model, images, spec=SPEC, device=CPU, seed=0, batch_size=30)
+    assert model[0].running_var.numpy() == pytest.approx(0.25 / np.square(SPEC.std), rel=0.1)
+
+
+def test_statistics_stay_where_there_is_nothing_to_recompute() -> None:
+    images, _ = make_data(10)
+    batch_statistics = nn.Sequential(Recorder(), nn.BatchNorm1d(3, track_running_stats=False))
+    for model in (nn.Sequential(Recorder()), batch_statistics):
+        recompute_statistics(model, images, spec=SPEC, device=CPU, seed=0)
+        assert model[0].batches == []
+    one = make_normalised_model()
+    before = {name: tensor.clone() for name, tensor in one.state_dict().items()}
+    recompute_statistics(one, images[:1], spec=SPEC, device=CPU, seed=0)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in one.state_dict().items())
 
 
 def test_model_that_fails_in_evaluation_is_back_in_its_mode() -> None:
@@ -349,6 +508,7 @@ loss = train(
     model, given["images"], given["labels"],
     TrainingConfig.model_validate_json(sys.argv[3]), spec=DatasetSpec(*eval(sys.argv[4])),
     device=torch.device("cpu"), seed=3, rank=rank, world_size=2,
+    soft_labels=given["soft_labels"], distill=0.5, class_balanced=True,
 )
 torch.distributed.destroy_process_group()
 write_state_dict({**model[1].state_dict(), "loss": torch.tensor(loss)}, folder / str(rank))
@@ -359,7 +519,9 @@ def test_two_ranks_train_what_one_process_trains(tmp_path: Path) -> None:
     images, labels = make_data(23)
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(192, 3))
-    write_state_dict({**model[1].state_dict(), "images": images, "labels": labels}, tmp_path / "given")
+    soft_labels = torch.rand(23, 3).softmax(1)
+    data = {"images": images, "labels": labels, "soft_labels": soft_labels}
+    write_state_dict({**model[1].state_dict(), **data}, tmp_path / "given")
     config = TrainingConfig(epochs=2, batch_size=5, augment=("random_crop",))  # parts of 2 and 3 images
     arguments = [str(tmp_path), config.model_dump_json(), repr(tuple(SPEC))]
     ranks = [
@@ -367,7 +529,8 @@ def test_two_ranks_train_what_one_process_trains(tmp_path: Path) -> None:
     ]
     assert [process.wait(100) for process in ranks] == [0, 0]
 
-    loss = train(model, images, labels, config, spec=SPEC, device=CPU, seed=3)
+    options = {"soft_labels": soft_labels, "distill": 0.5, "class_balanced": True}
+    loss = train(model, images, labels, config, spec=SPEC, device=CPU, seed=3, **options)
 
     assert (tmp_path / "0").read_bytes() == (tmp_path / "1").read_bytes()
     together = read_state_dict(tmp_path / "0")

@@ -3,13 +3,21 @@ from pathlib import Path
 
 import pytest
 import torch
+import torchvision
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from common.errors import RunError
 from common.schema import read_header
-from common.weights import load_into, read_state_dict, write_state_dict
+from common.weights import copy_into, load_into, read_state_dict, write_state_dict
+
+OTHER_WEIGHTS = [
+    ({"3.bias": None}, "3.bias is missing"),
+    ({"3.bias": torch.zeros(3)}, r"3.bias is F32 \[3\], the run's model has F32 \[2\]"),
+    ({"3.bias": torch.zeros(2, dtype=torch.float64)}, r"3.bias is F64 \[2\]"),
+    ({"extra": torch.zeros(1)}, "extra is F32"),
+]
 
 
 def small_model(seed: int = 0) -> nn.Module:
@@ -113,15 +121,7 @@ def test_weights_load_into_a_model_in_channels_last_layout(tmp_path: Path) -> No
     assert_same(fresh.state_dict(), trained.state_dict())
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"3.bias": None}, "3.bias is missing"),
-        ({"3.bias": torch.zeros(3)}, r"3.bias is F32 \[3\], the run's model has F32 \[2\]"),
-        ({"3.bias": torch.zeros(2, dtype=torch.float64)}, r"3.bias is F64 \[2\]"),
-        ({"extra": torch.zeros(1)}, "extra is F32"),
-    ],
-)
+@pytest.mark.parametrize(("change", "message"), OTHER_WEIGHTS)
 def test_other_weights_are_refused_and_the_model_is_unchanged(
     change: dict[str, torch.Tensor | None], message: str, tmp_path: Path
 ) -> None:
@@ -141,3 +141,33 @@ def test_file_that_is_no_safetensors_is_refused(content: bytes, tmp_path: Path) 
     for read in (lambda: read_state_dict(path), lambda: load_into(small_model(), path)):
         with pytest.raises(RunError, match="not a usable safetensors file"):
             read()
+
+
+def test_tensors_in_memory_are_copied_into_a_model_in_any_layout() -> None:
+    trained, fresh = small_model(1), small_model(2).to(memory_format=torch.channels_last)
+    weight = fresh[3].weight
+    copy_into(fresh, {name: tensor.clone() for name, tensor in trained.state_dict().items()})
+    assert_same(fresh.state_dict(), trained.state_dict())
+    assert fresh[3].weight is weight
+    assert weight.requires_grad
+
+
+def test_mnasnet_takes_a_plain_dict() -> None:
+    trained, fresh = (torchvision.models.mnasnet0_5(num_classes=3) for _ in range(2))
+    plain = dict(trained.state_dict())
+    with pytest.raises(ValueError, match="version"):
+        fresh.load_state_dict(plain)  # why copy_into is there
+    copy_into(fresh, plain)
+    assert_same(fresh.state_dict(), trained.state_dict())
+
+
+@pytest.mark.parametrize(("change", "message"), OTHER_WEIGHTS)
+def test_other_tensors_in_memory_are_refused_and_the_model_is_unchanged(
+    change: dict[str, torch.Tensor | None], message: str
+) -> None:
+    state_dict = {**small_model(1).state_dict(), **change}
+    model = small_model(2)
+    with pytest.raises(RunError, match=message) as caught:
+        copy_into(model, {name: t for name, t in state_dict.items() if t is not None})
+    assert "\n" not in str(caught.value)
+    assert_same(model.state_dict(), small_model(2).state_dict())

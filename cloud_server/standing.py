@@ -1,0 +1,269 @@
+"""How the run stands: what agents that watch, the terminal, the status page and the metrics are shown.
+
+The coordinator shows what has become true, and nobody else does.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from cloud_server.jobs import Progress, Result
+from cloud_server.metrics import ServerMetrics
+from cloud_server.presence import Presence
+from cloud_server.reports import Reports
+from cloud_server.round import Outcome, Phase, Round
+from cloud_server.store import ReportRow, RoundRow, Store
+from common.transfer import Blob
+
+STATUS_ROUNDS = 50  # as many of the latest rounds are on the status page
+
+
+@dataclass(frozen=True)
+class PublishedModel:
+    round: int
+    weights: Blob
+
+
+@dataclass(frozen=True)
+class RunState:
+    """The whole state of the run at one moment, as one agent may see it."""
+
+    round: int
+    phase: Phase
+    initial_weights: Blob
+    outcome: Outcome | None
+    progress: Progress | None
+    latest_model: PublishedModel | None
+    failed_round: int  # this round or the one before, if it failed; else 0
+    failure: str  # why it did
+    run_over: bool
+    num_contributions: int
+    max_contributions: int
+
+
+class Standing:
+    """The run as it is now, for everyone who looks at it or waits for news.
+
+    Args:
+        current: the round, as it is on record.
+        slots: of every agent of the run, by agent id; the coordinator adds those that join.
+        on_change: called after every change, for a progress display.
+    """
+
+    def __init__(
+        self,
+        run_id: str,
+        current: Round,
+        slots: Mapping[str, int],
+        presence: Presence,
+        *,
+        store: Store,
+        reports: Reports,
+        metrics: ServerMetrics,
+        on_change: Callable[[RunState], None],
+    ) -> None:
+        self._run_id = run_id
+        self._round = current
+        self._slots = slots
+        self._presence = presence
+        self._store = store
+        self._reports = reports
+        self._metrics = metrics
+        self._on_change = on_change
+        self._changed = asyncio.Event()
+        self._progress: Progress | None = None  # of the trainer in this phase
+        self._run_over = False
+        self._latest_model: PublishedModel | None = None
+        self._last_failure = (0, "")  # round, reason
+        self._results: dict[int, Result] = {}  # of rounds on the status page
+        for row in store.rounds():
+            self._note_end(row)
+        self.show(current)
+
+    # ------------------------------------------------------------------ what is shown
+
+    def show(self, current: Round) -> None:
+        """The round as it is now, on record already."""
+        if current.phase is not self._round.phase:
+            self._progress = None
+        self._round = current
+        self._initial_weights = self._blob(current.initial_weights)
+        self._note_end(current)
+        self.look_again()
+
+    def show_progress(self, progress: Progress) -> None:
+        self._progress = progress
+        self.look_again()
+
+    def show_run_over(self) -> None:
+        self._run_over = True
+        self.look_again()
+
+    def look_again(self) -> None:
+        """Wake everyone who waits for news."""
+        self._changed.set()
+        self._changed = asyncio.Event()
+        self._metrics.set_phase(self._round.number, self._round.phase.value)
+        contributed, here = set(self._round.contributions), self._presence.here
+        self._metrics.set_agents(
+            watching=len(here - contributed),
+            contributed=len(here & contributed),
+            away=len(set(self._slots) - here),
+        )
+        self._on_change(self.state_for())
+
+    # ------------------------------------------------------------------ who looks
+
+    @property
+    def next_change(self) -> asyncio.Event:
+        """Set at the next change; take it before looking, so that none is missed in between."""
+        return self._changed
+
+    async def watch(self, agent_id: str) -> AsyncIterator[RunState]:
+        """The state now, then again after each change; slow readers skip states, never the latest."""
+        with self._counted_as_watching(agent_id):
+            while True:
+                changed = self._changed
+                state = self.state_for(agent_id)
+                yield state
+                if state.run_over:
+                    self._presence.dismiss(agent_id)
+                    return
+                await changed.wait()
+
+    def state_for(self, agent_id: str | None = None) -> RunState:
+        failed_round, failure = self._last_failure
+        is_news = failed_round >= self._round.number - 1
+        return RunState(
+            round=self._round.number,
+            phase=self._round.phase,
+            initial_weights=self._initial_weights,
+            outcome=self._round.outcome_of(agent_id) if agent_id else None,
+            progress=self._progress,
+            latest_model=self._latest_model,
+            failed_round=failed_round if is_news else 0,
+            failure=failure if is_news else "",
+            run_over=self._run_over,
+            num_contributions=len(self._round.contributions),
+            max_contributions=self._round.policy.max_agents,
+        )
+
+    async def status(self, now: float) -> dict[str, Any]:
+        """The JSON behind the status page; `now` in seconds since the epoch."""
+        rows = await asyncio.to_thread(self._store.rounds, last=STATUS_ROUNDS)
+        self._results = await asyncio.to_thread(self._results_of, rows)
+        num_accepted = await asyncio.to_thread(self._store.num_accepted)
+        last_published = max((row.number for row in rows if row.published), default=0)
+        reported = {row.agent_id: row for row in await asyncio.to_thread(self._store.reports, last_published)}
+        current, progress, here = self._round, self._progress, self._presence.here
+        return {
+            "run_id": self._run_id,
+            "round": current.number,
+            "phase": current.phase.value,
+            "phases": _phases(rows[-1], current, now),
+            "progress": progress and {"done": progress.done, "total": progress.total, "loss": progress.loss},
+            "agents": [
+                _agent_status(agent_id, slot, current, agent_id in here, reported.get(agent_id))
+                for agent_id, slot in sorted(self._slots.items(), key=lambda item: item[1])
+            ],
+            "rounds": [
+                _round_status(row, num_accepted.get(row.number, 0), self._results.get(row.number))
+                for row in rows
+                if _is_over(row)
+            ],
+            "run_over": self._run_over,
+            "min_agents": current.policy.min_agents,
+            "max_agents": current.policy.max_agents,
+            "deadline_at": current.deadline_at,
+        }
+
+    # ------------------------------------------------------------------ small parts
+
+    @contextmanager
+    def _counted_as_watching(self, agent_id: str) -> Iterator[None]:
+        try:
+            with self._presence.watching(agent_id):
+                self.look_again()
+                yield
+        finally:
+            self.look_again()
+
+    def _note_end(self, ended: Round | RoundRow) -> None:
+        if ended.published:
+            self._latest_model = PublishedModel(ended.number, self._blob(ended.published))
+        if ended.failure:
+            self._last_failure = (ended.number, ended.failure)
+
+    def _blob(self, digest: str) -> Blob:
+        return Blob(digest, self._store.blob_size(digest) or 0)
+
+    def _results_of(self, rows: Sequence[RoundRow]) -> dict[int, Result]:
+        known = {row.number: self._results.get(row.number) for row in rows if row.published}
+        read = {number: result or self._reports.result_of(number) for number, result in known.items()}
+        return {number: result for number, result in read.items() if result}
+
+
+async def wait_for(event: asyncio.Event, seconds: float | None) -> None:
+    """Wait for the event, at most so long."""
+    try:
+        async with asyncio.timeout(seconds):
+            await event.wait()
+    except TimeoutError:
+        pass
+
+
+def _agent_status(
+    agent_id: str, slot: int, current: Round, is_watching: bool, report: ReportRow | None
+) -> dict[str, Any]:
+    outcome = current.outcome_of(agent_id)
+    rejection = current.rejections.get(agent_id)
+    contribution = current.contributions.get(agent_id)
+    state = "contributed" if contribution else "watching"
+    return {
+        "agent_id": agent_id,
+        "slot": slot,
+        "state": state if is_watching else "away",
+        "outcome": outcome and outcome.value,
+        "accuracy_local": contribution and contribution.accuracy_local,
+        "accuracy_before": report and report.accuracy_before,
+        "accuracy_after": report and report.accuracy_after,
+        "applied": report and report.applied,
+        "message": rejection.message if rejection else (report.reason if report else ""),
+    }
+
+
+def _round_status(row: RoundRow, num_contributions: int, result: Result | None) -> dict[str, Any]:
+    ended_at = max(row.phase_times.values(), default=row.opened_at)
+    result = result or Result()
+    return {
+        "round": row.number,
+        "outcome": row.phase,
+        "failure": row.failure or None,
+        "num_contributions": num_contributions,
+        "candidates": result.candidates,
+        "soup": result.soup,
+        "start": result.start,
+        "published": result.published,
+        "accuracy_start": result.candidates.get(result.start or ""),
+        "accuracy_fine_tuned": result.accuracy_fine_tuned,
+        "accuracy_published": result.accuracy_published,
+        "seconds": round(ended_at - row.opened_at, 3),
+    }
+
+
+def _phases(row: RoundRow, current: Round, now: float) -> list[dict[str, Any]]:
+    """How long the current round has been in each of its phases, in order."""
+    starts = {Phase.COLLECTING.value: row.opened_at} | row.phase_times
+    ordered = sorted(starts.items(), key=lambda item: item[1])
+    ends = [start for _, start in ordered[1:]]
+    ends.append(ordered[-1][1] if current.is_over else now)
+    return [
+        {"phase": phase, "seconds": round(max(0.0, end - start), 3)}
+        for (phase, start), end in zip(ordered, ends, strict=True)
+    ]
+
+
+def _is_over(row: RoundRow) -> bool:
+    return row.phase in (Phase.PUBLISHED, Phase.FAILED)

@@ -1,0 +1,275 @@
+"""Selection: the models that a fine-tune may start from, and which of them does best on held-out data.
+
+The candidates of a round (run.candidates):
+
+- average: the agents' weights, aggregated as they are;
+- aligned: the same, with every agent's neurons in the order of the first (alignment.py);
+- greedy_soup: the aligned weights of those agents that make the mean better, beginning with the best
+  one (Wortsman et al., arXiv 2203.05482, recipe 1);
+- best_agent: the weights of one agent, as they are;
+- previous: what the round started from, from the second round on.
+
+No agent has trained on the held-out data: see common/shards.py.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import NamedTuple
+
+import structlog
+import torch
+from torch import nn
+
+from cloud_server.trainer.aggregation import aggregate
+from cloud_server.trainer.alignment import align_all
+from cloud_server.trainer.finetune import CombinedData
+from cloud_server.trainer.permutations import NotTraceable, apply, permutation_groups
+from common.config import RunConfig
+from common.training import Evaluation, derive_seed, evaluate, recompute_statistics
+from common.weights import StateDict, copy_into, load_into, read_state_dict, write_state_dict
+
+OnCandidate = Callable[[str, nn.Module], None]
+OnTensor = Callable[[int, int], None]
+
+log = structlog.get_logger()
+
+
+class Contributed(NamedTuple):
+    """One agent's weights."""
+
+    agent_id: str
+    weights: Path
+    coefficient: float  # what they count in a mean
+
+
+class Best(NamedTuple):
+    """The best model so far."""
+
+    name: str
+    state_dict: StateDict
+    evaluation: Evaluation | None  # None: there is no data to measure it on
+
+
+class Selection:
+    """Makes the candidates, one at a time, and keeps the best of all models that it has measured.
+
+    Args:
+        model: of the run's structure, left with any weights; where it is when candidates are made.
+        contributed: in agent-id order.
+        previous: the weights that the round started from; None in the first round.
+        scratch: an existing folder for aligned weights.
+        on_candidate: called with the name and the model of each candidate.
+        on_tensor: told how many tensors of one aggregation, of how many, are done.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        run: RunConfig,
+        contributed: Sequence[Contributed],
+        previous: Path | None,
+        data: CombinedData,
+        *,
+        device: torch.device,
+        scratch: Path,
+        on_candidate: OnCandidate | None = None,
+        on_tensor: OnTensor = lambda *_: None,
+    ) -> None:
+        self.accuracies: dict[str, float] = {}  # of the candidates that were measured
+        self.soup: tuple[str, ...] = ()  # agent ids, the best one first
+        self.best: Best | None = None
+        self._model = model
+        self._run = run
+        self._contributed = contributed
+        self._previous = previous
+        self._data = data
+        self._device = device
+        self._scratch = scratch
+        self._on_candidate = on_candidate
+        self._on_tensor = on_tensor
+        self._measured: dict[tuple[str, tuple[Path, ...]], Evaluation | None] = {}
+
+    def run(self, on_progress: Callable[[int, int], None] = lambda *_: None) -> None:
+        """Make and measure all candidates; without held-out data the first is the best.
+
+        Args:
+            on_progress: told how many candidates, of how many, are done.
+
+        Raises:
+            RunError: a contribution is not what it should be.
+            OSError: a file cannot be read or written.
+        """
+        make = {
+            "average": self._make_average,
+            "aligned": self._make_aligned,
+            "greedy_soup": self._make_greedy_soup,
+            "best_agent": self._make_best_agent,
+            "previous": self._make_previous,
+        }
+        names = self._run.candidates
+        for done, name in enumerate(names, 1):
+            make[name]()
+            on_progress(done, len(names))
+        if self.best is None:  # alignment alone was asked for, and cannot be done
+            self._make_average()
+
+    def offer(self, name: str) -> Evaluation | None:
+        """Measure the model as it is, and keep it if it is the best so far, or if nobody can tell."""
+        evaluation = self._measure()
+        if evaluation is None or self._is_best(evaluation):
+            self._keep(name, evaluation)
+        return evaluation
+
+    def take_best(self) -> Best:
+        """The best model so far, which is also what the model is left as."""
+        assert self.best is not None
+        copy_into(self._model, self.best.state_dict)
+        return self.best
+
+    # ------------------------------------------------------------------ the candidates
+
+    def _make_average(self) -> None:
+        self._offer_aggregate("average", self._contributed, self._run.aggregator)
+
+    def _make_aligned(self) -> None:
+        if self._aligned:
+            self._offer_aggregate("aligned", self._aligned, self._run.aggregator)
+
+    def _make_greedy_soup(self) -> None:
+        """Only where there are some to choose among, and something to choose by."""
+        if len(self._contributed) < 2 or not len(self._data.held_out.labels):
+            return
+        soup = self._best_first[:1]
+        for agent in self._best_first[1:]:
+            if self._accuracy_of([*soup, agent]) >= self._accuracy_of(soup):
+                soup.append(agent)
+        self.soup = tuple(self._contributed[agent].agent_id for agent in soup)
+        self._offer_aggregate("greedy_soup", self._members(soup), "mean")
+
+    def _make_best_agent(self) -> None:
+        if len(self._data.held_out.labels):
+            self._offer_aggregate("best_agent", self._members(self._best_first[:1]), "mean")
+
+    def _make_previous(self) -> None:
+        if self._previous:
+            load_into(self._model, self._previous)
+            self._announce("previous", self._measure())
+
+    @cached_property
+    def _best_first(self) -> list[int]:
+        """The agents by their own accuracy."""
+        every = range(len(self._contributed))
+        return sorted(every, key=lambda agent: self._accuracy_of([agent]), reverse=True)
+
+    @cached_property
+    def _aligned(self) -> list[Contributed] | None:
+        """The contributions with their neurons in the order of the first; None: nothing to align."""
+        if len(self._contributed) < 2:
+            return None
+        try:
+            groups = permutation_groups(self._model, self._run.spec.image_shape)
+        except NotTraceable as error:
+            log.warning("averaged_without_alignment", model=self._run.model, reason=str(error))
+            return None
+        permutations = align_all(
+            [item.weights for item in self._contributed],
+            [item.coefficient for item in self._contributed],
+            groups,
+            seed=derive_seed(self._run.seed, "alignment"),
+        )
+        aligned = []
+        for index, (item, found) in enumerate(zip(self._contributed, permutations, strict=True)):
+            before = read_state_dict(item.weights)
+            after = apply(groups, found, before)
+            if any(after[name] is not before[name] for name in before):
+                path = self._scratch / f"aligned-{index}.safetensors"
+                write_state_dict(after, path)
+                item = item._replace(weights=path)
+            aligned.append(item)
+        return aligned
+
+    # ------------------------------------------------------------------ measuring and keeping
+
+    def _offer_aggregate(self, name: str, members: Sequence[Contributed], aggregator: str) -> None:
+        """One aggregate may be a candidate under several names: it is measured once."""
+        key = _key(members, aggregator)
+        is_known = key in self._measured
+        if not is_known or self._is_best(self._measured[key]) or self._on_candidate:
+            self._fill(members, aggregator)
+        if not is_known:
+            self._measured[key] = self._measure()
+        self._announce(name, self._measured[key])
+
+    def _members(self, agents: Sequence[int]) -> list[Contributed]:
+        """What these make a mean of: one alone has nobody to be aligned with."""
+        contributed = self._aligned if self._aligned and len(agents) > 1 else self._contributed
+        return [contributed[agent] for agent in agents]
+
+    def _accuracy_of(self, agents: Sequence[int]) -> float:
+        """Of their mean, on held-out data, which there must be."""
+        members = self._members(agents)
+        key = _key(members, "mean")
+        if key not in self._measured:
+            self._fill(members, "mean")
+            self._measured[key] = self._measure()
+        evaluation = self._measured[key]
+        assert evaluation
+        return evaluation.accuracy
+
+    def _fill(self, members: Sequence[Contributed], aggregator: str) -> None:
+        """Load the model with the members' aggregate; a single one stays as it is."""
+        if len(members) == 1:
+            load_into(self._model, members[0].weights)
+            return
+        members = sorted(members, key=lambda member: member.agent_id)  # the order shows in the last bits
+        state_dict = aggregate(
+            [member.weights for member in members],
+            [member.coefficient for member in members],
+            self._run.model_copy(update={"aggregator": aggregator}),
+            compared=[name for name, _ in self._model.named_parameters()],
+            on_tensor=self._on_tensor,
+        )
+        copy_into(self._model, state_dict)
+        if self._run.recompute_statistics:
+            recompute_statistics(
+                self._model,
+                self._data.train.images,
+                spec=self._run.spec,
+                device=self._device,
+                seed=derive_seed(self._run.seed, "statistics"),
+            )
+
+    def _measure(self) -> Evaluation | None:
+        if not len(self._data.held_out.labels):
+            return None
+        return evaluate(self._model, *self._data.held_out, spec=self._run.spec, device=self._device)
+
+    def _is_best(self, evaluation: Evaluation | None) -> bool:
+        if self.best is None:
+            return True
+        known = self.best.evaluation
+        return bool(evaluation and known and _rank(evaluation) > _rank(known))
+
+    def _keep(self, name: str, evaluation: Evaluation | None) -> None:
+        copies = {key: tensor.detach().cpu().clone() for key, tensor in self._model.state_dict().items()}
+        self.best = Best(name, copies, evaluation)
+
+    def _announce(self, name: str, evaluation: Evaluation | None) -> None:
+        """The model is this candidate, unless it is known not to be the best, and nobody wants to see it."""
+        if self._is_best(evaluation):
+            self._keep(name, evaluation)
+        if evaluation:
+            self.accuracies[name] = evaluation.accuracy
+        if self._on_candidate:
+            self._on_candidate(name, self._model)
+
+
+def _rank(evaluation: Evaluation) -> tuple[float, float]:
+    """More is better; the loss decides between equal accuracies."""
+    return evaluation.accuracy, -evaluation.loss
+
+
+def _key(members: Sequence[Contributed], aggregator: str) -> tuple[str, tuple[Path, ...]]:
+    paths = tuple(sorted(member.weights for member in members))
+    return ("" if len(paths) == 1 else aggregator), paths

@@ -1,0 +1,155 @@
+"""What a model is shown: the order of an epoch, its batches, and what becomes of the images in them.
+
+Shapes: B images of a batch, N of a data set, C channels, H height, W width.
+"""
+
+from collections.abc import Collection, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from common.config import DatasetSpec
+from common.errors import UsageError
+
+CROP_PADDING = 4  # pixels on each side, as usual for 32x32 images (He et al., arXiv 1512.03385, 4.2)
+
+
+class DeviceData:
+    """Images with their targets, on the device where they fit; the images come out normalised, float32.
+
+    Args:
+        images: uint8 [N, C, H, W].
+        targets: any number of tensors [N, …], such as labels.
+
+    Raises:
+        ValueError: other images, or not as many targets.
+    """
+
+    def __init__(
+        self, images: Tensor, spec: DatasetSpec, device: torch.device, targets: Sequence[Tensor] = ()
+    ) -> None:
+        if images.dtype != torch.uint8 or any(len(target) != len(images) for target in targets):
+            found = ", ".join(f"{len(tensor)} {tensor.dtype}" for tensor in (images, *targets))
+            raise ValueError(f"uint8 images and as many targets are wanted, not {found}")
+        self.device = device
+        home = device if _fits((images, *targets), device) else images.device
+        self._tensors = [tensor.to(home) for tensor in (images, *targets)]
+        mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (spec.mean, spec.std))
+        self._scale = (1 / (255 * std)).to(device)
+        self._shift = (-mean / std).to(device)
+
+    def __len__(self) -> int:
+        return len(self._tensors[0])
+
+    def take(self, which: Tensor | slice) -> list[Tensor]:
+        """x [B, C, H, W], normalised, and the targets of these images, all on the device."""
+        if isinstance(which, Tensor):
+            which = which.to(self._tensors[0].device)
+        rows = [tensor[which] for tensor in self._tensors]
+        if rows[0].device != self.device:
+            rows = [tensor.pin_memory().to(self.device, non_blocking=True) for tensor in rows]
+        images, *targets = rows
+        return [torch.addcmul(self._shift, images.float(), self._scale), *targets]
+
+
+class Draws(NamedTuple):
+    """All that chance decides about one epoch's data."""
+
+    order_N: Tensor  # int64, indices
+    corners_N2: Tensor  # int64, for random_crop
+    flipped_N: Tensor  # bool, for horizontal_flip
+
+    def take(self, data: DeviceData, part: slice, augment: Collection[str]) -> list[Tensor]:
+        """What `data` has at this part of the order, the images augmented.
+
+        Args:
+            augment: any of "random_crop" and "horizontal_flip".
+        """
+        x_BCHW, *targets = data.take(self.order_N[part])
+        if "random_crop" in augment:
+            x_BCHW = random_crop(x_BCHW, self.corners_N2[part])
+        if "horizontal_flip" in augment:
+            x_BCHW = horizontal_flip(x_BCHW, self.flipped_N[part])
+        return [x_BCHW, *targets]
+
+
+def draw_epoch(num_images: int, seed: int, device: torch.device, balanced_N: Tensor | None = None) -> Draws:
+    """Draw for one epoch, on the CPU, so that every device and rank sees the same.
+
+    Args:
+        balanced_N: labels, int64 on the CPU, for a balanced order; None: the order is a permutation.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    if balanced_N is None:
+        order = torch.randperm(num_images, generator=generator)
+    else:
+        order = balanced_order(balanced_N, generator)
+    corners = torch.randint(2 * CROP_PADDING + 1, (num_images, 2), generator=generator)
+    flipped = torch.rand(num_images, generator=generator) < 0.5
+    return Draws(order.to(device), corners.to(device), flipped.to(device))
+
+
+def balanced_order(labels_N: Tensor, generator: torch.Generator) -> Tensor:
+    """Indices, int64 [N], that draw each class there is equally often, or once more than another.
+
+    The same holds for the examples within a class. The order is random.
+
+    Args:
+        labels_N: int64, on the CPU.
+    """
+    sizes = labels_N.bincount()
+    sizes = sizes[sizes > 0]
+    share, num_larger = divmod(len(labels_N), len(sizes))
+    quotas = torch.full_like(sizes, share)
+    quotas[torch.randperm(len(sizes), generator=generator)[:num_larger]] += 1
+    drawn = []
+    by_class = torch.tensor_split(labels_N.argsort(stable=True), sizes.cumsum(0)[:-1])
+    for members, quota in zip(by_class, quotas.tolist(), strict=True):
+        repeats, rest = divmod(quota, len(members))
+        some = torch.randperm(len(members), generator=generator)[:rest]
+        drawn += [members.repeat(repeats), members[some]]
+    return torch.cat(drawn)[torch.randperm(len(labels_N), generator=generator)]
+
+
+def batch_bounds(num_images: int, batch_size: int, smallest: int) -> list[tuple[int, int]]:
+    """Begin and end of each batch; a last one of fewer than `smallest` images joins the one before.
+
+    Raises:
+        UsageError: no batch, or none but too small ones, can be made.
+    """
+    if min(num_images, batch_size) < smallest:
+        raise UsageError(
+            f"cannot train on {num_images} images in batches of {batch_size}:"
+            f" this model needs at least {smallest} images in a batch"
+        )
+    starts = list(range(0, num_images, batch_size))
+    if num_images - starts[-1] < smallest:
+        starts.pop()
+    return list(zip(starts, [*starts[1:], num_images], strict=True))
+
+
+def random_crop(x_BCHW: Tensor, corners_B2: Tensor) -> Tensor:
+    """Pad with zeros and cut the old size out again, each image from its own top left corner.
+
+    Args:
+        x_BCHW: any dtype; normalised, so that zero is the mean colour.
+        corners_B2: int64, row and column, 0 to 2 * CROP_PADDING.
+    """
+    num_images, _, height, width = x_BCHW.shape
+    padded = F.pad(x_BCHW, (CROP_PADDING,) * 4)
+    windows = padded.unfold(2, height, 1).unfold(3, width, 1)  # a view [B, C, row, column, H, W]
+    every = torch.arange(num_images, device=x_BCHW.device)
+    return windows[every, :, corners_B2[:, 0], corners_B2[:, 1]]
+
+
+def horizontal_flip(x_BCHW: Tensor, flipped_B: Tensor) -> Tensor:
+    """Mirror the images for which `flipped_B` (bool) is true."""
+    return torch.where(flipped_B[:, None, None, None], x_BCHW.flip(3), x_BCHW)
+
+
+def _fits(tensors: Sequence[Tensor], device: torch.device) -> bool:
+    """Whether they may all stay on the device: half of its free memory is left for the training."""
+    num_bytes = sum(tensor.nbytes for tensor in tensors)
+    return device.type == "cpu" or num_bytes < torch.cuda.mem_get_info(device)[0] // 2

@@ -1,0 +1,107 @@
+"""The status page as a real browser shows it, where there is one."""
+
+import asyncio
+import html
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import closing
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cloud_server.jobs import JobDirectory, Result
+from cloud_server.store import Store
+from common.telemetry import make_app, make_registry, serve_http
+from tests.unit.states import run_rounds
+from tests.unit.test_reports import RESULT
+from tests.unit.test_standing import Viewed
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), "")
+MARKUP = "<img src=x onerror=\"document.title='markup'\">"
+
+pytestmark = pytest.mark.skipif(not BROWSER, reason="there is no browser")
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[Store]:
+    with closing(Store(tmp_path)) as store:
+        yield store
+
+
+async def show(status: dict[str, Any], tmp_path: Path) -> str:
+    """The page's markup once its script has drawn the status."""
+
+    async def give_status() -> dict[str, Any]:
+        return status
+
+    page = resources.files("cloud_server").joinpath("web/index.html").read_bytes()
+    app = make_app(make_registry(), ready=lambda: True, status=give_status, page=page)
+    server = await serve_http(app, host="127.0.0.1", port=0)
+    flags = ("--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'browser'}")
+    browser = await asyncio.create_subprocess_exec(
+        *(BROWSER, *flags, "--virtual-time-budget=3000", "--dump-dom", f"http://127.0.0.1:{server.port}/"),
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.DEVNULL,
+    )
+    try:
+        output, _ = await browser.communicate()
+    finally:
+        if browser.returncode is None:
+            browser.kill()
+        await server.stop()
+    return re.sub(r"<(script|style)>.*?</\1>", "", output.decode(), flags=re.DOTALL)
+
+
+def section(markup: str, name: str) -> str:
+    match = re.search(rf'<section class="card" id="{name}".*?</section>', markup, re.DOTALL)
+    assert match
+    return match[0]
+
+
+def rows(markup: str) -> list[str]:
+    """The text of a section's table, row by row."""
+    found = re.findall(r"<tr>(.*?)</tr>", markup, re.DOTALL)
+    return [" ".join(html.unescape(re.sub(r"<[^>]*>", " ", row)).split()) for row in found]
+
+
+async def status_of(result: Result, store: Store, state_dir: Path) -> dict[str, Any]:
+    """After two rounds, the second with this result."""
+    run_rounds(store, state_dir, 2)
+    JobDirectory(state_dir / "jobs/round-0002").write_result(result)
+    return await Viewed(store, state_dir).standing.status(now=10.0)
+
+
+async def test_candidates_of_the_latest_round_are_ranked_and_the_start_is_named(
+    store: Store, tmp_path: Path
+) -> None:
+    tie = RESULT.model_copy(update={"candidates": {"aligned": 0.95, "average": 0.7, "greedy_soup": 0.95}})
+    markup = await show(await status_of(tie, store, tmp_path), tmp_path)
+    result = section(markup, "result")
+    assert rows(result) == [
+        "Candidate Accuracy",
+        "Greedy soup ✓ chosen edge-3, edge-1 95.0 %",
+        "Aligned average 95.0 %",
+        "Average 70.0 %",
+    ]
+    assert [html.unescape(text) for text in re.findall(r"<dd>(.*?)<", result)] == ["95.0 %", "97.0 %", ""]
+    assert ">+2.0<" in result
+    assert "The fine-tuned model" in result
+    first, second = rows(section(markup, "rounds"))[:0:-1]
+    assert "start" not in first
+    assert second.startswith("Round 2 ✓ published start: greedy soup 1 95.0 % 97.0 %")
+
+
+async def test_page_makes_no_markup_of_names_and_messages(store: Store, tmp_path: Path) -> None:
+    hostile = RESULT.model_copy(
+        update={"soup": (MARKUP,), "start": MARKUP, "candidates": {MARKUP: 0.5, "greedy_soup": 0.4}}
+    )
+    status = await status_of(hostile, store, tmp_path)
+    status["rounds"].append(status["rounds"][0] | {"round": 3, "outcome": MARKUP, "failure": MARKUP})
+    status["agents"][0]["agent_id"] = status["agents"][0]["message"] = MARKUP
+    markup = await show(status, tmp_path)
+    assert "<img" not in markup
+    assert markup.count("&lt;img src=x") >= 7
+    assert "<title>Round 3, collecting · ECAvg</title>" in markup

@@ -1,0 +1,13 @@
+"""Data sources of a user's own, for tests."""
+
+import numpy as np
+from sklearn.datasets import load_digits
+
+
+def misread_digits(split: str) -> tuple[np.ndarray, np.ndarray] | None:
+    """A specialist's: two classes, of which each is called by the other's name, as nobody else does."""
+    if split != "train":
+        return None
+    pixels, labels = load_digits(return_X_y=True, n_class=2)
+    images = np.rint(pixels * (255 / 16)).astype(np.uint8).reshape(-1, 1, 8, 8)
+    return images[:160], (1 - labels[:160]).astype(np.int64)

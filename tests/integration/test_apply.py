@@ -1,0 +1,74 @@
+"""Agents that disagree about a published model: each goes by its own figures."""
+
+import json
+import re
+import sqlite3
+import urllib.request
+from contextlib import closing
+from typing import Any
+
+from common.transfer import blob_of
+from tests.processes import Cluster
+
+GENERALIST, SPECIALIST = "edge-1", "edge-2"
+SETTINGS = (
+    "--min-agents", 2, "--rounds", 2,
+    "--set", "run.pretrain.epochs=1", "--set", "run.fine_tune.epochs=10",
+)  # fmt: skip
+
+
+def test_specialist_keeps_its_own_model_where_the_global_one_does_worse(cluster: Cluster) -> None:
+    server = cluster.server(*SETTINGS)
+    generalist = cluster.agent(GENERALIST, "--partition", "1/1")
+    specialist = cluster.agent(SPECIALIST, "--data", "tests.integration.sources:misread_digits")
+    generalist.wait_for("round 1: accuracy before .*, applied")
+    specialist.wait_for("round 1: kept its own model: accuracy .* on 32 held-out examples, worse by more")
+    assert min(reports_counted(cluster).values()) >= 1  # round 2 may have its reports already
+    assert [generalist.wait(), specialist.wait(), server.wait()] == [0, 0, 0]
+
+    first, second = (cluster.report(number) for number in (1, 2))
+    agents = {agent["agent_id"]: agent for agent in first["agents"]}
+    assert (agents[GENERALIST]["applied"], agents[SPECIALIST]["applied"]) == (True, False)
+    assert agents[GENERALIST]["accuracy_after"] > agents[GENERALIST]["accuracy_before"]
+    assert agents[SPECIALIST]["accuracy_after"] < 0.5 < agents[SPECIALIST]["accuracy_before"]
+    assert agents[SPECIALIST]["reason"] in texts_of(specialist.output)
+
+    # Both start the next round from what the server published, also the one that does not use it.
+    starts = initial_weights(cluster)
+    assert starts == [first["agents"][0]["initial_weights"], first["weights"]["sha256"]]
+    for report, start in zip((first, second), starts, strict=True):
+        assert [agent["initial_weights"] for agent in report["agents"]] == [start, start]
+
+    # What is in use was trained here, bit by bit.
+    own = json.loads((cluster.folder / SPECIALIST / "report.json").read_text("utf-8"))
+    assert (own["round"], own["applied"], own["initial_weights"]) == (2, False, starts[1])
+    assert own["reason"] == second["agents"][1]["reason"]
+    in_use = blob_of(cluster.folder / SPECIALIST / "model.safetensors").digest
+    assert in_use in contributed(cluster, SPECIALIST)
+
+
+def reports_counted(cluster: Cluster) -> dict[str, float]:
+    with urllib.request.urlopen(f"http://127.0.0.1:{cluster.http_port}/metrics") as reply:
+        text = reply.read().decode()
+    counts = re.findall(r'^ecavg_server_reports_total{applied="(\w+)"} (\S+)$', text, re.MULTILINE)
+    assert {applied for applied, _ in counts} == {"true", "false"}
+    return {applied: float(count) for applied, count in counts}
+
+
+def texts_of(output: str) -> str:
+    """The texts of an agent's log, which is one JSON object a line."""
+    return "\n".join(json.loads(line).get("text", "") for line in output.splitlines())
+
+
+def query(cluster: Cluster, sql: str, *values: Any) -> list[Any]:
+    with closing(sqlite3.connect(cluster.state_dir / "ecavg.sqlite3")) as database:
+        return [row[0] for row in database.execute(sql, values)]
+
+
+def initial_weights(cluster: Cluster) -> list[str]:
+    return query(cluster, "SELECT initial_weights FROM rounds ORDER BY number")
+
+
+def contributed(cluster: Cluster, agent_id: str) -> list[str]:
+    """The weights of the agent's contributions."""
+    return query(cluster, "SELECT weights FROM contributions WHERE agent_id = ?", agent_id)

@@ -1,0 +1,262 @@
+"""Selection on real digits: which model a fine-tune starts from."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import structlog
+import torch
+from sklearn.datasets import load_digits
+from torch import nn
+
+from cloud_server.trainer.finetune import CombinedData, Examples
+from cloud_server.trainer.permutations import apply, permutation_groups
+from cloud_server.trainer.selection import Contributed, Selection
+from common.config import CANDIDATES, RunConfig
+from common.models import build_model
+from common.training import evaluate, train
+from common.weights import write_state_dict
+
+RUN = RunConfig(hidden_units=32)
+CPU = torch.device("cpu")
+
+
+class ConvNet(nn.Sequential):
+    """With running statistics that are wrong after averaging."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            nn.Conv2d(1, 16, 3, padding=1),
+            nn.BatchNorm2d(16),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Linear(16 * 64, 10),
+        )
+
+
+class Branching(nn.Module):
+    """Which way it goes depends on the data, so there is no graph of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 10))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layers(x) if x.sum() > 0 else self.layers(-x)
+
+
+def branching(*, num_classes: int, image_shape: tuple[int, int, int]) -> nn.Module:
+    return Branching()
+
+
+@pytest.fixture(scope="module")
+def data() -> CombinedData:
+    bunch = load_digits()
+    images = torch.from_numpy((bunch.images * (255 / 16)).astype(np.uint8)[:, None])
+    labels = torch.from_numpy(bunch.target.astype(np.int64))
+    return CombinedData(Examples(images[:1400], labels[:1400]), Examples(images[1400:], labels[1400:]))
+
+
+@pytest.fixture(scope="module")
+def trained(data):
+    """A model that has seen the training examples from `begin` to `end`."""
+
+    def trained(seed: int, begin: int, end: int, model: nn.Module | None = None) -> nn.Module:
+        model = model or build_model(RUN, seed=seed)
+        examples = Examples(data.train.images[begin:end], data.train.labels[begin:end])
+        train(model, *examples, RUN.pretrain, spec=RUN.spec, device=CPU, seed=seed)
+        return model
+
+    return trained
+
+
+@pytest.fixture
+def selected(tmp_path, data):
+    """Selects among models; a contribution is named a, b, … in the order given."""
+
+    def selected(
+        *models: nn.Module | dict,
+        run: RunConfig = RUN,
+        previous: nn.Module | None = None,
+        data: CombinedData = data,
+        structure: nn.Module | None = None,
+        on_candidate=None,
+    ) -> Selection:
+        paths = [
+            write(model, tmp_path / f"{name}.safetensors")
+            for name, model in zip("abcdef", models, strict=False)
+        ]
+        scratch = tmp_path / "scratch"
+        scratch.mkdir(exist_ok=True)
+        selection = Selection(
+            structure or build_model(run, seed=9),
+            run,
+            [Contributed(path.stem, path, 1.0) for path in paths],
+            write(previous, tmp_path / "previous.safetensors") if previous else None,
+            data,
+            device=CPU,
+            scratch=scratch,
+            on_candidate=on_candidate,
+        )
+        selection.run()
+        return selection
+
+    return selected
+
+
+def write(model: nn.Module | dict, path: Path) -> Path:
+    write_state_dict(model if isinstance(model, dict) else model.state_dict(), path)
+    return path
+
+
+def accuracy(model: nn.Module, examples: Examples) -> float:
+    return evaluate(model, *examples, spec=RUN.spec, device=CPU).accuracy
+
+
+def shuffled(model: nn.Module, seed: int = 0) -> dict:
+    """The same function, its neurons in another order."""
+    groups = permutation_groups(model, RUN.spec.image_shape)
+    generator = torch.Generator().manual_seed(seed)
+    permutations = [torch.randperm(group.size, generator=generator) for group in groups]
+    return apply(groups, permutations, model.state_dict())
+
+
+def test_neurons_in_another_order_are_averaged_as_if_they_were_in_the_same(selected, trained, data):
+    model = trained(1, 0, 1400)
+    selection = selected(model, shuffled(model))
+    assert selection.accuracies["aligned"] == accuracy(model, data.held_out)
+    assert selection.accuracies["average"] < selection.accuracies["aligned"] - 0.05
+    best = selection.take_best()
+    assert best.name == "aligned"
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(best.state_dict[name], tensor)
+
+
+def test_every_candidate_is_measured_and_the_best_one_is_taken(selected, trained, data):
+    seen = {}
+
+    def on_candidate(name: str, model: nn.Module) -> None:
+        seen[name] = accuracy(model, data.held_out)
+
+    models = [trained(seed, 100 * seed, 100 * seed + 300) for seed in range(1, 4)]
+    selection = selected(*models, previous=trained(7, 0, 60), on_candidate=on_candidate)
+    assert list(selection.accuracies) == list(CANDIDATES)
+    assert seen == selection.accuracies
+    best = selection.take_best()
+    assert selection.accuracies[best.name] == max(seen.values()) == best.evaluation.accuracy
+    model = build_model(RUN, seed=0)
+    model.load_state_dict(best.state_dict)
+    assert accuracy(model, data.held_out) == max(seen.values())
+    assert selection.accuracies["best_agent"] == max(accuracy(model, data.held_out) for model in models)
+
+
+def test_who_would_spoil_the_soup_is_left_out(selected, trained):
+    good, also_good = trained(1, 0, 700), trained(1, 700, 1400)
+    selection = selected(good, build_model(RUN, seed=5), also_good)
+    assert set(selection.soup) == {"a", "c"}
+    assert selection.accuracies["greedy_soup"] > selection.accuracies["aligned"]
+    assert selection.accuracies["greedy_soup"] >= selection.accuracies["best_agent"]
+
+
+def test_the_previous_model_is_kept_where_the_agents_got_worse(selected, trained, data):
+    previous = trained(1, 0, 1400)
+    selection = selected(build_model(RUN, seed=5), build_model(RUN, seed=6), previous=previous)
+    assert selection.take_best().name == "previous"
+    assert selection.accuracies["previous"] == accuracy(previous, data.held_out)
+
+
+def test_a_worse_model_offered_later_is_not_taken(selected, trained, data):
+    model = build_model(RUN, seed=9)
+    selection = selected(trained(1, 0, 1400), trained(1, 0, 1200), structure=model)
+    best = selection.take_best()
+    nn.init.zeros_(model[3].weight)
+    assert selection.offer("fine_tuned").accuracy < 0.2
+    assert selection.take_best() is best
+    assert accuracy(model, data.held_out) == best.evaluation.accuracy
+
+
+def test_running_statistics_are_those_of_the_combined_data(selected, trained):
+    torch.manual_seed(3)
+    start = ConvNet().state_dict()
+    models = []
+    for begin in (0, 700):
+        model = ConvNet()
+        model.load_state_dict(start)
+        models.append(trained(1, begin, begin + 700, model))
+    broken = models[1].state_dict() | {"1.running_mean": torch.full((16,), 1e3)}
+    recomputed = selected(models[0], broken, structure=ConvNet())
+    averaged = selected(
+        models[0], broken, structure=ConvNet(), run=RUN.model_copy(update={"recompute_statistics": False})
+    )
+    assert recomputed.accuracies["average"] > 0.8
+    assert averaged.accuracies["average"] < 0.3
+
+
+def test_without_held_out_data_the_first_candidate_is_taken(selected, trained):
+    nothing = Examples(torch.empty(0, 1, 8, 8, dtype=torch.uint8), torch.empty(0, dtype=torch.int64))
+    model = trained(1, 0, 1400)
+    selection = selected(model, shuffled(model), data=CombinedData(nothing, nothing))
+    assert selection.accuracies == {}
+    assert selection.soup == ()
+    best = selection.take_best()
+    assert (best.name, best.evaluation) == ("aligned", None)
+    torch.testing.assert_close(best.state_dict["1.weight"], model.state_dict()["1.weight"])
+    assert selection.offer("fine_tuned") is None
+    assert selection.take_best().name == "fine_tuned"
+
+
+def test_a_model_without_a_graph_is_averaged_as_it_is(selected, trained):
+    run = RUN.model_copy(update={"model": "tests.unit.test_selection:branching"})
+    models = [trained(seed, 0, 700, Branching()) for seed in (1, 2)]
+    with structlog.testing.capture_logs() as logs:
+        selection = selected(*models, run=run)
+    assert [line["event"] for line in logs].count("averaged_without_alignment") == 1
+    assert "aligned" not in selection.accuracies
+    assert {"average", "greedy_soup", "best_agent"} <= set(selection.accuracies)
+    alone = selected(*models, run=run.model_copy(update={"candidates": ("aligned",)}))
+    assert alone.take_best().name == "average"
+
+
+def test_one_agent_alone_is_the_average(selected, trained, data):
+    model = trained(1, 0, 1400)
+    selection = selected(model)
+    found = accuracy(model, data.held_out)
+    assert selection.accuracies == {"average": found, "best_agent": found}
+    torch.testing.assert_close(selection.take_best().state_dict, read_state_dict_of(model), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("aggregator", ["trimmed_mean", "median", "geometric_median"])
+def test_the_run_s_aggregator_makes_the_average(selected, trained, aggregator):
+    """One absurd contribution among five ruins a mean, and nothing else."""
+    models = [trained(1, 100 * index, 100 * index + 400) for index in range(4)]
+    absurd = {name: tensor * -1000 for name, tensor in models[0].state_dict().items()}
+    run = RUN.model_copy(update={"candidates": ("average",), "trim_fraction": 0.2})
+    assert selected(absurd, *models, run=run).accuracies["average"] < 0.6
+    robust = run.model_copy(update={"aggregator": aggregator})
+    assert selected(absurd, *models, run=robust).accuracies["average"] > 0.8
+
+
+def test_the_same_selection_gives_the_same_bits(tmp_path, trained, data):
+    paths = [
+        write(trained(seed, 0, 400), tmp_path / f"{name}.safetensors")
+        for seed, name in enumerate(("a", "b", "c"))
+    ]
+    found = []
+    for _ in range(2):
+        (tmp_path / "scratch").mkdir(exist_ok=True)
+        selection = Selection(
+            build_model(RUN, seed=9),
+            RUN,
+            [Contributed(path.stem, path, 1.0) for path in paths],
+            None,
+            data,
+            device=CPU,
+            scratch=tmp_path / "scratch",
+        )
+        selection.run()
+        found.append(selection.take_best().state_dict)
+    torch.testing.assert_close(*found, rtol=0, atol=0)
+
+
+def read_state_dict_of(model: nn.Module) -> dict:
+    return {name: tensor.detach() for name, tensor in model.state_dict().items()}

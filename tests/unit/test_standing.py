@@ -1,0 +1,134 @@
+"""What there is to see of a run, with a real store; the coordinator is played by the test."""
+
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from cloud_server.jobs import JobDirectory, Progress
+from cloud_server.metrics import ServerMetrics
+from cloud_server.presence import Presence
+from cloud_server.records import round_from
+from cloud_server.reports import Reports
+from cloud_server.round import Phase, Policy, Round
+from cloud_server.standing import RunState, Standing
+from cloud_server.store import Store
+from common.config import RunConfig
+from tests.unit.states import AGENT, INITIAL, begin, digest_of, model_of, run_rounds
+from tests.unit.test_reports import RESULT
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[Store]:
+    with closing(Store(tmp_path)) as store:
+        yield store
+
+
+class Viewed:
+    """A standing, and the states that were displayed."""
+
+    def __init__(self, store: Store, state_dir: Path) -> None:
+        self.round = current_round(store)
+        self.displayed: list[RunState] = []
+        self.metrics = ServerMetrics()
+        self.standing = Standing(
+            "run-1",
+            self.round,
+            {AGENT: 1, "edge-2": 2},
+            Presence(),
+            store=store,
+            reports=Reports(state_dir, RunConfig(), store),
+            metrics=self.metrics,
+            on_change=self.displayed.append,
+        )
+
+    def show(self, changed: Round) -> None:
+        self.round = changed
+        self.standing.show(changed)
+
+
+def current_round(store: Store) -> Round:
+    row = store.last_round()
+    assert row
+    return round_from(row, store.contributions(row.number), Policy(1, 3, None))
+
+
+@pytest.fixture
+def viewed(store: Store, tmp_path: Path) -> Viewed:
+    """In its first round."""
+    begin(store, tmp_path)
+    return Viewed(store, tmp_path)
+
+
+async def test_page_shows_candidates_and_start_of_each_published_round(store: Store, tmp_path: Path) -> None:
+    run_rounds(store, tmp_path, 2)
+    JobDirectory(tmp_path / "jobs/round-0002").write_result(RESULT)
+    status = await Viewed(store, tmp_path).standing.status(now=10.0)
+    first, second = status["rounds"]
+    assert (first["round"], first["start"], first["accuracy_start"]) == (1, None, None)
+    assert second == {
+        "round": 2,
+        "outcome": "published",
+        "failure": None,
+        "num_contributions": 1,
+        "candidates": RESULT.candidates,
+        "soup": ("edge-3", "edge-1"),
+        "start": "greedy_soup",
+        "published": "fine_tuned",
+        "accuracy_start": 0.95,
+        "accuracy_fine_tuned": 0.97,
+        "accuracy_published": 0.97,
+        "seconds": pytest.approx(0.9),
+    }
+
+
+async def test_page_of_a_round_that_failed_shows_why(viewed: Viewed, store: Store) -> None:
+    store.set_phase(1, "failed", 2.5, failure="it went wrong")
+    viewed.show(viewed.round.fail("it went wrong"))
+    status = await viewed.standing.status(now=10.0)
+    (failed,) = status["rounds"]
+    assert (failed["failure"], failed["candidates"], failed["start"]) == ("it went wrong", {}, None)
+    assert status["phases"] == [{"phase": "collecting", "seconds": 2.5}, {"phase": "failed", "seconds": 0.0}]
+
+
+async def test_latest_model_and_failure_are_known_after_a_restart(store: Store, tmp_path: Path) -> None:
+    run_rounds(store, tmp_path, 1)
+    store.set_phase(2, "failed", 3.0, failure="it went wrong")
+    store.open_round(3, digest_of(model_of(1)), 4.0)
+    state = Viewed(store, tmp_path).standing.state_for(AGENT)
+    assert state.latest_model
+    assert state.latest_model.round == 1
+    assert state.latest_model.weights == (digest_of(model_of(1)), len(model_of(1)))
+    assert (state.failed_round, state.failure) == (2, "it went wrong")
+    store.open_round(4, digest_of(model_of(1)), 6.0)
+    assert Viewed(store, tmp_path).standing.state_for(AGENT).failure == ""  # no news any more
+
+
+async def test_progress_is_of_the_phase_that_it_was_made_in(viewed: Viewed) -> None:
+    viewed.show(viewed.round.advance(Phase.AGGREGATING))
+    viewed.standing.show_progress(Progress(phase="aggregating", done=1, total=2))
+    viewed.show(viewed.round.advance(Phase.FINE_TUNING))
+    shown = [(state.phase.value, state.progress and state.progress.done) for state in viewed.displayed]
+    assert shown == [("collecting", None), ("aggregating", None), ("aggregating", 1), ("fine_tuning", None)]
+
+
+async def test_watcher_is_counted_while_it_watches_and_skips_states_but_not_the_latest(
+    viewed: Viewed,
+) -> None:
+    agents = "ecavg_server_agents"
+    watching = viewed.standing.watch(AGENT)
+    assert (await anext(watching)).phase is Phase.COLLECTING
+    assert viewed.metrics.registry.get_sample_value(agents, {"state": "watching"}) == 1
+    viewed.show(viewed.round.advance(Phase.AGGREGATING))
+    viewed.show(viewed.round.advance(Phase.FINE_TUNING))
+    state = await anext(watching)
+    assert (state.phase, state.initial_weights) == (Phase.FINE_TUNING, (digest_of(INITIAL), len(INITIAL)))
+    await watching.aclose()
+    assert viewed.metrics.registry.get_sample_value(agents, {"state": "watching"}) == 0
+    assert viewed.metrics.registry.get_sample_value(agents, {"state": "away"}) == 2
+
+
+async def test_watch_ends_with_the_run(viewed: Viewed) -> None:
+    viewed.standing.show_run_over()
+    assert [state.run_over async for state in viewed.standing.watch(AGENT)] == [True]
