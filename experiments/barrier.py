@@ -1,0 +1,62 @@
+"""The loss barrier: how the loss rises and falls along the line between two networks' weights.
+
+(Frankle et al., arXiv 1912.05671, section 2; with BatchNorm's statistics recomputed at each point of the
+line, as in REPAIR, arXiv 2211.08403.)
+"""
+
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from cloud_server.trainer.aggregation import mean
+from cloud_server.trainer.alignment import align_all
+from cloud_server.trainer.permutations import apply, permutation_groups
+from common.config import RunConfig
+from common.models import build_model
+from common.training import derive_seed, evaluate, recompute_statistics
+from common.weights import copy_into, read_state_dict, write_state_dict
+from experiments import data
+
+NUM_POINTS = 11
+NUM_IMAGES = 2000  # at most, of each split
+
+
+def measure(
+    run: RunConfig,
+    ends: Sequence[Path],
+    folder: Path,
+    device: torch.device,
+    on_progress: Callable[[str, int, int], None],
+) -> dict[str, list[float]]:
+    """The test loss (mean cross-entropy, nats) along the line between two networks.
+
+    Args:
+        ends: safetensors files.
+        folder: of the data, see data.py.
+
+    Returns:
+        "place": 0 to 1; "as_they_are" and "aligned": the loss there, before the second network's neurons
+        are brought into the order of the first one's, and after.
+    """
+    model = build_model(run, seed=0)
+    groups = permutation_groups(model, run.spec.image_shape)
+    _, found = align_all(ends, [1.0, 1.0], groups, seed=derive_seed(run.seed, "alignment"))
+    train, test = (data.sample(data.read(folder, name), NUM_IMAGES, 0) for name in ("train", "test"))
+    images, labels = (torch.from_numpy(array) for array in test)
+    places = np.linspace(0, 1, NUM_POINTS).tolist()
+    losses: dict[str, list[float]] = {"as_they_are": [], "aligned": []}
+    with tempfile.TemporaryDirectory() as scratch:
+        aligned = Path(scratch) / "aligned.safetensors"
+        write_state_dict(apply(groups, found, read_state_dict(ends[1])), aligned)
+        for (name, along), other in zip(losses.items(), (ends[1], aligned), strict=True):
+            for place in places:
+                copy_into(model, mean([ends[0], other], [1 - place, place]))
+                seed = derive_seed(run.seed, "statistics")
+                statistics_from = torch.from_numpy(train.images)
+                recompute_statistics(model, statistics_from, spec=run.spec, device=device, seed=seed)
+                along.append(evaluate(model, images, labels, spec=run.spec, device=device).loss)
+                on_progress(f"loss barrier, {name.replace('_', ' ')}", len(along), NUM_POINTS)
+    return {"place": places, **losses}

@@ -1,0 +1,282 @@
+"""One cell of an experiment: the rounds of one seed and setting, in as many variants as are asked for.
+
+Agents pre-train once for all variants. What is measured of a variant is kept in a file of its own, so that
+whoever is stopped goes on behind the last one that was finished.
+"""
+
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from cloud_server.jobs import JobContribution
+from common.config import RunConfig
+from common.errors import RunError
+from common.files import replacing
+from common.models import build_model
+from common.training import evaluate, select_device
+from common.weights import load_into
+from experiments import barrier, data
+from experiments.round import Edge, Network, OnProgress
+from experiments.tasks import DEFAULT, VARIANTS, Setting, Variant
+
+Record = dict[str, Any]  # as it is in a JSON file
+
+
+class Cell(NamedTuple):
+    """What is to be found out about one setting, and where what is known is kept."""
+
+    setting: Setting
+    variants: Sequence[str]  # names in VARIANTS
+    path: Path
+    device: str = "cpu"
+    num_rounds: int = 2  # of the variants that are split over several
+    with_barrier: bool = False
+    keep_weights: bool = True  # for variants that may be asked for later
+
+    @property
+    def missing(self) -> list[str]:
+        """The variants that are still to be done."""
+        return [name for name in self.variants if self.record(name) is None]
+
+    @property
+    def is_done(self) -> bool:
+        return not self.missing and not self.lacks_barrier
+
+    @property
+    def lacks_barrier(self) -> bool:
+        return self.with_barrier and self.barrier is None
+
+    @property
+    def barrier(self) -> Record | None:
+        return _read(self.path / "barrier.json")
+
+    def record(self, name: str) -> Record | None:
+        """What was measured of a variant; None: nothing yet, or with other settings."""
+        record = _read(self.path / f"{name}.json")
+        return record if record and record["identity"] == self._identity(name) else None
+
+    def keep(self, name: str, measured: Record) -> None:
+        _write(self.path / f"{name}.json", {**measured, "identity": self._identity(name)})
+
+    def keep_barrier(self, measured: Record) -> None:
+        _write(self.path / "barrier.json", measured)
+
+    def rounds_of(self, name: str) -> int:
+        return self.num_rounds if VARIANTS[name].is_split else 1
+
+    def _identity(self, name: str) -> Record:
+        run = self.setting.run_of(VARIANTS[name]).model_dump(mode="json")
+        return {"run": run, "rounds": self.rounds_of(name)}
+
+
+def run(cell: Cell, on_progress: OnProgress) -> None:
+    """Do what is missing in the cell.
+
+    Raises:
+        UsageError: the data do not suffice, or another process is at this cell.
+    """
+    if not cell.is_done:
+        _Run(cell, on_progress).run()
+
+
+class _Run:
+    """A cell under way."""
+
+    def __init__(self, cell: Cell, on_progress: OnProgress) -> None:
+        self._cell = cell
+        self._setting = cell.setting
+        self._device = select_device(cell.device)
+        self._on_progress = on_progress
+        self._network = self._open_network("network")
+        self._test = _TestSet(cell.setting.run, self._device, cell.path / "measured.json")
+
+    def run(self) -> None:
+        with closing(self._network):
+            started = time.perf_counter()
+            contributions = self._network.contribute(self._setting.run, 1, None)
+            self._note_pretrain_seconds(time.perf_counter() - started)
+            for name in sorted(self._cell.missing, key=lambda name: name != DEFAULT):
+                self._cell.keep(name, self._as_by_default(name) or self._measure(name, contributions))
+            if self._cell.lacks_barrier:
+                self._cell.keep_barrier(self._measure_barrier(contributions))
+        if not self._cell.keep_weights:
+            shutil.rmtree(self._cell.path / "network")
+
+    def _measure(self, name: str, contributions: Sequence[JobContribution]) -> Record:
+        """A variant's rounds."""
+        variant, started = VARIANTS[name], time.perf_counter()
+        if variant.is_split:
+            rounds = self._several_rounds(variant, self._cell.rounds_of(name))
+        else:
+            rounds = [self._one_round(variant, contributions)]
+        seconds = {"all": time.perf_counter() - started}
+        if not variant.is_split:
+            seconds["pretrain"] = self._pretrain_seconds
+        return {"rounds": rounds, "seconds": seconds}
+
+    def _as_by_default(self, name: str) -> Record | None:
+        """The default's record, where it started from this variant's only candidate: the rest is the same."""
+        variant, default = VARIANTS[name], self._cell.record(DEFAULT)
+        if default is None or variant.changes.keys() != {"candidates"} or variant.is_received:
+            return None
+        (candidate,), (found,) = variant.changes["candidates"], default["rounds"]
+        models = found["models"]
+        if candidate not in models or models[candidate]["digest"] != models[found["start"]]["digest"]:
+            return None
+        return {**default, "rounds": [{**found, "start": candidate, "edges": []}], "same_as": DEFAULT}
+
+    def _measure_barrier(self, contributions: Sequence[JobContribution]) -> Record:
+        ends = [self._network.cloud.blobs.get(item.weights) for item in contributions[:2]]
+        return barrier.measure(self._setting.run, ends, self._setting.data, self._device, self._on_progress)
+
+    # ------------------------------------------------------------------ rounds
+
+    def _one_round(self, variant: Variant, contributions: Sequence[JobContribution]) -> Record:
+        """Of the agents that have pre-trained for all variants."""
+        network, pretrained = self._network, contributions
+        if variant.is_random:
+            random = network.cloud.random_weights(self._setting.run)
+            contributions = [item.model_copy(update={"weights": random}) for item in contributions]
+        run = self._setting.run_of(variant)
+        record, _ = self._publish(variant, run, 1, None, network, contributions)
+        needed = {digest for item in pretrained for digest in (item.weights, *item.shards)}
+        network.cloud.blobs.discard_all_but(needed)  # models are large
+        return record
+
+    def _several_rounds(self, variant: Variant, num_rounds: int) -> list[Record]:
+        """With agents of their own, who begin afresh: what they pre-train depends on the rounds before."""
+        shutil.rmtree(self._cell.path / "rounds", ignore_errors=True)
+        rounds, latest = [], None
+        with closing(self._open_network("rounds")) as network:
+            for number in range(1, num_rounds + 1):
+                run = self._setting.run_of(variant, number, num_rounds)
+                contributions = network.contribute(run, number, latest)
+                record, latest = self._publish(variant, run, number, latest, network, contributions)
+                rounds.append(record)
+        shutil.rmtree(self._cell.path / "rounds")
+        return rounds
+
+    def _publish(
+        self,
+        variant: Variant,
+        run: RunConfig,
+        number: int,
+        latest: str | None,
+        network: Network,
+        contributions: Sequence[JobContribution],
+    ) -> tuple[Record, str]:
+        """The cloud's part of a round, and the agents' after it; also the published digest."""
+        models: dict[str, Record] = {}  # candidates, and "fine_tuned", on the common test set
+
+        def on_candidate(name: str, model: nn.Module) -> None:
+            models[name] = self._test.measure(model)
+
+        blobs = network.cloud.blobs
+        local = [self._test.measure_file(blobs.get(item.weights)) for item in contributions]
+        show = _prefixed(variant.label, self._on_progress)
+        result = network.cloud.publish(run, number, latest, contributions, on_candidate, show)
+        if result.weights is None or result.start is None:
+            raise RunError(f"round {number} of {variant.label} published nothing")
+        published = blobs.get(result.weights.sha256)
+        edges = network.edges if variant.is_received else ()
+        record = {
+            "local": local,
+            "models": models,
+            "held_out": {**result.candidates, "fine_tuned": result.accuracy_fine_tuned},
+            "start": result.start,
+            "soup": result.soup,
+            "published": result.published,
+            "digest": result.weights.sha256,
+            "edges": [self._receive(edge, number, published, is_applied=variant.is_split) for edge in edges],
+            "seconds": result.seconds,
+        }
+        return record, result.weights.sha256
+
+    def _receive(self, edge: Edge, number: int, published: Path, *, is_applied: bool) -> Record:
+        """What an agent finds on its own held-out data, and what both models do on the common test set."""
+        before = self._test.measure_file(edge.disk.model)
+        report, comparison = edge.receive(number, published, is_applied=is_applied)
+        return {
+            "agent_id": edge.agent_id,
+            "num_examples": edge.models.num_examples,
+            "num_held_out": report.num_held_out,
+            "own_before": report.accuracy_before,
+            "own_after": report.accuracy_after,
+            "tolerance": comparison.tolerance,
+            "is_worse": comparison.is_worse,
+            "is_applied": report.applied,  # with the gate
+            "test_before": before["accuracy"],
+            "test_after": self._test.measure_file(published)["accuracy"],  # if it is applied
+        }
+
+    def _open_network(self, name: str) -> Network:
+        return Network(self._setting, self._cell.path / name, self._device, self._on_progress)
+
+    def _note_pretrain_seconds(self, seconds: float) -> None:
+        """Wall seconds; of the life in which it was done, where there are several."""
+        path = self._cell.path / "pretrain.json"
+        known = _read(path)
+        self._pretrain_seconds = known["seconds"] if known else seconds
+        if not known:
+            _write(path, {"seconds": seconds})
+
+
+class _TestSet:
+    """The common test set; the same weights are measured once, also over several lives of an experiment."""
+
+    def __init__(self, run: RunConfig, device: torch.device, path: Path) -> None:
+        images, labels = data.examples("test")
+        self._examples = torch.from_numpy(images), torch.from_numpy(labels)
+        self._run = run
+        self._device = device
+        self._path = path
+        self._known: dict[str, Record] = _read(path) or {}
+        self._model = build_model(run, seed=0)
+
+    def measure(self, model: nn.Module) -> Record:
+        """Accuracy (0 to 1) and loss (mean cross-entropy, nats) of a model, and the digest of its weights."""
+        digest = _digest(model)
+        if digest not in self._known:
+            found = evaluate(model, *self._examples, spec=self._run.spec, device=self._device)
+            self._known[digest] = {"accuracy": found.accuracy, "loss": found.loss, "digest": digest}
+            _write(self._path, self._known)
+        return self._known[digest]
+
+    def measure_file(self, path: Path) -> Record:
+        load_into(self._model, path)
+        return self.measure(self._model)
+
+
+def _digest(model: nn.Module) -> str:
+    """SHA-256 of the model's state_dict."""
+    hashed = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        hashed.update(name.encode())
+        hashed.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return hashed.hexdigest()
+
+
+def _prefixed(what: str, on_progress: OnProgress) -> OnProgress:
+    return lambda phase, done, total: on_progress(f"{what}: {phase}", done, total)
+
+
+def _read(path: Path) -> Record | None:
+    try:
+        record: Record = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        return None
+    return record
+
+
+def _write(path: Path, record: Record) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as partial:
+        partial.write_text(json.dumps(record, indent=1) + "\n", "utf-8")

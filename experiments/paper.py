@@ -1,0 +1,285 @@
+"""The paper's three results, what each part adds to them, and whether any device ends up worse.
+
+    python -m experiments.paper --task mnist --data-dir DIR --seeds 5 --table claims
+
+Everything is done by the product's own code, in this process; `--networked` does one round with real
+processes as well, and compares. What is stopped goes on where it was when it is started again.
+"""
+
+import argparse
+import json
+import os
+import shlex
+import sys
+import time
+import tomllib
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from common.config import RunConfig, deep_merge
+from common.errors import ECAvgError, UsageError
+from common.files import replacing
+from experiments.tasks import TASKS, VARIANTS, Setting
+
+if TYPE_CHECKING:
+    from experiments.cell import Cell
+
+ALL = 1_000_000_000  # examples: as many as there are
+
+console = Console()
+
+
+class Defaults(NamedTuple):
+    """What a table is made of where the command line does not say."""
+
+    initial_weights: str
+    partition_by: str
+    agents: str
+    variants: str
+
+
+TABLES: Mapping[str, Defaults] = {
+    "claims": Defaults("independent", "iid", "2", "plain_average,selection"),
+    "parts": Defaults("independent,shared", "iid", "2", ",".join(VARIANTS)),
+    "transfer": Defaults("shared", "iid,dirichlet:0.3", "2,5,10", "plain_average,selection"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = _parse(argv)
+    set_up_process()
+    try:
+        run_table(arguments)
+    except KeyboardInterrupt:
+        console.print("stopped; the same command goes on from here")
+        return 130
+    except ECAvgError as error:
+        console.print(f"paper: {error}", markup=False)
+        return error.exit_code
+    return 0
+
+
+def set_up_process() -> None:
+    """One thread, the same bits again and again, and of what the product logs only what went wrong."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # before PyTorch is imported
+    from common.telemetry import configure_logging
+    from common.training import make_deterministic
+
+    make_deterministic()
+    configure_logging(level="warning")
+
+
+def run_table(arguments: argparse.Namespace) -> None:
+    """Do what is missing, then write the table.
+
+    Raises:
+        UsageError: something that was asked for cannot be had.
+    """
+    from experiments import data, networked
+
+    groups = _groups(arguments, data.prepare(_run(arguments, {}), arguments.data_dir, arguments.work_dir))
+    cells = [cell for group in groups.values() for cell in group]
+    _work(cells, arguments.jobs)
+    _write(arguments, groups)
+    if arguments.networked:
+        with console.status("starting …") as status:
+            text = networked.compare(cells[0], arguments.work_dir / "networked", status.update)
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
+        _write_text(arguments.out_dir / f"{arguments.task}-networked.md", text)
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m experiments.paper", description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--task", choices=TASKS, required=True, help="digits is there to try things out: no data needed")
+    add("--table", choices=TABLES, default="claims", help="what to find out (default: claims)")
+    add("--data-dir", type=Path, metavar="DIR", help="where the dataset is, as for edge-agent")
+    add("--seeds", type=int, default=3, metavar="N", help="how many (default: 3)")
+    add("--first-seed", type=int, default=0, metavar="S", help="the first of them (default: 0)")
+    add("--agents", metavar="K,…", help="one or several numbers (default: the table's)")
+    add("--partition-by", metavar="P,…", help="iid, dirichlet:ALPHA or classes:K (default: the table's)")
+    add("--initial-weights", metavar="W,…", help="independent, shared, … (default: the table's)")
+    add("--examples-per-agent", type=int, metavar="N", help="to train on (default: the task's)")
+    add("--test-examples", type=int, metavar="N", help="at most (default: all; in transfer the task's)")
+    add("--variants", metavar="V,…", help=f"of {', '.join(VARIANTS)} (default: the table's)")
+    add("--rounds", type=int, default=2, metavar="R", help="of the variant with shorter rounds (default: 2)")
+    add(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="in the [run] table; TOML; repeatable"
+    )
+    add("--device", default="cpu", help="auto, cpu, cuda, cuda:1 (default: cpu)")
+    add("--jobs", type=int, default=1, metavar="N", help="processes, each at a seed of its own (default: 1)")
+    add("--networked", action="store_true", help="also one round with real processes, and compare")
+    add("--work-dir", type=Path, default=Path(".experiments"), metavar="DIR", help="default: .experiments")
+    add("--out-dir", type=Path, default=Path("experiments/results"), metavar="DIR")
+    arguments = parser.parse_args(argv)
+    for name, value in TABLES[arguments.table]._asdict().items():
+        if getattr(arguments, name) is None:
+            setattr(arguments, name, value)
+    if unknown := set(arguments.variants.split(",")) - set(VARIANTS):
+        parser.error(f"unknown variants {', '.join(sorted(unknown))}: choose from {', '.join(VARIANTS)}")
+    if arguments.table == "claims" or arguments.networked:
+        needed = TABLES["claims"].variants.split(",")
+        arguments.variants = ",".join(dict.fromkeys([*needed, *arguments.variants.split(",")]))
+    return arguments
+
+
+def _run(arguments: argparse.Namespace, changes: Mapping[str, Any]) -> RunConfig:
+    task = TASKS[arguments.task]
+    run = deep_merge(
+        deep_merge(task.run, task.for_transfer if arguments.table == "transfer" else {}), changes
+    )
+    for assignment in arguments.set:
+        try:
+            run = deep_merge(run, tomllib.loads(assignment))
+        except tomllib.TOMLDecodeError as error:
+            raise UsageError(f"--set {assignment} is not TOML: {error}") from error
+    try:
+        return RunConfig(**run)
+    except ValueError as error:
+        raise UsageError(" ".join(str(error).split())) from error
+
+
+def _groups(arguments: argparse.Namespace, folder: Path) -> dict[str, list["Cell"]]:
+    """The cells of each setting, one for each seed."""
+    from experiments import data
+    from experiments.cell import Cell
+
+    task, is_transfer = TASKS[arguments.task], arguments.table == "transfer"
+    num_test = arguments.test_examples or (task.test_examples if is_transfer else ALL)
+    available = len(data.read(folder, "train").labels)
+    groups: dict[str, list[Cell]] = {}
+    for initial in arguments.initial_weights.split(","):
+        for partition_by in arguments.partition_by.split(","):
+            for num_agents in map(int, arguments.agents.split(",")):
+                in_all = num_agents * (arguments.examples_per_agent or task.examples_per_agent)
+                if is_transfer and not arguments.examples_per_agent:
+                    in_all = task.examples_in_all
+                if in_all > available:
+                    raise UsageError(f"{in_all} examples are wanted, and there are {available}")
+                cells = groups.setdefault(f"{initial}, {partition_by}, {num_agents} agents", [])
+                for seed in range(arguments.first_seed, arguments.first_seed + arguments.seeds):
+                    changes = {"seed": seed, "partition_by": partition_by, "initial_weights": initial}
+                    run = _run(arguments, changes)
+                    setting = Setting(arguments.task, run, folder, num_agents, in_all, num_test)
+                    cells.append(
+                        Cell(
+                            setting,
+                            arguments.variants.split(","),
+                            arguments.work_dir / setting.name,
+                            device=arguments.device,
+                            num_rounds=arguments.rounds,
+                            with_barrier=arguments.table == "claims",
+                            keep_weights=not is_transfer,
+                        )
+                    )
+    return groups
+
+
+# ---------------------------------------------------------------------- the work
+
+
+def _work(cells: Sequence["Cell"], num_jobs: int) -> None:
+    from experiments import cell
+
+    todo = [each for each in cells if not each.is_done]
+    if not todo:
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console) as progress:
+        whole = progress.add_task("seeds and settings", total=len(todo))
+
+        def finished(each: "Cell", seconds: float) -> None:
+            progress.advance(whole)
+            console.print(f"{each.path.name}: {seconds:.0f} s", highlight=False)
+
+        if num_jobs == 1:
+            part = progress.add_task("")
+            for each in todo:
+                started = time.monotonic()
+                cell.run(
+                    each,
+                    lambda what, done, of: progress.update(part, description=what, completed=done, total=of),
+                )
+                finished(each, time.monotonic() - started)
+            return
+        with ProcessPoolExecutor(num_jobs, get_context("spawn"), initializer=set_up_process) as pool:
+            futures = {pool.submit(_run_cell, each): each for each in todo}
+            try:
+                for future in as_completed(futures):
+                    finished(futures[future], future.result())
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+
+
+def _run_cell(each: "Cell") -> float:
+    """In a process of its own; the seconds it took."""
+    from experiments import cell
+
+    started = time.monotonic()
+    cell.run(each, lambda *_: None)
+    return time.monotonic() - started
+
+
+# ---------------------------------------------------------------------- what is left of it
+
+
+def _write(arguments: argparse.Namespace, groups: Mapping[str, Sequence["Cell"]]) -> None:
+    from experiments import plots, tables
+
+    figures = getattr(tables, arguments.table)(groups)
+    in_words = getattr(tables, f"{arguments.table}_in_words")(figures)
+    stem = f"{arguments.task}-{arguments.table}"
+    run = _run(arguments, {}).model_dump(mode="json")
+    arguments.out_dir.mkdir(parents=True, exist_ok=True)
+    table = {"task": arguments.task, "run": run, "command": _command(arguments), "figures": figures}
+    _write_text(arguments.out_dir / f"{stem}.json", json.dumps(table, indent=1))
+    heading = f"# {arguments.task}: {arguments.table}\n\n`{_command(arguments)}`\n\n{_describe(arguments)}"
+    pictures = getattr(plots, arguments.table)(figures)
+    plots.save(pictures, arguments.out_dir, stem)
+    images = "\n".join(f"![{stem}{name}]({stem}{name}.svg)" for name in pictures)
+    _write_text(arguments.out_dir / f"{stem}.md", f"{heading}\n\n{in_words}\n\n{images}")
+    console.print(in_words, markup=False, highlight=False, soft_wrap=True)
+    console.print(f"written to {arguments.out_dir}/{stem}.*", highlight=False)
+
+
+def _command(arguments: argparse.Namespace) -> str:
+    """What makes these figures, wherever data and results are."""
+    words = ["python", "-m", "experiments.paper", "--data-dir", "DIR"]
+    names = [
+        "task", "table", "seeds", "first_seed", "agents", "partition_by", "initial_weights",
+        "examples_per_agent", "test_examples", "variants", "rounds",
+    ]  # fmt: skip
+    defaults = {"first_seed": 0, "rounds": 2, **TABLES[arguments.table]._asdict()}
+    for name in names:
+        value = getattr(arguments, name)
+        if value not in (None, defaults.get(name)):
+            words += [f"--{name.replace('_', '-')}", str(value)]
+    for assignment in arguments.set:
+        words += ["--set", assignment]
+    return shlex.join(words)
+
+
+def _describe(arguments: argparse.Namespace) -> str:
+    run = _run(arguments, {})
+    trainings = (
+        f"{what}: {config.epochs} epochs, {config.optimizer}, learning rate {config.learning_rate},"
+        f" {config.schedule}, batches of {config.batch_size}"
+        for what, config in (("pre-training", run.pretrain), ("fine-tuning", run.fine_tune))
+    )
+    return f"{run.model} on {run.dataset}; {'; '.join(trainings)}. Mean ± standard deviation over seeds."
+
+
+def _write_text(path: Path, text: str) -> None:
+    with replacing(path) as partial:
+        partial.write_text(text + "\n", "utf-8")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,138 @@
+"""The plots of the tables, as SVG; the same figures give the same bytes."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from statistics import fmean, pstdev
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from common.files import replacing
+from experiments import tables
+from experiments.tasks import VARIANTS
+
+mpl.use("svg")
+mpl.rcParams.update(
+    {
+        "svg.hashsalt": "ecavg",  # ids that are not drawn at random
+        "svg.fonttype": "none",
+        "font.size": 9,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.grid": True,
+        "grid.alpha": 0.3,
+        "legend.frameon": False,
+    }
+)
+
+COLOURS = {"plain_average": "tab:red", "selection": "tab:blue"}
+_PLOTTED_STAGES = ("edges, pre-trained", "average", "aligned", "start", "fine-tuned", "edges, after")
+
+Figures = Mapping[str, Any]
+
+
+def save(plots: Mapping[str, Figure], out_dir: Path, stem: str) -> None:
+    for name, plot in plots.items():
+        with replacing(out_dir / f"{stem}{name}.svg") as partial:
+            plot.savefig(partial, format="svg", metadata={"Date": None}, bbox_inches="tight")
+
+
+def claims(figures: Figures) -> dict[str, Figure]:
+    plots = {"": _panels(figures, _stages, "accuracy on the common test set")}
+    barriers = {name: group for name, group in figures.items() if any(group["barrier"])}
+    if barriers:
+        plots["-barrier"] = _panels(barriers, _barrier, "test loss, nats")
+    return plots
+
+
+def parts(figures: Figures) -> dict[str, Figure]:
+    plot = _panels(figures, _parts, "")
+    plot.set_figheight(0.32 * len(VARIANTS) + 1)
+    return {"": plot}
+
+
+def transfer(figures: Figures) -> dict[str, Figure]:
+    plot = _panels({"": figures}, _transfer, "own held-out accuracy, after - before")
+    plot.set_figwidth(1.3 * len(figures) + 1)
+    return {"": plot}
+
+
+def _panels(groups: Figures, draw: Any, y_label: str) -> Figure:
+    """One plot beside the other, one for each setting."""
+    plot = Figure(figsize=(5.2 * len(groups), 3.4))
+    axes = plot.subplots(1, len(groups), squeeze=False, sharey=True)[0]
+    for axis, (name, group) in zip(axes, groups.items(), strict=True):
+        draw(axis, group)
+        axis.set_title(name)
+    axes[0].set_ylabel(y_label)
+    return plot
+
+
+def _stages(axis: Axes, group: Any) -> None:
+    for name in tables.CLAIMS:
+        values = {stage: tables.stage_values(group["seeds"], stage, name) for stage in _PLOTTED_STAGES}
+        places = [place for place, stage in enumerate(_PLOTTED_STAGES) if values[stage]]
+        for per_seed in zip(*(values[_PLOTTED_STAGES[place]] for place in places), strict=True):
+            axis.plot(places, per_seed, color=COLOURS[name], alpha=0.25, linewidth=0.8)
+        means = [fmean(values[_PLOTTED_STAGES[place]]) for place in places]
+        axis.plot(places, means, marker="o", color=COLOURS[name], label=tables.NAMES[name])
+    axis.set_xticks(range(len(_PLOTTED_STAGES)), _PLOTTED_STAGES, rotation=20, ha="right")
+    axis.legend()
+
+
+def _barrier(axis: Axes, group: Any) -> None:
+    lines = [line for line in group["barrier"] if line]
+    for key, label, colour in (
+        ("as_they_are", "as they are", "tab:red"),
+        ("aligned", "aligned", "tab:blue"),
+    ):
+        for line in lines:
+            axis.plot(line["place"], line[key], color=colour, alpha=0.25, linewidth=0.8)
+        means = [fmean(values) for values in zip(*(line[key] for line in lines), strict=True)]
+        axis.plot(lines[0]["place"], means, marker="o", markersize=3, color=colour, label=label)
+    axis.set_xlabel("place on the line from edge-01 (0) to edge-02 (1)")
+    axis.legend()
+
+
+def _parts(axis: Axes, group: Any) -> None:
+    names = list(group["variants"])
+    for place, seeds in enumerate(group["variants"].values()):
+        for key, colour in (("start", "0.6"), ("fine_tuned", "tab:blue")):
+            if key == "start" and VARIANTS[names[place]].is_random:
+                continue  # far from everything else
+            values = [seed[key] for seed in seeds]
+            axis.errorbar(
+                fmean(values), place, xerr=pstdev(values), marker="o", color=colour, capsize=3,
+                label=key.replace("_", "-") if place == len(names) - 1 else None,
+            )  # fmt: skip
+    axis.axvline(fmean(group["edges"]), color="tab:red", linewidth=0.8, label="edges, pre-trained")
+    axis.set_yticks(range(len(names)), [VARIANTS[name].label for name in names])
+    axis.set_ylim(len(names) - 0.5, -0.5)
+    axis.set_xlabel("accuracy on the common test set")
+    axis.legend()
+
+
+def _transfer(axis: Axes, group: Any) -> None:
+    for shift, (variant, colour) in zip((-0.12, 0.12), COLOURS.items(), strict=True):
+        changes = list(_changes(group, variant))
+        for is_refused, marker, remark in ((False, "o", ""), (True, "x", ", kept out by the gate")):
+            chosen = [(place + shift, change) for place, change, refused in changes if refused == is_refused]
+            if chosen:
+                xs, ys = zip(*chosen, strict=True)
+                label = tables.NAMES[variant] + remark
+                axis.scatter(xs, ys, s=12, alpha=0.6, marker=marker, color=colour, label=label)
+    axis.axhline(0, color="black", linewidth=0.8)
+    axis.set_xticks(range(len(group)), [name.replace(", ", "\n") for name in group])
+    axis.legend()
+
+
+def _changes(group: Any, variant: str) -> Iterator[tuple[int, float, bool]]:
+    """For each agent the setting's place, the change if the model is applied, whether the gate refuses it."""
+    for place, seeds in enumerate(group.values()):
+        for seed in seeds:
+            for agent in seed["agents"].get(variant, ()):
+                has_gate = VARIANTS[variant].changes.get("apply") != "always"
+                is_refused = has_gate and not agent["is_applied"]
+                yield place, agent["own_after"] - agent["own_before"], is_refused

@@ -1,0 +1,245 @@
+"""A round in this process: the product's own agents and trainer, with files in place of the network.
+
+What is done here is what `edge_agent/agent.py` and `cloud_server/coordinator.py` have done, in their order.
+"""
+
+import os
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from cloud_server.jobs import Job, JobContribution, JobDirectory, Progress, Result, blob_path
+from cloud_server.trainer.group import Group
+from cloud_server.trainer.job import RoundJob, run_job
+from cloud_server.trainer.selection import OnCandidate
+from common.checkpoint import CHECKPOINT_SECONDS
+from common.config import RunConfig
+from common.errors import RunError
+from common.models import build_model
+from common.training import StepReport, derive_seed, evaluate
+from common.transfer import Blob, blob_of
+from common.weights import load_into, write_state_dict
+from edge_agent.comparison import Comparison, compare
+from edge_agent.data import AgentData, load_agent_data
+from edge_agent.local import LocalModels
+from edge_agent.partition import Partition
+from edge_agent.state import AgentState, Report
+from experiments import data
+from experiments.tasks import Setting
+
+OnProgress = Callable[[str, int, int], None]  # what, done, of
+
+
+class Received(NamedTuple):
+    """What became of a published model on one device, and both models' predictions there compared."""
+
+    report: Report
+    comparison: Comparison
+
+
+def agent_ids(count: int) -> list[str]:
+    """In the order of their partitions."""
+    return [f"edge-{number:02}" for number in range(1, count + 1)]
+
+
+class Blobs:
+    """Files by digest, as on the server."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def put(self, source: Path) -> Blob:
+        """A second name for the file, which must never be written again."""
+        blob = blob_of(source)
+        target = self.get(blob.digest)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if not target.exists():
+            os.link(source, target)
+        return blob
+
+    def get(self, digest: str) -> Path:
+        return blob_path(self.path, digest)
+
+    def discard_all_but(self, needed: Collection[str]) -> None:
+        for path in self.path.glob("*/*"):
+            if path.name not in needed:
+                path.unlink()
+
+
+@dataclass(frozen=True)
+class Edge:
+    """One agent: its data, what it keeps on disk, and the product's code on both."""
+
+    run: RunConfig
+    data: AgentData
+    disk: AgentState
+    device: torch.device
+
+    @property
+    def agent_id(self) -> str:
+        return self.disk.agent_id
+
+    @property
+    def models(self) -> LocalModels:
+        return LocalModels(self.run, self.data, self.disk, self.device, (), CHECKPOINT_SECONDS)
+
+    def contribute(
+        self, number: int, initial: str | None, blobs: Blobs, on_progress: OnProgress
+    ) -> JobContribution:
+        """Pre-train, unless that is done already, and hand weights and data in."""
+        trained = self.disk.progress.trained
+        if not trained or (trained.round, trained.initial_weights) != (number, initial):
+            what = f"{self.agent_id} pre-trains"
+
+            def show(step: StepReport) -> None:
+                on_progress(what, step.step, step.num_steps)
+
+            model = self.models.pretrain(number, blobs.get(initial) if initial else None, show)
+            trained = self.models.keep(number, initial, model)
+            self.disk.save(self.disk.progress.model_copy(update={"trained": trained}))
+            self.disk.discard(self.disk.checkpoint)
+        blobs.put(self.disk.local_weights)
+        self.models.write_shard()
+        return JobContribution(
+            agent_id=self.agent_id,
+            weights=trained.weights.digest,
+            shards=(blobs.put(self.disk.shard).digest,),
+            num_examples=self.models.num_examples,
+        )
+
+    def receive(self, number: int, weights: Path, *, is_applied: bool) -> Received:
+        """Decide about a published model; with `is_applied` that is also done."""
+        comparison = compare(self._predictions(self.disk.model), self._predictions(weights))
+        report = self.models.measure(number, weights, self.disk.progress.trained)
+        if is_applied:
+            self.models.apply(weights, report)
+        return Received(report, comparison)
+
+    def _predictions(self, weights: Path) -> np.ndarray:
+        """bool [N], whether these weights are right about each of the agent's held-out examples."""
+        model = build_model(self.run, seed=0)
+        load_into(model, weights)
+        images, labels = (torch.from_numpy(array) for array in self.data.held_out)
+        return evaluate(model, images, labels, spec=self.run.spec, device=self.device).correct.numpy()
+
+
+class Cloud:
+    """The server's part: the jobs of a run, one after the other."""
+
+    def __init__(self, path: Path, device: torch.device) -> None:
+        self._path = path
+        self._device = device
+        self.blobs = Blobs(path / "blobs")
+
+    def initial_weights(self, run: RunConfig) -> str:
+        """The digest of what the agents' first pre-training starts from."""
+        directory = JobDirectory(self._path / "jobs" / "initialise")
+        directory.write_job(
+            Job(kind="initialise", name="initialise", round=0, run=run, device="auto", initial_weights=None)
+        )
+        run_job(directory, blobs_dir=self.blobs.path, device_name=str(self._device), group=Group())
+        result = directory.read_result()
+        assert result
+        if result.error:
+            raise RunError(result.error.message)
+        digest = self.blobs.put(directory.weights_path).digest
+        directory.remove()
+        return digest
+
+    def random_weights(self, run: RunConfig) -> str:
+        """The digest of weights that nobody has trained."""
+        path = self._path / "random.safetensors"
+        write_state_dict(build_model(run, seed=derive_seed(run.seed, "random_start")).state_dict(), path)
+        digest = self.blobs.put(path).digest
+        path.unlink()
+        return digest
+
+    def publish(
+        self,
+        run: RunConfig,
+        number: int,
+        initial: str | None,
+        contributions: Sequence[JobContribution],
+        on_candidate: OnCandidate,
+        on_progress: OnProgress,
+    ) -> Result:
+        """Do the round's job; the model that it makes becomes a blob."""
+        job = Job(
+            kind="round",
+            name="round",
+            round=number,
+            run=run,
+            device="auto",
+            initial_weights=initial,
+            contributions=tuple(contributions),
+        )
+        directory = _ShownDirectory(self._path / "jobs" / "round", on_progress)
+        directory.write_job(job)
+        directory.discard_output()
+        result = RoundJob(
+            job, directory, self.blobs.path, self._device, Group(), on_candidate=on_candidate
+        ).run()
+        self.blobs.put(directory.weights_path)
+        directory.remove()
+        return result
+
+
+@dataclass(frozen=True)
+class _ShownDirectory(JobDirectory):
+    """A job directory whose progress is shown at once."""
+
+    on_progress: OnProgress
+
+    def append_progress(self, progress: Progress) -> None:
+        self.on_progress(progress.phase.replace("_", "-"), progress.done, progress.total)
+
+
+class Network:
+    """The agents of a setting and their cloud, from whose folder on disk a broken-off run goes on."""
+
+    def __init__(self, setting: Setting, path: Path, device: torch.device, on_progress: OnProgress) -> None:
+        data.choose(setting.data, setting.num_examples, setting.num_test, setting.run.seed)
+        self.cloud = Cloud(path, device)
+        self.edges = [
+            Edge(
+                setting.run,
+                load_agent_data(
+                    setting.run,
+                    source=data.FACTORY,
+                    data_dir=None,
+                    partition=Partition(index, setting.num_agents),
+                    seed_name=agent_id,
+                    allowed_factories={data.FACTORY},
+                ),
+                AgentState(path / agent_id, agent_id),
+                device,
+            )
+            for index, agent_id in enumerate(agent_ids(setting.num_agents), 1)
+        ]
+        self._run = setting.run
+        self._on_progress = on_progress
+
+    def close(self) -> None:
+        for edge in self.edges:
+            edge.disk.close()
+
+    def contribute(self, run: RunConfig, number: int, latest: str | None) -> list[JobContribution]:
+        """All agents pre-train for a round.
+
+        Args:
+            latest: digest of the latest published model, which they start from.
+        """
+        initial = latest or (None if run.initial_weights == "independent" else self._initial_weights)
+        return [
+            replace(edge, run=run).contribute(number, initial, self.cloud.blobs, self._on_progress)
+            for edge in self.edges
+        ]
+
+    @cached_property
+    def _initial_weights(self) -> str:
+        return self.cloud.initial_weights(self._run)

@@ -1,0 +1,120 @@
+"""The paper's three tasks, and what a row of our tables changes in their `[run]` table."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from common.config import RunConfig, deep_merge, read_preset
+
+_FOR_FEW_EPOCHS: Mapping[str, Any] = {  # of a deep network, on a CPU
+    "batch_size": 64,
+    "optimizer": "adamw",
+    "learning_rate": 0.001,
+    "weight_decay": 5e-4,
+    "schedule": "one-cycle",
+    "augment": ("random_crop", "horizontal_flip"),
+}
+
+
+class Task(NamedTuple):
+    """A model and its data, in a size that suits a machine without a GPU."""
+
+    run: Mapping[str, Any]  # the [run] table
+    examples_per_agent: int
+    for_transfer: Mapping[str, Any]  # what table transfer, with its many settings, changes in that
+    examples_in_all: int  # in table transfer, however many agents there are
+    test_examples: int  # in table transfer; the others take all
+
+
+def _deep(model: str, dataset: str) -> dict[str, Any]:
+    pretrain = {**_FOR_FEW_EPOCHS, "epochs": 6}
+    fine_tune = {**_FOR_FEW_EPOCHS, "epochs": 3}
+    return {"model": model, "dataset": dataset, "pretrain": pretrain, "fine_tune": fine_tune}
+
+
+_SHORT = {"pretrain": {"epochs": 4}, "fine_tune": {"epochs": 2}}
+
+TASKS: Mapping[str, Task] = {
+    "digits": Task(read_preset("digits-mlp")["run"], 500, {}, 1_000, 10_000),
+    "mnist": Task(read_preset("mnist-mlp")["run"], 30_000, {}, 20_000, 10_000),
+    "cifar10": Task(_deep("mobilenet_v2", "cifar10"), 5_000, _SHORT, 6_000, 4_000),
+    "cifar100": Task(_deep("resnet50", "cifar100"), 2_000, _SHORT, 2_000, 2_000),
+}
+
+
+class Variant(NamedTuple):
+    """A row of the table of parts: what of the cloud's work is done, and how."""
+
+    label: str
+    changes: Mapping[str, Any]  # of the [run] table; nothing that the agents' pre-training depends on
+    is_random: bool = False  # the fine-tune starts from freshly drawn weights
+    is_split: bool = False  # the same epochs, spread over several rounds
+    is_received: bool = False  # it is also found out what the agents make of the published model
+
+
+DEFAULT = "selection"
+_PLAIN = {"candidates": ("average",), "recompute_statistics": False, "apply": "always"}
+
+VARIANTS: Mapping[str, Variant] = {
+    "random": Variant("random weights", _PLAIN, is_random=True),
+    "plain_average": Variant("plain average (the paper)", _PLAIN, is_received=True),
+    "statistics": Variant("+ BatchNorm recomputed", {"candidates": ("average",)}),
+    "aligned": Variant("aligned, BatchNorm recomputed", {"candidates": ("aligned",)}),
+    "greedy_soup": Variant("greedy soup, aligned", {"candidates": ("greedy_soup",)}),
+    "best_agent": Variant("best agent", {"candidates": ("best_agent",)}),
+    DEFAULT: Variant("best of all (the default)", {}, is_received=True),
+    "distill_0.3": Variant("best of all, distill 0.3", {"fine_tune": {"distill": 0.3}}),
+    "distill_0.5": Variant("best of all, distill 0.5", {"fine_tune": {"distill": 0.5}}),
+    "rounds": Variant("best of all, shorter rounds", {}, is_split=True, is_received=True),
+}
+
+
+class Setting(NamedTuple):
+    """One seed of one experiment: everything that the agents' pre-trained weights depend on."""
+
+    task: str
+    run: RunConfig
+    data: Path  # see data.py
+    num_agents: int
+    num_examples: int  # of all agents together
+    num_test: int  # at most: the common test set, of which each agent holds a part for itself
+
+    @property
+    def name(self) -> str:
+        """A folder's name: what a reader wants to know first, and a digest of everything."""
+        run = self.run.model_dump(mode="json", exclude=_OF_THE_CLOUD)
+        everything = [
+            run,
+            self.run.fine_tune.holdout_fraction,
+            self.data.name,
+            self.num_examples,
+            self.num_test,
+        ]
+        digest = hashlib.sha256(json.dumps(everything).encode()).hexdigest()[:8]
+        initial = Path(self.run.initial_weights).stem
+        sizes = f"{self.num_agents}x{self.num_examples // self.num_agents}"
+        partition = self.run.partition_by.replace(":", "")
+        return f"{self.task}-{initial}-{partition}-{sizes}-seed{self.run.seed}-{digest}"
+
+    def run_of(self, variant: Variant, number: int = 1, num_rounds: int = 1) -> RunConfig:
+        """The variant's `[run]` table in one of its rounds."""
+        run = RunConfig.model_validate(deep_merge(self.run.model_dump(), variant.changes))
+        trainings = {"pretrain": run.pretrain, "fine_tune": run.fine_tune}
+        return run.model_copy(
+            update={
+                name: config.model_copy(update={"epochs": _share(config.epochs, number, num_rounds)})
+                for name, config in trainings.items()
+            }
+        )
+
+
+_OF_THE_CLOUD = {
+    "aggregator", "trim_fraction", "weights", "candidates", "recompute_statistics", "apply", "fine_tune",
+}  # fmt: skip
+
+
+def _share(epochs: int, number: int, num_rounds: int) -> int:
+    """Of the epochs in all, those of one round; where they do not divide, the later ones have more."""
+    return epochs * number // num_rounds - epochs * (number - 1) // num_rounds
