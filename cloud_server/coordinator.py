@@ -17,7 +17,7 @@ import structlog
 
 from cloud_server import records, retention
 from cloud_server.config import ServerConfig
-from cloud_server.disk import durably, to_the_end, when_disk_allows
+from cloud_server.disk import durably, when_disk_allows
 from cloud_server.job_runner import JobRunner, Trainer
 from cloud_server.jobs import Job, JobError, Progress, Result
 from cloud_server.metrics import ServerMetrics
@@ -31,7 +31,7 @@ from common import schema
 from common.config import RunConfig
 from common.errors import InvalidError, NotFoundError, Reason, RunError, StorageError, UsageError
 from common.faults import Point, crash_point
-from common.transfer import Blob
+from common.transfer import Blob, to_the_end
 
 LIVENESS_POLL_SECONDS = 1.0
 

@@ -2,7 +2,6 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from contextlib import suppress
 from typing import Any, TypeVar
 
 import structlog
@@ -35,21 +34,3 @@ async def when_disk_allows(body: Callable[[], Awaitable[_T]]) -> _T:
         except StorageError as error:
             log.error("disk_refuses", reason=str(error))
             await asyncio.sleep(STORAGE_RETRY_SECONDS)
-
-
-async def to_the_end(work: Awaitable[_T]) -> _T:
-    """Await it, and return only once it is done, cancelled or not.
-
-    A broken connection cancels the call that it carried; what was being written goes on in its thread,
-    and memory must come to agree with the disk all the same.
-    """
-    task = asyncio.ensure_future(work)
-    try:
-        return await asyncio.shield(task)
-    except asyncio.CancelledError:
-        while not task.done():
-            with suppress(asyncio.CancelledError):
-                await asyncio.wait([task])
-        if not task.cancelled():
-            task.exception()  # nobody is left to tell
-        raise

@@ -19,7 +19,7 @@ from common.errors import InvalidError, Reason, UnavailableError, UsageError
 from common.faults import Point, crash_point
 from common.pb import ecavg_pb2 as pb
 from common.pb import ecavg_pb2_grpc as pb_grpc
-from common.transfer import Blob, read_chunks
+from common.transfer import Blob, chunks_of
 
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["ECAvg"].full_name
 
@@ -92,8 +92,7 @@ class ECAvgServicer(pb_grpc.ECAvgServicer):
     async def Download(self, request: pb.DownloadRequest, context: Any) -> AsyncIterator[pb.DownloadReply]:
         path = await self._coordinator.readable_blob(_caller(context), _digest(request.digest))
         size_bytes = path.stat().st_size
-        chunks = read_chunks(path, request.offset)
-        while (chunk := await asyncio.to_thread(next, chunks, None)) is not None:
+        async for chunk in chunks_of(path, request.offset):
             yield pb.DownloadReply(chunk=chunk, size_bytes=size_bytes)
             crash_point(Point.SERVER_CHUNK_SENT)
             self._coordinator.count_sent(len(chunk))

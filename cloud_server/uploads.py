@@ -5,15 +5,13 @@ import os
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import TypeVar
 
-from cloud_server.disk import to_the_end
 from cloud_server.store import Store, storage_errors
 from common import schema
 from common.config import DatasetSpec
 from common.errors import InvalidError, NotFoundError, OffsetError, Reason, UnavailableError
 from common.faults import Point, crash_point
-from common.transfer import Blob, Receiver
+from common.transfer import Blob, Receiver, WriteBehind, to_the_end
 
 # What makes a blob unfit for good; anything else about an upload can be cured by sending it again.
 UNFIT = {
@@ -23,8 +21,6 @@ UNFIT = {
     Reason.INVALID_SHARD,
     Reason.SIZE_LIMIT,
 }
-
-_T = TypeVar("_T")
 
 
 class Uploads:
@@ -110,7 +106,7 @@ class Uploads:
             yield upload
             await upload.finish(now)
         finally:
-            upload.close()
+            await upload.close()
             if self._active.get(key) is upload:
                 del self._active[key]
 
@@ -119,8 +115,8 @@ class Uploads:
         key = (agent_id, digest)
         while older := self._active.get(key):  # again: another one may have come while we waited
             older.superseded = True
-            async with older.lock:  # its last write is done
-                older.close()
+            async with older.lock:  # it puts nothing more
+                await older.close()
             if self._active.get(key) is older:
                 del self._active[key]
 
@@ -148,6 +144,7 @@ class Upload:
         self._gate = gate
         self._on_received = on_received
         self._receiver: Receiver | None = None
+        self._behind = WriteBehind(self._write)
 
     async def start(self, offset: int) -> None:
         """Go on where the stored bytes end.
@@ -155,25 +152,32 @@ class Upload:
         Raises:
             OffsetError: that is not at `offset`.
         """
-        await self._exclusively(self._start, offset)
+        async with self._exclusively():
+            await to_the_end(asyncio.to_thread(self._start, offset))
 
     async def write(self, chunk: bytes) -> None:
-        """Append a chunk; raises what common.transfer.Receiver.write and the gate raise."""
-        await self._exclusively(self._write, chunk)
+        """Append a chunk; raises what Receiver.write and the gate raise, of this or of an earlier one."""
+        async with self._exclusively():
+            await self._behind.put(chunk)
 
     async def finish(self, now: float) -> None:
         """Check the whole, make it durable and record it; raises what Receiver.finish and the gate raise."""
-        await self._exclusively(self._finish, now)
+        async with self._exclusively():
+            await self._behind.flush()
+            await to_the_end(asyncio.to_thread(self._finish, now))
 
-    def close(self) -> None:
+    async def close(self) -> None:
+        """Keep what has arrived."""
+        await self._behind.close()
         if self._receiver:
             self._receiver.close()
 
-    async def _exclusively(self, function: Callable[[_T], None], argument: _T) -> None:
+    @asynccontextmanager
+    async def _exclusively(self) -> AsyncIterator[None]:
         async with self.lock:
             if self.superseded:
                 raise UnavailableError("a newer stream of the same upload has taken over")
-            await to_the_end(asyncio.to_thread(function, argument))
+            yield
 
     def _start(self, offset: int) -> None:
         with storage_errors():

@@ -1,19 +1,26 @@
 """Bytes ↔ chunks: a blob on its way, with its offset, its byte budget and its SHA-256.
 
-Everything here blocks on the disk: callers on an event loop use a thread.
+What is not async blocks on the disk: callers on an event loop use a thread. Going there and back for each
+chunk would take longer than to write it, so several chunks go together.
 """
 
+import asyncio
 import hashlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import suppress
+from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from common.errors import CorruptError, InvalidError, OffsetError, Reason
 
 CHUNK_BYTES = 256 * 1024
 MAX_CHUNK_BYTES = 4 * 1024 * 1024
 _READ_BYTES = 4 * 1024 * 1024
+_CHUNKS_AT_ONCE = 8  # read, or waiting to be written
+
+_T = TypeVar("_T")
 
 
 class Blob(NamedTuple):
@@ -43,6 +50,83 @@ def read_chunks(path: Path, offset: int) -> Iterator[bytes]:
         file.seek(offset)
         while chunk := file.read(CHUNK_BYTES):
             yield chunk
+
+
+async def chunks_of(path: Path, offset: int) -> AsyncIterator[bytes]:
+    """What read_chunks gives, read in a thread; some chunks are in memory at a time."""
+    chunks = read_chunks(path, offset)
+    while some := await asyncio.to_thread(lambda: list(islice(chunks, _CHUNKS_AT_ONCE))):
+        for chunk in some:
+            yield chunk
+
+
+async def to_the_end(work: Awaitable[_T]) -> _T:
+    """Await it, and return only once it is done, cancelled or not.
+
+    A broken connection cancels the call that it carried; what was being written goes on in its thread,
+    and memory must come to agree with the disk all the same.
+    """
+    task = asyncio.ensure_future(work)
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        while not task.done():
+            with suppress(asyncio.CancelledError):
+                await asyncio.wait([task])
+        if not task.cancelled():
+            task.exception()  # nobody is left to tell
+        raise
+
+
+class WriteBehind:
+    """Writes chunks in a thread, in their order, while the next ones arrive; a few of them wait at most.
+
+    Args:
+        write: may raise; what waits is dropped then.
+    """
+
+    def __init__(self, write: Callable[[bytes], None]) -> None:
+        self._write = write
+        self._waiting: list[bytes] = []
+        self._writing: asyncio.Task[None] | None = None
+
+    async def put(self, chunk: bytes) -> None:
+        """Have the chunk written soon; raises what writing an earlier one has raised."""
+        self._waiting.append(chunk)
+        if self._writing and (self._writing.done() or len(self._waiting) >= _CHUNKS_AT_ONCE):
+            await self._settle()
+        if not self._writing:
+            self._begin()
+
+    async def flush(self) -> None:
+        """Return once everything is written; raises what writing it has raised."""
+        while self._writing or self._waiting:
+            if not self._writing:
+                self._begin()
+            await self._settle()
+
+    async def close(self) -> None:
+        """Write what has arrived, as far as that goes. Afterwards the thread is out of the file."""
+        with suppress(Exception):  # whoever cared has called flush
+            await to_the_end(self.flush())
+
+    def _begin(self) -> None:
+        chunks, self._waiting = self._waiting, []
+        self._writing = asyncio.ensure_future(asyncio.to_thread(self._write_all, chunks))
+
+    async def _settle(self) -> None:
+        assert self._writing
+        await asyncio.wait([self._writing])  # cancelled, we leave the thread alone
+        writing, self._writing = self._writing, None
+        try:
+            writing.result()
+        except BaseException:
+            self._waiting.clear()
+            raise
+
+    def _write_all(self, chunks: list[bytes]) -> None:
+        for chunk in chunks:
+            self._write(chunk)
 
 
 class Receiver:

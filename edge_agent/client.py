@@ -29,7 +29,7 @@ from common.faults import Point, crash_point
 from common.files import sync
 from common.pb import ecavg_pb2 as pb
 from common.pb import ecavg_pb2_grpc as pb_grpc
-from common.transfer import Blob, Receiver, read_chunks
+from common.transfer import Blob, Receiver, WriteBehind, chunks_of
 from edge_agent.metrics import AgentMetrics
 from edge_agent.state import Report
 
@@ -225,7 +225,7 @@ class CloudClient:
         try:
             # Not as an iterator: where reading the file fails, gRPC would cancel us instead of saying so.
             await _translated(call.write(pb.UploadRequest(header=header)))
-            async for chunk in _in_thread(read_chunks(path, offset)):
+            async for chunk in chunks_of(path, offset):
                 await _translated(call.write(pb.UploadRequest(chunk=chunk)))
                 sent += len(chunk)
                 self._metrics.sent_bytes_total.labels(kind).inc(len(chunk))
@@ -241,17 +241,21 @@ class CloudClient:
 
     async def _stream_down(self, partial: Path, blob: Blob, on_bytes: OnBytes, fate: "_Fate") -> None:
         receiver = await asyncio.to_thread(Receiver, partial, blob)
+        behind = WriteBehind(receiver.write)
         try:
-            if receiver.received_bytes < blob.size_bytes:
-                request = pb.DownloadRequest(digest=blob.digest, offset=receiver.received_bytes)
+            if (received := receiver.received_bytes) < blob.size_bytes:
+                request = pb.DownloadRequest(digest=blob.digest, offset=received)
                 async for reply in _answered(self._stub.Download(request, metadata=self._metadata)):
                     self._heard()
-                    await asyncio.to_thread(receiver.write, reply.chunk)
-                    fate.reached(receiver.received_bytes)
+                    await behind.put(reply.chunk)
+                    received += len(reply.chunk)
+                    fate.reached(received)
                     crash_point(Point.AGENT_CHUNK_RECEIVED)
-                    on_bytes(receiver.received_bytes, blob.size_bytes)
+                    on_bytes(received, blob.size_bytes)
+                await behind.flush()
             await asyncio.to_thread(receiver.finish)
         finally:
+            await behind.close()
             receiver.close()
 
     def _retrying(self, backoff: rpc.Backoff | None = None) -> Any:
@@ -321,11 +325,6 @@ async def _answered(call: Any) -> AsyncIterator[Any]:
             yield message
     except grpc.aio.AioRpcError as error:
         raise _error_from(error) from error
-
-
-async def _in_thread(blocking: Iterator[bytes]) -> AsyncIterator[bytes]:
-    while (chunk := await asyncio.to_thread(next, blocking, None)) is not None:
-        yield chunk
 
 
 def _error_from(error: grpc.aio.AioRpcError) -> ECAvgError:
