@@ -192,6 +192,7 @@ def _report_fields(row: ReportRow) -> dict[str, Any]:
         "accuracy_local": row.accuracy_local,
         "accuracy_before": row.accuracy_before,
         "accuracy_after": row.accuracy_after,
+        "accuracy_adapted": row.accuracy_adapted,
         "applied": row.applied,
         "reason": row.reason or None,
     }

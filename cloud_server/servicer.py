@@ -106,6 +106,7 @@ class ECAvgServicer(pb_grpc.ECAvgServicer):
             accuracy_local=_ratio(request, "accuracy_local"),
             accuracy_before=_ratio(request, "accuracy_before"),
             accuracy_after=_ratio(request, "accuracy_after") or 0.0,
+            accuracy_adapted=_ratio(request, "accuracy_adapted"),
             num_held_out=_count(request.num_held_out),
             applied=request.applied,
             reason=_plain(request.reason),

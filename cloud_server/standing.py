@@ -229,6 +229,7 @@ def _agent_status(
         "accuracy_local": contribution and contribution.accuracy_local,
         "accuracy_before": report and report.accuracy_before,
         "accuracy_after": report and report.accuracy_after,
+        "accuracy_adapted": report and report.accuracy_adapted,
         "applied": report and report.applied,
         "message": rejection.message if rejection else (report.reason if report else ""),
     }

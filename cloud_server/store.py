@@ -100,6 +100,7 @@ MIGRATIONS = (  # what takes the database from one schema version to the next; n
         UNION ALL SELECT round, agent_id, value, contributions.at FROM contributions, json_each(shards);
     """,
     "ALTER TABLE contributions ADD COLUMN initial_weights TEXT;",
+    "ALTER TABLE reports ADD COLUMN accuracy_adapted REAL;",
 )
 
 _RETIRED, _CLEARED = 1, 2  # rounds.retired: its records are given up; and so are its files
@@ -164,6 +165,7 @@ class ReportRow:
     applied: bool
     reason: str  # why it was not applied, else empty
     at: float
+    accuracy_adapted: float | None = None  # None: the model was not adapted, or that is not known
 
 
 @dataclass(frozen=True)
@@ -334,8 +336,9 @@ class Store:
             )
             database.execute(
                 "INSERT OR REPLACE INTO reports (round, agent_id, accuracy_local, accuracy_before,"
-                " accuracy_after, num_held_out, applied, reason, at) VALUES (:round, :agent_id,"
-                " :accuracy_local, :accuracy_before, :accuracy_after, :num_held_out, :applied, :reason, :at)",
+                " accuracy_after, accuracy_adapted, num_held_out, applied, reason, at) VALUES (:round,"
+                " :agent_id, :accuracy_local, :accuracy_before, :accuracy_after, :accuracy_adapted,"
+                " :num_held_out, :applied, :reason, :at)",
                 {**vars(report), "round": number},
             )
         return is_first
@@ -343,8 +346,8 @@ class Store:
     def reports(self, number: int) -> list[ReportRow]:
         """The reports on a round's model, in agent-id order."""
         rows = self._read(
-            "SELECT agent_id, accuracy_local, accuracy_before, accuracy_after, num_held_out, applied,"
-            " reason, at FROM reports WHERE round = ? ORDER BY agent_id",
+            "SELECT agent_id, accuracy_local, accuracy_before, accuracy_after, accuracy_adapted,"
+            " num_held_out, applied, reason, at FROM reports WHERE round = ? ORDER BY agent_id",
             number,
         )
         return [ReportRow(**{**row, "applied": bool(row["applied"])}) for row in rows]

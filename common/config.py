@@ -104,6 +104,7 @@ class RunConfig(FrozenModel):
     recompute_statistics: bool = True  # BatchNorm's, on the combined data, after any averaging
     wire: Literal["float32"] = "float32"
     apply: Literal["if-not-worse", "always"] = "if-not-worse"
+    adapt_epochs: Annotated[int, Field(ge=0, le=100_000)] = 1  # of a global model that does worse; 0: never
     pretrain: TrainingConfig = TrainingConfig()
     fine_tune: FineTuneConfig = FineTuneConfig()
 

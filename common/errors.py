@@ -3,6 +3,7 @@
     ECAvgError
     ├── UsageError           bad command line, configuration, data source or model: exit code 2
     ├── RunError             failed while running: exit code 1
+    │   └── DivergedError    a training's loss is not finite any more
     └── Refusal              what a server answers an agent; carries a Reason, crosses the wire
         ├── InvalidError     what was sent is wrong and would be wrong again: do not retry
         ├── ConflictError    it contradicts what the server already holds
@@ -56,6 +57,10 @@ class UsageError(ECAvgError):
 
 class RunError(ECAvgError):
     """Something failed while running; the message says what."""
+
+
+class DivergedError(RunError):
+    """A training's loss is not finite any more."""
 
 
 class Refusal(ECAvgError):

@@ -43,6 +43,7 @@ class Point(StrEnum):
     SERVER_MODEL_ADOPTED = "server_model_adopted"  # but not yet published
     SERVER_REPORT_WRITTEN = "server_report_written"
     SERVER_ROUND_OPENED = "server_round_opened"
+    AGENT_ADAPTED = "agent_adapted"  # but not yet compared
     AGENT_EVALUATED = "agent_evaluated"
     AGENT_MODEL_APPLIED = "agent_model_applied"  # but not yet reported
     SERVER_AGENT_REPORT_RECORDED = "server_agent_report_recorded"  # but not yet acknowledged

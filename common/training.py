@@ -26,7 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 from common.batches import DeviceData, Draws, batch_bounds, draw_epoch
 from common.checkpoint import CHECKPOINT_SECONDS, Checkpoints, Finished, fingerprint
 from common.config import DatasetSpec, TrainingConfig
-from common.errors import RunError, UsageError
+from common.errors import DivergedError, UsageError
 
 REPORT_SECONDS = 0.1  # reading the loss waits for the device: not at every step
 
@@ -127,7 +127,7 @@ def train(
 
     Raises:
         UsageError: too few images, or too small batches, for this model.
-        RunError: the loss is not finite any more.
+        DivergedError: the loss is not finite any more.
         ValueError: arguments that do not go together.
     """
     if (distill > 0) != (soft_labels is not None):
@@ -149,7 +149,7 @@ def train(
         for epoch in range(finished.num_epochs, config.epochs):
             loss = training.run_epoch(epoch)
             if not math.isfinite(loss):
-                raise RunError(
+                raise DivergedError(
                     f"training diverged in epoch {epoch + 1}, its loss is {loss}: lower learning_rate"
                 )
             finished = Finished(num_epochs=epoch + 1, loss=loss)

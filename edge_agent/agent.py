@@ -9,7 +9,7 @@ import asyncio
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import structlog
 
@@ -29,6 +29,8 @@ from edge_agent.worker import Worker
 
 LAST_SECONDS = 60.0  # without a word from the server, when the run is over and a model is left to take
 MAX_SENDINGS = 3  # of one contribution, where the server turns out not to hold what was uploaded
+
+_T = TypeVar("_T")
 
 log = structlog.get_logger()
 
@@ -164,17 +166,8 @@ class EdgeAgent:
 
     async def _train(self, number: int, initial: Blob | None) -> Trained:
         path = await self._download(initial, "initial weights") if initial else None
-        local, is_left = await self._models(), threading.Event()
-
-        def show(step: StepReport) -> None:
-            if is_left.is_set():
-                raise RunError("stopped while pre-training")
-            self._show_step(number, step)
-
-        try:
-            model = await self._worker.run(local.pretrain, number, path, show)
-        finally:
-            is_left.set()  # a thread can only end by itself
+        local = await self._models()
+        model = await self._training(f"round {number}: pre-training", local.pretrain, number, path)
         return await self._worker.run(local.keep, number, initial and initial.digest, model)
 
     def _is_kept(self, trained: Trained, number: int, initial: Blob | None) -> bool:
@@ -222,7 +215,7 @@ class EdgeAgent:
                 await self._save(evaluated_round=number)
 
     async def _take_global_model(self, state: RunState) -> None:
-        """Download, compare on this agent's own held-out data, apply unless it does worse, report."""
+        """Download, compare on this agent's own held-out data, adapt if need be, apply, report."""
         self._metrics.set_phase(Phase.DOWNLOADING)
         path = await self._download(state.latest_weights, "global model")
         self._metrics.set_phase(Phase.EVALUATING)
@@ -230,7 +223,8 @@ class EdgeAgent:
         if trained and trained.round != state.latest_round:
             trained = None
         models = await self._models()
-        report = await self._worker.run(models.measure, state.latest_round, path, trained)
+        number, adapting = state.latest_round, f"round {state.latest_round}: adapting"
+        report = await self._training(adapting, models.measure, number, path, trained)
         arrived = Arrived(weights=state.latest_weights, report=report)
         # Once the model is replaced, the one before cannot be measured again.
         await self._save(arrived=arrived)
@@ -239,11 +233,15 @@ class EdgeAgent:
 
     async def _use_and_report(self, arrived: Arrived, path: Path) -> None:
         report = arrived.report
-        await self._worker.run((await self._models()).apply, path, report)
+        models = await self._models()
+        await self._training(f"round {report.round}: adapting", models.apply, path, report)
         crash_point(Point.AGENT_MODEL_APPLIED)
-        self._metrics.accuracy_ratio.labels("after").set(report.accuracy_after)
-        if report.accuracy_before is not None:
-            self._metrics.accuracy_ratio.labels("before").set(report.accuracy_before)
+        self._metrics.set_accuracies(
+            local=report.accuracy_local,
+            before=report.accuracy_before,
+            after=report.accuracy_after,
+            adapted=report.accuracy_adapted,
+        )
         await self._client.report(report)
         crash_point(Point.AGENT_REPORTED)
         await self._save(evaluated_round=report.round, arrived=None)
@@ -288,9 +286,26 @@ class EdgeAgent:
     def _load_data(self) -> LocalModels:
         return load_local_models(self._joined, self._config, self._disk, self._device)
 
-    def _show_step(self, number: int, step: StepReport) -> None:
+    async def _training(self, label: str, function: Callable[..., _T], *args: Any) -> _T:
+        """Call what trains: it shows how far it is, and stops soon after this is cancelled.
+
+        Args:
+            function: takes what to call at each step for its last argument.
+        """
+        is_left = threading.Event()
+
+        def show(step: StepReport) -> None:
+            if is_left.is_set():
+                raise RunError("stopped while training")
+            self._show_step(label, step)
+
+        try:
+            return await self._worker.run(function, *args, show)
+        finally:
+            is_left.set()  # a thread can only end by itself
+
+    def _show_step(self, label: str, step: StepReport) -> None:
         self._metrics.pretrain_loss.set(step.loss)
-        label = f"round {number}: pre-training"
         self._display.update(label, step.step, step.num_steps, f"loss {step.loss:.3f}")
 
     # ------------------------------------------------------------------ how it stands
@@ -328,7 +343,8 @@ def _outcome_of(report: Report) -> str:
     if not report.applied:
         return f"kept its own model: {report.reason}"
     before = "none" if report.accuracy_before is None else f"{report.accuracy_before:.4f}"
-    return f"accuracy before {before}, after {report.accuracy_after:.4f}, applied"
+    adapted = "" if report.accuracy_adapted is None else f", adapted {report.accuracy_adapted:.4f}"
+    return f"accuracy before {before}, after {report.accuracy_after:.4f}{adapted}, applied"
 
 
 def _is_whole(path: Path, blob: Blob) -> bool:

@@ -14,8 +14,9 @@ import torch
 from torch import nn
 
 from common import training
-from common.config import RunConfig
-from common.errors import InvalidError, RunError
+from common.config import RunConfig, TrainingConfig
+from common.errors import DivergedError, InvalidError, RunError
+from common.faults import Point, crash_point
 from common.files import replacing
 from common.models import build_model
 from common.shards import Shard, cloud_holdout, read_shard, write_shard
@@ -95,25 +96,13 @@ class LocalModels:
         return blob_of(self._disk.shard)
 
     def pretrain(self, number: int, initial: Path | None, on_step: OnStep) -> nn.Module:
-        """Train for a round on what the cloud does not hold back, from the last checkpoint if there is one.
+        """Train for a round, from the last checkpoint if there is one.
 
         Args:
             initial: weights to start from; None: this agent's own.
         """
         model = self._model(initial)
-        rest = self._not_held_back()
-        training.train(
-            model,
-            torch.from_numpy(self._data.train.images[rest]),
-            torch.from_numpy(self._data.train.labels[rest]),
-            self._run.pretrain,
-            spec=self._run.spec,
-            device=self._device,
-            seed=derive_seed(self._run.seed, "pretrain", number, self._disk.agent_id),
-            on_step=on_step,
-            checkpoint=self._disk.checkpoint,
-            checkpoint_seconds=self._checkpoint_seconds,
-        )
+        self._train(model, self._run.pretrain, "pretrain", number, on_step)
         return model
 
     def keep(self, number: int, initial_weights: str | None, model: nn.Module) -> Trained:
@@ -128,31 +117,48 @@ class LocalModels:
             round=number, weights=blob_of(path), accuracy=accuracy, initial_weights=initial_weights
         )
 
-    def measure(self, number: int, weights: Path, trained: Trained | None) -> Report:
+    def measure(self, number: int, weights: Path, trained: Trained | None, on_step: OnStep) -> Report:
         """Compare a global model with the one in use, on this agent's own held-out data, and decide.
+
+        A model that has learnt from everybody's data may do worse on the few classes of one device than a
+        specialist. Trained on this shard for a little while it mostly does not (local adaptation:
+        arXiv 2002.04758, arXiv 1910.10252); so where it does worse it is adapted, and compared again.
 
         Args:
             trained: what this agent pre-trained for the round, if it did.
         """
-        before, after = self._evaluate_in_use(), self._evaluate(self._model(weights))
-        reason = ""
-        if before and self._run.apply == "if-not-worse":
-            reason = objection(before.correct.numpy(), after.correct.numpy())
+        before, after, adapted = self._evaluate_in_use(), self._evaluate(self._model(weights)), None
+        reason = self._objection(before, after)
+        if reason and self._run.adapt_epochs:
+            try:
+                adapted = self._evaluate(self._adapt(number, weights, on_step))
+            except DivergedError as error:
+                reason += f"; local adaptation: {error}"
+            else:
+                is_worse = self._objection(before, adapted)
+                reason = f"{reason}; {adapted.accuracy:.4f} after local adaptation" if is_worse else ""
         return Report(
             round=number,
             initial_weights=trained.initial_weights if trained else None,
             accuracy_local=trained.accuracy if trained else None,
             accuracy_before=before.accuracy if before else None,
             accuracy_after=after.accuracy,
+            accuracy_adapted=adapted.accuracy if adapted else None,
             num_held_out=after.num_examples,
             applied=not reason,
             reason=reason,
         )
 
-    def apply(self, weights: Path, report: Report) -> None:
-        """Use a global model from now on if that is what was decided, and leave the report for the user."""
+    def apply(self, weights: Path, report: Report, on_step: OnStep) -> None:
+        """Use a global model from now on if that is what was decided, and leave the report for the user.
+
+        Args:
+            weights: of the model as it is; what was made of it by adaptation is made again if it is lost.
+        """
+        if report.uses_adapted and not self._disk.adapted.exists():
+            self._adapt(report.round, weights, on_step)
         if report.applied:
-            _copy(weights, self._disk.model)
+            _copy(self._disk.adapted if report.uses_adapted else weights, self._disk.model)
         text = json.dumps({"agent_id": self._disk.agent_id, **report.model_dump()}, indent=2)
         with replacing(self._disk.report) as partial:
             partial.write_text(text + "\n", "utf-8")
@@ -166,6 +172,43 @@ class LocalModels:
         if weights:
             load_into(model, weights)
         return model
+
+    def _adapt(self, number: int, weights: Path, on_step: OnStep) -> nn.Module:
+        """Train the global model of a round further on this agent's shard, and leave it in a file."""
+        model = self._model(weights)
+        config = self._run.pretrain.model_copy(update={"epochs": self._run.adapt_epochs})
+        self._train(model, config, "adapt", number, on_step)
+        write_state_dict(model.state_dict(), self._disk.adapted)
+        crash_point(Point.AGENT_ADAPTED)
+        return model
+
+    def _train(
+        self, model: nn.Module, config: TrainingConfig, stream: str, number: int, on_step: OnStep
+    ) -> None:
+        """On what the cloud does not hold back.
+
+        Args:
+            stream: of what chance decides, in round `number`.
+        """
+        rest = self._not_held_back()
+        training.train(
+            model,
+            torch.from_numpy(self._data.train.images[rest]),
+            torch.from_numpy(self._data.train.labels[rest]),
+            config,
+            spec=self._run.spec,
+            device=self._device,
+            seed=derive_seed(self._run.seed, stream, number, self._disk.agent_id),
+            on_step=on_step,
+            checkpoint=self._disk.checkpoint,
+            checkpoint_seconds=self._checkpoint_seconds,
+        )
+
+    def _objection(self, before: Evaluation | None, after: Evaluation) -> str:
+        """Why a model should not take the place of the one in use; empty: nothing speaks against it."""
+        if before is None or self._run.apply == "always":
+            return ""
+        return objection(before.correct.numpy(), after.correct.numpy())
 
     def _not_held_back(self) -> np.ndarray:
         """Indices of the examples that the cloud fine-tunes on; the rest it chooses and evaluates on."""

@@ -21,7 +21,7 @@ class Phase(StrEnum):
     UPLOADING = "uploading"  # weights and data, then the contribution
     WAITING = "waiting"  # for the other agents, and for the cloud
     DOWNLOADING = "downloading"  # the global model
-    EVALUATING = "evaluating"  # the global model on its own held-out data, before it is applied
+    EVALUATING = "evaluating"  # the global model on its own held-out data; adapting it, where it does worse
     DONE = "done"  # the run is over
 
 
@@ -34,12 +34,15 @@ class AgentMetrics:
             "ecavg_agent_phase", "1 on what the agent is doing.", ["phase"], registry=registry
         )
         self.pretrain_loss = Gauge(
-            "ecavg_agent_pretrain_loss", "Training loss of the last steps.", registry=registry
+            "ecavg_agent_pretrain_loss",
+            "Training loss of the last steps, of pre-training or of local adaptation.",
+            registry=registry,
         )
         self.accuracy_ratio = Gauge(
             "ecavg_agent_accuracy_ratio",
             "Accuracy on the agent's own held-out data, 0 to 1: of its pre-trained weights (local),"
-            " of the model in use before the round, and of the global model (after).",
+            " of the model in use before the round, of the global model as it is (after), and of that"
+            " after local adaptation (adapted), where the agent did adapt it.",
             ["stage"],
             registry=registry,
         )
@@ -56,6 +59,13 @@ class AgentMetrics:
             self.sent_bytes_total.labels(kind)  # a counter that first appears at 1 hides its first increase
         self.pretrain_loss.set(math.nan)  # none yet; 0 would be a perfect one
         self.set_phase(Phase.CONNECTING)
+
+    def set_accuracies(self, **stages: float | None) -> None:
+        """Show what was measured in a round, by stage, and nothing of another round."""
+        self.accuracy_ratio.clear()
+        for stage, accuracy in stages.items():
+            if accuracy is not None:
+                self.accuracy_ratio.labels(stage).set(accuracy)
 
     def set_phase(self, phase: Phase) -> None:
         for each in Phase:

@@ -35,10 +35,16 @@ class Report(FrozenModel):
     initial_weights: str | None = None  # those of `Trained`; None as well where it did not take part
     accuracy_local: float | None  # of the weights that this agent had pre-trained for the round
     accuracy_before: float | None  # of the model in use before; None: there was none
-    accuracy_after: float
+    accuracy_after: float  # of the published model as it is
+    accuracy_adapted: float | None = None  # of that after local adaptation; None: it was not adapted
     num_held_out: int
-    applied: bool
-    reason: str  # why it was not
+    applied: bool  # the model in use now comes from the published one, adapted or not
+    reason: str  # why it does not
+
+    @property
+    def uses_adapted(self) -> bool:
+        """Whether the model in use now is the published one after local adaptation."""
+        return self.applied and self.accuracy_adapted is not None
 
 
 class Arrived(FrozenModel):
@@ -110,13 +116,18 @@ class AgentState:
 
     @property
     def checkpoint(self) -> Path:
-        """Of the pre-training under way."""
+        """Of the training under way."""
         return self.work / "checkpoint.safetensors"
 
     @property
     def local_weights(self) -> Path:
         """What was pre-trained, until it is contributed."""
         return self.work / "local.safetensors"
+
+    @property
+    def adapted(self) -> Path:
+        """The global model after local adaptation, until that is in use and reported."""
+        return self.work / "adapted.safetensors"
 
     def weights(self, blob: Blob) -> Path:
         """Where weights from the server are kept."""

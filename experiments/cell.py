@@ -10,6 +10,7 @@ import shutil
 import time
 from collections.abc import Sequence
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,8 +24,9 @@ from common.files import replacing
 from common.models import build_model
 from common.training import evaluate, select_device
 from common.weights import load_into
+from edge_agent.state import Report
 from experiments import barrier, data
-from experiments.round import Edge, Network, OnProgress
+from experiments.round import Edge, Network, OnProgress, Received
 from experiments.tasks import DEFAULT, VARIANTS, Setting, Variant
 
 Record = dict[str, Any]  # as it is in a JSON file
@@ -73,8 +75,10 @@ class Cell(NamedTuple):
         return self.num_rounds if VARIANTS[name].is_split else 1
 
     def _identity(self, name: str) -> Record:
-        run = self.setting.run_of(VARIANTS[name]).model_dump(mode="json")
-        return {"run": run, "rounds": self.rounds_of(name)}
+        variant = VARIANTS[name]
+        run = self.setting.run_of(variant)
+        unused = set() if variant.is_received and run.apply == "if-not-worse" else {"adapt_epochs"}
+        return {"run": run.model_dump(mode="json", exclude=unused), "rounds": self.rounds_of(name)}
 
 
 def run(cell: Cell, on_progress: OnProgress) -> None:
@@ -195,26 +199,45 @@ class _Run:
             "soup": result.soup,
             "published": result.published,
             "digest": result.weights.sha256,
-            "edges": [self._receive(edge, number, published, is_applied=variant.is_split) for edge in edges],
+            "edges": [
+                self._receive(replace(edge, run=run), number, published, is_applied=variant.is_split)
+                for edge in edges
+            ],
             "seconds": result.seconds,
         }
         return record, result.weights.sha256
 
     def _receive(self, edge: Edge, number: int, published: Path, *, is_applied: bool) -> Record:
-        """What an agent finds on its own held-out data, and what both models do on the common test set."""
+        """What an agent is left with if it uses the published model always, and if its gate decides.
+
+        Accuracies: `own_…` on its own held-out data, `test_…` on the common test set.
+        """
         before = self._test.measure_file(edge.disk.model)
-        report, comparison = edge.receive(number, published, is_applied=is_applied)
-        return {
+        always = replace(edge, run=edge.run.model_copy(update={"apply": "always"}))
+        received = always.receive(number, published, self._on_progress)
+        record = {
             "agent_id": edge.agent_id,
             "num_examples": edge.models.num_examples,
-            "num_held_out": report.num_held_out,
-            "own_before": report.accuracy_before,
-            "own_after": report.accuracy_after,
-            "tolerance": comparison.tolerance,
-            "is_worse": comparison.is_worse,
-            "is_applied": report.applied,  # with the gate
+            "num_held_out": received.report.num_held_out,
+            "own_before": received.report.accuracy_before,
             "test_before": before["accuracy"],
-            "test_after": self._test.measure_file(published)["accuracy"],  # if it is applied
+            **self._after(received),
+        }
+        if edge.run.apply == "if-not-worse":
+            received = edge.receive(number, published, self._on_progress)
+            record["gate"] = {"takes": _taken(received.report), **self._after(received)}
+        if is_applied:
+            edge.apply(published, received)
+        edge.disk.discard(edge.disk.adapted)
+        return record
+
+    def _after(self, received: Received) -> Record:
+        """Of the model in use at the end."""
+        return {
+            "own_after": received.accuracy,
+            "test_after": self._test.measure_file(received.weights)["accuracy"],
+            "tolerance": received.comparison.tolerance,
+            "is_worse": received.comparison.is_worse,
         }
 
     def _open_network(self, name: str) -> Network:
@@ -253,6 +276,12 @@ class _TestSet:
     def measure_file(self, path: Path) -> Record:
         load_into(self._model, path)
         return self.measure(self._model)
+
+
+def _taken(report: Report) -> str:
+    if not report.applied:
+        return "its own"
+    return "adapted" if report.uses_adapted else "as it is"
 
 
 def _digest(model: nn.Module) -> str:

@@ -27,6 +27,7 @@ mpl.rcParams.update(
     }
 )
 
+MARKERS = {"as it is": ("o", ""), "adapted": ("^", ", adapted"), "its own": ("x", ", kept out by the gate")}
 COLOURS = {"plain_average": "tab:red", "selection": "tab:blue"}
 _PLOTTED_STAGES = ("edges, pre-trained", "average", "aligned", "start", "fine-tuned", "edges, after")
 
@@ -117,8 +118,8 @@ def _parts(axis: Axes, group: Any) -> None:
 def _transfer(axis: Axes, group: Any) -> None:
     for shift, (variant, colour) in zip((-0.12, 0.12), COLOURS.items(), strict=True):
         changes = list(_changes(group, variant))
-        for is_refused, marker, remark in ((False, "o", ""), (True, "x", ", kept out by the gate")):
-            chosen = [(place + shift, change) for place, change, refused in changes if refused == is_refused]
+        for takes, (marker, remark) in MARKERS.items():
+            chosen = [(place + shift, change) for place, change, taken in changes if taken == takes]
             if chosen:
                 xs, ys = zip(*chosen, strict=True)
                 label = tables.NAMES[variant] + remark
@@ -128,11 +129,14 @@ def _transfer(axis: Axes, group: Any) -> None:
     axis.legend()
 
 
-def _changes(group: Any, variant: str) -> Iterator[tuple[int, float, bool]]:
-    """For each agent the setting's place, the change if the model is applied, whether the gate refuses it."""
+def _changes(group: Any, variant: str) -> Iterator[tuple[int, float, str]]:
+    """For each agent the setting's place, the change by the model that it takes, and how it takes that.
+
+    Where it keeps its own, the change is the one that the gate has spared it.
+    """
     for place, seeds in enumerate(group.values()):
         for seed in seeds:
             for agent in seed["agents"].get(variant, ()):
-                has_gate = VARIANTS[variant].changes.get("apply") != "always"
-                is_refused = has_gate and not agent["is_applied"]
-                yield place, agent["own_after"] - agent["own_before"], is_refused
+                takes = agent["gate"]["takes"] if "gate" in agent else "as it is"
+                after = agent["gate"]["own_after"] if takes == "adapted" else agent["own_after"]
+                yield place, after - agent["own_before"], takes

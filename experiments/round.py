@@ -36,10 +36,12 @@ OnProgress = Callable[[str, int, int], None]  # what, done, of
 
 
 class Received(NamedTuple):
-    """What became of a published model on one device, and both models' predictions there compared."""
+    """What became of a published model on one device."""
 
     report: Report
-    comparison: Comparison
+    weights: Path  # of the model in use at the end; a file that the next one overwrites
+    accuracy: float  # of that model on the agent's own held-out data
+    comparison: Comparison  # of the model in use before, and at the end
 
 
 def agent_ids(count: int) -> list[str]:
@@ -112,13 +114,22 @@ class Edge:
             num_examples=self.models.num_examples,
         )
 
-    def receive(self, number: int, weights: Path, *, is_applied: bool) -> Received:
-        """Decide about a published model; with `is_applied` that is also done."""
-        comparison = compare(self._predictions(self.disk.model), self._predictions(weights))
-        report = self.models.measure(number, weights, self.disk.progress.trained)
-        if is_applied:
-            self.models.apply(weights, report)
-        return Received(report, comparison)
+    def receive(self, number: int, weights: Path, on_progress: OnProgress) -> Received:
+        """Decide about a published model as the run's `apply` says; it is not used yet."""
+
+        def show(step: StepReport) -> None:
+            on_progress(f"{self.agent_id} adapts", step.step, step.num_steps)
+
+        report = self.models.measure(number, weights, self.disk.progress.trained, show)
+        self.disk.discard(self.disk.checkpoint)
+        in_use = weights if report.applied else self.disk.model
+        in_use = self.disk.adapted if report.uses_adapted else in_use
+        before, after = self._predictions(self.disk.model), self._predictions(in_use)
+        return Received(report, in_use, float(after.mean()), compare(before, after))
+
+    def apply(self, weights: Path, received: Received) -> None:
+        """Use the model from now on, if that was decided."""
+        self.models.apply(weights, received.report, lambda _: None)
 
     def _predictions(self, weights: Path) -> np.ndarray:
         """bool [N], whether these weights are right about each of the agent's held-out examples."""

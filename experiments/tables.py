@@ -9,7 +9,7 @@ from experiments.tasks import VARIANTS
 
 CLAIMS = ("plain_average", "selection")
 PARTS = tuple(VARIANTS)
-TRANSFER = ("plain_average", "selection")
+TAKES = ("as it is", "adapted", "its own")
 NAMES = {"plain_average": "the paper's", "selection": "the defaults"}
 
 Groups = Mapping[str, Sequence[Cell]]  # the seeds of each setting, by its name
@@ -42,7 +42,7 @@ def _claims_of(cell: Cell) -> Record:
         if name == "plain_average":  # the paper publishes what it fine-tuned, and every edge takes it
             published, after = fine_tuned, [fine_tuned for _ in record["edges"]]
         else:
-            after = [edge["test_after" if edge["is_applied"] else "test_before"] for edge in record["edges"]]
+            after = [left_with(edge)["test_after"] for edge in record["edges"]]
         found[name] = {
             **accuracies,
             "start_is": record["start"],
@@ -229,59 +229,86 @@ def transfer(groups: Groups) -> Record:
 
 
 def transfer_in_words(figures: Record) -> str:
-    worse_rows, accuracy_rows = [], []
-    for name, seeds in figures.items():
-        variants = list(seeds[0]["agents"])
-        worse, accuracy = [name], [name]
-        before = [fmean(agent["test_before"] for agent in seed["agents"][variants[0]]) for seed in seeds]
-        accuracy.append(spread(before))
-        for variant, is_gated in _ways(variants):
-            agents = [agent for seed in seeds for agent in seed["agents"][variant]]
-            num_worse = sum(is_worse_after(agent, is_gated=is_gated) for agent in agents)
-            worse.append(f"{num_worse} of {len(agents)} ({num_worse / len(agents):.1%})")
-            after = [
-                fmean(test_after(agent, is_gated=is_gated) for agent in seed["agents"][variant])
-                for seed in seeds
-            ]
-            least = min(late - early for early, late in zip(before, after, strict=True))
-            accuracy.append(f"{spread(after)} (least gain {signed(least)})")
-        worse_rows.append(worse)
-        accuracy_rows.append(accuracy)
+    some = next(iter(figures.values()))[0]["agents"]
+    ways = [
+        (variant, is_gated)
+        for variant, agents in some.items()
+        for is_gated in ((False, True) if "gate" in agents[0] else (False,))  # the paper has none
+    ]
     headings = [
         f"{NAMES.get(variant, VARIANTS[variant].label)}, {'with the gate' if is_gated else 'always applied'}"
-        for variant, is_gated in _ways(variants)
+        for variant, is_gated in ways
     ]
+    gated = [(heading, *way) for heading, way in zip(headings, ways, strict=True) if way[1]]
     return "\n\n".join(
         [
             "## Agents worse after than before",
             "On their own held-out data, by more than the tolerance.",
-            grid(["", *headings], worse_rows),
+            grid(
+                ["", *headings],
+                ([name, *(_worse(seeds, *way) for way in ways)] for name, seeds in figures.items()),
+            ),
+            "## What the gate makes of the published model",
+            "Agents that use it as it is, adapted to their shard, and not at all.",
+            grid(
+                ["", *(f"{heading}: {takes}" for heading, *_ in gated for takes in TAKES)],
+                (
+                    [name, *(_share(seeds, variant, takes) for _, variant, _ in gated for takes in TAKES)]
+                    for name, seeds in figures.items()
+                ),
+            ),
+            "## Accuracy on their own held-out data",
+            "Mean over the agents, of the models that they use.",
+            _accuracies(figures, headings, ways, "own"),
             "## Accuracy on the common test set",
             "Mean over the agents, of the models that they use.",
-            grid(["", "before", *headings], accuracy_rows),
+            _accuracies(figures, headings, ways, "test"),
         ]
     )
 
 
-def _ways(variants: Sequence[str]) -> list[tuple[str, bool]]:
-    """A variant and whether its gate is there: the paper's has none."""
-    return [
-        (variant, is_gated)
-        for variant in variants
-        for is_gated in (False, True)
-        if not (is_gated and VARIANTS[variant].changes.get("apply") == "always")
-    ]
+def left_with(agent: Record, *, is_gated: bool = True) -> Record:
+    """What an agent has in the end: `own_after`, `test_after`, and `is_worse` by more than the tolerance.
+
+    Args:
+        is_gated: let its gate decide, if it has one; otherwise it uses the published model as it is.
+    """
+    return agent.get("gate", agent) if is_gated else agent
 
 
-def is_worse_after(agent: Record, *, is_gated: bool) -> bool:
-    """Whether an agent is left with a model that is worse than its own by more than the tolerance."""
-    return bool(agent["is_worse"] and (agent["is_applied"] or not is_gated))
+def _agents(seeds: Sequence[Record], variant: str) -> list[Record]:
+    return [agent for seed in seeds for agent in seed["agents"][variant]]
 
 
-def test_after(agent: Record, *, is_gated: bool) -> float:
-    """Accuracy on the common test set of what an agent uses in the end."""
-    is_used = agent["is_applied"] or not is_gated
-    return float(agent["test_after" if is_used else "test_before"])
+def _worse(seeds: Sequence[Record], variant: str, is_gated: bool) -> str:
+    agents = _agents(seeds, variant)
+    return _portion(sum(left_with(agent, is_gated=is_gated)["is_worse"] for agent in agents), len(agents))
+
+
+def _share(seeds: Sequence[Record], variant: str, takes: str) -> str:
+    agents = _agents(seeds, variant)
+    return _portion(sum(agent["gate"]["takes"] == takes for agent in agents), len(agents))
+
+
+def _accuracies(
+    figures: Record, headings: Sequence[str], ways: Sequence[tuple[str, bool]], where: str
+) -> str:
+    """Before, and after in each way, on `where`: an agent's "own" held-out data, or the common "test" set."""
+    rows = []
+    for name, seeds in figures.items():
+        before = [fmean(agent[f"{where}_before"] for agent in seed["agents"][ways[0][0]]) for seed in seeds]
+        row = [name, spread(before)]
+        for variant, is_gated in ways:
+            after = [
+                fmean(
+                    left_with(agent, is_gated=is_gated)[f"{where}_after"] for agent in seed["agents"][variant]
+                )
+                for seed in seeds
+            ]
+            least = min(late - early for early, late in zip(before, after, strict=True))
+            row.append(f"{spread(after)} (least gain {signed(least)})")
+        rows.append(row)
+    return grid(["", "before", *headings], rows)
 
 
 # ---------------------------------------------------------------------- small parts
@@ -310,6 +337,10 @@ def _seconds(cell: Cell, name: str) -> Record:
         for part, value in each["seconds"].items():
             seconds[part] = seconds.get(part, 0.0) + value
     return {part: round(value, 2) for part, value in seconds.items()}
+
+
+def _portion(count: int, total: int) -> str:
+    return f"{count} of {total} ({count / total:.1%})"
 
 
 def figure(accuracy: float | None) -> str:

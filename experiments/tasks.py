@@ -84,7 +84,7 @@ class Setting(NamedTuple):
     @property
     def name(self) -> str:
         """A folder's name: what a reader wants to know first, and a digest of everything."""
-        run = self.run.model_dump(mode="json", exclude=_OF_THE_CLOUD)
+        run = self.run.model_dump(mode="json", exclude=_AFTER_PRETRAINING)
         everything = [
             run,
             self.run.fine_tune.holdout_fraction,
@@ -110,8 +110,9 @@ class Setting(NamedTuple):
         )
 
 
-_OF_THE_CLOUD = {
-    "aggregator", "trim_fraction", "weights", "candidates", "recompute_statistics", "apply", "fine_tune",
+_AFTER_PRETRAINING = {
+    "aggregator", "trim_fraction", "weights", "candidates", "recompute_statistics", "fine_tune",
+    "apply", "adapt_epochs",
 }  # fmt: skip
 
 

@@ -246,7 +246,7 @@ class DownloadReply(_message.Message):
     def __init__(self, chunk: _Optional[bytes] = ..., size_bytes: _Optional[int] = ...) -> None: ...
 
 class ReportRequest(_message.Message):
-    __slots__ = ("round", "accuracy_local", "accuracy_before", "accuracy_after", "num_held_out", "applied", "reason")
+    __slots__ = ("round", "accuracy_local", "accuracy_before", "accuracy_after", "num_held_out", "applied", "reason", "accuracy_adapted")
     ROUND_FIELD_NUMBER: _ClassVar[int]
     ACCURACY_LOCAL_FIELD_NUMBER: _ClassVar[int]
     ACCURACY_BEFORE_FIELD_NUMBER: _ClassVar[int]
@@ -254,6 +254,7 @@ class ReportRequest(_message.Message):
     NUM_HELD_OUT_FIELD_NUMBER: _ClassVar[int]
     APPLIED_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
+    ACCURACY_ADAPTED_FIELD_NUMBER: _ClassVar[int]
     round: int
     accuracy_local: float
     accuracy_before: float
@@ -261,7 +262,8 @@ class ReportRequest(_message.Message):
     num_held_out: int
     applied: bool
     reason: str
-    def __init__(self, round: _Optional[int] = ..., accuracy_local: _Optional[float] = ..., accuracy_before: _Optional[float] = ..., accuracy_after: _Optional[float] = ..., num_held_out: _Optional[int] = ..., applied: bool = ..., reason: _Optional[str] = ...) -> None: ...
+    accuracy_adapted: float
+    def __init__(self, round: _Optional[int] = ..., accuracy_local: _Optional[float] = ..., accuracy_before: _Optional[float] = ..., accuracy_after: _Optional[float] = ..., num_held_out: _Optional[int] = ..., applied: bool = ..., reason: _Optional[str] = ..., accuracy_adapted: _Optional[float] = ...) -> None: ...
 
 class ReportReply(_message.Message):
     __slots__ = ()

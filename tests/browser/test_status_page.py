@@ -94,6 +94,23 @@ async def test_candidates_of_the_latest_round_are_ranked_and_the_start_is_named(
     assert second.startswith("Round 2 ✓ published start: greedy soup 1 95.0 % 97.0 %")
 
 
+async def test_agents_that_adapt_the_global_model_are_told_from_those_that_use_it_as_it_is(
+    store: Store, tmp_path: Path
+) -> None:
+    status = await status_of(RESULT, store, tmp_path)
+    figures = {"accuracy_local": 0.9, "accuracy_before": 0.9, "accuracy_after": 0.8, "message": ""}
+    adapted = {**figures, "agent_id": "adapts", "applied": True, "accuracy_adapted": 0.95}
+    as_it_is = {**figures, "agent_id": "takes", "applied": True, "accuracy_adapted": None}
+    kept = {**figures, "agent_id": "keeps", "applied": False, "accuracy_adapted": 0.85}
+    status["agents"] = [status["agents"][0] | agent for agent in (adapted, as_it_is, kept)]
+    _, *found = rows(section(await show(status, tmp_path), "agents"))
+    assert [row.split("away ")[1] for row in found] == [
+        "uses the global model, adapted 90.0 % 90.0 % 80.0 % adapted 95.0 % +5.0",
+        "uses the global model 90.0 % 90.0 % 80.0 % −10.0",
+        "kept its own model 90.0 % 90.0 % 80.0 % adapted 85.0 % −5.0",
+    ]
+
+
 async def test_page_makes_no_markup_of_names_and_messages(store: Store, tmp_path: Path) -> None:
     hostile = RESULT.model_copy(
         update={"soup": (MARKUP,), "start": MARKUP, "candidates": {MARKUP: 0.5, "greedy_soup": 0.4}}

@@ -23,6 +23,13 @@ SETTINGS = (
     "--set", "run.hidden_units=2048", "--set", "run.pretrain.epochs=2", "--set", "run.fine_tune.epochs=1",
 )  # fmt: skip
 
+# One agent's model for two agents with five classes each: the other has to adapt it.
+ADAPTING = (
+    *SETTINGS, "--rounds", 1,
+    "--set", "run.partition_by=classes:5", "--set", 'run.candidates=["best_agent"]',
+    "--set", "run.fine_tune.learning_rate=1e-6",
+)  # fmt: skip
+
 
 def blobs(split: str) -> tuple[np.ndarray, np.ndarray] | None:
     """A data source that needs no large library: digit-sized noise around one image for each class."""

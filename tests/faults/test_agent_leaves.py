@@ -136,6 +136,34 @@ async def test_training_that_is_left_ends_at_its_next_step(tmp_path: Path) -> No
     assert not started.disk.local_weights.exists()
 
 
+async def test_adapting_that_is_left_ends_at_its_next_step(tmp_path: Path) -> None:
+    started = Started(tmp_path)
+    stepped, resumed = threading.Event(), threading.Event()
+
+    def show_step(label: str, _: Any) -> None:
+        if label == "round 1: adapting":
+            stepped.set()
+            assert resumed.wait(30)
+
+    save, loop = started.disk.save, asyncio.get_running_loop()
+
+    def then_publish(progress: Any) -> None:
+        save(progress)
+        if progress.contributed_round:  # the model is worse than what was pre-trained
+            loop.call_soon_threadsafe(lambda: started.send(latest=1, phase="published"))
+
+    started.agent._show_step = show_step  # type: ignore[method-assign]
+    started.disk.save = then_publish  # type: ignore[method-assign]
+    started.send()
+    running = asyncio.create_task(started.run())
+    await asyncio.to_thread(stepped.wait, 30)
+    running.cancel()
+    await asyncio.wait((running,))
+    resumed.set()
+    await asyncio.to_thread(started.agent._worker._thread.shutdown)
+    assert not started.disk.adapted.exists()
+
+
 async def test_last_model_is_taken_when_the_run_ended_while_data_were_loaded(tmp_path: Path) -> None:
     started = Started(tmp_path)
     loading = started.agent._load_data = Blocked(started.agent._load_data)  # type: ignore[method-assign]

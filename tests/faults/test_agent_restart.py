@@ -147,8 +147,8 @@ def local_apply_cut(agent: EdgeAgent, power: Power) -> None:
         local = load()
         apply = local.apply
 
-        def cut_after_apply(weights: Path, report: Report) -> None:
-            apply(weights, report)
+        def cut_after_apply(*arguments: Any) -> None:
+            apply(*arguments)
             power.moment()
 
         local.apply = cut_after_apply  # type: ignore[method-assign]
@@ -157,16 +157,21 @@ def local_apply_cut(agent: EdgeAgent, power: Power) -> None:
     agent._load_data = loaded  # type: ignore[method-assign]
 
 
-@pytest.mark.parametrize("apply", ["always", "if-not-worse"])
-async def test_round_ends_the_same_wherever_the_agent_was_cut_off(tmp_path: Path, apply: str) -> None:
-    run = RUN.model_copy(update={"apply": apply})
+@pytest.mark.parametrize(("apply", "adapt_epochs"), [("always", 1), ("if-not-worse", 0), ("if-not-worse", 5)])
+async def test_round_ends_the_same_wherever_the_agent_was_cut_off(
+    tmp_path: Path, apply: str, adapt_epochs: int
+) -> None:
+    run = RUN.model_copy(update={"apply": apply, "adapt_epochs": adapt_epochs})
     undisturbed = Cloud(tmp_path / "cloud", run)
     power = Power(None)
     progress = await live(undisturbed, tmp_path / "agent", power)
     report = undisturbed.reports[0]
     assert report.accuracy_before == report.accuracy_local > report.accuracy_after
-    assert report.applied is (apply == "always")
-    in_use = progress.trained.weights if apply == "if-not-worse" else undisturbed.published
+    is_adapted = (apply, adapt_epochs) == ("if-not-worse", 5)
+    assert (report.applied, report.uses_adapted) == (apply == "always" or is_adapted, is_adapted)
+    in_use = blob_of(tmp_path / "agent/model.safetensors")
+    if not is_adapted:
+        assert in_use == (undisturbed.published if report.applied else progress.trained.weights)
     assert power.moments > 20
 
     for moment in range(power.moments):

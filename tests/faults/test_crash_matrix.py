@@ -3,11 +3,13 @@
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from common.faults import Point
-from tests.faults.runs import AGENTS, NUM_ROUNDS, Run, armed_with
+from common.transfer import Blob, blob_of
+from tests.faults.runs import ADAPTING, AGENTS, NUM_ROUNDS, Run, armed_with
 from tests.faults.zygote import Zygote
 from tests.processes import Cluster, cluster_in
 
@@ -25,7 +27,8 @@ COUNTS = {
     Point.SERVER_CONTRIBUTION_RECORDED: 2,
     Point.TRAINER_TENSOR_AVERAGED: 2,
 }
-CASES = [(point, COUNTS.get(point, 1)) for point in Point] + [
+WHILE_ADAPTING = (Point.AGENT_ADAPTED, Point.AGENT_EVALUATED, Point.AGENT_MODEL_APPLIED)
+CASES = [(point, COUNTS.get(point, 1)) for point in Point if point is not Point.AGENT_ADAPTED] + [
     (Point.SERVER_PHASE_RECORDED, 1),  # aggregating
     (Point.SERVER_PHASE_RECORDED, 3),  # evaluating
     (Point.SERVER_PHASE_RECORDED, 4),  # published
@@ -63,3 +66,34 @@ def test_killed_at_any_point_the_run_publishes_the_same(
         assert [agent["agent_id"] for agent in report["agents"]] == list(AGENTS)
         assert report["late"] == report["rejected"] == report["vanished"] == []
         assert all(agent["applied"] for agent in report["agents"])
+
+
+Agents = list[dict[str, Any]]  # as the round's report has them
+
+
+@pytest.fixture(scope="module")
+def adapting(zygote: Zygote, tmp_path_factory: pytest.TempPathFactory) -> tuple[Agents, str, Blob]:
+    """The agents of a run in which one adapts the global model; who that is, and the model it then uses."""
+    with cluster_in(tmp_path_factory.mktemp("adapting")) as cluster:
+        run = Run(cluster, zygote, ADAPTING)
+        run.start()
+        run.finish(FINISH_SECONDS)
+        agents = cluster.report()["agents"]
+        (who,) = (agent["agent_id"] for agent in agents if "accuracy_adapted" in agent)
+        return agents, who, blob_of(cluster.folder / who / "model.safetensors")
+
+
+@pytest.mark.parametrize("point", WHILE_ADAPTING)
+def test_killed_while_it_adapts_an_agent_uses_the_same_model(
+    adapting: tuple[Agents, str, Blob], zygote: Zygote, cluster: Cluster, tmp_path: Path, point: Point
+) -> None:
+    agents, who, in_use = adapting
+    _, environment = armed_with(point, 1, tmp_path / "died")
+    run = Run(cluster, zygote, ADAPTING)
+    run.start(who, environment)
+    run.finish(FINISH_SECONDS)
+    assert (tmp_path / "died").exists(), "the point was never reached"
+    assert cluster.report()["agents"] == agents
+    assert all(agent["applied"] for agent in agents)
+    assert blob_of(cluster.folder / who / "model.safetensors") == in_use
+    assert not (cluster.folder / who / "work/adapted.safetensors").exists()

@@ -8,7 +8,7 @@ from contextlib import closing
 from typing import Any
 
 from common.transfer import blob_of
-from tests.processes import Cluster
+from tests.processes import Cluster, Command
 
 GENERALIST, SPECIALIST = "edge-1", "edge-2"
 SETTINGS = (
@@ -17,10 +17,15 @@ SETTINGS = (
 )  # fmt: skip
 
 
-def test_specialist_keeps_its_own_model_where_the_global_one_does_worse(cluster: Cluster) -> None:
-    server = cluster.server(*SETTINGS)
+def agents_of(cluster: Cluster) -> tuple[Command, Command]:
     generalist = cluster.agent(GENERALIST, "--partition", "1/1")
     specialist = cluster.agent(SPECIALIST, "--data", "tests.integration.sources:misread_digits")
+    return generalist, specialist
+
+
+def test_specialist_keeps_its_own_model_where_the_global_one_does_worse(cluster: Cluster) -> None:
+    server = cluster.server(*SETTINGS, "--set", "run.adapt_epochs=0")
+    generalist, specialist = agents_of(cluster)
     generalist.wait_for("round 1: accuracy before .*, applied")
     specialist.wait_for("round 1: kept its own model: accuracy .* on 32 held-out examples, worse by more")
     assert min(reports_counted(cluster).values()) >= 1  # round 2 may have its reports already
@@ -45,6 +50,33 @@ def test_specialist_keeps_its_own_model_where_the_global_one_does_worse(cluster:
     assert own["reason"] == second["agents"][1]["reason"]
     in_use = blob_of(cluster.folder / SPECIALIST / "model.safetensors").digest
     assert in_use in contributed(cluster, SPECIALIST)
+
+
+def test_specialist_adapts_the_global_model_where_that_does_worse(cluster: Cluster) -> None:
+    server = cluster.server(*SETTINGS, "--rounds", 1, "--set", "run.adapt_epochs=20")
+    generalist, specialist = agents_of(cluster)
+    generalist.wait_for(r"round 1: accuracy before 0\.\d{4}, after 0\.\d{4}, applied")
+    specialist.wait_for(r"round 1: accuracy before \d\.\d{4}, after 0\.\d{4}, adapted \d\.\d{4}, applied")
+    assert [generalist.wait(), specialist.wait(), server.wait()] == [0, 0, 0]
+
+    report = cluster.report()
+    agents = {agent["agent_id"]: agent for agent in report["agents"]}
+    assert all(agent["applied"] and "reason" not in agent for agent in agents.values())
+    assert "accuracy_adapted" not in agents[GENERALIST]
+    found = agents[SPECIALIST]
+    assert found["accuracy_after"] < 0.5 < found["accuracy_before"] <= found["accuracy_adapted"]
+    own = json.loads((cluster.folder / SPECIALIST / "report.json").read_text("utf-8"))
+    assert own["accuracy_adapted"] == found["accuracy_adapted"]
+    assert query(cluster, "SELECT accuracy_adapted FROM reports ORDER BY agent_id") == [
+        None,
+        found["accuracy_adapted"],
+    ]
+
+    # What the specialist uses is neither what was published nor its own.
+    published = report["weights"]["sha256"]
+    in_use = [blob_of(cluster.folder / name / "model.safetensors").digest for name in agents]
+    assert in_use[0] == published
+    assert in_use[1] not in (published, *contributed(cluster, SPECIALIST))
 
 
 def reports_counted(cluster: Cluster) -> dict[str, float]:

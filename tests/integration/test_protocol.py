@@ -373,6 +373,14 @@ async def test_report_on_an_unpublished_round_is_refused(cluster: Cluster) -> No
         assert isinstance(refused, NotFoundError)
 
 
+async def test_report_of_an_impossible_accuracy_is_refused(cluster: Cluster) -> None:
+    async with member(cluster, "boaster") as client:
+        request = pb.ReportRequest(round=1, accuracy_after=0.5, accuracy_adapted=1.5)
+        refused = await refusal_of(client.stub.Report(request, metadata=client.metadata))
+        assert refused.reason == Reason.MALFORMED_REQUEST
+        assert str(refused) == "accuracy_adapted must be between 0 and 1"
+
+
 async def test_health_and_reflection_answer(cluster: Cluster) -> None:
     async with grpc.aio.insecure_channel(f"127.0.0.1:{cluster.port}") as channel:
         health = health_pb2_grpc.HealthStub(channel)

@@ -7,9 +7,10 @@ import torch
 from cloud_server.jobs import JobContribution, blob_path
 from cloud_server.trainer.finetune import combine
 from common.config import RunConfig, TrainingConfig
-from common.errors import UsageError
-from common.shards import Shard, read_shard
-from common.training import OnStep, StepReport
+from common.errors import DivergedError, UsageError
+from common.models import build_model
+from common.shards import Shard, cloud_holdout, read_shard
+from common.training import OnStep, StepReport, derive_seed, train
 from common.transfer import Blob, blob_of
 from common.weights import read_state_dict, write_state_dict
 from edge_agent.data import AgentData
@@ -22,6 +23,7 @@ REPORT = Report(
     accuracy_local=0.1,
     accuracy_before=1 / 3,
     accuracy_after=0.7000000000000001,
+    accuracy_adapted=0.1 + 0.7,
     num_held_out=30,
     applied=True,
     reason="",
@@ -139,20 +141,23 @@ def test_global_model_that_does_no_worse_replaces_the_one_in_use(disk: AgentStat
     saying(rare, disk.model, disk.local_weights)
     weights = saying(common, tmp_path / "global", disk.local_weights)
 
-    report = local.measure(1, weights, trained)
+    report = local.measure(1, weights, trained, refuse)
     assert (report.accuracy_local, report.initial_weights) == (trained.accuracy, None)
     assert report.accuracy_before == (labels == rare).mean()
     assert report.accuracy_after == (labels == common).mean()
     assert (report.num_held_out, report.applied, report.reason) == (20, True, "")
+    assert (report.accuracy_adapted, report.uses_adapted) == (None, False)
 
     for _ in range(2):  # the second after a crash
-        local.apply(weights, report)
+        local.apply(weights, report, refuse)
         assert disk.model.read_bytes() == weights.read_bytes()
         assert report_on(disk) == report
 
 
 def test_global_model_that_does_worse_leaves_the_one_in_use_alone(disk: AgentState, tmp_path: Path) -> None:
-    local = local_models(disk)
+    """Where it is not to be adapted."""
+    run = RUN.model_copy(update={"adapt_epochs": 0})
+    local = local_models(disk, run)
     trained = pretrain(local, ignore).model_copy(update={"initial_weights": "cd" * 32})
     labels = make_shard(20, 1).labels
     rare, common = np.argsort(np.bincount(labels))[[0, -1]]
@@ -160,17 +165,127 @@ def test_global_model_that_does_worse_leaves_the_one_in_use_alone(disk: AgentSta
     in_use = disk.model.read_bytes()
     weights = saying(rare, tmp_path / "global", disk.local_weights)
 
-    report = local.measure(1, weights, trained)
+    report = local.measure(1, weights, trained, refuse)
     assert not report.applied
+    assert report.accuracy_adapted is None
     before, after = (labels == common).mean(), (labels == rare).mean()
     assert report.reason.startswith(f"accuracy {before:.4f} → {after:.4f} on 20 held-out examples, worse by")
+    assert "adaptation" not in report.reason
     assert report.initial_weights == "cd" * 32
-    local.apply(weights, report)
+    local.apply(weights, report, refuse)
     assert disk.model.read_bytes() == in_use
     assert report_on(disk) == report
 
     always = local_models(disk, RUN.model_copy(update={"apply": "always"}))
-    assert always.measure(1, weights, trained) == report.model_copy(update={"applied": True, "reason": ""})
+    taken = report.model_copy(update={"applied": True, "reason": ""})
+    assert always.measure(1, weights, trained, refuse) == taken
+    assert not disk.adapted.exists()
+
+
+def two_classes(num_images: int, seed: int) -> Shard:
+    """Dark images and bright ones: soon learnt."""
+    labels = np.arange(num_images, dtype=np.int64) % 2
+    noise = np.random.default_rng(seed).integers(0, 56, (num_images, 1, 8, 8))
+    return Shard((noise + 200 * labels[:, None, None, None]).astype(np.uint8), labels)
+
+
+def specialist(disk: AgentState, **changes: object) -> LocalModels:
+    data = AgentData(train=two_classes(40, 0), held_out=two_classes(20, 1), num_skipped=0)
+    return LocalModels(RUN.model_copy(update=changes), data, disk, torch.device("cpu"), (), 0.0)
+
+
+def generalist(path: Path) -> Path:
+    """Weights that know nothing of dark and bright; the file at `path`."""
+    write_state_dict(build_model(RUN, seed=5).state_dict(), path)
+    return path
+
+
+def test_global_model_that_does_worse_is_adapted_and_used(disk: AgentState, tmp_path: Path) -> None:
+    local = specialist(disk, adapt_epochs=3)
+    trained = pretrain(local, ignore)
+    disk.discard(disk.checkpoint)
+    steps: list[StepReport] = []
+    weights = generalist(tmp_path / "global")
+    report = local.measure(4, weights, trained, steps.append)
+    assert report.accuracy_after < 0.5 < report.accuracy_before == report.accuracy_adapted == 1.0
+    assert (report.applied, report.uses_adapted, report.reason) == (True, True, "")
+    assert steps[-1].step == steps[-1].num_steps == 9  # three epochs of 36 images, 16 at a time
+
+    # Independently: as many epochs of pre-training, on what the cloud does not hold back.
+    model = build_model(RUN, seed=5)
+    shard = two_classes(40, 0)
+    rest, _ = cloud_holdout(shard.labels, 0.1, derive_seed(0, "cloud_holdout", "edge-1"))
+    train(
+        model,
+        *(torch.from_numpy(array[rest]) for array in shard),
+        TrainingConfig(epochs=3, batch_size=16),
+        spec=RUN.spec,
+        device=torch.device("cpu"),
+        seed=derive_seed(0, "adapt", 4, "edge-1"),
+    )
+    expected = model.state_dict()
+    found = read_state_dict(disk.adapted)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+    adapted = disk.adapted.read_bytes()
+    local.apply(weights, report, refuse)
+    assert disk.model.read_bytes() == adapted
+    assert report_on(disk) == report
+
+
+@pytest.mark.parametrize("lost", [(), ("adapted",), ("adapted", "checkpoint")])
+def test_restart_between_adapting_and_applying_ends_the_same(
+    disk: AgentState, tmp_path: Path, lost: tuple[str, ...]
+) -> None:
+    trained = pretrain(specialist(disk, adapt_epochs=3), ignore)
+    weights = generalist(tmp_path / "global")
+    report = specialist(disk, adapt_epochs=3).measure(1, weights, trained, ignore)
+    adapted = disk.adapted.read_bytes()
+    disk.save(Progress(arrived=Arrived(weights=blob_of(weights), report=report)))
+    disk.close()
+
+    again = AgentState(disk.path, None)
+    again.discard(*(getattr(again, name) for name in lost))
+    for _ in range(2):  # the second after a crash
+        specialist(again, adapt_epochs=3).apply(weights, again.progress.arrived.report, ignore)
+        assert again.model.read_bytes() == adapted
+    assert report_on(again) == report
+
+
+def test_own_model_is_kept_where_adaptation_does_not_help(disk: AgentState, tmp_path: Path) -> None:
+    local = specialist(disk)
+    trained = pretrain(local, ignore)
+    in_use = disk.model.read_bytes()
+    weights = saying(7, tmp_path / "global", disk.local_weights)  # without weights it can learn the bias only
+    report = local.measure(1, weights, trained, ignore)
+    assert (report.applied, report.uses_adapted) == (False, False)
+    assert report.accuracy_adapted in (0.0, 0.5)
+    assert report.reason == (
+        "accuracy 1.0000 → 0.0000 on 20 held-out examples, worse by more than the tolerance 0.0000;"
+        f" {report.accuracy_adapted:.4f} after local adaptation"
+    )
+    local.apply(weights, report, refuse)
+    assert disk.model.read_bytes() == in_use
+    assert report_on(disk) == report
+
+
+def test_own_model_is_kept_where_adaptation_diverges(
+    disk: AgentState, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    local = specialist(disk)
+    trained = pretrain(local, ignore)
+
+    def diverge(*_: object, **__: object) -> None:
+        raise DivergedError("training diverged in epoch 1")
+
+    monkeypatch.setattr("common.training.train", diverge)
+    report = local.measure(1, generalist(tmp_path / "global"), trained, ignore)
+    assert (report.applied, report.accuracy_adapted) == (False, None)
+    assert report.reason.endswith("; local adaptation: training diverged in epoch 1")
+
+
+def refuse(_: StepReport) -> None:
+    raise AssertionError("nothing is to be trained")
 
 
 def report_on(disk: AgentState) -> Report:
@@ -212,12 +327,12 @@ def test_model_of_another_run_counts_as_absent_and_is_replaced(disk: AgentState,
     stranger = {"another.weight": torch.zeros(3)}
 
     write_state_dict(stranger, disk.model)
-    assert local.measure(1, weights, None).accuracy_before is None
+    assert local.measure(1, weights, None, refuse).accuracy_before is None
     local.keep(1, None, local.pretrain(1, None, ignore))
     assert blob_of(disk.model) == blob_of(disk.local_weights)
 
     disk.model.write_bytes(b"no safetensors")
-    report = local.measure(1, weights, None)
+    report = local.measure(1, weights, None, refuse)
     assert report.accuracy_before is None
-    local.apply(weights, report)
+    local.apply(weights, report, refuse)
     assert blob_of(disk.model) == blob_of(weights)

@@ -439,7 +439,10 @@ async def test_reports_of_agents_end_up_in_the_report(tmp_path: Path) -> None:
     async with world(tmp_path) as here:
         await here.contribute("a")
         await here.until(lambda: here.coordinator.state_for().round == 2)
-        row = replace(REPORT, agent_id="a")
+        row = replace(REPORT, agent_id="a", accuracy_after=0.3, accuracy_adapted=0.6)
         await asyncio.gather(*(here.coordinator.report("a", 1, row) for _ in range(5)))
         (agent,) = here.report()["agents"]
-        assert (agent["accuracy_before"], agent["accuracy_after"], agent["applied"]) == (0.5, 0.6, True)
+        measured = [agent[f"accuracy_{stage}"] for stage in ("before", "after", "adapted")]
+        assert (measured, agent["applied"]) == ([0.5, 0.3, 0.6], True)
+        (shown,) = (await here.coordinator.status())["agents"]
+        assert (shown["accuracy_after"], shown["accuracy_adapted"]) == (0.3, 0.6)

@@ -114,6 +114,12 @@ def test_accuracy_is_absent_until_it_is_measured(server: ServerMetrics, agent: A
     assert values(server.registry, "ecavg_server_accuracy_ratio") == {"published": 0.5}
 
 
+def test_accuracy_of_an_agent_is_of_one_round(agent: AgentMetrics) -> None:
+    agent.set_accuracies(local=0.9, before=0.9, after=0.7, adapted=0.95)
+    agent.set_accuracies(local=None, before=0.95, after=0.0, adapted=None)
+    assert values(agent.registry, "ecavg_agent_accuracy_ratio") == {"before": 0.95, "after": 0.0}
+
+
 def test_accuracy_is_of_one_round(server: ServerMetrics) -> None:
     server.set_accuracies({"average": 0.7, "aligned": 0.8, "published": 0.9})
     server.set_accuracies({"average": 0.75, "published": 0.85})

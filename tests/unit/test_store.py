@@ -37,7 +37,7 @@ DIGEST, TRAINED_DIGEST = (hashlib.sha256(content).hexdigest() for content in (UP
 CONTRIBUTION = ContributionRow(
     "a", "accepted", DIGEST, ("b" * 64, "c" * 64), 600, 0.1 + 0.2, "", "", 12.5, "e" * 64
 )
-REPORT = ReportRow("a", 0.91, None, 0.96, 120, True, "", 99.5)
+REPORT = ReportRow("a", 0.91, None, 0.96, 120, True, "", 99.5, 0.1 + 0.7)
 
 
 @pytest.fixture
@@ -504,6 +504,19 @@ def test_contributions_of_an_older_program_started_from_nobody_knows_what(state_
         assert upgraded.contributions(1) == [known]
         upgraded.record_contribution(1, CONTRIBUTION)
         assert upgraded.contributions(1) == [CONTRIBUTION]
+
+
+def test_reports_of_an_older_program_tell_of_no_adaptation(state_dir, monkeypatch):
+    with monkeypatch.context() as older:
+        older.setattr(store_module, "MIGRATIONS", store_module.MIGRATIONS[:3])
+        with closing(Store(state_dir)) as store:
+            populate(store)
+    with closing(sqlite3.connect(state_dir / "ecavg.sqlite3")) as database, database:
+        database.execute("INSERT INTO reports VALUES (1, 'a', 0.91, NULL, 0.96, 120, 1, '', 99.5)")
+    with closing(Store(state_dir)) as upgraded:
+        assert upgraded.reports(1) == [replace(REPORT, accuracy_adapted=None)]
+        upgraded.record_report(1, REPORT)
+        assert upgraded.reports(1) == [REPORT]
 
 
 def test_upgrade_that_fails_changes_nothing(run_store, state_dir, monkeypatch):

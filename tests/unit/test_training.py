@@ -15,7 +15,7 @@ from torchvision.transforms.v2 import functional as v2
 from common import training
 from common.batches import CROP_PADDING, horizontal_flip, random_crop
 from common.config import DatasetSpec, RunConfig, TrainingConfig
-from common.errors import RunError, UsageError
+from common.errors import DivergedError, UsageError
 from common.models import build_model
 from common.training import (
     StepReport,
@@ -333,7 +333,8 @@ def test_callback_can_stop_the_training() -> None:
 
 
 def test_diverged_training_says_so() -> None:
-    with pytest.raises(RunError, match=r"diverged in epoch \d+, its loss is (nan|inf): lower learning_rate"):
+    message = r"diverged in epoch \d+, its loss is (nan|inf): lower learning_rate"
+    with pytest.raises(DivergedError, match=message):
         run(make_model(), make_data(50), epochs=20, batch_size=5, learning_rate=1000)
 
 
