@@ -156,7 +156,7 @@ def show(report: dict[str, Any]) -> None:
         before, after = agent.get("accuracy_before"), agent.get("accuracy_after")
         table.add_row(agent["agent_id"], figure(before), figure(after))
     table.add_section()
-    start, published = report["candidates"][report["start"]], report["accuracy_published"]
+    start, published = report["candidates"].get(report["start"]), report["accuracy_published"]
     table.add_row("cloud (start → published)", figure(start), figure(published))
     console.print(table)
 

@@ -67,6 +67,7 @@ def test_figure_that_is_missing_is_a_dash(capsys: pytest.CaptureFixture[str]) ->
         {
             "agents": [{"agent_id": "edge-1", "accuracy_after": 0.5}, {"agent_id": "edge-2"}],
             "candidates": {},
+            "start": "aligned",
             "accuracy_published": None,
         }
     )

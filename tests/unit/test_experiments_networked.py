@@ -1,12 +1,24 @@
 """The same round with real processes and without."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from experiments import paper
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """As in the processes that are started: sums in several threads have other last bits."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("one_thread")
 def test_the_network_makes_the_same_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(paper, "set_up_process", lambda: None)
     monkeypatch.setenv("EXPERIMENT_DATA", "")  # what is written there ends with the test

@@ -1,0 +1,458 @@
+"""Weights on the wire: as they are, rounded to bfloat16, or as int8 differences from a base.
+
+An encoded file is a safetensors file too, with the same names and shapes. What is encoded are its F32
+tensors; whatever else it holds (half and double precision, integers, bools) travels as it is.
+
+| an F32 tensor of | "bfloat16" | "int8" |
+| --- | --- | --- |
+| running statistics | BF16 | BF16: of a small variance, the difference from a larger one tells nothing |
+| anything else | BF16 | I8, the difference from the base's, in steps of the F32 tensor "NAME.scale" |
+
+To read one without this module: BF16 is the upper half of F32; an I8 tensor that has a scale is multiplied
+by it and added to the base. There is one scale for each output channel (index of axis 0), or one for all
+where a channel is a single value. The only entry of the metadata, "ecavg", says in JSON which wire it is, and
+the digest of the base.
+
+What rounding takes away the sender keeps, and adds the next time (error feedback: Seide et al., 1-Bit
+Stochastic Gradient Descent, 2014; Karimireddy et al., arXiv 1901.09847). So small changes are not lost for
+ever: what all rounds have sent differs from what they should have by the rounding of the last one only.
+
+Files are read and written in pieces of whole channels, so that memory does not depend on the size of a file
+or tensor. Decoding multiplies once and adds once, each rounded to float32 as IEEE 754 says: every machine
+makes the same bytes of it.
+"""
+
+import io
+import json
+import math
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import Field, ValidationError
+
+from common.config import FrozenModel
+from common.errors import InvalidError, Reason, RunError
+from common.files import replacing
+from common.schema import Header, Schema, TensorSpec, check_finite, check_weights, parse_header, read_header
+
+Wire = Literal["float32", "bfloat16", "int8"]
+
+PIECE_ELEMENTS = 1 << 15  # of a file held at once, or one channel if that is longer: stays in the cache
+
+_ENTRY = "ecavg"  # of the metadata, and the only one: the format's own writer shuffles several
+_PLAIN: Mapping[str, str] = {"format": "pt"}  # the metadata of weights that are not encoded
+_STATISTICS = ("running_mean", "running_var")  # PyTorch's names for what is measured, not trained
+_NUM_STEPS = 127  # of an int8, to either side of zero
+_LEAST_SCALE = np.finfo(np.float32).smallest_normal  # some processors are set to take less for zero
+_NOTHING = Header({}, {}, 0, {})
+_NUMPY_DTYPES: Mapping[str, str] = {"F32": "<f4", "BF16": "<u2", "I8": "i1"}
+
+Array = npt.NDArray[Any]
+Floats = npt.NDArray[np.float32]
+
+
+class Base(NamedTuple):
+    """The weights that differences are taken from, normally the round's initial weights."""
+
+    path: Path
+    digest: str  # of the file; the caller has checked it
+
+
+class Encoding(FrozenModel):
+    """How a file is encoded, as its metadata say."""
+
+    wire: Wire = "float32"
+    base: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None  # int8: the digest of the base
+    as_is: tuple[str, ...] = ()  # bfloat16: the BF16 tensors that were BF16 before, sorted
+
+
+def wire_schema(schema: Schema, wire: Wire) -> Schema:
+    """What weights of this schema are when encoded: names, shapes and dtypes.
+
+    Raises:
+        RunError: a tensor has the name that the scale of another one needs.
+    """
+    encoded = {}
+    for name, spec in schema.items():
+        encoded[name] = TensorSpec(_wire_dtype(name, spec, wire), spec.shape)
+        if spec.dtype == "F32" and encoded[name].dtype == "I8":
+            if _scale(name) in schema:
+                raise RunError(
+                    f"tensor {_scale(name)!a} has the name that int8 needs for the scale of"
+                    f' {name!a}: rename it, or set wire = "bfloat16"'
+                )
+            encoded[_scale(name)] = TensorSpec("F32", _scale_shape(spec.shape))
+    return encoded
+
+
+def encoding_of(header: Header) -> Encoding:
+    """How the file with this header is encoded; without a word about it, it is not.
+
+    Raises:
+        InvalidError: INVALID_FILE, its metadata say nothing that is known here.
+    """
+    try:
+        return Encoding.model_validate_json(header.metadata.get(_ENTRY, "{}"))
+    except ValidationError as error:
+        raise InvalidError(
+            f"the weights have an unknown encoding: their metadata entry {_ENTRY} is not one of ECAvg's",
+            Reason.INVALID_FILE,
+        ) from error
+
+
+def check_encoded(header: Header, schema: Schema, wire: Wire, *, base_digest: str | None = None) -> None:
+    """Check that a file is what encoding makes of weights of this schema; all but the values.
+
+    Args:
+        base_digest: of the base that differences must be from; only int8 has one.
+
+    Raises:
+        InvalidError: INVALID_FILE or SCHEMA_MISMATCH; INITIAL_WEIGHTS, it was made with another base.
+        RunError: weights of this schema cannot be encoded.
+    """
+    found, expected = encoding_of(header), _encoding(schema, wire, base_digest)
+    if found.wire != wire:
+        raise InvalidError(
+            f'the weights are encoded as {found.wire}: set wire = "{wire}"', Reason.SCHEMA_MISMATCH
+        )
+    if found.base != expected.base:
+        raise InvalidError(
+            f"the weights are differences from {_short(found.base)}, not from {_short(expected.base)}:"
+            " encode them with the round's initial weights as base",
+            Reason.INITIAL_WEIGHTS,
+        )
+    if found != expected:
+        raise InvalidError(
+            "the weights' metadata are wrong about which tensors were BF16 before", Reason.SCHEMA_MISMATCH
+        )
+    check_weights(header, wire_schema(schema, wire))
+
+
+def encode(
+    weights: Path,
+    target: Path,
+    wire: Wire,
+    *,
+    base: Base | None = None,
+    residual: Path | None = None,
+    next_residual: Path | None = None,
+) -> None:
+    """Write `target`, the encoded weights, durably; "float32" is a plain copy.
+
+    The caller keeps the residuals: `residual` is what the file sent last has lost, `next_residual` becomes
+    what this one loses, and is there before `target` is. As long as they are two files, encoding again after
+    a crash gives the same bytes. They are float32: rounded themselves, they would lose a little in every
+    round. "float32" loses nothing and touches neither. Nothing is kept of running statistics: added to a
+    variance it could make it negative.
+
+    Args:
+        weights: a safetensors file, not encoded.
+        base: with the names, shapes and dtypes of the weights; needed for int8, and used by nothing else.
+
+    Raises:
+        ValueError: int8 without a base.
+        RunError: a file is not usable, does not fit the others, or holds NaN or infinite values.
+        OSError: a file cannot be read or written.
+    """
+    if wire == "int8" and not base:
+        raise ValueError("int8 needs a base")
+    try:
+        header = read_header(weights)
+        check_finite(weights, header)
+        if encoding_of(header).wire != "float32":
+            raise InvalidError("they are encoded already")
+        if wire == "float32":
+            _copy(weights, target)
+        else:
+            _encode(weights, target, wire, base if wire == "int8" else None, residual, next_residual)
+    except InvalidError as error:
+        raise RunError(f"cannot encode the weights in {weights}: {error}") from error
+
+
+def decode(encoded: Path, target: Path, *, base: Base | None = None) -> None:
+    """Write `target`, durably: weights with the names, shapes and dtypes they had before they were encoded.
+
+    The same encoded file and base give the same bytes on every machine. What is not encoded is copied.
+
+    Args:
+        base: what int8 was made with; used by nothing else.
+
+    Raises:
+        InvalidError: INVALID_FILE, SCHEMA_MISMATCH or NON_FINITE, it is not what encoding makes, or the
+            values are not finite; INITIAL_WEIGHTS, it was made with another base.
+        RunError: the base is not usable.
+        OSError: a file cannot be read or written.
+    """
+    header = read_header(encoded)
+    encoding = encoding_of(header)
+    if encoding.wire == "float32":
+        check_finite(encoded, header)
+        _copy(encoded, target)
+        return
+    if encoding.wire == "bfloat16":
+        base = None
+    elif not base:
+        raise InvalidError(
+            f"the weights are differences from {_short(encoding.base)}, which is not there",
+            Reason.INITIAL_WEIGHTS,
+        )
+    schema = _own_header(base.path).schema if base else _schema_before_rounding(header, encoding)
+    check_encoded(header, schema, encoding.wire, base_digest=base.digest if base else None)
+    with (
+        _reading(encoded, header.schema) as source,
+        _reading(base and base.path, schema) as origin,
+        _writing(target, schema, _PLAIN) as decoded,
+        np.errstate(over="ignore", invalid="ignore"),  # what is written is checked
+    ):
+        for name in schema:
+            _decode_tensor(name, source, origin, decoded)
+
+
+class _Tensors:
+    """The tensors of an open safetensors file; one that it does not have is zeros, and stays so."""
+
+    def __init__(self, file: io.BufferedIOBase, header: Header) -> None:
+        self.schema = header.schema
+        self._file = file
+        self._header = header
+
+    def read(self, name: str, begin: int, shape: tuple[int, ...]) -> Array:
+        """So many of a tensor's values, from one on; those of BF16 as uint16."""
+        if name not in self.schema:
+            return np.zeros(shape, np.float32)
+        values = np.empty(shape, _NUMPY_DTYPES[self.schema[name].dtype])
+        self._fill(name, begin * values.itemsize, values)
+        return values
+
+    def write(self, name: str, begin: int, values: Array) -> None:
+        """Overwrite a tensor's values, from one on."""
+        if name in self.schema:
+            self._seek(name, begin * values.itemsize)
+            self._file.write(values.data)
+
+    def copy_to(self, other: "_Tensors", name: str) -> None:
+        """Give another file this one's values of a tensor, whatever their dtype."""
+        num_bytes = self.schema[name].num_bytes
+        for begin in range(0, num_bytes, PIECE_ELEMENTS):
+            values = np.empty(min(PIECE_ELEMENTS, num_bytes - begin), np.uint8)
+            self._fill(name, begin, values)
+            other.write(name, begin, values)
+
+    def _fill(self, name: str, begin_bytes: int, values: Array) -> None:
+        self._seek(name, begin_bytes)
+        if self._file.readinto(values.data) != values.nbytes:
+            raise InvalidError("the file ends within its data", Reason.INVALID_FILE)
+
+    def _seek(self, name: str, begin_bytes: int) -> None:
+        self._file.seek(self._header.data_start + self._header.offsets[name][0] + begin_bytes)
+
+
+def _encode(
+    weights: Path,
+    target: Path,
+    wire: Wire,
+    base: Base | None,
+    residual: Path | None,
+    next_residual: Path | None,
+) -> None:
+    schema = read_header(weights).schema
+    encoding = _encoding(schema, wire, base.digest if base else None)
+    metadata = {_ENTRY: encoding.model_dump_json(exclude_defaults=True)}
+    kept = {name: spec for name, spec in schema.items() if spec.dtype == "F32" and not _is_statistic(name)}
+    with (
+        _reading(weights, schema) as source,
+        _reading(base and base.path, schema) as origin,
+        _reading(residual, kept) as last,
+        _writing(target, wire_schema(schema, wire), metadata) as encoded,
+        _writing(next_residual, kept, _PLAIN) as left,
+        np.errstate(over="ignore", invalid="ignore"),  # what is written is checked
+    ):
+        for name in schema:
+            _encode_tensor(name, source, origin, last, encoded, left)
+
+
+def _encode_tensor(
+    name: str, source: _Tensors, origin: _Tensors, last: _Tensors, encoded: _Tensors, left: _Tensors
+) -> None:
+    spec, wire_dtype = source.schema[name], encoded.schema[name].dtype
+    if wire_dtype == spec.dtype:
+        source.copy_to(encoded, name)
+        return
+    for begin, shape in _pieces(spec.shape):
+        values: Floats = source.read(name, begin, shape)
+        added: Floats = last.read(name, begin, shape)
+        if wire_dtype == "I8":
+            start: Floats = origin.read(name, begin, shape)
+            steps, scale = _quantised(values - start + added)
+            encoded.write(name, begin, steps)
+            encoded.write(_scale(name), begin // shape[1], scale)
+            decoded = _dequantised(steps, scale, start)
+        else:
+            bits = _rounded(values + added)
+            encoded.write(name, begin, bits)
+            decoded = _widened(bits)
+        left.write(name, begin, values - decoded + added)
+
+
+def _decode_tensor(name: str, source: _Tensors, origin: _Tensors, decoded: _Tensors) -> None:
+    spec, wire_dtype = decoded.schema[name], source.schema[name].dtype
+    if wire_dtype == spec.dtype:
+        source.copy_to(decoded, name)
+        return
+    for begin, shape in _pieces(spec.shape):
+        values = source.read(name, begin, shape)
+        if wire_dtype == "I8":
+            scale: Floats = source.read(_scale(name), begin // shape[1], shape[:1])
+            values = _dequantised(values, scale, origin.read(name, begin, shape))
+        else:
+            values = _widened(values)
+        decoded.write(name, begin, values)
+
+
+def _quantised(changes: Floats) -> tuple[Array, Floats]:
+    """The changes [C, n] as int8 [C, n], the nearest multiples of a scale [C]: 1/127 of the largest."""
+    scale: Floats = np.abs(changes).max(axis=1) / np.float32(_NUM_STEPS)
+    scale[scale < _LEAST_SCALE] = 0
+    steps = changes / np.where(scale > 0, scale, np.float32(1))[:, None]
+    return np.rint(steps, out=steps).astype(np.int8), scale
+
+
+def _dequantised(steps: Array, scale: Floats, start: Floats) -> Floats:
+    """The base's values [C, n] plus int8 [C, n] times scale [C]: two operations, for two roundings."""
+    values = steps.astype(np.float32)
+    values *= scale[:, None]
+    values += start
+    return values
+
+
+def _rounded(values: Floats) -> Array:
+    """The bits of the nearest BF16, of two the even one; values beyond the largest become infinite."""
+    bits = values.view(np.uint32)
+    odd = bits >> 16 & 1
+    return ((bits + (odd + 0x7FFF)) >> 16).astype(np.uint16)
+
+
+def _widened(bits: Array) -> Floats:
+    """The values of BF16, given its bits."""
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def _pieces(shape: tuple[int, ...]) -> Iterator[tuple[int, tuple[int, int]]]:
+    """Where pieces of a tensor begin, and their shapes [C, n]: whole channels, one scale for each."""
+    num_channels = math.prod(_scale_shape(shape))
+    channel_elements = math.prod(shape) // max(num_channels, 1)
+    if not channel_elements:
+        return
+    step = max(PIECE_ELEMENTS // channel_elements, 1)
+    for first in range(0, num_channels, step):
+        yield first * channel_elements, (min(step, num_channels - first), channel_elements)
+
+
+def _scale_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return shape[:1] if math.prod(shape[1:]) > 1 else ()
+
+
+def _scale(name: str) -> str:
+    return f"{name}.scale"
+
+
+def _is_statistic(name: str) -> bool:
+    return name.rpartition(".")[2] in _STATISTICS
+
+
+def _wire_dtype(name: str, spec: TensorSpec, wire: Wire) -> str:
+    if wire == "float32" or spec.dtype != "F32":
+        return spec.dtype
+    return "BF16" if wire == "bfloat16" or _is_statistic(name) else "I8"
+
+
+def _encoding(schema: Schema, wire: Wire, base_digest: str | None) -> Encoding:
+    if wire != "bfloat16":
+        return Encoding(wire=wire, base=base_digest if wire == "int8" else None)
+    return Encoding(wire=wire, as_is=tuple(sorted(name for name in schema if schema[name].dtype == "BF16")))
+
+
+def _schema_before_rounding(header: Header, encoding: Encoding) -> Schema:
+    """What a file encoded as bfloat16 was before, if its metadata are right."""
+    as_is = set(encoding.as_is)
+    return {
+        name: TensorSpec("F32", spec.shape) if spec.dtype == "BF16" and name not in as_is else spec
+        for name, spec in header.schema.items()
+    }
+
+
+def _own_header(path: Path) -> Header:
+    try:
+        return read_header(path)
+    except InvalidError as error:
+        raise RunError(f"cannot read the weights in {path}: {error}") from error
+
+
+def _short(digest: str | None) -> str:
+    return f"{digest[:16]}…" if digest else "nothing"
+
+
+def _copy(path: Path, target: Path) -> None:
+    with replacing(target) as partial:
+        shutil.copyfile(path, partial)
+
+
+@contextmanager
+def _reading(path: Path | None, expected: Schema) -> Iterator[_Tensors]:
+    """The tensors of a file of our own, which must be as expected; of no file none.
+
+    Raises:
+        RunError: they are not.
+    """
+    if not path:
+        yield _Tensors(io.BytesIO(), _NOTHING)
+        return
+    header = _own_header(path)
+    if header.schema != expected:
+        raise RunError(f"{path} does not fit the weights: it has other names, shapes or dtypes")
+    with path.open("rb") as file:
+        yield _Tensors(file, header)
+
+
+@contextmanager
+def _writing(path: Path | None, schema: Schema, metadata: Mapping[str, str]) -> Iterator[_Tensors]:
+    """The tensors of a file that is there, durably, at the end; zeros until they are written.
+
+    Raises:
+        InvalidError: NON_FINITE, values are not finite; INVALID_FILE, there are too many tensors.
+    """
+    if not path:
+        yield _Tensors(io.BytesIO(), _NOTHING)
+        return
+    prefix, num_bytes = _prefix(schema, metadata)
+    header = parse_header(prefix, num_bytes)
+    with replacing(path) as partial:
+        with partial.open("wb") as file:
+            file.write(prefix)
+            file.truncate(num_bytes)
+            yield _Tensors(file, header)
+        check_finite(partial, header)
+
+
+def _prefix(schema: Schema, metadata: Mapping[str, str]) -> tuple[bytes, int]:
+    """The header as the format's own writer makes it, and the size of the file.
+
+    Largest elements come first, so that all are aligned; of one size, they are in order of their names.
+    """
+    entries: dict[str, Any] = {"__metadata__": dict(metadata)}
+    end = 0
+    for name, spec in sorted(schema.items(), key=lambda item: (-_element_bytes(item[1]), item[0])):
+        begin, end = end, end + spec.num_bytes
+        entries[name] = {"dtype": spec.dtype, "shape": spec.shape, "data_offsets": (begin, end)}
+    text = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text, 8 + len(text) + end
+
+
+def _element_bytes(spec: TensorSpec) -> int:
+    return spec._replace(shape=()).num_bytes
