@@ -4,13 +4,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help install demo test check soak format proto clean
+.PHONY: help install demo test check soak bench bench-peers format proto clean
 
 help:
 	@echo "make demo    one round of handwritten digits: a server and two agents on this machine"
 	@echo "make test    all tests"
 	@echo "make check   style, types and house rules"
 	@echo "make soak    200 random kills of server, trainer and agents (a quarter of an hour)"
+	@echo "make bench   speed, memory and bytes (minutes); make bench-peers: the same rounds on Flower and NVFlare"
 	@echo "make format  rewrite the code in the house style"
 	@echo "make proto   generate common/pb from proto/"
 	@echo "make clean   remove everything that was made"
@@ -35,6 +36,22 @@ check: $(READY)
 
 soak: $(READY)
 	$(BIN)/python -m tests.faults.soak
+
+bench: $(READY)
+	$(BIN)/python -m benchmarks.round_trip --agents 2 --model tiny --rounds 20
+	$(BIN)/python -m benchmarks.round_trip --agents 2 --model mobilenet_v2 --rounds 8
+	$(BIN)/python -m benchmarks.round_trip --agents 2 --model resnet50 --rounds 6
+	$(BIN)/python -m benchmarks.round_trip --agents 8 --model resnet50 --rounds 4
+	$(BIN)/python -m benchmarks.transfer --mib 512 --repeats 5
+	$(BIN)/python -m benchmarks.aggregate --agents 8 --repeats 5
+	$(BIN)/python -m benchmarks.train --repeats 3
+
+# Flower takes most of the time: half a minute for a round of two agents.
+bench-peers: $(READY)
+	$(BIN)/python -m benchmarks.peers.nvflare --agents 2 --model tiny --rounds 10
+	$(BIN)/python -m benchmarks.peers.nvflare --agents 2 --model resnet50 --rounds 6
+	$(BIN)/python -m benchmarks.peers.flower --agents 2 --model tiny --rounds 5
+	$(BIN)/python -m benchmarks.peers.flower --agents 2 --model resnet50 --rounds 3
 
 format: $(READY)
 	$(BIN)/ruff check --fix .

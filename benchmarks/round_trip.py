@@ -1,0 +1,237 @@
+"""What a round costs apart from training: real processes on loopback, K agents send weights as they are.
+
+    python -m benchmarks.round_trip --agents 2 --model resnet50 --rounds 4
+
+A cloud-server, its trainer and K edge-agents run whole rounds with training switched off by the run's own
+configuration: no epochs, the plain average as the only candidate, four images an agent. Everything else
+happens as in any round: initial weights go out, weights and data come in and are checked and made durable,
+the trainer averages, evaluates and writes, the model is published, fetched, evaluated, applied and
+reported. Figures are of the steady state, from the first publication to the last.
+"""
+
+import argparse
+import json
+import sqlite3
+import sys
+import tempfile
+from contextlib import closing
+from itertools import pairwise
+from pathlib import Path
+from statistics import mean
+from typing import Any, NamedTuple
+
+from benchmarks import figures
+from benchmarks.processes import (
+    Meter,
+    Processes,
+    Usage,
+    children,
+    loopback_bytes,
+    own_network,
+    processes_in,
+)
+from benchmarks.product import Server, start_agent, start_server
+
+FIRST_ROUND_SECONDS = 300.0
+ROUND_SECONDS = 120.0  # for each agent
+
+
+class Model(NamedTuple):
+    """A model, and the data that it takes, by the names of their factories in workloads.py."""
+
+    images: str
+    image_shape: tuple[int, int, int]
+    num_classes: int
+
+
+MODELS = {
+    "resnet50": Model("colour_images", (3, 32, 32), 1000),
+    "mobilenet_v2": Model("colour_images", (3, 32, 32), 1000),
+    "tiny": Model("tiny_images", (1, 2, 5), 10),
+}
+
+
+class Measured(NamedTuple):
+    """From the first publication of a run to its last."""
+
+    wall_seconds: list[float]  # of each round
+    phases: dict[str, float]  # mean seconds, by the server's own report
+    usage: dict[str, Usage]  # of all rounds together
+    wire_bytes: int  # of all rounds together
+    model_bytes: int
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = parser(__doc__).parse_args(argv)
+    show(measure(arguments.agents, arguments.model, arguments.rounds))
+    return 0
+
+
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """The flags that this command shares with those of the peers."""
+    parser = argparse.ArgumentParser(
+        description=(description or "").splitlines()[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--agents", type=_positive, default=2, metavar="K", help="how many")
+    parser.add_argument("--model", choices=MODELS, default="resnet50", help="whose weights travel")
+    parser.add_argument(
+        "--rounds", type=_several, default=4, metavar="R", help="in all; the first is not counted"
+    )
+    return parser
+
+
+def measure(num_agents: int, model: str, num_rounds: int) -> dict[str, Any]:
+    """Run the rounds; the result as it is printed."""
+    machine = figures.machine()
+    is_own_network = own_network()
+    with tempfile.TemporaryDirectory(prefix="round-trip-") as name, processes_in(Path(name)) as processes:
+        measured = _run(processes, Path(name), num_agents, model, num_rounds)
+    return result(
+        "ecavg",
+        num_agents,
+        model,
+        measured,
+        server=("cloud-server", "trainer"),
+        machine=machine,
+        wire_bytes=measured.wire_bytes if is_own_network else None,
+    )
+
+
+def result(
+    system: str,
+    num_agents: int,
+    model: str,
+    measured: Measured,
+    *,
+    server: tuple[str, ...],
+    machine: dict[str, Any],
+    wire_bytes: int | None,
+    **extra: Any,
+) -> dict[str, Any]:
+    """The line of JSON, alike for every system.
+
+    Args:
+        server: the names of the processes that make up the server.
+        wire_bytes: None: this machine does not permit a network of one's own, in which to count them.
+    """
+    num_rounds = len(measured.wall_seconds)
+    per_process = {
+        name: {"cpu_seconds": usage.cpu_seconds / num_rounds, "peak_mib": usage.peak_mib}
+        for name, usage in measured.usage.items()
+    }
+    return {
+        "benchmark": "round_trip",
+        "system": system,
+        "model": model,
+        "model_bytes": measured.model_bytes,
+        "agents": num_agents,
+        "steady_rounds": num_rounds,
+        "wall_seconds": figures.spread(measured.wall_seconds),
+        "server_cpu_seconds": sum(per_process[name]["cpu_seconds"] for name in server),
+        "server_peak_mib": sum(per_process[name]["peak_mib"] for name in server),
+        "wire_bytes": wire_bytes and wire_bytes / num_rounds,
+        "phases_seconds": measured.phases,
+        "processes": per_process,
+        **extra,
+        "machine": machine,
+    }
+
+
+def show(result: dict[str, Any]) -> None:
+    """Print the result."""
+    wire = result["wire_bytes"]
+    ideal = 2 * result["agents"] * result["model_bytes"]
+    rows: list[tuple[object, ...]] = [
+        ("wall seconds", result["wall_seconds"], ""),
+        ("server, in all", result["server_cpu_seconds"], result["server_peak_mib"]),
+        *((name, usage["cpu_seconds"], usage["peak_mib"]) for name, usage in result["processes"].items()),
+        ("MiB on the wire", wire / 2**20 if wire else "not counted", ""),
+        ("of the weights, both ways", wire / ideal if wire else "not counted", ""),
+    ]
+    title = f"one round of {result['system']}: {result['model']}, {result['agents']} agents"
+    figures.emit(result, title, ("", "seconds (CPU)", "peak MiB"), rows)
+
+
+def _run(processes: Processes, folder: Path, num_agents: int, model: str, num_rounds: int) -> Measured:
+    factory, images = f"benchmarks.workloads:{model}", f"benchmarks.workloads:{MODELS[model].images}"
+    size = ("--rounds", num_rounds, "--min-agents", num_agents)
+    server = start_server(processes, folder, _configuration(model, factory), *size)
+    (trainer_pid,) = children(server.pid)
+    pids = {"cloud-server": server.pid, "trainer": trainer_pid}
+    for name in (f"agent-{index}" for index in range(1, num_agents + 1)):
+        workload = ("--data", images, "--allow-factory", factory)
+        pids[name] = start_agent(processes, folder, name, server, *workload)
+
+    def published(number: int, seconds: float) -> dict[str, Any]:
+        return processes.wait_for(
+            f"model of round {number}", lambda: _report(server, number), seconds=seconds * num_agents
+        )
+
+    published(1, FIRST_ROUND_SECONDS)
+    meter, bytes_before = Meter(single=pids), loopback_bytes()
+    meter.begin()
+    reports = [published(number, ROUND_SECONDS) for number in range(2, num_rounds + 1)]
+    usage, bytes_after = meter.end(), loopback_bytes()
+    return Measured(
+        wall_seconds=_round_seconds(server),
+        phases={name: mean(each["seconds"][name] for each in reports) for name in reports[0]["seconds"]},
+        usage=usage,
+        wire_bytes=bytes_after - bytes_before,
+        model_bytes=reports[-1]["weights"]["bytes"],
+    )
+
+
+def _configuration(model: str, factory: str) -> str:
+    chosen = MODELS[model]
+    return f"""
+model = "{factory}"
+dataset = "made-up"
+num_classes = {chosen.num_classes}
+image_shape = {list(chosen.image_shape)}
+candidates = ["average"]
+recompute_statistics = false
+apply = "always"
+pretrain.epochs = 0
+fine_tune.epochs = 0
+"""
+
+
+def _report(server: Server, number: int) -> dict[str, Any] | None:
+    """What the server says of the round; None: it is not over.
+
+    Raises:
+        RuntimeError: it published no model.
+    """
+    path = server.state_dir / f"rounds/{number:04d}/report.json"
+    if not path.exists():
+        return None
+    report: dict[str, Any] = json.loads(path.read_text("utf-8"))
+    if report["outcome"] != "published":
+        raise RuntimeError(f"round {number} published nothing: {report.get('failure')}")
+    return report
+
+
+def _round_seconds(server: Server) -> list[float]:
+    """From each publication to the next, by the server's clock."""
+    query = "SELECT at FROM phase_history WHERE phase = 'published' ORDER BY at"
+    database_uri = f"file:{server.state_dir}/ecavg.sqlite3?mode=ro"
+    with closing(sqlite3.connect(database_uri, uri=True)) as database:
+        times = [at for (at,) in database.execute(query)]
+    return [after - before for before, after in pairwise(times)]
+
+
+def _positive(text: str) -> int:
+    if int(text) < 1:
+        raise ValueError
+    return int(text)
+
+
+def _several(text: str) -> int:
+    if int(text) < 2:
+        raise ValueError("the first is not counted")
+    return int(text)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

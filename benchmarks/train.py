@@ -1,0 +1,236 @@
+"""Our training loop, against the barest one and against the usual one; images a second.
+
+    python -m benchmarks.train --models mlp mobilenet_v2 resnet50 --device cpu
+
+Bare: float32 images, normalised once and in memory; each epoch in a new order; the model as torchvision
+makes it, cross-entropy, SGD. Nothing is reported, and nothing is augmented. Ours is held against it with
+the same model, data and optimizer, and no augmentation either. Usual: a DataLoader with one worker for
+each core over PIL-ready images, with torchvision's RandomCrop, RandomHorizontalFlip, ToTensor and
+Normalize; ours then crops and flips, too. The loops take turns, and each of ours is held against its
+neighbours.
+"""
+
+import argparse
+import copy
+import os
+import sys
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from torchvision import transforms
+
+from benchmarks import figures
+from common.config import DATASETS, DatasetSpec, RunConfig, TrainingConfig
+from common.models import build_model
+from common.training import select_device, train
+
+SEED = 0
+
+
+class Workload(NamedTuple):
+    """What is trained, on images of which dataset, and how many of them by default."""
+
+    dataset: str
+    batch_size: int
+    num_images: int  # on a CPU
+    num_images_gpu: int
+
+
+WORKLOADS = {
+    "mlp": Workload("mnist", 64, 40_000, 400_000),
+    "mobilenet_v2": Workload("cifar10", 128, 768, 25_000),
+    "resnet50": Workload("cifar100", 128, 256, 25_000),
+}
+AUGMENTED = {"mobilenet_v2", "resnet50"}  # as their presets are
+
+
+class Case(NamedTuple):
+    """One model with its data, for loops to be compared on."""
+
+    model: nn.Module  # each loop trains a copy
+    images: Tensor  # uint8 [N, C, H, W]
+    labels: Tensor  # int64 [N]
+    spec: DatasetSpec
+    config: TrainingConfig
+    device: torch.device
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = _parse(argv)
+    device = select_device(arguments.device)
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    machine = figures.machine()
+    measured = {
+        name: _measure(_case(name, device, arguments), arguments.repeats) for name in arguments.models
+    }
+    result = {
+        "benchmark": "train",
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "threads": torch.get_num_threads(),
+        "models": measured,
+        "machine": machine,
+    }
+    rows = [
+        (name, each["images_per_second"]["ours"]["median"], each["of_bare"], each["of_usual"])
+        for name, each in measured.items()
+    ]
+    headings = ("", "ours, images/s", "speed, of bare", "speed, of usual")
+    figures.emit(result, f"training on {result['device']}", headings, rows)
+    return 0
+
+
+def _parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--models", nargs="+", choices=WORKLOADS, default=tuple(WORKLOADS), help="which")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:1")
+    parser.add_argument("--threads", type=int, metavar="N", help="of PyTorch (default: its own choice)")
+    parser.add_argument("--images", type=int, metavar="N", help="of an epoch (default: by model and device)")
+    parser.add_argument("--epochs", type=int, default=1, metavar="N", help="of each training")
+    parser.add_argument("--repeats", type=int, default=3, metavar="N", help="trainings in each way")
+    return parser.parse_args(argv)
+
+
+def _case(name: str, device: torch.device, arguments: argparse.Namespace) -> Case:
+    workload = WORKLOADS[name]
+    num_images = arguments.images or (
+        workload.num_images_gpu if device.type == "cuda" else workload.num_images
+    )
+    run = RunConfig(model=name, dataset=workload.dataset, small_images=name in AUGMENTED)
+    generator = torch.Generator().manual_seed(SEED)
+    shape = (num_images, *run.spec.image_shape)
+    return Case(
+        model=build_model(run, seed=SEED),
+        images=torch.randint(256, shape, generator=generator, dtype=torch.uint8),
+        labels=torch.randint(run.spec.num_classes, (num_images,), generator=generator),
+        spec=DATASETS[workload.dataset],
+        config=TrainingConfig(
+            epochs=arguments.epochs, batch_size=workload.batch_size, learning_rate=0.01, schedule="constant"
+        ),
+        device=device,
+    )
+
+
+def _measure(case: Case, repeats: int) -> dict[str, Any]:
+    """The four loops in turn; what is augmented is only held against what is augmented."""
+    augmented = case._replace(
+        config=case.config.model_copy(update={"augment": ("random_crop", "horizontal_flip")})
+    )
+    loops: dict[str, Callable[[], object]] = {
+        "ours": lambda: _train_ours(case),
+        "bare": lambda: _train_bare(case),
+        "ours_augmented": lambda: _train_ours(augmented),
+        "usual": lambda: _train_usual(case),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in loops}
+    cpu_seconds: dict[str, list[float]] = {name: [] for name in loops}
+    for index in range(repeats + 1):
+        for name, loop in loops.items():
+            started, cpu_started = time.perf_counter(), time.process_time()
+            loop()
+            _wait_for(case.device)
+            if index:  # the first training in each way is a warm-up
+                seconds[name].append(time.perf_counter() - started)
+                cpu_seconds[name].append(time.process_time() - cpu_started)
+    num_images = len(case.images) * case.config.epochs
+    return {
+        "images": num_images,
+        "batch_size": case.config.batch_size,
+        "images_per_second": {
+            name: figures.spread([num_images / each for each in taken]) for name, taken in seconds.items()
+        },
+        "of_bare": figures.ratios(seconds["bare"], seconds["ours"]),
+        # Of this process alone, so not for the usual loop, whose workers are others. With one thread it
+        # is what an idle machine would show.
+        "of_bare_cpu": figures.ratios(cpu_seconds["bare"], cpu_seconds["ours"]),
+        "of_usual": figures.ratios(seconds["usual"], seconds["ours_augmented"]),
+    }
+
+
+def _train_ours(case: Case) -> None:
+    train(
+        copy.deepcopy(case.model),
+        case.images,
+        case.labels,
+        case.config,
+        spec=case.spec,
+        device=case.device,
+        seed=SEED,
+        on_step=lambda _: None,
+    )
+
+
+def _train_bare(case: Case) -> None:
+    model, device = copy.deepcopy(case.model).to(case.device).train(), case.device
+    optimizer = _optimizer(model, case.config)
+    mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (case.spec.mean, case.spec.std))
+    images = ((case.images / 255 - mean) / std).to(device)
+    labels = case.labels.to(device)
+    for _ in range(case.config.epochs):
+        order = torch.randperm(len(images), device=device)
+        for begin in range(0, len(images), case.config.batch_size):
+            indices = order[begin : begin + case.config.batch_size]
+            _step(model, optimizer, images[indices], labels[indices])
+
+
+def _train_usual(case: Case) -> None:
+    model, device = copy.deepcopy(case.model).to(case.device).train(), case.device
+    optimizer = _optimizer(model, case.config)
+    loader = DataLoader(
+        _Pictures(case), case.config.batch_size, shuffle=True, num_workers=len(os.sched_getaffinity(0)),
+        pin_memory=device.type == "cuda", persistent_workers=True,
+    )  # fmt: skip
+    for _ in range(case.config.epochs):
+        for images, labels in loader:
+            _step(model, optimizer, images.to(device), labels.to(device))
+
+
+class _Pictures(Dataset[tuple[Tensor, int]]):
+    """As torchvision's own datasets do it: arrays in memory, each made a picture, then transformed."""
+
+    def __init__(self, case: Case) -> None:
+        self._arrays: np.ndarray = case.images.permute(0, 2, 3, 1).squeeze(3).numpy()
+        self._labels = case.labels.tolist()
+        size = case.spec.image_shape[1]
+        self._transform = transforms.Compose(
+            [
+                transforms.RandomCrop(size, padding=4),
+                transforms.RandomHorizontalFlip(),
+                transforms.ToTensor(),
+                transforms.Normalize(case.spec.mean, case.spec.std),
+            ]
+        )
+
+    def __len__(self) -> int:
+        return len(self._arrays)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self._transform(Image.fromarray(self._arrays[index])), self._labels[index]
+
+
+def _optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.parameters(), lr=config.learning_rate, momentum=config.momentum)
+
+
+def _step(model: nn.Module, optimizer: torch.optim.Optimizer, x_BCHW: Tensor, y_B: Tensor) -> None:
+    optimizer.zero_grad()
+    F.cross_entropy(model(x_BCHW), y_B).backward()  # type: ignore[no-untyped-call]
+    optimizer.step()
+
+
+def _wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

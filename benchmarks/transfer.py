@@ -1,0 +1,274 @@
+"""Our upload and download of one large blob, against a bare gRPC stream of the same chunks.
+
+    python -m benchmarks.transfer --mib 512 --repeats 5
+
+Ours: a cloud-server and the agent's CloudClient; an upload is asked for, streamed, held against its
+digest, checked for finite weights, made durable and recorded; a download is held against its digest and
+made durable. Bare: a grpc.aio server that writes the chunks to a file and flushes it, or sends those of a
+file; the client reads a file, or drops what comes ("download"), or writes and flushes it ("download to
+disk"). The two take turns, and every pair is a ratio.
+"""
+
+import argparse
+import asyncio
+import hashlib
+import os
+import secrets
+import struct
+import sys
+import tempfile
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import grpc
+import numpy as np
+
+from benchmarks import figures
+from benchmarks.processes import Meter, Processes, processes_in
+from benchmarks.product import START_SECONDS, start_server
+from common.schema import read_header
+from common.transfer import CHUNK_BYTES, Blob, blob_of
+from edge_agent.client import CloudClient
+from edge_agent.metrics import AgentMetrics
+
+# "tls" joins them when the product has it: bare streams with TLS are then what ours are held against.
+TRANSPORTS = ("plaintext",)
+FACTORY = "benchmarks.workloads:blocks"
+
+Way = Callable[[], Awaitable[None]]
+
+
+class Took(NamedTuple):
+    """One transfer."""
+
+    wall_seconds: float
+    client_cpu_seconds: float
+    server_cpu_seconds: float
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = _parse(argv)
+    if arguments.serve:
+        asyncio.run(_serve(arguments.serve))
+        return 0
+    machine = figures.machine()
+    with tempfile.TemporaryDirectory(prefix="transfer-", dir=arguments.folder) as name:
+        folder = Path(name)
+        with processes_in(folder) as processes:
+            transports = {
+                each: asyncio.run(_measure(processes, folder, arguments.mib, arguments.repeats))
+                for each in TRANSPORTS
+            }
+    result = {
+        "benchmark": "transfer",
+        "mib": arguments.mib,
+        "chunk_bytes": CHUNK_BYTES,
+        "transports": transports,
+        "machine": machine,
+    }
+    columns = ("ours_mib_per_second", "bare_mib_per_second", "speed")
+    rows = [
+        (f"{direction}, {transport}", *(figure[column] for column in columns))
+        for transport, each in transports.items()
+        for direction, figure in each["directions"].items()
+    ]
+    headings = ("", "ours, MiB/s", "bare, MiB/s", "ours / bare")
+    figures.emit(result, f"{arguments.mib} MiB over loopback", headings, rows)
+    return 0
+
+
+def _parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--mib", type=int, default=512, metavar="N", help="size of the blob")
+    parser.add_argument("--repeats", type=int, default=5, metavar="N", help="pairs of each direction")
+    parser.add_argument("--folder", type=Path, help="on the disk to write to (default: the temporary folder)")
+    parser.add_argument("--serve", type=Path, help=argparse.SUPPRESS)  # be the bare server, of this folder
+    return parser.parse_args(argv)
+
+
+async def _measure(processes: Processes, folder: Path, mib: int, repeats: int) -> dict[str, Any]:
+    """Both directions, ours and bare in turn."""
+    for name in ("server", "bare", "client"):
+        (folder / name).mkdir()
+    source, fetched = folder / "client/source", folder / "client/fetched"
+    ours, bare = await _ours(processes, folder, mib), await _bare(processes, folder)
+    num_bytes = ours.initial.size_bytes
+    await ours.fetch(ours.initial, source)  # also what is sent: its header is what the server expects
+    (folder / "bare/blob").write_bytes(source.read_bytes())
+
+    ways: dict[str, tuple[Way, Way]] = {
+        "upload": (lambda: ours.send(source), lambda: bare.send(source)),
+        "download": (lambda: ours.fetch(ours.initial, fetched), lambda: bare.fetch(None)),
+        "download to disk": (lambda: ours.fetch(ours.initial, fetched), lambda: bare.fetch(fetched)),
+    }
+    directions = {}
+    for direction, (our_way, bare_way) in ways.items():
+        took: dict[str, list[Took]] = {"ours": [], "bare": []}
+        for index in range(repeats + 1):
+            ours.blob = _changed(source)
+            our_took = await _timed(our_way, ours.server_pid)
+            bare_took = await _timed(bare_way, bare.server_pid)
+            if index:  # the first pair is a warm-up
+                took["ours"].append(our_took)
+                took["bare"].append(bare_took)
+        directions[direction] = _figures(took, num_bytes)
+    await ours.close()
+    await bare.close()
+    return {"directions": directions, "limits_mib_per_second": _limits(source, folder / "client/limit")}
+
+
+async def _timed(transfer: Way, server_pid: int) -> Took:
+    meter = Meter(single={"server": server_pid})
+    meter.begin()
+    wall, cpu = time.perf_counter(), time.process_time()
+    await transfer()
+    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+    return Took(wall, cpu, meter.end()["server"].cpu_seconds)
+
+
+def _figures(took: dict[str, list[Took]], num_bytes: int) -> dict[str, Any]:
+    wall = {side: [each.wall_seconds for each in measured] for side, measured in took.items()}
+    figure: dict[str, Any] = {"speed": figures.ratios(wall["bare"], wall["ours"])}
+    for side, measured in took.items():
+        figure[f"{side}_mib_per_second"] = figures.spread([num_bytes / 2**20 / each for each in wall[side]])
+        for key in ("client_cpu_seconds", "server_cpu_seconds"):
+            figure[f"{side}_{key}"] = figures.spread([getattr(each, key) for each in measured])
+    return figure
+
+
+def _limits(source: Path, target: Path) -> dict[str, float]:
+    """What one core hashes, and what the disk takes, of the same bytes."""
+    data = source.read_bytes()
+    started = time.perf_counter()
+    hashlib.sha256(data).digest()
+    hashed = time.perf_counter()
+    with target.open("wb", buffering=0) as file:
+        file.write(data)
+        written = time.perf_counter()
+        os.fsync(file.fileno())
+    flushed = time.perf_counter()
+    mib = len(data) / 2**20
+    return {
+        "sha256": mib / (hashed - started),
+        "write": mib / (written - hashed),
+        "write_and_fsync": mib / (flushed - hashed),
+    }
+
+
+def _changed(path: Path) -> Blob:
+    """Give the weights in the file another value, so that no server has them; their new name."""
+    header = read_header(path)
+    with path.open("r+b") as file:
+        file.seek(header.data_start)
+        file.write(struct.pack("<f", np.float32(secrets.randbelow(2**24))))
+    return blob_of(path)
+
+
+# ---------------------------------------------------------------------- ours
+
+
+@dataclass
+class _Ours:
+    client: CloudClient
+    initial: Blob
+    server_pid: int
+    blob: Blob  # what is sent
+
+    async def send(self, path: Path) -> None:
+        await self.client.upload(path, self.blob, "weights", lambda *_: None)
+
+    async def fetch(self, blob: Blob, path: Path) -> None:
+        await asyncio.to_thread(path.unlink, missing_ok=True)  # else there is nothing to do
+        await self.client.download(blob, path, lambda *_: None)
+
+    async def close(self) -> None:
+        await self.client.close()
+
+
+async def _ours(processes: Processes, folder: Path, mib: int) -> _Ours:
+    """A server whose run's model has this size, and an agent's connection to it."""
+    run = f'model = "{FACTORY}"\ndataset = "made-up"\nnum_classes = 2\nimage_shape = [1, 1, {mib}]\n'
+    server = await asyncio.to_thread(start_server, processes, folder, run)
+    client = CloudClient(f"127.0.0.1:{server.port}", "agent-1", AgentMetrics())
+    await client.join()
+    state = await anext(aiter(client.watch()))
+    return _Ours(client, state.initial_weights, server.pid, state.initial_weights)
+
+
+# ---------------------------------------------------------------------- bare
+
+
+class _Bare(NamedTuple):
+    channel: Any  # a grpc.aio.Channel; its types want what is optional
+    server_pid: int
+
+    async def send(self, path: Path) -> None:
+        call = self.channel.stream_unary("/bare/Upload")()
+        num_bytes = 0
+        with path.open("rb", buffering=0) as file:
+            while chunk := file.read(CHUNK_BYTES):
+                await call.write(chunk)
+                num_bytes += len(chunk)
+        await call.done_writing()
+        if int(await call) != num_bytes:
+            raise RuntimeError("not all has arrived")
+
+    async def fetch(self, path: Path | None) -> None:
+        """Receive the file, and write and flush it if there is a path."""
+        chunks = self.channel.unary_stream("/bare/Download")(b"")
+        if path is None:
+            async for _ in chunks:
+                pass
+            return
+        with path.open("wb", buffering=0) as file:
+            async for chunk in chunks:
+                file.write(chunk)
+            os.fsync(file.fileno())
+
+    async def close(self) -> None:
+        await self.channel.close()
+
+
+async def _bare(processes: Processes, folder: Path) -> _Bare:
+    command = [sys.executable, "-m", "benchmarks.transfer", "--serve", folder / "bare"]
+    pid = processes.start("bare-server", command)
+    port = await asyncio.to_thread(
+        processes.wait_for_output, "bare-server", r"(\d+)\n", seconds=START_SECONDS
+    )
+    return _Bare(grpc.aio.insecure_channel(f"127.0.0.1:{port}"), pid)
+
+
+async def _serve(folder: Path) -> None:
+    """The barest server there is: it writes, flushes and sends, on the event loop, and checks nothing."""
+
+    async def upload(chunks: Any, _: object) -> bytes:
+        num_bytes = 0
+        with (folder / "upload").open("wb", buffering=0) as file:
+            async for chunk in chunks:
+                num_bytes += file.write(chunk)
+            os.fsync(file.fileno())
+        return str(num_bytes).encode()
+
+    async def download(_: bytes, __: object) -> Any:
+        with (folder / "blob").open("rb", buffering=0) as file:
+            while chunk := file.read(CHUNK_BYTES):
+                yield chunk
+
+    methods = {
+        "Upload": grpc.stream_unary_rpc_method_handler(upload),
+        "Download": grpc.unary_stream_rpc_method_handler(download),
+    }
+    server = grpc.aio.server()
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("bare", methods),))
+    print(server.add_insecure_port("127.0.0.1:0"), flush=True)
+    await server.start()
+    await server.wait_for_termination()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

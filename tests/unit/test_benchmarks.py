@@ -1,0 +1,128 @@
+"""Each benchmark runs at its smallest, and what measures them measures."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import figures
+from benchmarks.processes import Meter, children, processes_in
+from tests.processes import ROOT
+
+pytestmark = pytest.mark.timeout(300)  # they start servers and agents, each of which imports PyTorch
+
+SPREAD = {"median", "min", "max"}
+
+
+def run(module: str, *args: object) -> dict[str, Any]:
+    """The line that it prints; a process of its own, because some leave their network namespace."""
+    done = subprocess.run(
+        [sys.executable, "-m", f"benchmarks.{module}", *map(str, args)],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=280,
+    )
+    assert done.returncode == 0, done.stderr
+    (line,) = done.stdout.splitlines()
+    result: dict[str, Any] = json.loads(line)
+    assert result["machine"]["cores"] >= 1
+    return result
+
+
+def test_round_trip_measures_every_process_and_the_wire() -> None:
+    result = run("round_trip", "--model", "tiny", "--agents", 1, "--rounds", 3)
+    assert result["steady_rounds"] == 2
+    assert set(result["processes"]) == {"cloud-server", "trainer", "agent-1"}
+    assert all(usage["peak_mib"] > 10 for usage in result["processes"].values())
+    assert 0 < result["wall_seconds"]["min"] <= result["wall_seconds"]["median"]
+    if result["wire_bytes"] is not None:  # not everyone may make a network
+        assert result["wire_bytes"] > 2 * result["model_bytes"]  # weights travel in every round, both ways
+
+
+def test_transfer_compares_both_directions() -> None:
+    result = run("transfer", "--mib", 1, "--repeats", 1)
+    directions = result["transports"]["plaintext"]["directions"]
+    assert set(directions) == {"upload", "download", "download to disk"}
+    for figure in directions.values():
+        assert set(figure["speed"]) == SPREAD
+        ours, bare = (figure[f"{side}_mib_per_second"]["median"] for side in ("ours", "bare"))
+        assert figure["speed"]["median"] == pytest.approx(ours / bare, rel=1e-3)
+
+
+def test_aggregate_compares_every_aggregator() -> None:
+    result = run("aggregate", "--model", "squeezenet1_1", "--agents", 2, "--repeats", 1)
+    assert set(result["aggregators"]) == {"mean", "trimmed_mean", "median", "geometric_median"}
+    for figure in result["aggregators"].values():
+        assert figure["speed"]["median"] > 0
+        assert figure["memory_in_models"]["median"] < 3
+
+
+def test_train_compares_with_both_loops() -> None:
+    result = run("train", "--models", "mlp", "--images", 128, "--repeats", 1, "--device", "cpu")
+    measured = result["models"]["mlp"]
+    assert set(measured["images_per_second"]) == {"ours", "bare", "ours_augmented", "usual"}
+    assert set(measured["of_bare"]) == set(measured["of_usual"]) == SPREAD
+
+
+@pytest.mark.parametrize("peer", ["flower", "nvflare"])
+def test_peers_take_the_flags_of_the_round_trip(peer: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", f"benchmarks.peers.{peer}", "--help"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    for flag in ("--agents", "--model", "--rounds"):
+        assert flag in done.stdout
+
+
+def test_ratios_are_taken_pair_by_pair() -> None:
+    assert figures.ratios([1.0, 4.0, 9.0], [1.0, 2.0, 3.0]) == {"median": 2.0, "min": 1.0, "max": 3.0}
+
+
+WORK = """
+import subprocess, sys, time
+if len(sys.argv) == 1:
+    subprocess.run([sys.executable, __file__, "child"])
+    print("child ended", flush=True)
+    time.sleep(600)
+memory = bytearray(64 << 20)
+until = time.process_time() + 0.3
+while time.process_time() < until: pass
+"""
+
+
+def test_a_family_is_counted_with_what_it_started_and_has_ended(tmp_path: Path) -> None:
+    script = tmp_path / "work.py"
+    script.write_text(WORK, "utf-8")
+    with processes_in(tmp_path) as processes:
+        pid = processes.start("work", [sys.executable, script])
+        meter = Meter(single={"parent": pid}, families={"family": pid})
+        meter.begin()
+        processes.wait_for_output("work", "(child ended)", seconds=60)
+        usage = meter.end()
+        assert usage["family"].cpu_seconds >= 0.3 > usage["parent"].cpu_seconds
+        assert usage["family"].peak_mib >= 64 > usage["parent"].peak_mib
+
+
+def test_no_process_is_left(tmp_path: Path) -> None:
+    with processes_in(tmp_path) as processes:
+        pid = processes.start("parent", ["/bin/sh", "-c", "sleep 600 & wait"])
+        processes.wait_for("its child", lambda: children(pid) or None, seconds=60)
+        started = [pid, *children(pid)]
+    assert not any(Path(f"/proc/{each}/exe").exists() for each in started)
+
+
+def test_a_process_that_failed_is_named_with_what_it_said(tmp_path: Path) -> None:
+    with processes_in(tmp_path) as processes:
+        processes.start("broken", ["/bin/sh", "-c", "echo no such luck; exit 1"])
+        with pytest.raises(RuntimeError, match="broken failed while waiting for nothing:\nno such luck"):
+            processes.wait_for("nothing", lambda: None, seconds=60)
