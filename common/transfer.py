@@ -18,7 +18,7 @@ from common.errors import CorruptError, InvalidError, OffsetError, Reason
 CHUNK_BYTES = 256 * 1024
 MAX_CHUNK_BYTES = 4 * 1024 * 1024
 _READ_BYTES = 4 * 1024 * 1024
-_CHUNKS_AT_ONCE = 8  # read, or waiting to be written
+_CHUNKS_AT_ONCE = 4  # read, or waiting to be written: the memory of every stream
 
 _T = TypeVar("_T")
 
