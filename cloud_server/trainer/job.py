@@ -27,13 +27,13 @@ from cloud_server.trainer.aggregation import coefficients
 from cloud_server.trainer.finetune import CombinedData, Examples, combine, fine_tune, soft_labels
 from cloud_server.trainer.group import Group
 from cloud_server.trainer.initial import initial_model
-from cloud_server.trainer.selection import Best, Contributed, OnCandidate, Selection
+from cloud_server.trainer.selection import Contributed, OnCandidate, Selection
 from common.config import RunConfig
 from common.errors import ECAvgError, RunError, UsageError
 from common.faults import Point, crash_point
 from common.models import build_model
 from common.training import Evaluation, StepReport
-from common.weights import copy_into, write_state_dict
+from common.weights import write_state_dict
 
 log = structlog.get_logger()
 
@@ -133,9 +133,10 @@ class RoundJob:
         self._tell("aggregating", 0, 1)
         with self._timed("aggregate"):
             selection = self._select(model, data) if self._is_first else None
-        start = selection.take_best() if selection else None
         self._tell("fine_tuning", 0, 1)
-        self._fine_tune(model, data.train, start)
+        teaching = self._teach(model, data.train)
+        start = selection.take_best() if selection else None  # now: the teachers have been in the model
+        self._fine_tune(model, data.train, teaching)
         crash_point(Point.TRAINER_FINE_TUNED)
         if selection is None or start is None:
             return Result()
@@ -185,13 +186,10 @@ class RoundJob:
             selection.run(lambda done, total: self._tell("aggregating", done, total))
         return selection
 
-    def _fine_tune(self, model: nn.Module, examples: Examples, start: Best | None) -> None:
+    def _fine_tune(self, model: nn.Module, examples: Examples, teaching: Tensor | None) -> None:
         if not len(examples.labels):
             return  # agents may contribute their weights alone
         with self._timed("fine_tune"):
-            teaching = self._teach(model, examples)
-            if start:
-                copy_into(model, start.state_dict)
             fine_tune(
                 model,
                 examples,
@@ -206,16 +204,17 @@ class RoundJob:
 
     def _teach(self, model: nn.Module, examples: Examples) -> Tensor | None:
         """What the agents' models make of the examples; every rank finds out for itself."""
-        if not self._run.fine_tune.distill:
+        if not self._run.fine_tune.distill or not len(examples.labels):
             return None
-        return soft_labels(
-            model,
-            [item.weights for item in self._contributed],
-            [item.coefficient for item in self._contributed],
-            examples.images,
-            spec=self._run.spec,
-            device=self._device,
-        )
+        with self._timed("fine_tune"):
+            return soft_labels(
+                model,
+                [item.weights for item in self._contributed],
+                [item.coefficient for item in self._contributed],
+                examples.images,
+                spec=self._run.spec,
+                device=self._device,
+            )
 
     def _tell_step(self, report: StepReport) -> None:
         self._tell("fine_tuning", report.step, report.num_steps, report.loss)

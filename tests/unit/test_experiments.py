@@ -1,9 +1,8 @@
 """The experiments on a few digits: whole tables, and that what is done is not done again."""
 
 import json
-import pickle
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -202,15 +201,12 @@ def test_seeds_may_be_done_side_by_side(
 ) -> None:
     make("claims")
 
-    def one_at_a_time(num_jobs: int, *_: Any, initializer: Any) -> ThreadPoolExecutor:
+    def pool(num_jobs: int, *context: Any, initializer: Any) -> ProcessPoolExecutor:
         assert (num_jobs, initializer) == (2, nothing)
-        return ThreadPoolExecutor(1)  # processes would import PyTorch first
+        return ProcessPoolExecutor(num_jobs, *context, initializer=initializer)
 
-    def sent(function: Any) -> Any:
-        return lambda each: function(pickle.loads(pickle.dumps(each)))  # as to a process
-
-    monkeypatch.setattr(paper, "ProcessPoolExecutor", one_at_a_time)
-    monkeypatch.setattr(paper, "_run_cell", sent(paper._run_cell))
+    monkeypatch.setattr(paper, "ProcessPoolExecutor", pool)
+    monkeypatch.setenv("OMP_NUM_THREADS", str(torch.get_num_threads()))  # other sums have other last bits
     dirs = ["--work-dir", str(tmp_path), "--out-dir", str(tmp_path)]
     assert paper.main(["--task", "digits", *FEW, *SHORT, *dirs, "--jobs", "2"]) == 0
     (alone,) = figures_of(folder, "claims").values()

@@ -490,15 +490,25 @@ def test_database_of_an_older_program_is_upgraded_with_its_records(run_store, st
             assert [row.slot for row in upgraded.agents()] == [101, 102]
 
 
-def test_contributions_of_an_older_program_started_from_nobody_knows_what(state_dir, monkeypatch):
-    with monkeypatch.context() as older:
-        older.setattr(store_module, "MIGRATIONS", store_module.MIGRATIONS[:2])
-        with closing(Store(state_dir)) as store:
-            populate(store)
-    with closing(sqlite3.connect(state_dir / "ecavg.sqlite3")) as database, database:
-        database.execute(
-            "INSERT INTO contributions VALUES (1, 'a', 'accepted', 'd', '[\"s\"]', 600, 0.5, '', '', 12.5)"
-        )
+@pytest.fixture
+def left_by_older_program(state_dir, monkeypatch):
+    """Leaves a database of so many migrations, in which a statement has been executed."""
+
+    def left_by_older_program(num_migrations: int, statement: str) -> None:
+        with monkeypatch.context() as older:
+            older.setattr(store_module, "MIGRATIONS", store_module.MIGRATIONS[:num_migrations])
+            with closing(Store(state_dir)) as store:
+                populate(store)
+        with closing(sqlite3.connect(state_dir / "ecavg.sqlite3")) as database, database:
+            database.execute(statement)
+
+    return left_by_older_program
+
+
+def test_contributions_of_an_older_program_started_from_nobody_knows_what(state_dir, left_by_older_program):
+    left_by_older_program(
+        2, "INSERT INTO contributions VALUES (1, 'a', 'accepted', 'd', '[\"s\"]', 600, 0.5, '', '', 12.5)"
+    )
     with closing(Store(state_dir)) as upgraded:
         known = ContributionRow("a", "accepted", "d", ("s",), 600, 0.5, "", "", 12.5, initial_weights=None)
         assert upgraded.contributions(1) == [known]
@@ -506,13 +516,8 @@ def test_contributions_of_an_older_program_started_from_nobody_knows_what(state_
         assert upgraded.contributions(1) == [CONTRIBUTION]
 
 
-def test_reports_of_an_older_program_tell_of_no_adaptation(state_dir, monkeypatch):
-    with monkeypatch.context() as older:
-        older.setattr(store_module, "MIGRATIONS", store_module.MIGRATIONS[:3])
-        with closing(Store(state_dir)) as store:
-            populate(store)
-    with closing(sqlite3.connect(state_dir / "ecavg.sqlite3")) as database, database:
-        database.execute("INSERT INTO reports VALUES (1, 'a', 0.91, NULL, 0.96, 120, 1, '', 99.5)")
+def test_reports_of_an_older_program_tell_of_no_adaptation(state_dir, left_by_older_program):
+    left_by_older_program(3, "INSERT INTO reports VALUES (1, 'a', 0.91, NULL, 0.96, 120, 1, '', 99.5)")
     with closing(Store(state_dir)) as upgraded:
         assert upgraded.reports(1) == [replace(REPORT, accuracy_adapted=None)]
         upgraded.record_report(1, REPORT)
