@@ -1,9 +1,13 @@
 """Files that are there whole or not at all."""
 
+import errno
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+_NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)  # FAT, some network disks
 
 
 @contextmanager
@@ -26,6 +30,27 @@ def replacing(path: Path) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
         raise
     sync(path.parent)
+
+
+def link(source: Path, target: Path) -> None:
+    """Make `target`, durably, a second name of the file `source`; a copy of it where the disk has no links.
+
+    From then on neither may be written to, only replaced.
+
+    Raises:
+        OSError: the folder or the disk does not let it; `target` is then as it was.
+    """
+    if target.exists() and target.samefile(source):
+        sync(target.parent)
+        return
+    with replacing(target) as partial:
+        partial.unlink()
+        try:
+            os.link(source, partial)
+        except OSError as error:
+            if error.errno not in _NO_LINKS:
+                raise
+            shutil.copyfile(source, partial)
 
 
 def sync(path: Path) -> None:

@@ -55,6 +55,7 @@ class EdgeAgent:
         self._worker = Worker(display.message)
         self._news = News()
         self._shown_failure = 0
+        self._fetched: Blob | None = None  # the last download, known to be whole
         self._joined: Joined  # set by run()
         self._loading: asyncio.Task[LocalModels]
 
@@ -255,10 +256,12 @@ class EdgeAgent:
     async def _download(self, blob: Blob, label: str) -> Path:
         """The blob as a file; the same blob is fetched once."""
         path = self._disk.weights(blob)
-        if not await asyncio.to_thread(_is_whole, path, blob):
+        is_here = blob == self._fetched and path.exists()
+        if not is_here and not await asyncio.to_thread(_is_whole, path, blob):
             show = self._bar(f"download {label}")
             await self._worker.when_there_is_room(lambda: self._client.download(blob, path, show))
             crash_point(Point.AGENT_DOWNLOADED)
+        self._fetched = blob
         return path
 
     async def _upload(self, path: Path, blob: Blob, kind: Kind) -> None:

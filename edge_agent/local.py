@@ -5,6 +5,7 @@ decided by the progress that the agent saves afterwards.
 """
 
 import json
+import os
 from collections.abc import Collection
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from common import training
 from common.config import RunConfig, TrainingConfig
 from common.errors import DivergedError, InvalidError, RunError
 from common.faults import Point, crash_point
-from common.files import replacing
+from common.files import link, replacing
 from common.models import build_model
 from common.shards import Shard, cloud_holdout, read_shard, write_shard
 from common.training import Evaluation, OnStep, derive_seed
@@ -66,7 +67,10 @@ def _partition(joined: Joined, config: AgentConfig) -> Partition | None:
 
 
 class LocalModels:
-    """This agent's data, and what it does with models on them."""
+    """This agent's data, and what it does with models on them.
+
+    One network is built, and given one model's weights after the other: a model is its state_dict.
+    """
 
     def __init__(
         self,
@@ -83,6 +87,10 @@ class LocalModels:
         self._device = device
         self._allowed_factories = allowed_factories
         self._checkpoint_seconds = checkpoint_seconds
+        self._network: nn.Module | None = None
+        self._shard: Blob | None = None  # what `write_shard` has seen to
+        self._in_use: tuple[os.stat_result, Evaluation] | None = None  # the file, once it was measured
+        self._arrived: Evaluation | None = None  # of the global model that was measured last, maybe adapted
 
     @property
     def num_examples(self) -> int:
@@ -91,9 +99,11 @@ class LocalModels:
 
     def write_shard(self) -> Blob:
         """See that the shard file holds this agent's data."""
-        if not _holds(self._disk.shard, self._data.train):
-            write_shard(self._disk.shard, self._data.train)
-        return blob_of(self._disk.shard)
+        if not (self._shard and self._disk.shard.exists()):
+            if not _holds(self._disk.shard, self._data.train):
+                write_shard(self._disk.shard, self._data.train)
+            self._shard = blob_of(self._disk.shard)
+        return self._shard
 
     def pretrain(self, number: int, initial: Path | None, on_step: OnStep) -> nn.Module:
         """Train for a round, from the last checkpoint if there is one.
@@ -107,15 +117,18 @@ class LocalModels:
 
     def keep(self, number: int, initial_weights: str | None, model: nn.Module) -> Trained:
         """Leave what was pre-trained for a round in a file, and use it unless what is in use is better."""
-        accuracy = self._evaluate(model).accuracy
-        path = self._disk.local_weights
+        evaluation, path = self._evaluate(model), self._disk.local_weights
         write_state_dict(model.state_dict(), path)
-        in_use = self._evaluate_in_use()
-        if in_use is None or accuracy >= in_use.accuracy:
-            _copy(path, self._disk.model)
-        return Trained(
-            round=number, weights=blob_of(path), accuracy=accuracy, initial_weights=initial_weights
+        trained = Trained(
+            round=number,
+            weights=blob_of(path),
+            accuracy=evaluation.accuracy,
+            initial_weights=initial_weights,
         )
+        in_use = self._evaluate_in_use()
+        if in_use is None or evaluation.accuracy >= in_use.accuracy:
+            self._use(path, evaluation)
+        return trained
 
     def measure(self, number: int, weights: Path, trained: Trained | None, on_step: OnStep) -> Report:
         """Compare a global model with the one in use, on this agent's own held-out data, and decide.
@@ -137,6 +150,7 @@ class LocalModels:
             else:
                 is_worse = self._objection(before, adapted)
                 reason = f"{reason}; {adapted.accuracy:.4f} after local adaptation" if is_worse else ""
+        self._arrived = adapted or after
         return Report(
             round=number,
             initial_weights=trained.initial_weights if trained else None,
@@ -158,20 +172,22 @@ class LocalModels:
         if report.uses_adapted and not self._disk.adapted.exists():
             self._adapt(report.round, weights, on_step)
         if report.applied:
-            _copy(self._disk.adapted if report.uses_adapted else weights, self._disk.model)
+            self._use(self._disk.adapted if report.uses_adapted else weights, self._arrived)
         text = json.dumps({"agent_id": self._disk.agent_id, **report.model_dump()}, indent=2)
         with replacing(self._disk.report) as partial:
             partial.write_text(text + "\n", "utf-8")
 
     def _model(self, weights: Path | None) -> nn.Module:
-        model = build_model(
-            self._run,
-            seed=derive_seed(self._run.seed, "initial_weights", self._disk.agent_id),
-            allowed_factories=self._allowed_factories,
-        )
+        """The network with these weights; None: with weights of this agent's own."""
+        if self._network is None or weights is None:
+            self._network = build_model(
+                self._run,
+                seed=derive_seed(self._run.seed, "initial_weights", self._disk.agent_id),
+                allowed_factories=self._allowed_factories,
+            )
         if weights:
-            load_into(model, weights)
-        return model
+            load_into(self._network, weights)
+        return self._network
 
     def _adapt(self, number: int, weights: Path, on_step: OnStep) -> nn.Module:
         """Train the global model of a round further on this agent's shard, and leave it in a file."""
@@ -216,15 +232,29 @@ class LocalModels:
         rest, _ = cloud_holdout(self._data.train.labels, self._run.fine_tune.holdout_fraction, seed)
         return rest
 
+    def _use(self, weights: Path, evaluation: Evaluation | None) -> None:
+        """Replace the model in use.
+
+        Args:
+            evaluation: of the new one; None: not known, it was measured in an earlier life of this agent.
+        """
+        link(weights, self._disk.model)
+        self._in_use = (self._disk.model.stat(), evaluation) if evaluation else None
+
     def _evaluate_in_use(self) -> Evaluation | None:
         """The model in use; None: there is none that fits this run."""
-        if not self._disk.model.exists():
+        path = self._disk.model
+        if not path.exists():
             return None
+        if self._in_use and _is_same(self._in_use[0], path.stat()):
+            return self._in_use[1]
         try:
-            return self._evaluate(self._model(self._disk.model))
+            evaluation = self._evaluate(self._model(path))
         except RunError as error:  # of an earlier run
             log.warning("model_in_use_ignored", reason=str(error))
             return None
+        self._in_use = path.stat(), evaluation
+        return evaluation
 
     def _evaluate(self, model: nn.Module) -> Evaluation:
         return training.evaluate(
@@ -245,8 +275,6 @@ def _holds(path: Path, shard: Shard) -> bool:
     return all(np.array_equal(mine, yours) for mine, yours in zip(found, shard, strict=True))
 
 
-def _copy(source: Path, target: Path) -> None:
-    """A second, durable copy: the source may be replaced later."""
-    with replacing(target) as partial, source.open("rb") as file, partial.open("wb") as copy:
-        while piece := file.read(1 << 20):
-            copy.write(piece)
+def _is_same(file: os.stat_result, other: os.stat_result) -> bool:
+    """Whether it is one file, not written to between the two looks at it."""
+    return os.path.samestat(file, other) and file.st_mtime_ns == other.st_mtime_ns

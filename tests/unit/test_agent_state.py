@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+import edge_agent.local
 from cloud_server.jobs import JobContribution, blob_path
 from cloud_server.trainer.finetune import combine
 from common.config import RunConfig, TrainingConfig
@@ -336,3 +337,32 @@ def test_model_of_another_run_counts_as_absent_and_is_replaced(disk: AgentState,
     assert report.accuracy_before is None
     local.apply(weights, report, refuse)
     assert blob_of(disk.model) == blob_of(weights)
+
+
+def test_one_network_is_built_and_what_is_known_of_the_model_in_use_is_not_measured_again(
+    disk: AgentState, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+
+    def counting(module: object, name: str) -> None:
+        function = getattr(module, name)
+
+        def counted(*args: object, **kwargs: object) -> object:
+            calls.append(name)
+            return function(*args, **kwargs)
+
+        monkeypatch.setattr(module, name, counted)
+
+    counting(edge_agent.local, "build_model")
+    counting(edge_agent.local.training, "evaluate")
+    local = specialist(disk)
+    initial = generalist(tmp_path / "initial")
+    local.keep(1, None, local.pretrain(1, initial, ignore))
+    assert calls == ["build_model", "evaluate"]  # no model was in use
+    weights = saying(1, tmp_path / "global", disk.local_weights)
+    always = local.measure(1, weights, None, ignore).model_copy(update={"applied": True, "reason": ""})
+    local.apply(weights, always, ignore)
+    calls.clear()
+    report = local.measure(2, weights, None, ignore)
+    assert report.accuracy_before == report.accuracy_after
+    assert calls == ["evaluate"]
