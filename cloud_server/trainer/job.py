@@ -6,6 +6,7 @@ import hashlib
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
@@ -127,7 +128,7 @@ class RoundJob:
 
     def run(self) -> Result:
         """The result; it means something on rank 0 only, which also writes the weights."""
-        model = build_model(self._run, seed=self._run.seed)  # for its structure; the weights are replaced
+        model = _network(self._run)
         data = combine(self._run, self._contributions, self._blobs_dir)
 
         self._tell("aggregating", 0, 1)
@@ -235,6 +236,12 @@ class RoundJob:
         started = time.perf_counter()
         yield
         self._seconds[what] = self._seconds.get(what, 0.0) + time.perf_counter() - started
+
+
+@lru_cache(maxsize=1)
+def _network(run: RunConfig) -> nn.Module:
+    """The run's model, built once for all rounds: a model is its state_dict, and that is replaced."""
+    return build_model(run, seed=run.seed)
 
 
 def _by_class(labels: Tensor, start: Evaluation, published: Evaluation) -> Iterator[ClassAccuracy]:
