@@ -18,6 +18,7 @@ from common.errors import CorruptError, InvalidError, OffsetError, Reason
 CHUNK_BYTES = 256 * 1024
 MAX_CHUNK_BYTES = 4 * 1024 * 1024
 _READ_BYTES = 4 * 1024 * 1024
+_FLUSH_BYTES = 8 * 1024 * 1024  # are given to the disk at a time, while the next ones arrive
 _CHUNKS_AT_ONCE = 4  # read, or waiting to be written: the memory of every stream
 
 _T = TypeVar("_T")
@@ -145,6 +146,7 @@ class Receiver:
         self._hash = hashlib.sha256()
         self._file = path.open("ab", buffering=0)
         self._held = b""  # waits for the gate
+        self._flushed_bytes = self._file.tell()
         self._gate = gate if self._file.tell() == 0 else None
         self.received_bytes = self._hash_what_is_there()
 
@@ -172,6 +174,7 @@ class Receiver:
         self._hash.update(chunk)
         while chunk:  # a raw file may write less than it was given
             chunk = chunk[self._file.write(chunk) :]
+        self._begin_flush()
 
     def finish(self) -> None:
         """Make the partial file durable once it is whole and right.
@@ -197,6 +200,16 @@ class Receiver:
     def discard(self) -> None:
         """Forget what was received: it must not be stored."""
         self._path.unlink(missing_ok=True)
+
+    def _begin_flush(self) -> None:
+        """Have the disk begin with what was written, so that little is left for `finish` to wait for.
+
+        Linux takes this advice for a request to write (PostgreSQL uses it so); it waits for nothing.
+        """
+        num_bytes = self._file.tell() - self._flushed_bytes
+        if num_bytes >= _FLUSH_BYTES and hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self._file.fileno(), self._flushed_bytes, num_bytes, os.POSIX_FADV_DONTNEED)
+            self._flushed_bytes += num_bytes
 
     def _hash_what_is_there(self) -> int:
         with self._path.open("rb", buffering=0) as file:
