@@ -27,7 +27,7 @@ import grpc
 import numpy as np
 
 from benchmarks import figures
-from benchmarks.processes import Meter, Processes, processes_in
+from benchmarks.processes import Meter, Processes, peak_bytes, processes_in, reset_peak
 from benchmarks.product import START_SECONDS, start_server
 from common.schema import read_header
 from common.transfer import CHUNK_BYTES, Blob, blob_of
@@ -75,6 +75,11 @@ def main(argv: list[str] | None = None) -> int:
         for transport, each in transports.items()
         for direction, figure in each["directions"].items()
     ]
+    rows += [
+        (f"the client's memory, {direction}", f"+{mib:.1f} MiB", "", "")
+        for each in transports.values()
+        for direction, mib in each["client_added_mib"].items()
+    ]
     headings = ("", "ours, MiB/s", "bare, MiB/s", "ours / bare")
     figures.emit(result, f"{arguments.mib} MiB over loopback", headings, rows)
     return 0
@@ -110,16 +115,25 @@ async def _measure(processes: Processes, folder: Path, mib: int, repeats: int) -
     for direction, (our_way, bare_way) in ways.items():
         took: dict[str, list[Took]] = {"ours": [], "bare": []}
         for index in range(repeats + 1):
-            ours.blob = _changed(source)
+            ours.blob = changed(source)
             our_took = await _timed(our_way, ours.server_pid)
             bare_took = await _timed(bare_way, bare.server_pid)
             if index:  # the first pair is a warm-up
                 took["ours"].append(our_took)
                 took["bare"].append(bare_took)
         directions[direction] = _figures(took, num_bytes)
+    ours.blob = changed(source)
+    added = {
+        "upload": await _added_mib(lambda: ours.send(source)),
+        "download": await _added_mib(lambda: ours.fetch(ours.initial, fetched)),
+    }
     await ours.close()
     await bare.close()
-    return {"directions": directions, "limits_mib_per_second": _limits(source, folder / "client/limit")}
+    return {
+        "directions": directions,
+        "client_added_mib": added,
+        "limits_mib_per_second": _limits(source, folder / "client/limit"),
+    }
 
 
 async def _timed(transfer: Way, server_pid: int) -> Took:
@@ -129,6 +143,13 @@ async def _timed(transfer: Way, server_pid: int) -> Took:
     await transfer()
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
     return Took(wall, cpu, meter.end()["server"].cpu_seconds)
+
+
+async def _added_mib(transfer: Way) -> float:
+    """The most memory that this process has had during the transfer, over what it had before."""
+    before = reset_peak()
+    await transfer()
+    return (peak_bytes() - before) / 2**20
 
 
 def _figures(took: dict[str, list[Took]], num_bytes: int) -> dict[str, Any]:
@@ -160,7 +181,12 @@ def _limits(source: Path, target: Path) -> dict[str, float]:
     }
 
 
-def _changed(path: Path) -> Blob:
+def configuration(mib: int) -> str:
+    """The `[run]` table of a model of this size."""
+    return f'model = "{FACTORY}"\ndataset = "made-up"\nnum_classes = 2\nimage_shape = [1, 1, {mib}]\n'
+
+
+def changed(path: Path) -> Blob:
     """Give the weights in the file another value, so that no server has them; their new name."""
     header = read_header(path)
     with path.open("r+b") as file:
@@ -192,8 +218,7 @@ class _Ours:
 
 async def _ours(processes: Processes, folder: Path, mib: int) -> _Ours:
     """A server whose run's model has this size, and an agent's connection to it."""
-    run = f'model = "{FACTORY}"\ndataset = "made-up"\nnum_classes = 2\nimage_shape = [1, 1, {mib}]\n'
-    server = await asyncio.to_thread(start_server, processes, folder, run)
+    server = await asyncio.to_thread(start_server, processes, folder, configuration(mib))
     client = CloudClient(f"127.0.0.1:{server.port}", "agent-1", AgentMetrics())
     await client.join()
     state = await anext(aiter(client.watch()))

@@ -38,6 +38,11 @@ MAX_MESSAGE_BYTES = 4 * 1024 * 1024 + 64 * 1024  # a chunk and its framing; noth
 KEEPALIVE_SECONDS = 20.0  # of silence, then the peer is asked for a sign of life
 KEEPALIVE_TIMEOUT_SECONDS = 60.0  # for that sign; on a slow link it queues behind megabytes of data
 
+# How much of a stream may be under way unasked for, besides the message that is being read. By itself gRPC
+# takes up to 16 MiB for each stream: half a gigabyte, at a server that 32 agents send to at once.
+SERVER_WINDOW_BYTES = 128 * 1024  # 4 MB/s for each agent over a link with a round trip of 100 ms
+CHANNEL_WINDOW_BYTES = 1024 * 1024
+
 FIRST_PAUSE_SECONDS = 0.2  # the longest pause after a first failure
 MAX_PAUSE_SECONDS = 15.0  # the longest pause after any
 
@@ -47,7 +52,7 @@ Options = list[tuple[str, int]]
 def channel_options() -> Options:
     """What an agent's channel needs."""
     return [
-        *_common_options(),
+        *_common_options(CHANNEL_WINDOW_BYTES),
         # The retries below pace the attempts; the channel must not sit out a longer pause of its own.
         ("grpc.initial_reconnect_backoff_ms", 100),
         ("grpc.max_reconnect_backoff_ms", 5_000),
@@ -59,7 +64,7 @@ def channel_options() -> Options:
 def server_options() -> Options:
     """What the server needs to go with it."""
     return [
-        *_common_options(),
+        *_common_options(SERVER_WINDOW_BYTES),
         # Agents ask as often as we do; more than twice that counts as abuse and ends the connection.
         ("grpc.http2.min_ping_interval_without_data_ms", int(KEEPALIVE_SECONDS * 500)),
         # Linux would let a second server share the port in silence.
@@ -67,8 +72,10 @@ def server_options() -> Options:
     ]
 
 
-def _common_options() -> Options:
+def _common_options(window_bytes: int) -> Options:
     return [
+        ("grpc.http2.bdp_probe", 0),  # it is what makes windows grow
+        ("grpc.http2.lookahead_bytes", window_bytes),
         ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
         ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
         ("grpc.keepalive_time_ms", int(KEEPALIVE_SECONDS * 1000)),

@@ -54,6 +54,14 @@ def test_transfer_compares_both_directions() -> None:
         assert set(figure["speed"]) == SPREAD
         ours, bare = (figure[f"{side}_mib_per_second"]["median"] for side in ("ours", "bare"))
         assert figure["speed"]["median"] == pytest.approx(ours / bare, rel=1e-3)
+    assert set(result["transports"]["plaintext"]["client_added_mib"]) == {"upload", "download"}
+
+
+def test_memory_is_measured_for_each_number_of_agents() -> None:
+    result = run("memory", "--agents", "1,3", "--mib", 2)
+    assert list(result["serving_process"]) == ["1", "3"]
+    for peaks in result["serving_process"].values():
+        assert 10 < peaks["idle_mib"] <= peaks["uploads_mib"] <= peaks["downloads_mib"]
 
 
 def test_aggregate_compares_every_aggregator() -> None:
