@@ -3,6 +3,7 @@
 Shape suffixes: N images, C channels, H height, W width.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -86,15 +87,16 @@ def split(labels: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, n
 
 
 def cloud_holdout(labels: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """What the cloud holds back of one agent's shard to choose and to evaluate models on.
+    """What the cloud holds back of one shard to choose and to evaluate models on.
 
     The agent computes the same and does not pre-train on it: a model that had seen these examples would
-    look better to the cloud than it is.
+    look better to the cloud than it is. Each shard is split by itself, so that no other shard that its
+    agent comes to have makes a difference.
 
     Args:
-        labels: int64 [N], of the whole shard in the order in which it is uploaded.
+        labels: int64 [N], of the whole shard.
         fraction: `run.fine_tune.holdout_fraction`.
-        seed: of the run's stream "cloud_holdout" for this agent's id.
+        seed: of the run's stream "cloud_holdout" for the agent's id.
 
     Returns:
         Indices like those of `split`; with fewer than two examples nothing is held back.
@@ -102,6 +104,25 @@ def cloud_holdout(labels: np.ndarray, fraction: float, seed: int) -> tuple[np.nd
     if len(labels) < 2:
         return np.arange(len(labels)), np.arange(0)
     return split(labels, fraction, seed)
+
+
+def gather(parts: Sequence[tuple[Shard, np.ndarray]], image_shape: tuple[int, int, int]) -> Shard:
+    """The chosen examples of all shards, each copied once, from the mapped file to where it stays.
+
+    Args:
+        parts: shards of images of `image_shape`, each with int64 indices into it.
+    """
+    num_examples = sum(len(indices) for _, indices in parts)
+    images = np.empty((num_examples, *image_shape), np.uint8)
+    labels = np.empty(num_examples, np.int64)
+    begin = 0
+    for shard, indices in parts:
+        chosen = slice(begin, begin + len(indices))
+        # The default mode would go through a buffer, to leave `out` alone when an index is wrong.
+        np.take(shard.images, indices, axis=0, out=images[chosen], mode="clip")
+        labels[chosen] = shard.labels[indices]
+        begin = chosen.stop
+    return Shard(images, labels)
 
 
 def _view(data: np.ndarray, header: Header, name: str) -> np.ndarray:

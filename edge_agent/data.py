@@ -1,9 +1,9 @@
-"""From a data source to this agent's shard: what it trains on and uploads, and what it keeps to itself.
+"""From a data source to this agent's examples: what it trains on and uploads, and what it keeps to itself.
 
-    --data SOURCE → splits (labels known, files not decoded yet) → this agent's part → Shard
+    --data SOURCE → splits (labels known, files not decoded yet) → this agent's part → two Shards
 
 The held-out part never leaves the device. Where the source has a test split, it is the agent's part of
-that, dealt out as the train split is; otherwise it is `holdout_fraction` of the agent's shard.
+that, dealt out as the train split is; otherwise it is about `holdout_fraction` of the agent's examples.
 
 Images of every source come out in the run's shape: resized where height or width differ (the aspect
 ratio is not kept), grey repeated into RGB, RGB weighted into grey.
@@ -16,6 +16,7 @@ import os
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import repeat
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -25,11 +26,12 @@ import torch
 from common.config import RunConfig
 from common.errors import UsageError
 from common.models import import_factory
-from common.shards import Shard, split
+from common.shards import Shard
 from common.training import derive_seed
 from edge_agent.config import FACTORY_PATTERN, check_source
 from edge_agent.image_folder import list_image_folder
 from edge_agent.partition import Partition, partition_indices
+from edge_agent.shard_files import image_digests
 
 DEFAULT_DATA_DIR = Path("~/.cache/ecavg")
 _TORCHVISION: Mapping[str, str] = {  # class in torchvision.datasets
@@ -104,7 +106,8 @@ def load_agent_data(
 
     if opened.test is None:
         seed = derive_seed(run.seed, "holdout", seed_name)
-        shards = [_take(shards[0], part) for part in split(shards[0].labels, run.holdout_fraction, seed)]
+        parts = hold_out(shards[0].images, run.holdout_fraction, seed)
+        shards = [_take(shards[0], part) for part in parts]
     return AgentData(shards[0], shards[1], num_skipped)
 
 
@@ -132,6 +135,32 @@ def open_source(
         )
     check_source(source)
     return Source(*list_image_folder(Path(source).expanduser(), run))
+
+
+def hold_out(images: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Hold back about `fraction` of the images, each by its own pixels.
+
+    Whatever comes to the data or goes, an image that was uploaded does not become one to measure on, nor
+    the other way round; and copies of an image stay together. (Of so few images that chance would leave
+    either part empty, one goes there, until there are more.)
+
+    Args:
+        images: uint8 [N, C, H, W], N of at least 2.
+
+    Returns:
+        Sorted int64 indices of the rest and of the held-out part: disjoint, complete, neither empty.
+
+    Raises:
+        UsageError: fewer than two images.
+    """
+    if len(images) < 2:
+        raise UsageError(f"{len(images)} examples cannot be split: at least 2 are needed to hold some back")
+    ranks = image_digests(images, repeat(seed.to_bytes(8), len(images)))
+    is_held_out = ranks < fraction * 2.0**64
+    is_held_out[ranks.argmin()] = True
+    if is_held_out.all():
+        is_held_out[ranks.argmax()] = False
+    return np.flatnonzero(~is_held_out), np.flatnonzero(is_held_out)
 
 
 @dataclass(frozen=True)

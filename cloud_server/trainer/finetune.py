@@ -3,7 +3,7 @@
 Shapes: N images, C channels, H height, W width.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from cloud_server.jobs import JobContribution, blob_path
 from common.config import DatasetSpec, RunConfig
-from common.shards import Shard, cloud_holdout, read_shard
+from common.shards import Shard, cloud_holdout, gather, read_shard
 from common.training import OnStep, derive_seed, predict, train
 from common.weights import load_into
 
@@ -33,9 +33,9 @@ class CombinedData(NamedTuple):
 
 
 def combine(run: RunConfig, contributions: Sequence[JobContribution], blobs_dir: Path) -> CombinedData:
-    """Read the shards of all contributions, in the order given, and hold some of each contribution back.
+    """Read the shards of all contributions, in the order given, and hold a part of each shard back.
 
-    An agent's examples are held back alike in every round, whoever else takes part in it.
+    A shard's examples are held back alike in every round, whoever else takes part in it.
 
     Raises:
         InvalidError: a blob is no shard.
@@ -44,12 +44,13 @@ def combine(run: RunConfig, contributions: Sequence[JobContribution], blobs_dir:
     train_parts: list[tuple[Shard, np.ndarray]] = []
     held_out_parts: list[tuple[Shard, np.ndarray]] = []
     for contribution in contributions:
-        shards = [read_shard(blob_path(blobs_dir, digest)) for digest in contribution.shards]
-        rest, held_out = _split(shards, run, contribution.agent_id)
-        train_parts += _by_shard(shards, rest)
-        held_out_parts += _by_shard(shards, held_out)
-    image_shape = run.spec.image_shape
-    return CombinedData(_gather(train_parts, image_shape), _gather(held_out_parts, image_shape))
+        seed = derive_seed(run.seed, "cloud_holdout", contribution.agent_id)
+        for digest in contribution.shards:
+            shard = read_shard(blob_path(blobs_dir, digest))
+            rest, held_out = cloud_holdout(shard.labels, run.fine_tune.holdout_fraction, seed)
+            train_parts.append((shard, rest))
+            held_out_parts.append((shard, held_out))
+    return CombinedData(_examples(run, train_parts), _examples(run, held_out_parts))
 
 
 def fine_tune(
@@ -109,32 +110,6 @@ def soft_labels(
     return total.softmax(1)
 
 
-def _split(shards: Sequence[Shard], run: RunConfig, agent_id: str) -> tuple[np.ndarray, np.ndarray]:
-    """Indices into one agent's examples: those to train on, those to hold back."""
-    labels = np.concatenate([np.empty(0, np.int64), *(shard.labels for shard in shards)])
-    seed = derive_seed(run.seed, "cloud_holdout", agent_id)
-    return cloud_holdout(labels, run.fine_tune.holdout_fraction, seed)
-
-
-def _by_shard(shards: Iterable[Shard], indices: np.ndarray) -> Iterator[tuple[Shard, np.ndarray]]:
-    """Indices into the shards one after the other → indices into each of them."""
-    begin = 0
-    for shard in shards:
-        end = begin + len(shard.labels)
-        yield shard, indices[(begin <= indices) & (indices < end)] - begin
-        begin = end
-
-
-def _gather(parts: Sequence[tuple[Shard, np.ndarray]], image_shape: tuple[int, int, int]) -> Examples:
-    """The chosen examples of all shards, each copied once, from the mapped file to where it stays."""
-    num_examples = sum(len(indices) for _, indices in parts)
-    images = np.empty((num_examples, *image_shape), np.uint8)
-    labels = np.empty(num_examples, np.int64)
-    begin = 0
-    for shard, indices in parts:
-        chosen = slice(begin, begin + len(indices))
-        # The default mode would go through a buffer, to leave `out` alone when an index is wrong.
-        np.take(shard.images, indices, axis=0, out=images[chosen], mode="clip")
-        labels[chosen] = shard.labels[indices]
-        begin = chosen.stop
+def _examples(run: RunConfig, parts: Sequence[tuple[Shard, np.ndarray]]) -> Examples:
+    images, labels = gather(parts, run.spec.image_shape)
     return Examples(torch.from_numpy(images), torch.from_numpy(labels))

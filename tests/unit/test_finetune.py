@@ -162,7 +162,7 @@ def put_shard(images: np.ndarray, labels: np.ndarray, blobs_dir: Path) -> str:
     return digest
 
 
-def test_combined_data_is_that_of_each_agent_in_turn_split_as_the_agent_splits_it(
+def test_combined_data_is_that_of_each_shard_in_turn_split_as_the_agent_splits_it(
     examples: Examples, tmp_path: Path
 ) -> None:
     images, labels = (tensor.numpy() for tensor in examples)
@@ -171,8 +171,7 @@ def test_combined_data_is_that_of_each_agent_in_turn_split_as_the_agent_splits_i
     for agent_id, bounds in agents.items():
         shards = tuple(put_shard(images[begin:end], labels[begin:end], tmp_path) for begin, end in bounds)
         contributions.append(JobContribution(agent_id=agent_id, weights="", shards=shards, num_examples=1))
-        if bounds:
-            begin, end = bounds[0][0], bounds[-1][1]
+        for begin, end in bounds:
             seed = derive_seed(RUN.seed, "cloud_holdout", agent_id)
             train_on, hold_back = cloud_holdout(labels[begin:end], RUN.fine_tune.holdout_fraction, seed)
             rest += (begin + train_on).tolist()
@@ -180,10 +179,26 @@ def test_combined_data_is_that_of_each_agent_in_turn_split_as_the_agent_splits_i
 
     data = combine(RUN, contributions, tmp_path)
 
-    assert (len(rest), len(held_out)) == (54 + 1 + 179, 6 + 0 + 20)
+    assert (len(rest), len(held_out)) == (54 + 1 + 35 + 144, 6 + 0 + 4 + 16)
     for found, expected in ((data.train, rest), (data.held_out, held_out)):
         assert torch.equal(found.images, examples.images[expected])
         assert torch.equal(found.labels, examples.labels[expected])
+
+
+def test_another_shard_moves_no_example_to_or_from_those_held_back(
+    examples: Examples, tmp_path: Path
+) -> None:
+    images, labels = (tensor.numpy() for tensor in examples)
+    first, second = (put_shard(images[part], labels[part], tmp_path) for part in (slice(90), slice(90, 130)))
+    small, grown = (
+        combine(
+            RUN, [JobContribution(agent_id="ann", weights="", shards=shards, num_examples=1)], tmp_path
+        )
+        for shards in ((first,), (first, second))
+    )
+    for before, after in zip(small, grown, strict=True):
+        assert torch.equal(after.images[: len(before.images)], before.images)
+        assert len(after.labels) > len(before.labels)
 
 
 def test_without_shards_there_is_no_data(tmp_path: Path) -> None:
