@@ -19,7 +19,7 @@ from common.faults import Point, crash_point
 from common.telemetry import ProgressDisplay
 from common.training import StepReport, select_device
 from common.transfer import Blob, blob_of
-from edge_agent.client import CloudClient, Joined, Kind, RunState, UnknownAgentError
+from edge_agent.client import CloudClient, Joined, Kind, OnBytes, RunState, UnknownAgentError
 from edge_agent.config import AgentConfig
 from edge_agent.local import LocalModels, load_local_models
 from edge_agent.metrics import AgentMetrics, Phase
@@ -135,13 +135,19 @@ class EdgeAgent:
     # ------------------------------------------------------------------ what a round asks of an agent
 
     async def _contribute(self, state: RunState) -> None:
-        """Pre-train on this agent's shard, upload weights and data, and commit them."""
+        """Pre-train on this agent's shards, upload weights and data, and commit them."""
         if state.outcome == "accepted":  # in an earlier life, which ended before it heard of it
             outcome, message = state.outcome, ""
         else:
-            trained = await self._pretrain(state)
-            self._metrics.set_phase(Phase.UPLOADING)
-            outcome, message = await self._send(trained)
+            # The network would be idle while this device trains.
+            uploading = asyncio.create_task(self._upload_shards())
+            try:
+                trained = await self._pretrain(state)
+                self._metrics.set_phase(Phase.UPLOADING)
+                outcome, message = await self._send(trained, uploading)
+            finally:
+                uploading.cancel()
+                await asyncio.gather(uploading, return_exceptions=True)
             crash_point(Point.AGENT_CONTRIBUTED)
         log.info("contributed", round=state.round, outcome=outcome, reason=message or None)
         if outcome != "accepted":
@@ -155,7 +161,8 @@ class EdgeAgent:
         """This round's weights, which an earlier life of this agent may have trained."""
         self._metrics.set_phase(Phase.PRE_TRAINING)
         trained, initial = self._disk.progress.trained, self._initial_weights(state)
-        if not trained or not await self._worker.run(self._is_kept, trained, state.round, initial):
+        local = await self._models()
+        if not trained or not await self._worker.run(self._is_kept, local, trained, state.round, initial):
             trained = await self._train(state.round, initial)
             crash_point(Point.AGENT_WEIGHTS_WRITTEN)
             await self._save(trained=trained)
@@ -171,9 +178,13 @@ class EdgeAgent:
         model = await self._training(f"round {number}: pre-training", local.pretrain, number, path)
         return await self._worker.run(local.keep, number, initial and initial.digest, model)
 
-    def _is_kept(self, trained: Trained, number: int, initial: Blob | None) -> bool:
-        is_this = (trained.round, trained.initial_weights) == (number, initial and initial.digest)
-        return is_this and _is_whole(self._disk.local_weights, trained.weights)
+    def _is_kept(self, local: LocalModels, trained: Trained, number: int, initial: Blob | None) -> bool:
+        """Whether this was trained for this round, from there, on the data of today, and is still there."""
+        shards = tuple(blob.digest for blob in local.shards.values())
+        came_from = (trained.round, trained.initial_weights, trained.shards)
+        if came_from != (number, initial and initial.digest, shards):
+            return False
+        return _is_whole(self._disk.local_weights, trained.weights)
 
     def _initial_weights(self, state: RunState) -> Blob | None:
         """What this round's pre-training starts from; None: from weights of this agent's own."""
@@ -181,17 +192,22 @@ class EdgeAgent:
             return None
         return state.initial_weights
 
-    async def _send(self, trained: Trained) -> tuple[str, str]:
-        """Upload and commit; the outcome, and why."""
+    async def _send(self, trained: Trained, uploading: asyncio.Task[None]) -> tuple[str, str]:
+        """Upload and commit; the outcome, and why.
+
+        Args:
+            uploading: the shards, so far.
+        """
         local = await self._models()
         for attempt in range(1, MAX_SENDINGS + 1):
             try:
-                shard = await self._upload_shard(local)
-                await self._upload(self._disk.local_weights, trained.weights, "weights")
+                await (uploading if attempt == 1 else self._upload_shards())
+                show = self._bar("upload weights")
+                await self._upload(self._disk.local_weights, trained.weights, "weights", show)
                 return await self._client.contribute(
                     trained.round,
                     weights=trained.weights,
-                    shards=[shard],
+                    shards=list(local.shards.values()),
                     num_examples=local.num_examples,
                     accuracy_local=trained.accuracy,
                     initial_weights=trained.initial_weights,
@@ -247,7 +263,7 @@ class EdgeAgent:
         crash_point(Point.AGENT_REPORTED)
         await self._save(evaluated_round=report.round, arrived=None)
         # Nothing in there is of a later round yet: that one starts from this model, applied or not.
-        self._disk.discard_all_but({self._disk.shard, path})
+        self._disk.discard_all_but({path})
         self._display.message(f"round {report.round}: {_outcome_of(report)}")
         self._metrics.set_phase(Phase.WAITING)
 
@@ -264,16 +280,23 @@ class EdgeAgent:
         self._fetched = blob
         return path
 
-    async def _upload(self, path: Path, blob: Blob, kind: Kind) -> None:
-        await self._client.upload(path, blob, kind, self._bar(f"upload {kind}"))
+    async def _upload(self, path: Path, blob: Blob, kind: Kind, on_bytes: OnBytes) -> None:
+        await self._client.upload(path, blob, kind, on_bytes)
         crash_point(Point.AGENT_UPLOADED)
 
-    async def _upload_shard(self, local: LocalModels) -> Blob:
-        blob = await self._worker.run(local.write_shard)
-        await self._upload(self._disk.shard, blob, "data")
-        return blob
+    async def _upload_shards(self) -> None:
+        """Those that the server does not have yet: it is asked for each."""
+        shards, bar = (await self._models()).shards, self._bar("upload data")
+        before, total = 0, sum(blob.size_bytes for blob in shards.values())
 
-    def _bar(self, label: str) -> Callable[[int, int], None]:
+        def show(done: int, _: int) -> None:
+            bar(before + done, total)
+
+        for path, blob in shards.items():
+            await self._upload(path, blob, "data", show)
+            before += blob.size_bytes
+
+    def _bar(self, label: str) -> OnBytes:
         return lambda done, total: self._display.update(label, done, total)
 
     # ------------------------------------------------------------------ what runs in a thread

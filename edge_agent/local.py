@@ -9,26 +9,26 @@ import os
 from collections.abc import Collection
 from pathlib import Path
 
-import numpy as np
 import structlog
 import torch
 from torch import nn
 
 from common import training
 from common.config import RunConfig, TrainingConfig
-from common.errors import DivergedError, InvalidError, RunError
+from common.errors import DivergedError, RunError
 from common.faults import Point, crash_point
 from common.files import link, replacing
 from common.models import build_model
-from common.shards import Shard, cloud_holdout, read_shard, write_shard
+from common.shards import cloud_holdout, gather, read_shard
 from common.training import Evaluation, OnStep, derive_seed
-from common.transfer import Blob, blob_of
+from common.transfer import blob_of
 from common.weights import load_into, write_state_dict
 from edge_agent.client import Joined
 from edge_agent.comparison import objection
 from edge_agent.config import AgentConfig
 from edge_agent.data import AgentData, load_agent_data
 from edge_agent.partition import Partition, parse_partition
+from edge_agent.shard_files import keep_shards
 from edge_agent.state import AgentState, Report, Trained
 
 log = structlog.get_logger()
@@ -37,10 +37,11 @@ log = structlog.get_logger()
 def load_local_models(
     joined: Joined, config: AgentConfig, disk: AgentState, device: torch.device
 ) -> "LocalModels":
-    """Read this agent's data.
+    """Read this agent's data, and see that its shard files hold them.
 
     Raises:
         UsageError: they cannot be read, or do not fit the run.
+        OSError: a shard file cannot be written.
     """
     data = load_agent_data(
         joined.run,
@@ -69,7 +70,12 @@ def _partition(joined: Joined, config: AgentConfig) -> Partition | None:
 class LocalModels:
     """This agent's data, and what it does with models on them.
 
-    One network is built, and given one model's weights after the other: a model is its state_dict.
+    One network is built, and given one model's weights after the other: a model is its state_dict. What it
+    is trained on is read from the shard files each time, so that only what is held out stays in memory.
+
+    Attributes:
+        shards: the shard files, in order, and what they are on the wire.
+        num_examples: in all of them, with those that the cloud holds back: the same part of any shard.
     """
 
     def __init__(
@@ -82,28 +88,16 @@ class LocalModels:
         checkpoint_seconds: float,
     ) -> None:
         self._run = run
-        self._data = data
+        self._held_out = data.held_out
         self._disk = disk
         self._device = device
         self._allowed_factories = allowed_factories
         self._checkpoint_seconds = checkpoint_seconds
         self._network: nn.Module | None = None
-        self._shard: Blob | None = None  # what `write_shard` has seen to
         self._in_use: tuple[os.stat_result, Evaluation] | None = None  # the file, once it was measured
         self._arrived: Evaluation | None = None  # of the global model that was measured last, maybe adapted
-
-    @property
-    def num_examples(self) -> int:
-        """In this agent's shard, with those that the cloud holds back: the same part of any shard."""
-        return len(self._data.train.labels)
-
-    def write_shard(self) -> Blob:
-        """See that the shard file holds this agent's data."""
-        if not (self._shard and self._disk.shard.exists()):
-            if not _holds(self._disk.shard, self._data.train):
-                write_shard(self._disk.shard, self._data.train)
-            self._shard = blob_of(self._disk.shard)
-        return self._shard
+        self.shards = {path: blob_of(path) for path in keep_shards(disk.shards, data.train)}
+        self.num_examples = sum(len(read_shard(path).labels) for path in self.shards)
 
     def pretrain(self, number: int, initial: Path | None, on_step: OnStep) -> nn.Module:
         """Train for a round, from the last checkpoint if there is one.
@@ -124,6 +118,7 @@ class LocalModels:
             weights=blob_of(path),
             accuracy=evaluation.accuracy,
             initial_weights=initial_weights,
+            shards=tuple(blob.digest for blob in self.shards.values()),
         )
         in_use = self._evaluate_in_use()
         if in_use is None or evaluation.accuracy >= in_use.accuracy:
@@ -134,7 +129,7 @@ class LocalModels:
         """Compare a global model with the one in use, on this agent's own held-out data, and decide.
 
         A model that has learnt from everybody's data may do worse on the few classes of one device than a
-        specialist. Trained on this shard for a little while it mostly does not (local adaptation:
+        specialist. Trained on this device's data for a little while it mostly does not (local adaptation:
         arXiv 2002.04758, arXiv 1910.10252); so where it does worse it is adapted, and compared again.
 
         Args:
@@ -190,7 +185,7 @@ class LocalModels:
         return self._network
 
     def _adapt(self, number: int, weights: Path, on_step: OnStep) -> nn.Module:
-        """Train the global model of a round further on this agent's shard, and leave it in a file."""
+        """Train the global model of a round further on this agent's data, and leave it in a file."""
         model = self._model(weights)
         config = self._run.pretrain.model_copy(update={"epochs": self._run.adapt_epochs})
         self._train(model, config, "adapt", number, on_step)
@@ -201,16 +196,20 @@ class LocalModels:
     def _train(
         self, model: nn.Module, config: TrainingConfig, stream: str, number: int, on_step: OnStep
     ) -> None:
-        """On what the cloud does not hold back.
+        """On what the cloud fine-tunes on; the rest it chooses and evaluates on.
 
         Args:
             stream: of what chance decides, in round `number`.
         """
-        rest = self._not_held_back()
+        fraction = self._run.fine_tune.holdout_fraction
+        holdout_seed = derive_seed(self._run.seed, "cloud_holdout", self._disk.agent_id)
+        shards = [read_shard(path) for path in self.shards]
+        parts = [(shard, cloud_holdout(shard.labels, fraction, holdout_seed)[0]) for shard in shards]
+        images, labels = map(torch.from_numpy, gather(parts, self._run.spec.image_shape))
         training.train(
             model,
-            torch.from_numpy(self._data.train.images[rest]),
-            torch.from_numpy(self._data.train.labels[rest]),
+            images,
+            labels,
             config,
             spec=self._run.spec,
             device=self._device,
@@ -225,12 +224,6 @@ class LocalModels:
         if before is None or self._run.apply == "always":
             return ""
         return objection(before.correct.numpy(), after.correct.numpy())
-
-    def _not_held_back(self) -> np.ndarray:
-        """Indices of the examples that the cloud fine-tunes on; the rest it chooses and evaluates on."""
-        seed = derive_seed(self._run.seed, "cloud_holdout", self._disk.agent_id)
-        rest, _ = cloud_holdout(self._data.train.labels, self._run.fine_tune.holdout_fraction, seed)
-        return rest
 
     def _use(self, weights: Path, evaluation: Evaluation | None) -> None:
         """Replace the model in use.
@@ -259,20 +252,11 @@ class LocalModels:
     def _evaluate(self, model: nn.Module) -> Evaluation:
         return training.evaluate(
             model,
-            torch.from_numpy(self._data.held_out.images),
-            torch.from_numpy(self._data.held_out.labels),
+            torch.from_numpy(self._held_out.images),
+            torch.from_numpy(self._held_out.labels),
             spec=self._run.spec,
             device=self._device,
         )
-
-
-def _holds(path: Path, shard: Shard) -> bool:
-    """Whether the file is there, whole, and of this very shard."""
-    try:
-        found = read_shard(path)
-    except (OSError, InvalidError, KeyError, ValueError):
-        return False
-    return all(np.array_equal(mine, yours) for mine, yours in zip(found, shard, strict=True))
 
 
 def _is_same(file: os.stat_result, other: os.stat_result) -> bool:

@@ -57,7 +57,7 @@ def image_digests(images: np.ndarray, keys: Iterable[bytes]) -> np.ndarray:
     The numbers are spread evenly. Two images have the same one by chance once in 2^64.
     """
     numbers = (
-        int.from_bytes(blake2b(np.ascontiguousarray(image), digest_size=8, key=key).digest())
+        int.from_bytes(blake2b(np.ascontiguousarray(image).data, digest_size=8, key=key).digest())
         for image, key in zip(images, keys, strict=True)
     )
     return np.fromiter(numbers, np.uint64, len(images))

@@ -26,6 +26,7 @@ class Trained(FrozenModel):
     weights: Blob
     accuracy: float  # on the held-out data
     initial_weights: str | None = None  # digest of what it started from; None: this agent's own
+    shards: tuple[str, ...] = ()  # digests of what it was trained on
 
 
 class Report(FrozenModel):
@@ -111,8 +112,9 @@ class AgentState:
         return self.path / "work"
 
     @property
-    def shard(self) -> Path:
-        return self.work / "shard.safetensors"
+    def shards(self) -> Path:
+        """The folder of this agent's shards; see edge_agent/shard_files.py."""
+        return self.path / "shards"
 
     @property
     def checkpoint(self) -> Path:

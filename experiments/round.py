@@ -86,7 +86,7 @@ class Edge:
     def agent_id(self) -> str:
         return self.disk.agent_id
 
-    @property
+    @cached_property
     def models(self) -> LocalModels:
         return LocalModels(self.run, self.data, self.disk, self.device, (), CHECKPOINT_SECONDS)
 
@@ -106,11 +106,10 @@ class Edge:
             self.disk.save(self.disk.progress.model_copy(update={"trained": trained}))
             self.disk.discard(self.disk.checkpoint)
         blobs.put(self.disk.local_weights)
-        self.models.write_shard()
         return JobContribution(
             agent_id=self.agent_id,
             weights=trained.weights.digest,
-            shards=(blobs.put(self.disk.shard).digest,),
+            shards=tuple(blobs.put(path).digest for path in self.models.shards),
             num_examples=self.models.num_examples,
         )
 

@@ -10,7 +10,7 @@ from cloud_server.trainer.finetune import combine
 from common.config import RunConfig, TrainingConfig
 from common.errors import DivergedError, UsageError
 from common.models import build_model
-from common.shards import Shard, cloud_holdout, read_shard
+from common.shards import Shard, cloud_holdout
 from common.training import OnStep, StepReport, derive_seed, train
 from common.transfer import Blob, blob_of
 from common.weights import read_state_dict, write_state_dict
@@ -89,26 +89,12 @@ def test_damaged_progress_says_what_to_do(disk: AgentState) -> None:
 
 def test_only_what_is_needed_stays(disk: AgentState) -> None:
     blob = Blob("ab" * 32, 123)
-    for path in (disk.shard, disk.checkpoint, disk.weights(blob), disk.work / ".x.partial"):
+    for path in (disk.adapted, disk.checkpoint, disk.weights(blob), disk.work / ".x.partial"):
         path.touch()
-    disk.discard_all_but({disk.shard, disk.weights(blob), disk.local_weights})
-    assert set(disk.work.iterdir()) == {disk.shard, disk.weights(blob)}
-    disk.discard(disk.shard, disk.shard)
+    disk.discard_all_but({disk.adapted, disk.weights(blob), disk.local_weights})
+    assert set(disk.work.iterdir()) == {disk.adapted, disk.weights(blob)}
+    disk.discard(disk.adapted, disk.adapted)
     assert set(disk.work.iterdir()) == {disk.weights(blob)}
-
-
-def test_whole_shard_file_is_not_written_again(disk: AgentState) -> None:
-    blob = local_models(disk).write_shard()
-    inode = disk.shard.stat().st_ino
-    assert local_models(disk).write_shard() == blob
-    assert disk.shard.stat().st_ino == inode
-
-
-@pytest.mark.parametrize("damage", [lambda b: b[:-1], lambda b: b"", lambda b: b[:-9] + b"\x63" + b[-8:]])
-def test_damaged_shard_file_is_written_again(disk: AgentState, damage) -> None:  # type: ignore[no-untyped-def]
-    blob = local_models(disk).write_shard()
-    disk.shard.write_bytes(damage(disk.shard.read_bytes()))
-    assert local_models(disk).write_shard() == blob == blob_of(disk.shard)
 
 
 def test_interrupted_pretraining_goes_on_to_the_same_weights(
@@ -293,8 +279,9 @@ def report_on(disk: AgentState) -> Report:
     return Report.model_validate_json(disk.report.read_text().replace('"agent_id": "edge-1",', ""))
 
 
+@pytest.mark.parametrize("sizes", [(40,), (30, 10), (39, 1)])
 def test_agent_does_not_train_on_what_the_cloud_holds_back(
-    disk: AgentState, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    disk: AgentState, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sizes: tuple[int, ...]
 ) -> None:
     trained_on = {}
 
@@ -302,21 +289,26 @@ def test_agent_does_not_train_on_what_the_cloud_holds_back(
         trained_on.update(images=images, labels=labels)
 
     monkeypatch.setattr("common.training.train", train)
-    local = local_models(disk)
+    everything, held_out = make_shard(40, 0), make_shard(20, 1)
+    for end in np.cumsum(sizes):  # the agent is started again with more data
+        data = AgentData(Shard(everything.images[:end], everything.labels[:end]), held_out, num_skipped=0)
+        local = LocalModels(RUN, data, disk, torch.device("cpu"), (), 0.0)
     local.pretrain(1, None, ignore)
 
-    shard = local.write_shard()
-    blob = blob_path(tmp_path / "blobs", shard.digest)
-    blob.parent.mkdir(parents=True)
-    disk.shard.rename(blob)
+    shards = [blob.digest for blob in local.shards.values()]
+    for path, blob in local.shards.items():
+        target = blob_path(tmp_path / "blobs", blob.digest)
+        target.parent.mkdir(parents=True)
+        path.rename(target)
     contribution = JobContribution(
-        agent_id=disk.agent_id, weights="", shards=(shard.digest,), num_examples=local.num_examples
+        agent_id=disk.agent_id, weights="", shards=shards, num_examples=local.num_examples
     )
     combined = combine(RUN, [contribution], tmp_path / "blobs")
     assert torch.equal(trained_on["images"], combined.train.images)
     assert torch.equal(trained_on["labels"], combined.train.labels)
-    assert len(combined.held_out.labels) == 4  # a tenth of 40
-    assert local.num_examples == len(read_shard(blob).labels) == 40
+    assert len(shards) == len(sizes)
+    assert len(combined.held_out.labels) == sum(round(size / 10) for size in sizes)
+    assert local.num_examples == len(combined.train.labels) + len(combined.held_out.labels) == 40
 
 
 def test_model_of_another_run_counts_as_absent_and_is_replaced(disk: AgentState, tmp_path: Path) -> None:

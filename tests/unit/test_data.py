@@ -16,7 +16,7 @@ from common.config import DATASETS, RunConfig
 from common.errors import UsageError
 from common.shards import Shard
 from edge_agent import data
-from edge_agent.data import AgentData, fit, load_agent_data
+from edge_agent.data import AgentData, fit, hold_out, load_agent_data
 from edge_agent.partition import Partition, parse_partition
 
 DIGITS = RunConfig(dataset="digits")
@@ -100,7 +100,7 @@ def test_digits_are_scaled_to_bytes_and_split_by_the_holdout_fraction() -> None:
     assert loaded.train.images.shape[1:] == (1, 8, 8)
     assert loaded.train.images.dtype == np.uint8
     assert loaded.train.labels.dtype == np.int64
-    assert len(loaded.held_out.labels) == round(0.1 * len(labels))
+    assert abs(len(loaded.held_out.labels) - 0.1 * len(labels)) < 4 * (0.09 * len(labels)) ** 0.5
     assert as_set(loaded.train, loaded.held_out) == expected
     assert loaded.num_skipped == 0
 
@@ -177,8 +177,8 @@ def test_source_overrides_the_runs_dataset(tmp_path: Path) -> None:
 def test_a_data_dir_with_train_in_it_is_an_image_folder(pets: Path) -> None:
     run = RunConfig(dataset="cifar10", num_classes=2)
     loaded = load(run, "cifar10", data_dir=pets)
-    assert loaded.train.images.shape == (14, 3, 32, 32)
-    assert len(loaded.held_out.labels) == 2
+    assert loaded.train.images.shape[1:] == (3, 32, 32)
+    assert len(loaded.train.labels) + len(loaded.held_out.labels) == 16
 
 
 def test_every_named_dataset_can_be_opened() -> None:
@@ -235,8 +235,8 @@ def test_labels_that_the_run_does_not_have_are_refused() -> None:
 
 def test_an_image_folder_is_read_from_its_path(pets: Path) -> None:
     loaded = load(PETS, str(pets))
-    assert len(loaded.train.labels) == 12
-    assert np.bincount(loaded.held_out.labels).tolist() == [2, 2]
+    assert np.bincount([*loaded.train.labels, *loaded.held_out.labels]).tolist() == [8, 8]
+    assert len(loaded.held_out.labels) >= 1
 
 
 def test_agents_decode_only_their_own_part(pets: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -303,7 +303,8 @@ def test_a_factory_gives_train_and_test(factory: Any) -> None:
 def test_a_factory_without_test_split_is_split_by_the_holdout_fraction(factory: Any) -> None:
     name = factory(train=random_arrays(20, 1, 8, 8))
     loaded = load(DIGITS, name, allowed_factories=[name])
-    assert (len(loaded.train.labels), len(loaded.held_out.labels)) == (18, 2)
+    assert len(loaded.train.labels) + len(loaded.held_out.labels) == 20
+    assert len(loaded.held_out.labels) >= 1
 
 
 @pytest.mark.parametrize("source", ["users_own:load", None], ids=["by the agent", "by the run"])
@@ -311,7 +312,8 @@ def test_a_factory_is_only_imported_where_it_is_allowed(factory: Any, source: st
     run = RunConfig(dataset=factory(train=random_arrays(20, 1, 8, 8)), num_classes=10, image_shape=(1, 8, 8))
     with pytest.raises(UsageError, match="--allow-factory users_own:load"):
         load(run, source)
-    assert len(load(run, source, allowed_factories=["users_own:load"]).train.labels) == 18
+    loaded = load(run, source, allowed_factories=["users_own:load"])
+    assert len(loaded.train.labels) + len(loaded.held_out.labels) == 20
 
 
 @pytest.mark.parametrize(
@@ -340,6 +342,54 @@ def test_a_factory_that_fails_is_one_line(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setitem(sys.modules, "users_own", module)
     with pytest.raises(UsageError, match="users_own:load failed with IndexError: list index out of range"):
         load(DIGITS, "users_own:load", allowed_factories=["users_own:load"])
+
+
+# --- what is held out
+
+
+def test_held_out_are_about_the_fraction_and_chance_is_fair() -> None:
+    images = random_arrays(4000, 1, 4, 4)[0]
+    for fraction in (0.01, 0.1, 0.5, 0.9):
+        rest, held_out = hold_out(images, fraction, 7)
+        assert sorted([*rest, *held_out]) == list(range(4000))
+        assert (np.diff(rest) > 0).all()
+        assert (np.diff(held_out) > 0).all()
+        assert abs(len(held_out) - 4000 * fraction) < 4 * (4000 * fraction * (1 - fraction)) ** 0.5
+    shares = [len(hold_out(images[:1000], 0.1, seed)[1]) for seed in range(40)]
+    assert np.mean(shares) == pytest.approx(100, abs=4 * 90**0.5 / 40**0.5)
+
+
+def test_an_image_stays_where_it_is_whatever_comes_goes_and_moves() -> None:
+    images = random_arrays(300, 1, 4, 4)[0]
+
+    def held_out(chosen: np.ndarray) -> set[bytes]:
+        return {image.tobytes() for image in chosen[hold_out(chosen, 0.2, 3)[1]]}
+
+    everything = held_out(images)
+    for part in (slice(100), slice(50, 250), slice(None, None, -3)):
+        assert held_out(images[part]) == everything & {image.tobytes() for image in images[part]}
+
+
+def test_copies_of_an_image_stay_together() -> None:
+    images = random_arrays(50, 1, 4, 4)[0].repeat(3, axis=0)
+    held_out = hold_out(images, 0.3, 3)[1]
+    assert set(held_out) == {3 * (index // 3) + copy for index in held_out for copy in range(3)}
+
+
+@pytest.mark.parametrize("fraction", [1e-9, 0.5, 1 - 1e-9])
+@pytest.mark.parametrize("images", [random_arrays(2, 1, 4, 4)[0], np.zeros((3, 1, 4, 4), np.uint8)])
+def test_of_few_images_neither_part_is_empty(images: np.ndarray, fraction: float) -> None:
+    assert all(len(part) for part in hold_out(images, fraction, 0))
+
+
+def test_a_folder_that_grows_moves_no_image_out_of_what_was_uploaded(pets: Path) -> None:
+    before = load(PETS, str(pets))
+    for number, pixels in enumerate(random_arrays(20, 4, 4, 3)[0]):
+        Image.fromarray(pixels).save(pets / f"train/cat/0-{number}.png")
+    after = load(PETS, str(pets))
+    assert as_set(before.train) < as_set(after.train)
+    assert as_set(before.held_out) < as_set(after.held_out)
+    assert not as_set(after.train) & as_set(after.held_out)
 
 
 # --- the run's shape

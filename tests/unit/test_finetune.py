@@ -191,9 +191,7 @@ def test_another_shard_moves_no_example_to_or_from_those_held_back(
     images, labels = (tensor.numpy() for tensor in examples)
     first, second = (put_shard(images[part], labels[part], tmp_path) for part in (slice(90), slice(90, 130)))
     small, grown = (
-        combine(
-            RUN, [JobContribution(agent_id="ann", weights="", shards=shards, num_examples=1)], tmp_path
-        )
+        combine(RUN, [JobContribution(agent_id="ann", weights="", shards=shards, num_examples=1)], tmp_path)
         for shards in ((first,), (first, second))
     )
     for before, after in zip(small, grown, strict=True):
