@@ -14,13 +14,14 @@ from typing import Any, TypeVar
 import structlog
 
 from common import rpc
-from common.errors import ConflictError, NotFoundError, Reason, Refusal, RunError
+from common.errors import ConflictError, NotFoundError, Reason, Refusal, RunError, UsageError
 from common.faults import Point, crash_point
 from common.telemetry import ProgressDisplay
 from common.training import StepReport, select_device
 from common.transfer import Blob, blob_of
 from edge_agent.client import CloudClient, Joined, Kind, OnBytes, RunState, UnknownAgentError
 from edge_agent.config import AgentConfig
+from edge_agent.data import data_stamp
 from edge_agent.local import LocalModels, load_local_models
 from edge_agent.metrics import AgentMetrics, Phase
 from edge_agent.news import News
@@ -57,7 +58,7 @@ class EdgeAgent:
         self._shown_failure = 0
         self._fetched: Blob | None = None  # the last download, known to be whole
         self._joined: Joined  # set by run()
-        self._loading: asyncio.Task[LocalModels]
+        self._loading: asyncio.Future[LocalModels]
 
     async def run(self) -> None:
         """Take part in every round until the server says that the run is over.
@@ -139,6 +140,7 @@ class EdgeAgent:
         if state.outcome == "accepted":  # in an earlier life, which ended before it heard of it
             outcome, message = state.outcome, ""
         else:
+            await self._read_what_has_changed()
             # The network would be idle while this device trains.
             uploading = asyncio.create_task(self._upload_shards())
             try:
@@ -305,6 +307,20 @@ class EdgeAgent:
         local = await self._worker.run(self._load_data)
         crash_point(Point.AGENT_DATA_LOADED)
         return local
+
+    async def _read_what_has_changed(self) -> None:
+        """An image folder may be another by the time a round begins; while one lasts the data stay."""
+        arguments = self._joined.run, self._config.data, self._config.data_dir
+        try:
+            if await self._worker.run(data_stamp, *arguments) == (await self._models()).stamp:
+                return
+            loaded = await self._load()
+        except UsageError as error:
+            self._display.message(f"the data cannot be read again, so those of before are used: {error}")
+            return
+        self._display.message(f"the data have changed: {loaded.num_examples} examples to train on")
+        self._loading = asyncio.get_running_loop().create_future()
+        self._loading.set_result(loaded)
 
     async def _models(self) -> LocalModels:
         return await asyncio.shield(self._loading)

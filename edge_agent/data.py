@@ -23,13 +23,13 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import torch
 
-from common.config import RunConfig
+from common.config import DATASETS, RunConfig
 from common.errors import UsageError
 from common.models import import_factory
 from common.shards import Shard
 from common.training import derive_seed
 from edge_agent.config import FACTORY_PATTERN, check_source
-from edge_agent.image_folder import list_image_folder
+from edge_agent.image_folder import list_image_folder, stamp_of
 from edge_agent.partition import Partition, partition_indices
 from edge_agent.shard_files import image_digests
 
@@ -50,6 +50,7 @@ class AgentData(NamedTuple):
     train: Shard  # trained on, and uploaded
     held_out: Shard  # for the agent's own before and after figures; never leaves the device
     num_skipped: int  # image files that could not be read
+    stamp: str = ""  # of the image folder that they were read from; see `data_stamp`
 
 
 class Split(Protocol):
@@ -89,6 +90,7 @@ def load_agent_data(
         UsageError: the source does not exist, cannot be read, does not fit the run, or leaves nothing
             for this agent.
     """
+    stamp = data_stamp(run, source, data_dir)  # first: what changes while it is read is then noticed
     opened = open_source(run, source, data_dir=data_dir, allowed_factories=allowed_factories)
     name = source or run.dataset
     splits = [part for part in opened if part is not None]
@@ -108,7 +110,17 @@ def load_agent_data(
         seed = derive_seed(run.seed, "holdout", seed_name)
         parts = hold_out(shards[0].images, run.holdout_fraction, seed)
         shards = [_take(shards[0], part) for part in parts]
-    return AgentData(shards[0], shards[1], num_skipped)
+    return AgentData(shards[0], shards[1], num_skipped, stamp)
+
+
+def data_stamp(run: RunConfig, source: str | None, data_dir: Path | None) -> str:
+    """What tells an image folder from what it was before; "" for a source that does not change.
+
+    Raises:
+        UsageError: there is no such source.
+    """
+    folder = _image_folder(run, source, data_dir)
+    return stamp_of(folder) if folder else ""
 
 
 def open_source(
@@ -123,18 +135,28 @@ def open_source(
         UsageError: there is no such source, or it cannot be read.
     """
     name = source or run.dataset
+    if folder := _image_folder(run, source, data_dir):
+        return Source(*list_image_folder(folder, run))
     if name == "digits":
         return _open_digits()
     if name in _TORCHVISION:
-        return _open_dataset(run, name, data_dir)
+        return _open_dataset(name, data_dir)
     if FACTORY_PATTERN.fullmatch(name):
         return _open_factory(name, allowed_factories)
-    if source is None:
-        raise UsageError(
-            f"the run's dataset {name!r} is its own: say where this agent's part is, with --data FOLDER"
-        )
+    raise UsageError(
+        f"the run's dataset {name!r} is its own: say where this agent's part is, with --data FOLDER"
+    )
+
+
+def _image_folder(run: RunConfig, source: str | None, data_dir: Path | None) -> Path | None:
+    """The image folder that is meant; None: something else is. Raises UsageError: nothing is."""
+    if (source or run.dataset) in _TORCHVISION:
+        root = (data_dir or DEFAULT_DATA_DIR).expanduser()
+        return root if (root / "train").is_dir() else None
+    if source is None or source in DATASETS or FACTORY_PATTERN.fullmatch(source):
+        return None
     check_source(source)
-    return Source(*list_image_folder(Path(source).expanduser(), run))
+    return Path(source).expanduser()
 
 
 def hold_out(images: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -210,10 +232,8 @@ def _open_digits() -> Source:
     return Source(ArraySplit(images, labels.astype(np.int64)), None)
 
 
-def _open_dataset(run: RunConfig, name: str, data_dir: Path | None) -> Source:
+def _open_dataset(name: str, data_dir: Path | None) -> Source:
     root = (data_dir or DEFAULT_DATA_DIR).expanduser()
-    if (root / "train").is_dir():
-        return Source(*list_image_folder(root, run))
     if data_dir is not None and not root.is_dir():
         raise UsageError(f"data folder {root} does not exist: make it, or name the right one with --data-dir")
     try:

@@ -1,10 +1,11 @@
 """Image folders, DIR/{train,test}/<class>/*: listed first, decoded later and only as far as asked for."""
 
+import hashlib
 import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -93,6 +94,16 @@ def list_image_folder(folder: Path, run: RunConfig) -> tuple[FileSplit, FileSpli
         return _list_images(train, class_names), _list_images(test, class_names) if test.is_dir() else None
     except OSError as error:
         raise UsageError(f"cannot read data folder {error.filename}: {error.strerror}") from error
+
+
+def stamp_of(folder: Path) -> str:
+    """What is another once a file below `folder` has come, gone or been written to; no file is opened."""
+    stamp = hashlib.sha256()
+    for path in sorted(folder.glob("*/*/*")):
+        with suppress(FileNotFoundError):  # it has just gone
+            status = path.stat()
+            stamp.update(f"{path}\0{status.st_size}\0{status.st_mtime_ns}\0".encode())
+    return stamp.hexdigest()
 
 
 def decode_image(path: Path, image_shape: tuple[int, int, int]) -> np.ndarray:

@@ -74,6 +74,7 @@ class LocalModels:
     is trained on is read from the shard files each time, so that only what is held out stays in memory.
 
     Attributes:
+        stamp: of the data; see edge_agent/data.py.
         shards: the shard files, in order, and what they are on the wire.
         num_examples: in all of them, with those that the cloud holds back: the same part of any shard.
     """
@@ -96,6 +97,7 @@ class LocalModels:
         self._network: nn.Module | None = None
         self._in_use: tuple[os.stat_result, Evaluation] | None = None  # the file, once it was measured
         self._arrived: Evaluation | None = None  # of the global model that was measured last, maybe adapted
+        self.stamp = data.stamp
         self.shards = {path: blob_of(path) for path in keep_shards(disk.shards, data.train)}
         self.num_examples = sum(len(read_shard(path).labels) for path in self.shards)
 
