@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from common import rpc
-from common.errors import NotFoundError, Reason, UnavailableError
+from common.errors import InvalidError, NotFoundError, Reason, UnavailableError
 from common.transfer import Blob
 from edge_agent.agent import MAX_SENDINGS, EdgeAgent
 from edge_agent.client import Joined, RunState, UnknownAgentError, Verdict
@@ -264,19 +264,129 @@ async def test_blobs_that_the_server_lost_are_uploaded_again(
 ) -> None:
     started = Started(tmp_path, Forgetful)
     monkeypatch.setattr(started.client, "num_losses", num_losses)
-    save = started.disk.save
+    end_when_contributed(started)
+    started.send()
+    await started.run()
+    assert started.cloud.counts["contributions"] == (num_losses < MAX_SENDINGS)
+    assert started.client.num_uploads == 2 * MAX_SENDINGS  # type: ignore[attr-defined]
+
+
+class Sluggish(Steered):
+    """Data take until they are let through, or are refused."""
+
+    def __init__(self, cloud: Cloud) -> None:
+        super().__init__(cloud)
+        self.data_came, self.let_through = asyncio.Event(), asyncio.Event()
+        self.refusal: Exception | None = None
+        self.uploaded: list[str] = []
+        self.num_cancelled = 0
+
+    async def upload(self, path: Path, blob: Blob, kind: str, on_bytes: Any) -> None:
+        if kind == "data":
+            self.data_came.set()
+            try:
+                await self.let_through.wait()
+            except asyncio.CancelledError:
+                self.num_cancelled += 1
+                raise
+            if self.refusal:
+                raise self.refusal
+        self.uploaded.append(kind)
+
+
+def train_blocked(started: Started) -> Blocked:
+    load, agent = started.agent._load_data, started.agent
+    training = Blocked(lambda *_: None)
+
+    def loaded() -> Any:
+        local = load()
+        training._then = local.pretrain
+        local.pretrain = training  # type: ignore[method-assign]
+        return local
+
+    agent._load_data = loaded  # type: ignore[method-assign]
+    return training
+
+
+def end_when_contributed(started: Started) -> None:
+    save, loop = started.disk.save, asyncio.get_running_loop()
 
     def then_end(progress: Any) -> None:
         save(progress)
         if progress.contributed_round:
             loop.call_soon_threadsafe(lambda: started.send(over=True))
 
-    loop = asyncio.get_running_loop()
     started.disk.save = then_end  # type: ignore[method-assign]
+
+
+async def test_data_travel_while_the_agent_trains(tmp_path: Path) -> None:
+    started = Started(tmp_path, Sluggish)
+    client: Any = started.client
+    training = train_blocked(started)
+    end_when_contributed(started)
+    client.let_through.set()
+    started.send()
+    running = asyncio.create_task(started.run())
+    await asyncio.to_thread(training.entered.wait, 30)
+    await asyncio.wait_for(client.data_came.wait(), 30)
+    assert client.uploaded == ["data"]
+    training.let_go()
+    await running
+    assert client.uploaded == ["data", "weights"]
+    assert started.cloud.counts["contributions"] == 1
+
+
+async def test_data_that_take_longer_than_the_training_are_waited_for(tmp_path: Path) -> None:
+    started = Started(tmp_path, Sluggish)
+    client: Any = started.client
+    trained, save, loop = asyncio.Event(), started.disk.save, asyncio.get_running_loop()
+
+    def then_tell(progress: Any) -> None:
+        save(progress)
+        if progress.trained:
+            loop.call_soon_threadsafe(trained.set)
+
+    started.disk.save = then_tell  # type: ignore[method-assign]
+    end_when_contributed(started)
+    started.send()
+    running = asyncio.create_task(started.run())
+    await asyncio.wait_for(trained.wait(), 30)
+    assert started.cloud.counts["contributions"] == 0
+    client.let_through.set()
+    await running
+    assert client.uploaded == ["data", "weights"]
+
+
+async def test_refused_data_are_told_after_the_training_and_not_sent_again(tmp_path: Path) -> None:
+    started = Started(tmp_path, Sluggish)
+    client: Any = started.client
+    client.refusal = InvalidError("not a shard of the run's dataset", Reason.INVALID_SHARD)
+    client.let_through.set()
+    end_when_contributed(started)
     started.send()
     await started.run()
-    assert started.cloud.counts["contributions"] == (num_losses < MAX_SENDINGS)
-    assert started.client.num_uploads == 2 * MAX_SENDINGS  # type: ignore[attr-defined]
+    assert client.uploaded == []
+    assert started.cloud.counts["contributions"] == 0
+    assert "round 1: contribution rejected: not a shard of the run's dataset" in started.said
+    progress = started.disk.progress
+    assert (progress.contributed_round, progress.trained is not None) == (1, True)
+    assert started.disk.model.exists()
+
+
+@pytest.mark.parametrize("over", [True, False], ids=["run over", "stopped"])
+async def test_data_on_their_way_do_not_keep_an_agent_that_leaves(tmp_path: Path, over: bool) -> None:
+    started = Started(tmp_path, Sluggish)
+    client: Any = started.client
+    training = train_blocked(started)
+    started.send()
+    running = asyncio.create_task(started.run())
+    await asyncio.to_thread(training.entered.wait, 30)
+    await asyncio.wait_for(client.data_came.wait(), 30)
+    started.send(over=True) if over else running.cancel()
+    await asyncio.wait((running,), timeout=30)
+    assert running.done()
+    assert client.num_cancelled == 1
+    training.let_go()
 
 
 def seconds_to_end(process: Any, number: signal.Signals) -> float:

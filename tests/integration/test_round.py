@@ -37,8 +37,8 @@ def test_three_agents_run_a_round_and_all_apply_the_global_model(cluster: Cluste
     assert (report["round"], report["outcome"]) == (1, "published")
     assert (report["model"], report["dataset"]) == ("mlp", "digits")
     assert [agent["agent_id"] for agent in report["agents"]] == ["edge-1", "edge-2", "edge-3"]
-    # 1797 digits in three parts, a fifth of each kept on the device.
-    assert [agent["num_examples"] for agent in report["agents"]] == [479, 479, 479]
+    # 1797 digits in three parts, about a fifth of each kept on the device.
+    assert all(abs(agent["num_examples"] - 479) < 40 for agent in report["agents"])
     assert all(agent["applied"] for agent in report["agents"])
     assert report["rejected"] == report["late"] == []
     assert set(report["candidates"]) == {"aligned", "average", "best_agent", "greedy_soup"}
@@ -83,9 +83,10 @@ def test_global_model_starts_the_next_round(cluster: Cluster) -> None:
     with closing(sqlite3.connect(cluster.state_dir / "ecavg.sqlite3")) as database:
         started_from = dict(database.execute("SELECT number, initial_weights FROM rounds"))
     assert started_from[2] == first["weights"]["sha256"]
-    # What a third round would start from and send again is kept; the rest has served.
+    # What a third round would start from is kept, and the shard; the rest has served.
     kept = {path.name for path in (cluster.folder / "edge-1/work").iterdir()}
-    assert kept == {"shard.safetensors", f"{second['weights']['sha256']}.safetensors"}
+    assert kept == {f"{second['weights']['sha256']}.safetensors"}
+    assert len(list((cluster.folder / "edge-1/shards").iterdir())) == 1
 
 
 def test_agents_that_start_before_the_server_wait_for_it(cluster: Cluster) -> None:

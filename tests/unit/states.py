@@ -41,13 +41,17 @@ def upload(store: Store, content: bytes, kind: str, now: float) -> str:
     return digest
 
 
-def contribute(store: Store, number: int, *, shard: bytes = SHARD) -> None:
-    """At second `number` of the run; the shard is sent once."""
+def contribute(store: Store, number: int, *shards: bytes) -> list[bytes]:
+    """At second `number` of the run; what is there is not sent again. Returns the shards that were sent."""
+    shards = shards or (SHARD,)
     weights = upload(store, local_of(number), "weights", number + 0.1)
-    if not store.has_upload(AGENT, digest_of(shard), "data"):
+    sent = [shard for shard in shards if not store.has_upload(AGENT, digest_of(shard), "data")]
+    for shard in sent:
         upload(store, shard, "data", number + 0.2)
-    row = ContributionRow(AGENT, "accepted", weights, (digest_of(shard),), 10, 0.9, "", "", at=number + 0.3)
+    digests = tuple(map(digest_of, shards))
+    row = ContributionRow(AGENT, "accepted", weights, digests, 10, 0.9, "", "", at=number + 0.3)
     store.record_contribution(number, row)
+    return sent
 
 
 def run_job(state_dir: Path, number: int, start: str) -> JobDirectory:

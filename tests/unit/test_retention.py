@@ -114,7 +114,7 @@ def test_records_of_contributions_stay(store: Store, state_dir: Path) -> None:
 def test_an_old_shard_can_be_sent_again(store: Store, state_dir: Path) -> None:
     run_rounds(store, state_dir, 1)
     for number in range(2, 6):
-        contribute(store, number, shard=b"another shard")
+        contribute(store, number, b"another shard")
         publish(store, state_dir, number)
         store.open_round(number + 1, digest_of(model_of(number)), number + 1)
     clean_up(store, state_dir)
@@ -122,6 +122,31 @@ def test_an_old_shard_can_be_sent_again(store: Store, state_dir: Path) -> None:
     contribute(store, 6)
     clean_up(store, state_dir)
     assert store.has_upload(AGENT, digest_of(SHARD), "data")
+
+
+@pytest.mark.parametrize("keep_rounds", [1, 3])
+def test_shards_that_are_contributed_again_and_again_are_sent_once(
+    store: Store, state_dir: Path, keep_rounds: int
+) -> None:
+    """Each round brings a shard more; the first is made anew at last."""
+    begin(store, state_dir)
+    shards: list[bytes] = []
+    for number in range(1, 9):
+        shards.append(f"shard {number}".encode())
+        assert contribute(store, number, *shards) == shards[-1:]
+        publish(store, state_dir, number)
+        clean_up(store, state_dir, keep_rounds=keep_rounds)
+        store.open_round(number + 1, digest_of(model_of(number)), number + 1)
+        clean_up(store, state_dir, keep_rounds=keep_rounds)
+        assert set(map(digest_of, shards)) <= blobs(state_dir)
+    for number in range(9, 13):
+        contribute(store, number, *shards[1:], b"anew")
+        publish(store, state_dir, number)
+        store.open_round(number + 1, digest_of(model_of(number)), number + 1)
+    clean_up(store, state_dir, keep_rounds=keep_rounds)
+    assert blobs(state_dir) & set(map(digest_of, shards)) == set(map(digest_of, shards[1:]))
+    store.close()
+    assert is_healthy(state_dir)
 
 
 def test_upload_for_a_contribution_to_come_stays_though_an_old_round_named_it(
