@@ -93,7 +93,7 @@ class RunConfig(FrozenModel):
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     partition_by: str = "iid"  # "iid", "dirichlet:ALPHA" or "classes:K"
     num_partitions: Annotated[int, Field(ge=1)] | None = None  # None: the server's max_agents
-    holdout_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1  # of a shard, kept on the device
+    holdout_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1  # of the images, kept on the device
     # "shared" (drawn by the server), "independent" (each agent draws its own), "pretrained" (torchvision's
     # published weights under a new last layer), or a safetensors file on the server
     initial_weights: str = "shared"
