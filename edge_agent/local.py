@@ -71,7 +71,7 @@ class LocalModels:
     """This agent's data, and what it does with models on them.
 
     One network is built, and given one model's weights after the other: a model is its state_dict. What it
-    is trained on is read from the shard files each time, so that only what is held out stays in memory.
+    is trained on is mapped from the shard files, so that only what is held out stays in memory.
 
     Attributes:
         stamp: of the data; see edge_agent/data.py.
@@ -99,7 +99,8 @@ class LocalModels:
         self._arrived: Evaluation | None = None  # of the global model that was measured last, maybe adapted
         self.stamp = data.stamp
         self.shards = {path: blob_of(path) for path in keep_shards(disk.shards, data.train)}
-        self.num_examples = sum(len(read_shard(path).labels) for path in self.shards)
+        self._mapped = [read_shard(path) for path in self.shards]  # to be read though its file be removed
+        self.num_examples = sum(len(shard.labels) for shard in self._mapped)
 
     def pretrain(self, number: int, initial: Path | None, on_step: OnStep) -> nn.Module:
         """Train for a round, from the last checkpoint if there is one.
@@ -205,8 +206,7 @@ class LocalModels:
         """
         fraction = self._run.fine_tune.holdout_fraction
         holdout_seed = derive_seed(self._run.seed, "cloud_holdout", self._disk.agent_id)
-        shards = [read_shard(path) for path in self.shards]
-        parts = [(shard, cloud_holdout(shard.labels, fraction, holdout_seed)[0]) for shard in shards]
+        parts = [(shard, cloud_holdout(shard.labels, fraction, holdout_seed)[0]) for shard in self._mapped]
         images, labels = map(torch.from_numpy, gather(parts, self._run.spec.image_shape))
         training.train(
             model,

@@ -97,6 +97,17 @@ def test_only_what_is_needed_stays(disk: AgentState) -> None:
     assert set(disk.work.iterdir()) == {disk.weights(blob)}
 
 
+def test_data_that_are_read_anew_meanwhile_do_not_disturb_what_is_trained(
+    disk: AgentState, tmp_path: Path
+) -> None:
+    expected = pretrain(local_models(AgentState(tmp_path / "other", "edge-1")), ignore)
+    local = local_models(disk)
+    data = AgentData(train=make_shard(40, 2), held_out=make_shard(20, 1), num_skipped=0)
+    LocalModels(RUN, data, disk, torch.device("cpu"), (), 0.0)
+    assert not any(path.exists() for path in local.shards)
+    assert pretrain(local, ignore) == expected
+
+
 def test_interrupted_pretraining_goes_on_to_the_same_weights(
     disk: AgentState, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
