@@ -27,7 +27,7 @@ def test_specialist_keeps_its_own_model_where_the_global_one_does_worse(cluster:
     server = cluster.server(*SETTINGS, "--set", "run.adapt_epochs=0")
     generalist, specialist = agents_of(cluster)
     generalist.wait_for("round 1: accuracy before .*, applied")
-    specialist.wait_for("round 1: kept its own model: accuracy .* on 32 held-out examples, worse by more")
+    specialist.wait_for(r"round 1: kept its own model: accuracy .* on \d+ held-out examples, worse by more")
     assert min(reports_counted(cluster).values()) >= 1  # round 2 may have its reports already
     assert [generalist.wait(), specialist.wait(), server.wait()] == [0, 0, 0]
 
