@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from common import rpc
-from common.errors import InvalidError, NotFoundError, Reason, UnavailableError
+from common.errors import InvalidError, NotFoundError, Reason, UnavailableError, UsageError
 from common.transfer import Blob
 from edge_agent.agent import MAX_SENDINGS, EdgeAgent
 from edge_agent.client import Joined, RunState, UnknownAgentError, Verdict
@@ -371,6 +371,40 @@ async def test_refused_data_are_told_after_the_training_and_not_sent_again(tmp_p
     progress = started.disk.progress
     assert (progress.contributed_round, progress.trained is not None) == (1, True)
     assert started.disk.model.exists()
+
+
+async def test_data_that_cannot_be_read_again_are_used_as_they_were(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gone(*_: Any) -> str:
+        raise UsageError("no class folders in photos/train")
+
+    monkeypatch.setattr("edge_agent.agent.data_stamp", gone)
+    started = Started(tmp_path)
+    end_when_contributed(started)
+    started.send()
+    await started.run()
+    assert started.cloud.counts["contributions"] == 1
+    assert any("those of before are used: no class folders" in text for text in started.said)
+
+
+async def test_data_that_have_changed_are_read_again_before_the_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("edge_agent.agent.data_stamp", lambda *_: "another")
+    started = Started(tmp_path)
+    load, loaded = started.agent._load_data, []
+
+    def count() -> Any:
+        loaded.append(load())
+        return loaded[-1]
+
+    started.agent._load_data = count  # type: ignore[method-assign]
+    end_when_contributed(started)
+    started.send()
+    await started.run()
+    assert len(loaded) == 2
+    assert await started.agent._models() is loaded[1]
 
 
 @pytest.mark.parametrize("over", [True, False], ids=["run over", "stopped"])

@@ -8,7 +8,7 @@ from PIL import Image
 from common.config import RunConfig
 from common.errors import UsageError
 from edge_agent import image_folder
-from edge_agent.image_folder import FileSplit, decode_image, list_image_folder
+from edge_agent.image_folder import FileSplit, decode_image, list_image_folder, stamp_of
 
 RUN = RunConfig(dataset="pets", num_classes=2, image_shape=(3, 4, 6))
 RANDOM = np.random.default_rng(0)
@@ -168,6 +168,21 @@ def test_a_format_is_told_by_content_and_others_are_not_opened(pets: Path) -> No
     Image.fromarray(random_pixels(4, 6, 3)).save(pets / "train/cat/a.png", format="TIFF")
     Image.fromarray(random_pixels(4, 6, 3)).save(pets / "train/cat/b.png", format="BMP")
     assert read_all(list_image_folder(pets, RUN)[0])[2] == 1
+
+
+def test_stamp_changes_with_every_file_that_comes_goes_or_is_written(pets: Path) -> None:
+    stamps = [stamp_of(pets)]
+    assert stamp_of(pets) == stamps[0]
+    save(pets / "train/cat/new.png", random_pixels(4, 6, 3))
+    stamps.append(stamp_of(pets))
+    (pets / "train/cat/new.png").write_bytes(b"longer than it was, and no image")
+    stamps.append(stamp_of(pets))
+    (pets / "train/cat/new.png").rename(pets / "train/dog/new.png")
+    stamps.append(stamp_of(pets))
+    (pets / "test/dog/d.png").unlink()
+    stamps.append(stamp_of(pets))
+    assert len(set(stamps)) == len(stamps)
+    assert stamp_of(pets / "gone") not in stamps
 
 
 @pytest.mark.parametrize("folders", [[], ["train"], ["cat", "dog"]], ids=["empty", "empty train", "no train"])
