@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
         "machine": machine,
     }
     rows = [(name, *each.values()) for name, each in measured.items()]
-    headings = ("", "ours, s", "bare, s", "speed, of bare", "memory, of the model")
+    headings = ("", "ours, s", "bare, s", "speed, of bare", "by processor", "memory, models")
     figures.emit(result, f"{arguments.model} of {arguments.agents} agents", headings, rows)
     return 0
 
@@ -80,22 +80,24 @@ def _write(model: nn.Module, folder: Path, num_agents: int) -> list[Path]:
 def _measure(
     aggregator: str, model: nn.Module, paths: Sequence[Path], repeats: int, num_bytes: int
 ) -> dict[str, dict[str, float]]:
-    run = RunConfig(aggregator=aggregator)  # type: ignore[arg-type]
+    run = RunConfig(aggregator=aggregator, trim_fraction=0.25)  # type: ignore[arg-type]
     compared = [name for name, _ in model.named_parameters()]
     coefficients = [float(index + 1) for index in range(len(paths))]
     ours, bare, memory = [], [], []
     for index in range(repeats + 1):
-        bare_seconds = _seconds(lambda: _add(paths))
+        bare_taken = _taken(lambda: _add(paths))
         before = reset_peak()
-        our_seconds = _seconds(lambda: aggregate(paths, coefficients, run, compared=compared))
+        our_taken = _taken(lambda: aggregate(paths, coefficients, run, compared=compared))
         if index:  # the first pair is a warm-up
-            bare.append(bare_seconds)
-            ours.append(our_seconds)
+            bare.append(bare_taken)
+            ours.append(our_taken)
             memory.append((peak_bytes() - before) / num_bytes)
+    (our_seconds, our_cpu), (bare_seconds, bare_cpu) = (zip(*each, strict=True) for each in (ours, bare))
     return {
-        "ours_seconds": figures.spread(ours),
-        "bare_seconds": figures.spread(bare),
-        "speed": figures.ratios(bare, ours),
+        "ours_seconds": figures.spread(our_seconds),
+        "bare_seconds": figures.spread(bare_seconds),
+        "speed": figures.ratios(bare_seconds, our_seconds),
+        "speed_cpu": figures.ratios(bare_cpu, our_cpu),  # of the processor: what a busy machine disturbs less
         "memory_in_models": figures.spread(memory),
     }
 
@@ -110,10 +112,11 @@ def _add(paths: Sequence[Path]) -> None:
         total.add_(torch.from_numpy(mapped))
 
 
-def _seconds(work: Callable[[], object]) -> float:
-    started = time.perf_counter()
+def _taken(work: Callable[[], object]) -> tuple[float, float]:
+    """Seconds, and processor seconds."""
+    started, cpu_started = time.perf_counter(), time.process_time()
     work()
-    return time.perf_counter() - started
+    return time.perf_counter() - started, time.process_time() - cpu_started
 
 
 if __name__ == "__main__":

@@ -2,15 +2,16 @@
 
 Every aggregator walks the tensors in pieces that stay in a processor's cache: a piece of every
 contribution is read, in the order given, and reduced to the piece of the result. The mean adds them up one
-by one; what has to see all values of a coordinate stacks them first, in shorter pieces the more there are.
-The files are read rather than mapped, because mapped pages count as the trainer's memory.
+by one; what has to see all values of a coordinate stacks them first, in shorter pieces the more there are,
+and sorts them by whole rows, which processors do in vectors. The files are read rather than mapped, because
+mapped pages count as the trainer's memory.
 """
 
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -25,10 +26,12 @@ from common.weights import StateDict
 # The largest that PyTorch adds in one thread: waking others for it costs more than it saves, and on a
 # busy machine many times more.
 PIECE_ELEMENTS = 1 << 15
-STACK_ELEMENTS = 1 << 18  # of all contributions together, in float64: 2 MiB
+STACK_ELEMENTS = 1 << 18  # of all contributions together, in float64 at most: 2 MiB
 # Of one contribution: shorter ones would cost more to find than to read. So that beyond 256 contributions
 # each takes 8 KiB more.
 MIN_STACKED_ELEMENTS = 1 << 10
+# More rows are sorted coordinate by coordinate: a network's steps grow faster than their number.
+MAX_NETWORK_ROWS = 64
 
 SMOOTHING = 1e-6  # of the geometric median, as a part of the median distance to it
 LEAST_DISTANCE = 1e-150  # one over it, and over its square, is still a number
@@ -43,7 +46,8 @@ _TORCH_DTYPES = {
 }  # fmt: skip
 
 OnTensor = Callable[[int, int], None]  # told how many tensors, of how many, are done
-FloatArray = npt.NDArray[np.float64]
+FloatArray = npt.NDArray[np.floating[Any]]
+Exchanges = list[tuple[int, int]]  # of rows i < j: the smaller values into i, the larger ones into j
 
 # The values [n] of one piece, of every contribution in turn, each gone when the next is asked for.
 Piece = Iterable[Tensor]
@@ -163,10 +167,10 @@ def geometric_median(
     schema = contributions.schema
     names = [name for name in schema if name in compared and _torch_dtype(schema[name]).is_floating_point]
     num_steps = len(names) + len(schema)
-    gram = np.zeros((len(paths), len(paths)))
+    gram, scratch = np.zeros((len(paths), len(paths))), _scratch(len(paths))
     for done, name in enumerate(names, start=1):
-        for _, piece in contributions.pieces(name, _stacked_elements(len(paths))):
-            gram += _centred_gram(_stacked(piece), factors)
+        for _, piece in contributions.pieces(name, scratch.shape[1]):
+            gram += _centred_gram(_stacked(piece, scratch, torch.float64), factors)
         on_tensor(done, num_steps)
     if not np.isfinite(gram).all():
         raise RunError('the contributions are too large for geometric_median: set aggregator = "median"')
@@ -222,35 +226,88 @@ def _reduce(
 
 def _trimmed_mean(paths: Sequence[Path], num_dropped: int, on_tensor: OnTensor) -> StateDict:
     """The mean of each coordinate without so many values at either end: down to the median."""
-    kept = slice(num_dropped, len(paths) - num_dropped)
+    kept = range(num_dropped, len(paths) - num_dropped)
+    network = _sorting_network(len(paths), kept) if len(paths) <= MAX_NETWORK_ROWS else None
+    scratch = _scratch(len(paths))
 
     def reduce(piece: Piece, result: Tensor) -> None:
-        stack = _stacked(piece)
-        stack.sort(axis=0)
-        stack[kept].mean(axis=0, out=result.numpy())
+        stack = _stacked(piece, scratch)
+        rows = np.sort(stack.T).T if network is None else _exchanged(stack, network)
+        for index in kept:
+            result.add_(torch.from_numpy(rows[index]))
+        result.div_(len(kept))
 
-    return _reduce(_Contributions(paths), _stacked_elements(len(paths)), reduce, on_tensor)
-
-
-def _stacked_elements(num_contributions: int) -> int:
-    """How long pieces are that are stacked."""
-    return min(PIECE_ELEMENTS, max(STACK_ELEMENTS // num_contributions, MIN_STACKED_ELEMENTS))
+    return _reduce(_Contributions(paths), scratch.shape[1], reduce, on_tensor)
 
 
-def _stacked(piece: Piece) -> FloatArray:
-    """The values of all contributions, [K, n]."""
-    return torch.stack([values.to(torch.float64, copy=True) for values in piece]).numpy()
+def _sorting_network(num_rows: int, kept: Collection[int]) -> Exchanges:
+    """The exchanges, in order, that leave in the kept rows, in whatever order, what sorting would.
+
+    Merge exchange (Batcher 1968; Knuth, The Art of Computer Programming 3, algorithm 5.2.2M) without those
+    that at its end change places among the kept rows, or among the others.
+    """
+    exchanges: Exchanges = []
+    half = 1 << (num_rows - 1).bit_length() >> 1
+    p = half
+    while p:
+        q, r, d = half, 0, p
+        while d:
+            exchanges += [(i, i + d) for i in range(num_rows - d) if i & p == r]
+            q, r, d = q // 2, p, q - p
+        p //= 2
+    is_kept = {row: row in kept for row in range(num_rows)}  # of rows that no later exchange reads
+    needed: Exchanges = []
+    for i, j in reversed(exchanges):
+        if i not in is_kept or j not in is_kept or is_kept[i] != is_kept[j]:
+            needed.append((i, j))
+            is_kept.pop(i, None)
+            is_kept.pop(j, None)
+    return needed[::-1]
+
+
+def _exchanged(stack: FloatArray, exchanges: Exchanges) -> list[FloatArray]:
+    """The rows after the exchanges; the stack is overwritten."""
+    rows, spare = list(stack), np.empty_like(stack[0])
+    for i, j in exchanges:
+        np.minimum(rows[i], rows[j], out=spare)
+        np.maximum(rows[i], rows[j], out=rows[j])
+        rows[i], spare = spare, rows[i]
+    return rows
+
+
+def _scratch(num_contributions: int) -> Tensor:
+    """Where pieces of all contributions are stacked: float64 [K, n], n being how long these pieces are."""
+    num_elements = min(PIECE_ELEMENTS, max(STACK_ELEMENTS // num_contributions, MIN_STACKED_ELEMENTS))
+    return torch.empty(num_contributions, num_elements, dtype=torch.float64)
+
+
+def _stacked(piece: Piece, scratch: Tensor, dtype: torch.dtype | None = None) -> FloatArray:
+    """The values of all contributions, [K, n], in the scratch memory.
+
+    Args:
+        dtype: None: float32 where that holds the values exactly, as of floats it does, or else float64.
+    """
+    stack = scratch
+    for index, values in enumerate(piece):
+        if index == 0:
+            is_short = values.is_floating_point() and values.dtype != torch.float64
+            flat = scratch.view(-1).view(dtype or (torch.float32 if is_short else torch.float64))
+            stack = flat[: len(scratch) * len(values)].view(len(scratch), len(values))
+        stack[index] = values
+    return stack.numpy()
 
 
 def _centred_gram(stack: FloatArray, coefficients: FloatArray) -> FloatArray:
     """The inner products [K, K] of the contributions' differences to the one nearest to all others.
 
+    The stack [K, n] is overwritten.
+
     Distances follow from inner products of differences to whatever point. But next to one that lies far
     from the others, as a far outlier does, these would all have the same leading digits and lose their own.
     """
     nearest = np.argmin(_distances(stack @ stack.T) @ coefficients)
-    differences = stack - stack[nearest]
-    return np.asarray(differences @ differences.T)
+    stack -= stack[nearest].copy()
+    return np.asarray(stack @ stack.T)
 
 
 def _distances(gram: FloatArray) -> FloatArray:

@@ -6,6 +6,7 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 import torchvision
 from hypothesis import given, settings
@@ -408,6 +409,20 @@ def test_as_many_are_trimmed_as_the_fraction_says(trim_fraction, num_contributio
     values = np.arange(num_contributions, dtype=np.float64)[:, None] ** 2
     found = aggregated("trimmed_mean", values[::-1], [1] * num_contributions, trim_fraction=trim_fraction)
     assert found == values[num_dropped : num_contributions - num_dropped].mean()
+
+
+@pytest.mark.parametrize("num_contributions", [*range(1, 20), 31, 32, 33, 63, 64, 65, 100])
+def test_however_many_contributions_are_sorted(num_contributions):
+    generator = np.random.default_rng(num_contributions)
+    bits = generator.random((num_contributions, 300)) < generator.random(300)  # they show every mistake
+    values = np.concatenate([bits, generator.standard_normal(bits.shape)], axis=1)
+    np.testing.assert_allclose(
+        aggregated("median", values, [1] * len(values)), np.median(values, axis=0), atol=1e-15
+    )
+    for trim_fraction in (0.1, 0.3, 0.45):
+        found = aggregated("trimmed_mean", values, [1] * len(values), trim_fraction=trim_fraction)
+        expected = scipy.stats.trim_mean(values, trim_fraction)
+        np.testing.assert_allclose(found, expected, atol=1e-15 * len(values))
 
 
 def test_trimmed_mean_and_median_round_integers_half_to_even(tmp_path):
