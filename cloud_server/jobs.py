@@ -112,6 +112,11 @@ class JobDirectory:
     def weights_path(self) -> Path:
         return self.path / "model.safetensors"
 
+    @property
+    def precision_path(self) -> Path:
+        """Beside all jobs: in which precision this machine trains fastest."""
+        return self.path.parents[1] / "precision.json"
+
     def write_job(self, job: Job) -> None:
         """Ask for the job, also when an earlier attempt at it has ended.
 

@@ -43,6 +43,11 @@ class DeviceData:
     def __len__(self) -> int:
         return len(self._tensors[0])
 
+    @property
+    def image_shape(self) -> tuple[int, ...]:
+        """C, H, W."""
+        return tuple(self._tensors[0].shape[1:])
+
     def take(self, which: Tensor | slice) -> list[Tensor]:
         """x [B, C, H, W], normalised, and the targets of these images, all on the device."""
         if isinstance(which, Tensor):

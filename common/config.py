@@ -62,6 +62,8 @@ class TrainingConfig(FrozenModel):
     schedule: Literal["constant", "cosine", "one-cycle"] = "cosine"  # of the learning rate, step by step
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
     augment: tuple[Literal["horizontal_flip", "random_crop"], ...] = ()
+    # "auto": bfloat16 where it is faster: on GPUs that have it, and on CPUs by measurement, once
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
 
     @model_validator(mode="after")
     def _nesterov_needs_momentum(self) -> Self:

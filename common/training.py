@@ -6,6 +6,7 @@ the weights, the optimizer and its own number: whoever has those can go on from 
 Shapes: B images of a batch, N of a data set, C channels, H height, W width, K classes.
 """
 
+import copy
 import hashlib
 import json
 import math
@@ -27,6 +28,7 @@ from common.batches import DeviceData, Draws, batch_bounds, draw_epoch
 from common.checkpoint import CHECKPOINT_SECONDS, Checkpoints, Finished, fingerprint
 from common.config import DatasetSpec, TrainingConfig
 from common.errors import DivergedError, UsageError
+from common.precision import Precision, decide, describe, has_bfloat16
 
 REPORT_SECONDS = 0.1  # reading the loss waits for the device: not at every step
 
@@ -99,6 +101,7 @@ def train(
     world_size: int = 1,
     checkpoint: Path | None = None,
     checkpoint_seconds: float = CHECKPOINT_SECONDS,
+    precision_file: Path | None = None,
     soft_labels: Tensor | None = None,
     distill: float = 0.0,
     class_balanced: bool = False,
@@ -116,6 +119,8 @@ def train(
             same config, spec, seed, weights and data, that one is gone on with; on the CPU it ends with
             the same bits as if it had never stopped. The caller removes it when the result is safe.
         checkpoint_seconds: least time between two checkpoints, and before the first.
+        precision_file: keeps what precision = "auto" has found out about this CPU, for as long as the same
+            training may be done again; None: it is float32 there.
         soft_labels: float32 [N, K], probabilities: what teachers make of each image. On every rank.
         distill: 0 to 1, how much of the loss is the cross-entropy to the soft labels; the rest is the one
             to the labels. FedDF (arXiv 2006.07242) takes the divergence from the teachers instead: that
@@ -138,14 +143,21 @@ def train(
         return math.nan
     data = DeviceData(images, spec, device, [labels] if soft_labels is None else [labels, soft_labels])
     balanced = labels.cpu() if class_balanced else None
-    training = _Training(model, data, config, seed, on_step, rank, world_size, distill, balanced)
-    kept = None
-    if checkpoint:
-        settings = (config.model_dump(mode="json"), spec, seed)
-        identity = fingerprint(settings, model, images, labels)
-        kept = Checkpoints(checkpoint, identity, model, training.optimizer, checkpoint_seconds)
-    finished = kept.restore() if kept else Finished()
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+
+        def prepare(model: nn.Module, precision: Precision) -> _Training:
+            return _Training(
+                model, data, config, seed, on_step, rank, world_size, distill, balanced, precision
+            )
+
+        precision = _precision(model, data, config, world_size, precision_file, prepare)
+        training = prepare(model, precision)
+        kept = None
+        if checkpoint:
+            settings = (config.model_dump(mode="json"), precision, spec, seed)
+            identity = fingerprint(settings, model, images, labels)
+            kept = Checkpoints(checkpoint, identity, model, training.optimizer, checkpoint_seconds)
+        finished = kept.restore() if kept else Finished()
         for epoch in range(finished.num_epochs, config.epochs):
             loss = training.run_epoch(epoch)
             if not math.isfinite(loss):
@@ -292,6 +304,7 @@ class _Training:
         world_size: int,
         distill: float,
         balanced_N: Tensor | None,  # the labels by which to balance
+        precision: Precision,
     ) -> None:
         self._data, self._config, self._seed = data, config, seed
         self._rank, self._world_size = rank, world_size
@@ -300,12 +313,19 @@ class _Training:
         self._batches = batch_bounds(len(data), config.batch_size, smallest)
         self._num_steps = config.epochs * len(self._batches)
         self._reports = _Reports(on_step, self._num_steps)
+        self._autocast = torch.autocast(data.device.type, torch.bfloat16, enabled=precision == "bfloat16")
         self._memory_format = _place(model, data.device)
         self.optimizer = _make_optimizer(model, config)
         self._model = model.train()
         if world_size > 1:
             device_ids = [data.device] if data.device.type == "cuda" else None
             self._model = DistributedDataParallel(model, device_ids)
+
+    def rehearsal(self) -> Callable[[], object]:
+        """A step that can be taken again and again, to see how long it takes."""
+        draws = draw_epoch(len(self._data), self._seed, self._data.device)
+        begin, end = self._batches[0]
+        return lambda: self._step(0, draws, slice(begin, end), end - begin)
 
     def run_epoch(self, epoch: int) -> float:
         """One pass over the data, epochs counted from 0; its mean loss over all ranks."""
@@ -334,7 +354,7 @@ class _Training:
             group["lr"] = self._config.learning_rate * factor
         x_BCHW, *targets = draws.take(self._data, mine, self._config.augment)
         x_BCHW = x_BCHW.contiguous(memory_format=self._memory_format)
-        with _autocast(self._data.device):
+        with self._autocast:
             loss_sum = self._loss_sum(self._model(x_BCHW), *targets)
         self.optimizer.zero_grad()
         # DistributedDataParallel averages over ranks: times world_size it is the mean over the batch.
@@ -350,6 +370,33 @@ class _Training:
             return loss
         soft_loss = F.cross_entropy(logits_BK, soft_BK, reduction="sum")
         return (1 - self._distill) * loss + self._distill * soft_loss
+
+
+def _precision(
+    model: nn.Module,
+    data: DeviceData,
+    config: TrainingConfig,
+    world_size: int,
+    path: Path | None,
+    prepare: Callable[[nn.Module, Precision], "_Training"],
+) -> Precision:
+    """What the training computes in; on a CPU it may be measured with copies of the model, kept at `path`."""
+    if config.precision != "auto":
+        return config.precision
+    if not has_bfloat16(data.device):
+        return "float32"
+    if data.device.type == "cuda":
+        return "bfloat16"
+    if path is None or world_size > 1:  # ranks would have to agree
+        return "float32"
+    batch_size = min(len(data), config.batch_size)
+    num_steps = config.epochs * math.ceil(len(data) / batch_size)
+    return decide(
+        path,
+        describe(model, data.image_shape, batch_size),
+        num_steps,
+        lambda precision: prepare(copy.deepcopy(model), precision).rehearsal(),
+    )
 
 
 def _place(model: nn.Module, device: torch.device) -> torch.memory_format:
@@ -404,9 +451,3 @@ def _make_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Opt
         )
     kind = torch.optim.Adam if config.optimizer == "adam" else torch.optim.AdamW
     return kind(parameters, lr=rate, weight_decay=decay, fused=True)
-
-
-def _autocast(device: torch.device) -> torch.autocast:
-    """bfloat16 on GPUs that have it in hardware; float32 elsewhere."""
-    enabled = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.autocast(device.type, torch.bfloat16, enabled=enabled)

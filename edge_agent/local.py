@@ -219,6 +219,7 @@ class LocalModels:
             on_step=on_step,
             checkpoint=self._disk.checkpoint,
             checkpoint_seconds=self._checkpoint_seconds,
+            precision_file=self._disk.precision,
         )
 
     def _objection(self, before: Evaluation | None, after: Evaluation) -> str:

@@ -107,6 +107,11 @@ class AgentState:
         return self.path / "report.json"
 
     @property
+    def precision(self) -> Path:
+        """What was found out about the precision in which this device trains fastest."""
+        return self.path / "precision.json"
+
+    @property
     def work(self) -> Path:
         """What is in the making: it can be lost, and is then made again."""
         return self.path / "work"

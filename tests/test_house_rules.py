@@ -19,6 +19,7 @@ MAY_IMPORT_TORCH = {
     "common/batches.py",
     "common/checkpoint.py",
     "common/models.py",
+    "common/precision.py",
     "common/training.py",
     "common/weights.py",
     "edge_agent/data.py",

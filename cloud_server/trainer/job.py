@@ -197,6 +197,7 @@ class RoundJob:
                 self._run,
                 round_number=self._job.round,
                 device=self._device,
+                precision_file=self._directory.precision_path,
                 soft_labels=teaching,
                 on_step=self._tell_step if self._is_first else None,
                 rank=self._group.rank,
