@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Self, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
-from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSettingsSource
 
 from common.errors import UsageError
 
@@ -173,21 +172,8 @@ class RunConfig(FrozenModel):
         )
 
 
-class ProcessConfig(BaseSettings):
-    """Base of the two processes' configurations; a subclass sets `env_prefix`."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")  # type: ignore[assignment]
-
-    @classmethod
-    def settings_customise_sources(
-        cls,
-        settings_cls: type[BaseSettings],  # noqa: ARG003
-        init_settings: PydanticBaseSettingsSource,
-        env_settings: PydanticBaseSettingsSource,  # noqa: ARG003
-        dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003
-        file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
-    ) -> tuple[PydanticBaseSettingsSource, ...]:
-        return (init_settings,)  # load() has merged the sources already
+class ProcessConfig(FrozenModel):
+    """Base of the two processes' configurations."""
 
 
 Config = TypeVar("Config", bound=ProcessConfig)
@@ -254,8 +240,13 @@ def _read_environment(
         key = variable.removeprefix(prefix).split("__")[0].lower()
         if variable.startswith(prefix) and key not in config_class.model_fields:
             raise UsageError(f"unknown key {key!r} in the environment variable {variable}")
+    from pydantic_settings import EnvSettingsSource  # takes as long as all of --help, which does without
+
     source = EnvSettingsSource(
-        config_class, env_prefix=prefix, env_nested_delimiter="__", case_sensitive=False
+        config_class,  # type: ignore[arg-type]  # any model does, with all its options given here
+        env_prefix=prefix,
+        env_nested_delimiter="__",
+        case_sensitive=False,
     )
     source.env_vars = {name.lower(): value for name, value in environ.items()}
     try:

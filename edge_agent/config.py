@@ -8,7 +8,6 @@ from pydantic import Field, ValidationInfo, field_validator
 
 from common.config import AGENT_ID_PATTERN, DATASETS, ProcessConfig
 from common.errors import UsageError
-from edge_agent.partition import parse_partition
 
 ENV_PREFIX = "ECAVG_AGENT_"
 
@@ -68,6 +67,8 @@ class AgentConfig(ProcessConfig):
     @classmethod
     def _is_usable(cls, value: str | None, info: ValidationInfo) -> str | None:
         """Said at once, not when the server has been reached."""
+        from edge_agent.partition import parse_partition  # and with it NumPy, which --help does without
+
         if value is not None:
             try:
                 parse_partition(value) if info.field_name == "partition" else check_source(value)
