@@ -3,11 +3,11 @@
     python -m benchmarks.train --models mlp mobilenet_v2 resnet50 --device cpu
 
 Bare: float32 images, normalised once and in memory; each epoch in a new order; the model as torchvision
-makes it, cross-entropy, SGD. Nothing is reported, and nothing is augmented. Ours is held against it with
-the same model, data and optimizer, and no augmentation either. Usual: a DataLoader with one worker for
-each core over PIL-ready images, with torchvision's RandomCrop, RandomHorizontalFlip, ToTensor and
-Normalize; ours then crops and flips, too. The loops take turns, and each of ours is held against its
-neighbours.
+makes it, cross-entropy, SGD, in the precision that is asked of ours. Nothing is reported, and nothing is
+augmented. Ours is held against it with the same model, data and optimizer, and no augmentation either.
+Usual: a DataLoader with one worker for each core over PIL-ready images, with torchvision's RandomCrop,
+RandomHorizontalFlip, ToTensor and Normalize, in float32; ours then crops and flips, too. The loops take
+turns, and each of ours is held against its neighbours.
 """
 
 import argparse
@@ -75,6 +75,7 @@ def main(argv: list[str] | None = None) -> int:
         "benchmark": "train",
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "threads": torch.get_num_threads(),
+        "precision": arguments.precision,
         "models": measured,
         "machine": machine,
     }
@@ -93,6 +94,10 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--models", nargs="+", choices=WORKLOADS, default=tuple(WORKLOADS), help="which")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:1")
+    precisions = ("float32", "bfloat16")
+    parser.add_argument(
+        "--precision", choices=precisions, default="float32", help="of ours and the bare loop"
+    )
     parser.add_argument("--threads", type=int, metavar="N", help="of PyTorch (default: its own choice)")
     parser.add_argument("--images", type=int, metavar="N", help="of an epoch (default: by model and device)")
     parser.add_argument("--epochs", type=int, default=1, metavar="N", help="of each training")
@@ -114,7 +119,11 @@ def _case(name: str, device: torch.device, arguments: argparse.Namespace) -> Cas
         labels=torch.randint(run.spec.num_classes, (num_images,), generator=generator),
         spec=DATASETS[workload.dataset],
         config=TrainingConfig(
-            epochs=arguments.epochs, batch_size=workload.batch_size, learning_rate=0.01, schedule="constant"
+            epochs=arguments.epochs,
+            batch_size=workload.batch_size,
+            learning_rate=0.01,
+            schedule="constant",
+            precision=arguments.precision,
         ),
         device=device,
     )
@@ -175,26 +184,28 @@ def _train_bare(case: Case) -> None:
     mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (case.spec.mean, case.spec.std))
     images = ((case.images / 255 - mean) / std).to(device)
     labels = case.labels.to(device)
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=case.config.precision == "bfloat16")
     for _ in range(case.config.epochs):
         order = torch.randperm(len(images), device=device)
         for begin in range(0, len(images), case.config.batch_size):
             indices = order[begin : begin + case.config.batch_size]
-            _step(model, optimizer, images[indices], labels[indices])
+            with autocast:
+                train_step(model, optimizer, images[indices], labels[indices])
 
 
 def _train_usual(case: Case) -> None:
     model, device = copy.deepcopy(case.model).to(case.device).train(), case.device
     optimizer = _optimizer(model, case.config)
     loader = DataLoader(
-        _Pictures(case), case.config.batch_size, shuffle=True, num_workers=len(os.sched_getaffinity(0)),
+        Pictures(case), case.config.batch_size, shuffle=True, num_workers=len(os.sched_getaffinity(0)),
         pin_memory=device.type == "cuda", persistent_workers=True,
     )  # fmt: skip
     for _ in range(case.config.epochs):
         for images, labels in loader:
-            _step(model, optimizer, images.to(device), labels.to(device))
+            train_step(model, optimizer, images.to(device), labels.to(device))
 
 
-class _Pictures(Dataset[tuple[Tensor, int]]):
+class Pictures(Dataset[tuple[Tensor, int]]):
     """As torchvision's own datasets do it: arrays in memory, each made a picture, then transformed."""
 
     def __init__(self, case: Case) -> None:
@@ -221,7 +232,7 @@ def _optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Optimize
     return torch.optim.SGD(model.parameters(), lr=config.learning_rate, momentum=config.momentum)
 
 
-def _step(model: nn.Module, optimizer: torch.optim.Optimizer, x_BCHW: Tensor, y_B: Tensor) -> None:
+def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, x_BCHW: Tensor, y_B: Tensor) -> None:
     optimizer.zero_grad()
     F.cross_entropy(model(x_BCHW), y_B).backward()  # type: ignore[no-untyped-call]
     optimizer.step()

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from benchmarks import figures
 from benchmarks.processes import Meter, children, processes_in
@@ -77,6 +78,19 @@ def test_train_compares_with_both_loops() -> None:
     measured = result["models"]["mlp"]
     assert set(measured["images_per_second"]) == {"ours", "bare", "ours_augmented", "usual"}
     assert set(measured["of_bare"]) == set(measured["of_usual"]) == SPREAD
+
+
+def test_to_accuracy_stops_at_it_or_gives_up(tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        for label in range(10):
+            folder = tmp_path / split / f"class-{label}"
+            folder.mkdir(parents=True)
+            Image.new("RGB", (32, 32), (25 * label, 0, 0)).save(folder / "1.png")
+    folder = ["--data", tmp_path, "--device", "cpu"]
+    for more, epochs in ((["--accuracy", 0], 1), (["--accuracy", 1.1, "--epochs", 2], 2)):
+        loops = run("to_accuracy", *folder, *more)["loops"]
+        assert [loops[name][0]["epochs"] for name in ("ours", "usual")] == [epochs, epochs]
+        assert loops["ours"][0]["seconds"] > 0
 
 
 @pytest.mark.parametrize("peer", ["flower", "nvflare"])
