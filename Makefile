@@ -46,6 +46,7 @@ bench: $(READY)
 	$(BIN)/python -m benchmarks.memory --agents 2,8,32 --mib 64
 	$(BIN)/python -m benchmarks.aggregate --agents 8 --repeats 5
 	$(BIN)/python -m benchmarks.train --repeats 3
+	$(BIN)/python -m benchmarks.train --repeats 3 --models resnet50 --precision bfloat16
 
 # Flower takes most of the time: half a minute for a round of two agents.
 bench-peers: $(READY)
