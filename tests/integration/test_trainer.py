@@ -19,7 +19,7 @@ from cloud_server.jobs import Job, JobContribution, JobDirectory, Result, blob_p
 from cloud_server.trainer import __main__ as trainer_main
 from cloud_server.trainer import job as job_module
 from cloud_server.trainer.aggregation import mean
-from cloud_server.trainer.finetune import combine
+from cloud_server.trainer.finetune import CombinedData, combine
 from cloud_server.trainer.group import Group
 from common.config import FineTuneConfig, RunConfig
 from common.models import build_model
@@ -195,14 +195,21 @@ def test_a_single_example_is_trained_on(do, blobs_dir, contributions):
     assert result.error is None
 
 
-def test_shards_in_pieces_are_the_same_data(blobs_dir, contributions):
+def test_each_shard_of_an_agent_is_split_by_itself(blobs_dir, contributions):
+    """So that a shard which the server has had before is split as before, whatever has come to it."""
     half = part(digits(), slice(0, 900))
     pieces = [part(half, slice(0, 1)), part(half, slice(1, 500)), part(half, slice(500, 900))]
-    shards = tuple(put_shard(piece, blobs_dir) for piece in pieces)
-    whole = combine(RUN, contributions[:1], blobs_dir)
-    pieced = combine(RUN, [contributions[0].model_copy(update={"shards": shards})], blobs_dir)
-    for one, other in zip((*whole.train, *whole.held_out), (*pieced.train, *pieced.held_out), strict=True):
-        assert torch.equal(one, other)
+    shards = [put_shard(piece, blobs_dir) for piece in pieces]
+
+    def combined(*shards: str) -> CombinedData:
+        return combine(RUN, [contributions[0].model_copy(update={"shards": shards})], blobs_dir)
+
+    together = combined(*shards)
+    for index, name in enumerate(("train", "held_out")):
+        apart = [combined(shard)[index] for shard in shards]
+        assert torch.equal(getattr(together, name).images, torch.cat([each.images for each in apart]))
+        assert torch.equal(getattr(together, name).labels, torch.cat([each.labels for each in apart]))
+    assert len(together.train.labels) + len(together.held_out.labels) == 900
 
 
 def test_combined_data_is_every_example_once_and_held_out_alike_in_any_company(blobs_dir, contributions):
