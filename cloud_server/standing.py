@@ -16,6 +16,7 @@ from cloud_server.reports import Reports
 from cloud_server.round import Outcome, Phase, Round
 from cloud_server.store import ReportRow, RoundRow, Store
 from common.transfer import Blob
+from common.wire import Encoded
 
 STATUS_ROUNDS = 50  # as many of the latest rounds are on the status page
 
@@ -24,6 +25,7 @@ STATUS_ROUNDS = 50  # as many of the latest rounds are on the status page
 class PublishedModel:
     round: int
     weights: Blob
+    encoded: Encoded | None
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,7 @@ class RunState:
     round: int
     phase: Phase
     initial_weights: Blob
+    initial_encoded: Encoded | None
     outcome: Outcome | None
     progress: Progress | None
     latest_model: PublishedModel | None
@@ -41,6 +44,7 @@ class RunState:
     run_over: bool
     num_contributions: int
     max_contributions: int
+    counted_round: int  # the last one whose model has a contribution of this agent in it; 0: none has
 
 
 class Standing:
@@ -76,6 +80,7 @@ class Standing:
         self._progress: Progress | None = None  # of the trainer in this phase
         self._run_over = False
         self._latest_model: PublishedModel | None = None
+        self._counted = store.counted_rounds()
         self._last_failure = (0, "")  # round, reason
         self._results: dict[int, Result] = {}  # of rounds on the status page
         for row in store.rounds():
@@ -90,7 +95,10 @@ class Standing:
             self._progress = None
         self._round = current
         self._initial_weights = self._blob(current.initial_weights)
+        self._initial_encoded = self._encoded(current.initial_weights)
         self._note_end(current)
+        if current.published:
+            self._counted |= dict.fromkeys(current.contributions, current.number)
         self.look_again()
 
     def show_progress(self, progress: Progress) -> None:
@@ -140,6 +148,7 @@ class Standing:
             round=self._round.number,
             phase=self._round.phase,
             initial_weights=self._initial_weights,
+            initial_encoded=self._initial_encoded,
             outcome=self._round.outcome_of(agent_id) if agent_id else None,
             progress=self._progress,
             latest_model=self._latest_model,
@@ -148,6 +157,7 @@ class Standing:
             run_over=self._run_over,
             num_contributions=len(self._round.contributions),
             max_contributions=self._round.policy.max_agents,
+            counted_round=self._counted.get(agent_id or "", 0),
         )
 
     async def status(self, now: float) -> dict[str, Any]:
@@ -192,12 +202,20 @@ class Standing:
 
     def _note_end(self, ended: Round | RoundRow) -> None:
         if ended.published:
-            self._latest_model = PublishedModel(ended.number, self._blob(ended.published))
+            self._latest_model = PublishedModel(
+                ended.number, self._blob(ended.published), self._encoded(ended.published)
+            )
         if ended.failure:
             self._last_failure = (ended.number, ended.failure)
 
     def _blob(self, digest: str) -> Blob:
         return Blob(digest, self._store.blob_size(digest) or 0)
+
+    def _encoded(self, digest: str) -> Encoded | None:
+        encoding = self._store.encoding(digest)
+        if encoding is None or self._store.blob_size(encoding.digest) is None:
+            return None
+        return Encoded(self._blob(encoding.digest), encoding.base)
 
     def _results_of(self, rows: Sequence[RoundRow]) -> dict[int, Result]:
         known = {row.number: self._results.get(row.number) for row in rows if row.published}

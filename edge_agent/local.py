@@ -21,8 +21,9 @@ from common.files import link, replacing
 from common.models import build_model
 from common.shards import cloud_holdout, gather, read_shard
 from common.training import Evaluation, OnStep, derive_seed
-from common.transfer import blob_of
+from common.transfer import Blob, blob_of
 from common.weights import load_into, write_state_dict
+from common.wire import Base, encode, wire_of
 from edge_agent.client import Joined
 from edge_agent.comparison import objection
 from edge_agent.config import AgentConfig
@@ -127,6 +128,27 @@ class LocalModels:
         if in_use is None or evaluation.accuracy >= in_use.accuracy:
             self._use(path, evaluation)
         return trained
+
+    def encode(self, trained: Trained, initial: Path | None, counted_round: int) -> Blob:
+        """Leave what was pre-trained in a file as it travels, and in another one what that has lost.
+
+        Args:
+            initial: the weights that it started from; None: this agent's own, which the server does not have.
+            counted_round: the last round that counted a contribution of this agent: what that one has lost
+                is added.
+        """
+        base = Base(initial, trained.initial_weights) if initial and trained.initial_weights else None
+        residual = self._disk.residual(counted_round)
+        self._disk.discard_residuals_but(residual)
+        encode(
+            self._disk.local_weights,
+            self._disk.encoded,
+            wire_of(self._run.wire, base),
+            base=base,
+            residual=residual if residual.exists() else None,
+            next_residual=self._disk.residual(trained.round),
+        )
+        return blob_of(self._disk.encoded)
 
     def measure(self, number: int, weights: Path, trained: Trained | None, on_step: OnStep) -> Report:
         """Compare a global model with the one in use, on this agent's own held-out data, and decide.

@@ -136,9 +136,22 @@ class AgentState:
         """The global model after local adaptation, until that is in use and reported."""
         return self.work / "adapted.safetensors"
 
-    def weights(self, blob: Blob) -> Path:
+    @property
+    def encoded(self) -> Path:
+        """The local weights as they are uploaded, until they are contributed."""
+        return self.work / "encoded.safetensors"
+
+    def weights(self, digest: str) -> Path:
         """Where weights from the server are kept."""
-        return self.work / f"{blob.digest}.safetensors"
+        return self.work / f"{digest}.safetensors"
+
+    def residual(self, number: int) -> Path:
+        """What rounding took away from the contribution to a round.
+
+        It is added to the next one if that contribution has counted: the server knows, this agent may have
+        been away. It cannot be made again, so it is not in `work`.
+        """
+        return self.path / f"residual-{number:04d}.safetensors"
 
     def discard(self, *paths: Path) -> None:
         """Remove files that the saved progress has no more use for."""
@@ -148,6 +161,10 @@ class AgentState:
     def discard_all_but(self, needed: Collection[Path]) -> None:
         """Remove all other files from `work`, with what broken-off downloads have left."""
         self.discard(*(path for path in self.work.iterdir() if path not in needed))
+
+    def discard_residuals_but(self, needed: Path) -> None:
+        """Remove what contributions have lost that did not count, or that were made up for since."""
+        self.discard(*(path for path in self.path.glob("residual-*") if path != needed))
 
     def save(self, progress: Progress) -> None:
         self.progress = progress
