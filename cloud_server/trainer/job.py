@@ -126,11 +126,11 @@ class RoundJob:
         self._contributions = contributions
         weighted = coefficients([item.num_examples for item in contributions], job.run.weights)
         self._sent = [blob_path(blobs_dir, item.weights) for item in contributions]
-        is_encoded = job.run.wire != "float32"
+        self._is_encoded = job.run.wire != "float32"
         self._contributed = [
             Contributed(
                 item.agent_id,
-                directory.scratch_path / f"decoded-{index}.safetensors" if is_encoded else sent,
+                directory.scratch_path / f"decoded-{index}.safetensors" if self._is_encoded else sent,
                 coefficient,
             )
             for index, (item, sent, coefficient) in enumerate(
@@ -172,15 +172,17 @@ class RoundJob:
         with self._timed("evaluate"):
             written, fine_tuned = None, None
             if len(data.train.labels):
-                with suppress(RunError, InvalidError):  # not finite: it will lose, or be told of below
-                    written = self._write(model)  # now: it is measured as the agents will have it
+                if self._is_encoded:  # now: it is measured as the agents will have it
+                    with suppress(RunError, InvalidError):  # not finite: it will lose, or be told of below
+                        written = self._write(model)
                 fine_tuned = selection.offer("fine_tuned")
                 if self._on_candidate:
                     self._on_candidate("fine_tuned", model)
             published = selection.take_best()
             if not written or published.name != "fine_tuned":
                 written = self._write(model)
-                published = published._replace(evaluation=selection.measure())
+                if self._is_encoded:
+                    published = published._replace(evaluation=selection.measure())
         self._tell("evaluating", 1, 1)
         log.info("selected", start=start.name, published=published.name, accuracies=selection.accuracies)
         classes: tuple[ClassAccuracy, ...] = ()
@@ -222,7 +224,7 @@ class RoundJob:
 
     def _decode(self) -> None:
         """Leave what the agents have sent decoded in files; the other ranks wait for them."""
-        if self._run.wire == "float32":
+        if not self._is_encoded:
             return
         if self._is_first:
             for sent, contributed in zip(self._sent, self._contributed, strict=True):
