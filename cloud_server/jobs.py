@@ -4,7 +4,8 @@
         job.json            what to do; written by the server
         progress.jsonl      how far it is, a line at a time; from here on written by the trainer
         scratch/            what it needs on the way
-        model.safetensors   the weights it made
+        encoded.safetensors the weights it made, encoded for the way to the agents; not for wire = "float32"
+        model.safetensors   the weights it made: what decoding the former gives
         result.json         last of all: the job is over, well or badly
 
 A job is pending while it has a job.json and no result.json. It may be killed at any moment: whoever
@@ -37,11 +38,17 @@ class Weights(FrozenModel):
     bytes: int
 
 
+class EncodedWeights(Weights):
+    """The same weights, encoded (common/wire.py)."""
+
+    base: str | None  # digest of the weights that differences were taken from; None: there are none
+
+
 class JobContribution(FrozenModel):
     """What one agent brought to the round."""
 
     agent_id: str
-    weights: str  # digest
+    weights: str  # digest; encoded as the run's `wire` says
     shards: tuple[str, ...]  # digests, in the agent's order; none: it shared no data
     num_examples: int = Field(ge=0)  # it trained on
 
@@ -89,6 +96,7 @@ class Result(FrozenModel):
     """How a job ended. Accuracies are of the held-out part of the combined data, None without one."""
 
     weights: Weights | None = None  # of model.safetensors; None: see error
+    encoded: EncodedWeights | None = None  # of encoded.safetensors; None: weights travel as they are
     candidates: dict[str, float] = Field(default_factory=dict)  # accuracy of each possible start
     start: str | None = None  # the candidate that was fine-tuned
     soup: tuple[str, ...] = ()  # agent ids of the greedy soup
@@ -116,6 +124,14 @@ class JobDirectory:
     def precision_path(self) -> Path:
         """Beside all jobs: in which precision this machine trains fastest."""
         return self.path.parents[1] / "precision.json"
+
+    @property
+    def encoded_path(self) -> Path:
+        return self.path / "encoded.safetensors"
+
+    @property
+    def scratch_path(self) -> Path:
+        return self.path / "scratch"
 
     def write_job(self, job: Job) -> None:
         """Ask for the job, also when an earlier attempt at it has ended.
@@ -154,17 +170,18 @@ class JobDirectory:
     def discard_output(self) -> None:
         """Remove what an attempt that did not end may have left."""
         self._progress_path.unlink(missing_ok=True)
-        self.weights_path.unlink(missing_ok=True)
-        shutil.rmtree(self._scratch_path, ignore_errors=True)
+        for path in (self.weights_path, self.encoded_path):
+            path.unlink(missing_ok=True)
+        shutil.rmtree(self.scratch_path, ignore_errors=True)
 
     @contextmanager
-    def scratch(self) -> Iterator[Path]:
-        """An empty folder, for as long as it is needed."""
-        self._scratch_path.mkdir()
+    def scratch(self) -> Iterator[None]:
+        """Have an empty folder at `scratch_path`, for as long as it is needed."""
+        self.scratch_path.mkdir()
         try:
-            yield self._scratch_path
+            yield
         finally:
-            shutil.rmtree(self._scratch_path, ignore_errors=True)
+            shutil.rmtree(self.scratch_path, ignore_errors=True)
 
     def append_progress(self, progress: Progress) -> None:
         """Not made durable: after a crash of the machine the job starts again anyway."""
@@ -213,10 +230,6 @@ class JobDirectory:
     @property
     def _progress_path(self) -> Path:
         return self.path / "progress.jsonl"
-
-    @property
-    def _scratch_path(self) -> Path:
-        return self.path / "scratch"
 
     @property
     def _result_path(self) -> Path:

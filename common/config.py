@@ -37,6 +37,9 @@ DATASETS: Mapping[str, DatasetSpec] = {
 }
 
 
+# How weights travel: see common/wire.py.
+Wire = Literal["float32", "bfloat16", "int8"]
+
 # What the fine-tune may start from; where two do equally well, the first is taken.
 CandidateName = Literal["aligned", "average", "best_agent", "greedy_soup", "previous"]
 CANDIDATES: tuple[CandidateName, ...] = get_args(CandidateName)
@@ -103,7 +106,7 @@ class RunConfig(FrozenModel):
     weights: Literal["examples", "uniform"] = "examples"  # in mean and geometric_median
     candidates: tuple[CandidateName, ...] = CANDIDATES
     recompute_statistics: bool = True  # BatchNorm's, on the combined data, after any averaging
-    wire: Literal["float32"] = "float32"
+    wire: Wire = "float32"
     apply: Literal["if-not-worse", "always"] = "if-not-worse"
     adapt_epochs: Annotated[int, Field(ge=0, le=100_000)] = 1  # of a global model that does worse; 0: never
     pretrain: TrainingConfig = TrainingConfig()

@@ -29,18 +29,17 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, NamedTuple, Self
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
-from common.config import FrozenModel
-from common.errors import InvalidError, Reason, RunError
+from common.config import FrozenModel, Wire
+from common.errors import InvalidError, Reason, RunError, UsageError
 from common.files import replacing
 from common.schema import Header, Schema, TensorSpec, check_finite, check_weights, parse_header, read_header
-
-Wire = Literal["float32", "bfloat16", "int8"]
+from common.transfer import Blob
 
 PIECE_ELEMENTS = 1 << 15  # of a file held at once, or one channel if that is longer: stays in the cache
 
@@ -49,6 +48,7 @@ _PLAIN: Mapping[str, str] = {"format": "pt"}  # the metadata of weights that are
 _STATISTICS = ("running_mean", "running_var")  # PyTorch's names for what is measured, not trained
 _NUM_STEPS = 127  # of an int8, to either side of zero
 _LEAST_SCALE = np.finfo(np.float32).smallest_normal  # some processors are set to take less for zero
+_LARGEST_SCALE = np.finfo(np.float32).max / 256  # the largest difference, 128 steps, is half of what there is
 _NOTHING = Header({}, {}, 0, {})
 _NUMPY_DTYPES: Mapping[str, str] = {"F32": "<f4", "BF16": "<u2", "I8": "i1"}
 
@@ -63,6 +63,13 @@ class Base(NamedTuple):
     digest: str  # of the file; the caller has checked it
 
 
+class Encoded(NamedTuple):
+    """Weights of ours as they are offered for the way: the encoded file, and what it takes to decode it."""
+
+    blob: Blob
+    base: str | None  # digest; None: it takes no base
+
+
 class Encoding(FrozenModel):
     """How a file is encoded, as its metadata say."""
 
@@ -70,19 +77,30 @@ class Encoding(FrozenModel):
     base: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None  # int8: the digest of the base
     as_is: tuple[str, ...] = ()  # bfloat16: the BF16 tensors that were BF16 before, sorted
 
+    @model_validator(mode="after")
+    def _differences_have_a_base(self) -> Self:
+        if (self.wire == "int8") != (self.base is not None):
+            raise ValueError("int8 has a base, and nothing else has one")
+        return self
+
+
+def wire_of(wire: Wire, base: object | None) -> Wire:
+    """How weights travel in a run with this wire: where there is no base for differences, as bfloat16."""
+    return "bfloat16" if wire == "int8" and base is None else wire
+
 
 def wire_schema(schema: Schema, wire: Wire) -> Schema:
     """What weights of this schema are when encoded: names, shapes and dtypes.
 
     Raises:
-        RunError: a tensor has the name that the scale of another one needs.
+        UsageError: a tensor has the name that the scale of another one needs.
     """
     encoded = {}
     for name, spec in schema.items():
         encoded[name] = TensorSpec(_wire_dtype(name, spec, wire), spec.shape)
         if spec.dtype == "F32" and encoded[name].dtype == "I8":
             if _scale(name) in schema:
-                raise RunError(
+                raise UsageError(
                     f"tensor {_scale(name)!a} has the name that int8 needs for the scale of"
                     f' {name!a}: rename it, or set wire = "bfloat16"'
                 )
@@ -113,13 +131,15 @@ def check_encoded(header: Header, schema: Schema, wire: Wire, *, base_digest: st
 
     Raises:
         InvalidError: INVALID_FILE or SCHEMA_MISMATCH; INITIAL_WEIGHTS, it was made with another base.
-        RunError: weights of this schema cannot be encoded.
+        UsageError: weights of this schema cannot be encoded.
+        ValueError: int8 without a base.
     """
-    found, expected = encoding_of(header), _encoding(schema, wire, base_digest)
+    found = encoding_of(header)
     if found.wire != wire:
         raise InvalidError(
             f'the weights are encoded as {found.wire}: set wire = "{wire}"', Reason.SCHEMA_MISMATCH
         )
+    expected = _encoding(schema, wire, base_digest)
     if found.base != expected.base:
         raise InvalidError(
             f"the weights are differences from {_short(found.base)}, not from {_short(expected.base)}:"
@@ -131,6 +151,30 @@ def check_encoded(header: Header, schema: Schema, wire: Wire, *, base_digest: st
             "the weights' metadata are wrong about which tensors were BF16 before", Reason.SCHEMA_MISMATCH
         )
     check_weights(header, wire_schema(schema, wire))
+
+
+def check_values(path: Path, header: Header) -> None:
+    """Check that decoding a file that `check_encoded` let pass gives finite values, without the base.
+
+    Differences may take up half of what float32 can say, and are taken not to meet a base beyond the other.
+
+    Raises:
+        InvalidError: NON_FINITE, naming the first tensor whose values are not.
+        OSError: the file cannot be read.
+    """
+    check_finite(path, header)
+    with path.open("rb") as file:
+        tensors = _Tensors(file, header)
+        for name, spec in header.schema.items():
+            scale = header.schema.get(_scale(name))
+            if spec.dtype != "I8" or not scale or scale.dtype != "F32":
+                continue
+            if np.abs(tensors.read(_scale(name), 0, scale.shape)).max(initial=0) > _LARGEST_SCALE:
+                raise InvalidError(
+                    f"tensor {name!a} has differences that are too large for float32: lower the learning"
+                    " rate, or look for broken input data",
+                    Reason.NON_FINITE,
+                )
 
 
 def encode(

@@ -2,13 +2,12 @@
 
 import errno
 import gc
-import hashlib
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import structlog
 import torch
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 
 from cloud_server.jobs import (
     ClassAccuracy,
+    EncodedWeights,
     Job,
     JobDirectory,
     JobError,
@@ -29,12 +29,15 @@ from cloud_server.trainer.finetune import CombinedData, Examples, combine, fine_
 from cloud_server.trainer.group import Group
 from cloud_server.trainer.initial import initial_model
 from cloud_server.trainer.selection import Contributed, OnCandidate, Selection
-from common.config import RunConfig
-from common.errors import ECAvgError, RunError, UsageError
+from common.config import RunConfig, Wire
+from common.errors import ECAvgError, InvalidError, RunError, UsageError
 from common.faults import Point, crash_point
 from common.models import build_model
+from common.schema import read_header
 from common.training import Evaluation, StepReport
-from common.weights import write_state_dict
+from common.transfer import blob_of
+from common.weights import load_into, write_state_dict
+from common.wire import Base, decode, encode, encoding_of, wire_of, wire_schema
 
 log = structlog.get_logger()
 
@@ -87,9 +90,17 @@ def _initialise(job: Job, directory: JobDirectory, group: Group) -> Result:
     if group.rank != 0:
         return Result()
     model = initial_model(job.run)
-    return Result(
-        weights=_write_weights(model, directory.weights_path), num_parameters=_num_parameters(model)
-    )
+    with directory.scratch():
+        written = _write(model, directory, wire_of(job.run.wire, None), None)
+    wire_schema(read_header(directory.weights_path).schema, job.run.wire)  # later it would be too late
+    return Result(weights=written.weights, encoded=written.encoded, num_parameters=_num_parameters(model))
+
+
+class Written(NamedTuple):
+    """The files of a model."""
+
+    weights: Weights
+    encoded: EncodedWeights | None
 
 
 class RoundJob:
@@ -114,9 +125,17 @@ class RoundJob:
         contributions = sorted(job.contributions, key=lambda contribution: contribution.agent_id)
         self._contributions = contributions
         weighted = coefficients([item.num_examples for item in contributions], job.run.weights)
+        self._sent = [blob_path(blobs_dir, item.weights) for item in contributions]
+        is_encoded = job.run.wire != "float32"
         self._contributed = [
-            Contributed(item.agent_id, blob_path(blobs_dir, item.weights), coefficient)
-            for item, coefficient in zip(contributions, weighted, strict=True)
+            Contributed(
+                item.agent_id,
+                directory.scratch_path / f"decoded-{index}.safetensors" if is_encoded else sent,
+                coefficient,
+            )
+            for index, (item, sent, coefficient) in enumerate(
+                zip(contributions, self._sent, weighted, strict=True)
+            )
         ]
         self._directory = directory
         self._blobs_dir = blobs_dir
@@ -128,11 +147,18 @@ class RoundJob:
 
     def run(self) -> Result:
         """The result; it means something on rank 0 only, which also writes the weights."""
+        if not self._is_first:
+            return self._make_model()
+        with self._directory.scratch():
+            return self._make_model()
+
+    def _make_model(self) -> Result:
         model = _network(self._run)
         data = combine(self._run, self._contributions, self._blobs_dir)
 
         self._tell("aggregating", 0, 1)
         with self._timed("aggregate"):
+            self._decode()
             selection = self._select(model, data) if self._is_first else None
         self._tell("fine_tuning", 0, 1)
         teaching = self._teach(model, data.train)
@@ -144,17 +170,25 @@ class RoundJob:
 
         self._tell("evaluating", 0, 1)
         with self._timed("evaluate"):
-            fine_tuned = selection.offer("fine_tuned") if len(data.train.labels) else None
-        if self._on_candidate and fine_tuned:
-            self._on_candidate("fine_tuned", model)
-        published = selection.take_best()
+            written, fine_tuned = None, None
+            if len(data.train.labels):
+                with suppress(RunError, InvalidError):  # not finite: it will lose, or be told of below
+                    written = self._write(model)  # now: it is measured as the agents will have it
+                fine_tuned = selection.offer("fine_tuned")
+                if self._on_candidate:
+                    self._on_candidate("fine_tuned", model)
+            published = selection.take_best()
+            if not written or published.name != "fine_tuned":
+                written = self._write(model)
+                published = published._replace(evaluation=selection.measure())
         self._tell("evaluating", 1, 1)
         log.info("selected", start=start.name, published=published.name, accuracies=selection.accuracies)
         classes: tuple[ClassAccuracy, ...] = ()
         if start.evaluation and published.evaluation:
             classes = tuple(_by_class(data.held_out.labels, start.evaluation, published.evaluation))
         return Result(
-            weights=_write_weights(model, self._directory.weights_path),
+            weights=written.weights,
+            encoded=written.encoded,
             candidates=selection.accuracies,
             start=start.name,
             soup=selection.soup,
@@ -172,20 +206,40 @@ class RoundJob:
         previous = None
         if self._job.initial_weights and self._job.round > 1:
             previous = blob_path(self._blobs_dir, self._job.initial_weights)
-        with self._directory.scratch() as scratch:
-            selection = Selection(
-                model,
-                self._run,
-                self._contributed,
-                previous,
-                data,
-                device=self._device,
-                scratch=scratch,
-                on_candidate=self._on_candidate,
-                on_tensor=lambda *_: crash_point(Point.TRAINER_TENSOR_AVERAGED),
-            )
-            selection.run(lambda done, total: self._tell("aggregating", done, total))
+        selection = Selection(
+            model,
+            self._run,
+            self._contributed,
+            previous,
+            data,
+            device=self._device,
+            scratch=self._directory.scratch_path,
+            on_candidate=self._on_candidate,
+            on_tensor=lambda *_: crash_point(Point.TRAINER_TENSOR_AVERAGED),
+        )
+        selection.run(lambda done, total: self._tell("aggregating", done, total))
         return selection
+
+    def _decode(self) -> None:
+        """Leave what the agents have sent decoded in files; the other ranks wait for them."""
+        if self._run.wire == "float32":
+            return
+        if self._is_first:
+            for sent, contributed in zip(self._sent, self._contributed, strict=True):
+                decode(sent, contributed.weights, base=self._base)
+        self._group.share("decoded")
+
+    def _write(self, model: nn.Module) -> Written:
+        """The difference is taken from what all agents hold, as those know who have sent one themselves."""
+        hold_base = all(encoding_of(read_header(sent)).wire == "int8" for sent in self._sent)
+        base = self._base if hold_base else None
+        return _write(model, self._directory, wire_of(self._run.wire, base), base)
+
+    @property
+    def _base(self) -> Base | None:
+        """The round's initial weights."""
+        digest = self._job.initial_weights
+        return Base(blob_path(self._blobs_dir, digest), digest) if digest else None
 
     def _fine_tune(self, model: nn.Module, examples: Examples, teaching: Tensor | None) -> None:
         if not len(examples.labels):
@@ -261,16 +315,35 @@ def _by_class(labels: Tensor, start: Evaluation, published: Evaluation) -> Itera
             )
 
 
-def _write_weights(model: nn.Module, path: Path) -> Weights:
+def _write(model: nn.Module, directory: JobDirectory, wire: Wire, base: Base | None) -> Written:
+    """Write the model as the agents will have it, who decode it; it is left with the same weights.
+
+    What rounding takes away is not fed back in the next round, as the agents do it. What they send becomes a
+    part of a mean, and what they have lost is nowhere else. Here a whole model is sent, and the next round's
+    pre-training and fine-tune begin with the weights that have arrived: what these lack, they learn again.
+    """
     state_dict = model.state_dict()
     for name, tensor in state_dict.items():
         if tensor.is_floating_point() and not tensor.isfinite().all():
             raise RunError(f"tensor {name} of the new model is not finite: lower run.fine_tune.learning_rate")
-    write_state_dict(state_dict, path)
+    if wire == "float32":
+        write_state_dict(state_dict, directory.weights_path)
+        encoded = None
+    else:
+        exact = directory.scratch_path / "exact.safetensors"
+        write_state_dict(state_dict, exact)
+        encode(exact, directory.encoded_path, wire, base=base)
+        decode(directory.encoded_path, directory.weights_path, base=base)
+        load_into(model, directory.weights_path)
+        described = _described(directory.encoded_path)
+        encoded = EncodedWeights(**described.model_dump(), base=base.digest if base else None)
     crash_point(Point.TRAINER_WEIGHTS_WRITTEN)
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return Weights(sha256=digest, bytes=path.stat().st_size)
+    return Written(_described(directory.weights_path), encoded)
+
+
+def _described(path: Path) -> Weights:
+    digest, size_bytes = blob_of(path)
+    return Weights(sha256=digest, bytes=size_bytes)
 
 
 def _num_parameters(model: nn.Module) -> int:

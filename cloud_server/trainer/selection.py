@@ -116,10 +116,16 @@ class Selection:
 
     def offer(self, name: str) -> Evaluation | None:
         """Measure the model as it is, and keep it if it is the best so far, or if nobody can tell."""
-        evaluation = self._measure()
+        evaluation = self.measure()
         if evaluation is None or self._is_best(evaluation):
             self._keep(name, evaluation)
         return evaluation
+
+    def measure(self) -> Evaluation | None:
+        """How good the model is as it is; None: there is no data to measure it on."""
+        if not len(self._data.held_out.labels):
+            return None
+        return evaluate(self._model, *self._data.held_out, spec=self._run.spec, device=self._device)
 
     def take_best(self) -> Best:
         """The best model so far, which is also what the model is left as."""
@@ -154,7 +160,7 @@ class Selection:
     def _make_previous(self) -> None:
         if self._previous:
             load_into(self._model, self._previous)
-            self._announce("previous", self._measure())
+            self._announce("previous", self.measure())
 
     @cached_property
     def _best_first(self) -> list[int]:
@@ -198,7 +204,7 @@ class Selection:
         if not is_known or self._is_best(self._measured[key]) or self._on_candidate:
             self._fill(members, aggregator)
         if not is_known:
-            self._measured[key] = self._measure()
+            self._measured[key] = self.measure()
         self._announce(name, self._measured[key])
 
     def _members(self, agents: Sequence[int]) -> list[Contributed]:
@@ -212,7 +218,7 @@ class Selection:
         key = _key(members, "mean")
         if key not in self._measured:
             self._fill(members, "mean")
-            self._measured[key] = self._measure()
+            self._measured[key] = self.measure()
         evaluation = self._measured[key]
         assert evaluation
         return evaluation.accuracy
@@ -239,11 +245,6 @@ class Selection:
                 device=self._device,
                 seed=derive_seed(self._run.seed, "statistics"),
             )
-
-    def _measure(self) -> Evaluation | None:
-        if not len(self._data.held_out.labels):
-            return None
-        return evaluate(self._model, *self._data.held_out, spec=self._run.spec, device=self._device)
 
     def _is_best(self, evaluation: Evaluation | None) -> bool:
         if self.best is None:

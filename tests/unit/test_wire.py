@@ -16,10 +16,11 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from common.errors import InvalidError, Reason, RunError
+from common.config import Wire
+from common.errors import InvalidError, Reason, RunError, UsageError
 from common.schema import TensorSpec, check_weights, read_header
 from common.weights import read_state_dict, write_state_dict
-from common.wire import PIECE_ELEMENTS, Base, Encoding, Wire, check_encoded, decode, encode, encoding_of
+from common.wire import PIECE_ELEMENTS, Base, Encoding, check_encoded, decode, encode, encoding_of
 from common.wire import wire_schema as encoded_schema
 
 StateDict = dict[str, Tensor]
@@ -264,7 +265,7 @@ def test_schema_of_int8() -> None:
 def test_tensor_that_is_called_like_a_scale_is_refused(tmp_path: Path) -> None:
     state_dict = {"t": torch.ones(2, 2), "t.scale": torch.ones(2)}
     base = base_in(tmp_path / "base", state_dict)
-    with pytest.raises(RunError, match=r"'t\.scale' has the name that int8 needs for the scale of 't'"):
+    with pytest.raises(UsageError, match=r"'t\.scale' has the name that int8 needs for the scale of 't'"):
         encode(base.path, tmp_path / "encoded", "int8", base=base)
     assert not (tmp_path / "encoded").exists()
     there_and_back(tmp_path, state_dict, "bfloat16")
