@@ -201,6 +201,9 @@ class Check:
             yield Problem(where, f"it is {row.phase}, with published {row.published}", _RESTORE_DATABASE)
         if row.published:
             yield from self._blob(row.published, where, "published model")
+        for weights in (row.initial_weights, row.published):
+            if weights and (encoding := records.encoding(weights)):
+                yield from self._blob(encoding.digest, where, "encoded model")
         contributions = records.contributions(row.number)
         if row.published and not any(item.outcome == Outcome.ACCEPTED for item in contributions):
             yield Problem(where, "it is published, of no contribution", _RESTORE_DATABASE)

@@ -25,13 +25,14 @@ from cloud_server.presence import LIVENESS_SECONDS, Presence
 from cloud_server.reports import Reports, stages
 from cloud_server.round import Contribution, Outcome, Phase, Policy, Round
 from cloud_server.standing import RunState, Standing, wait_for
-from cloud_server.store import ReportRow, RoundRow, Store
+from cloud_server.store import EncodingRow, ReportRow, RoundRow, Store
 from cloud_server.uploads import UNFIT, Upload, Uploads
 from common import schema
-from common.config import RunConfig
+from common.config import RunConfig, Wire
 from common.errors import InvalidError, NotFoundError, Reason, RunError, StorageError, UsageError
 from common.faults import Point, crash_point
 from common.transfer import Blob, to_the_end
+from common.wire import wire_of
 
 LIVENESS_POLL_SECONDS = 1.0
 
@@ -170,6 +171,7 @@ class Coordinator:
         self._uploads = Uploads(
             self._store,
             weights_schema=schema.read_header(self._store.blob_path(first.initial_weights)).schema,
+            wires=self._contributed_wires(),
             spec=self._config.run.spec,
             max_data_bytes=self._config.max_upload_bytes,
             on_received=self._metrics.count_received,
@@ -186,6 +188,12 @@ class Coordinator:
             metrics=self._metrics,
             on_change=self._on_change,
         )
+
+    def _contributed_wires(self) -> tuple[Wire, ...]:
+        """How contributions may be encoded: those from weights of the agents' own have no common base."""
+        run = self._config.run
+        alone = (wire_of(run.wire, None),) if run.initial_weights == "independent" else ()
+        return tuple(dict.fromkeys((run.wire, *alone)))
 
     def _recorded(self, row: RoundRow) -> Round:
         is_independent = self._config.run.initial_weights == "independent"
@@ -334,6 +342,8 @@ class Coordinator:
                 return await self._contribute_to_past_round(number, contribution)
             # Here, so that no clean-up comes between the checks and the record.
             await self._uploads.check_complete(agent_id, contribution.weights, contribution.shards)
+            if self._config.run.wire == "int8":
+                await self._uploads.check_base(contribution.weights, contribution.initial_weights)
             await self._uploads.check_num_examples(contribution.shards, contribution.num_examples)
             updated, outcome = self._round.contribute(contribution)
             if updated is not self._round:
@@ -410,10 +420,16 @@ class Coordinator:
             await self._transition(lambda round_, each=each: round_.advance(each))  # type: ignore[misc]
 
     async def _adopt(self, job: Job, result: Result) -> None:
+        """Make blobs of the model and of what it travels as; adopted again, they are where they were."""
         assert result.weights
-        path = self._jobs.directory(job.name).weights_path
-        await durably(self._store.adopt_blob, path, result.weights.sha256)
+        directory, encoded = self._jobs.directory(job.name), result.encoded
+        await durably(self._store.adopt_blob, directory.weights_path, result.weights.sha256)
         crash_point(Point.SERVER_MODEL_ADOPTED)
+        if encoded:
+            await durably(self._store.adopt_blob, directory.encoded_path, encoded.sha256)
+            row = EncodingRow(encoded.sha256, encoded.base)
+            await durably(self._store.record_encoding, result.weights.sha256, row)
+            crash_point(Point.SERVER_ENCODED_MODEL_ADOPTED)
 
     # ------------------------------------------------------------------ changes of the round
 

@@ -1,9 +1,10 @@
 """What goes, and when: so that a server that runs for ever does not fill its disk.
 
 The rule. Kept are the round that is open and the last `keep_rounds` that are over, with all that they
-name: initial weights, published model, contributed weights and shards. Older rounds are retired: the
-trainer's files and every blob that no kept round names are removed. An upload that no contribution has
-named yet, and one that is not finished, stay for `keep_partial_seconds` from when they were last touched.
+name: initial weights and published model, with what either is encoded as, contributed weights and shards.
+Older rounds are retired: the trainer's files and every blob that no kept round names are removed. An upload
+that no contribution has named yet, and one that is not finished, stay for `keep_partial_seconds` from when
+they were last touched.
 For ever stay the first round's initial weights, which fix the names and shapes of all weights, each round's
 `report.json`, and the records of rounds and contributions, some hundred bytes for each agent and round.
 
@@ -66,6 +67,6 @@ def round_jobs(state_dir: Path) -> Iterator[tuple[int, JobDirectory]]:
 
 
 def _unpublished_model(state_dir: Path, last: RoundRow) -> list[str]:
-    """The blob of a model that a crash kept from being published: no record names it yet."""
+    """The blobs of a model that a crash kept from being published: no round's record names them yet."""
     result = JobDirectory(state_dir / "jobs" / f"round-{last.number:04d}").read_result()
-    return [result.weights.sha256] if result and result.weights else []
+    return [made.sha256 for made in (result.weights, result.encoded) if made] if result else []

@@ -20,6 +20,7 @@ from common.faults import Point, crash_point
 from common.pb import ecavg_pb2 as pb
 from common.pb import ecavg_pb2_grpc as pb_grpc
 from common.transfer import Blob, chunks_of
+from common.wire import Encoded
 
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["ECAvg"].full_name
 
@@ -229,6 +230,10 @@ def _blob(blob: Blob) -> pb.Blob:
     return pb.Blob(digest=blob.digest, size_bytes=blob.size_bytes)
 
 
+def _encoded(encoded: Encoded) -> pb.Encoded:
+    return pb.Encoded(blob=_blob(encoded.blob), base_digest=encoded.base)
+
+
 def _event(state: RunState) -> pb.WatchEvent:
     event = pb.WatchEvent(
         round=state.round,
@@ -246,10 +251,13 @@ def _event(state: RunState) -> pb.WatchEvent:
         event.progress.CopyFrom(
             pb.Progress(done=state.progress.done, total=state.progress.total, loss=state.progress.loss)
         )
-    if state.latest_model:
-        event.latest_model.CopyFrom(
-            pb.PublishedModel(round=state.latest_model.round, weights=_blob(state.latest_model.weights))
-        )
+    if state.initial_encoded:
+        event.initial_encoded.CopyFrom(_encoded(state.initial_encoded))
+    if latest := state.latest_model:
+        model = pb.PublishedModel(round=latest.round, weights=_blob(latest.weights))
+        if latest.encoded:
+            model.encoded.CopyFrom(_encoded(latest.encoded))
+        event.latest_model.CopyFrom(model)
     return event
 
 

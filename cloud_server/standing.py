@@ -16,6 +16,7 @@ from cloud_server.reports import Reports
 from cloud_server.round import Outcome, Phase, Round
 from cloud_server.store import ReportRow, RoundRow, Store
 from common.transfer import Blob
+from common.wire import Encoded
 
 STATUS_ROUNDS = 50  # as many of the latest rounds are on the status page
 
@@ -24,6 +25,7 @@ STATUS_ROUNDS = 50  # as many of the latest rounds are on the status page
 class PublishedModel:
     round: int
     weights: Blob
+    encoded: Encoded | None
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,7 @@ class RunState:
     round: int
     phase: Phase
     initial_weights: Blob
+    initial_encoded: Encoded | None
     outcome: Outcome | None
     progress: Progress | None
     latest_model: PublishedModel | None
@@ -90,6 +93,7 @@ class Standing:
             self._progress = None
         self._round = current
         self._initial_weights = self._blob(current.initial_weights)
+        self._initial_encoded = self._encoded(current.initial_weights)
         self._note_end(current)
         self.look_again()
 
@@ -140,6 +144,7 @@ class Standing:
             round=self._round.number,
             phase=self._round.phase,
             initial_weights=self._initial_weights,
+            initial_encoded=self._initial_encoded,
             outcome=self._round.outcome_of(agent_id) if agent_id else None,
             progress=self._progress,
             latest_model=self._latest_model,
@@ -192,12 +197,20 @@ class Standing:
 
     def _note_end(self, ended: Round | RoundRow) -> None:
         if ended.published:
-            self._latest_model = PublishedModel(ended.number, self._blob(ended.published))
+            self._latest_model = PublishedModel(
+                ended.number, self._blob(ended.published), self._encoded(ended.published)
+            )
         if ended.failure:
             self._last_failure = (ended.number, ended.failure)
 
     def _blob(self, digest: str) -> Blob:
         return Blob(digest, self._store.blob_size(digest) or 0)
+
+    def _encoded(self, digest: str) -> Encoded | None:
+        encoding = self._store.encoding(digest)
+        if encoding is None or self._store.blob_size(encoding.digest) is None:
+            return None
+        return Encoded(self._blob(encoding.digest), encoding.base)
 
     def _results_of(self, rows: Sequence[RoundRow]) -> dict[int, Result]:
         known = {row.number: self._results.get(row.number) for row in rows if row.published}

@@ -101,6 +101,20 @@ MIGRATIONS = (  # what takes the database from one schema version to the next; n
     """,
     "ALTER TABLE contributions ADD COLUMN initial_weights TEXT;",
     "ALTER TABLE reports ADD COLUMN accuracy_adapted REAL;",
+    """
+    CREATE TABLE encodings (weights TEXT PRIMARY KEY NOT NULL, digest TEXT NOT NULL, base TEXT);
+    DROP VIEW named_blobs;
+    CREATE VIEW named_blobs AS
+        WITH ours AS (
+            SELECT number AS round, initial_weights AS digest, opened_at AS at FROM rounds
+            UNION ALL SELECT number, published, opened_at FROM rounds WHERE published IS NOT NULL
+        )
+        SELECT round, '' AS agent_id, digest, at FROM ours
+        UNION ALL SELECT round, '', encodings.digest, at FROM ours
+            JOIN encodings ON encodings.weights = ours.digest
+        UNION ALL SELECT round, agent_id, weights, at FROM contributions WHERE weights != ''
+        UNION ALL SELECT round, agent_id, value, contributions.at FROM contributions, json_each(shards);
+    """,
 )
 
 _RETIRED, _CLEARED = 1, 2  # rounds.retired: its records are given up; and so are its files
@@ -139,6 +153,14 @@ class RoundRow:
     opened_at: float
     phase_times: dict[str, float]  # when each phase was entered first
     retired: bool = False  # its blobs have been given up; see cloud_server/retention.py
+
+
+@dataclass(frozen=True)
+class EncodingRow:
+    """How the server offers weights of its own for the way; see common/wire.py."""
+
+    digest: str  # of the encoded blob
+    base: str | None  # digest of the weights that it takes to decode it
 
 
 @dataclass(frozen=True)
@@ -409,10 +431,29 @@ class Store:
         """Moves a file of STATE that has this digest to the blobs; NotFoundError if it is in neither."""
         self._install(path, digest)
 
+    def record_encoding(self, weights: str, encoding: EncodingRow) -> None:
+        """Records as what these weights also travel; both are blobs. The last record for them stands."""
+        with self._transaction() as database:
+            database.execute(
+                "INSERT OR REPLACE INTO encodings (weights, digest, base) VALUES (?, ?, ?)",
+                (weights, encoding.digest, encoding.base),
+            )
+
+    def encoding(self, weights: str) -> EncodingRow | None:
+        """As what these weights also travel, while that is stored."""
+        rows = self._read("SELECT digest, base FROM encodings WHERE weights = ?", weights)
+        return EncodingRow(**rows[0]) if rows else None
+
     def is_public(self, digest: str) -> bool:
-        """Whether agents may read the blob: a round's initial weights or published model, still stored."""
+        """Whether agents may read the blob, still stored.
+
+        A round's initial weights or published model, or what either is encoded as.
+        """
         named = self._read(
-            "SELECT 1 FROM rounds WHERE initial_weights = ? OR published = ? LIMIT 1", digest, digest
+            "WITH asked AS (SELECT ? AS digest UNION SELECT weights FROM encodings WHERE digest = ?)"
+            " SELECT 1 FROM rounds, asked WHERE asked.digest IN (initial_weights, published) LIMIT 1",
+            digest,
+            digest,
         )
         return bool(named) and self.blob_path(digest).exists()
 

@@ -7,8 +7,8 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 from cloud_server.store import Store, storage_errors
-from common import schema
-from common.config import DatasetSpec
+from common import schema, wire
+from common.config import DatasetSpec, Wire
 from common.errors import InvalidError, NotFoundError, OffsetError, Reason, UnavailableError
 from common.faults import Point, crash_point
 from common.transfer import Blob, Receiver, WriteBehind, to_the_end
@@ -27,6 +27,8 @@ class Uploads:
     """All uploads of one run. One stream at a time may write a blob of an agent; the newest wins.
 
     Args:
+        weights_schema: of weights that are not encoded.
+        wires: how weights may be encoded; the first is the run's.
         on_received: called from any thread with the kind and the bytes of each chunk that was taken in.
     """
 
@@ -35,6 +37,7 @@ class Uploads:
         store: Store,
         *,
         weights_schema: schema.Schema,
+        wires: Sequence[Wire] = ("float32",),
         spec: DatasetSpec,
         max_data_bytes: int,
         on_received: Callable[[str, int], None] = lambda _kind, _num_bytes: None,
@@ -42,7 +45,7 @@ class Uploads:
         self._store = store
         self._on_received = on_received
         self._gates: Mapping[str, BlobGate] = {
-            "weights": WeightsGate(weights_schema),
+            "weights": WeightsGate(weights_schema, wires),
             "data": DataGate(spec, max_data_bytes),
         }
         self._active: dict[tuple[str, str], Upload] = {}
@@ -78,6 +81,22 @@ class Uploads:
             raise InvalidError(
                 f"num_examples is {num_examples}, but the contribution's shards have {num_labels} labels:"
                 " send the number of their labels"
+            )
+
+    async def check_base(self, weights: str, initial_weights: str | None) -> None:
+        """Hold what stored weights are the difference from against what their agent says it started from.
+
+        Raises:
+            InvalidError: the two differ.
+        """
+        header = await asyncio.to_thread(schema.read_header, self._store.blob_path(weights))
+        base = wire.encoding_of(header).base
+        if base != initial_weights:
+            found = f"differences from {base[:16]}…" if base else "no differences"
+            start = f"{initial_weights[:16]}…" if initial_weights else "weights of the agent's own"
+            raise InvalidError(
+                f"the weights are {found}, and pre-training started from {start}: encode what has changed",
+                Reason.INITIAL_WEIGHTS,
             )
 
     def _num_labels(self, shards: Sequence[str]) -> int:
@@ -239,18 +258,25 @@ class BlobGate:
 
 
 class WeightsGate(BlobGate):
-    """Weights have the run's names, shapes and dtypes, and finite values."""
+    """Weights have the run's names, shapes and dtypes, are encoded as they should be, and finite.
 
-    def __init__(self, expected: schema.Schema) -> None:
-        num_bytes = sum(tensor.num_bytes for tensor in expected.values())
+    Differences may be from any base here, or what comes late would be refused: see `Uploads.check_base`.
+    """
+
+    def __init__(self, expected: schema.Schema, wires: Sequence[Wire]) -> None:
+        encoded = [wire.wire_schema(expected, each).values() for each in wires]
+        num_bytes = max(sum(tensor.num_bytes for tensor in tensors) for tensors in encoded)
         super().__init__("weights", num_bytes + schema.MAX_HEADER_BYTES + 8)
         self._expected = expected
+        self._wires = wires
 
     def check_header(self, header: schema.Header) -> None:
-        schema.check_weights(header, self._expected)
+        found = wire.encoding_of(header)
+        allowed = found.wire if found.wire in self._wires else self._wires[0]
+        wire.check_encoded(header, self._expected, allowed, base_digest=found.base)
 
     def check_content(self, path: Path) -> None:
-        schema.check_finite(path, schema.read_header(path))
+        wire.check_values(path, schema.read_header(path))
 
 
 class DataGate(BlobGate):

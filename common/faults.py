@@ -20,10 +20,12 @@ class Point(StrEnum):
     AGENT_DATA_LOADED = "agent_data_loaded"
     SERVER_CHUNK_SENT = "server_chunk_sent"
     AGENT_CHUNK_RECEIVED = "agent_chunk_received"
+    AGENT_DECODED = "agent_decoded"  # but not yet known to be what was published
     AGENT_DOWNLOADED = "agent_downloaded"
     AGENT_EPOCH_SAVED = "agent_epoch_saved"
     AGENT_WEIGHTS_WRITTEN = "agent_weights_written"  # but not yet known to be trained
     AGENT_PRETRAINED = "agent_pretrained"
+    AGENT_ENCODED = "agent_encoded"  # what is lost of it is in a file that is not yet the one to be added
     AGENT_CHUNK_SENT = "agent_chunk_sent"
     SERVER_CHUNK_STORED = "server_chunk_stored"
     SERVER_BLOB_LINKED = "server_blob_linked"  # but not yet recorded
@@ -41,6 +43,7 @@ class Point(StrEnum):
     TRAINER_WEIGHTS_WRITTEN = "trainer_weights_written"
     TRAINER_RESULT_WRITTEN = "trainer_result_written"
     SERVER_MODEL_ADOPTED = "server_model_adopted"  # but not yet published
+    SERVER_ENCODED_MODEL_ADOPTED = "server_encoded_model_adopted"  # and recorded
     SERVER_REPORT_WRITTEN = "server_report_written"
     SERVER_ROUND_OPENED = "server_round_opened"
     AGENT_ADAPTED = "agent_adapted"  # but not yet compared

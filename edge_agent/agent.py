@@ -14,11 +14,12 @@ from typing import Any, TypeVar
 import structlog
 
 from common import rpc
-from common.errors import ConflictError, NotFoundError, Reason, Refusal, RunError, UsageError
+from common.errors import ConflictError, InvalidError, NotFoundError, Reason, Refusal, RunError, UsageError
 from common.faults import Point, crash_point
 from common.telemetry import ProgressDisplay
 from common.training import StepReport, select_device
 from common.transfer import Blob, blob_of
+from common.wire import Base, Encoded, decode
 from edge_agent.client import CloudClient, Joined, Kind, OnBytes, RunState, UnknownAgentError
 from edge_agent.config import AgentConfig
 from edge_agent.data import data_stamp
@@ -146,7 +147,7 @@ class EdgeAgent:
             try:
                 trained = await self._pretrain(state)
                 self._metrics.set_phase(Phase.UPLOADING)
-                outcome, message = await self._send(trained, uploading)
+                outcome, message = await self._send(trained, state, uploading)
             finally:
                 uploading.cancel()
                 await asyncio.gather(uploading, return_exceptions=True)
@@ -154,9 +155,12 @@ class EdgeAgent:
         log.info("contributed", round=state.round, outcome=outcome, reason=message or None)
         if outcome != "accepted":
             self._display.message(f"round {state.round}: contribution {outcome}: {message}")
-        await self._save(contributed_round=state.round)
+        has_lost = outcome == "accepted" and self._disk.residual(state.round).exists()
+        residual_round = state.round if has_lost else self._disk.progress.residual_round
+        await self._save(contributed_round=state.round, residual_round=residual_round)
         crash_point(Point.AGENT_CONTRIBUTION_SAVED)
-        self._disk.discard(self._disk.local_weights, self._disk.checkpoint)
+        self._disk.discard(self._disk.local_weights, self._disk.encoded, self._disk.checkpoint)
+        self._disk.discard_residuals()
         self._metrics.set_phase(Phase.WAITING)
 
     async def _pretrain(self, state: RunState) -> Trained:
@@ -165,7 +169,7 @@ class EdgeAgent:
         trained, initial = self._disk.progress.trained, self._initial_weights(state)
         local = await self._models()
         if not trained or not await self._worker.run(self._is_kept, local, trained, state.round, initial):
-            trained = await self._train(state.round, initial)
+            trained = await self._train(state)
             crash_point(Point.AGENT_WEIGHTS_WRITTEN)
             await self._save(trained=trained)
             crash_point(Point.AGENT_PRETRAINED)
@@ -174,11 +178,21 @@ class EdgeAgent:
         self._metrics.accuracy_ratio.labels("local").set(trained.accuracy)
         return trained
 
-    async def _train(self, number: int, initial: Blob | None) -> Trained:
-        path = await self._download(initial, "initial weights") if initial else None
+    async def _train(self, state: RunState) -> Trained:
+        number, initial = state.round, self._initial_weights(state)
+        path = await self._download_initial(state)
         local = await self._models()
         model = await self._training(f"round {number}: pre-training", local.pretrain, number, path)
         return await self._worker.run(local.keep, number, initial and initial.digest, model)
+
+    async def _encoded(self, trained: Trained, state: RunState) -> tuple[Path, Blob]:
+        """What was pre-trained, as it is uploaded."""
+        if self._joined.run.wire == "float32":
+            return self._disk.local_weights, trained.weights
+        local = await self._models()
+        blob = await self._worker.run(local.encode, trained, await self._download_initial(state))
+        crash_point(Point.AGENT_ENCODED)
+        return self._disk.encoded, blob
 
     def _is_kept(self, local: LocalModels, trained: Trained, number: int, initial: Blob | None) -> bool:
         """Whether this was trained for this round, from there, on the data of today, and is still there."""
@@ -194,21 +208,24 @@ class EdgeAgent:
             return None
         return state.initial_weights
 
-    async def _send(self, trained: Trained, uploading: asyncio.Task[None]) -> tuple[str, str]:
+    async def _send(
+        self, trained: Trained, state: RunState, uploading: asyncio.Task[None]
+    ) -> tuple[str, str]:
         """Upload and commit; the outcome, and why.
 
         Args:
             uploading: the shards, so far.
         """
         local = await self._models()
+        path, weights = await self._encoded(trained, state)
         for attempt in range(1, MAX_SENDINGS + 1):
             try:
                 await (uploading if attempt == 1 else self._upload_shards())
                 show = self._bar("upload weights")
-                await self._upload(self._disk.local_weights, trained.weights, "weights", show)
+                await self._upload(path, weights, "weights", show)
                 return await self._client.contribute(
                     trained.round,
-                    weights=trained.weights,
+                    weights=weights,
                     shards=list(local.shards.values()),
                     num_examples=local.num_examples,
                     accuracy_local=trained.accuracy,
@@ -236,7 +253,7 @@ class EdgeAgent:
     async def _take_global_model(self, state: RunState) -> None:
         """Download, compare on this agent's own held-out data, adapt if need be, apply, report."""
         self._metrics.set_phase(Phase.DOWNLOADING)
-        path = await self._download(state.latest_weights, "global model")
+        path = await self._download(state.latest_weights, "global model", state.latest_encoded)
         self._metrics.set_phase(Phase.EVALUATING)
         trained = self._disk.progress.trained
         if trained and trained.round != state.latest_round:
@@ -271,15 +288,39 @@ class EdgeAgent:
 
     # ------------------------------------------------------------------ transfers
 
-    async def _download(self, blob: Blob, label: str) -> Path:
+    async def _download_initial(self, state: RunState) -> Path | None:
+        """What this round's pre-training starts from; None: weights of this agent's own."""
+        initial = self._initial_weights(state)
+        return initial and await self._download(initial, "initial weights", state.initial_encoded)
+
+    async def _download(self, blob: Blob, label: str, encoded: Encoded | None = None) -> Path:
         """The blob as a file; the same blob is fetched once."""
-        path = self._disk.weights(blob)
+        path = self._disk.weights(blob.digest)
         is_here = blob == self._fetched and path.exists()
         if not is_here and not await asyncio.to_thread(_is_whole, path, blob):
-            show = self._bar(f"download {label}")
-            await self._worker.when_there_is_room(lambda: self._client.download(blob, path, show))
+            if not (encoded and await self._download_encoded(encoded, blob, label)):
+                await self._fetch(blob, label)
             crash_point(Point.AGENT_DOWNLOADED)
         self._fetched = blob
+        return path
+
+    async def _download_encoded(self, encoded: Encoded, blob: Blob, label: str) -> bool:
+        """Make the blob of a smaller one; False: that takes weights that are not here, or fails."""
+        base = Base(self._disk.weights(encoded.base), encoded.base) if encoded.base else None
+        if base and not base.path.exists():
+            return False  # this agent has not been here when the round began
+        try:
+            path = await self._fetch(encoded.blob, label)
+            await self._worker.run(_decode, path, base, blob, self._disk.weights(blob.digest))
+        except (InvalidError, NotFoundError, RunError) as error:
+            log.warning("downloaded_as_it_is", blob=blob.digest, reason=str(error))
+            return False
+        self._disk.discard(path)
+        return True
+
+    async def _fetch(self, blob: Blob, label: str) -> Path:
+        path, show = self._disk.weights(blob.digest), self._bar(f"download {label}")
+        await self._worker.when_there_is_room(lambda: self._client.download(blob, path, show))
         return path
 
     async def _upload(self, path: Path, blob: Blob, kind: Kind, on_bytes: OnBytes) -> None:
@@ -387,6 +428,21 @@ def _outcome_of(report: Report) -> str:
     before = "none" if report.accuracy_before is None else f"{report.accuracy_before:.4f}"
     adapted = "" if report.accuracy_adapted is None else f", adapted {report.accuracy_adapted:.4f}"
     return f"accuracy before {before}, after {report.accuracy_after:.4f}{adapted}, applied"
+
+
+def _decode(encoded: Path, base: Base | None, blob: Blob, target: Path) -> None:
+    """Write `target`, the blob.
+
+    Raises:
+        InvalidError: it does not come out.
+        RunError: the base is not usable.
+    """
+    decoded = target.with_name("decoded.safetensors")
+    decode(encoded, decoded, base=base)
+    crash_point(Point.AGENT_DECODED)
+    if blob_of(decoded) != blob:
+        raise InvalidError("decoding it gives other weights than the server's")
+    decoded.replace(target)
 
 
 def _is_whole(path: Path, blob: Blob) -> bool:

@@ -30,6 +30,7 @@ from common.files import sync
 from common.pb import ecavg_pb2 as pb
 from common.pb import ecavg_pb2_grpc as pb_grpc
 from common.transfer import Blob, Receiver, WriteBehind, chunks_of
+from common.wire import Encoded
 from edge_agent.metrics import AgentMetrics
 from edge_agent.state import Report
 
@@ -65,11 +66,13 @@ class RunState(NamedTuple):
     round: int
     phase: str  # "collecting" … "published", "failed"
     initial_weights: Blob
+    initial_encoded: Encoded | None  # None: they travel as they are
     outcome: str  # of this agent's contribution: "accepted", "rejected", "late" or ""
     done: int  # of the cloud's work in this phase
     total: int
     latest_round: int  # that published a model; 0: none yet
     latest_weights: Blob
+    latest_encoded: Encoded | None
     failed_round: int  # the last round that failed; 0: none has
     failure: str  # why it did
     run_over: bool
@@ -349,11 +352,13 @@ def _run_state(event: pb.WatchEvent) -> RunState:
         round=event.round,
         phase=_name(pb.Phase, event.phase, "PHASE_"),
         initial_weights=_blob(event.initial_weights),
+        initial_encoded=_encoded(event, "initial_encoded"),
         outcome=_name(pb.Outcome, event.outcome, "OUTCOME_"),
         done=event.progress.done,
         total=event.progress.total,
         latest_round=event.latest_model.round,
         latest_weights=_blob(event.latest_model.weights),
+        latest_encoded=_encoded(event.latest_model, "encoded"),
         failed_round=event.failed_round,
         failure=event.failure,
         run_over=event.run_over,
@@ -362,6 +367,13 @@ def _run_state(event: pb.WatchEvent) -> RunState:
 
 def _blob(message: pb.Blob) -> Blob:
     return Blob(message.digest, message.size_bytes)
+
+
+def _encoded(message: Any, field: str) -> Encoded | None:
+    if not message.HasField(field):
+        return None
+    encoded = getattr(message, field)
+    return Encoded(_blob(encoded.blob), encoded.base_digest or None)
 
 
 def _name(enum: Any, value: int, prefix: str) -> str:

@@ -21,8 +21,9 @@ from common.files import link, replacing
 from common.models import build_model
 from common.shards import cloud_holdout, gather, read_shard
 from common.training import Evaluation, OnStep, derive_seed
-from common.transfer import blob_of
+from common.transfer import Blob, blob_of
 from common.weights import load_into, write_state_dict
+from common.wire import Base, encode, wire_of
 from edge_agent.client import Joined
 from edge_agent.comparison import objection
 from edge_agent.config import AgentConfig
@@ -127,6 +128,26 @@ class LocalModels:
         if in_use is None or evaluation.accuracy >= in_use.accuracy:
             self._use(path, evaluation)
         return trained
+
+    def encode(self, trained: Trained, initial: Path | None) -> Blob:
+        """Leave what was pre-trained in a file as it travels, and in another what that has lost.
+
+        As long as the progress names the same residual as the last one, the same bytes come out.
+
+        Args:
+            initial: the weights that it started from; None: this agent's own, which the server does not have.
+        """
+        base = Base(initial, trained.initial_weights) if initial and trained.initial_weights else None
+        last = self._disk.residual(self._disk.progress.residual_round)
+        encode(
+            self._disk.local_weights,
+            self._disk.encoded,
+            wire_of(self._run.wire, base),
+            base=base,
+            residual=last if last.exists() else None,
+            next_residual=self._disk.residual(trained.round),
+        )
+        return blob_of(self._disk.encoded)
 
     def measure(self, number: int, weights: Path, trained: Trained | None, on_step: OnStep) -> Report:
         """Compare a global model with the one in use, on this agent's own held-out data, and decide.

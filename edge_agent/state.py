@@ -61,6 +61,7 @@ class Progress(FrozenModel):
     run_id: str = ""
     trained: Trained | None = None
     contributed_round: int = 0  # the last round this agent tried to contribute to
+    residual_round: int = 0  # the last round that took its contribution encoded, see AgentState.residual
     arrived: Arrived | None = None  # from its evaluation until its report is acknowledged
     evaluated_round: int = 0  # the last round whose global model was evaluated and reported
 
@@ -136,9 +137,22 @@ class AgentState:
         """The global model after local adaptation, until that is in use and reported."""
         return self.work / "adapted.safetensors"
 
-    def weights(self, blob: Blob) -> Path:
+    @property
+    def encoded(self) -> Path:
+        """The local weights as they are uploaded, until they are contributed."""
+        return self.work / "encoded.safetensors"
+
+    def weights(self, digest: str) -> Path:
         """Where weights from the server are kept."""
-        return self.work / f"{blob.digest}.safetensors"
+        return self.work / f"{digest}.safetensors"
+
+    def residual(self, number: int) -> Path:
+        """What rounding took away from the contribution to a round: to be added to the next one.
+
+        Only once the server has taken that contribution, which `progress.residual_round` tells: what a late
+        one has lost is of no account. This cannot be made again, so it is not in `work`.
+        """
+        return self.path / f"residual-{number:04d}.safetensors"
 
     def discard(self, *paths: Path) -> None:
         """Remove files that the saved progress has no more use for."""
@@ -148,6 +162,11 @@ class AgentState:
     def discard_all_but(self, needed: Collection[Path]) -> None:
         """Remove all other files from `work`, with what broken-off downloads have left."""
         self.discard(*(path for path in self.work.iterdir() if path not in needed))
+
+    def discard_residuals(self) -> None:
+        """Remove what is not to be added to the next contribution."""
+        needed = self.residual(self.progress.residual_round)
+        self.discard(*(path for path in self.path.glob("residual-*") if path != needed))
 
     def save(self, progress: Progress) -> None:
         self.progress = progress

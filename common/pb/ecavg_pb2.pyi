@@ -95,6 +95,14 @@ class Blob(_message.Message):
     size_bytes: int
     def __init__(self, digest: _Optional[str] = ..., size_bytes: _Optional[int] = ...) -> None: ...
 
+class Encoded(_message.Message):
+    __slots__ = ("blob", "base_digest")
+    BLOB_FIELD_NUMBER: _ClassVar[int]
+    BASE_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    blob: Blob
+    base_digest: str
+    def __init__(self, blob: _Optional[_Union[Blob, _Mapping]] = ..., base_digest: _Optional[str] = ...) -> None: ...
+
 class JoinRequest(_message.Message):
     __slots__ = ("protocol_version",)
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
@@ -118,7 +126,7 @@ class WatchRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class WatchEvent(_message.Message):
-    __slots__ = ("round", "phase", "initial_weights", "outcome", "progress", "latest_model", "failed_round", "failure", "run_over", "num_contributions", "max_contributions")
+    __slots__ = ("round", "phase", "initial_weights", "outcome", "progress", "latest_model", "failed_round", "failure", "run_over", "num_contributions", "max_contributions", "initial_encoded")
     ROUND_FIELD_NUMBER: _ClassVar[int]
     PHASE_FIELD_NUMBER: _ClassVar[int]
     INITIAL_WEIGHTS_FIELD_NUMBER: _ClassVar[int]
@@ -130,6 +138,7 @@ class WatchEvent(_message.Message):
     RUN_OVER_FIELD_NUMBER: _ClassVar[int]
     NUM_CONTRIBUTIONS_FIELD_NUMBER: _ClassVar[int]
     MAX_CONTRIBUTIONS_FIELD_NUMBER: _ClassVar[int]
+    INITIAL_ENCODED_FIELD_NUMBER: _ClassVar[int]
     round: int
     phase: Phase
     initial_weights: Blob
@@ -141,7 +150,8 @@ class WatchEvent(_message.Message):
     run_over: bool
     num_contributions: int
     max_contributions: int
-    def __init__(self, round: _Optional[int] = ..., phase: _Optional[_Union[Phase, str]] = ..., initial_weights: _Optional[_Union[Blob, _Mapping]] = ..., outcome: _Optional[_Union[Outcome, str]] = ..., progress: _Optional[_Union[Progress, _Mapping]] = ..., latest_model: _Optional[_Union[PublishedModel, _Mapping]] = ..., failed_round: _Optional[int] = ..., failure: _Optional[str] = ..., run_over: bool = ..., num_contributions: _Optional[int] = ..., max_contributions: _Optional[int] = ...) -> None: ...
+    initial_encoded: Encoded
+    def __init__(self, round: _Optional[int] = ..., phase: _Optional[_Union[Phase, str]] = ..., initial_weights: _Optional[_Union[Blob, _Mapping]] = ..., outcome: _Optional[_Union[Outcome, str]] = ..., progress: _Optional[_Union[Progress, _Mapping]] = ..., latest_model: _Optional[_Union[PublishedModel, _Mapping]] = ..., failed_round: _Optional[int] = ..., failure: _Optional[str] = ..., run_over: bool = ..., num_contributions: _Optional[int] = ..., max_contributions: _Optional[int] = ..., initial_encoded: _Optional[_Union[Encoded, _Mapping]] = ...) -> None: ...
 
 class Progress(_message.Message):
     __slots__ = ("done", "total", "loss")
@@ -154,12 +164,14 @@ class Progress(_message.Message):
     def __init__(self, done: _Optional[int] = ..., total: _Optional[int] = ..., loss: _Optional[float] = ...) -> None: ...
 
 class PublishedModel(_message.Message):
-    __slots__ = ("round", "weights")
+    __slots__ = ("round", "weights", "encoded")
     ROUND_FIELD_NUMBER: _ClassVar[int]
     WEIGHTS_FIELD_NUMBER: _ClassVar[int]
+    ENCODED_FIELD_NUMBER: _ClassVar[int]
     round: int
     weights: Blob
-    def __init__(self, round: _Optional[int] = ..., weights: _Optional[_Union[Blob, _Mapping]] = ...) -> None: ...
+    encoded: Encoded
+    def __init__(self, round: _Optional[int] = ..., weights: _Optional[_Union[Blob, _Mapping]] = ..., encoded: _Optional[_Union[Encoded, _Mapping]] = ...) -> None: ...
 
 class QueryUploadRequest(_message.Message):
     __slots__ = ("digest", "kind")

@@ -113,7 +113,7 @@ class ECAvgServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Download(self, request, context):
-        """Initial weights or a published model, from an offset on.
+        """Initial weights or a published model, as they are or encoded, from an offset on.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -89,12 +89,12 @@ def test_damaged_progress_says_what_to_do(disk: AgentState) -> None:
 
 def test_only_what_is_needed_stays(disk: AgentState) -> None:
     blob = Blob("ab" * 32, 123)
-    for path in (disk.adapted, disk.checkpoint, disk.weights(blob), disk.work / ".x.partial"):
+    for path in (disk.adapted, disk.checkpoint, disk.weights(blob.digest), disk.work / ".x.partial"):
         path.touch()
-    disk.discard_all_but({disk.adapted, disk.weights(blob), disk.local_weights})
-    assert set(disk.work.iterdir()) == {disk.adapted, disk.weights(blob)}
+    disk.discard_all_but({disk.adapted, disk.weights(blob.digest), disk.local_weights})
+    assert set(disk.work.iterdir()) == {disk.adapted, disk.weights(blob.digest)}
     disk.discard(disk.adapted, disk.adapted)
-    assert set(disk.work.iterdir()) == {disk.weights(blob)}
+    assert set(disk.work.iterdir()) == {disk.weights(blob.digest)}
 
 
 def test_data_that_are_read_anew_meanwhile_do_not_disturb_what_is_trained(
