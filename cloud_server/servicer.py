@@ -244,6 +244,7 @@ def _event(state: RunState) -> pb.WatchEvent:
         run_over=state.run_over,
         num_contributions=state.num_contributions,
         max_contributions=state.max_contributions,
+        counted_round=state.counted_round,
     )
     if state.outcome:
         event.outcome = _OUTCOMES[state.outcome]

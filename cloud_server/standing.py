@@ -44,6 +44,7 @@ class RunState:
     run_over: bool
     num_contributions: int
     max_contributions: int
+    counted_round: int  # the last one whose model has a contribution of this agent in it; 0: none has
 
 
 class Standing:
@@ -79,6 +80,7 @@ class Standing:
         self._progress: Progress | None = None  # of the trainer in this phase
         self._run_over = False
         self._latest_model: PublishedModel | None = None
+        self._counted = store.counted_rounds()
         self._last_failure = (0, "")  # round, reason
         self._results: dict[int, Result] = {}  # of rounds on the status page
         for row in store.rounds():
@@ -95,6 +97,8 @@ class Standing:
         self._initial_weights = self._blob(current.initial_weights)
         self._initial_encoded = self._encoded(current.initial_weights)
         self._note_end(current)
+        if current.published:
+            self._counted |= dict.fromkeys(current.contributions, current.number)
         self.look_again()
 
     def show_progress(self, progress: Progress) -> None:
@@ -153,6 +157,7 @@ class Standing:
             run_over=self._run_over,
             num_contributions=len(self._round.contributions),
             max_contributions=self._round.policy.max_agents,
+            counted_round=self._counted.get(agent_id or "", 0),
         )
 
     async def status(self, now: float) -> dict[str, Any]:

@@ -347,6 +347,14 @@ class Store:
         )
         return {row["round"]: row["number"] for row in rows}
 
+    def counted_rounds(self) -> dict[str, int]:
+        """The last published round that counted a contribution of an agent, of those agents that have one."""
+        rows = self._read(
+            "SELECT agent_id, max(round) AS round FROM contributions JOIN rounds ON number = round"
+            " WHERE outcome = 'accepted' AND published IS NOT NULL GROUP BY agent_id"
+        )
+        return {row["agent_id"]: row["round"] for row in rows}
+
     def record_report(self, number: int, report: ReportRow) -> bool:
         """Records what became of a round's model on a device; whether it is the agent's first report on it.
 

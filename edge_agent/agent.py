@@ -89,6 +89,7 @@ class EdgeAgent:
         self._news.latest = None  # it may have been another run's
         self._joined = await self._client.join()
         if self._joined.run_id != self._disk.progress.run_id:
+            self._disk.discard_residuals_but(self._disk.residual(0))
             await self._worker.run(self._disk.save, Progress(run_id=self._joined.run_id))
             self._disk.discard_all_but(())
             self._shown_failure = 0
@@ -155,12 +156,9 @@ class EdgeAgent:
         log.info("contributed", round=state.round, outcome=outcome, reason=message or None)
         if outcome != "accepted":
             self._display.message(f"round {state.round}: contribution {outcome}: {message}")
-        has_lost = outcome == "accepted" and self._disk.residual(state.round).exists()
-        residual_round = state.round if has_lost else self._disk.progress.residual_round
-        await self._save(contributed_round=state.round, residual_round=residual_round)
+        await self._save(contributed_round=state.round)
         crash_point(Point.AGENT_CONTRIBUTION_SAVED)
         self._disk.discard(self._disk.local_weights, self._disk.encoded, self._disk.checkpoint)
-        self._disk.discard_residuals()
         self._metrics.set_phase(Phase.WAITING)
 
     async def _pretrain(self, state: RunState) -> Trained:
@@ -190,7 +188,8 @@ class EdgeAgent:
         if self._joined.run.wire == "float32":
             return self._disk.local_weights, trained.weights
         local = await self._models()
-        blob = await self._worker.run(local.encode, trained, await self._download_initial(state))
+        initial = await self._download_initial(state)
+        blob = await self._worker.run(local.encode, trained, initial, state.counted_round)
         crash_point(Point.AGENT_ENCODED)
         return self._disk.encoded, blob
 

@@ -73,6 +73,7 @@ class RunState(NamedTuple):
     latest_round: int  # that published a model; 0: none yet
     latest_weights: Blob
     latest_encoded: Encoded | None
+    counted_round: int  # the last one whose model has a contribution of this agent in it; 0: none has
     failed_round: int  # the last round that failed; 0: none has
     failure: str  # why it did
     run_over: bool
@@ -359,6 +360,7 @@ def _run_state(event: pb.WatchEvent) -> RunState:
         latest_round=event.latest_model.round,
         latest_weights=_blob(event.latest_model.weights),
         latest_encoded=_encoded(event.latest_model, "encoded"),
+        counted_round=event.counted_round,
         failed_round=event.failed_round,
         failure=event.failure,
         run_over=event.run_over,

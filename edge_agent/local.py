@@ -129,22 +129,23 @@ class LocalModels:
             self._use(path, evaluation)
         return trained
 
-    def encode(self, trained: Trained, initial: Path | None) -> Blob:
-        """Leave what was pre-trained in a file as it travels, and in another what that has lost.
-
-        As long as the progress names the same residual as the last one, the same bytes come out.
+    def encode(self, trained: Trained, initial: Path | None, counted_round: int) -> Blob:
+        """Leave what was pre-trained in a file as it travels, and in another one what that has lost.
 
         Args:
             initial: the weights that it started from; None: this agent's own, which the server does not have.
+            counted_round: the last round that counted a contribution of this agent: what that one has lost
+                is added.
         """
         base = Base(initial, trained.initial_weights) if initial and trained.initial_weights else None
-        last = self._disk.residual(self._disk.progress.residual_round)
+        residual = self._disk.residual(counted_round)
+        self._disk.discard_residuals_but(residual)
         encode(
             self._disk.local_weights,
             self._disk.encoded,
             wire_of(self._run.wire, base),
             base=base,
-            residual=last if last.exists() else None,
+            residual=residual if residual.exists() else None,
             next_residual=self._disk.residual(trained.round),
         )
         return blob_of(self._disk.encoded)

@@ -61,7 +61,6 @@ class Progress(FrozenModel):
     run_id: str = ""
     trained: Trained | None = None
     contributed_round: int = 0  # the last round this agent tried to contribute to
-    residual_round: int = 0  # the last round that took its contribution encoded, see AgentState.residual
     arrived: Arrived | None = None  # from its evaluation until its report is acknowledged
     evaluated_round: int = 0  # the last round whose global model was evaluated and reported
 
@@ -147,10 +146,10 @@ class AgentState:
         return self.work / f"{digest}.safetensors"
 
     def residual(self, number: int) -> Path:
-        """What rounding took away from the contribution to a round: to be added to the next one.
+        """What rounding took away from the contribution to a round.
 
-        Only once the server has taken that contribution, which `progress.residual_round` tells: what a late
-        one has lost is of no account. This cannot be made again, so it is not in `work`.
+        It is added to the next one if that contribution has counted: the server knows, this agent may have
+        been away. It cannot be made again, so it is not in `work`.
         """
         return self.path / f"residual-{number:04d}.safetensors"
 
@@ -163,9 +162,8 @@ class AgentState:
         """Remove all other files from `work`, with what broken-off downloads have left."""
         self.discard(*(path for path in self.work.iterdir() if path not in needed))
 
-    def discard_residuals(self) -> None:
-        """Remove what is not to be added to the next contribution."""
-        needed = self.residual(self.progress.residual_round)
+    def discard_residuals_but(self, needed: Path) -> None:
+        """Remove what contributions have lost that did not count, or that were made up for since."""
         self.discard(*(path for path in self.path.glob("residual-*") if path != needed))
 
     def save(self, progress: Progress) -> None:

@@ -24,21 +24,21 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15\x63ommon/pb/ecavg.proto\x12\x08\x65\x63\x61vg.v1\"*\n\x04\x42lob\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12\x12\n\nsize_bytes\x18\x02 \x01(\x04\"<\n\x07\x45ncoded\x12\x1c\n\x04\x62lob\x18\x01 \x01(\x0b\x32\x0e.ecavg.v1.Blob\x12\x13\n\x0b\x62\x61se_digest\x18\x02 \x01(\t\"\'\n\x0bJoinRequest\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\"S\n\tJoinReply\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x10\n\x08run_json\x18\x02 \x01(\t\x12\x0c\n\x04slot\x18\x03 \x01(\r\x12\x16\n\x0enum_partitions\x18\x04 \x01(\r\"\x0e\n\x0cWatchRequest\"\xf9\x02\n\nWatchEvent\x12\r\n\x05round\x18\x01 \x01(\r\x12\x1e\n\x05phase\x18\x02 \x01(\x0e\x32\x0f.ecavg.v1.Phase\x12\'\n\x0finitial_weights\x18\x03 \x01(\x0b\x32\x0e.ecavg.v1.Blob\x12\"\n\x07outcome\x18\x04 \x01(\x0e\x32\x11.ecavg.v1.Outcome\x12$\n\x08progress\x18\x05 \x01(\x0b\x32\x12.ecavg.v1.Progress\x12.\n\x0clatest_model\x18\x06 \x01(\x0b\x32\x18.ecavg.v1.PublishedModel\x12\x14\n\x0c\x66\x61iled_round\x18\x07 \x01(\r\x12\x0f\n\x07\x66\x61ilure\x18\x08 \x01(\t\x12\x10\n\x08run_over\x18\t \x01(\x08\x12\x19\n\x11num_contributions\x18\n \x01(\r\x12\x19\n\x11max_contributions\x18\x0b \x01(\r\x12*\n\x0finitial_encoded\x18\x0c \x01(\x0b\x32\x11.ecavg.v1.Encoded\"C\n\x08Progress\x12\x0c\n\x04\x64one\x18\x01 \x01(\x04\x12\r\n\x05total\x18\x02 \x01(\x04\x12\x11\n\x04loss\x18\x03 \x01(\x01H\x00\x88\x01\x01\x42\x07\n\x05_loss\"d\n\x0ePublishedModel\x12\r\n\x05round\x18\x01 \x01(\r\x12\x1f\n\x07weights\x18\x02 \x01(\x0b\x32\x0e.ecavg.v1.Blob\x12\"\n\x07\x65ncoded\x18\x03 \x01(\x0b\x32\x11.ecavg.v1.Encoded\"F\n\x12QueryUploadRequest\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12 \n\x04kind\x18\x02 \x01(\x0e\x32\x12.ecavg.v1.BlobKind\"<\n\x10QueryUploadReply\x12\x16\n\x0ereceived_bytes\x18\x01 \x01(\x04\x12\x10\n\x08\x63omplete\x18\x02 \x01(\x08\"R\n\rUploadRequest\x12(\n\x06header\x18\x01 \x01(\x0b\x32\x16.ecavg.v1.UploadHeaderH\x00\x12\x0f\n\x05\x63hunk\x18\x02 \x01(\x0cH\x00\x42\x06\n\x04part\"d\n\x0cUploadHeader\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12 \n\x04kind\x18\x02 \x01(\x0e\x32\x12.ecavg.v1.BlobKind\x12\x12\n\nsize_bytes\x18\x03 \x01(\x04\x12\x0e\n\x06offset\x18\x04 \x01(\x04\"%\n\x0bUploadReply\x12\x16\n\x0ereceived_bytes\x18\x01 \x01(\x04\"\xb7\x01\n\x11\x43ontributeRequest\x12\r\n\x05round\x18\x01 \x01(\r\x12\x16\n\x0eweights_digest\x18\x02 \x01(\t\x12\x15\n\rshard_digests\x18\x03 \x03(\t\x12\x14\n\x0cnum_examples\x18\x04 \x01(\x04\x12\x1b\n\x0e\x61\x63\x63uracy_local\x18\x05 \x01(\x01H\x00\x88\x01\x01\x12\x1e\n\x16initial_weights_digest\x18\x06 \x01(\tB\x11\n\x0f_accuracy_local\"h\n\x0f\x43ontributeReply\x12\"\n\x07outcome\x18\x01 \x01(\x0e\x32\x11.ecavg.v1.Outcome\x12 \n\x06reason\x18\x02 \x01(\x0e\x32\x10.ecavg.v1.Reason\x12\x0f\n\x07message\x18\x03 \x01(\t\"1\n\x0f\x44ownloadRequest\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12\x0e\n\x06offset\x18\x02 \x01(\x04\"2\n\rDownloadReply\x12\r\n\x05\x63hunk\x18\x01 \x01(\x0c\x12\x12\n\nsize_bytes\x18\x02 \x01(\x04\"\x83\x02\n\rReportRequest\x12\r\n\x05round\x18\x01 \x01(\r\x12\x1b\n\x0e\x61\x63\x63uracy_local\x18\x02 \x01(\x01H\x00\x88\x01\x01\x12\x1c\n\x0f\x61\x63\x63uracy_before\x18\x03 \x01(\x01H\x01\x88\x01\x01\x12\x16\n\x0e\x61\x63\x63uracy_after\x18\x04 \x01(\x01\x12\x14\n\x0cnum_held_out\x18\x05 \x01(\x04\x12\x0f\n\x07\x61pplied\x18\x06 \x01(\x08\x12\x0e\n\x06reason\x18\x07 \x01(\t\x12\x1d\n\x10\x61\x63\x63uracy_adapted\x18\x08 \x01(\x01H\x02\x88\x01\x01\x42\x11\n\x0f_accuracy_localB\x12\n\x10_accuracy_beforeB\x13\n\x11_accuracy_adapted\"\r\n\x0bReportReply*\x92\x04\n\x06Reason\x12\x16\n\x12REASON_UNSPECIFIED\x10\x00\x12\x1c\n\x18REASON_MALFORMED_REQUEST\x10\x01\x12\x1c\n\x18REASON_PROTOCOL_MISMATCH\x10\x02\x12\x18\n\x14REASON_UNKNOWN_AGENT\x10\x03\x12\x17\n\x13REASON_UNKNOWN_BLOB\x10\x04\x12\x15\n\x11REASON_SIZE_LIMIT\x10\x05\x12\x18\n\x14REASON_SIZE_MISMATCH\x10\x06\x12\x1a\n\x16REASON_OFFSET_MISMATCH\x10\x07\x12\x1a\n\x16REASON_DIGEST_MISMATCH\x10\x08\x12\x17\n\x13REASON_INVALID_FILE\x10\t\x12\x1a\n\x16REASON_SCHEMA_MISMATCH\x10\n\x12\x15\n\x11REASON_NON_FINITE\x10\x0b\x12\x18\n\x14REASON_INVALID_SHARD\x10\x0c\x12\x17\n\x13REASON_MISSING_BLOB\x10\r\x12\x17\n\x13REASON_ROUND_CLOSED\x10\x0e\x12\x1e\n\x1aREASON_ALREADY_CONTRIBUTED\x10\x0f\x12\x17\n\x13REASON_STORAGE_FULL\x10\x10\x12\x16\n\x12REASON_UNAVAILABLE\x10\x11\x12\x13\n\x0fREASON_INTERNAL\x10\x12\x12\x1a\n\x16REASON_INITIAL_WEIGHTS\x10\x13*\x9f\x01\n\x05Phase\x12\x15\n\x11PHASE_UNSPECIFIED\x10\x00\x12\x14\n\x10PHASE_COLLECTING\x10\x01\x12\x15\n\x11PHASE_AGGREGATING\x10\x02\x12\x15\n\x11PHASE_FINE_TUNING\x10\x03\x12\x14\n\x10PHASE_EVALUATING\x10\x04\x12\x13\n\x0fPHASE_PUBLISHED\x10\x05\x12\x10\n\x0cPHASE_FAILED\x10\x06*P\n\x08\x42lobKind\x12\x19\n\x15\x42LOB_KIND_UNSPECIFIED\x10\x00\x12\x15\n\x11\x42LOB_KIND_WEIGHTS\x10\x01\x12\x12\n\x0e\x42LOB_KIND_DATA\x10\x02*`\n\x07Outcome\x12\x17\n\x13OUTCOME_UNSPECIFIED\x10\x00\x12\x14\n\x10OUTCOME_ACCEPTED\x10\x01\x12\x14\n\x10OUTCOME_REJECTED\x10\x02\x12\x10\n\x0cOUTCOME_LATE\x10\x03\x32\xbb\x03\n\x05\x45\x43\x41vg\x12\x32\n\x04Join\x12\x15.ecavg.v1.JoinRequest\x1a\x13.ecavg.v1.JoinReply\x12\x37\n\x05Watch\x12\x16.ecavg.v1.WatchRequest\x1a\x14.ecavg.v1.WatchEvent0\x01\x12G\n\x0bQueryUpload\x12\x1c.ecavg.v1.QueryUploadRequest\x1a\x1a.ecavg.v1.QueryUploadReply\x12:\n\x06Upload\x12\x17.ecavg.v1.UploadRequest\x1a\x15.ecavg.v1.UploadReply(\x01\x12\x44\n\nContribute\x12\x1b.ecavg.v1.ContributeRequest\x1a\x19.ecavg.v1.ContributeReply\x12@\n\x08\x44ownload\x12\x19.ecavg.v1.DownloadRequest\x1a\x17.ecavg.v1.DownloadReply0\x01\x12\x38\n\x06Report\x12\x17.ecavg.v1.ReportRequest\x1a\x15.ecavg.v1.ReportReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15\x63ommon/pb/ecavg.proto\x12\x08\x65\x63\x61vg.v1\"*\n\x04\x42lob\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12\x12\n\nsize_bytes\x18\x02 \x01(\x04\"<\n\x07\x45ncoded\x12\x1c\n\x04\x62lob\x18\x01 \x01(\x0b\x32\x0e.ecavg.v1.Blob\x12\x13\n\x0b\x62\x61se_digest\x18\x02 \x01(\t\"\'\n\x0bJoinRequest\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\"S\n\tJoinReply\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x10\n\x08run_json\x18\x02 \x01(\t\x12\x0c\n\x04slot\x18\x03 \x01(\r\x12\x16\n\x0enum_partitions\x18\x04 \x01(\r\"\x0e\n\x0cWatchRequest\"\x90\x03\n\nWatchEvent\x12\r\n\x05round\x18\x01 \x01(\r\x12\x1e\n\x05phase\x18\x02 \x01(\x0e\x32\x0f.ecavg.v1.Phase\x12\'\n\x0finitial_weights\x18\x03 \x01(\x0b\x32\x0e.ecavg.v1.Blob\x12\"\n\x07outcome\x18\x04 \x01(\x0e\x32\x11.ecavg.v1.Outcome\x12$\n\x08progress\x18\x05 \x01(\x0b\x32\x12.ecavg.v1.Progress\x12.\n\x0clatest_model\x18\x06 \x01(\x0b\x32\x18.ecavg.v1.PublishedModel\x12\x14\n\x0c\x66\x61iled_round\x18\x07 \x01(\r\x12\x0f\n\x07\x66\x61ilure\x18\x08 \x01(\t\x12\x10\n\x08run_over\x18\t \x01(\x08\x12\x19\n\x11num_contributions\x18\n \x01(\r\x12\x19\n\x11max_contributions\x18\x0b \x01(\r\x12*\n\x0finitial_encoded\x18\x0c \x01(\x0b\x32\x11.ecavg.v1.Encoded\x12\x15\n\rcounted_round\x18\r \x01(\r\"C\n\x08Progress\x12\x0c\n\x04\x64one\x18\x01 \x01(\x04\x12\r\n\x05total\x18\x02 \x01(\x04\x12\x11\n\x04loss\x18\x03 \x01(\x01H\x00\x88\x01\x01\x42\x07\n\x05_loss\"d\n\x0ePublishedModel\x12\r\n\x05round\x18\x01 \x01(\r\x12\x1f\n\x07weights\x18\x02 \x01(\x0b\x32\x0e.ecavg.v1.Blob\x12\"\n\x07\x65ncoded\x18\x03 \x01(\x0b\x32\x11.ecavg.v1.Encoded\"F\n\x12QueryUploadRequest\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12 \n\x04kind\x18\x02 \x01(\x0e\x32\x12.ecavg.v1.BlobKind\"<\n\x10QueryUploadReply\x12\x16\n\x0ereceived_bytes\x18\x01 \x01(\x04\x12\x10\n\x08\x63omplete\x18\x02 \x01(\x08\"R\n\rUploadRequest\x12(\n\x06header\x18\x01 \x01(\x0b\x32\x16.ecavg.v1.UploadHeaderH\x00\x12\x0f\n\x05\x63hunk\x18\x02 \x01(\x0cH\x00\x42\x06\n\x04part\"d\n\x0cUploadHeader\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12 \n\x04kind\x18\x02 \x01(\x0e\x32\x12.ecavg.v1.BlobKind\x12\x12\n\nsize_bytes\x18\x03 \x01(\x04\x12\x0e\n\x06offset\x18\x04 \x01(\x04\"%\n\x0bUploadReply\x12\x16\n\x0ereceived_bytes\x18\x01 \x01(\x04\"\xb7\x01\n\x11\x43ontributeRequest\x12\r\n\x05round\x18\x01 \x01(\r\x12\x16\n\x0eweights_digest\x18\x02 \x01(\t\x12\x15\n\rshard_digests\x18\x03 \x03(\t\x12\x14\n\x0cnum_examples\x18\x04 \x01(\x04\x12\x1b\n\x0e\x61\x63\x63uracy_local\x18\x05 \x01(\x01H\x00\x88\x01\x01\x12\x1e\n\x16initial_weights_digest\x18\x06 \x01(\tB\x11\n\x0f_accuracy_local\"h\n\x0f\x43ontributeReply\x12\"\n\x07outcome\x18\x01 \x01(\x0e\x32\x11.ecavg.v1.Outcome\x12 \n\x06reason\x18\x02 \x01(\x0e\x32\x10.ecavg.v1.Reason\x12\x0f\n\x07message\x18\x03 \x01(\t\"1\n\x0f\x44ownloadRequest\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12\x0e\n\x06offset\x18\x02 \x01(\x04\"2\n\rDownloadReply\x12\r\n\x05\x63hunk\x18\x01 \x01(\x0c\x12\x12\n\nsize_bytes\x18\x02 \x01(\x04\"\x83\x02\n\rReportRequest\x12\r\n\x05round\x18\x01 \x01(\r\x12\x1b\n\x0e\x61\x63\x63uracy_local\x18\x02 \x01(\x01H\x00\x88\x01\x01\x12\x1c\n\x0f\x61\x63\x63uracy_before\x18\x03 \x01(\x01H\x01\x88\x01\x01\x12\x16\n\x0e\x61\x63\x63uracy_after\x18\x04 \x01(\x01\x12\x14\n\x0cnum_held_out\x18\x05 \x01(\x04\x12\x0f\n\x07\x61pplied\x18\x06 \x01(\x08\x12\x0e\n\x06reason\x18\x07 \x01(\t\x12\x1d\n\x10\x61\x63\x63uracy_adapted\x18\x08 \x01(\x01H\x02\x88\x01\x01\x42\x11\n\x0f_accuracy_localB\x12\n\x10_accuracy_beforeB\x13\n\x11_accuracy_adapted\"\r\n\x0bReportReply*\x92\x04\n\x06Reason\x12\x16\n\x12REASON_UNSPECIFIED\x10\x00\x12\x1c\n\x18REASON_MALFORMED_REQUEST\x10\x01\x12\x1c\n\x18REASON_PROTOCOL_MISMATCH\x10\x02\x12\x18\n\x14REASON_UNKNOWN_AGENT\x10\x03\x12\x17\n\x13REASON_UNKNOWN_BLOB\x10\x04\x12\x15\n\x11REASON_SIZE_LIMIT\x10\x05\x12\x18\n\x14REASON_SIZE_MISMATCH\x10\x06\x12\x1a\n\x16REASON_OFFSET_MISMATCH\x10\x07\x12\x1a\n\x16REASON_DIGEST_MISMATCH\x10\x08\x12\x17\n\x13REASON_INVALID_FILE\x10\t\x12\x1a\n\x16REASON_SCHEMA_MISMATCH\x10\n\x12\x15\n\x11REASON_NON_FINITE\x10\x0b\x12\x18\n\x14REASON_INVALID_SHARD\x10\x0c\x12\x17\n\x13REASON_MISSING_BLOB\x10\r\x12\x17\n\x13REASON_ROUND_CLOSED\x10\x0e\x12\x1e\n\x1aREASON_ALREADY_CONTRIBUTED\x10\x0f\x12\x17\n\x13REASON_STORAGE_FULL\x10\x10\x12\x16\n\x12REASON_UNAVAILABLE\x10\x11\x12\x13\n\x0fREASON_INTERNAL\x10\x12\x12\x1a\n\x16REASON_INITIAL_WEIGHTS\x10\x13*\x9f\x01\n\x05Phase\x12\x15\n\x11PHASE_UNSPECIFIED\x10\x00\x12\x14\n\x10PHASE_COLLECTING\x10\x01\x12\x15\n\x11PHASE_AGGREGATING\x10\x02\x12\x15\n\x11PHASE_FINE_TUNING\x10\x03\x12\x14\n\x10PHASE_EVALUATING\x10\x04\x12\x13\n\x0fPHASE_PUBLISHED\x10\x05\x12\x10\n\x0cPHASE_FAILED\x10\x06*P\n\x08\x42lobKind\x12\x19\n\x15\x42LOB_KIND_UNSPECIFIED\x10\x00\x12\x15\n\x11\x42LOB_KIND_WEIGHTS\x10\x01\x12\x12\n\x0e\x42LOB_KIND_DATA\x10\x02*`\n\x07Outcome\x12\x17\n\x13OUTCOME_UNSPECIFIED\x10\x00\x12\x14\n\x10OUTCOME_ACCEPTED\x10\x01\x12\x14\n\x10OUTCOME_REJECTED\x10\x02\x12\x10\n\x0cOUTCOME_LATE\x10\x03\x32\xbb\x03\n\x05\x45\x43\x41vg\x12\x32\n\x04Join\x12\x15.ecavg.v1.JoinRequest\x1a\x13.ecavg.v1.JoinReply\x12\x37\n\x05Watch\x12\x16.ecavg.v1.WatchRequest\x1a\x14.ecavg.v1.WatchEvent0\x01\x12G\n\x0bQueryUpload\x12\x1c.ecavg.v1.QueryUploadRequest\x1a\x1a.ecavg.v1.QueryUploadReply\x12:\n\x06Upload\x12\x17.ecavg.v1.UploadRequest\x1a\x15.ecavg.v1.UploadReply(\x01\x12\x44\n\nContribute\x12\x1b.ecavg.v1.ContributeRequest\x1a\x19.ecavg.v1.ContributeReply\x12@\n\x08\x44ownload\x12\x19.ecavg.v1.DownloadRequest\x1a\x17.ecavg.v1.DownloadReply0\x01\x12\x38\n\x06Report\x12\x17.ecavg.v1.ReportRequest\x1a\x15.ecavg.v1.ReportReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'common.pb.ecavg_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_REASON']._serialized_start=1866
-  _globals['_REASON']._serialized_end=2396
-  _globals['_PHASE']._serialized_start=2399
-  _globals['_PHASE']._serialized_end=2558
-  _globals['_BLOBKIND']._serialized_start=2560
-  _globals['_BLOBKIND']._serialized_end=2640
-  _globals['_OUTCOME']._serialized_start=2642
-  _globals['_OUTCOME']._serialized_end=2738
+  _globals['_REASON']._serialized_start=1889
+  _globals['_REASON']._serialized_end=2419
+  _globals['_PHASE']._serialized_start=2422
+  _globals['_PHASE']._serialized_end=2581
+  _globals['_BLOBKIND']._serialized_start=2583
+  _globals['_BLOBKIND']._serialized_end=2663
+  _globals['_OUTCOME']._serialized_start=2665
+  _globals['_OUTCOME']._serialized_end=2761
   _globals['_BLOB']._serialized_start=35
   _globals['_BLOB']._serialized_end=77
   _globals['_ENCODED']._serialized_start=79
@@ -50,33 +50,33 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_WATCHREQUEST']._serialized_start=267
   _globals['_WATCHREQUEST']._serialized_end=281
   _globals['_WATCHEVENT']._serialized_start=284
-  _globals['_WATCHEVENT']._serialized_end=661
-  _globals['_PROGRESS']._serialized_start=663
-  _globals['_PROGRESS']._serialized_end=730
-  _globals['_PUBLISHEDMODEL']._serialized_start=732
-  _globals['_PUBLISHEDMODEL']._serialized_end=832
-  _globals['_QUERYUPLOADREQUEST']._serialized_start=834
-  _globals['_QUERYUPLOADREQUEST']._serialized_end=904
-  _globals['_QUERYUPLOADREPLY']._serialized_start=906
-  _globals['_QUERYUPLOADREPLY']._serialized_end=966
-  _globals['_UPLOADREQUEST']._serialized_start=968
-  _globals['_UPLOADREQUEST']._serialized_end=1050
-  _globals['_UPLOADHEADER']._serialized_start=1052
-  _globals['_UPLOADHEADER']._serialized_end=1152
-  _globals['_UPLOADREPLY']._serialized_start=1154
-  _globals['_UPLOADREPLY']._serialized_end=1191
-  _globals['_CONTRIBUTEREQUEST']._serialized_start=1194
-  _globals['_CONTRIBUTEREQUEST']._serialized_end=1377
-  _globals['_CONTRIBUTEREPLY']._serialized_start=1379
-  _globals['_CONTRIBUTEREPLY']._serialized_end=1483
-  _globals['_DOWNLOADREQUEST']._serialized_start=1485
-  _globals['_DOWNLOADREQUEST']._serialized_end=1534
-  _globals['_DOWNLOADREPLY']._serialized_start=1536
-  _globals['_DOWNLOADREPLY']._serialized_end=1586
-  _globals['_REPORTREQUEST']._serialized_start=1589
-  _globals['_REPORTREQUEST']._serialized_end=1848
-  _globals['_REPORTREPLY']._serialized_start=1850
-  _globals['_REPORTREPLY']._serialized_end=1863
-  _globals['_ECAVG']._serialized_start=2741
-  _globals['_ECAVG']._serialized_end=3184
+  _globals['_WATCHEVENT']._serialized_end=684
+  _globals['_PROGRESS']._serialized_start=686
+  _globals['_PROGRESS']._serialized_end=753
+  _globals['_PUBLISHEDMODEL']._serialized_start=755
+  _globals['_PUBLISHEDMODEL']._serialized_end=855
+  _globals['_QUERYUPLOADREQUEST']._serialized_start=857
+  _globals['_QUERYUPLOADREQUEST']._serialized_end=927
+  _globals['_QUERYUPLOADREPLY']._serialized_start=929
+  _globals['_QUERYUPLOADREPLY']._serialized_end=989
+  _globals['_UPLOADREQUEST']._serialized_start=991
+  _globals['_UPLOADREQUEST']._serialized_end=1073
+  _globals['_UPLOADHEADER']._serialized_start=1075
+  _globals['_UPLOADHEADER']._serialized_end=1175
+  _globals['_UPLOADREPLY']._serialized_start=1177
+  _globals['_UPLOADREPLY']._serialized_end=1214
+  _globals['_CONTRIBUTEREQUEST']._serialized_start=1217
+  _globals['_CONTRIBUTEREQUEST']._serialized_end=1400
+  _globals['_CONTRIBUTEREPLY']._serialized_start=1402
+  _globals['_CONTRIBUTEREPLY']._serialized_end=1506
+  _globals['_DOWNLOADREQUEST']._serialized_start=1508
+  _globals['_DOWNLOADREQUEST']._serialized_end=1557
+  _globals['_DOWNLOADREPLY']._serialized_start=1559
+  _globals['_DOWNLOADREPLY']._serialized_end=1609
+  _globals['_REPORTREQUEST']._serialized_start=1612
+  _globals['_REPORTREQUEST']._serialized_end=1871
+  _globals['_REPORTREPLY']._serialized_start=1873
+  _globals['_REPORTREPLY']._serialized_end=1886
+  _globals['_ECAVG']._serialized_start=2764
+  _globals['_ECAVG']._serialized_end=3207
 # @@protoc_insertion_point(module_scope)

@@ -62,7 +62,10 @@ class Started:
 
     def send(self, *, latest: int = 0, over: bool = False, phase: str = "collecting") -> None:
         weights = self.cloud.published if latest else NO_BLOB
-        state = RunState(latest + 1, phase, self.cloud.initial, "", 0, 0, latest, weights, 0, "", over)
+        initial = self.cloud.initial
+        state = RunState(
+            latest + 1, phase, initial, None, "", 0, 0, latest, weights, None, latest, 0, "", over
+        )  # fmt: skip
         self.client.states.put_nowait(state)
 
     async def run(self, seconds: float = 30) -> None:

@@ -10,10 +10,12 @@ from typing import Any
 
 import pytest
 
-from common.config import RunConfig, TrainingConfig
+from common.config import RunConfig, TrainingConfig, Wire
+from common.errors import InvalidError
 from common.models import build_model
 from common.transfer import Blob, blob_of
 from common.weights import write_state_dict
+from common.wire import Base, encode
 from edge_agent.agent import EdgeAgent
 from edge_agent.client import Joined, RunState, Verdict
 from edge_agent.config import AgentConfig
@@ -45,7 +47,7 @@ class Cloud:
 
     def __init__(self, folder: Path, run: RunConfig = RUN) -> None:
         folder.mkdir()
-        self.run = run
+        self.run, self.run_id = run, "run"
         self.files = []
         for seed in range(2):
             path = folder / str(seed)
@@ -59,9 +61,63 @@ class Cloud:
     def state(self) -> RunState:
         done = bool(self.contribution)
         return RunState(
-            1, "published" if done else "collecting", self.initial, "accepted" if done else "", 0, 0,
-            int(done), self.published if done else Blob("", 0), 0, "", bool(self.reports),
+            1, "published" if done else "collecting", self.initial, None, "accepted" if done else "", 0, 0,
+            int(done), self.published if done else Blob("", 0), None, int(done), 0, "", bool(self.reports),
         )  # fmt: skip
+
+    def keep(self, path: Path, kind: str) -> None: ...
+
+    def take(self, number: int, contribution: dict[str, Any]) -> Verdict:
+        self.counts["contributions"] += 1
+        self.contribution = {"round": number, **contribution}
+        return Verdict("accepted", "")
+
+
+class CloudOfManyRounds(Cloud):
+    """It goes on at once, without a model: an agent that was cut off never hears what became of its round."""
+
+    def __init__(self, folder: Path, wire: Wire, outcomes: list[str]) -> None:
+        super().__init__(folder, RUN.model_copy(update={"wire": wire}))
+        self._folder = folder
+        self._outcomes = outcomes
+        self._counted_round = 0
+        self.sent: list[str] = []  # digests of the weights, round by round
+
+    def state(self) -> RunState:
+        number = len(self.sent) + 1
+        is_over = number > len(self._outcomes)
+        return RunState(
+            number, "collecting", self.initial, None, "", 0, 0,
+            0, Blob("", 0), None, self._counted_round, 0, "", is_over,
+        )  # fmt: skip
+
+    def keep(self, path: Path, kind: str) -> None:
+        if kind == "weights":
+            shutil.copy(path, self._folder / f"sent-{len(self.sent) + 1}")
+            shutil.copy(path.with_name("local.safetensors"), self._folder / f"local-{len(self.sent) + 1}")
+
+    def take(self, number: int, contribution: dict[str, Any]) -> Verdict:
+        assert number == len(self.sent) + 1
+        outcome = self._outcomes[number - 1]
+        self.sent.append(contribution["weights"].digest)
+        if outcome == "refused":
+            raise InvalidError("no")
+        if outcome == "counted":
+            self._counted_round = number
+        return Verdict("late" if outcome == "late" else "accepted", "")
+
+    def expected(self) -> list[str]:
+        """What should have been sent, with what was lost of the last contribution that counted."""
+        base, residual, digests = Base(self.files[0], self.initial.digest), None, []
+        for number, outcome in enumerate(self._outcomes, 1):
+            lost, sent = self._folder / f"lost-{number}", self._folder / "expected"
+            encode(
+                self._folder / f"local-{number}", sent, self.run.wire,
+                base=base, residual=residual, next_residual=lost,
+            )  # fmt: skip
+            digests.append(blob_of(sent).digest)
+            residual = lost if outcome == "counted" else residual
+        return digests
 
 
 class Client:
@@ -72,28 +128,30 @@ class Client:
         self._news = asyncio.Event()
 
     async def join(self) -> Joined:
-        return Joined("run", self._cloud.run, 1, 1)
+        return Joined(self._cloud.run_id, self._cloud.run, 1, 1)
 
     async def watch(self) -> AsyncIterator[RunState]:
         while True:
             self._news.clear()
             yield self._cloud.state()
-            if self._cloud.reports:
+            if self._cloud.state().run_over:
                 return
             await self._news.wait()
 
     async def upload(self, path: Path, blob: Blob, kind: str, on_bytes: Any) -> None:
         self._power.moment()
         assert blob_of(path) == blob
+        self._cloud.keep(path, kind)
         self._power.moment()
 
     async def contribute(self, number: int, **contribution: Any) -> Verdict:
         self._power.moment()
-        self._cloud.counts["contributions"] += 1
-        self._cloud.contribution = {"round": number, **contribution}
-        self._power.moment()
-        self._news.set()
-        return Verdict("accepted", "")
+        try:
+            verdict = self._cloud.take(number, contribution)
+            self._power.moment()
+        finally:
+            self._news.set()
+        return verdict
 
     async def download(self, blob: Blob, path: Path, on_bytes: Any) -> None:
         self._power.moment()
@@ -211,3 +269,41 @@ async def test_weights_that_started_elsewhere_are_trained_again(tmp_path: Path) 
     progress = await live(cloud, tmp_path / "agent", Power(None))
     assert progress.trained.initial_weights == cloud.contribution["initial_weights"] == cloud.initial.digest
     assert cloud.contribution["weights"] == progress.trained.weights != stale.weights
+
+
+OUTCOMES = ["counted", "late", "failed", "counted", "refused", "counted"]
+
+
+@pytest.mark.parametrize("wire", ["bfloat16", "int8"])
+async def test_what_the_last_contribution_that_counted_has_lost_is_added_to_the_next(
+    tmp_path: Path, wire: Wire
+) -> None:
+    cloud = CloudOfManyRounds(tmp_path / "cloud", wire, OUTCOMES)
+    await live(cloud, tmp_path / "agent", Power(None))
+    assert cloud.sent == cloud.expected()
+    left = {path.name for path in (tmp_path / "agent").glob("residual-*")}
+    assert left == {"residual-0004.safetensors", "residual-0006.safetensors"}
+
+
+async def test_the_same_is_sent_wherever_the_agent_was_cut_off(tmp_path: Path) -> None:
+    outcomes = ["counted", "late", "counted"]
+    undisturbed = CloudOfManyRounds(tmp_path / "cloud", "int8", outcomes)
+    power = Power(None)
+    await live(undisturbed, tmp_path / "agent", power)
+    for moment in range(power.moments):
+        cloud, folder = (
+            CloudOfManyRounds(tmp_path / f"cloud-{moment}", "int8", outcomes),
+            tmp_path / str(moment),
+        )
+        with pytest.raises((PowerCutError, ExceptionGroup)):
+            await live(cloud, folder, Power(moment))
+        await live(cloud, folder, Power(None))
+        assert cloud.sent == undisturbed.sent, moment
+
+
+async def test_another_run_has_nothing_to_make_up_for(tmp_path: Path) -> None:
+    for name in ("one", "other"):
+        cloud = CloudOfManyRounds(tmp_path / name, "int8", ["counted", "counted"])
+        cloud.run_id = name
+        await live(cloud, tmp_path / "agent", Power(None))
+        assert cloud.sent == cloud.expected()

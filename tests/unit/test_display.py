@@ -12,6 +12,7 @@ STATE = RunState(
     round=1,
     phase=Phase.COLLECTING,
     initial_weights=Blob("0" * 64, 1),
+    initial_encoded=None,
     outcome=None,
     progress=None,
     latest_model=None,
@@ -20,6 +21,7 @@ STATE = RunState(
     run_over=False,
     num_contributions=0,
     max_contributions=3,
+    counted_round=0,
 )
 
 
