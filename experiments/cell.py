@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any, NamedTuple
 
 import torch
@@ -24,6 +25,7 @@ from common.files import replacing
 from common.models import build_model
 from common.training import evaluate, select_device
 from common.weights import load_into
+from common.wire import Base, decode
 from edge_agent.state import Report
 from experiments import barrier, data
 from experiments.round import Edge, Network, OnProgress, Received
@@ -110,7 +112,7 @@ class _Run:
             for name in sorted(self._cell.missing, key=lambda name: name != DEFAULT):
                 self._cell.keep(name, self._as_by_default(name) or self._measure(name, contributions))
             if self._cell.lacks_barrier:
-                self._cell.keep_barrier(self._measure_barrier(contributions))
+                self._cell.keep_barrier(self._measure_barrier())
         if not self._cell.keep_weights:
             shutil.rmtree(self._cell.path / "network")
 
@@ -137,8 +139,8 @@ class _Run:
             return None
         return {**default, "rounds": [{**found, "start": candidate, "edges": []}], "same_as": DEFAULT}
 
-    def _measure_barrier(self, contributions: Sequence[JobContribution]) -> Record:
-        ends = [self._network.cloud.blobs.get(item.weights) for item in contributions[:2]]
+    def _measure_barrier(self) -> Record:
+        ends = [edge.disk.local_weights for edge in self._network.edges[:2]]
         return barrier.measure(self._setting.run, ends, self._setting.data, self._device, self._on_progress)
 
     # ------------------------------------------------------------------ rounds
@@ -152,7 +154,7 @@ class _Run:
         run = self._setting.run_of(variant)
         record, _ = self._publish(variant, run, 1, None, network, contributions)
         needed = {digest for item in pretrained for digest in (item.weights, *item.shards)}
-        network.cloud.blobs.discard_all_but(needed)  # models are large
+        network.cloud.blobs.discard_all_but(needed | {network.start(None) or ""})  # models are large
         return record
 
     def _several_rounds(self, variant: Variant, num_rounds: int) -> list[Record]:
@@ -183,10 +185,12 @@ class _Run:
         def on_candidate(name: str, model: nn.Module) -> None:
             models[name] = self._test.measure(model)
 
-        blobs = network.cloud.blobs
-        local = [self._test.measure_file(blobs.get(item.weights)) for item in contributions]
+        blobs, start = network.cloud.blobs, network.start(latest)
+        sent = [blobs.get(item.weights) for item in contributions]
+        base = Base(blobs.get(start), start) if start else None
+        local = [self._measure_sent(path, base) for path in sent]
         show = _prefixed(variant.label, self._on_progress)
-        result = network.cloud.publish(run, number, latest, contributions, on_candidate, show)
+        result = network.cloud.publish(run, number, start, contributions, on_candidate, show)
         if result.weights is None or result.start is None:
             raise RunError(f"round {number} of {variant.label} published nothing")
         published = blobs.get(result.weights.sha256)
@@ -199,6 +203,11 @@ class _Run:
             "soup": result.soup,
             "published": result.published,
             "digest": result.weights.sha256,
+            "accuracy": self._test.measure_file(published)["accuracy"],
+            "bytes": {
+                "up": fmean(path.stat().st_size for path in sent),
+                "down": (result.encoded or result.weights).bytes,
+            },
             "edges": [
                 self._receive(replace(edge, run=run), number, published, is_applied=variant.is_split)
                 for edge in edges
@@ -239,6 +248,14 @@ class _Run:
             "tolerance": received.comparison.tolerance,
             "is_worse": received.comparison.is_worse,
         }
+
+    def _measure_sent(self, path: Path, base: Base | None) -> Record:
+        """Weights as the cloud has them."""
+        decoded = self._cell.path / "decoded.safetensors"
+        decode(path, decoded, base=base)
+        measured = self._test.measure_file(decoded)
+        decoded.unlink()
+        return measured
 
     def _open_network(self, name: str) -> Network:
         return Network(self._setting, self._cell.path / name, self._device, self._on_progress)

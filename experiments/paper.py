@@ -15,6 +15,7 @@ import time
 import tomllib
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -42,12 +43,14 @@ class Defaults(NamedTuple):
     partition_by: str
     agents: str
     variants: str
+    wire: str = "float32"
 
 
 TABLES: Mapping[str, Defaults] = {
     "claims": Defaults("independent", "iid", "2", "plain_average,selection"),
     "parts": Defaults("independent,shared", "iid", "2", ",".join(VARIANTS)),
     "transfer": Defaults("shared", "iid,dirichlet:0.3", "2,5,10", "plain_average,selection"),
+    "wire": Defaults("shared", "iid", "2", "selection,rounds", "float32,bfloat16,int8"),
 }
 
 
@@ -105,6 +108,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--agents", metavar="K,…", help="one or several numbers (default: the table's)")
     add("--partition-by", metavar="P,…", help="iid, dirichlet:ALPHA or classes:K (default: the table's)")
     add("--initial-weights", metavar="W,…", help="independent, shared, … (default: the table's)")
+    add("--wire", metavar="E,…", help="float32, bfloat16 or int8 (default: the table's)")
     add("--examples-per-agent", type=int, metavar="N", help="to train on (default: the task's)")
     add("--test-examples", type=int, metavar="N", help="at most (default: all; in transfer the task's)")
     add("--variants", metavar="V,…", help=f"of {', '.join(VARIANTS)} (default: the table's)")
@@ -154,30 +158,33 @@ def _groups(arguments: argparse.Namespace, folder: Path) -> dict[str, list["Cell
     num_test = arguments.test_examples or (task.test_examples if is_transfer else ALL)
     available = len(data.read(folder, "train").labels)
     groups: dict[str, list[Cell]] = {}
-    for initial in arguments.initial_weights.split(","):
-        for partition_by in arguments.partition_by.split(","):
-            for num_agents in map(int, arguments.agents.split(",")):
-                in_all = num_agents * (arguments.examples_per_agent or task.examples_per_agent)
-                if is_transfer and not arguments.examples_per_agent:
-                    in_all = task.examples_in_all
-                if in_all > available:
-                    raise UsageError(f"{in_all} examples are wanted, and there are {available}")
-                cells = groups.setdefault(f"{initial}, {partition_by}, {num_agents} agents", [])
-                for seed in range(arguments.first_seed, arguments.first_seed + arguments.seeds):
-                    changes = {"seed": seed, "partition_by": partition_by, "initial_weights": initial}
-                    run = _run(arguments, changes)
-                    setting = Setting(arguments.task, run, folder, num_agents, in_all, num_test)
-                    cells.append(
-                        Cell(
-                            setting,
-                            arguments.variants.split(","),
-                            arguments.work_dir / setting.name,
-                            device=arguments.device,
-                            num_rounds=arguments.rounds,
-                            with_barrier=arguments.table == "claims",
-                            keep_weights=not is_transfer,
-                        )
-                    )
+    kinds = (arguments.initial_weights, arguments.partition_by, arguments.agents, arguments.wire)
+    for initial, partition_by, agents, wire in product(*(values.split(",") for values in kinds)):
+        num_agents = int(agents)
+        in_all = num_agents * (arguments.examples_per_agent or task.examples_per_agent)
+        if is_transfer and not arguments.examples_per_agent:
+            in_all = task.examples_in_all
+        if in_all > available:
+            raise UsageError(f"{in_all} examples are wanted, and there are {available}")
+        name = f"{initial}, {partition_by}, {num_agents} agents"
+        cells = groups.setdefault(f"{name}, {wire}" if arguments.table == "wire" else name, [])
+        for seed in range(arguments.first_seed, arguments.first_seed + arguments.seeds):
+            run = _run(
+                arguments,
+                {"seed": seed, "partition_by": partition_by, "initial_weights": initial, "wire": wire},
+            )
+            setting = Setting(arguments.task, run, folder, num_agents, in_all, num_test)
+            cells.append(
+                Cell(
+                    setting,
+                    arguments.variants.split(","),
+                    arguments.work_dir / setting.name,
+                    device=arguments.device,
+                    num_rounds=arguments.rounds,
+                    with_barrier=arguments.table == "claims",
+                    keep_weights=not is_transfer,
+                )
+            )
     return groups
 
 
@@ -241,10 +248,11 @@ def _write(arguments: argparse.Namespace, groups: Mapping[str, Sequence["Cell"]]
     table = {"task": arguments.task, "run": run, "command": _command(arguments), "figures": figures}
     _write_text(arguments.out_dir / f"{stem}.json", json.dumps(table, indent=1))
     heading = f"# {arguments.task}: {arguments.table}\n\n`{_command(arguments)}`\n\n{_describe(arguments)}"
-    pictures = getattr(plots, arguments.table)(figures)
+    pictures = {} if arguments.table == "wire" else getattr(plots, arguments.table)(figures)
     plots.save(pictures, arguments.out_dir, stem)
     images = "\n".join(f"![{stem}{name}]({stem}{name}.svg)" for name in pictures)
-    _write_text(arguments.out_dir / f"{stem}.md", f"{heading}\n\n{in_words}\n\n{images}")
+    parts = [heading, in_words, *([images] if images else [])]
+    _write_text(arguments.out_dir / f"{stem}.md", "\n\n".join(parts))
     console.print(in_words, markup=False, highlight=False, soft_wrap=True)
     console.print(f"written to {arguments.out_dir}/{stem}.*", highlight=False)
 
@@ -254,7 +262,7 @@ def _command(arguments: argparse.Namespace) -> str:
     words = ["python", "-m", "experiments.paper", "--data-dir", "DIR"]
     names = [
         "task", "table", "seeds", "first_seed", "agents", "partition_by", "initial_weights",
-        "examples_per_agent", "test_examples", "variants", "rounds",
+        "wire", "examples_per_agent", "test_examples", "variants", "rounds",
     ]  # fmt: skip
     defaults = {"first_seed": 0, "rounds": 2, **TABLES[arguments.table]._asdict()}
     for name in names:

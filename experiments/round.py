@@ -105,10 +105,14 @@ class Edge:
             trained = self.models.keep(number, initial, model)
             self.disk.save(self.disk.progress.model_copy(update={"trained": trained}))
             self.disk.discard(self.disk.checkpoint)
-        blobs.put(self.disk.local_weights)
+        sent = self.disk.local_weights
+        if self.run.wire != "float32":
+            start = blobs.get(initial) if initial else None
+            self.models.encode(trained, start, counted_round=number - 1)
+            sent = self.disk.encoded
         return JobContribution(
             agent_id=self.agent_id,
-            weights=trained.weights.digest,
+            weights=blobs.put(sent).digest,
             shards=tuple(blobs.put(path).digest for path in self.models.shards),
             num_examples=self.models.num_examples,
         )
@@ -178,7 +182,11 @@ class Cloud:
         on_candidate: OnCandidate,
         on_progress: OnProgress,
     ) -> Result:
-        """Do the round's job; the model that it makes becomes a blob."""
+        """Do the round's job; the model that it makes becomes a blob.
+
+        Args:
+            initial: digest of what the agents have started from; None: weights of their own.
+        """
         job = Job(
             kind="round",
             name="round",
@@ -242,13 +250,17 @@ class Network:
         """All agents pre-train for a round.
 
         Args:
-            latest: digest of the latest published model, which they start from.
+            latest: digest of the latest published model.
         """
-        initial = latest or (None if run.initial_weights == "independent" else self._initial_weights)
+        initial = self.start(latest)
         return [
             replace(edge, run=run).contribute(number, initial, self.cloud.blobs, self._on_progress)
             for edge in self.edges
         ]
+
+    def start(self, latest: str | None) -> str | None:
+        """The digest of what a round starts from; None: each agent's own weights."""
+        return latest or (None if self._run.initial_weights == "independent" else self._initial_weights)
 
     @cached_property
     def _initial_weights(self) -> str:

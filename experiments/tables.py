@@ -311,6 +311,71 @@ def _accuracies(
     return grid(["", "before", *headings], rows)
 
 
+# ---------------------------------------------------------------------- D. what fewer bytes cost
+
+
+def wire(groups: Groups) -> Record:
+    """For each setting, variant and wire, seed by seed: accuracies after the last round, bytes of one."""
+    figures: Record = {}
+    for name, cells in groups.items():
+        setting, _, encoding = name.rpartition(", ")
+        for variant in cells[0].variants:
+            rows = figures.setdefault(setting, {}).setdefault(variant, {})
+            rows[encoding] = [_sent(cell, variant) for cell in cells]
+    return figures
+
+
+def _sent(cell: Cell, variant: str) -> Record:
+    rounds = _rounds(cell, variant)
+    return {
+        "seed": cell.setting.run.seed,
+        "rounds": len(rounds),
+        "edges_before": fmean(each["accuracy"] for each in rounds[-1]["local"]),
+        "published": rounds[-1]["accuracy"],
+        "edges_after": fmean(left_with(edge)["test_after"] for edge in rounds[-1]["edges"]),
+        "digest": rounds[-1]["digest"],
+        **{way: rounds[-1]["bytes"][way] for way in ("up", "down")},
+    }
+
+
+def wire_in_words(figures: Record) -> str:
+    texts = ["Bytes: of one agent's weights to the cloud, and of the published model to one agent."]
+    for setting, variants in figures.items():
+        for variant, wires in variants.items():
+            plain = next(iter(wires.values()))
+            rows = [
+                [
+                    encoding,
+                    spread([seed["edges_before"] for seed in seeds]),
+                    spread([seed["published"] for seed in seeds]),
+                    spread(
+                        [
+                            seed["published"] - other["published"]
+                            for seed, other in zip(seeds, plain, strict=True)
+                        ],
+                        sign=True,
+                    ),
+                    spread([seed["edges_after"] for seed in seeds]),
+                    *(
+                        f"{seeds[0][way]:,.0f} ({seeds[0][way] / plain[0][way]:.3f})"
+                        for way in ("up", "down")
+                    ),
+                ]
+                for encoding, seeds in wires.items()
+            ]
+            texts += [
+                f"## {setting}: {VARIANTS[variant].label}, {plain[0]['rounds']} round(s)",
+                grid(
+                    [
+                        "wire", "edges, pre-trained", "published", f"over {next(iter(wires))}",
+                        "edges, after", "bytes up", "bytes down",
+                    ],
+                    rows,
+                ),
+            ]  # fmt: skip
+    return "\n\n".join(texts)
+
+
 # ---------------------------------------------------------------------- small parts
 
 
