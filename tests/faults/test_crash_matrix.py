@@ -9,7 +9,7 @@ import pytest
 
 from common.faults import Point
 from common.transfer import Blob, blob_of
-from tests.faults.runs import ADAPTING, AGENTS, NUM_ROUNDS, Run, armed_with
+from tests.faults.runs import ADAPTING, AGENTS, INT8, NUM_ROUNDS, SETTINGS, Run, armed_with
 from tests.faults.zygote import Zygote
 from tests.processes import Cluster, cluster_in
 
@@ -28,7 +28,25 @@ COUNTS = {
     Point.TRAINER_TENSOR_AVERAGED: 2,
 }
 WHILE_ADAPTING = (Point.AGENT_ADAPTED, Point.AGENT_EVALUATED, Point.AGENT_MODEL_APPLIED)
-CASES = [(point, COUNTS.get(point, 1)) for point in Point if point is not Point.AGENT_ADAPTED] + [
+WITH_INT8 = [
+    (Point.AGENT_DECODED, 2),  # a model; the first are the initial weights
+    (Point.AGENT_ENCODED, 1),
+    (Point.AGENT_ENCODED, 2),
+    (Point.AGENT_UPLOADED, 2),  # shard, weights
+    (Point.AGENT_CONTRIBUTED, 1),
+    (Point.SERVER_CONTRIBUTION_RECORDED, 2),
+    (Point.TRAINER_WEIGHTS_WRITTEN, 2),
+    (Point.SERVER_MODEL_ADOPTED, 2),
+    (Point.SERVER_ENCODED_MODEL_ADOPTED, 1),
+    (Point.SERVER_ENCODED_MODEL_ADOPTED, 2),
+]
+ELSEWHERE = (
+    Point.AGENT_ADAPTED,
+    Point.AGENT_DECODED,
+    Point.AGENT_ENCODED,
+    Point.SERVER_ENCODED_MODEL_ADOPTED,
+)
+CASES = [(point, COUNTS.get(point, 1)) for point in Point if point not in ELSEWHERE] + [
     (Point.SERVER_PHASE_RECORDED, 1),  # aggregating
     (Point.SERVER_PHASE_RECORDED, 3),  # evaluating
     (Point.SERVER_PHASE_RECORDED, 4),  # published
@@ -43,29 +61,54 @@ def zygote() -> Iterator[Zygote]:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(zygote: Zygote, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[str]]:
+def undisturbed(zygote: Zygote, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    return digests_of_undisturbed_run(zygote, tmp_path_factory, SETTINGS)
+
+
+@pytest.fixture(scope="module")
+def undisturbed_int8(zygote: Zygote, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    return digests_of_undisturbed_run(zygote, tmp_path_factory, INT8)
+
+
+def digests_of_undisturbed_run(
+    zygote: Zygote, tmp_path_factory: pytest.TempPathFactory, settings: tuple[object, ...]
+) -> list[str]:
     with cluster_in(tmp_path_factory.mktemp("undisturbed")) as cluster:
-        run = Run(cluster, zygote)
+        run = Run(cluster, zygote, settings)
         run.start()
-        yield run.finish(FINISH_SECONDS)
+        digests = run.finish(FINISH_SECONDS)
         assert run.num_restarts == 0
+        return digests
 
 
 @pytest.mark.parametrize(("point", "count"), CASES)
 def test_killed_at_any_point_the_run_publishes_the_same(
     undisturbed: list[str], zygote: Zygote, cluster: Cluster, tmp_path: Path, point: Point, count: int
 ) -> None:
-    marker = tmp_path / "died"
+    assert digests_of_killed_run(zygote, cluster, SETTINGS, point, count, tmp_path / "died") == undisturbed
+
+
+@pytest.mark.parametrize(("point", "count"), WITH_INT8)
+def test_killed_at_any_point_differences_come_to_the_same(
+    undisturbed_int8: list[str], zygote: Zygote, cluster: Cluster, tmp_path: Path, point: Point, count: int
+) -> None:
+    assert digests_of_killed_run(zygote, cluster, INT8, point, count, tmp_path / "died") == undisturbed_int8
+
+
+def digests_of_killed_run(
+    zygote: Zygote, cluster: Cluster, settings: tuple[object, ...], point: Point, count: int, marker: Path
+) -> list[str]:
     victim, environment = armed_with(point, count, marker)
-    run = Run(cluster, zygote)
+    run = Run(cluster, zygote, settings)
     run.start(victim, environment)
-    assert run.finish(FINISH_SECONDS) == undisturbed
+    digests = run.finish(FINISH_SECONDS)
     assert marker.exists(), "the point was never reached"
     for number in range(1, NUM_ROUNDS + 1):
         report = cluster.report(number)
         assert [agent["agent_id"] for agent in report["agents"]] == list(AGENTS)
         assert report["late"] == report["rejected"] == report["vanished"] == []
         assert all(agent["applied"] for agent in report["agents"])
+    return digests
 
 
 Agents = list[dict[str, Any]]  # as the round's report has them

@@ -23,9 +23,12 @@ from cloud_server.trainer.finetune import CombinedData, combine
 from cloud_server.trainer.group import Group
 from common.config import FineTuneConfig, RunConfig
 from common.models import build_model
+from common.schema import read_header
 from common.shards import Shard, write_shard
 from common.training import derive_seed, evaluate, train
+from common.transfer import blob_of
 from common.weights import read_state_dict, write_state_dict
+from common.wire import Base, decode, encode, encoding_of
 from tests.processes import ROOT, until
 
 RUN = RunConfig(hidden_units=32, fine_tune=FineTuneConfig(epochs=3, batch_size=64, learning_rate=0.05))
@@ -306,6 +309,121 @@ def test_every_aggregator_makes_a_round(do, aggregator):
     result, _ = do(run=RUN.model_copy(update={"aggregator": aggregator}))
     assert result.error is None
     assert result.accuracy_published > 0.9
+
+
+# What travels
+
+
+def encoded_as(wire, contributions, blobs_dir) -> tuple[Base, tuple[JobContribution, ...]]:
+    """The same contributions as their agents would send them, who have started from these weights."""
+    write_state_dict(
+        build_model(RUN, seed=derive_seed(RUN.seed, "initial_weights")).state_dict(), blobs_dir / "b"
+    )
+    digest = put_blob(blobs_dir / "b", blobs_dir)
+    base, sent = Base(blob_path(blobs_dir, digest), digest), []
+    for item in contributions:
+        encode(blob_path(blobs_dir, item.weights), blobs_dir / "new", wire, base=base)
+        sent.append(item.model_copy(update={"weights": put_blob(blobs_dir / "new", blobs_dir)}))
+    return base, tuple(sent)
+
+
+def with_wire(wire: str) -> RunConfig:
+    return RUN.model_copy(update={"wire": wire})
+
+
+def accuracy_of(path: Path, data) -> float:
+    model = build_model(RUN, seed=0)
+    model.load_state_dict(read_state_dict(path))
+    return evaluate(model, *data.held_out, spec=RUN.spec, device=CPU).accuracy
+
+
+@pytest.mark.parametrize("wire", ["bfloat16", "int8"])
+def test_published_is_what_the_agents_decode(do, blobs_dir, contributions, tmp_path, wire):
+    base, sent = encoded_as(wire, contributions, blobs_dir)
+    result, directory = do(run=with_wire(wire), contributions=sent, initial_weights=base.digest)
+    assert result.error is None
+    assert blob_of(directory.encoded_path) == (result.encoded.sha256, result.encoded.bytes)
+    assert result.encoded.base == (base.digest if wire == "int8" else None)
+    decode(directory.encoded_path, tmp_path / "decoded", base=base if result.encoded.base else None)
+    assert (tmp_path / "decoded").read_bytes() == directory.weights_path.read_bytes()
+    assert read_header(directory.weights_path).metadata == {"format": "pt"}
+    data = combine(RUN, contributions, blobs_dir)
+    assert accuracy_of(directory.weights_path, data) == result.accuracy_published > 0.9
+    assert not directory.scratch_path.exists()
+
+
+@pytest.mark.parametrize("wire", ["bfloat16", "int8"])
+def test_contributions_are_decoded_before_they_are_averaged(do, blobs_dir, contributions, tmp_path, wire):
+    base, sent = encoded_as(wire, contributions, blobs_dir)
+    alone = tuple(item.model_copy(update={"shards": ()}) for item in sent)  # so that nothing is fine-tuned
+    _, directory = do(run=with_wire(wire), contributions=alone, initial_weights=base.digest)
+    paths = [tmp_path / item.agent_id for item in alone]
+    for item, path in zip(alone, paths, strict=True):
+        decode(blob_path(blobs_dir, item.weights), path, base=base)
+    write_state_dict(mean(paths, [900, 897]), tmp_path / "mean")
+    encode(tmp_path / "mean", tmp_path / "expected", wire, base=base)
+    assert directory.encoded_path.read_bytes() == (tmp_path / "expected").read_bytes()
+
+
+def test_a_start_that_is_published_is_measured_as_it_arrives(do, monkeypatch, blobs_dir, contributions):
+    monkeypatch.setattr(job_module, "fine_tune", lambda model, *_, **__: model[1].weight.data.fill_(np.inf))
+    base, sent = encoded_as("int8", contributions, blobs_dir)
+    result, directory = do(run=with_wire("int8"), contributions=sent, initial_weights=base.digest)
+    assert result.published == "start"
+    data = combine(RUN, contributions, blobs_dir)
+    assert accuracy_of(directory.weights_path, data) == result.accuracy_published
+    assert result.encoded.sha256 == blob_of(directory.encoded_path).digest
+
+
+def test_without_a_common_base_bfloat16_takes_the_place_of_int8(do, blobs_dir, contributions):
+    base, (_, second) = encoded_as("int8", contributions, blobs_dir)
+    _, (first, _) = encoded_as("bfloat16", contributions, blobs_dir)  # of weights of its own
+    run = with_wire("int8").model_copy(update={"initial_weights": "independent"})
+    result, directory = do(run=run, contributions=(first, second), initial_weights=base.digest)
+    assert result.error is None
+    assert result.encoded.base is None
+    assert encoding_of(read_header(directory.encoded_path)).wire == "bfloat16"
+
+
+@pytest.mark.parametrize("wire", ["bfloat16", "int8"])
+def test_first_initial_weights_are_rounded_to_bfloat16(do, tmp_path, wire):
+    run = with_wire(wire)
+    exact, _ = do(kind="initialise", name="exact", round=0, contributions=())
+    result, directory = do(kind="initialise", name="initialise", round=0, contributions=(), run=run)
+    assert exact.encoded is None
+    assert result.encoded.base is None
+    decode(directory.encoded_path, tmp_path / "decoded")
+    assert blob_of(tmp_path / "decoded").digest == result.weights.sha256 != exact.weights.sha256
+    tensors = read_state_dict(directory.weights_path)
+    assert all(torch.equal(tensor, tensor.bfloat16().float()) for tensor in tensors.values())
+
+
+@pytest.mark.parametrize("wire", ["float32", "bfloat16", "int8"])
+def test_a_round_done_again_travels_as_the_same_bytes(do, blobs_dir, contributions, tmp_path, wire):
+    base, sent = encoded_as(wire, contributions, blobs_dir)
+    fields = {"run": with_wire(wire), "contributions": sent, "initial_weights": base.digest}
+    first, _ = do(name="first", **fields)
+    second = JobDirectory(tmp_path / "jobs" / "second")
+    second.path.mkdir()
+    second.encoded_path.write_bytes(b"half of a file")
+    again, _ = do(name="second", **fields)
+    assert (again.weights, again.encoded) == (first.weights, first.encoded)
+
+
+def test_weights_that_int8_cannot_name_are_bad_configuration(do, monkeypatch):
+    class Scaled(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = torch.nn.Module()
+            self.weight.scale = torch.nn.Parameter(torch.ones(2))
+
+        def state_dict(self, *_, **__):
+            return {"weight": torch.ones(2), "weight.scale": self.weight.scale}
+
+    monkeypatch.setattr(job_module, "initial_model", lambda _: Scaled())
+    result, _ = do(kind="initialise", name="i", round=0, contributions=(), run=with_wire("int8"))
+    assert result.error.kind == "usage"
+    assert "'weight.scale' has the name that int8 needs" in result.error.message
 
 
 def test_a_broken_gpu_ends_the_process_after_its_result(do, monkeypatch, tmp_path):

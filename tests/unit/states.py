@@ -5,8 +5,8 @@ import json
 import os
 from pathlib import Path
 
-from cloud_server.jobs import Job, JobDirectory, Result, Weights
-from cloud_server.store import ContributionRow, Store
+from cloud_server.jobs import EncodedWeights, Job, JobDirectory, Result, Weights
+from cloud_server.store import ContributionRow, EncodingRow, Store
 from common.config import RunConfig
 
 INITIAL = b"initial weights"
@@ -20,6 +20,10 @@ def digest_of(content: bytes) -> str:
 
 def model_of(number: int) -> bytes:
     return f"global model {number}".encode()
+
+
+def encoded_of(number: int) -> bytes:
+    return f"encoded model {number}".encode()
 
 
 def local_of(number: int) -> bytes:
@@ -61,8 +65,12 @@ def run_job(state_dir: Path, number: int, start: str) -> JobDirectory:
         Job(kind="round", name=name, round=number, run=RunConfig(), device="cpu", initial_weights=start)
     )
     directory.weights_path.write_bytes(model_of(number))
+    directory.encoded_path.write_bytes(encoded_of(number))
     weights = Weights(sha256=digest_of(model_of(number)), bytes=len(model_of(number)))
-    directory.write_result(Result(weights=weights, candidates={"average": 0.8}, accuracy_published=0.9))
+    encoded = EncodedWeights(sha256=digest_of(encoded_of(number)), bytes=len(encoded_of(number)), base=start)
+    directory.write_result(
+        Result(weights=weights, encoded=encoded, candidates={"average": 0.8}, accuracy_published=0.9)
+    )
     return directory
 
 
@@ -72,6 +80,9 @@ def publish(store: Store, state_dir: Path, number: int) -> None:
     directory = run_job(state_dir, number, row.initial_weights)
     digest = digest_of(model_of(number))
     store.adopt_blob(directory.weights_path, digest)
+    encoding = EncodingRow(digest_of(encoded_of(number)), row.initial_weights)
+    store.adopt_blob(directory.encoded_path, encoding.digest)
+    store.record_encoding(digest, encoding)
     store.set_phase(number, "published", number + 0.9, published=digest)
     folder = state_dir / f"rounds/{number:04d}"
     folder.mkdir()

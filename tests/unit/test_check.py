@@ -21,6 +21,7 @@ from tests.unit.states import (
     SHARD,
     contribute,
     digest_of,
+    encoded_of,
     local_of,
     model_of,
     run_rounds,
@@ -70,8 +71,8 @@ def snapshot(folder: Path) -> dict[str, bytes]:
 def test_healthy_state_passes(state_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check", str(state_dir)]) == 0
     (summary,) = capsys.readouterr().out.splitlines()
-    # Initial weights, shard, extra upload; local weights of rounds 2 to 4, models 1 to 3.
-    assert summary == f"{state_dir}: ok; checked rounds: 4, blobs: 9 (0.0 MB), begun uploads: 1"
+    # Initial weights, shard, extra upload; local weights of rounds 2 to 4, models 1 to 3, also encoded.
+    assert summary == f"{state_dir}: ok; checked rounds: 4, blobs: 12 (0.0 MB), begun uploads: 1"
 
 
 def test_new_state_passes(tmp_path: Path) -> None:
@@ -135,6 +136,10 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "published model gone": (
         lambda s: blob(s, model_of(2)).unlink(),
         "record of round 2: its published model",
+    ),
+    "encoded model gone": (
+        lambda s: blob(s, encoded_of(2)).unlink(),
+        "record of round 2: its encoded model",
     ),
     "contributed weights gone": (
         lambda s: blob(s, local_of(4)).unlink(),

@@ -23,6 +23,7 @@ from tests.unit.states import (
     blobs,
     contribute,
     digest_of,
+    encoded_of,
     local_of,
     model_of,
     publish,
@@ -53,9 +54,11 @@ def clean_up(
 
 
 def expected_blobs(kept: range) -> set[str]:
-    contents = [INITIAL, SHARD, model_of(kept[0] - 1)] if kept[0] > 1 else [INITIAL, SHARD]
+    contents = [INITIAL, SHARD]
+    if kept[0] > 1:
+        contents += [model_of(kept[0] - 1), encoded_of(kept[0] - 1)]
     for number in kept:
-        contents += [local_of(number), model_of(number)]
+        contents += [local_of(number), model_of(number), encoded_of(number)]
     return {digest_of(content) for content in contents}
 
 
@@ -92,7 +95,7 @@ def test_nothing_grows_over_many_rounds(store: Store, state_dir: Path) -> None:
         publish(store, state_dir, number)
         clean_up(store, state_dir)
         store.open_round(number + 1, digest_of(model_of(number)), number + 1)
-        assert len(blobs(state_dir)) <= 7
+        assert len(blobs(state_dir)) <= 10
         assert len(store.uploads()) <= 3
 
 
@@ -207,11 +210,12 @@ def test_blob_without_a_record_stays_as_long_as_an_upload(
 def test_model_that_a_crash_kept_from_being_published_stays(store: Store, state_dir: Path) -> None:
     begin(store, state_dir)
     directory = run_job(state_dir, 1, digest_of(INITIAL))
-    digest = digest_of(model_of(1))
-    store.adopt_blob(directory.weights_path, digest)
-    os.utime(store.blob_path(digest), (0, 0))
+    made = {directory.weights_path: model_of(1), directory.encoded_path: encoded_of(1)}
+    for path, content in made.items():
+        store.adopt_blob(path, digest_of(content))
+        os.utime(store.blob_path(digest_of(content)), (0, 0))
     clean_up(store, state_dir, now=NOW)
-    assert digest in blobs(state_dir)
+    assert blobs(state_dir) == {digest_of(content) for content in (INITIAL, *made.values())}
 
 
 def test_download_in_progress_reads_to_its_end(store: Store, state_dir: Path) -> None:
@@ -226,6 +230,9 @@ def test_agents_may_read_initial_weights_and_models_only(store: Store, state_dir
     run_rounds(store, state_dir, 2)
     assert store.is_public(digest_of(INITIAL))
     assert store.is_public(digest_of(model_of(2)))
+    assert store.is_public(digest_of(encoded_of(2)))
+    store.blob_path(digest_of(encoded_of(2))).unlink()
+    assert not store.is_public(digest_of(encoded_of(2)))
     assert not store.is_public(digest_of(local_of(2)))
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,11 +12,12 @@ from cloud_server.metrics import ServerMetrics
 from cloud_server.presence import Presence
 from cloud_server.records import round_from
 from cloud_server.reports import Reports
-from cloud_server.round import Phase, Policy, Round
+from cloud_server.round import Contribution, Phase, Policy, Round
 from cloud_server.standing import RunState, Standing
 from cloud_server.store import Store
 from common.config import RunConfig
-from tests.unit.states import AGENT, INITIAL, begin, digest_of, model_of, run_rounds
+from common.transfer import Blob
+from tests.unit.states import AGENT, INITIAL, begin, contribute, digest_of, encoded_of, model_of, run_rounds
 from tests.unit.test_reports import RESULT
 
 
@@ -100,6 +102,8 @@ async def test_latest_model_and_failure_are_known_after_a_restart(store: Store, 
     assert state.latest_model
     assert state.latest_model.round == 1
     assert state.latest_model.weights == (digest_of(model_of(1)), len(model_of(1)))
+    encoded = Blob(digest_of(encoded_of(1)), len(encoded_of(1)))
+    assert state.latest_model.encoded == state.initial_encoded == (encoded, digest_of(INITIAL))
     assert (state.failed_round, state.failure) == (2, "it went wrong")
     store.open_round(4, digest_of(model_of(1)), 6.0)
     assert Viewed(store, tmp_path).standing.state_for(AGENT).failure == ""  # no news any more
@@ -132,3 +136,26 @@ async def test_watcher_is_counted_while_it_watches_and_skips_states_but_not_the_
 async def test_watch_ends_with_the_run(viewed: Viewed) -> None:
     viewed.standing.show_run_over()
     assert [state.run_over async for state in viewed.standing.watch(AGENT)] == [True]
+
+
+async def test_encoded_model_that_is_gone_is_not_offered(store: Store, tmp_path: Path) -> None:
+    run_rounds(store, tmp_path, 1)
+    store.blob_path(digest_of(encoded_of(1))).unlink()
+    state = Viewed(store, tmp_path).standing.state_for(AGENT)
+    assert state.latest_model
+    assert state.latest_model.encoded is state.initial_encoded is None
+
+
+async def test_agent_is_told_the_last_published_round_that_counted_it(store: Store, tmp_path: Path) -> None:
+    run_rounds(store, tmp_path, 2)
+    contribute(store, 3)
+    store.set_phase(3, "failed", 4.0, failure="it went wrong")
+    store.open_round(4, digest_of(model_of(2)), 4.0)
+    viewed = Viewed(store, tmp_path)
+    counted = [viewed.standing.state_for(agent_id).counted_round for agent_id in (AGENT, "other", None)]
+    assert counted == [2, 0, 0]
+    for phase in (Phase.AGGREGATING, Phase.FINE_TUNING, Phase.EVALUATING):
+        viewed.show(viewed.round.advance(phase))
+    mine = Contribution(AGENT, "d", (), 1, None, None)
+    viewed.show(replace(viewed.round, contributions={AGENT: mine}).publish(digest_of(model_of(2))))
+    assert viewed.standing.state_for(AGENT).counted_round == 4

@@ -1,6 +1,7 @@
 """Several streams of one upload: what a broken one may still do, and what the next one finds."""
 
 import asyncio
+import hashlib
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,13 +9,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from cloud_server.store import Store
 from cloud_server.uploads import Uploads
-from common.config import RunConfig
+from common.config import RunConfig, Wire
 from common.errors import InvalidError, Reason, UnavailableError
+from common.schema import read_header
 from common.shards import Shard, write_shard
 from common.transfer import Blob, Receiver, blob_of
+from common.wire import Base, encode
 
 
 @pytest.fixture
@@ -180,3 +184,77 @@ async def test_num_examples_must_be_the_number_of_labels(
 
 async def test_agent_that_shares_nothing_is_believed(uploads: Uploads) -> None:
     await uploads.check_num_examples([], 2**40)
+
+
+# Weights
+
+
+def weights_in(path: Path, value: float) -> Base:
+    save_file({"weight": np.full((16, 256), value, np.float32)}, path, metadata={"format": "pt"})
+    return Base(path, blob_of(path).digest)
+
+
+def taking(store: Store, base: Base, *wires: Wire) -> Uploads:
+    schema = read_header(base.path).schema
+    return Uploads(store, weights_schema=schema, wires=wires, spec=RunConfig().spec, max_data_bytes=1)
+
+
+async def send_weights(uploads: Uploads, path: Path) -> Blob:
+    content = await asyncio.to_thread(path.read_bytes)
+    blob = Blob(hashlib.sha256(content).hexdigest(), len(content))
+    await send(uploads, blob, 0, content, kind="weights")
+    return blob
+
+
+@pytest.mark.parametrize("wires", [("float32",), ("bfloat16",), ("int8",), ("int8", "bfloat16")])
+@pytest.mark.parametrize("sent", ["float32", "bfloat16", "int8"])
+async def test_weights_are_taken_as_the_run_encodes_them(
+    store: Store, tmp_path: Path, sent: Wire, wires: tuple[Wire, ...]
+) -> None:
+    base = weights_in(tmp_path / "base", 0.25)
+    uploads = taking(store, base, *wires)
+    encode(weights_in(tmp_path / "weights", 0.5).path, tmp_path / "sent", sent, base=base)
+    if sent in wires:
+        blob = await send_weights(uploads, tmp_path / "sent")
+        assert store.has_upload("a", blob.digest, "weights")
+        return
+    with pytest.raises(InvalidError, match=f'encoded as {sent}: set wire = "{wires[0]}"') as refused:
+        await send_weights(uploads, tmp_path / "sent")
+    assert refused.value.reason == Reason.SCHEMA_MISMATCH
+
+
+async def test_no_more_bytes_are_taken_than_the_encoding_needs(store: Store, tmp_path: Path) -> None:
+    base = Base(tmp_path / "base", "0" * 64)
+    save_file({"weight": np.zeros((4, 1 << 20), np.float32)}, base.path)
+    taking(store, base, "float32")._gates["weights"].check_size(16 << 20)
+    for wire, most in (("bfloat16", 8 << 20), ("int8", 4 << 20)):
+        gate = taking(store, base, wire)._gates["weights"]
+        gate.check_size(most)
+        with pytest.raises(InvalidError, match="the server takes at most") as refused:
+            gate.check_size(most + (2 << 20))
+        assert refused.value.reason == Reason.SIZE_LIMIT
+
+
+async def test_differences_must_be_from_what_the_agent_says_it_started_from(
+    store: Store, tmp_path: Path
+) -> None:
+    base = weights_in(tmp_path / "base", 0.25)
+    uploads = taking(store, base, "int8", "bfloat16")
+    encode(base.path, tmp_path / "int8", "int8", base=base)
+    encode(base.path, tmp_path / "bfloat16", "bfloat16")
+    int8, bfloat16 = [await send_weights(uploads, tmp_path / wire) for wire in ("int8", "bfloat16")]
+    await uploads.check_base(int8.digest, base.digest)
+    await uploads.check_base(bfloat16.digest, None)
+    other = "5" * 64
+    for blob, start, text in (
+        (
+            int8,
+            other,
+            f"differences from {base.digest[:16]}…, and pre-training started from 5555555555555555…",
+        ),
+        (int8, None, "pre-training started from weights of the agent's own"),
+        (bfloat16, base.digest, f"no differences, and pre-training started from {base.digest[:16]}…"),
+    ):
+        with pytest.raises(InvalidError, match=text) as refused:
+            await uploads.check_base(blob.digest, start)
+        assert refused.value.reason == Reason.INITIAL_WEIGHTS

@@ -20,7 +20,17 @@ from common.config import Wire
 from common.errors import InvalidError, Reason, RunError, UsageError
 from common.schema import TensorSpec, check_weights, read_header
 from common.weights import read_state_dict, write_state_dict
-from common.wire import PIECE_ELEMENTS, Base, Encoding, check_encoded, decode, encode, encoding_of
+from common.wire import (
+    PIECE_ELEMENTS,
+    Base,
+    Encoding,
+    check_encoded,
+    check_values,
+    decode,
+    encode,
+    encoding_of,
+    wire_of,
+)
 from common.wire import wire_schema as encoded_schema
 
 StateDict = dict[str, Tensor]
@@ -561,6 +571,8 @@ def test_file_that_is_cut_off_is_refused(num_bytes: int, tmp_path: Path) -> None
         '{"wire": "int8", "base": "../../etc/passwd"}',
         f'{{"wire": "int8", "base": "{OTHER_DIGEST}\\n"}}',
         '{"wire": "int8", "base": 7}',
+        '{"wire": "int8"}',
+        f'{{"wire": "bfloat16", "base": "{OTHER_DIGEST}"}}',
         '{"wire": "bfloat16", "as_is": "t"}',
         '{"wire": "bfloat16", "more": 1}',
         '{"wire": ' + "[" * 100_000,
@@ -620,6 +632,36 @@ def test_gate_lets_only_the_runs_wire_pass(sent: Wire, wanted: Wire, tmp_path: P
     assert caught.value.reason is Reason.SCHEMA_MISMATCH
     with pytest.raises(InvalidError):
         check_weights(header, encoded_schema(schema, wanted))
+
+
+@pytest.mark.parametrize(("scale", "is_fine"), [(1e36, True), (-1e36, True), (2e36, False), (-2e36, False)])
+def test_gate_refuses_differences_that_could_leave_float32(
+    scale: float, is_fine: bool, tmp_path: Path
+) -> None:
+    """Known without the base: whatever passes can be decoded, and one agent's file cannot end a round."""
+    start = {
+        "t": torch.full((4, 3), LARGEST / 2),
+        "d": torch.ones(2, dtype=torch.int8),
+        "e": torch.ones(0, 2),
+    }
+    base = base_in(tmp_path / "base", start)
+    encode(base.path, tmp_path / "e", "int8", base=base)
+    tensors = load_file(tmp_path / "e")
+    tensors |= {"t": torch.full((4, 3), -128 if scale < 0 else 127, dtype=torch.int8)}
+    tensors |= {"t.scale": torch.tensor([0, 0, scale, 0])}
+    save_file(tensors, tmp_path / "e", metadata=read_header(tmp_path / "e").metadata)
+    if is_fine:
+        check_values(tmp_path / "e", read_header(tmp_path / "e"))
+        decode(tmp_path / "e", tmp_path / "d", base=base)
+        return
+    with pytest.raises(InvalidError, match="tensor 't' has differences that are too large") as caught:
+        check_values(tmp_path / "e", read_header(tmp_path / "e"))
+    assert caught.value.reason is Reason.NON_FINITE
+
+
+def test_weights_without_a_base_travel_as_bfloat16_at_least() -> None:
+    assert [wire_of(wire, None) for wire in WIRES] == ["float32", "bfloat16", "bfloat16"]
+    assert [wire_of(wire, OTHER_DIGEST) for wire in WIRES] == list(WIRES)
 
 
 # What it costs
