@@ -528,13 +528,19 @@ def test_a_job_that_was_stopped_is_done_again_with_the_same_bytes(state_dir, con
 
 def test_two_ranks_under_torchrun_train_together_and_leave_with_their_server(state_dir, contributions):
     launcher = ("torch.distributed.run", "--nproc-per-node", "2", "--standalone", "-m")
+    teaching = RUN.fine_tune.model_copy(update={"distill": 0.5})  # every rank reads what the agents sent
     with trainer_in(state_dir, *launcher) as trainer:
         initialise = ask(state_dir, job((), kind="initialise", name="initialise", round=0))
         assert trainer.result_of(initialise).error is None
         result = trainer.result_of(ask(state_dir, job(contributions)))
         assert result.error is None
         assert result.accuracy_published > 0.9
-        until(lambda: trainer.output.count("job_done") == 4, trainer)  # two jobs on two ranks
+        taught = RUN.model_copy(update={"wire": "bfloat16", "fine_tune": teaching})
+        _, sent = encoded_as("bfloat16", contributions, state_dir / "blobs")
+        result = trainer.result_of(ask(state_dir, job(sent, run=taught, name="encoded")))
+        assert result.error is None
+        assert result.encoded
+        until(lambda: trainer.output.count("job_done") == 6, trainer)  # three jobs on two ranks
 
         endless = ask(state_dir, job(contributions, run=ENDLESS, name="endless"))
         trainer.wait_for_training(endless)

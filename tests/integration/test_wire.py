@@ -80,14 +80,12 @@ async def test_weights_travel_encoded_both_ways(
 ) -> None:
     server = cluster.server(*SETTINGS, *wired(wire))
     async with onlooker(cluster):
-        agents = agents_of(cluster)
+        agents_of(cluster)
         until(lambda: has_reports(cluster), server)
         full = cluster.report(1)["weights"]["bytes"]
         assert num_bytes(cluster, "ecavg_server_received_bytes_total", "weights") <= 2 * 2 * at_most * full
         sent = num_bytes(cluster, "ecavg_server_sent_bytes_total", "model")
         assert sent <= 2 * (initial_at_most + 2 * at_most) * full
-    assert [agent.wait() for agent in agents] == [0, 0]
-    assert server.wait() == 0
 
     for number in (1, 2):
         published = cluster.state_dir / f"rounds/{number:04d}/model.safetensors"
@@ -116,12 +114,12 @@ def test_agent_without_the_base_takes_the_model_as_it_is(
     """One that has lost its work folder, and one that comes for the second round."""
     server = cluster.server(*SETTINGS, *wired("int8"))
     dying = {"ECAVG_CRASH_AT": f"{Point.AGENT_REPORTED}:1:{tmp_path / 'died'}"}
-    first = cluster.agent("edge-1", "--partition", "1/2")
+    cluster.agent("edge-1", "--partition", "1/2")
     second = cluster.agent("edge-2", "--partition", "2/2", env=dying)
     assert second.wait() == -9
     shutil.rmtree(cluster.folder / "edge-2/work")
-    third = cluster.agent(newcomer, "--partition", "2/2")
-    assert [first.wait(), third.wait(), server.wait()] == [0, 0, 0]
+    cluster.agent(newcomer, "--partition", "2/2")
+    until(lambda: has_reports(cluster), server)  # and not to the end: who has died is expected back
     report = cluster.report(2)
     assert [agent["agent_id"] for agent in report["agents"]] == ["edge-1", newcomer]
     for agent_id in ("edge-1", newcomer):
