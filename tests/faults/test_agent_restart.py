@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 
 from common.config import RunConfig, TrainingConfig, Wire
-from common.errors import InvalidError
+from common.errors import InvalidError, NotFoundError
 from common.models import build_model
 from common.transfer import Blob, blob_of
 from common.weights import write_state_dict
-from common.wire import Base, encode
+from common.wire import Base, Encoded, decode, encode
 from edge_agent.agent import EdgeAgent
 from edge_agent.client import Joined, RunState, Verdict
 from edge_agent.config import AgentConfig
@@ -67,10 +67,40 @@ class Cloud:
 
     def keep(self, path: Path, kind: str) -> None: ...
 
+    def copy(self, blob: Blob, path: Path) -> None:
+        shutil.copy(self.files[blob == self.published], path)
+
     def take(self, number: int, contribution: dict[str, Any]) -> Verdict:
         self.counts["contributions"] += 1
         self.contribution = {"round": number, **contribution}
         return Verdict("accepted", "")
+
+
+class CloudThatEncodes(Cloud):
+    """It offers the model as differences from the initial weights."""
+
+    def __init__(self, folder: Path, fault: str) -> None:
+        super().__init__(folder)
+        self._fault = fault
+        self._path = folder / "encoded"
+        base = Base(self.files[0], self.initial.digest)
+        encode(self.files[1], self._path, "int8", base=base)
+        decode(self._path, self.files[1], base=base)
+        self.published = blob_of(self.files[1])
+        if fault == "other weights":
+            encode(self.files[0], self._path, "int8", base=base)
+        self.encoded = Encoded(blob_of(self._path), "5" * 64 if fault == "other base" else base.digest)
+
+    def state(self) -> RunState:
+        return super().state()._replace(latest_encoded=self.encoded)
+
+    def copy(self, blob: Blob, path: Path) -> None:
+        if blob != self.encoded.blob:
+            super().copy(blob, path)
+        elif self._fault == "gone":
+            raise NotFoundError("gone")
+        else:
+            shutil.copy(self._path, path)
 
 
 class CloudOfManyRounds(Cloud):
@@ -156,7 +186,7 @@ class Client:
     async def download(self, blob: Blob, path: Path, on_bytes: Any) -> None:
         self._power.moment()
         self._cloud.counts[f"download {blob.digest}"] += 1
-        shutil.copy(self._cloud.files[blob == self._cloud.published], path)
+        self._cloud.copy(blob, path)
         self._power.moment()
 
     async def report(self, report: Report) -> None:
@@ -269,6 +299,20 @@ async def test_weights_that_started_elsewhere_are_trained_again(tmp_path: Path) 
     progress = await live(cloud, tmp_path / "agent", Power(None))
     assert progress.trained.initial_weights == cloud.contribution["initial_weights"] == cloud.initial.digest
     assert cloud.contribution["weights"] == progress.trained.weights != stale.weights
+
+
+@pytest.mark.parametrize("fault", ["", "gone", "other weights", "other base"])
+async def test_model_that_cannot_be_decoded_is_downloaded_as_it_is(tmp_path: Path, fault: str) -> None:
+    cloud = CloudThatEncodes(tmp_path / "cloud", fault)
+    cloud.run = cloud.run.model_copy(update={"apply": "always"})
+    await live(cloud, tmp_path / "agent", Power(None))
+    assert blob_of(tmp_path / "agent/model.safetensors") == cloud.published
+    assert cloud.counts[f"download {cloud.encoded.blob.digest}"] == (fault != "other base")
+    assert cloud.counts[f"download {cloud.published.digest}"] == bool(fault)
+    assert {path.name for path in (tmp_path / "agent/work").iterdir()} == {
+        "shard.safetensors",
+        f"{cloud.published.digest}.safetensors",
+    }
 
 
 OUTCOMES = ["counted", "late", "failed", "counted", "refused", "counted"]

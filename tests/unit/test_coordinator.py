@@ -22,6 +22,7 @@ from cloud_server.round import Contribution, Outcome, Phase
 from cloud_server.store import ReportRow, Store
 from common.errors import InvalidError, Reason, RunError, UsageError
 from common.transfer import Blob
+from common.wire import Base, encode
 
 REPORT = ReportRow(
     agent_id="",
@@ -85,13 +86,16 @@ class World:
 
     async def contribution_of(self, agent_id: str, seed: int = 7) -> Contribution:
         """Join and upload; what is left is to contribute."""
-        await self.coordinator.join(agent_id)
         path = self.config.state_dir / "upload"
-        digest = write_weights(path, seed)
-        async with self.coordinator.receive(
-            agent_id, "weights", Blob(digest, path.stat().st_size), 0
-        ) as upload:
-            await upload.write(path.read_bytes())
+        write_weights(path, seed)
+        return await self.upload(agent_id, path)
+
+    async def upload(self, agent_id: str, path: Path) -> Contribution:
+        await self.coordinator.join(agent_id)
+        content = await asyncio.to_thread(path.read_bytes)
+        digest = hashlib.sha256(content).hexdigest()
+        async with self.coordinator.receive(agent_id, "weights", Blob(digest, len(content)), 0) as upload:
+            await upload.write(content)
         start = self.coordinator.state_for().initial_weights.digest
         return Contribution(agent_id, digest, (), 1, start, 0.5)
 
@@ -378,6 +382,22 @@ async def test_contribution_from_other_initial_weights_is_rejected_and_a_better_
         await here.until(lambda: here.coordinator.state_for().round == 2)
         (agent,) = here.report()["agents"]
         assert agent["initial_weights"] == here.store.round(1).initial_weights
+
+
+async def test_differences_from_other_weights_are_rejected_and_better_ones_accepted(tmp_path: Path) -> None:
+    async with world(tmp_path / "state", run={"wire": "int8"}) as here:
+        initial = here.coordinator.state_for().initial_weights.digest
+        write_weights(tmp_path / "weights", 7)
+        contributions = []
+        for digest in ("5" * 64, initial):
+            base = Base(here.store.blob_path(initial), digest)
+            encode(tmp_path / "weights", tmp_path / "sent", "int8", base=base)
+            contributions.append(await here.upload("a", tmp_path / "sent"))
+        other, right = contributions
+        with pytest.raises(InvalidError, match="the weights are differences from 5555555555555555…"):
+            await here.coordinator.contribute("a", 1, other)
+        assert here.coordinator.state_for("a").outcome is Outcome.REJECTED
+        assert (await here.coordinator.contribute("a", 1, right)).outcome is Outcome.ACCEPTED
 
 
 async def test_independent_agents_start_from_their_own_weights_until_a_model_is_published(
