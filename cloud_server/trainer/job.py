@@ -181,7 +181,7 @@ class RoundJob:
             published = selection.take_best()
             if not written or published.name != "fine_tuned":
                 written = self._write(model)
-                if self._is_encoded:
+                if written.encoded:  # it is not quite the same model
                     published = published._replace(evaluation=selection.measure())
         self._tell("evaluating", 1, 1)
         log.info("selected", start=start.name, published=published.name, accuracies=selection.accuracies)
