@@ -118,6 +118,7 @@ class Run:
         if name == "server":
             process = self.cluster.server(*self._settings, env=dict(env or {}), ready=False)
         else:
+            self.cluster.enroll(name)
             part = f"{AGENTS.index(name) + 1}/{len(AGENTS)}"
             arguments = (
                 "--server", f"127.0.0.1:{self.cluster.port}", "--agent-id", name,

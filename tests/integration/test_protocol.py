@@ -54,7 +54,7 @@ class Member(CloudClient):
 
 @asynccontextmanager
 async def member(cluster: Cluster, name: str) -> AsyncIterator[Member]:
-    client = Member(f"127.0.0.1:{cluster.port}", name, AgentMetrics())
+    client = Member(f"127.0.0.1:{cluster.port}", cluster.enroll(name), AgentMetrics())
     client.stub, client.metadata = client._stub, client._metadata
     try:
         client.joined = await client.join()
