@@ -132,6 +132,14 @@ class Cluster:
     def enroll(self, name: str) -> Identity:
         return enroll(self.state_dir / "tls", self.folder / name, name)
 
+    def join_token(self, uses: int) -> Path:
+        """A file with a token that is always the same one."""
+        file = self.folder / "join-token"
+        if not file.exists():
+            with closing(Authority(self.state_dir / "tls")) as authority:
+                file.write_text(authority.create_token(uses, 3600), "utf-8")
+        return file
+
     def report(self, number: int = 1) -> dict[str, Any]:
         path = self.state_dir / f"rounds/{number:04d}/report.json"
         report: dict[str, Any] = json.loads(path.read_text("utf-8"))

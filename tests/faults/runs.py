@@ -118,12 +118,12 @@ class Run:
         if name == "server":
             process = self.cluster.server(*self._settings, env=dict(env or {}), ready=False)
         else:
-            self.cluster.enroll(name)
             part = f"{AGENTS.index(name) + 1}/{len(AGENTS)}"
             arguments = (
                 "--server", f"127.0.0.1:{self.cluster.port}", "--agent-id", name,
                 "--state-dir", self.cluster.folder / name, "--data", "tests.faults.runs:blobs",
                 "--partition", part, "--checkpoint-seconds", 0,
+                "--join-token-file", self.cluster.join_token(uses=len(AGENTS)),
             )  # fmt: skip
             process = self.cluster.adopt(
                 ForkedAgent(self._zygote, arguments, self.cluster.folder / "logs", env or {})
