@@ -77,9 +77,7 @@ async def serve(config: ServerConfig) -> int:
     telemetry.configure_logging(level=config.log_level)
     store = Store(config.state_dir)
     authority = None if config.insecure else Authority(config.tls_folder)
-    http_token = telemetry.http_token(
-        config.http_host, config.http_token_file, config.state_dir / "http-token"
-    )
+    http_token = telemetry.http_token(config.http_host, config.http_token_file, config.http_token_path)
     metrics = ServerMetrics()
     trainer = TrainerProcess(config.state_dir, device=config.device)
     display = RunDisplay(telemetry.progress_display())
@@ -106,6 +104,8 @@ async def serve(config: ServerConfig) -> int:
         await server.start(coordinator)
         is_ready.set()
         tell_who_may_come(config, authority)
+        if http_token:
+            print(f"the status page asks for the token in {config.http_token_path}")  # noqa: T201
         print(  # noqa: T201
             f"cloud-server ready: agents on {config.host}:{port},"
             f" status page on http://{config.http_host}:{http.port}/",

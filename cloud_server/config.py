@@ -64,5 +64,10 @@ class ServerConfig(ProcessConfig):
         return self.tls_dir or self.state_dir / "tls"
 
     @property
+    def http_token_path(self) -> Path:
+        """Where the status page's token is, if it asks for one."""
+        return self.http_token_file or self.state_dir / "http-token"
+
+    @property
     def agents_to_close(self) -> int:
         return self.max_agents or self.min_agents

@@ -266,8 +266,7 @@ def http_token(host: str, file: Path | None, default: Path) -> str | None:
         return None
     try:
         if not path.exists():
-            with replacing(path) as partial:
-                partial.chmod(0o600)
+            with replacing(path, mode=0o600) as partial:
                 partial.write_text(secrets.token_urlsafe(32) + "\n", "utf-8")
         token = path.read_text("utf-8").strip()
     except OSError as error:

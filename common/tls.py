@@ -226,8 +226,7 @@ def read_or_make_key(path: Path) -> Key:
 
 def write_private(path: Path, content: bytes) -> None:
     """The whole file or none, mode 0600."""
-    with replacing(path) as partial:
-        partial.chmod(0o600)
+    with replacing(path, mode=0o600) as partial:
         partial.write_bytes(content)
 
 

@@ -137,14 +137,14 @@ async def take_part(config: AgentConfig) -> int:
     try:
         agent = EdgeAgent(config, state, client, metrics, display)
         if config.metrics_port is not None:
-            token = telemetry.http_token(
-                config.metrics_host, config.metrics_token_file, state.path / "metrics-token"
-            )
+            token_path = config.metrics_token_file or state.path / "metrics-token"
+            token = telemetry.http_token(config.metrics_host, config.metrics_token_file, token_path)
             app = telemetry.make_app(
                 metrics.registry, ready=agent.is_ready, status=agent.status, page=None, token=token
             )
             http = await telemetry.serve_http(app, host=config.metrics_host, port=config.metrics_port)
-            display.message(f"metrics on http://{config.metrics_host}:{http.port}/metrics")
+            shown = f", with the token in {token_path}" if token else ""
+            display.message(f"metrics on http://{config.metrics_host}:{http.port}/metrics{shown}")
         await agent.run()
         display.message("the run is over")
     finally:

@@ -80,5 +80,7 @@ build_image server ecavg/cloud-server
 build_image agent ecavg/edge-agent
 trap take_down EXIT
 podman-compose up -d > "$work/up.log" 2>&1 || { cat "$work/up.log"; exit 1; }
+ECAVG_SCRAPE_TOKEN=$(podman-compose exec -T cloud-server cat /scrape/token)
+export ECAVG_SCRAPE_TOKEN
 python3 tests/compose/check_stack.py || { podman-compose logs 2>&1 | tail -n 100; exit 1; }
 check_health
