@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import structlog
-from cryptography.hazmat.primitives import hashes
 
 from cloud_server.store import storage_errors
 from common import tls
@@ -35,7 +34,6 @@ from common.errors import (
     UsageError,
 )
 from common.faults import Point, crash_point
-from common.rpc import TlsMaterial
 
 _SCHEMA = """
     CREATE TABLE IF NOT EXISTS tokens (
@@ -130,7 +128,7 @@ class Authority:
     @property
     def fingerprint(self) -> str:
         """SHA-256 of the CA's certificate, hexadecimal."""
-        return self._ca.fingerprint(hashes.SHA256()).hex()
+        return tls.fingerprint(self._ca).hex()
 
     @cached_property
     def ca_certificate(self) -> bytes:
@@ -138,7 +136,7 @@ class Authority:
 
     # What the server shows and believes
 
-    def material(self) -> TlsMaterial:
+    def material(self) -> tls.TlsMaterial:
         """For the next handshake: a certificate that has not ended, and the roots that count now."""
         with self._lock:
             if self._now() >= tls.renewal_time(self._server):
@@ -150,7 +148,7 @@ class Authority:
                 self._clock(),
             )
             roots = [self.ca_certificate, *(row["root"].encode() for row in live)]
-            return TlsMaterial(tls.pem(self._server_key), tls.pem(self._server), b"".join(roots))
+            return tls.TlsMaterial(tls.pem(self._server_key), tls.pem(self._server), b"".join(roots))
 
     def _read_or_make_server_certificate(self) -> tls.Certificate:
         path, now = self._folder / "server.pem", self._now()

@@ -30,7 +30,7 @@ from common.errors import (
     UnauthenticatedError,
     UnavailableError,
 )
-from common.tls import SERVER_NAME
+from common.tls import SERVER_NAME, TlsMaterial
 
 AGENT_ID_KEY = "ecavg-agent-id"  # request metadata: who is calling, over plaintext
 REASON_KEY = "ecavg-reason"  # trailing metadata: why the server refused
@@ -90,14 +90,6 @@ def _common_options(window_bytes: int) -> Options:
         # The answer to a ping has a time-out of its own; without data it is the only one that works.
         ("grpc.http2.ping_timeout_ms", int(KEEPALIVE_TIMEOUT_SECONDS * 1000)),
     ]
-
-
-class TlsMaterial(NamedTuple):
-    """What one side of a connection shows and believes; PEM."""
-
-    key: bytes
-    certificate: bytes
-    roots: bytes  # what the other side's certificate must be issued by
 
 
 def server_credentials(material: Callable[[], TlsMaterial]) -> grpc.ServerCredentials:

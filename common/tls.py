@@ -57,6 +57,14 @@ PublicKey = ec.EllipticCurvePublicKey
 Certificate = x509.Certificate
 
 
+class TlsMaterial(NamedTuple):
+    """What one side of a connection shows and believes; PEM."""
+
+    key: bytes
+    certificate: bytes
+    roots: bytes  # what the other side's certificate must be issued by
+
+
 class JoinToken(NamedTuple):
     """What lets a device enroll, and tells it which server to believe."""
 
@@ -65,7 +73,7 @@ class JoinToken(NamedTuple):
 
     @classmethod
     def new(cls, ca: Certificate) -> "JoinToken":
-        return cls(ca.fingerprint(hashes.SHA256()), secrets.token_bytes(32))
+        return cls(fingerprint(ca), secrets.token_bytes(32))
 
     @classmethod
     def parse(cls, text: str) -> "JoinToken":
@@ -159,6 +167,11 @@ def is_issued_by(certificate: Certificate, issuer: Certificate) -> bool:
     except (ValueError, TypeError, InvalidSignature):
         return False
     return True
+
+
+def fingerprint(certificate: Certificate) -> bytes:
+    """SHA-256 of the DER."""
+    return certificate.fingerprint(hashes.SHA256())
 
 
 def token_id_of(certificate: Certificate) -> str | None:

@@ -32,6 +32,7 @@ from common.faults import Point, crash_point
 from common.files import sync
 from common.pb import ecavg_pb2 as pb
 from common.pb import ecavg_pb2_grpc as pb_grpc
+from common.tls import TlsMaterial
 from common.transfer import Blob, Receiver, WriteBehind, chunks_of
 from common.wire import Encoded
 from edge_agent.identity import Enrolment, Identity, explain
@@ -439,7 +440,7 @@ async def enroll(enrolment: Enrolment, server: str, on_waiting: Callable[[str], 
     return identity
 
 
-async def _ask_for_certificate(server: str, material: rpc.TlsMaterial, request: bytes) -> pb.EnrollReply:
+async def _ask_for_certificate(server: str, material: TlsMaterial, request: bytes) -> pb.EnrollReply:
     channel = rpc.channel(server, material)
     try:
         stub = pb_grpc.ECAvgStub(channel)  # type: ignore[no-untyped-call]

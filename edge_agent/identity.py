@@ -9,12 +9,9 @@ from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
-from cryptography.hazmat.primitives import hashes
-
 from common import tls
 from common.errors import UsageError
 from common.faults import Point, crash_point
-from common.rpc import TlsMaterial
 
 PROBE_SECONDS = 5.0
 
@@ -46,8 +43,8 @@ class Identity:
         return tls.renewal_time(self._certificate)
 
     @property
-    def material(self) -> TlsMaterial:
-        return TlsMaterial(tls.pem(self._key), tls.pem(self._certificate), tls.pem(self._ca))
+    def material(self) -> tls.TlsMaterial:
+        return tls.TlsMaterial(tls.pem(self._key), tls.pem(self._certificate), tls.pem(self._ca))
 
     def request(self) -> bytes:
         """For a new certificate for the same key."""
@@ -86,7 +83,7 @@ class Enrolment:
         self.request = tls.make_request(self._key, agent_id)
         self._leaf: tls.Certificate
 
-    def material(self) -> TlsMaterial:
+    def material(self) -> tls.TlsMaterial:
         """For a connection to whoever is there now, and nobody else; `finish` tells whether to believe it.
 
         Raises:
@@ -95,7 +92,7 @@ class Enrolment:
         """
         self._leaf = tls.load_certificate(_certificate_of(self._server))
         leaf = self._token.leaf(self._key)
-        return TlsMaterial(tls.pem(self._key), tls.pem(leaf), tls.pem(self._leaf))
+        return tls.TlsMaterial(tls.pem(self._key), tls.pem(leaf), tls.pem(self._leaf))
 
     def finish(self, certificate: bytes, ca_certificate: bytes) -> Identity:
         """Keep what the server answered.
@@ -104,7 +101,7 @@ class Enrolment:
             UsageError: it is not the server that the token is of; nothing is kept.
         """
         ca, own = tls.load_certificate(ca_certificate), tls.load_certificate(certificate)
-        if ca.fingerprint(hashes.SHA256()) != self._token.fingerprint or not tls.is_issued_by(self._leaf, ca):
+        if tls.fingerprint(ca) != self._token.fingerprint or not tls.is_issued_by(self._leaf, ca):
             raise UsageError(
                 f"{self._server} is not the server that the join token is of: check the address,"
                 " and that nobody stands in between"

@@ -6,6 +6,8 @@ import signal
 import stat
 import sys
 import time
+import urllib.error
+import urllib.request
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager, closing
 from datetime import UTC, datetime, timedelta
@@ -39,7 +41,7 @@ from common.transfer import Blob, blob_of
 from edge_agent.client import CloudClient, enroll
 from edge_agent.identity import Enrolment, Identity, find
 from edge_agent.metrics import AgentMetrics
-from tests.processes import ROOT
+from tests.processes import ROOT, Cluster
 from tests.unit.test_coordinator import World, world
 
 HOUR = 3600.0
@@ -118,7 +120,7 @@ async def member(served: Served, caller: Identity | str, *, join: bool = True) -
 
 
 @asynccontextmanager
-async def stub_with(address: str, material: rpc.TlsMaterial | None) -> AsyncIterator[Any]:
+async def stub_with(address: str, material: tls.TlsMaterial | None) -> AsyncIterator[Any]:
     channel = rpc.channel(address, material)
     try:
         yield pb_grpc.ECAvgStub(channel)
@@ -379,7 +381,7 @@ async def test_leaf_signed_by_an_agent_is_worth_nothing(served: Served) -> None:
     key, own = tls.new_key(), tls.read_certificates(served.folder / "edge-1/tls/identity.pem")[0]
     agent_key = tls.read_key(served.folder / "edge-1/tls/key.pem")
     leaf = tls.make_agent_certificate(own, agent_key, key.public_key(), "edge-2", own.not_valid_before_utc)
-    forged = rpc.TlsMaterial(tls.pem(key), tls.pem(leaf) + tls.pem(own), identity.material.roots)
+    forged = tls.TlsMaterial(tls.pem(key), tls.pem(leaf) + tls.pem(own), identity.material.roots)
     async with stub_with(served.address, forged) as stub:
         with pytest.raises(grpc.aio.AioRpcError):
             await stub.Join(JOIN)
@@ -663,3 +665,22 @@ def test_ca_of_ones_own_is_used(tmp_path: Path) -> None:
     (tmp_path / "tls/ca.key").write_bytes(tls.pem(key))
     with closing(Authority(tmp_path / "tls")) as authority:
         assert authority.ca_certificate == tls.pem(mine)
+
+
+def test_plaintext_round_is_warned_of_and_its_page_asks_for_the_token(cluster: Cluster) -> None:
+    anywhere = ("--host", "0.0.0.0", "--http-host", "0.0.0.0")
+    quick = ("--min-agents", 1, "--set", "run.pretrain.epochs=1", "--set", "run.fine_tune.epochs=1")
+    server = cluster.server("--insecure", *anywhere, *quick)
+    assert "cloud-server: WARNING: --insecure on 0.0.0.0: everything travels in plaintext" in server.output
+    assert not (cluster.state_dir / "tls").exists()
+    base = f"http://127.0.0.1:{cluster.http_port}"
+    with pytest.raises(urllib.error.HTTPError, match="401"):
+        urllib.request.urlopen(f"{base}/api/status")
+    token = (cluster.state_dir / "http-token").read_text("utf-8").strip()
+    request = urllib.request.Request(f"{base}/api/status", headers={"Authorization": f"Bearer {token}"})
+    with urllib.request.urlopen(request) as reply:
+        assert reply.status == 200
+    agent = cluster.agent("edge-1", "--insecure", "--partition", "1/1")
+    assert agent.wait() == 0
+    assert server.wait() == 0
+    assert "WARNING" not in agent.output  # it is on loopback
