@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from cloud_server.config import DEFAULT_PRESET, ENV_PREFIX, ServerConfig
 from common import cli
 from common.config import is_loopback
-from common.errors import UsageError
+from common.errors import ECAvgError, UsageError
 
 if TYPE_CHECKING:
     from cloud_server.authority import Authority
@@ -48,12 +48,12 @@ def check(argv: Sequence[str]) -> int:
 
 
 def administer(argv: Sequence[str]) -> int:
-    """0, or 2 for what does not exist."""
+    """0, 1 when the disk takes no data, or 2 for what does not exist."""
     from cloud_server.admin import main as do_command
 
     try:
         return do_command(argv)
-    except UsageError as error:
+    except ECAvgError as error:
         return cli.fail("cloud-server", error)
 
 

@@ -12,7 +12,7 @@ from rich.table import Table
 from cloud_server.authority import Authority, EnrolledAgent, TokenRow
 from cloud_server.config import DEFAULT_PRESET, ENV_PREFIX, ServerConfig
 from common.config import load
-from common.errors import Refusal, UsageError
+from common.errors import NotFoundError, UsageError
 
 DEFAULT_TTL_SECONDS = 3600.0
 
@@ -22,6 +22,7 @@ def main(argv: Sequence[str]) -> int:
 
     Raises:
         UsageError: there is no such token or agent, or the state directory cannot be used.
+        StorageError: the disk takes no data.
     """
     arguments = _parser().parse_args(argv)
     flags = {name: getattr(arguments, name) for name in ("state_dir", "tls_dir") if hasattr(arguments, name)}
@@ -38,7 +39,7 @@ def main(argv: Sequence[str]) -> int:
         print(f"made a CA in {config.tls_folder}", file=sys.stderr)  # noqa: T201
     try:
         arguments.do(authority, arguments)
-    except Refusal as error:
+    except NotFoundError as error:
         raise UsageError(str(error)) from error
     finally:
         authority.close()

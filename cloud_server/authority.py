@@ -107,7 +107,7 @@ class Authority:
     def __init__(self, folder: Path, clock: Callable[[], float] = time.time) -> None:
         self._folder = folder
         self._clock = clock
-        self._lock = threading.RLock()
+        self._writing, self._reading = threading.RLock(), threading.Lock()
         try:
             tls.make_private_folder(folder)
             with self._exclusively():
@@ -115,6 +115,8 @@ class Authority:
                 self._server_key = tls.read_or_make_key(folder / "server.key")
                 self._server = self._read_or_make_server_certificate()
                 self._database = _open_database(folder / "authority.sqlite3")
+                # Of its own, so that no call waits for an enrolment that is being flushed.
+                self._reader = _open_database(folder / "authority.sqlite3")
         except (OSError, sqlite3.DatabaseError) as error:
             what = error.strerror if isinstance(error, OSError) else error
             raise UsageError(
@@ -122,8 +124,9 @@ class Authority:
             ) from error
 
     def close(self) -> None:
-        with self._lock:
+        with self._writing, self._reading:
             self._database.close()
+            self._reader.close()
 
     @property
     def fingerprint(self) -> str:
@@ -138,17 +141,16 @@ class Authority:
 
     def material(self) -> tls.TlsMaterial:
         """For the next handshake: a certificate that has not ended, and the roots that count now."""
-        with self._lock:
-            if self._now() >= tls.renewal_time(self._server):
-                with self._exclusively():
-                    self._server = self._read_or_make_server_certificate()
-                log.info("server_certificate_renewed", ends=self._server.not_valid_after_utc.isoformat())
-            live = self._read(
-                "SELECT root FROM tokens WHERE revoked_at IS NULL AND expires_at > ? ORDER BY token_id",
-                self._clock(),
-            )
-            roots = [self.ca_certificate, *(row["root"].encode() for row in live)]
-            return tls.TlsMaterial(tls.pem(self._server_key), tls.pem(self._server), b"".join(roots))
+        if self._now() >= tls.renewal_time(self._server):
+            with self._exclusively():
+                self._server = self._read_or_make_server_certificate()
+            log.info("server_certificate_renewed", ends=self._server.not_valid_after_utc.isoformat())
+        live = self._read(
+            "SELECT root FROM tokens WHERE revoked_at IS NULL AND expires_at > ? ORDER BY token_id",
+            self._clock(),
+        )
+        roots = [self.ca_certificate, *(row["root"].encode() for row in live)]
+        return tls.TlsMaterial(tls.pem(self._server_key), tls.pem(self._server), b"".join(roots))
 
     def _read_or_make_server_certificate(self) -> tls.Certificate:
         path, now = self._folder / "server.pem", self._now()
@@ -346,19 +348,20 @@ class Authority:
     @contextmanager
     def _exclusively(self) -> Iterator[None]:
         """Against other processes that make what is missing at the same moment."""
-        with self._lock, (self._folder / "lock").open("a") as file:
+        with self._writing, (self._folder / "lock").open("a") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
 
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
-        with self._lock, storage_errors(), self._database as database:
+        with self._writing, storage_errors(), self._database as database:
             database.execute("BEGIN IMMEDIATE")
             yield database
 
     def _read(self, query: str, *values: object) -> list[dict[str, Any]]:
-        with self._lock:
-            return self._database.execute(query, values).fetchall()
+        """What is committed; within a transaction: what nobody else can change any more."""
+        with self._reading:
+            return self._reader.execute(query, values).fetchall()
 
 
 def revocation(agent_id: str) -> str:

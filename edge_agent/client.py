@@ -419,7 +419,7 @@ async def enroll(enrolment: Enrolment, server: str, on_waiting: Callable[[str], 
         try:
             reply = await _ask_for_certificate(server, material, enrolment.request)
         except UnavailableError as error:
-            num_untaken += "closed" in str(error)
+            num_untaken += "closed" in str(error) or "reset" in str(error)
             if num_untaken < MAX_UNTAKEN:
                 raise
             raise UsageError(
