@@ -55,7 +55,6 @@ def start_server(processes: Processes, folder: Path, run: str, *flags: object) -
 async def enrolled(server: Server, folder: Path, name: str) -> Identity:
     """For a CloudClient in this process; its files are below the folder."""
     token = JoinToken.parse(await asyncio.to_thread(server.join_token))
-    folder.mkdir(exist_ok=True)
     enrolment = Enrolment(folder / "tls", name, token, server.address)
     return await enroll(enrolment, server.address, print)
 
