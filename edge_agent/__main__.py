@@ -104,8 +104,8 @@ async def who_to_be(config: AgentConfig, state: "AgentState") -> "Identity | str
         return await enrolled(config, state, read_token(config.join_token_file))
     what = f"the certificate in {state.tls} has ended" if identity else "this agent has not enrolled"
     raise UsageError(
-        f"{what}: run `edge-agent enroll --server {config.server} --token TOKEN`, with a token"
-        " of `cloud-server token create`"
+        f"{what}: run `edge-agent enroll --server {config.server} --state-dir {state.path} --token TOKEN`,"
+        " with a token of `cloud-server token create`"
     )
 
 

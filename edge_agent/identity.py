@@ -78,6 +78,7 @@ class Enrolment:
         self._folder = folder
         self._key = tls.read_or_make_key(folder / "key.pem")
         crash_point(Point.AGENT_KEY_WRITTEN)
+        self._agent_id = agent_id
         self._token = token
         self._server = server
         self.request = tls.make_request(self._key, agent_id)
@@ -100,13 +101,18 @@ class Enrolment:
         Raises:
             UsageError: it is not the server that the token is of; nothing is kept.
         """
-        ca, own = tls.load_certificate(ca_certificate), tls.load_certificate(certificate)
-        if tls.fingerprint(ca) != self._token.fingerprint or not tls.is_issued_by(self._leaf, ca):
+        try:
+            ca, own = tls.load_certificate(ca_certificate), tls.load_certificate(certificate)
+            is_ours = tls.fingerprint(ca) == self._token.fingerprint and tls.is_issued_by(self._leaf, ca)
+        except ValueError:
+            is_ours = False
+        if not is_ours:
             raise UsageError(
                 f"{self._server} is not the server that the join token is of: check the address,"
                 " and that nobody stands in between"
             )
-        if not (tls.is_issued_by(own, ca) and tls.is_key_of(self._key, own)):
+        is_own = tls.is_key_of(self._key, own) and tls.common_name(own) == self._agent_id
+        if not (is_own and tls.is_issued_by(own, ca)):
             raise UsageError(f"{self._server} sent a certificate that is not for this agent's key")
         crash_point(Point.AGENT_ENROLLED)
         tls.write_private(self._folder / "identity.pem", tls.pem(own) + tls.pem(ca))

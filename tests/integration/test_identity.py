@@ -246,16 +246,14 @@ class Impostor(pb_grpc.ECAvgServicer):
         return pb.EnrollReply(certificate=certificate, ca_certificate=self._ca_certificate)
 
 
-@pytest.mark.parametrize("shows", ["its own CA", "the true CA"])
+@pytest.mark.parametrize("shows", ["its own CA", "the true CA", "rubbish"])
 async def test_impostor_is_found_out_and_learns_nothing(served: Served, tmp_path: Path, shows: str) -> None:
     token = served.token()
     with closing(Authority(tmp_path / "impostor")) as own:
-        true = served.authority.ca_certificate
+        answers = {"its own CA": own.ca_certificate, "the true CA": served.authority.ca_certificate}
         material = own.material()._replace(roots=token_root(token))  # it lets our token in
         impostor = grpc.aio.server()
-        pb_grpc.add_ECAvgServicer_to_server(
-            Impostor(true if shows == "the true CA" else own.ca_certificate, own), impostor
-        )
+        pb_grpc.add_ECAvgServicer_to_server(Impostor(answers.get(shows, b"rubbish"), own), impostor)
         port = impostor.add_secure_port("127.0.0.1:0", rpc.server_credentials(lambda: material))
         await impostor.start()
         address = f"127.0.0.1:{port}"
@@ -614,8 +612,8 @@ async def test_agent_that_has_not_enrolled_says_what_to_do(tmp_path: Path) -> No
     code, _, error = await run("edge_agent", "--server", "127.0.0.1:1", "--state-dir", tmp_path / "device")
     assert code == 2
     assert error == (
-        "edge-agent: this agent has not enrolled: run `edge-agent enroll --server 127.0.0.1:1 --token TOKEN`,"
-        " with a token of `cloud-server token create`\n"
+        "edge-agent: this agent has not enrolled: run `edge-agent enroll --server 127.0.0.1:1"
+        f" --state-dir {tmp_path / 'device'} --token TOKEN`, with a token of `cloud-server token create`\n"
     )
 
 
