@@ -16,7 +16,7 @@ from typing import Any
 
 from benchmarks import figures
 from benchmarks.processes import peak_bytes, processes_in
-from benchmarks.product import start_server
+from benchmarks.product import enrolled, start_server
 from benchmarks.transfer import changed, configuration
 from edge_agent.client import CloudClient
 from edge_agent.metrics import AgentMetrics
@@ -47,10 +47,9 @@ async def _measure(num_agents: int, mib: int, parent: Path | None) -> dict[str, 
         folder = Path(name)
         flags = ("--min-agents", num_agents)
         server = await asyncio.to_thread(start_server, processes, folder, configuration(mib), *flags)
-        clients = [
-            CloudClient(f"127.0.0.1:{server.port}", f"agent-{index}", AgentMetrics())
-            for index in range(num_agents)
-        ]
+        names = [f"agent-{index}" for index in range(num_agents)]
+        identities = [await enrolled(server, folder / name, name) for name in names]
+        clients = [CloudClient(server.address, identity, AgentMetrics()) for identity in identities]
         for client in clients:
             await client.join()
         initial = (await anext(aiter(clients[0].watch()))).initial_weights

@@ -1,10 +1,15 @@
 """The product's own processes, started as a user would start them."""
 
+import asyncio
+import subprocess
 import sys
 from pathlib import Path
 from typing import NamedTuple
 
 from benchmarks.processes import Processes
+from common.tls import JoinToken
+from edge_agent.client import enroll
+from edge_agent.identity import Enrolment, Identity
 
 START_SECONDS = 300.0  # PyTorch is imported, and the run's model built
 
@@ -13,6 +18,22 @@ class Server(NamedTuple):
     pid: int
     port: int
     state_dir: Path
+
+    @property
+    def address(self) -> str:
+        return f"127.0.0.1:{self.port}"
+
+    def join_token(self) -> str:
+        """For one agent.
+
+        Raises:
+            RuntimeError: the server's folder cannot be used.
+        """
+        command = ["cloud_server", "token", "create", "--state-dir", str(self.state_dir)]
+        done = subprocess.run([sys.executable, "-m", *command], capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise RuntimeError(done.stderr)
+        return done.stdout.strip()
 
 
 def start_server(processes: Processes, folder: Path, run: str, *flags: object) -> Server:
@@ -31,7 +52,18 @@ def start_server(processes: Processes, folder: Path, run: str, *flags: object) -
     return Server(pid, int(ready), state_dir)
 
 
+async def enrolled(server: Server, folder: Path, name: str) -> Identity:
+    """For a CloudClient in this process; its files are below the folder."""
+    token = JoinToken.parse(await asyncio.to_thread(server.join_token))
+    enrolment = Enrolment(folder / "tls", name, token, server.address)
+    return await enroll(enrolment, server.address, print)
+
+
 def start_agent(processes: Processes, folder: Path, name: str, server: Server, *flags: object) -> int:
-    """An edge-agent; its process id."""
-    command = [sys.executable, "-m", "edge_agent", "--server", f"127.0.0.1:{server.port}"]
-    return processes.start(name, [*command, "--agent-id", name, "--state-dir", folder / name, *flags])
+    """An edge-agent, which enrolls; its process id."""
+    token = folder / f"{name}.token"
+    token.touch(mode=0o600)
+    token.write_text(server.join_token(), "utf-8")
+    command = [sys.executable, "-m", "edge_agent", "--server", server.address]
+    state = ("--agent-id", name, "--state-dir", folder / name, "--join-token-file", token)
+    return processes.start(name, [*command, *state, *flags])

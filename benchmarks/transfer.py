@@ -28,14 +28,17 @@ import numpy as np
 
 from benchmarks import figures
 from benchmarks.processes import Meter, Processes, peak_bytes, processes_in, reset_peak
-from benchmarks.product import START_SECONDS, start_server
+from benchmarks.product import START_SECONDS, enrolled, start_server
+from cloud_server.authority import Authority
+from common import rpc
 from common.schema import read_header
+from common.tls import SERVER_NAME
 from common.transfer import CHUNK_BYTES, Blob, blob_of
 from edge_agent.client import CloudClient
+from edge_agent.identity import Identity
 from edge_agent.metrics import AgentMetrics
 
-# "tls" joins them when the product has it: bare streams with TLS are then what ours are held against.
-TRANSPORTS = ("plaintext",)
+TRANSPORTS = ("plaintext", "tls")  # ours are held against bare streams over the same
 FACTORY = "benchmarks.workloads:blocks"
 
 Way = Callable[[], Awaitable[None]]
@@ -56,12 +59,14 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     machine = figures.machine()
     with tempfile.TemporaryDirectory(prefix="transfer-", dir=arguments.folder) as name:
-        folder = Path(name)
-        with processes_in(folder) as processes:
-            transports = {
-                each: asyncio.run(_measure(processes, folder, arguments.mib, arguments.repeats))
-                for each in TRANSPORTS
-            }
+        transports = {}
+        for transport in TRANSPORTS:
+            folder = Path(name) / transport
+            folder.mkdir()
+            with processes_in(folder) as processes:
+                transports[transport] = asyncio.run(
+                    _measure(processes, folder, arguments.mib, arguments.repeats)
+                )
     result = {
         "benchmark": "transfer",
         "mib": arguments.mib,
@@ -97,11 +102,12 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 async def _measure(processes: Processes, folder: Path, mib: int, repeats: int) -> dict[str, Any]:
-    """Both directions, ours and bare in turn."""
+    """Both directions, ours and bare in turn, over the transport that the folder is named after."""
     for name in ("server", "bare", "client"):
         (folder / name).mkdir()
     source, fetched = folder / "client/source", folder / "client/fetched"
-    ours, bare = await _ours(processes, folder, mib), await _bare(processes, folder)
+    ours = await _ours(processes, folder, mib)
+    bare = await _bare(processes, folder, ours.identity)
     num_bytes = ours.initial.size_bytes
     await ours.fetch(ours.initial, source)  # also what is sent: its header is what the server expects
     (folder / "bare/blob").write_bytes(source.read_bytes())
@@ -201,6 +207,7 @@ def changed(path: Path) -> Blob:
 @dataclass
 class _Ours:
     client: CloudClient
+    identity: Identity | None  # None: in plaintext
     initial: Blob
     server_pid: int
     blob: Blob  # what is sent
@@ -218,11 +225,13 @@ class _Ours:
 
 async def _ours(processes: Processes, folder: Path, mib: int) -> _Ours:
     """A server whose run's model has this size, and an agent's connection to it."""
-    server = await asyncio.to_thread(start_server, processes, folder, configuration(mib))
-    client = CloudClient(f"127.0.0.1:{server.port}", "agent-1", AgentMetrics())
+    flags = ["--insecure"] * (folder.name == "plaintext")
+    server = await asyncio.to_thread(start_server, processes, folder, configuration(mib), *flags)
+    identity = None if flags else await enrolled(server, folder / "client", "agent-1")
+    client = CloudClient(server.address, identity or "agent-1", AgentMetrics())
     await client.join()
     state = await anext(aiter(client.watch()))
-    return _Ours(client, state.initial_weights, server.pid, state.initial_weights)
+    return _Ours(client, identity, state.initial_weights, server.pid, state.initial_weights)
 
 
 # ---------------------------------------------------------------------- bare
@@ -259,13 +268,19 @@ class _Bare(NamedTuple):
         await self.channel.close()
 
 
-async def _bare(processes: Processes, folder: Path) -> _Bare:
+async def _bare(processes: Processes, folder: Path, identity: Identity | None) -> _Bare:
     command = [sys.executable, "-m", "benchmarks.transfer", "--serve", folder / "bare"]
     pid = processes.start("bare-server", command)
     port = await asyncio.to_thread(
         processes.wait_for_output, "bare-server", r"(\d+)\n", seconds=START_SECONDS
     )
-    return _Bare(grpc.aio.insecure_channel(f"127.0.0.1:{port}"), pid)
+    address = f"127.0.0.1:{port}"
+    if identity is None:
+        return _Bare(grpc.aio.insecure_channel(address), pid)
+    key, certificate, roots = identity.material
+    credentials = grpc.ssl_channel_credentials(roots, key, certificate)
+    name = ("grpc.ssl_target_name_override", SERVER_NAME)
+    return _Bare(grpc.aio.secure_channel(address, credentials, options=[name]), pid)
 
 
 async def _serve(folder: Path) -> None:
@@ -290,7 +305,12 @@ async def _serve(folder: Path) -> None:
     }
     server = grpc.aio.server()
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("bare", methods),))
-    print(server.add_insecure_port("127.0.0.1:0"), flush=True)
+    if folder.parent.name == "plaintext":
+        port = server.add_insecure_port("127.0.0.1:0")
+    else:  # as our server
+        authority = Authority(folder.parent / "server/tls")
+        port = server.add_secure_port("127.0.0.1:0", rpc.server_credentials(authority.material))
+    print(port, flush=True)
     await server.start()
     await server.wait_for_termination()
 

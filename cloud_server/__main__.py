@@ -5,21 +5,30 @@ import asyncio
 import sys
 from collections.abc import Mapping, Sequence
 from importlib import resources
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cloud_server.config import DEFAULT_PRESET, ENV_PREFIX, ServerConfig
 from common import cli
-from common.errors import UsageError
+from common.config import is_loopback
+from common.errors import ECAvgError, UsageError
+
+if TYPE_CHECKING:
+    from cloud_server.authority import Authority
+
+FIRST_TOKEN_SECONDS = 24 * 3600.0  # lifetime of the token that a server prints by itself
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["check"]:
         return check(argv[1:])
+    if argv[:1] in (["token"], ["agents"]):
+        return administer(argv)
     parser = argparse.ArgumentParser(
         prog="cloud-server",
         description="Average what edge agents pre-trained, fine-tune it on their data, give it back.",
-        epilog="`cloud-server check STATE` verifies the state directory of a server that is stopped.",
+        epilog="`cloud-server check STATE` verifies the state directory of a server that is stopped."
+        " `cloud-server token create|list|revoke` and `cloud-server agents list|revoke` say who may come in.",
     )
     try:
         config = cli.parse_command_line(parser, ServerConfig, ENV_PREFIX, argv, default_preset=DEFAULT_PRESET)
@@ -38,6 +47,16 @@ def check(argv: Sequence[str]) -> int:
         return cli.fail("cloud-server check", error)
 
 
+def administer(argv: Sequence[str]) -> int:
+    """0, 1 when the disk takes no data, or 2 for what does not exist."""
+    from cloud_server.admin import main as do_command
+
+    try:
+        return do_command(argv)
+    except ECAvgError as error:
+        return cli.fail("cloud-server", error)
+
+
 async def serve(config: ServerConfig) -> int:
     """Run until the run is over.
 
@@ -46,6 +65,7 @@ async def serve(config: ServerConfig) -> int:
         RunError: the last round published no model.
     """
     # Imported here, so that --help and configuration errors are immediate.
+    from cloud_server.authority import Authority
     from cloud_server.coordinator import Coordinator
     from cloud_server.display import RunDisplay
     from cloud_server.metrics import ServerMetrics
@@ -56,11 +76,13 @@ async def serve(config: ServerConfig) -> int:
 
     telemetry.configure_logging(level=config.log_level)
     store = Store(config.state_dir)
+    authority = None if config.insecure else Authority(config.tls_folder)
+    http_token = telemetry.http_token(config.http_host, config.http_token_file, config.http_token_path)
     metrics = ServerMetrics()
     trainer = TrainerProcess(config.state_dir, device=config.device)
     display = RunDisplay(telemetry.progress_display())
     coordinator = Coordinator(config, store, trainer, metrics, on_change=display.show)
-    server = GrpcServer(metrics.observe_rpc)
+    server = GrpcServer(metrics.observe_rpc, authority)
     is_ready = asyncio.Event()
 
     async def status() -> Mapping[str, Any]:
@@ -71,6 +93,7 @@ async def serve(config: ServerConfig) -> int:
         ready=is_ready.is_set,
         status=status,
         page=resources.files("cloud_server").joinpath("web/index.html").read_bytes(),
+        token=http_token,
     )
     http = None
     try:
@@ -80,6 +103,9 @@ async def serve(config: ServerConfig) -> int:
         await coordinator.start()
         await server.start(coordinator)
         is_ready.set()
+        tell_who_may_come(config, authority)
+        if http_token:
+            print(f"the status page asks for the token in {config.http_token_path}")  # noqa: T201
         print(  # noqa: T201
             f"cloud-server ready: agents on {config.host}:{port},"
             f" status page on http://{config.http_host}:{http.port}/",
@@ -93,8 +119,27 @@ async def serve(config: ServerConfig) -> int:
         if http:
             await http.stop()
         await trainer.stop()
+        if authority:
+            authority.close()
         store.close()
     return 0
+
+
+def tell_who_may_come(config: ServerConfig, authority: "Authority | None") -> None:
+    """How the server can be known; and a join token, as long as no agent has enrolled."""
+    if authority is None:
+        if not is_loopback(config.host):
+            cli.warn(
+                "cloud-server",
+                f"--insecure on {config.host}: everything travels in plaintext,"
+                " and whoever reaches the port can join under any name",
+            )
+        return
+    print(f"CA fingerprint (SHA-256): {authority.fingerprint}")  # noqa: T201
+    if not authority.agents():
+        uses, hours = config.agents_to_close, FIRST_TOKEN_SECONDS / 3600
+        token = authority.create_token(uses, FIRST_TOKEN_SECONDS)
+        print(f"join token, for {uses} agents within {hours:g} hours: {token}")  # noqa: T201
 
 
 if __name__ == "__main__":

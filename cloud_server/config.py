@@ -19,6 +19,11 @@ class ServerConfig(ProcessConfig):
     host: str = Field("0.0.0.0", description="address that agents reach")  # noqa: S104  agents are elsewhere
     port: Port = Field(50051, description="gRPC port; 0 picks a free one and says which")
     http_host: str = Field("127.0.0.1", description="address of the status page and /metrics")
+    http_token_file: Path | None = Field(
+        None,
+        description="bearer token that the status page asks for; made if need be, and beyond loopback always"
+        " asked for (default there: http-token in state-dir)",
+    )
     http_port: Port = Field(8080, description="port of the status page and /metrics; 0 picks one")
     state_dir: Path = Field(Path("ecavg-server"), description="where everything is kept")
     rounds: int = Field(1, ge=0, description="rounds to run; 0 runs for ever")
@@ -41,7 +46,10 @@ class ServerConfig(ProcessConfig):
     keep_partial_seconds: float = Field(
         7 * 24 * 3600, gt=0, description="how long uploads are kept that were not finished or not contributed"
     )
-    insecure: Literal[True] = Field(True, description="plaintext instead of TLS (the only choice so far)")
+    tls_dir: Path | None = Field(
+        None, description="CA, certificates, tokens and enrolled agents (default: tls in state-dir)"
+    )
+    insecure: bool = Field(False, description="plaintext: anybody may join under any name")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least severe shown")
     run: RunConfig = RunConfig()
 
@@ -50,6 +58,15 @@ class ServerConfig(ProcessConfig):
         if self.max_agents is not None and self.max_agents < self.min_agents:
             raise ValueError(f"max_agents {self.max_agents} is below min_agents {self.min_agents}")
         return self
+
+    @property
+    def tls_folder(self) -> Path:
+        return self.tls_dir or self.state_dir / "tls"
+
+    @property
+    def http_token_path(self) -> Path:
+        """Where the status page's token is, if it asks for one."""
+        return self.http_token_file or self.state_dir / "http-token"
 
     @property
     def agents_to_close(self) -> int:

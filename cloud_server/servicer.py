@@ -9,12 +9,14 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from cloud_server.admission import Admission, calling_agent, token_in_use
+from cloud_server.authority import Authority
 from cloud_server.coordinator import Coordinator, Verdict
 from cloud_server.round import Contribution, Outcome, Phase
 from cloud_server.standing import RunState
 from cloud_server.store import ReportRow
 from common import rpc
-from common.config import AGENT_ID_PATTERN, PROTOCOL_VERSION
+from common.config import PROTOCOL_VERSION
 from common.errors import InvalidError, Reason, UnavailableError, UsageError
 from common.faults import Point, crash_point
 from common.pb import ecavg_pb2 as pb
@@ -27,7 +29,6 @@ SERVICE_NAME = pb.DESCRIPTOR.services_by_name["ECAvg"].full_name
 IDLE_SECONDS = 120.0  # a stream that brings nothing for this long is given up; a slow one never is
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
-_AGENT_ID = re.compile(AGENT_ID_PATTERN)
 _MAX_SHARDS = 10_000
 _MAX_EXAMPLES = 2**40
 
@@ -40,17 +41,18 @@ _KINDS = {pb.BLOB_KIND_WEIGHTS: "weights", pb.BLOB_KIND_DATA: "data"}
 class ECAvgServicer(pb_grpc.ECAvgServicer):
     """The service of proto/common/pb/ecavg.proto."""
 
-    def __init__(self, coordinator: Coordinator) -> None:
+    def __init__(self, coordinator: Coordinator, authority: Authority | None) -> None:
         self._coordinator = coordinator
+        self._authority = authority
 
-    async def Join(self, request: pb.JoinRequest, context: Any) -> pb.JoinReply:
+    async def Join(self, request: pb.JoinRequest, _: Any) -> pb.JoinReply:
         if request.protocol_version != PROTOCOL_VERSION:
             raise InvalidError(
                 f"the agent speaks protocol {request.protocol_version}, this server {PROTOCOL_VERSION};"
                 " install the same version on both",
                 Reason.PROTOCOL_MISMATCH,
             )
-        joined = await self._coordinator.join(_caller(context))
+        joined = await self._coordinator.join(calling_agent())
         return pb.JoinReply(
             run_id=joined.run_id,
             run_json=joined.run.model_dump_json(),
@@ -58,17 +60,17 @@ class ECAvgServicer(pb_grpc.ECAvgServicer):
             num_partitions=joined.num_partitions,
         )
 
-    async def Watch(self, _: pb.WatchRequest, context: Any) -> AsyncIterator[pb.WatchEvent]:
-        async for state in self._coordinator.watch(_caller(context)):
+    async def Watch(self, _: pb.WatchRequest, __: Any) -> AsyncIterator[pb.WatchEvent]:
+        async for state in self._coordinator.watch(calling_agent()):
             yield _event(state)
 
-    async def QueryUpload(self, request: pb.QueryUploadRequest, context: Any) -> pb.QueryUploadReply:
+    async def QueryUpload(self, request: pb.QueryUploadRequest, _: Any) -> pb.QueryUploadReply:
         received_bytes, complete = await self._coordinator.query_upload(
-            _caller(context), _kind(request.kind), _digest(request.digest)
+            calling_agent(), _kind(request.kind), _digest(request.digest)
         )
         return pb.QueryUploadReply(received_bytes=received_bytes, complete=complete)
 
-    async def Upload(self, request_iterator: Any, context: Any) -> pb.UploadReply:
+    async def Upload(self, request_iterator: Any, _: Any) -> pb.UploadReply:
         messages = aiter(request_iterator)
         first = await _next(messages)
         if first is None or first.WhichOneof("part") != "header":
@@ -76,7 +78,7 @@ class ECAvgServicer(pb_grpc.ECAvgServicer):
         header = first.header
         blob = Blob(_digest(header.digest), header.size_bytes)
         async with self._coordinator.receive(
-            _caller(context), _kind(header.kind), blob, header.offset
+            calling_agent(), _kind(header.kind), blob, header.offset
         ) as upload:
             while (message := await _next(messages)) is not None:
                 if message.WhichOneof("part") != "chunk":
@@ -84,14 +86,14 @@ class ECAvgServicer(pb_grpc.ECAvgServicer):
                 await upload.write(message.chunk)
         return pb.UploadReply(received_bytes=blob.size_bytes)
 
-    async def Contribute(self, request: pb.ContributeRequest, context: Any) -> pb.ContributeReply:
+    async def Contribute(self, request: pb.ContributeRequest, _: Any) -> pb.ContributeReply:
         verdict = await self._coordinator.contribute(
-            _caller(context), request.round, _contribution(_caller(context), request)
+            calling_agent(), request.round, _contribution(calling_agent(), request)
         )
         return _reply(verdict)
 
-    async def Download(self, request: pb.DownloadRequest, context: Any) -> AsyncIterator[pb.DownloadReply]:
-        path = await self._coordinator.readable_blob(_caller(context), _digest(request.digest))
+    async def Download(self, request: pb.DownloadRequest, _: Any) -> AsyncIterator[pb.DownloadReply]:
+        path = await self._coordinator.readable_blob(calling_agent(), _digest(request.digest))
         size_bytes = path.stat().st_size
         async for chunk in chunks_of(path, request.offset):
             yield pb.DownloadReply(chunk=chunk, size_bytes=size_bytes)
@@ -101,9 +103,9 @@ class ECAvgServicer(pb_grpc.ECAvgServicer):
         if size_bytes:  # nothing is left to send; say so with the size
             yield pb.DownloadReply(size_bytes=size_bytes)
 
-    async def Report(self, request: pb.ReportRequest, context: Any) -> pb.ReportReply:
+    async def Report(self, request: pb.ReportRequest, _: Any) -> pb.ReportReply:
         row = ReportRow(
-            agent_id=_caller(context),
+            agent_id=calling_agent(),
             accuracy_local=_ratio(request, "accuracy_local"),
             accuracy_before=_ratio(request, "accuracy_before"),
             accuracy_after=_ratio(request, "accuracy_after") or 0.0,
@@ -113,17 +115,38 @@ class ECAvgServicer(pb_grpc.ECAvgServicer):
             reason=_plain(request.reason),
             at=0.0,  # the coordinator's clock
         )
-        await self._coordinator.report(_caller(context), request.round, row)
+        await self._coordinator.report(calling_agent(), request.round, row)
         return pb.ReportReply()
+
+    async def Enroll(self, request: pb.EnrollRequest, _: Any) -> pb.EnrollReply:
+        authority = self._tls()
+        certificate = await asyncio.to_thread(authority.enroll, token_in_use(), request.request)
+        return pb.EnrollReply(certificate=certificate, ca_certificate=authority.ca_certificate)
+
+    async def Renew(self, request: pb.RenewRequest, _: Any) -> pb.RenewReply:
+        certificate = await asyncio.to_thread(self._tls().renew, calling_agent(), request.request)
+        return pb.RenewReply(certificate=certificate)
+
+    def _tls(self) -> Authority:
+        if self._authority is None:
+            raise InvalidError("this server speaks plaintext (--insecure): there is nothing to enroll for")
+        return self._authority
 
 
 class GrpcServer:
-    """The gRPC server with our service, health checking and reflection."""
+    """The gRPC server with our service, health checking and reflection.
 
-    def __init__(self, observe: rpc.ObserveCall) -> None:
+    Args:
+        authority: None: it speaks plaintext.
+    """
+
+    def __init__(self, observe: rpc.ObserveCall, authority: Authority | None) -> None:
+        self._authority = authority
+        self._admission = Admission(authority)
         self._server = grpc.aio.server(
-            interceptors=[rpc.RefusingInterceptor(observe)], options=rpc.server_options()
+            interceptors=[rpc.RefusingInterceptor(observe, self._admission)], options=rpc.server_options()
         )
+        self._cutting_off: asyncio.Task[None] | None = None
         self._health: Any = health.aio.HealthServicer()  # type: ignore[attr-defined]
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         reflection.enable_server_reflection(
@@ -138,7 +161,9 @@ class GrpcServer:
         """
         address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         try:
-            return self._server.add_insecure_port(address)
+            if self._authority is None:
+                return self._server.add_insecure_port(address)
+            return self._server.add_secure_port(address, rpc.server_credentials(self._authority.material))
         except RuntimeError as error:
             raise UsageError(
                 f"cannot listen on {address}: is it in use? choose another --host or --port,"
@@ -146,26 +171,17 @@ class GrpcServer:
             ) from error
 
     async def start(self, coordinator: Coordinator) -> None:
-        pb_grpc.add_ECAvgServicer_to_server(ECAvgServicer(coordinator), self._server)  # type: ignore[no-untyped-call]
+        pb_grpc.add_ECAvgServicer_to_server(ECAvgServicer(coordinator, self._authority), self._server)  # type: ignore[no-untyped-call]
         for service in (SERVICE_NAME, ""):
             await self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
         await self._server.start()
+        self._cutting_off = asyncio.create_task(self._admission.cut_off_revoked())
 
     async def stop(self, grace_seconds: float) -> None:
+        if self._cutting_off:
+            self._cutting_off.cancel()
         await self._health.enter_graceful_shutdown()
         await self._server.stop(grace_seconds)
-
-
-def _caller(context: Any) -> str:
-    """Who is calling: until the transport is authenticated, whoever it says."""
-    metadata = dict(context.invocation_metadata())
-    agent_id = metadata.get(rpc.AGENT_ID_KEY, "")
-    if not isinstance(agent_id, str) or not _AGENT_ID.fullmatch(agent_id):
-        raise InvalidError(
-            f"the metadata {rpc.AGENT_ID_KEY} must be 1 to 64 letters, digits, '.', '_' or '-',"
-            " the first a letter or digit"
-        )
-    return agent_id
 
 
 async def _next(messages: AsyncIterator[pb.UploadRequest]) -> pb.UploadRequest | None:

@@ -7,3 +7,6 @@ import os
 # times as long as it should (measured: 400 steps of an MLP, two processes on two busy cores: 141 s,
 # and 1.2 s with this). OpenMP reads it when PyTorch is imported, so it must be set before that.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+# gRPC writes a line to stderr for every handshake that fails, past our log; errors it still writes.
+os.environ.setdefault("GRPC_VERBOSITY", "ERROR")

@@ -106,6 +106,11 @@ def fail(command: str, error: Exception) -> int:
     return error.exit_code if isinstance(error, ECAvgError) else 1
 
 
+def warn(command: str, text: str) -> None:
+    """One line on stderr that nobody overlooks."""
+    print(f"{command}: WARNING: {text}", file=sys.stderr, flush=True)  # noqa: T201
+
+
 def _in_one_line(error: Exception) -> str:
     if isinstance(error, ECAvgError):
         return str(error)

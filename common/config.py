@@ -4,6 +4,7 @@ A value comes from the preset, then the configuration file, then the environment
 line; the later wins. Unknown keys are errors that name the key.
 """
 
+import ipaddress
 import os
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -211,6 +212,14 @@ def load(
         return config_class(**merged)
     except ValidationError as error:
         raise UsageError(_one_line(error, layers)) from error
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches the address."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
 
 
 def preset_names() -> list[str]:

@@ -10,6 +10,8 @@
         ├── NotFoundError    the server does not have what was asked for
         ├── OffsetError      the upload does not go on where the server's bytes end: query, resume
         ├── CorruptError     the bytes do not match their digest: send them again
+        ├── UnauthenticatedError  the caller's certificate is none of this server's: enroll
+        ├── ForbiddenError   the caller may not do this: revoked, or no more than the holder of a token
         ├── StorageError     the server cannot store now (disk full, read-only): wait, retry
         └── UnavailableError the server is starting, stopping or out of reach: retry
 
@@ -40,6 +42,10 @@ class Reason(StrEnum):
     STORAGE_FULL = "storage_full"  # the server's disk is full or not writable
     UNAVAILABLE = "unavailable"  # starting, stopping or unreachable
     INITIAL_WEIGHTS = "initial_weights"  # pre-training started from other weights than the round
+    NOT_ENROLLED = "not_enrolled"  # the certificate is of no agent of this server, or has ended
+    REVOKED = "revoked"  # the agent has been revoked
+    TOKEN = "token"  # noqa: S105  the join token is used up, has expired or was revoked
+    AGENT_ID_TAKEN = "agent_id_taken"  # another key is enrolled under this agent id
     INTERNAL = "internal"  # a fault of the server; its log says more
 
 
@@ -101,6 +107,18 @@ class CorruptError(Refusal):
     """The bytes do not match their digest."""
 
     default_reason = Reason.DIGEST_MISMATCH
+
+
+class UnauthenticatedError(Refusal):
+    """The caller's certificate is of no agent of this server."""
+
+    default_reason = Reason.NOT_ENROLLED
+
+
+class ForbiddenError(Refusal):
+    """The caller is known, and may not do this."""
+
+    default_reason = Reason.REVOKED
 
 
 class StorageError(Refusal):

@@ -14,6 +14,10 @@ from pathlib import Path
 class Point(StrEnum):
     """In the order in which a round comes to them."""
 
+    SERVER_CA_KEY_WRITTEN = "server_ca_key_written"  # but not yet its certificate
+    AGENT_KEY_WRITTEN = "agent_key_written"  # but not yet enrolled
+    SERVER_ENROLMENT_RECORDED = "server_enrolment_recorded"  # but not yet answered
+    AGENT_ENROLLED = "agent_enrolled"  # answered, but not yet remembered
     SERVER_RUN_CREATED = "server_run_created"
     SERVER_AGENT_JOINED = "server_agent_joined"
     AGENT_JOINED = "agent_joined"

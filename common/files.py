@@ -11,17 +11,20 @@ _NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)  # FAT, 
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path, mode: int = 0o666) -> Iterator[Path]:
     """Hand out a temporary path in the same folder, whose file becomes `path`, durably, at the end.
 
     When the body raises, `path` is as it was. A crash leaves a `.<name>.partial` at most, which the
     next attempt overwrites.
 
+    Args:
+        mode: of the file, less the umask.
+
     Raises:
         OSError: the folder or the disk does not let it.
     """
     partial = path.with_name(f".{path.name}.partial")
-    partial.touch()  # an OSError here, where no library can turn it into something else
+    partial.touch(mode)  # an OSError here, where no library can turn it into something else
     try:
         yield partial
         sync(partial)

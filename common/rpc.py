@@ -4,8 +4,8 @@ import asyncio
 import random
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
-from typing import Any, Protocol
+from contextlib import AbstractContextManager, asynccontextmanager
+from typing import Any, NamedTuple, Protocol
 
 import grpc
 import structlog
@@ -20,16 +20,19 @@ from tenacity.stop import StopBaseT
 from common.errors import (
     ConflictError,
     CorruptError,
+    ForbiddenError,
     InvalidError,
     NotFoundError,
     OffsetError,
     Reason,
     Refusal,
     StorageError,
+    UnauthenticatedError,
     UnavailableError,
 )
+from common.tls import SERVER_NAME, TlsMaterial
 
-AGENT_ID_KEY = "ecavg-agent-id"  # request metadata: who is calling
+AGENT_ID_KEY = "ecavg-agent-id"  # request metadata: who is calling, over plaintext
 REASON_KEY = "ecavg-reason"  # trailing metadata: why the server refused
 
 MAX_MESSAGE_BYTES = 4 * 1024 * 1024 + 64 * 1024  # a chunk and its framing; nothing larger ever travels
@@ -47,6 +50,8 @@ FIRST_PAUSE_SECONDS = 0.2  # the longest pause after a first failure
 MAX_PAUSE_SECONDS = 15.0  # the longest pause after any
 
 Options = list[tuple[str, int]]
+
+log = structlog.get_logger()
 
 
 def channel_options() -> Options:
@@ -87,12 +92,46 @@ def _common_options(window_bytes: int) -> Options:
     ]
 
 
+def server_credentials(material: Callable[[], TlsMaterial]) -> grpc.ServerCredentials:
+    """Mutual TLS; `material` is asked before every handshake, from a thread of gRPC's."""
+    current = material()
+
+    def configuration() -> Any:
+        return grpc.ssl_server_certificate_configuration([(current.key, current.certificate)], current.roots)
+
+    def news() -> Any:
+        nonlocal current
+        try:
+            latest = material()
+        except Exception:  # what there was is better than no handshake at all
+            log.exception("certificates_not_read")
+            return None
+        if latest == current:
+            return None
+        current = latest
+        return configuration()
+
+    return grpc.dynamic_ssl_server_credentials(configuration(), news, require_client_authentication=True)
+
+
+def channel(address: str, material: TlsMaterial | None) -> grpc.aio.Channel:
+    """A connection to our server, wherever it is; None: in plaintext."""
+    options = channel_options()
+    if material is None:
+        return grpc.aio.insecure_channel(address, options=options)
+    credentials = grpc.ssl_channel_credentials(material.roots, material.key, material.certificate)
+    name = ("grpc.ssl_target_name_override", SERVER_NAME)
+    return grpc.aio.secure_channel(address, credentials, options=[*options, name])
+
+
 STATUS: dict[type[Refusal], grpc.StatusCode] = {
     InvalidError: grpc.StatusCode.INVALID_ARGUMENT,
     ConflictError: grpc.StatusCode.ALREADY_EXISTS,
     NotFoundError: grpc.StatusCode.NOT_FOUND,
     OffsetError: grpc.StatusCode.OUT_OF_RANGE,
     CorruptError: grpc.StatusCode.DATA_LOSS,
+    UnauthenticatedError: grpc.StatusCode.UNAUTHENTICATED,
+    ForbiddenError: grpc.StatusCode.PERMISSION_DENIED,
     StorageError: grpc.StatusCode.RESOURCE_EXHAUSTED,
     UnavailableError: grpc.StatusCode.UNAVAILABLE,
     Refusal: grpc.StatusCode.INTERNAL,
@@ -101,8 +140,6 @@ _ERROR = {status: error for error, status in STATUS.items()}
 
 # What waiting may cure. OffsetError and CorruptError are cured by asking where to go on.
 _RETRIED = (UnavailableError, StorageError, OffsetError, CorruptError)
-
-log = structlog.get_logger()
 
 
 def error_from(rpc_error: grpc.aio.AioRpcError) -> Refusal:
@@ -145,7 +182,7 @@ class Backoff:
 
 
 def retrying(
-    on_retry: Callable[[BaseException, float], None],
+    on_retry: Callable[[BaseException, float], Awaitable[None]],
     backoff: Backoff | None = None,
     stop: StopBaseT = stop_never,
 ) -> AsyncRetrying:
@@ -157,11 +194,11 @@ def retrying(
         stop: when to raise the last error instead; by default never.
     """
 
-    def before_sleep(state: RetryCallState) -> None:
+    async def before_sleep(state: RetryCallState) -> None:
         assert state.outcome is not None
         error = state.outcome.exception()
         assert error is not None
-        on_retry(error, state.upcoming_sleep)
+        await on_retry(error, state.upcoming_sleep)
 
     return AsyncRetrying(
         retry=retry_if_exception(is_retried),
@@ -176,11 +213,28 @@ class ObserveCall(Protocol):
     def __call__(self, service: str, method: str, code: str, seconds: float) -> None: ...
 
 
-class RefusingInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
-    """The one place that turns errors into statuses, and measures every call."""
+class Peer(NamedTuple):
+    """Who calls, as far as the transport tells."""
 
-    def __init__(self, observe: ObserveCall) -> None:
+    certificate: bytes | None  # PEM, verified with our roots; None: plaintext
+    claimed_id: str  # what the metadata say; worth something only on a server that asks for no more
+
+
+class Admit(Protocol):
+    """Entered for the time of each call; raises a Refusal for who may not make it.
+
+    It may also turn the CancelledError of a call that it has cut off into a Refusal.
+    """
+
+    def __call__(self, method: str, peer: Peer) -> AbstractContextManager[None]: ...
+
+
+class RefusingInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
+    """The one place that turns errors into statuses, asks who is calling, and measures every call."""
+
+    def __init__(self, observe: ObserveCall, admit: Admit) -> None:
         self._observe = observe
+        self._admit = admit
 
     async def intercept_service(
         self,
@@ -220,7 +274,8 @@ class RefusingInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         started = time.perf_counter()
         code = grpc.StatusCode.OK
         try:
-            yield
+            with self._admit(method, _peer(context)):
+                yield
         except Refusal as refusal:
             code = STATUS[type(refusal)]
             await context.abort(code, str(refusal), ((REASON_KEY, refusal.reason.value),))
@@ -237,3 +292,9 @@ class RefusingInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
             await context.abort(code, text, ((REASON_KEY, Reason.INTERNAL.value),))
         finally:
             self._observe(service, method, code.name, time.perf_counter() - started)
+
+
+def _peer(context: Any) -> Peer:
+    certificates = context.auth_context().get("x509_pem_cert")
+    claimed_id = dict(context.invocation_metadata() or ()).get(AGENT_ID_KEY, "")
+    return Peer(certificates[0] if certificates else None, claimed_id if isinstance(claimed_id, str) else "")

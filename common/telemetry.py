@@ -4,15 +4,18 @@ import asyncio
 import base64
 import contextlib
 import hashlib
+import hmac
 import json
 import logging
 import math
 import re
+import secrets
 import socket
 import sys
 import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import structlog
@@ -26,7 +29,9 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
+from common.config import is_loopback
 from common.errors import UsageError
+from common.files import replacing
 
 LOG_LEVELS = ("debug", "info", "warning", "error")
 LOGGED_PROGRESS_SECONDS = 5.0  # the shortest time between two "progress" events of one label
@@ -34,6 +39,9 @@ KEPT_LABELS = 32  # a process that runs for ever has ever new labels: old ones a
 STANDSTILL_SECONDS = 1.0  # a bar that has not moved for so long makes room for a new one
 STOP_SECONDS = 2  # how long a response in flight may take when the HTTP server stops
 
+MIN_TOKEN_LENGTH = 16  # of the HTTP endpoints' token
+
+_Endpoint = Callable[[Request], Awaitable[Response]]
 _T = TypeVar("_T")
 
 
@@ -243,12 +251,40 @@ def make_registry() -> CollectorRegistry:
 # --- HTTP --------------------------------------------------------------------------------------------
 
 
+def http_token(host: str, file: Path | None, default: Path) -> str | None:
+    """What callers of the HTTP endpoints have to show: nothing on loopback, unless there is a file.
+
+    Args:
+        file: where the token is, or is put when there is none yet.
+        default: the file beyond loopback.
+
+    Raises:
+        UsageError: the file cannot be used.
+    """
+    path = file or (None if is_loopback(host) else default)
+    if path is None:
+        return None
+    try:
+        if not path.exists():
+            with replacing(path, mode=0o600) as partial:
+                partial.write_text(secrets.token_urlsafe(32) + "\n", "utf-8")
+        token = path.read_text("utf-8").strip()
+    except OSError as error:
+        raise UsageError(f"cannot use the token file {path}: {error.strerror}") from error
+    if len(token) < MIN_TOKEN_LENGTH:
+        raise UsageError(
+            f"the token in {path} is too short: write {MIN_TOKEN_LENGTH} characters or more there"
+        )
+    return token
+
+
 def make_app(
     registry: CollectorRegistry,
     *,
     ready: Callable[[], bool],
     status: Callable[[], Awaitable[Mapping[str, Any]]],
     page: bytes | None,
+    token: str | None = None,
 ) -> Starlette:
     """`/api/status`, `/metrics`, `/healthz`, `/readyz`, and `/` where there is a page.
 
@@ -256,7 +292,17 @@ def make_app(
         ready: whether `/readyz` answers 200; until then 503.
         status: the JSON behind the page; called for each request, on the event loop.
         page: an HTML file whose script and style are inline; the browser will run no others.
+        token: who does not show it is told whether the process is alive and ready, and no more.
     """
+
+    def guarded(path: str, endpoint: _Endpoint) -> Route:
+        async def guard(request: Request) -> Response:
+            if token is None or _shows(request, token):
+                return await endpoint(request)
+            text = "show the token: as the password, or with `Authorization: Bearer …`\n"
+            return PlainTextResponse(text, 401, {"WWW-Authenticate": 'Basic realm="ECAvg"'})
+
+        return Route(path, guard)
 
     async def api_status(_: Request) -> Response:
         return Response(
@@ -274,17 +320,28 @@ def make_app(
         return PlainTextResponse("ready\n") if ready() else PlainTextResponse("not ready\n", 503)
 
     routes = [
-        Route("/api/status", api_status),
-        Route("/metrics", metrics),
+        guarded("/api/status", api_status),
+        guarded("/metrics", metrics),
         Route("/healthz", healthz),
         Route("/readyz", readyz),
     ]
     if page is not None:
-        routes.append(_page_route(page))
+        routes.append(guarded("/", _page(page)))
     return Starlette(routes=routes)
 
 
-def _page_route(page: bytes) -> Route:
+def _shows(request: Request, token: str) -> bool:
+    """Bearer for programs; Basic, with any name, for browsers, which ask for it by themselves."""
+    scheme, _, value = request.headers.get("authorization", "").partition(" ")
+    if scheme.lower() == "basic":
+        try:
+            value = base64.b64decode(value, validate=True).decode().partition(":")[2]
+        except ValueError:
+            return False
+    return scheme.lower() in ("basic", "bearer") and hmac.compare_digest(value.encode(), token.encode())
+
+
+def _page(page: bytes) -> _Endpoint:
     headers = {
         "Content-Security-Policy": _content_security_policy(page),
         "X-Content-Type-Options": "nosniff",
@@ -295,7 +352,7 @@ def _page_route(page: bytes) -> Route:
     async def index(_: Request) -> Response:
         return Response(page, media_type="text/html", headers=headers)
 
-    return Route("/", index)
+    return index
 
 
 def _content_security_policy(page: bytes) -> str:

@@ -1,19 +1,32 @@
 """`edge-agent`: puts the parts together and runs them."""
 
 import argparse
+import asyncio
 import sys
 from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from common import cli
+from common.config import is_loopback
 from common.errors import UsageError
-from edge_agent.config import ENV_PREFIX, AgentConfig
+from edge_agent.config import ENV_PREFIX, AgentConfig, EnrollConfig
+
+if TYPE_CHECKING:
+    from edge_agent.identity import Identity
+    from edge_agent.state import AgentState
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["enroll"]:
+        return enroll(argv[1:])
     parser = argparse.ArgumentParser(
         prog="edge-agent",
         description="Pre-train on this device's data, send weights and data to a cloud-server,"
         " and use the better model that comes back.",
+        epilog="`edge-agent enroll` comes first, once: it gives this device its certificate.",
     )
     try:
         config = cli.parse_command_line(parser, AgentConfig, ENV_PREFIX, argv)
@@ -22,18 +35,95 @@ def main(argv: Sequence[str] | None = None) -> int:
     return cli.run("edge-agent", lambda: take_part(config))
 
 
+def enroll(argv: Sequence[str]) -> int:
+    """`edge-agent enroll`: get this device its certificate."""
+    parser = argparse.ArgumentParser(
+        prog="edge-agent enroll",
+        description="Make a key on this device, and have the server certify it. Only the certificate is kept,"
+        " the token is not.",
+    )
+    try:
+        config = cli.parse_command_line(parser, EnrollConfig, ENV_PREFIX, argv)
+        token = config.token or read_token(config.join_token_file)
+    except UsageError as error:
+        return cli.fail("edge-agent enroll", error)
+    return cli.run("edge-agent enroll", lambda: do_enroll(config, token))
+
+
+def read_token(file: Path | None) -> str:
+    """Raises UsageError."""
+    if file is None:
+        raise UsageError("give the join token with --token, as the cloud-server printed it")
+    try:
+        return file.read_text("utf-8").strip()
+    except OSError as error:
+        raise UsageError(f"cannot read the join token in {file}: {error.strerror}") from error
+
+
+async def do_enroll(config: AgentConfig, token: str) -> int:
+    from edge_agent.state import AgentState
+
+    state = AgentState(config.state_dir, config.agent_id)
+    identity = await enrolled(config, state, token)
+    print(f"enrolled as {identity.agent_id}, until {identity.ends_at:%Y-%m-%d}; it renews itself")  # noqa: T201
+    return 0
+
+
+async def enrolled(config: AgentConfig, state: "AgentState", token: str) -> "Identity":
+    """Enroll, waiting for the server if need be."""
+    from common.tls import JoinToken
+    from edge_agent.client import enroll as enroll_with
+    from edge_agent.identity import Enrolment
+
+    def tell(trouble: str) -> None:
+        text = f"waiting for {config.server}: {trouble}" if trouble else f"reached {config.server}"
+        print(text, flush=True)  # noqa: T201
+
+    enrolment = await asyncio.to_thread(
+        Enrolment, state.tls, state.agent_id, JoinToken.parse(token), config.server
+    )
+    return await enroll_with(enrolment, config.server, tell)
+
+
+async def who_to_be(config: AgentConfig, state: "AgentState") -> "Identity | str":
+    """This agent's identity; with --insecure its name.
+
+    Raises:
+        UsageError: it has not enrolled, and has no join token to do so.
+    """
+    if config.insecure:
+        if not is_loopback(config.server.rpartition(":")[0]):
+            cli.warn("edge-agent", f"--insecure: images and weights travel to {config.server} in plaintext")
+        return state.agent_id
+    from edge_agent.identity import find
+
+    identity = find(state.tls)
+    if identity and identity.ends_at > datetime.now(UTC):
+        return identity
+    if config.join_token_file:
+        return await enrolled(config, state, read_token(config.join_token_file))
+    what = f"the certificate in {state.tls} has ended" if identity else "this agent has not enrolled"
+    raise UsageError(
+        f"{what}: run `edge-agent enroll --server {config.server} --state-dir {state.path} --token TOKEN`,"
+        " with a token of `cloud-server token create`"
+    )
+
+
 async def take_part(config: AgentConfig) -> int:
     """Take part in the server's run until it is over."""
-    # Imported here, so that --help and configuration errors are immediate.
     from common import telemetry
-    from common.training import make_deterministic
-    from edge_agent.agent import EdgeAgent
-    from edge_agent.client import CloudClient
-    from edge_agent.metrics import AgentMetrics
     from edge_agent.state import AgentState
 
     telemetry.configure_logging(level=config.log_level)
     state = AgentState(config.state_dir, config.agent_id)
+    caller = await who_to_be(config, state)
+
+    # Imported here, so that --help and configuration errors are immediate.
+    from common.training import make_deterministic
+    from edge_agent.agent import EdgeAgent
+    from edge_agent.client import CloudClient
+    from edge_agent.metrics import AgentMetrics
+
     make_deterministic()
     metrics = AgentMetrics()
     display = telemetry.progress_display()
@@ -41,18 +131,25 @@ async def take_part(config: AgentConfig) -> int:
     def tell(trouble: str) -> None:
         display.message(f"waiting for {config.server}: {trouble}" if trouble else f"reached {config.server}")
 
-    client = CloudClient(config.server, state.agent_id, metrics, tell)
+    client = CloudClient(config.server, caller, metrics, tell)
+    renewing = asyncio.create_task(client.keep_identity())
     http = None
     try:
         agent = EdgeAgent(config, state, client, metrics, display)
         if config.metrics_port is not None:
-            app = telemetry.make_app(metrics.registry, ready=agent.is_ready, status=agent.status, page=None)
+            token_path = config.metrics_token_file or state.path / "metrics-token"
+            token = telemetry.http_token(config.metrics_host, config.metrics_token_file, token_path)
+            app = telemetry.make_app(
+                metrics.registry, ready=agent.is_ready, status=agent.status, page=None, token=token
+            )
             http = await telemetry.serve_http(app, host=config.metrics_host, port=config.metrics_port)
-            display.message(f"metrics on http://{config.metrics_host}:{http.port}/metrics")
+            shown = f", with the token in {token_path}" if token else ""
+            display.message(f"metrics on http://{config.metrics_host}:{http.port}/metrics{shown}")
         await agent.run()
         display.message("the run is over")
     finally:
         display.close()
+        renewing.cancel()
         await client.close()
         if http:
             await http.stop()

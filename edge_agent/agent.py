@@ -14,7 +14,17 @@ from typing import Any, TypeVar
 import structlog
 
 from common import rpc
-from common.errors import ConflictError, InvalidError, NotFoundError, Reason, Refusal, RunError, UsageError
+from common.errors import (
+    ConflictError,
+    ForbiddenError,
+    InvalidError,
+    NotFoundError,
+    Reason,
+    Refusal,
+    RunError,
+    UnauthenticatedError,
+    UsageError,
+)
 from common.faults import Point, crash_point
 from common.telemetry import ProgressDisplay
 from common.training import StepReport, select_device
@@ -232,6 +242,8 @@ class EdgeAgent:
                 )
             except ConflictError as error:
                 return "accepted", str(error)  # an earlier life of this agent has contributed
+            except (UnauthenticatedError, ForbiddenError):
+                raise  # it is the agent that is refused, not the contribution
             except Refusal as error:
                 if error.reason is not Reason.MISSING_BLOB or attempt == MAX_SENDINGS:
                     return "rejected", str(error)

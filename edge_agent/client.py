@@ -3,8 +3,10 @@
 import asyncio
 import math
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import aclosing, asynccontextmanager, contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
 
@@ -24,13 +26,16 @@ from common.errors import (
     Refusal,
     RunError,
     UnavailableError,
+    UsageError,
 )
 from common.faults import Point, crash_point
 from common.files import sync
 from common.pb import ecavg_pb2 as pb
 from common.pb import ecavg_pb2_grpc as pb_grpc
+from common.tls import TlsMaterial
 from common.transfer import Blob, Receiver, WriteBehind, chunks_of
 from common.wire import Encoded
+from edge_agent.identity import Enrolment, Identity, explain
 from edge_agent.metrics import AgentMetrics
 from edge_agent.state import Report
 
@@ -39,6 +44,9 @@ OnBytes = Callable[[int, int], None]  # bytes done, bytes in all
 
 CALL_SECONDS = 60.0  # for an answer to a small call
 STEADY_SECONDS = 10.0  # a Watch that lasted for so long was a good one
+RENEWAL_POLL_SECONDS = 3600.0  # wall clocks jump, and devices sleep: so often we look again
+MIN_RENEWAL_SECONDS = 60.0  # between two renewals, should a clock be wrong
+MAX_UNTAKEN = 3  # handshakes that the server breaks off: it is the token, not the network
 MAX_DAMAGED = 3  # the same file does not match its digest so often: it is the file, not the network
 
 _KINDS = {"weights": pb.BLOB_KIND_WEIGHTS, "data": pb.BLOB_KIND_DATA}
@@ -49,6 +57,10 @@ log = structlog.get_logger()
 
 class UnknownAgentError(ECAvgError):
     """The server does not know this agent: it has begun another run, which is to be joined anew."""
+
+
+class _ReplacedError(Exception):
+    """The connection was given up for one with a newer certificate."""
 
 
 class Joined(NamedTuple):
@@ -93,6 +105,7 @@ class CloudClient:
     a word from the server until it raises what it last failed with.
 
     Args:
+        caller: who this is; a name only: in plaintext.
         on_waiting: told once when the server is out of reach, and why; and with "" when it is back.
     """
 
@@ -101,23 +114,43 @@ class CloudClient:
     def __init__(
         self,
         server: str,
-        agent_id: str,
+        caller: Identity | str,
         metrics: AgentMetrics,
         on_waiting: Callable[[str], None] = lambda _: None,
     ) -> None:
-        self._channel = grpc.aio.insecure_channel(server, options=rpc.channel_options())
-        self._stub = pb_grpc.ECAvgStub(self._channel)  # type: ignore[no-untyped-call]
-        self._metadata = ((rpc.AGENT_ID_KEY, agent_id),)
+        self._server = server
+        self._identity: Identity | None = caller if isinstance(caller, Identity) else None
+        self._metadata = ((rpc.AGENT_ID_KEY, caller),) if isinstance(caller, str) else ()
         self._metrics = metrics
         self._on_waiting = on_waiting
-        self._is_waiting = False
+        self._trouble = ""  # that has been told of; "": the server is there
         self._heard_at = -math.inf
+        self._watching: Any = None  # the open Watch
+        self._num_calls: Counter[grpc.aio.Channel] = Counter()  # under way on each connection
+        self._connect()
 
     async def close(self) -> None:
-        await self._channel.close(None)
+        for channel in {self._channel, *self._num_calls}:
+            await channel.close(None)
+
+    async def keep_identity(self) -> None:
+        """Renew the certificate whenever it is time, for as long as this runs."""
+        while self._identity:
+            seconds = (self._identity.renews_at - datetime.now(UTC)).total_seconds()
+            if seconds > 0:
+                await asyncio.sleep(min(seconds, RENEWAL_POLL_SECONDS))
+                continue
+            try:
+                reply = await self._unary("Renew", pb.RenewRequest(request=self._identity.request()))
+                await asyncio.to_thread(self._identity.renew, reply.certificate)
+                self._reconnect()
+                log.info("certificate_renewed", ends=self._identity.ends_at.isoformat())
+            except (ECAvgError, OSError) as error:  # there is time enough to try again
+                log.warning("certificate_not_renewed", reason=str(error))
+            await asyncio.sleep(MIN_RENEWAL_SECONDS)
 
     async def join(self) -> Joined:
-        reply = await self._unary(self._stub.Join, pb.JoinRequest(protocol_version=PROTOCOL_VERSION))
+        reply = await self._unary("Join", pb.JoinRequest(protocol_version=PROTOCOL_VERSION))
         return Joined(reply.run_id, _run_config(reply.run_json), reply.slot, reply.num_partitions)
 
     async def watch(self) -> AsyncIterator[RunState]:
@@ -125,15 +158,17 @@ class CloudClient:
         backoff, is_over = rpc.Backoff(), False
         while not is_over:
             opened_at = time.monotonic()
-            call = self._stub.Watch(pb.WatchRequest(), metadata=self._metadata)
             try:
-                async for event in _answered(call):
-                    self._heard()
-                    is_over = event.run_over
-                    yield _run_state(event)
+                async with aclosing(self._watch_once()) as events:
+                    async for event in events:
+                        self._heard()
+                        is_over = event.run_over
+                        yield _run_state(event)
                 # Once the run is over we wait for this end: the server then knows that we have heard it.
                 if not is_over:
                     raise UnavailableError("the server ended the stream")
+            except _ReplacedError:
+                continue
             except Refusal as error:
                 if is_over:
                     return
@@ -142,10 +177,8 @@ class CloudClient:
                 if time.monotonic() - opened_at > STEADY_SECONDS:
                     backoff.reset()
                 pause_seconds = backoff()
-                self._before_retry(error, pause_seconds)
+                await self._before_retry(error, pause_seconds)
                 await asyncio.sleep(pause_seconds)
-            finally:
-                call.cancel()
 
     async def upload(self, path: Path, blob: Blob, kind: Kind, on_bytes: OnBytes) -> None:
         """Store the file on the server, from where an earlier attempt ended.
@@ -157,7 +190,7 @@ class CloudClient:
         fate = _Fate()
         async for attempt in self._retrying(fate.backoff):
             with attempt:
-                stored = await self._once(self._stub.QueryUpload, query)
+                stored = await self._once("QueryUpload", query)
                 fate.reached(stored.received_bytes)
                 on_bytes(stored.received_bytes, blob.size_bytes)
                 if stored.complete:
@@ -183,7 +216,7 @@ class CloudClient:
             accuracy_local=accuracy_local,
             initial_weights_digest=initial_weights,
         )
-        reply = await self._unary(self._stub.Contribute, request)
+        reply = await self._unary("Contribute", request)
         return Verdict(_name(pb.Outcome, reply.outcome, "OUTCOME_"), reply.message)
 
     async def download(self, blob: Blob, path: Path, on_bytes: OnBytes) -> None:
@@ -205,36 +238,81 @@ class CloudClient:
     async def report(self, report: Report) -> None:
         # The server knows the initial weights from the contribution.
         fields = report.model_dump(exclude={"initial_weights"})
-        await self._unary(self._stub.Report, pb.ReportRequest(**fields))
+        await self._unary("Report", pb.ReportRequest(**fields))
 
     # ------------------------------------------------------------------ how calls are made
 
-    async def _unary(self, method: Any, request: Any) -> Any:
+    def _connect(self) -> None:
+        self._channel = rpc.channel(self._server, self._identity.material if self._identity else None)
+        self._stub = pb_grpc.ECAvgStub(self._channel)  # type: ignore[no-untyped-call]
+
+    def _reconnect(self) -> None:
+        """Go over to a new connection: transfers end on the old one, Watch begins anew."""
+        self._connect()
+        if self._watching:
+            self._watching.cancel()
+
+    @asynccontextmanager
+    async def _line(self) -> AsyncIterator[Any]:
+        """The stub to make a call with; its connection stays until the call is over."""
+        channel, stub = self._channel, self._stub
+        self._num_calls[channel] += 1
+        try:
+            yield stub
+        finally:
+            self._num_calls[channel] -= 1
+            if not self._num_calls[channel] and channel is not self._channel:
+                del self._num_calls[channel]
+                await channel.close(None)
+
+    async def _unary(self, method: str, request: Any) -> Any:
         async for attempt in self._retrying():
             with attempt:
                 return await self._once(method, request)
         raise AssertionError("retrying ends with an answer or an error")
 
-    async def _once(self, method: Any, request: Any) -> Any:
-        reply = await _translated(method(request, metadata=self._metadata, timeout=CALL_SECONDS))
+    async def _once(self, method: str, request: Any) -> Any:
+        async with self._line() as stub:
+            call = getattr(stub, method)
+            reply = await _translated(call(request, metadata=self._metadata, timeout=CALL_SECONDS))
         self._heard()
         return reply
+
+    async def _watch_once(self) -> AsyncGenerator[pb.WatchEvent, None]:
+        """Over one connection; _ReplacedError when that has been replaced."""
+        async with self._line() as stub:
+            call = self._watching = stub.Watch(pb.WatchRequest(), metadata=self._metadata)
+            try:
+                async for event in _answered(call):
+                    yield event
+            except asyncio.CancelledError:
+                task = asyncio.current_task()
+                if stub is self._stub or (task and task.cancelling()):
+                    raise
+                raise _ReplacedError from None
+            finally:
+                call.cancel()
 
     async def _stream_up(self, path: Path, blob: Blob, kind: Kind, offset: int, on_bytes: OnBytes) -> None:
         header = pb.UploadHeader(
             digest=blob.digest, kind=_KINDS[kind], size_bytes=blob.size_bytes, offset=offset
         )
-        sent = offset
-        call = self._stub.Upload(metadata=self._metadata)
+        async with self._line() as stub:
+            await self._send(stub.Upload(metadata=self._metadata), header, path, kind, on_bytes)
+
+    async def _send(
+        self, call: Any, header: pb.UploadHeader, path: Path, kind: Kind, on_bytes: OnBytes
+    ) -> None:
+        sent = header.offset
         try:
             # Not as an iterator: where reading the file fails, gRPC would cancel us instead of saying so.
             await _translated(call.write(pb.UploadRequest(header=header)))
-            async for chunk in chunks_of(path, offset):
+            async for chunk in chunks_of(path, sent):
                 await _translated(call.write(pb.UploadRequest(chunk=chunk)))
                 sent += len(chunk)
                 self._metrics.sent_bytes_total.labels(kind).inc(len(chunk))
                 crash_point(Point.AGENT_CHUNK_SENT)
-                on_bytes(sent, blob.size_bytes)
+                on_bytes(sent, header.size_bytes)
             await _translated(call.done_writing())
         except asyncio.InvalidStateError:
             pass  # the server has ended the call; its status says why
@@ -249,13 +327,14 @@ class CloudClient:
         try:
             if (received := receiver.received_bytes) < blob.size_bytes:
                 request = pb.DownloadRequest(digest=blob.digest, offset=received)
-                async for reply in _answered(self._stub.Download(request, metadata=self._metadata)):
-                    self._heard()
-                    await behind.put(reply.chunk)
-                    received += len(reply.chunk)
-                    fate.reached(received)
-                    crash_point(Point.AGENT_CHUNK_RECEIVED)
-                    on_bytes(received, blob.size_bytes)
+                async with self._line() as stub:
+                    async for reply in _answered(stub.Download(request, metadata=self._metadata)):
+                        self._heard()
+                        await behind.put(reply.chunk)
+                        received += len(reply.chunk)
+                        fate.reached(received)
+                        crash_point(Point.AGENT_CHUNK_RECEIVED)
+                        on_bytes(received, blob.size_bytes)
                 await behind.flush()
             await asyncio.to_thread(receiver.finish)
         finally:
@@ -269,17 +348,20 @@ class CloudClient:
         since = max(self._heard_at, attempts.start_time)
         return time.monotonic() - since > self.patience_seconds
 
-    def _before_retry(self, error: BaseException, pause_seconds: float) -> None:
+    async def _before_retry(self, error: BaseException, pause_seconds: float) -> None:
         log.debug("retry", error=str(error), pause_seconds=round(pause_seconds, 3))
-        if not self._is_waiting:
-            self._is_waiting = True
+        trouble = await asyncio.to_thread(explain, self._server, self._identity, str(error))
+        if not self._trouble:
             self._metrics.reconnects_total.inc()
-            self._on_waiting(str(error))
+        # One line for a server that is away, however that shows; another one for what it turns out to be.
+        if not self._trouble or trouble not in (str(error), self._trouble):
+            self._trouble = trouble
+            self._on_waiting(trouble)
 
     def _heard(self) -> None:
         self._heard_at = time.monotonic()
-        if self._is_waiting:
-            self._is_waiting = False
+        if self._trouble:
+            self._trouble = ""
             self._on_waiting("")
 
 
@@ -312,6 +394,59 @@ class _Fate:
                 if self._num_damaged >= MAX_DAMAGED:
                     raise InvalidError(f"{self._verdict}{error}", error.reason) from error
             raise
+
+
+async def enroll(enrolment: Enrolment, server: str, on_waiting: Callable[[str], None]) -> Identity:
+    """Have the device enrolled; a server that is out of reach is waited for.
+
+    Args:
+        on_waiting: as for CloudClient.
+
+    Raises:
+        UsageError: the server is not the token's, speaks plaintext, or does not take the token.
+        Refusal: the server says no.
+    """
+    num_untaken = 0
+    is_waiting = False
+
+    async def attempt() -> Identity:
+        nonlocal num_untaken
+        try:
+            material = await asyncio.to_thread(enrolment.material)
+        except OSError as error:
+            num_untaken = 0
+            raise UnavailableError(f"nobody answers there ({error.strerror or error})") from error
+        try:
+            reply = await _ask_for_certificate(server, material, enrolment.request)
+        except UnavailableError as error:
+            num_untaken += "closed" in str(error) or "reset" in str(error)
+            if num_untaken < MAX_UNTAKEN:
+                raise
+            raise UsageError(
+                f"{server} does not take this join token: it has expired, was revoked, or is another"
+                " server's; ask for another one (`cloud-server token create`)"
+            ) from error
+        return await asyncio.to_thread(enrolment.finish, reply.certificate, reply.ca_certificate)
+
+    async def before_retry(error: BaseException, _: float) -> None:
+        nonlocal is_waiting
+        if not is_waiting:
+            is_waiting = True
+            on_waiting(str(error))
+
+    identity: Identity = await rpc.retrying(before_retry)(attempt)
+    if is_waiting:
+        on_waiting("")
+    return identity
+
+
+async def _ask_for_certificate(server: str, material: TlsMaterial, request: bytes) -> pb.EnrollReply:
+    channel = rpc.channel(server, material)
+    try:
+        stub = pb_grpc.ECAvgStub(channel)  # type: ignore[no-untyped-call]
+        return await _translated(stub.Enroll(pb.EnrollRequest(request=request), timeout=CALL_SECONDS))
+    finally:
+        await channel.close(None)
 
 
 async def _translated(call: Awaitable[_T]) -> _T:

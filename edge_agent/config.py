@@ -41,11 +41,19 @@ class AgentConfig(ProcessConfig):
         5, ge=0, description="least time between two checkpoints of pre-training, taken after an epoch"
     )
     metrics_host: str = Field("127.0.0.1", description="address of /metrics and the health checks")
+    metrics_token_file: Path | None = Field(
+        None,
+        description="bearer token that /metrics asks for; made if need be, and beyond loopback always"
+        " asked for (default there: metrics-token in state-dir)",
+    )
     metrics_port: Port | None = Field(None, description="port of /metrics; 0 picks one (default: none)")
     allow_factory: tuple[str, ...] = Field(
         (), description="package.module:factory that the server may name as its model; repeatable"
     )
-    insecure: Literal[True] = Field(True, description="plaintext instead of TLS (the only choice so far)")
+    join_token_file: Path | None = Field(
+        None, description="join token to enroll with at the start, if this agent has not enrolled"
+    )
+    insecure: bool = Field(False, description="plaintext, with a server that has --insecure as well")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least severe shown")
 
     @field_validator("server")
@@ -82,6 +90,12 @@ class AgentConfig(ProcessConfig):
         if value is not None and not value.expanduser().is_dir():
             raise ValueError(f"data folder {value} does not exist: make it, or name the right one")
         return value
+
+
+class EnrollConfig(AgentConfig):
+    """The same, and what only `edge-agent enroll` takes."""
+
+    token: str | None = Field(None, description="join token, as the cloud-server printed it")
 
 
 def check_source(source: str) -> None:

@@ -112,6 +112,11 @@ class AgentState:
         return self.path / "precision.json"
 
     @property
+    def tls(self) -> Path:
+        """Key and certificates; see edge_agent/identity.py."""
+        return self.path / "tls"
+
+    @property
     def work(self) -> Path:
         """What is in the making: it can be lost, and is then made again."""
         return self.path / "work"

@@ -83,6 +83,7 @@ def run_round(status: Status, stop: Stop) -> None:
         KeyboardInterrupt: a stop is wanted.
     """
     port, http_port = free_ports(2)
+    token = join_token(FOLDER / "server", uses=len(AGENTS))
     server = [
         "cloud_server", "--preset", "digits-mlp", "--host", "127.0.0.1", "--port", str(port),
         "--http-port", str(http_port), "--state-dir", str(FOLDER / "server"), "--rounds", "1",
@@ -91,7 +92,7 @@ def run_round(status: Status, stop: Stop) -> None:
     for agent_id in AGENTS:
         commands[agent_id] = [
             "edge_agent", "--server", f"127.0.0.1:{port}", "--agent-id", agent_id,
-            "--state-dir", str(FOLDER / agent_id),
+            "--state-dir", str(FOLDER / agent_id), "--join-token-file", str(token),
         ]  # fmt: skip
     with running(commands) as processes:
         deadline = time.monotonic() + TIMEOUT_SECONDS
@@ -105,6 +106,22 @@ def run_round(status: Status, stop: Stop) -> None:
                     raise RuntimeError(f"{name} failed: {last_line}")
             status.update(describe(http_port))
             time.sleep(0.1)
+
+
+def join_token(state_dir: Path, uses: int) -> Path:
+    """A file with a join token of the server that has, or will have, this state directory.
+
+    Raises:
+        RuntimeError: it cannot be made.
+    """
+    command = ["cloud_server", "token", "create", "--state-dir", str(state_dir), "--uses", str(uses)]
+    done = subprocess.run([sys.executable, "-m", *command], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(done.stderr.strip())
+    file = state_dir / "join-token"
+    file.touch(mode=0o600)
+    file.write_text(done.stdout, "utf-8")
+    return file
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from common.config import RunConfig
 from common.errors import RunError
 from experiments import data
 from experiments.cell import Cell, Record
-from experiments.demo import describe, free_ports
+from experiments.demo import describe, free_ports, join_token
 from experiments.round import agent_ids
 from experiments.tables import figure, grid
 from experiments.tasks import DEFAULT, VARIANTS, Setting
@@ -58,10 +58,11 @@ def _run_round(
             "--min-agents", count, "--deadline-seconds", str(_DEADLINE_SECONDS),
         ]
     }  # fmt: skip
+    token = join_token(folder / "server", uses=setting.num_agents)
     for number, agent_id in enumerate(agents, 1):
         commands[agent_id] = [
             "edge_agent", "--server", f"127.0.0.1:{port}", "--agent-id", agent_id, "--device", device,
-            "--data", data.FACTORY, "--partition", f"{number}/{count}",
+            "--data", data.FACTORY, "--partition", f"{number}/{count}", "--join-token-file", str(token),
         ]  # fmt: skip
     with ExitStack() as stack:
         processes = {}

@@ -8,9 +8,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
+
+from cloud_server.authority import Authority
+from common import tls
+from edge_agent.identity import Identity, find
 
 ROOT = Path(__file__).parent.parent
 WAIT_SECONDS = 60.0
@@ -80,6 +84,21 @@ def until(condition: Callable[[], Any], command: Command, seconds: float = WAIT_
         time.sleep(0.02)
 
 
+def enroll(tls_folder: Path, agent_folder: Path, agent_id: str) -> Identity:
+    """What `edge-agent enroll` does, without a server: also before there is one."""
+    if identity := find(agent_folder / "tls"):
+        return identity
+    key = tls.new_key()
+    with closing(Authority(tls_folder)) as authority:
+        token = tls.JoinToken.parse(authority.create_token(1, 3600))
+        certificate = authority.enroll(token.token_id, tls.make_request(key, agent_id))
+        both = certificate + authority.ca_certificate
+    tls.make_private_folder(agent_folder / "tls")
+    tls.write_private(agent_folder / "tls/key.pem", tls.pem(key))
+    tls.write_private(agent_folder / "tls/identity.pem", both)
+    return Identity(agent_folder / "tls")
+
+
 class Cluster:
     """A server and its agents below one folder."""
 
@@ -102,10 +121,24 @@ class Cluster:
         return command
 
     def agent(self, name: str, *args: object, env: dict[str, str] | None = None) -> Command:
+        """Start an agent, enrolled unless it needs not be."""
+        if "--insecure" not in args:
+            self.enroll(name)
         return self._start(
             "edge_agent", "--server", f"127.0.0.1:{self.port}", "--agent-id", name,
             "--state-dir", self.folder / name, *args, folder=self.folder, env=env,
         )  # fmt: skip
+
+    def enroll(self, name: str) -> Identity:
+        return enroll(self.state_dir / "tls", self.folder / name, name)
+
+    def join_token(self, uses: int) -> Path:
+        """A file with a token that is always the same one."""
+        file = self.folder / "join-token"
+        if not file.exists():
+            with closing(Authority(self.state_dir / "tls")) as authority:
+                file.write_text(authority.create_token(uses, 3600), "utf-8")
+        return file
 
     def report(self, number: int = 1) -> dict[str, Any]:
         path = self.state_dir / f"rounds/{number:04d}/report.json"

@@ -1,6 +1,7 @@
 """The rules of the house, checked: who may import whom, and that tables and generated code are complete."""
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -32,7 +33,8 @@ MAY_IMPORT_GRPC = {
     "edge_agent/__main__.py",
     "edge_agent/client.py",
 }
-SLOW_TO_IMPORT = {"torch", "numpy", "grpc", "structlog", "pydantic_settings"}
+SLOW_TO_IMPORT = {"torch", "numpy", "grpc", "cryptography", "structlog", "pydantic_settings"}
+MAY_IMPORT_CRYPTOGRAPHY = {"common/tls.py"}
 MAY_IMPORT_PB = {"cloud_server/servicer.py", "common/transfer.py", "edge_agent/client.py"}
 FORBIDDEN = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal", "jsonpickle"}
 
@@ -71,6 +73,8 @@ def test_imports_keep_to_the_arrows(module: str) -> None:
         assert not top_levels(module) & TORCH
     if module not in MAY_IMPORT_GRPC:
         assert not {name for name in top_levels(module) if name.startswith("grpc")}
+    if module not in MAY_IMPORT_CRYPTOGRAPHY:
+        assert "cryptography" not in top_levels(module)
     if module not in MAY_IMPORT_PB:
         assert not {name for name in imports_of(module) if name.startswith("common.pb")}
 
@@ -103,7 +107,7 @@ def test_nothing_unpickles(module: str) -> None:
 def test_serving_process_does_not_import_torch() -> None:
     code = (
         "import sys, cloud_server.servicer, cloud_server.coordinator, cloud_server.supervisor,"
-        " cloud_server.display, cloud_server.__main__;"
+        " cloud_server.display, cloud_server.admin, cloud_server.__main__;"
         "sys.exit(1 if 'torch' in sys.modules else 0)"
     )
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
@@ -119,6 +123,19 @@ def test_help_imports_nothing_that_takes_long(package: str) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False, capture_output=True)
     assert done.returncode == 0
+
+
+def test_commands_about_tokens_and_agents_need_no_grpc() -> None:
+    code = "import sys, cloud_server.admin; sys.exit(1 if {'torch', 'grpc'} & set(sys.modules) else 0)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+@pytest.mark.parametrize("document", ["README.md", "SECURITY.md"])
+def test_every_test_that_a_promise_names_exists(document: str) -> None:
+    named = set(re.findall(r"`(test_\w+)`", (ROOT / document).read_text("utf-8")))
+    sources = "".join(path.read_text("utf-8") for path in (ROOT / "tests").rglob("test_*.py"))
+    assert named
+    assert named <= set(re.findall(r"def (test_\w+)", sources))
 
 
 def refusals(error: type[errors.Refusal] = errors.Refusal) -> Iterator[type[errors.Refusal]]:

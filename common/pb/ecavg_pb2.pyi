@@ -29,6 +29,10 @@ class Reason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     REASON_UNAVAILABLE: _ClassVar[Reason]
     REASON_INTERNAL: _ClassVar[Reason]
     REASON_INITIAL_WEIGHTS: _ClassVar[Reason]
+    REASON_NOT_ENROLLED: _ClassVar[Reason]
+    REASON_REVOKED: _ClassVar[Reason]
+    REASON_TOKEN: _ClassVar[Reason]
+    REASON_AGENT_ID_TAKEN: _ClassVar[Reason]
 
 class Phase(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -72,6 +76,10 @@ REASON_STORAGE_FULL: Reason
 REASON_UNAVAILABLE: Reason
 REASON_INTERNAL: Reason
 REASON_INITIAL_WEIGHTS: Reason
+REASON_NOT_ENROLLED: Reason
+REASON_REVOKED: Reason
+REASON_TOKEN: Reason
+REASON_AGENT_ID_TAKEN: Reason
 PHASE_UNSPECIFIED: Phase
 PHASE_COLLECTING: Phase
 PHASE_AGGREGATING: Phase
@@ -282,3 +290,29 @@ class ReportRequest(_message.Message):
 class ReportReply(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
+
+class EnrollRequest(_message.Message):
+    __slots__ = ("request",)
+    REQUEST_FIELD_NUMBER: _ClassVar[int]
+    request: bytes
+    def __init__(self, request: _Optional[bytes] = ...) -> None: ...
+
+class EnrollReply(_message.Message):
+    __slots__ = ("certificate", "ca_certificate")
+    CERTIFICATE_FIELD_NUMBER: _ClassVar[int]
+    CA_CERTIFICATE_FIELD_NUMBER: _ClassVar[int]
+    certificate: bytes
+    ca_certificate: bytes
+    def __init__(self, certificate: _Optional[bytes] = ..., ca_certificate: _Optional[bytes] = ...) -> None: ...
+
+class RenewRequest(_message.Message):
+    __slots__ = ("request",)
+    REQUEST_FIELD_NUMBER: _ClassVar[int]
+    request: bytes
+    def __init__(self, request: _Optional[bytes] = ...) -> None: ...
+
+class RenewReply(_message.Message):
+    __slots__ = ("certificate",)
+    CERTIFICATE_FIELD_NUMBER: _ClassVar[int]
+    certificate: bytes
+    def __init__(self, certificate: _Optional[bytes] = ...) -> None: ...

@@ -69,6 +69,16 @@ class ECAvgStub(object):
                 request_serializer=common_dot_pb_dot_ecavg__pb2.ReportRequest.SerializeToString,
                 response_deserializer=common_dot_pb_dot_ecavg__pb2.ReportReply.FromString,
                 _registered_method=True)
+        self.Enroll = channel.unary_unary(
+                '/ecavg.v1.ECAvg/Enroll',
+                request_serializer=common_dot_pb_dot_ecavg__pb2.EnrollRequest.SerializeToString,
+                response_deserializer=common_dot_pb_dot_ecavg__pb2.EnrollReply.FromString,
+                _registered_method=True)
+        self.Renew = channel.unary_unary(
+                '/ecavg.v1.ECAvg/Renew',
+                request_serializer=common_dot_pb_dot_ecavg__pb2.RenewRequest.SerializeToString,
+                response_deserializer=common_dot_pb_dot_ecavg__pb2.RenewReply.FromString,
+                _registered_method=True)
 
 
 class ECAvgServicer(object):
@@ -126,6 +136,21 @@ class ECAvgServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Enroll(self, request, context):
+        """Gives a device its certificate. The only call that the holder of a join token may make, and nobody
+        else may make it. The same key again costs the token nothing: it is the same enrolment.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Renew(self, request, context):
+        """A new certificate for the key of the calling agent.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ECAvgServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -163,6 +188,16 @@ def add_ECAvgServicer_to_server(servicer, server):
                     servicer.Report,
                     request_deserializer=common_dot_pb_dot_ecavg__pb2.ReportRequest.FromString,
                     response_serializer=common_dot_pb_dot_ecavg__pb2.ReportReply.SerializeToString,
+            ),
+            'Enroll': grpc.unary_unary_rpc_method_handler(
+                    servicer.Enroll,
+                    request_deserializer=common_dot_pb_dot_ecavg__pb2.EnrollRequest.FromString,
+                    response_serializer=common_dot_pb_dot_ecavg__pb2.EnrollReply.SerializeToString,
+            ),
+            'Renew': grpc.unary_unary_rpc_method_handler(
+                    servicer.Renew,
+                    request_deserializer=common_dot_pb_dot_ecavg__pb2.RenewRequest.FromString,
+                    response_serializer=common_dot_pb_dot_ecavg__pb2.RenewReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -354,6 +389,60 @@ class ECAvg(object):
             '/ecavg.v1.ECAvg/Report',
             common_dot_pb_dot_ecavg__pb2.ReportRequest.SerializeToString,
             common_dot_pb_dot_ecavg__pb2.ReportReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Enroll(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/ecavg.v1.ECAvg/Enroll',
+            common_dot_pb_dot_ecavg__pb2.EnrollRequest.SerializeToString,
+            common_dot_pb_dot_ecavg__pb2.EnrollReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Renew(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/ecavg.v1.ECAvg/Renew',
+            common_dot_pb_dot_ecavg__pb2.RenewRequest.SerializeToString,
+            common_dot_pb_dot_ecavg__pb2.RenewReply.FromString,
             options,
             channel_credentials,
             insecure,

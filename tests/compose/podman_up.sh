@@ -80,5 +80,8 @@ build_image server ecavg/cloud-server
 build_image agent ecavg/edge-agent
 trap take_down EXIT
 podman-compose up -d > "$work/up.log" 2>&1 || { cat "$work/up.log"; exit 1; }
+# podman-compose says more than it was asked.
+ECAVG_SCRAPE_TOKEN=$(podman-compose exec -T cloud-server cat /scrape/token 2> /dev/null | sed -n '/^.\{44\}$/p')
+export ECAVG_SCRAPE_TOKEN
 python3 tests/compose/check_stack.py || { podman-compose logs 2>&1 | tail -n 100; exit 1; }
 check_health

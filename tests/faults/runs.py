@@ -123,6 +123,7 @@ class Run:
                 "--server", f"127.0.0.1:{self.cluster.port}", "--agent-id", name,
                 "--state-dir", self.cluster.folder / name, "--data", "tests.faults.runs:blobs",
                 "--partition", part, "--checkpoint-seconds", 0,
+                "--join-token-file", self.cluster.join_token(uses=len(AGENTS)),
             )  # fmt: skip
             process = self.cluster.adopt(
                 ForkedAgent(self._zygote, arguments, self.cluster.folder / "logs", env or {})

@@ -41,6 +41,7 @@ WITH_INT8 = [
     (Point.SERVER_ENCODED_MODEL_ADOPTED, 2),
 ]
 ELSEWHERE = (
+    Point.SERVER_CA_KEY_WRITTEN,  # tests/integration/test_identity.py
     Point.AGENT_ADAPTED,
     Point.AGENT_DECODED,
     Point.AGENT_ENCODED,

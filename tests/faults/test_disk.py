@@ -55,6 +55,7 @@ def is_sound(state_dir: Path) -> bool:
 
 
 def test_agents_wait_out_a_full_disk_and_the_server_goes_on_serving(cluster: Cluster, disk: Path) -> None:
+    cluster.enroll("edge-1")
     server = cluster.server("--min-agents", 1, *QUICK)
     filler = fill(disk)
     agent = cluster.agent("edge-1", "--partition", "1/1")
@@ -69,6 +70,7 @@ def test_agents_wait_out_a_full_disk_and_the_server_goes_on_serving(cluster: Clu
 
 
 def test_agents_wait_out_a_folder_that_became_read_only(cluster: Cluster, disk: Path) -> None:
+    cluster.enroll("edge-1")
     server = cluster.server("--min-agents", 1, *QUICK)
     partial = disk / "partial"
     assert mount("--bind", partial, partial).returncode == 0
@@ -86,6 +88,7 @@ def test_agents_wait_out_a_folder_that_became_read_only(cluster: Cluster, disk: 
 
 def test_trainer_waits_out_a_full_disk(cluster: Cluster, disk: Path) -> None:
     """Its job is done again, as often as it takes, and none of that is a failed attempt."""
+    cluster.enroll("edge-1")
     server = cluster.server("--min-agents", 1, "--max-attempts", 1, "--set", "run.hidden_units=8192", *QUICK)
     # What the agent sends (2.4 MB of weights, 0.1 MB of data) fits, and the model that comes of it does not.
     filler = fill(disk)

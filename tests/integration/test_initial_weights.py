@@ -21,7 +21,7 @@ async def test_agents_begin_with_the_weights_of_the_file(cluster: Cluster, tmp_p
     config.write_text(f'[run]\nhidden_units = 20\ninitial_weights = "{path}"\n', "utf-8")
     cluster.server("--config", config)
 
-    agent = CloudClient(f"127.0.0.1:{cluster.port}", "edge-1", AgentMetrics())
+    agent = CloudClient(f"127.0.0.1:{cluster.port}", cluster.enroll("edge-1"), AgentMetrics())
     try:
         await agent.join()
         watch = agent.watch()

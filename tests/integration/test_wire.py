@@ -35,7 +35,7 @@ def wired(wire: str) -> tuple[str, str]:
 @asynccontextmanager
 async def onlooker(cluster: Cluster) -> AsyncIterator[tuple[CloudClient, RunState]]:
     """Watches and never reports: at the end of the run, the server waits for it."""
-    client = CloudClient(f"127.0.0.1:{cluster.port}", "onlooker", AgentMetrics())
+    client = CloudClient(f"127.0.0.1:{cluster.port}", cluster.enroll("onlooker"), AgentMetrics())
     try:
         await client.join()
         async with aclosing(client.watch()) as states:  # type: ignore[type-var]

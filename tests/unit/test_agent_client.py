@@ -81,12 +81,8 @@ def streams(*calls: Stream) -> Callable[..., Stream]:
 
 
 def client_of(**methods: Any) -> CloudClient:
-    client = object.__new__(CloudClient)  # without a channel
+    client = CloudClient("127.0.0.1:1", "agent", AgentMetrics())
     client._stub = SimpleNamespace(**methods)
-    client._metadata = ()
-    client._metrics = AgentMetrics()
-    client._on_waiting = lambda _: None
-    client._is_waiting, client._heard_at = False, 0.0
     return client
 
 

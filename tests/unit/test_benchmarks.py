@@ -49,9 +49,10 @@ def test_round_trip_measures_every_process_and_the_wire() -> None:
 
 def test_transfer_compares_both_directions() -> None:
     result = run("transfer", "--mib", 1, "--repeats", 1)
-    directions = result["transports"]["plaintext"]["directions"]
-    assert set(directions) == {"upload", "download", "download to disk"}
-    for figure in directions.values():
+    assert set(result["transports"]) == {"plaintext", "tls"}
+    directions = [each["directions"] for each in result["transports"].values()]
+    assert all(set(each) == {"upload", "download", "download to disk"} for each in directions)
+    for figure in (figure for each in directions for figure in each.values()):
         assert set(figure["speed"]) == SPREAD
         ours, bare = (figure[f"{side}_mib_per_second"]["median"] for side in ("ours", "bare"))
         assert figure["speed"]["median"] == pytest.approx(ours / bare, rel=1e-3)

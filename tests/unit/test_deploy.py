@@ -25,6 +25,22 @@ def test_server_that_always_fails_is_given_up(unit: configparser.ConfigParser) -
     assert 1 < burst <= 5
     assert interval >= 10 * burst * int(unit["Service"]["RestartSec"])  # it takes seconds to fail as well
     stack = (ROOT / "docker-compose.yml").read_text("utf-8")
-    server = re.search(r"^  cloud-server:$(.*?)^  \S", stack, re.MULTILINE | re.DOTALL)
-    assert server
-    assert re.search(r"^    restart: on-failure:[1-9]\b", server[1], re.MULTILINE)
+    assert re.search(r"^    restart: on-failure:[1-9]\b", service(stack, "cloud-server"), re.MULTILINE)
+
+
+def test_no_agent_of_the_stack_can_read_the_servers_keys() -> None:
+    stack = (ROOT / "docker-compose.yml").read_text("utf-8")
+    holders = [
+        name
+        for name in ("tokens", "cloud-server", "edge-1", "edge-2", "prometheus")
+        if "cloud-server:/state" in service(stack, name)
+    ]
+    assert holders == ["tokens", "cloud-server"]
+    assert "/join" not in service(stack, "prometheus")
+    assert "insecure" not in stack
+
+
+def service(stack: str, name: str) -> str:
+    found = re.search(rf"^  {name}:(?: &\w+)?$(.*?)(?=^  \S|^\S)", stack, re.MULTILINE | re.DOTALL)
+    assert found, name
+    return found[1]

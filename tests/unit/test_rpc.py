@@ -41,11 +41,18 @@ def test_pauses_start_over_after_progress(monkeypatch: pytest.MonkeyPatch) -> No
     assert [backoff() for _ in range(5)] == before
 
 
+async def ignore(*_: object) -> None: ...
+
+
 async def test_retrying_goes_on_until_an_answer_and_tells_each_pause(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rpc, "MAX_PAUSE_SECONDS", 0.0)
     told = []
     num_attempts = 0
-    async for attempt in rpc.retrying(lambda error, seconds: told.append((str(error), seconds))):
+
+    async def tell(error: BaseException, seconds: float) -> None:
+        told.append((str(error), seconds))
+
+    async for attempt in rpc.retrying(tell):
         with attempt:
             num_attempts += 1
             if num_attempts < 40:
@@ -58,7 +65,7 @@ async def test_errors_that_waiting_does_not_cure_are_not_retried() -> None:
         raise InvalidError("no")
 
     with pytest.raises(InvalidError):
-        await rpc.retrying(lambda *_: None)(refuse)
+        await rpc.retrying(ignore)(refuse)
 
 
 def test_fault_inside_the_server_is_retried_and_its_no_is_not() -> None:
@@ -74,7 +81,7 @@ async def test_retrying_that_is_stopped_raises_the_last_error(monkeypatch: pytes
         raise UnavailableError("away")
 
     with pytest.raises(UnavailableError, match="away"):
-        await rpc.retrying(lambda *_: None, stop=stop_after_attempt(3))(fail)
+        await rpc.retrying(ignore, stop=stop_after_attempt(3))(fail)
 
 
 def test_server_allows_the_pings_that_agents_send() -> None:

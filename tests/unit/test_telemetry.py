@@ -14,6 +14,7 @@ import warnings
 from collections.abc import AsyncIterator, Iterator
 from datetime import UTC, datetime, timedelta
 from importlib import resources
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -319,8 +320,10 @@ class Process:
     async def read_status(self) -> dict[str, Any]:
         return self.status
 
-    def app(self, page: bytes | None = PAGE) -> Starlette:
-        return make_app(self.registry, ready=lambda: self.is_ready, status=self.read_status, page=page)
+    def app(self, page: bytes | None = PAGE, token: str | None = None) -> Starlette:
+        return make_app(
+            self.registry, ready=lambda: self.is_ready, status=self.read_status, page=page, token=token
+        )
 
 
 @pytest.fixture
@@ -334,6 +337,41 @@ async def client(process: Process) -> AsyncIterator[httpx.AsyncClient]:
     async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{server.port}", trust_env=False) as client:
         yield client
     await server.stop()
+
+
+async def test_who_does_not_show_the_token_learns_only_that_the_process_lives(process: Process) -> None:
+    server = await serve_http(process.app(token="correct horse battery"), host="127.0.0.1", port=0)
+    async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{server.port}", trust_env=False) as client:
+        bearer = {"Authorization": "Bearer correct horse battery"}
+        wrong = [{}, {"Authorization": "Bearer wrong"}, {"Authorization": "correct horse battery"}]
+        wrong += [{"Authorization": "Basic ☃"}, {"Authorization": "Bearer"}]
+        for path in ("/", "/api/status", "/metrics"):
+            for headers in wrong:
+                encoded = {name: value.encode() for name, value in headers.items()}
+                reply = await client.get(path, headers=encoded)
+                assert reply.status_code == 401
+                assert reply.headers["www-authenticate"].startswith("Basic ")  # the browser asks for it
+            assert (await client.get(path, headers=bearer)).status_code == 200
+            assert (await client.get(path, auth=("anyone", "correct horse battery"))).status_code == 200
+            assert (await client.get(path, auth=("anyone", "wrong"))).status_code == 401
+        assert (await client.get("/healthz")).status_code == 200
+        assert (await client.get("/readyz")).status_code == 503
+    await server.stop()
+
+
+def test_beyond_loopback_there_is_always_a_token(tmp_path: Path) -> None:
+    default, file = tmp_path / "default", tmp_path / "file"
+    for host in ("127.0.0.1", "::1", "localhost"):
+        assert telemetry.http_token(host, None, default) is None
+    made = {telemetry.http_token(host, None, default) for host in ("0.0.0.0", "::", "example.org")}
+    assert made == {default.read_text("utf-8").strip()}  # it stays the same
+    assert default.stat().st_mode & 0o777 == 0o600
+    assert telemetry.http_token("127.0.0.1", file, default) == file.read_text("utf-8").strip()
+    file.write_text("short\n", "utf-8")
+    with pytest.raises(UsageError, match="is too short: write 16 characters"):
+        telemetry.http_token("127.0.0.1", file, default)
+    with pytest.raises(UsageError, match="cannot use the token file"):
+        telemetry.http_token("127.0.0.1", tmp_path, default)
 
 
 async def test_readyz_answers_503_until_ready_and_healthz_at_once(

@@ -1,0 +1,148 @@
+"""`cloud-server token` and `cloud-server agents`: who may come in; the server may run meanwhile, or not."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from cloud_server.authority import Authority, EnrolledAgent, TokenRow
+from cloud_server.config import DEFAULT_PRESET, ENV_PREFIX, ServerConfig
+from common.config import load
+from common.errors import NotFoundError, UsageError
+
+DEFAULT_TTL_SECONDS = 3600.0
+
+
+def main(argv: Sequence[str]) -> int:
+    """Do one command, print what it found or made.
+
+    Raises:
+        UsageError: there is no such token or agent, or the state directory cannot be used.
+        StorageError: the disk takes no data.
+    """
+    arguments = _parser().parse_args(argv)
+    flags = {name: getattr(arguments, name) for name in ("state_dir", "tls_dir") if hasattr(arguments, name)}
+    config = load(
+        ServerConfig, env_prefix=ENV_PREFIX, preset=DEFAULT_PRESET, config_file=arguments.config, flags=flags
+    )
+    is_new = not (config.tls_folder / "authority.sqlite3").exists()
+    if is_new and arguments.do is not _create_token:
+        raise UsageError(
+            f"no cloud-server has been in {config.tls_folder}: name its --state-dir or --tls-dir"
+        )
+    authority = Authority(config.tls_folder)
+    if is_new:
+        print(f"made a CA in {config.tls_folder}", file=sys.stderr)  # noqa: T201
+    try:
+        arguments.do(authority, arguments)
+    except NotFoundError as error:
+        raise UsageError(str(error)) from error
+    finally:
+        authority.close()
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    where = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
+    where.add_argument("--state-dir", metavar="DIR", type=Path, help="the server's")
+    where.add_argument("--tls-dir", metavar="DIR", type=Path, help="the server's")
+    where.add_argument("--config", metavar="FILE", type=Path, default=None, help="the server's")
+
+    parser = argparse.ArgumentParser(
+        prog="cloud-server", description="Let agents in, and keep them out. The server may run meanwhile."
+    )
+    nouns = parser.add_subparsers(required=True, metavar="token|agents")
+    token = nouns.add_parser("token", help="join tokens").add_subparsers(required=True)
+    create = token.add_parser("create", parents=[where], help="print a new one")
+    create.add_argument("--uses", type=_positive_int, default=1, help="devices (default: 1)")
+    create.add_argument(
+        "--ttl-seconds", type=_positive, default=DEFAULT_TTL_SECONDS, help="lifetime (default: %(default)g)"
+    )
+    create.set_defaults(do=_create_token)
+    token.add_parser("list", parents=[where], help="all of them").set_defaults(do=_list_tokens)
+    revoke = token.add_parser("revoke", parents=[where], help="nobody enrolls with it any more")
+    revoke.add_argument("token_id", metavar="ID", help="as `token list` shows it")
+    revoke.set_defaults(do=_revoke_token)
+    agents = nouns.add_parser("agents", help="enrolled agents").add_subparsers(required=True)
+    agents.add_parser("list", parents=[where], help="all of them").set_defaults(do=_list_agents)
+    revoke = agents.add_parser("revoke", parents=[where], help="cut an agent off, at once and for good")
+    revoke.add_argument("agent_id", metavar="AGENT", help="its id")
+    revoke.set_defaults(do=_revoke_agent)
+    return parser
+
+
+def _create_token(authority: Authority, arguments: argparse.Namespace) -> None:
+    print(authority.create_token(arguments.uses, arguments.ttl_seconds))  # noqa: T201
+
+
+def _list_tokens(authority: Authority, _: argparse.Namespace) -> None:
+    rows = [
+        [row.token_id, f"{row.num_used} of {row.uses}", _time(row.expires_at), _token_state(row, authority)]
+        for row in authority.tokens()
+    ]
+    _print(["token", "used", "expires", "state"], rows)
+
+
+def _revoke_token(authority: Authority, arguments: argparse.Namespace) -> None:
+    authority.revoke_token(arguments.token_id)
+    print(f"token {arguments.token_id} is revoked; agents that enrolled with it stay")  # noqa: T201
+
+
+def _list_agents(authority: Authority, _: argparse.Namespace) -> None:
+    rows = [
+        [row.agent_id, _time(row.enrolled_at), _time(row.expires_at), row.token_id, _agent_state(row)]
+        for row in authority.agents()
+    ]
+    _print(["agent", "enrolled", "certificate ends", "token", "state"], rows)
+
+
+def _revoke_agent(authority: Authority, arguments: argparse.Namespace) -> None:
+    authority.revoke_agent(arguments.agent_id)
+    print(f"agent {arguments.agent_id} is revoked")  # noqa: T201
+    (agent,) = (each for each in authority.agents() if each.agent_id == arguments.agent_id)
+    (token,) = (each for each in authority.tokens() if each.token_id == agent.token_id)
+    if _token_state(token, authority) == "live":
+        print(  # noqa: T201
+            f"whoever has the token that it enrolled with can still enroll others:"
+            f" cloud-server token revoke {token.token_id}"
+        )
+
+
+def _token_state(row: TokenRow, authority: Authority) -> str:
+    if row.revoked_at is not None:
+        return "revoked"
+    if row.expires_at <= authority.now():
+        return "expired"
+    return "used up" if row.num_used >= row.uses else "live"
+
+
+def _agent_state(row: EnrolledAgent) -> str:
+    return "enrolled" if row.revoked_at is None else f"revoked {_time(row.revoked_at)}"
+
+
+def _time(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M:%SZ")
+
+
+def _print(headings: list[str], rows: list[list[str]]) -> None:
+    table = Table(box=None, pad_edge=False)
+    for heading in headings:
+        table.add_column(heading, overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    Console(width=160, markup=False, highlight=False).print(table)
+
+
+def _positive(text: str) -> float:
+    value = float(text)
+    if not 0 < value < 1e9:
+        raise argparse.ArgumentTypeError("should be above 0")
+    return value
+
+
+def _positive_int(text: str) -> int:
+    return int(_positive(str(int(text))))

@@ -1,0 +1,113 @@
+"""Who may make a call: decided here, once, before the servicer sees it.
+
+| the transport shows | may call |
+| --- | --- |
+| an agent's certificate | everything but `Enroll`, as the agent that the certificate names |
+| a join token's | `Enroll` |
+| nothing: a server with `--insecure` | everything else, as whoever the metadata name |
+"""
+
+import asyncio
+import re
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+import structlog
+
+from cloud_server.authority import Authority, Holder, revocation
+from common.config import AGENT_ID_PATTERN
+from common.errors import ForbiddenError, InvalidError, Reason
+from common.rpc import AGENT_ID_KEY, Peer
+
+POLL_SECONDS = 0.2  # the longest that an open stream outlives its agent's revocation
+
+_ENROLL = "Enroll"
+_AGENT_ID = re.compile(AGENT_ID_PATTERN)
+_CALLER: ContextVar[Holder] = ContextVar("caller")
+
+log = structlog.get_logger()
+
+
+def calling_agent() -> str:
+    """The agent whose call is being answered."""
+    agent_id = _CALLER.get().agent_id
+    if agent_id is None:
+        raise InvalidError(
+            f"the metadata {AGENT_ID_KEY} must be 1 to 64 letters, digits, '.', '_' or '-',"
+            " the first a letter or digit"
+        )
+    return agent_id
+
+
+def token_in_use() -> str:
+    """The join token with which the caller enrolls."""
+    token_id = _CALLER.get().token_id
+    if token_id is None:
+        raise ForbiddenError("only the holder of a join token enrolls", Reason.TOKEN)
+    return token_id
+
+
+class Admission:
+    """The gate through which every call comes, and the calls that are open.
+
+    Args:
+        authority: None: the server speaks plaintext, and believes what it is told.
+    """
+
+    def __init__(self, authority: Authority | None) -> None:
+        self._authority = authority
+        self._open: defaultdict[str, set[asyncio.Task[object]]] = defaultdict(set)
+        self._cut_off: set[asyncio.Task[object]] = set()
+
+    @contextmanager
+    def __call__(self, method: str, peer: Peer) -> Iterator[None]:
+        """Raises UnauthenticatedError, ForbiddenError."""
+        holder = self._holder(peer)
+        if holder.token_id is not None and method != _ENROLL:
+            raise ForbiddenError("the holder of a join token may enroll, and nothing else", Reason.TOKEN)
+        _CALLER.set(holder)
+        with self._counted(holder.agent_id or ""):
+            yield
+
+    async def cut_off_revoked(self) -> None:
+        """End the open calls of agents that are revoked, for as long as this runs."""
+        while self._authority:
+            try:
+                revoked = self._authority.revoked_agents()
+            except Exception:  # new calls are refused by themselves; look again
+                log.exception("revocations_not_read")
+                revoked = set()
+            for agent_id in revoked & self._open.keys():
+                log.warning("agent_cut_off", agent_id=agent_id, num_calls=len(self._open[agent_id]))
+                for task in self._open[agent_id] - self._cut_off:
+                    self._cut_off.add(task)
+                    task.cancel()
+            await asyncio.sleep(POLL_SECONDS)
+
+    def _holder(self, peer: Peer) -> Holder:
+        if self._authority is None:
+            return Holder(peer.claimed_id if _AGENT_ID.fullmatch(peer.claimed_id) else None, None)
+        if peer.certificate is None:
+            raise ForbiddenError("this server answers over TLS only", Reason.NOT_ENROLLED)
+        return self._authority.holder(peer.certificate)
+
+    @contextmanager
+    def _counted(self, agent_id: str) -> Iterator[None]:
+        """Note the call as open; one that was cut off ends as what it is."""
+        task = asyncio.current_task()
+        assert task
+        self._open[agent_id].add(task)
+        try:
+            yield
+        except asyncio.CancelledError:
+            if task not in self._cut_off:
+                raise
+            task.uncancel()
+            raise ForbiddenError(revocation(agent_id)) from None
+        finally:
+            self._cut_off.discard(task)
+            self._open[agent_id].discard(task)
+            if not self._open[agent_id]:
+                del self._open[agent_id]

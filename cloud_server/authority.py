@@ -1,0 +1,393 @@
+"""Who may talk to this server: its CA, join tokens, and the agents that have enrolled.
+
+    TLS/ca.pem, ca.key          the CA; put your own there before the first start, and it is used
+    TLS/server.pem, server.key  the server's own certificate, made again whenever it has to be
+    TLS/authority.sqlite3       tokens and agents
+
+Every method may be called from any thread, and while other processes have the same folder open: what
+`cloud-server token` and `cloud-server agents` write there holds for a running server from its next call on.
+"""
+
+import fcntl
+import sqlite3
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import structlog
+
+from cloud_server.store import storage_errors
+from common import tls
+from common.errors import (
+    ConflictError,
+    ForbiddenError,
+    InvalidError,
+    NotFoundError,
+    Reason,
+    UnauthenticatedError,
+    UsageError,
+)
+from common.faults import Point, crash_point
+
+_SCHEMA = """
+    CREATE TABLE IF NOT EXISTS tokens (
+        token_id TEXT PRIMARY KEY NOT NULL,
+        root TEXT NOT NULL,  -- its public half, a certificate
+        uses INTEGER NOT NULL,
+        created_at REAL NOT NULL,
+        expires_at REAL NOT NULL,
+        revoked_at REAL
+    );
+    CREATE TABLE IF NOT EXISTS enrolments (
+        token_id TEXT NOT NULL REFERENCES tokens (token_id),
+        key TEXT NOT NULL,
+        agent_id TEXT NOT NULL,
+        at REAL NOT NULL,
+        PRIMARY KEY (token_id, key)
+    );
+    CREATE TABLE IF NOT EXISTS agents (
+        agent_id TEXT PRIMARY KEY NOT NULL,
+        key TEXT NOT NULL,
+        token_id TEXT NOT NULL REFERENCES tokens (token_id),
+        enrolled_at REAL NOT NULL,
+        expires_at REAL NOT NULL,
+        revoked_at REAL
+    );
+"""
+
+_COMMANDS = {"tokens": "token", "agents": "agents"}
+_ASK = "ask its operator for another one (`cloud-server token create`)"
+
+log = structlog.get_logger()
+
+
+@dataclass(frozen=True)
+class TokenRow:
+    token_id: str
+    uses: int
+    num_used: int
+    created_at: float  # like every time here: seconds since the epoch
+    expires_at: float
+    revoked_at: float | None
+
+
+@dataclass(frozen=True)
+class EnrolledAgent:
+    agent_id: str
+    key: str  # SHA-256 of the public key
+    token_id: str  # with which it enrolled
+    enrolled_at: float
+    expires_at: float  # of its latest certificate
+    revoked_at: float | None
+
+
+class Holder(NamedTuple):
+    """Whoever holds a certificate that this server has verified: an agent, or a token's bearer."""
+
+    agent_id: str | None
+    token_id: str | None
+
+
+class Authority:
+    """One folder of keys and certificates, and what is recorded about their holders.
+
+    Args:
+        clock: seconds since the epoch; decides when tokens and certificates end.
+
+    Raises:
+        UsageError: the folder cannot be used, or what was put there does not fit together.
+    """
+
+    def __init__(self, folder: Path, clock: Callable[[], float] = time.time) -> None:
+        self._folder = folder
+        self._clock = clock
+        self._writing, self._reading = threading.RLock(), threading.Lock()
+        try:
+            tls.make_private_folder(folder)
+            with self._exclusively():
+                self._ca, self._ca_key = self._read_or_make_ca()
+                self._server_key = tls.read_or_make_key(folder / "server.key")
+                self._server = self._read_or_make_server_certificate()
+                self._database = _open_database(folder / "authority.sqlite3")
+                # Of its own, so that no call waits for an enrolment that is being flushed.
+                self._reader = _open_database(folder / "authority.sqlite3")
+        except (OSError, sqlite3.DatabaseError) as error:
+            what = error.strerror if isinstance(error, OSError) else error
+            raise UsageError(
+                f"cannot use {folder} ({what}): make it writable, or choose another --tls-dir"
+            ) from error
+
+    def close(self) -> None:
+        with self._writing, self._reading:
+            self._database.close()
+            self._reader.close()
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the CA's certificate, hexadecimal."""
+        return tls.fingerprint(self._ca).hex()
+
+    @cached_property
+    def ca_certificate(self) -> bytes:
+        return tls.pem(self._ca)
+
+    # What the server shows and believes
+
+    def material(self) -> tls.TlsMaterial:
+        """For the next handshake: a certificate that has not ended, and the roots that count now."""
+        if self._now() >= tls.renewal_time(self._server):
+            with self._exclusively():
+                self._server = self._read_or_make_server_certificate()
+            log.info("server_certificate_renewed", ends=self._server.not_valid_after_utc.isoformat())
+        live = self._read(
+            "SELECT root FROM tokens WHERE revoked_at IS NULL AND expires_at > ? ORDER BY token_id",
+            self._clock(),
+        )
+        roots = [self.ca_certificate, *(row["root"].encode() for row in live)]
+        return tls.TlsMaterial(tls.pem(self._server_key), tls.pem(self._server), b"".join(roots))
+
+    def _read_or_make_server_certificate(self) -> tls.Certificate:
+        path, now = self._folder / "server.pem", self._now()
+        try:
+            certificate = tls.read_certificates(path)[0]
+            is_ours = tls.is_key_of(self._server_key, certificate) and tls.is_issued_by(certificate, self._ca)
+            if is_ours and now < tls.renewal_time(certificate):
+                return certificate
+        except FileNotFoundError:
+            pass
+        public_key = self._server_key.public_key()
+        certificate = tls.make_server_certificate(self._ca, self._ca_key, public_key, now)
+        tls.write_private(path, tls.pem(certificate))
+        return certificate
+
+    def _read_or_make_ca(self) -> tuple[tls.Certificate, tls.Key]:
+        """Made in two steps: the key, then its certificate; of a half the other half is made."""
+        certificate_path, key_path = self._folder / "ca.pem", self._folder / "ca.key"
+        if certificate_path.exists() and not key_path.exists():
+            raise UsageError(f"{certificate_path} is there and {key_path} is not: put the CA's key there")
+        key = tls.read_or_make_key(key_path)
+        crash_point(Point.SERVER_CA_KEY_WRITTEN)
+        if not certificate_path.exists():
+            tls.write_private(certificate_path, tls.pem(tls.make_ca(key, self._now())))
+        certificate = tls.read_certificates(certificate_path)[0]
+        if not tls.is_key_of(key, certificate):
+            raise UsageError(f"{key_path} is not the key of {certificate_path}: put the right one there")
+        return certificate, key
+
+    # Join tokens
+
+    def create_token(self, uses: int, ttl_seconds: float) -> str:
+        """A new join token. It is said here and nowhere else: only its public half is kept."""
+        token = tls.JoinToken.new(self._ca)
+        now = self._clock()
+        with self._transaction() as database:
+            database.execute(
+                "INSERT INTO tokens (token_id, root, uses, created_at, expires_at) VALUES (?, ?, ?, ?, ?)",
+                (token.token_id, tls.pem(token.root()).decode(), uses, now, now + ttl_seconds),
+            )
+        return str(token)
+
+    def tokens(self) -> list[TokenRow]:
+        """Every token there ever was, the latest last."""
+        rows = self._read(
+            "SELECT token_id, uses, created_at, expires_at, revoked_at, (SELECT count(*) FROM enrolments"
+            " WHERE enrolments.token_id = tokens.token_id) AS num_used FROM tokens ORDER BY created_at"
+        )
+        return [TokenRow(**row) for row in rows]
+
+    def revoke_token(self, token_id: str) -> None:
+        """Nobody enrolls with it any more; those who have stay. NotFoundError for an unknown one."""
+        self._revoke("tokens", "token_id", token_id)
+
+    # Agents
+
+    def enroll(self, token_id: str, request: bytes) -> bytes:
+        """The certificate of a device that holds the token, PEM; the same key again is the same enrolment.
+
+        Raises:
+            ForbiddenError: the token is used up or has ended, or is older than the agent's revocation.
+            ConflictError: another key is enrolled under this agent id, or this key under another.
+            InvalidError: the request is not one.
+        """
+        agent_id, public_key = tls.read_request(request)
+        key, now = tls.key_digest(public_key), self._clock()
+        certificate = tls.make_agent_certificate(self._ca, self._ca_key, public_key, agent_id, self._now())
+        with self._transaction() as database:
+            if self._admits(self._live_token(token_id, now), agent_id, key):
+                database.execute(
+                    "INSERT INTO enrolments (token_id, key, agent_id, at) VALUES (?, ?, ?, ?)",
+                    (token_id, key, agent_id, now),
+                )
+            database.execute(
+                "INSERT OR REPLACE INTO agents (agent_id, key, token_id, enrolled_at, expires_at)"
+                " VALUES (?, ?, ?, ?, ?)",
+                (agent_id, key, token_id, now, certificate.not_valid_after_utc.timestamp()),
+            )
+        crash_point(Point.SERVER_ENROLMENT_RECORDED)
+        return tls.pem(certificate)
+
+    def renew(self, agent_id: str, request: bytes) -> bytes:
+        """A new certificate for an agent's key, PEM; InvalidError for any other key or name."""
+        name, public_key = tls.read_request(request)
+        agent = self._agent(agent_id)
+        if name != agent_id or agent is None or tls.key_digest(public_key) != agent.key:
+            raise InvalidError("a certificate is renewed for the agent and the key that it was issued to")
+        certificate = tls.make_agent_certificate(self._ca, self._ca_key, public_key, agent_id, self._now())
+        with self._transaction() as database:
+            database.execute(
+                "UPDATE agents SET expires_at = ? WHERE agent_id = ?",
+                (certificate.not_valid_after_utc.timestamp(), agent_id),
+            )
+        return tls.pem(certificate)
+
+    def agents(self) -> list[EnrolledAgent]:
+        """Every agent that ever enrolled, by id."""
+        return [EnrolledAgent(**row) for row in self._read("SELECT * FROM agents ORDER BY agent_id")]
+
+    def revoked_agents(self) -> set[str]:
+        """The ids of those that may not come in any more."""
+        return {row["agent_id"] for row in self._read("SELECT agent_id FROM agents WHERE revoked_at NOTNULL")}
+
+    def revoke_agent(self, agent_id: str) -> None:
+        """Cut it off; NotFoundError for an unknown one. A token made after this can enroll it again."""
+        self._revoke("agents", "agent_id", agent_id)
+
+    def holder(self, certificate: bytes) -> Holder:
+        """Whose certificate, PEM, this is.
+
+        Raises:
+            UnauthenticatedError: it is neither an agent's nor a token's, or has ended.
+            ForbiddenError: the agent has been revoked.
+        """
+        leaf = _parsed(certificate)
+        if _is_issued_by(certificate, self.ca_certificate):
+            return self._agent_with(leaf)
+        token_id = tls.token_id_of(leaf)
+        rows = self._read("SELECT root FROM tokens WHERE token_id = ?", token_id)
+        if rows and _is_issued_by(certificate, rows[0]["root"].encode()):
+            return Holder(agent_id=None, token_id=token_id)
+        raise UnauthenticatedError("the certificate is not of this server: enroll with a join token")
+
+    def _agent_with(self, leaf: tls.Certificate) -> Holder:
+        agent_id, key = tls.common_name(leaf), leaf.public_key()
+        agent = self._agent(agent_id)
+        if agent is None or not isinstance(key, tls.PublicKey) or tls.key_digest(key) != agent.key:
+            raise UnauthenticatedError(
+                "the certificate is not of an agent that is enrolled: enroll with a join token"
+            )
+        if agent.revoked_at is not None:
+            raise ForbiddenError(revocation(agent_id))
+        if leaf.not_valid_after_utc <= self._now():
+            raise UnauthenticatedError("the certificate has ended: enroll again with a join token")
+        return Holder(agent_id, token_id=None)
+
+    def _admits(self, token: dict[str, Any], agent_id: str, key: str) -> bool:
+        """Whether the token has to pay for it: not for a key that has enrolled with it before."""
+        before = self._read(
+            "SELECT agent_id FROM enrolments WHERE token_id = ? AND key = ?", token["token_id"], key
+        )
+        if before and before[0]["agent_id"] != agent_id:
+            raise ConflictError(
+                f"this device's key is enrolled as agent {before[0]['agent_id']}: enroll it as that,"
+                " or remove its state directory",
+                Reason.AGENT_ID_TAKEN,
+            )
+        if not before and self._num_used(token["token_id"]) >= token["uses"]:
+            raise ForbiddenError(f"the join token is used up: {_ASK}", Reason.TOKEN)
+        agent = self._agent(agent_id)
+        if agent and agent.revoked_at is not None:
+            if token["created_at"] <= agent.revoked_at:
+                raise ForbiddenError(revocation(agent_id))
+        elif agent and agent.key != key:
+            raise ConflictError(
+                f"another device is enrolled as agent {agent_id}: choose another --agent-id, or have that one"
+                f" revoked first (`cloud-server agents revoke {agent_id}`), and enroll with a newer token",
+                Reason.AGENT_ID_TAKEN,
+            )
+        return not before
+
+    def _live_token(self, token_id: str, now: float) -> dict[str, Any]:
+        token = self._read("SELECT * FROM tokens WHERE token_id = ?", token_id)[0]
+        if token["revoked_at"] is not None or token["expires_at"] <= now:
+            what = "was revoked" if token["revoked_at"] is not None else "has expired"
+            raise ForbiddenError(f"the join token {what}: {_ASK}", Reason.TOKEN)
+        return token
+
+    def _num_used(self, token_id: str) -> int:
+        num_used: int = self._read("SELECT count(*) AS number FROM enrolments WHERE token_id = ?", token_id)[
+            0
+        ]["number"]
+        return num_used
+
+    def _agent(self, agent_id: str) -> EnrolledAgent | None:
+        rows = self._read("SELECT * FROM agents WHERE agent_id = ?", agent_id)
+        return EnrolledAgent(**rows[0]) if rows else None
+
+    def _revoke(self, table: str, column: str, name: str) -> None:
+        with self._transaction() as database:
+            changed = database.execute(
+                f"UPDATE {table} SET revoked_at = coalesce(revoked_at, ?) WHERE {column} = ?",  # noqa: S608
+                (self._clock(), name),
+            )
+            if not changed.rowcount:
+                raise NotFoundError(f"there is no {name!r}: `cloud-server {_COMMANDS[table]} list` shows all")
+
+    def now(self) -> float:
+        """By the clock that decides when tokens end."""
+        return self._clock()
+
+    def _now(self) -> datetime:
+        return datetime.fromtimestamp(self._clock(), UTC)
+
+    @contextmanager
+    def _exclusively(self) -> Iterator[None]:
+        """Against other processes that make what is missing at the same moment."""
+        with self._writing, (self._folder / "lock").open("a") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
+    @contextmanager
+    def _transaction(self) -> Iterator[sqlite3.Connection]:
+        with self._writing, storage_errors(), self._database as database:
+            database.execute("BEGIN IMMEDIATE")
+            yield database
+
+    def _read(self, query: str, *values: object) -> list[dict[str, Any]]:
+        """What is committed; within a transaction: what nobody else can change any more."""
+        with self._reading:
+            return self._reader.execute(query, values).fetchall()
+
+
+def revocation(agent_id: str) -> str:
+    """What a revoked agent is told."""
+    return f"agent {agent_id} has been revoked: ask the server's operator"
+
+
+def _open_database(path: Path) -> sqlite3.Connection:
+    database = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+    database.row_factory = _as_dict
+    database.execute("PRAGMA journal_mode = WAL")
+    database.execute("PRAGMA synchronous = FULL")
+    database.execute("PRAGMA foreign_keys = ON")
+    database.executescript(_SCHEMA)
+    return database
+
+
+def _as_dict(cursor: sqlite3.Cursor, row: tuple[Any, ...]) -> dict[str, Any]:
+    return {column[0]: value for column, value in zip(cursor.description, row, strict=True)}
+
+
+@lru_cache(maxsize=4096)
+def _parsed(certificate: bytes) -> tls.Certificate:
+    return tls.load_certificate(certificate)
+
+
+@lru_cache(maxsize=4096)
+def _is_issued_by(certificate: bytes, issuer: bytes) -> bool:
+    return tls.is_issued_by(_parsed(certificate), _parsed(issuer))

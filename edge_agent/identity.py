@@ -1,0 +1,162 @@
+"""Who this agent is to its server: a key that never leaves the device, and a certificate for it.
+
+STATE/tls/key.pem        made here, before anything is asked for
+STATE/tls/identity.pem   the agent's certificate and the CA that it believes; there once it has enrolled
+"""
+
+import ssl
+from contextlib import suppress
+from datetime import UTC, datetime
+from pathlib import Path
+
+from common import tls
+from common.errors import UsageError
+from common.faults import Point, crash_point
+
+PROBE_SECONDS = 5.0
+
+NOT_OUR_SERVER = "the server is not the one that this agent enrolled with (its certificate is of another CA)"
+
+
+class Identity:
+    """An enrolled agent's.
+
+    Raises:
+        UsageError: the files cannot be used.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._key = tls.read_key(folder / "key.pem")
+        self._certificate, self._ca = tls.read_certificates(folder / "identity.pem")
+
+    @property
+    def agent_id(self) -> str:
+        return tls.common_name(self._certificate)
+
+    @property
+    def ends_at(self) -> datetime:
+        return self._certificate.not_valid_after_utc
+
+    @property
+    def renews_at(self) -> datetime:
+        return tls.renewal_time(self._certificate)
+
+    @property
+    def material(self) -> tls.TlsMaterial:
+        return tls.TlsMaterial(tls.pem(self._key), tls.pem(self._certificate), tls.pem(self._ca))
+
+    def request(self) -> bytes:
+        """For a new certificate for the same key."""
+        return tls.make_request(self._key, self.agent_id)
+
+    def renew(self, certificate: bytes) -> None:
+        """Go on with this one, durably; UsageError, and no change, if it is not this agent's."""
+        new = tls.load_certificate(certificate)
+        if not (tls.is_key_of(self._key, new) and tls.is_issued_by(new, self._ca)):
+            raise UsageError("the server sent a certificate that is not for this agent's key")
+        tls.write_private(self._folder / "identity.pem", tls.pem(new) + tls.pem(self._ca))
+        self._certificate = new
+
+
+def find(folder: Path) -> Identity | None:
+    """None: this agent has not enrolled."""
+    with suppress(FileNotFoundError):
+        return Identity(folder)
+    return None
+
+
+class Enrolment:
+    """An enrolment under way; begun again after a crash, it goes on with the same key.
+
+    Args:
+        server: host and port.
+    """
+
+    def __init__(self, folder: Path, agent_id: str, token: tls.JoinToken, server: str) -> None:
+        tls.make_private_folder(folder)
+        self._folder = folder
+        self._key = tls.read_or_make_key(folder / "key.pem")
+        crash_point(Point.AGENT_KEY_WRITTEN)
+        self._agent_id = agent_id
+        self._token = token
+        self._server = server
+        self.request = tls.make_request(self._key, agent_id)
+        self._leaf: tls.Certificate
+
+    def material(self) -> tls.TlsMaterial:
+        """For a connection to whoever is there now, and nobody else; `finish` tells whether to believe it.
+
+        Raises:
+            OSError: nobody is there.
+            UsageError: it speaks plaintext.
+        """
+        self._leaf = tls.load_certificate(_certificate_of(self._server))
+        leaf = self._token.leaf(self._key)
+        return tls.TlsMaterial(tls.pem(self._key), tls.pem(leaf), tls.pem(self._leaf))
+
+    def finish(self, certificate: bytes, ca_certificate: bytes) -> Identity:
+        """Keep what the server answered.
+
+        Raises:
+            UsageError: it is not the server that the token is of; nothing is kept.
+        """
+        try:
+            ca, own = tls.load_certificate(ca_certificate), tls.load_certificate(certificate)
+            is_ours = tls.fingerprint(ca) == self._token.fingerprint and tls.is_issued_by(self._leaf, ca)
+        except ValueError:
+            is_ours = False
+        if not is_ours:
+            raise UsageError(
+                f"{self._server} is not the server that the join token is of: check the address,"
+                " and that nobody stands in between"
+            )
+        is_own = tls.is_key_of(self._key, own) and tls.common_name(own) == self._agent_id
+        if not (is_own and tls.is_issued_by(own, ca)):
+            raise UsageError(f"{self._server} sent a certificate that is not for this agent's key")
+        crash_point(Point.AGENT_ENROLLED)
+        tls.write_private(self._folder / "identity.pem", tls.pem(own) + tls.pem(ca))
+        return Identity(self._folder)
+
+
+def explain(server: str, identity: Identity | None, trouble: str) -> str:
+    """What stands behind a failed connection, where it is more than a network that is down.
+
+    Args:
+        trouble: what gRPC says of it.
+    """
+    if identity is None:
+        return _SPEAKS_TLS if "closed" in trouble and _speaks_tls(server) else trouble
+    if "WRONG_VERSION_NUMBER" in trouble:
+        return _SPEAKS_PLAINTEXT
+    if "CERTIFICATE_VERIFY_FAILED" in trouble:
+        return f"{NOT_OUR_SERVER}: check --server, or enroll anew"
+    if identity.ends_at <= datetime.now(UTC):
+        return f"this agent's certificate ended on {identity.ends_at:%Y-%m-%d}: enroll anew"
+    return trouble
+
+
+_SPEAKS_TLS = (
+    "the server speaks TLS and this agent plaintext: leave --insecure away, after `edge-agent enroll`"
+)
+_SPEAKS_PLAINTEXT = (
+    "the server speaks plaintext and this agent TLS: start the server without --insecure, or both with it"
+)
+
+
+def _certificate_of(server: str) -> bytes:
+    """Of whoever is there, unverified, PEM."""
+    host, _, port = server.rpartition(":")
+    try:
+        return ssl.get_server_certificate((host.strip("[]"), int(port)), timeout=PROBE_SECONDS).encode()
+    except ssl.SSLError as error:
+        if error.reason == "WRONG_VERSION_NUMBER":
+            raise UsageError(_SPEAKS_PLAINTEXT) from error
+        raise
+
+
+def _speaks_tls(server: str) -> bool:
+    try:
+        return bool(_certificate_of(server))
+    except (OSError, UsageError):
+        return False
