@@ -43,7 +43,7 @@ KEEPALIVE_TIMEOUT_SECONDS = 60.0  # for that sign; on a slow link it queues behi
 
 # How much of a stream may be under way unasked for, besides the message that is being read. By itself gRPC
 # takes up to 16 MiB for each stream: half a gigabyte, at a server that 32 agents send to at once.
-SERVER_WINDOW_BYTES = 128 * 1024  # 4 MB/s for each agent over a link with a round trip of 100 ms
+SERVER_WINDOW_BYTES = 256 * 1024  # 5 MB/s for each agent over a link with a round trip of 100 ms
 CHANNEL_WINDOW_BYTES = 1024 * 1024
 
 FIRST_PAUSE_SECONDS = 0.2  # the longest pause after a first failure
