@@ -2,6 +2,7 @@
 
 import argparse
 import asyncio
+import importlib
 import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -101,7 +102,12 @@ async def who_to_be(config: AgentConfig, state: "AgentState") -> "Identity | str
     if identity and identity.ends_at > datetime.now(UTC):
         return identity
     if config.join_token_file:
-        return await enrolled(config, state, read_token(config.join_token_file))
+        token = read_token(config.join_token_file)
+        # A server that is being started takes about as long as PyTorch takes to be imported.
+        importing = asyncio.create_task(asyncio.to_thread(importlib.import_module, "torch"))
+        newcomer = await enrolled(config, state, token)
+        await importing
+        return newcomer
     what = f"the certificate in {state.tls} has ended" if identity else "this agent has not enrolled"
     raise UsageError(
         f"{what}: run `edge-agent enroll --server {config.server} --state-dir {state.path} --token TOKEN`,"

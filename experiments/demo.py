@@ -15,13 +15,15 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.status import Status
 from rich.table import Table
+
+from cloud_server.authority import Authority
 
 FOLDER = Path(".demo")
 AGENTS = ("edge-1", "edge-2")
@@ -109,18 +111,12 @@ def run_round(status: Status, stop: Stop) -> None:
 
 
 def join_token(state_dir: Path, uses: int) -> Path:
-    """A file with a join token of the server that has, or will have, this state directory.
-
-    Raises:
-        RuntimeError: it cannot be made.
-    """
-    command = ["cloud_server", "token", "create", "--state-dir", str(state_dir), "--uses", str(uses)]
-    done = subprocess.run([sys.executable, "-m", *command], capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(done.stderr.strip())
+    """A file with a join token of the server that has, or will have, this state directory."""
+    with closing(Authority(state_dir / "tls")) as authority:
+        token = authority.create_token(uses, ttl_seconds=3600)
     file = state_dir / "join-token"
     file.touch(mode=0o600)
-    file.write_text(done.stdout, "utf-8")
+    file.write_text(token, "utf-8")
     return file
 
 
