@@ -55,9 +55,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=(__doc__ or "").splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = figures.argument_parser(__doc__)
     parser.add_argument("--model", default="resnet50", metavar="NAME", help="whose weights: torchvision's")
     parser.add_argument("--agents", type=int, default=4, metavar="K", help="how many contributions")
     parser.add_argument("--repeats", type=int, default=3, metavar="N", help="runs of each aggregator")

@@ -1,5 +1,6 @@
 """How figures are summed up and shown: one JSON line on stdout, and a table where a person looks on."""
 
+import argparse
 import json
 import os
 import platform
@@ -14,6 +15,13 @@ from rich.console import Console
 from rich.table import Table
 
 DIGITS = 5  # significant, in the JSON line: timings have no more
+
+
+def argument_parser(doc: str | None) -> argparse.ArgumentParser:
+    """That shows defaults; described by the first line of a module's docstring."""
+    return argparse.ArgumentParser(
+        description=(doc or "").splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:

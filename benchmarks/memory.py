@@ -6,7 +6,6 @@ One cloud-server for each K, and K connections of the agent's CloudClient in thi
 all download. Figures are peaks of the serving process since its start, imports included.
 """
 
-import argparse
 import asyncio
 import sys
 import tempfile
@@ -23,9 +22,7 @@ from edge_agent.metrics import AgentMetrics
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=(__doc__ or "").splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = figures.argument_parser(__doc__)
     parser.add_argument("--agents", default="2,8,32", metavar="K,…", help="numbers of agents")
     parser.add_argument("--mib", type=int, default=64, metavar="N", help="size of the model")
     parser.add_argument("--folder", type=Path, help="on the disk to write to (default: the temporary folder)")

@@ -1,15 +1,15 @@
 """The product's own processes, started as a user would start them."""
 
-import asyncio
-import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 from typing import NamedTuple
 
 from benchmarks.processes import Processes
+from cloud_server.authority import Authority
 from common.tls import JoinToken
-from edge_agent.client import enroll
-from edge_agent.identity import Enrolment, Identity
+from edge_agent.enrolment import Enrolment, enroll
+from edge_agent.identity import Identity
 
 START_SECONDS = 300.0  # PyTorch is imported, and the run's model built
 
@@ -24,16 +24,9 @@ class Server(NamedTuple):
         return f"127.0.0.1:{self.port}"
 
     def join_token(self) -> str:
-        """For one agent.
-
-        Raises:
-            RuntimeError: the server's folder cannot be used.
-        """
-        command = ["cloud_server", "token", "create", "--state-dir", str(self.state_dir)]
-        done = subprocess.run([sys.executable, "-m", *command], capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise RuntimeError(done.stderr)
-        return done.stdout.strip()
+        """For one agent."""
+        with closing(Authority(self.state_dir / "tls")) as authority:
+            return authority.create_token(uses=1, ttl_seconds=3600)
 
 
 def start_server(processes: Processes, folder: Path, run: str, *flags: object) -> Server:
@@ -54,7 +47,7 @@ def start_server(processes: Processes, folder: Path, run: str, *flags: object) -
 
 async def enrolled(server: Server, folder: Path, name: str) -> Identity:
     """For a CloudClient in this process; its files are below the folder."""
-    token = JoinToken.parse(await asyncio.to_thread(server.join_token))
+    token = JoinToken.parse(server.join_token())
     enrolment = Enrolment(folder / "tls", name, token, server.address)
     return await enroll(enrolment, server.address, print)
 

@@ -69,10 +69,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def parser(description: str | None) -> argparse.ArgumentParser:
     """The flags that this command shares with those of the peers."""
-    parser = argparse.ArgumentParser(
-        description=(description or "").splitlines()[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    parser = figures.argument_parser(description)
     parser.add_argument("--agents", type=_positive, default=2, metavar="K", help="how many")
     parser.add_argument("--model", choices=MODELS, default="resnet50", help="whose weights travel")
     parser.add_argument(

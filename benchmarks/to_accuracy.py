@@ -118,9 +118,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=(__doc__ or "").splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = figures.argument_parser(__doc__)
     parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="image folder of CIFAR-10")
     parser.add_argument("--accuracy", type=float, default=0.4, metavar="A", help="0 to 1, when to stop")
     parser.add_argument("--images", type=int, default=10_000, metavar="N", help="to train on")

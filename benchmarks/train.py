@@ -89,9 +89,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=(__doc__ or "").splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = figures.argument_parser(__doc__)
     parser.add_argument("--models", nargs="+", choices=WORKLOADS, default=tuple(WORKLOADS), help="which")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:1")
     precisions = ("float32", "bfloat16")

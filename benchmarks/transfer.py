@@ -91,9 +91,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=(__doc__ or "").splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = figures.argument_parser(__doc__)
     parser.add_argument("--mib", type=int, default=512, metavar="N", help="size of the blob")
     parser.add_argument("--repeats", type=int, default=5, metavar="N", help="pairs of each direction")
     parser.add_argument("--folder", type=Path, help="on the disk to write to (default: the temporary folder)")

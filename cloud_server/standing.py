@@ -85,6 +85,8 @@ class Standing:
         self._results: dict[int, Result] = {}  # of rounds on the status page
         for row in store.rounds():
             self._note_end(row)
+        self._initial_weights = self._blob(current.initial_weights)
+        self._initial_encoded = self._encoded(current.initial_weights)
         self.show(current)
 
     # ------------------------------------------------------------------ what is shown
@@ -93,9 +95,10 @@ class Standing:
         """The round as it is now, on record already."""
         if current.phase is not self._round.phase:
             self._progress = None
+        if current.initial_weights != self._initial_weights.digest:
+            self._initial_weights = self._blob(current.initial_weights)
+            self._initial_encoded = self._encoded(current.initial_weights)
         self._round = current
-        self._initial_weights = self._blob(current.initial_weights)
-        self._initial_encoded = self._encoded(current.initial_weights)
         self._note_end(current)
         if current.published:
             self._counted |= dict.fromkeys(current.contributions, current.number)

@@ -72,8 +72,7 @@ def split(labels: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, n
     Raises:
         UsageError: fewer than two examples.
     """
-    if len(labels) < 2:
-        raise UsageError(f"{len(labels)} examples cannot be split: at least 2 are needed to hold some back")
+    check_splittable(len(labels))
     generator = np.random.Generator(np.random.PCG64(seed))
     shuffled = generator.permutation(len(labels))
     by_class = shuffled[np.argsort(labels[shuffled], kind="stable")]
@@ -84,6 +83,12 @@ def split(labels: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, n
     is_held_out = np.zeros(len(labels), bool)
     is_held_out[by_class[steps]] = True
     return np.flatnonzero(~is_held_out), np.flatnonzero(is_held_out)
+
+
+def check_splittable(num_examples: int) -> None:
+    """Raises UsageError: they are too few to hold some back and to have some left."""
+    if num_examples < 2:
+        raise UsageError(f"{num_examples} examples cannot be split: at least 2 are needed to hold some back")
 
 
 def cloud_holdout(labels: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:

@@ -73,8 +73,8 @@ async def do_enroll(config: AgentConfig, token: str) -> int:
 async def enrolled(config: AgentConfig, state: "AgentState", token: str) -> "Identity":
     """Enroll, waiting for the server if need be."""
     from common.tls import JoinToken
-    from edge_agent.client import enroll as enroll_with
-    from edge_agent.identity import Enrolment
+    from edge_agent.enrolment import Enrolment
+    from edge_agent.enrolment import enroll as enroll_with
 
     def tell(trouble: str) -> None:
         text = f"waiting for {config.server}: {trouble}" if trouble else f"reached {config.server}"

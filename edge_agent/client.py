@@ -26,7 +26,6 @@ from common.errors import (
     Refusal,
     RunError,
     UnavailableError,
-    UsageError,
 )
 from common.faults import Point, crash_point
 from common.files import sync
@@ -35,7 +34,7 @@ from common.pb import ecavg_pb2_grpc as pb_grpc
 from common.tls import TlsMaterial
 from common.transfer import Blob, Receiver, WriteBehind, chunks_of
 from common.wire import Encoded
-from edge_agent.identity import Enrolment, Identity, explain
+from edge_agent.identity import Identity, explain
 from edge_agent.metrics import AgentMetrics
 from edge_agent.state import Report
 
@@ -46,7 +45,6 @@ CALL_SECONDS = 60.0  # for an answer to a small call
 STEADY_SECONDS = 10.0  # a Watch that lasted for so long was a good one
 RENEWAL_POLL_SECONDS = 3600.0  # wall clocks jump, and devices sleep: so often we look again
 MIN_RENEWAL_SECONDS = 60.0  # between two renewals, should a clock be wrong
-MAX_UNTAKEN = 3  # handshakes that the server breaks off: it is the token, not the network
 MAX_DAMAGED = 3  # the same file does not match its digest so often: it is the file, not the network
 
 _KINDS = {"weights": pb.BLOB_KIND_WEIGHTS, "data": pb.BLOB_KIND_DATA}
@@ -396,57 +394,30 @@ class _Fate:
             raise
 
 
-async def enroll(enrolment: Enrolment, server: str, on_waiting: Callable[[str], None]) -> Identity:
-    """Have the device enrolled; a server that is out of reach is waited for.
+class Certified(NamedTuple):
+    """What a server answers to whom it enrolls; certificates in PEM."""
+
+    certificate: bytes
+    ca_certificate: bytes
+
+
+async def ask_for_certificate(server: str, material: TlsMaterial, request: bytes) -> Certified:
+    """Enroll, in one attempt.
 
     Args:
-        on_waiting: as for CloudClient.
+        material: a join token's.
+        request: PKCS#10, DER.
 
     Raises:
-        UsageError: the server is not the token's, speaks plaintext, or does not take the token.
-        Refusal: the server says no.
+        Refusal: the server says no; UnavailableError: it cannot be reached, or ends the handshake.
     """
-    num_untaken = 0
-    is_waiting = False
-
-    async def attempt() -> Identity:
-        nonlocal num_untaken
-        try:
-            material = await asyncio.to_thread(enrolment.material)
-        except OSError as error:
-            num_untaken = 0
-            raise UnavailableError(f"nobody answers there ({error.strerror or error})") from error
-        try:
-            reply = await _ask_for_certificate(server, material, enrolment.request)
-        except UnavailableError as error:
-            num_untaken += "closed" in str(error) or "reset" in str(error)
-            if num_untaken < MAX_UNTAKEN:
-                raise
-            raise UsageError(
-                f"{server} does not take this join token: it has expired, was revoked, or is another"
-                " server's; ask for another one (`cloud-server token create`)"
-            ) from error
-        return await asyncio.to_thread(enrolment.finish, reply.certificate, reply.ca_certificate)
-
-    async def before_retry(error: BaseException, _: float) -> None:
-        nonlocal is_waiting
-        if not is_waiting:
-            is_waiting = True
-            on_waiting(str(error))
-
-    identity: Identity = await rpc.retrying(before_retry)(attempt)
-    if is_waiting:
-        on_waiting("")
-    return identity
-
-
-async def _ask_for_certificate(server: str, material: TlsMaterial, request: bytes) -> pb.EnrollReply:
     channel = rpc.channel(server, material)
     try:
         stub = pb_grpc.ECAvgStub(channel)  # type: ignore[no-untyped-call]
-        return await _translated(stub.Enroll(pb.EnrollRequest(request=request), timeout=CALL_SECONDS))
+        reply = await _translated(stub.Enroll(pb.EnrollRequest(request=request), timeout=CALL_SECONDS))
     finally:
         await channel.close(None)
+    return Certified(reply.certificate, reply.ca_certificate)
 
 
 async def _translated(call: Awaitable[_T]) -> _T:

@@ -26,7 +26,7 @@ import torch
 from common.config import DATASETS, RunConfig
 from common.errors import UsageError
 from common.models import import_factory
-from common.shards import Shard
+from common.shards import Shard, check_splittable
 from common.training import derive_seed
 from edge_agent.config import FACTORY_PATTERN, check_source
 from edge_agent.image_folder import list_image_folder, stamp_of
@@ -175,8 +175,7 @@ def hold_out(images: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray
     Raises:
         UsageError: fewer than two images.
     """
-    if len(images) < 2:
-        raise UsageError(f"{len(images)} examples cannot be split: at least 2 are needed to hold some back")
+    check_splittable(len(images))
     ranks = image_digests(images, repeat(seed.to_bytes(8), len(images)))
     is_held_out = ranks < fraction * 2.0**64
     is_held_out[ranks.argmin()] = True

@@ -11,7 +11,6 @@ from pathlib import Path
 
 from common import tls
 from common.errors import UsageError
-from common.faults import Point, crash_point
 
 PROBE_SECONDS = 5.0
 
@@ -66,59 +65,6 @@ def find(folder: Path) -> Identity | None:
     return None
 
 
-class Enrolment:
-    """An enrolment under way; begun again after a crash, it goes on with the same key.
-
-    Args:
-        server: host and port.
-    """
-
-    def __init__(self, folder: Path, agent_id: str, token: tls.JoinToken, server: str) -> None:
-        tls.make_private_folder(folder)
-        self._folder = folder
-        self._key = tls.read_or_make_key(folder / "key.pem")
-        crash_point(Point.AGENT_KEY_WRITTEN)
-        self._agent_id = agent_id
-        self._token = token
-        self._server = server
-        self.request = tls.make_request(self._key, agent_id)
-        self._leaf: tls.Certificate
-
-    def material(self) -> tls.TlsMaterial:
-        """For a connection to whoever is there now, and nobody else; `finish` tells whether to believe it.
-
-        Raises:
-            OSError: nobody is there.
-            UsageError: it speaks plaintext.
-        """
-        self._leaf = tls.load_certificate(_certificate_of(self._server))
-        leaf = self._token.leaf(self._key)
-        return tls.TlsMaterial(tls.pem(self._key), tls.pem(leaf), tls.pem(self._leaf))
-
-    def finish(self, certificate: bytes, ca_certificate: bytes) -> Identity:
-        """Keep what the server answered.
-
-        Raises:
-            UsageError: it is not the server that the token is of; nothing is kept.
-        """
-        try:
-            ca, own = tls.load_certificate(ca_certificate), tls.load_certificate(certificate)
-            is_ours = tls.fingerprint(ca) == self._token.fingerprint and tls.is_issued_by(self._leaf, ca)
-        except ValueError:
-            is_ours = False
-        if not is_ours:
-            raise UsageError(
-                f"{self._server} is not the server that the join token is of: check the address,"
-                " and that nobody stands in between"
-            )
-        is_own = tls.is_key_of(self._key, own) and tls.common_name(own) == self._agent_id
-        if not (is_own and tls.is_issued_by(own, ca)):
-            raise UsageError(f"{self._server} sent a certificate that is not for this agent's key")
-        crash_point(Point.AGENT_ENROLLED)
-        tls.write_private(self._folder / "identity.pem", tls.pem(own) + tls.pem(ca))
-        return Identity(self._folder)
-
-
 def explain(server: str, identity: Identity | None, trouble: str) -> str:
     """What stands behind a failed connection, where it is more than a network that is down.
 
@@ -144,7 +90,7 @@ _SPEAKS_PLAINTEXT = (
 )
 
 
-def _certificate_of(server: str) -> bytes:
+def certificate_of(server: str) -> bytes:
     """Of whoever is there, unverified, PEM."""
     host, _, port = server.rpartition(":")
     try:
@@ -157,6 +103,6 @@ def _certificate_of(server: str) -> bytes:
 
 def _speaks_tls(server: str) -> bool:
     try:
-        return bool(_certificate_of(server))
+        return bool(certificate_of(server))
     except (OSError, UsageError):
         return False

@@ -233,9 +233,13 @@ class RoundJob:
 
     def _write(self, model: nn.Module) -> Written:
         """The difference is taken from what all agents hold, as those know who have sent one themselves."""
-        hold_base = all(encoding_of(read_header(sent)).wire == "int8" for sent in self._sent)
-        base = self._base if hold_base else None
+        base = self._base if self._hold_base() else None
         return _write(model, self._directory, wire_of(self._run.wire, base), base)
+
+    def _hold_base(self) -> bool:
+        return self._run.wire == "int8" and all(
+            encoding_of(read_header(sent)).wire == "int8" for sent in self._sent
+        )
 
     @property
     def _base(self) -> Base | None:

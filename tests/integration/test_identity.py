@@ -38,8 +38,9 @@ from common.pb import ecavg_pb2 as pb
 from common.pb import ecavg_pb2_grpc as pb_grpc
 from common.shards import Shard, write_shard
 from common.transfer import Blob, blob_of
-from edge_agent.client import CloudClient, enroll
-from edge_agent.identity import Enrolment, Identity, find
+from edge_agent.client import CloudClient
+from edge_agent.enrolment import Enrolment, enroll
+from edge_agent.identity import Identity, find
 from edge_agent.metrics import AgentMetrics
 from tests.processes import ROOT, Cluster
 from tests.unit.test_coordinator import World, world

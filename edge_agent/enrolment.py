@@ -1,0 +1,110 @@
+"""`edge-agent enroll`: a device without a certificate gets one from the server that its join token is of."""
+
+import asyncio
+from collections.abc import Callable
+from pathlib import Path
+
+from common import rpc, tls
+from common.errors import UnavailableError, UsageError
+from common.faults import Point, crash_point
+from edge_agent.client import ask_for_certificate
+from edge_agent.identity import Identity, certificate_of
+
+MAX_UNTAKEN = 3  # handshakes that the server breaks off: it is the token, not the network
+
+
+class Enrolment:
+    """An enrolment under way; begun again after a crash, it goes on with the same key.
+
+    Args:
+        server: host and port.
+    """
+
+    def __init__(self, folder: Path, agent_id: str, token: tls.JoinToken, server: str) -> None:
+        tls.make_private_folder(folder)
+        self._folder = folder
+        self._key = tls.read_or_make_key(folder / "key.pem")
+        crash_point(Point.AGENT_KEY_WRITTEN)
+        self._agent_id = agent_id
+        self._token = token
+        self._server = server
+        self.request = tls.make_request(self._key, agent_id)
+        self._leaf: tls.Certificate
+
+    def material(self) -> tls.TlsMaterial:
+        """For a connection to whoever is there now, and nobody else; `finish` tells whether to believe it.
+
+        Raises:
+            OSError: nobody is there.
+            UsageError: it speaks plaintext.
+        """
+        self._leaf = tls.load_certificate(certificate_of(self._server))
+        leaf = self._token.leaf(self._key)
+        return tls.TlsMaterial(tls.pem(self._key), tls.pem(leaf), tls.pem(self._leaf))
+
+    def finish(self, certificate: bytes, ca_certificate: bytes) -> Identity:
+        """Keep what the server answered.
+
+        Raises:
+            UsageError: it is not the server that the token is of; nothing is kept.
+        """
+        try:
+            ca, own = tls.load_certificate(ca_certificate), tls.load_certificate(certificate)
+            is_ours = tls.fingerprint(ca) == self._token.fingerprint and tls.is_issued_by(self._leaf, ca)
+        except ValueError:
+            is_ours = False
+        if not is_ours:
+            raise UsageError(
+                f"{self._server} is not the server that the join token is of: check the address,"
+                " and that nobody stands in between"
+            )
+        is_own = tls.is_key_of(self._key, own) and tls.common_name(own) == self._agent_id
+        if not (is_own and tls.is_issued_by(own, ca)):
+            raise UsageError(f"{self._server} sent a certificate that is not for this agent's key")
+        crash_point(Point.AGENT_ENROLLED)
+        tls.write_private(self._folder / "identity.pem", tls.pem(own) + tls.pem(ca))
+        return Identity(self._folder)
+
+
+async def enroll(enrolment: Enrolment, server: str, on_waiting: Callable[[str], None]) -> Identity:
+    """Have the device enrolled; a server that is out of reach is waited for.
+
+    Args:
+        on_waiting: as for CloudClient.
+
+    Raises:
+        UsageError: the server is not the token's, speaks plaintext, or does not take the token.
+        Refusal: the server says no.
+    """
+    num_untaken = 0
+    is_waiting = False
+
+    async def attempt() -> Identity:
+        nonlocal num_untaken
+        try:
+            material = await asyncio.to_thread(enrolment.material)
+        except OSError as error:
+            num_untaken = 0
+            raise UnavailableError(f"nobody answers there ({error.strerror or error})") from error
+        try:
+            reply = await ask_for_certificate(server, material, enrolment.request)
+        except UnavailableError as error:
+            num_untaken += "closed" in str(error) or "reset" in str(error)
+            if num_untaken < MAX_UNTAKEN:
+                raise
+            raise UsageError(
+                f"{server} does not take this join token: it has expired, was revoked, or is another"
+                " server's; ask for another one (`cloud-server token create`)"
+            ) from error
+        return await asyncio.to_thread(enrolment.finish, *reply)
+
+    async def before_retry(error: BaseException, _: float) -> None:
+        nonlocal is_waiting
+        if not is_waiting:
+            is_waiting = True
+            on_waiting(str(error))
+
+    identity: Identity = await rpc.retrying(before_retry)(attempt)
+    if is_waiting:
+        on_waiting("")
+    return identity
