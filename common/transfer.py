@@ -1,15 +1,14 @@
 """Bytes ↔ chunks: a blob on its way, with its offset, its byte budget and its SHA-256.
 
 What is not async blocks on the disk: callers on an event loop use a thread. Going there and back for each
-chunk would take longer than to write it, so several chunks go together.
+chunk takes longer than to write it, so several chunks go together.
 """
 
 import asyncio
 import hashlib
 import os
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import suppress
-from itertools import islice
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -19,7 +18,7 @@ CHUNK_BYTES = 256 * 1024
 MAX_CHUNK_BYTES = 4 * 1024 * 1024
 _READ_BYTES = 4 * 1024 * 1024
 _FLUSH_BYTES = 8 * 1024 * 1024  # are given to the disk at a time, while the next ones arrive
-_CHUNKS_AT_ONCE = 2  # read, or waiting to be written: the memory of every stream
+_CHUNKS_AT_ONCE = 2  # waiting to be written: the memory of every stream
 
 _T = TypeVar("_T")
 
@@ -38,27 +37,38 @@ def blob_of(path: Path) -> Blob:
         return Blob(digest, file.tell())
 
 
-def read_chunks(path: Path, offset: int) -> Iterator[bytes]:
-    """The file from `offset` on, in pieces of CHUNK_BYTES; one piece is in memory at a time.
+async def chunks_of(path: Path, offset: int) -> AsyncIterator[bytes]:
+    """The file from `offset` on, in pieces of at most CHUNK_BYTES; one piece is in memory at a time.
+
+    What the system has in memory is read right here: going to a thread and back would take longer. Only
+    what has to come from the disk is waited for in one.
 
     Raises:
         OffsetError: `offset` is beyond the end of the file.
     """
-    size = path.stat().st_size
-    if offset > size:
-        raise OffsetError(f"offset {offset} is beyond the {size} bytes of the blob")
-    with path.open("rb", buffering=0) as file:
-        file.seek(offset)
-        while chunk := file.read(CHUNK_BYTES):
+    with await asyncio.to_thread(path.open, "rb", buffering=0) as file:
+        descriptor = file.fileno()
+        size = os.fstat(descriptor).st_size
+        if offset > size:
+            raise OffsetError(f"offset {offset} is beyond the {size} bytes of the blob")
+        while chunk := (
+            _read_from_memory(descriptor, offset)
+            or await asyncio.to_thread(os.pread, descriptor, CHUNK_BYTES, offset)
+        ):
             yield chunk
+            offset += len(chunk)
 
 
-async def chunks_of(path: Path, offset: int) -> AsyncIterator[bytes]:
-    """What read_chunks gives, read in a thread; some chunks are in memory at a time."""
-    chunks = read_chunks(path, offset)
-    while some := await asyncio.to_thread(lambda: list(islice(chunks, _CHUNKS_AT_ONCE))):
-        for chunk in some:
-            yield chunk
+def _read_from_memory(descriptor: int, offset: int) -> bytes:
+    """Up to CHUNK_BYTES, if they can be had without waiting for the disk; else nothing."""
+    if not hasattr(os, "RWF_NOWAIT"):
+        return b""
+    buffer = bytearray(CHUNK_BYTES)
+    try:
+        num_bytes = os.preadv(descriptor, [buffer], offset, os.RWF_NOWAIT)
+    except OSError:  # not in memory, or no such reads on this file system; a real trouble shows again
+        return b""
+    return bytes(memoryview(buffer)[:num_bytes])
 
 
 async def to_the_end(work: Awaitable[_T]) -> _T:
