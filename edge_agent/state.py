@@ -8,7 +8,7 @@ import socket
 from collections.abc import Collection
 from pathlib import Path
 
-from common.config import FrozenModel
+from common.config import AGENT_ID_PATTERN, FrozenModel
 from common.errors import UsageError
 from common.files import replacing
 from common.transfer import Blob
@@ -185,8 +185,10 @@ class AgentState:
         file = self.path / "agent-id"
         try:
             known = _read(file).strip()
-        except ValueError as error:
-            raise UsageError(f"{file} is damaged; remove {self.path} to start afresh") from error
+        except UnicodeDecodeError:
+            known = "?"
+        if known and not re.fullmatch(AGENT_ID_PATTERN, known):
+            raise UsageError(f"{file} is damaged; remove {self.path} to start afresh")
         if agent_id and known and agent_id != known:
             raise UsageError(
                 f"state directory {self.path} belongs to agent {known}, not {agent_id};"

@@ -5,9 +5,9 @@ import pytest
 from tests.hostile.target import Agent, Target, target_in
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Target]:
-    """One server for all attacks of a module; whoever attacks it does so in `unharmed()`, or by `target`."""
+    """One server for all attacks of a test process, each in `unharmed()`; `target` does that by itself."""
     with target_in(tmp_path_factory.mktemp("server")) as target:
         yield target
 

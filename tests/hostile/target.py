@@ -188,7 +188,7 @@ def target_in(folder: Path, *args: object, env: dict[str, str] | None = None) ->
             target.close()
 
 
-def header(content: bytes, kind: str, **changes: Any) -> Any:
+def header(content: bytes, kind: str, /, **changes: Any) -> Any:
     """The first message of an honest upload of these bytes, but for the changes."""
     fields = {"digest": digest_of(content), "kind": KINDS[kind], "size_bytes": len(content), "offset": 0}
     return pb.UploadRequest(header=pb.UploadHeader(**{**fields, **changes}))
