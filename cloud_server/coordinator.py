@@ -336,7 +336,7 @@ class Coordinator:
         self._check_joined(agent_id)
 
         async def commit() -> Outcome:
-            if number > self._round.number:
+            if not 1 <= number <= self._round.number:
                 raise InvalidError(f"round {number} is not open; round {self._round.number} is")
             if number < self._round.number:
                 return await self._contribute_to_past_round(number, contribution)

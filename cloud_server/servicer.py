@@ -1,7 +1,6 @@
 """protobuf ↔ domain: translates, decides nothing. Errors become statuses in common/rpc.py."""
 
 import asyncio
-import re
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -21,14 +20,13 @@ from common.errors import InvalidError, Reason, UnavailableError, UsageError
 from common.faults import Point, crash_point
 from common.pb import ecavg_pb2 as pb
 from common.pb import ecavg_pb2_grpc as pb_grpc
-from common.transfer import Blob, chunks_of
+from common.transfer import DIGEST, Blob, chunks_of
 from common.wire import Encoded
 
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["ECAvg"].full_name
 
 IDLE_SECONDS = 120.0  # a stream that brings nothing for this long is given up; a slow one never is
 
-_DIGEST = re.compile(r"[0-9a-f]{64}")
 _MAX_SHARDS = 10_000
 _MAX_EXAMPLES = 2**40
 
@@ -112,7 +110,7 @@ class ECAvgServicer(pb_grpc.ECAvgServicer):
             accuracy_adapted=_ratio(request, "accuracy_adapted"),
             num_held_out=_count(request.num_held_out),
             applied=request.applied,
-            reason=_plain(request.reason),
+            reason=rpc.plain(request.reason),
             at=0.0,  # the coordinator's clock
         )
         await self._coordinator.report(calling_agent(), request.round, row)
@@ -193,7 +191,7 @@ async def _next(messages: AsyncIterator[pb.UploadRequest]) -> pb.UploadRequest |
 
 
 def _digest(text: str) -> str:
-    if not _DIGEST.fullmatch(text):
+    if not DIGEST.fullmatch(text):
         raise InvalidError("a digest must be 64 lower-case hexadecimal digits")
     return text
 
@@ -218,11 +216,6 @@ def _count(value: int) -> int:
     if value > _MAX_EXAMPLES:
         raise InvalidError(f"{value} examples are more than anyone has")
     return value
-
-
-def _plain(text: str) -> str:
-    """One line that can neither forge a log entry nor fill a disk."""
-    return "".join(character if character.isprintable() else " " for character in text[:500])
 
 
 def _contribution(agent_id: str, request: pb.ContributeRequest) -> Contribution:

@@ -5,6 +5,7 @@ line; the later wins. Unknown keys are errors that name the key.
 """
 
 import ipaddress
+import math
 import os
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -12,7 +13,15 @@ from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Self, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    FiniteFloat,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from common.errors import UsageError
 
@@ -37,6 +46,9 @@ DATASETS: Mapping[str, DatasetSpec] = {
     "cifar100": DatasetSpec(100, (3, 32, 32), (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
 }
 
+
+Pixels = Annotated[int, Field(ge=1, le=65_536)]  # of an image to one side
+MAX_IMAGE_VALUES = 64_000_000  # of one image, channels included
 
 # How weights travel: see common/wire.py.
 Wire = Literal["float32", "bfloat16", "int8"]
@@ -91,10 +103,10 @@ class RunConfig(FrozenModel):
     small_images: bool = False  # the stride-1 stem that 32x32 images want
     dataset: str = "digits"  # a name in DATASETS, or any other with num_classes and image_shape
     num_classes: Annotated[int, Field(ge=2, le=1_000_000)] | None = None  # None: the dataset's
-    image_shape: tuple[int, int, int] | None = None  # channels, height, width; None: the dataset's
+    image_shape: tuple[Pixels, Pixels, Pixels] | None = None  # channels, height, width; None: the dataset's
     class_names: tuple[str, ...] = ()  # folder names, label 0 first; empty: folders in sorted order
-    mean: tuple[float, ...] | None = None  # per channel, of pixels scaled to 0..1; None: the dataset's
-    std: tuple[float, ...] | None = None
+    mean: tuple[FiniteFloat, ...] | None = None  # per channel, of pixels scaled to 0..1; None: the dataset's
+    std: tuple[FiniteFloat, ...] | None = None
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     partition_by: str = "iid"  # "iid", "dirichlet:ALPHA" or "classes:K"
     num_partitions: Annotated[int, Field(ge=1)] | None = None  # None: the server's max_agents
@@ -150,8 +162,8 @@ class RunConfig(FrozenModel):
                 " or describe your own with num_classes and image_shape"
             )
         spec = self.spec
-        if min(spec.image_shape) < 1:
-            raise ValueError(f"image_shape {list(spec.image_shape)} must be three positive numbers")
+        if math.prod(spec.image_shape) > MAX_IMAGE_VALUES:
+            raise ValueError(f"image_shape {list(spec.image_shape)} has more than {MAX_IMAGE_VALUES} values")
         if not len(spec.mean) == len(spec.std) == spec.image_shape[0]:
             raise ValueError(f"mean and std need one number for each of {spec.image_shape[0]} channels")
         if min(spec.std) <= 0:
@@ -241,7 +253,7 @@ def _read_toml(path: Path) -> dict[str, Any]:
         return tomllib.loads(path.read_text("utf-8"))
     except OSError as error:
         raise UsageError(f"cannot read configuration file {path}: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # TOML, UTF-8, or an integer of thousands of digits
         raise UsageError(f"configuration file {path} is not TOML: {error}") from error
 
 

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, Protocol
 
 import grpc
 import structlog
+from google.protobuf.message import DecodeError
 from tenacity import (
     AsyncRetrying,
     RetryCallState,
@@ -48,6 +49,8 @@ CHANNEL_WINDOW_BYTES = 1024 * 1024
 
 FIRST_PAUSE_SECONDS = 0.2  # the longest pause after a first failure
 MAX_PAUSE_SECONDS = 15.0  # the longest pause after any
+
+MAX_TEXT_CHARACTERS = 500
 
 Options = list[tuple[str, int]]
 
@@ -146,7 +149,7 @@ def error_from(rpc_error: grpc.aio.AioRpcError) -> Refusal:
     """The error that the server raised, or UnavailableError where no server answered."""
     trailing: Any = rpc_error.trailing_metadata() or ()
     metadata = dict(iter(trailing))
-    details = rpc_error.details() or rpc_error.code().name
+    details = plain(rpc_error.details() or rpc_error.code().name)
     try:
         reason = Reason(str(metadata.get(REASON_KEY)))
     except ValueError:
@@ -162,6 +165,12 @@ def error_from(rpc_error: grpc.aio.AioRpcError) -> Refusal:
 def is_retried(error: BaseException) -> bool:
     """Whether waiting may cure it; so it may where our server failed inside (INTERNAL)."""
     return isinstance(error, _RETRIED) or type(error) is Refusal
+
+
+def plain(text: str) -> str:
+    """A stranger's text as one short line that can neither forge a log entry nor steer a terminal."""
+    short = text[:MAX_TEXT_CHARACTERS]
+    return "".join(character if character.isprintable() else " " for character in short)
 
 
 class Backoff:
@@ -248,13 +257,16 @@ class RefusingInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         kinds = (handler.unary_unary, handler.stream_unary, handler.unary_stream, handler.stream_stream)
         call: Any = next(kind for kind in kinds if kind)
 
+        decoded = _decoded_stream if handler.request_streaming else _decoded
+        decode = handler.request_deserializer
+
         async def reply(request: Any, context: Any) -> Any:
             async with self._guard(service, method, context):
-                return await call(request, context)
+                return await call(decoded(request, decode), context)
 
         async def stream(request: Any, context: Any) -> AsyncIterator[Any]:
             async with self._guard(service, method, context):
-                async for message in call(request, context):
+                async for message in call(decoded(request, decode), context):
                     yield message
 
         make = {
@@ -265,7 +277,7 @@ class RefusingInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         }[handler.request_streaming, handler.response_streaming]
         return make(
             stream if handler.response_streaming else reply,
-            request_deserializer=handler.request_deserializer,
+            request_deserializer=None,  # in the guard, so that rubbish is refused as anything else is
             response_serializer=handler.response_serializer,
         )
 
@@ -292,6 +304,20 @@ class RefusingInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
             await context.abort(code, text, ((REASON_KEY, Reason.INTERNAL.value),))
         finally:
             self._observe(service, method, code.name, time.perf_counter() - started)
+
+
+def _decoded(request: bytes, decode: Callable[[bytes], Any]) -> Any:
+    try:
+        return decode(request)
+    except DecodeError as error:
+        raise InvalidError("the request is not the message that this call takes") from error
+
+
+async def _decoded_stream(
+    requests: AsyncIterator[bytes], decode: Callable[[bytes], Any]
+) -> AsyncIterator[Any]:
+    async for request in requests:
+        yield _decoded(request, decode)
 
 
 def _peer(context: Any) -> Peer:

@@ -207,8 +207,9 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     entries = dict(pairs)
     if len(entries) != len(pairs):
         raise ValueError("a key is there twice")
-    for key in entries:
-        key.encode("utf-8")  # UnicodeEncodeError, a ValueError: "\ud800" is JSON and yet no text
+    for text in (*entries, *entries.values()):
+        if isinstance(text, str):
+            text.encode("utf-8")  # UnicodeEncodeError, a ValueError: "\ud800" is JSON and yet no text
     return entries
 
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from cryptography import x509
-from cryptography.exceptions import InvalidSignature
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
@@ -151,7 +151,7 @@ def read_request(request: bytes) -> tuple[str, PublicKey]:
         csr = x509.load_der_x509_csr(request)
         key, agent_id = csr.public_key(), common_name(csr)
         is_signed = csr.is_signature_valid
-    except (ValueError, TypeError, InvalidSignature) as error:
+    except (ValueError, TypeError, InvalidSignature, UnsupportedAlgorithm) as error:
         raise InvalidError("this is no request for a certificate (PKCS#10, DER)") from error
     if not (is_signed and isinstance(key, PublicKey) and isinstance(key.curve, ec.SECP256R1)):
         raise InvalidError("a request for a certificate must be signed with its own ECDSA P-256 key")
@@ -164,7 +164,7 @@ def is_issued_by(certificate: Certificate, issuer: Certificate) -> bool:
     """Directly, signature included."""
     try:
         certificate.verify_directly_issued_by(issuer)
-    except (ValueError, TypeError, InvalidSignature):
+    except (ValueError, TypeError, InvalidSignature, UnsupportedAlgorithm):
         return False
     return True
 
@@ -196,7 +196,10 @@ def key_digest(key: PublicKey) -> str:
 
 
 def is_key_of(key: Key, certificate: Certificate) -> bool:
-    return key.public_key() == certificate.public_key()
+    try:
+        return key.public_key() == certificate.public_key()
+    except (ValueError, UnsupportedAlgorithm):
+        return False
 
 
 # --- files -------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ chunk takes longer than to write it, so several chunks go together.
 import asyncio
 import hashlib
 import os
+import re
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import suppress
 from pathlib import Path
@@ -19,6 +20,8 @@ MAX_CHUNK_BYTES = 4 * 1024 * 1024
 _READ_BYTES = 4 * 1024 * 1024
 _FLUSH_BYTES = 8 * 1024 * 1024  # are given to the disk at a time, while the next ones arrive
 _CHUNKS_AT_ONCE = 2  # waiting to be written: the memory of every stream
+
+DIGEST = re.compile(r"[0-9a-f]{64}")  # SHA-256, hexadecimal, as it is named everywhere
 
 _T = TypeVar("_T")
 
@@ -161,6 +164,9 @@ class Receiver:
         self.received_bytes = self._hash_what_is_there()
 
     def close(self) -> None:
+        """What was received stays; where that is nothing, nothing does."""
+        if not self._file.closed and not os.fstat(self._file.fileno()).st_size:
+            self._path.unlink(missing_ok=True)
         self._file.close()
 
     def write(self, chunk: bytes) -> None:

@@ -330,6 +330,13 @@ class EdgeAgent:
         return True
 
     async def _fetch(self, blob: Blob, label: str) -> Path:
+        """Download the blob; a server that is out of its mind shall not fill this device's disk."""
+        most = await self._worker.run((await self._models()).most_weights_bytes)
+        if not 0 < blob.size_bytes <= most:
+            raise RunError(
+                f"the server offers weights of {blob.size_bytes} bytes, and those of the run's model have"
+                f" {most} at most: the server is not to be trusted, or the model another one there"
+            )
         path, show = self._disk.weights(blob.digest), self._bar(f"download {label}")
         await self._worker.when_there_is_room(lambda: self._client.download(blob, path, show))
         return path

@@ -8,7 +8,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, 
 from contextlib import aclosing, asynccontextmanager, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, NoReturn, TypeVar
 
 import grpc
 import structlog
@@ -32,7 +32,7 @@ from common.files import sync
 from common.pb import ecavg_pb2 as pb
 from common.pb import ecavg_pb2_grpc as pb_grpc
 from common.tls import TlsMaterial
-from common.transfer import Blob, Receiver, WriteBehind, chunks_of
+from common.transfer import DIGEST, Blob, Receiver, WriteBehind, chunks_of
 from common.wire import Encoded
 from edge_agent.identity import Identity, explain
 from edge_agent.metrics import AgentMetrics
@@ -149,6 +149,8 @@ class CloudClient:
 
     async def join(self) -> Joined:
         reply = await self._unary("Join", pb.JoinRequest(protocol_version=PROTOCOL_VERSION))
+        if not (reply.slot and reply.num_partitions):
+            _strange("a slot or a number of partitions that is 0")
         return Joined(reply.run_id, _run_config(reply.run_json), reply.slot, reply.num_partitions)
 
     async def watch(self) -> AsyncIterator[RunState]:
@@ -215,7 +217,7 @@ class CloudClient:
             initial_weights_digest=initial_weights,
         )
         reply = await self._unary("Contribute", request)
-        return Verdict(_name(pb.Outcome, reply.outcome, "OUTCOME_"), reply.message)
+        return Verdict(_name(pb.Outcome, reply.outcome, "OUTCOME_"), rpc.plain(reply.message))
 
     async def download(self, blob: Blob, path: Path, on_bytes: OnBytes) -> None:
         """Fetch a blob to `path`, where it appears whole, checked and durable.
@@ -468,22 +470,35 @@ def _run_state(event: pb.WatchEvent) -> RunState:
         latest_encoded=_encoded(event.latest_model, "encoded"),
         counted_round=event.counted_round,
         failed_round=event.failed_round,
-        failure=event.failure,
+        failure=rpc.plain(event.failure),
         run_over=event.run_over,
     )
 
 
 def _blob(message: pb.Blob) -> Blob:
-    return Blob(message.digest, message.size_bytes)
+    return Blob(_digest(message.digest), message.size_bytes)
+
+
+def _digest(text: str) -> str:
+    """It becomes the name of a file here; "" is that of none."""
+    if text and not DIGEST.fullmatch(text):
+        _strange("a digest that is none")
+    return text
 
 
 def _encoded(message: Any, field: str) -> Encoded | None:
     if not message.HasField(field):
         return None
     encoded = getattr(message, field)
-    return Encoded(_blob(encoded.blob), encoded.base_digest or None)
+    return Encoded(_blob(encoded.blob), _digest(encoded.base_digest) or None)
 
 
 def _name(enum: Any, value: int, prefix: str) -> str:
     """`PHASE_COLLECTING` → "collecting"; the unspecified value is ""."""
+    if value not in enum.values():
+        _strange(f"{prefix}{value}")
     return enum.Name(value).removeprefix(prefix).lower() if value else ""
+
+
+def _strange(what: str) -> NoReturn:
+    raise RunError(f"the server sent {what}: install the same version on both, or trust it no more")

@@ -51,7 +51,10 @@ class Identity:
 
     def renew(self, certificate: bytes) -> None:
         """Go on with this one, durably; UsageError, and no change, if it is not this agent's."""
-        new = tls.load_certificate(certificate)
+        try:
+            new = tls.load_certificate(certificate)
+        except ValueError as error:
+            raise UsageError("the server sent something else than a certificate") from error
         if not (tls.is_key_of(self._key, new) and tls.is_issued_by(new, self._ca)):
             raise UsageError("the server sent a certificate that is not for this agent's key")
         tls.write_private(self._folder / "identity.pem", tls.pem(new) + tls.pem(self._ca))

@@ -18,6 +18,7 @@ from common.errors import UsageError
 from common.shards import Shard
 
 MAX_IMAGE_PIXELS = 64_000_000  # of one file, checked before it is decoded
+MAX_IMAGE_BYTES = 512 << 20  # of one file, checked before it is opened: WebP is read whole
 IMAGE_FORMATS: Mapping[str, str] = {
     ".jpg": "JPEG",
     ".jpeg": "JPEG",
@@ -116,6 +117,8 @@ def decode_image(path: Path, image_shape: tuple[int, int, int]) -> np.ndarray:
     """
     channels, height, width = image_shape
     mode, size = _MODES[channels], (width, height)
+    if (num_bytes := path.stat().st_size) > MAX_IMAGE_BYTES:
+        raise ValueError(f"{num_bytes} bytes, at most {MAX_IMAGE_BYTES} are read")
     with Image.open(path, formats=tuple(set(IMAGE_FORMATS.values()))) as file:
         if file.width * file.height > MAX_IMAGE_PIXELS:
             raise ValueError(f"{file.width} x {file.height} pixels, at most {MAX_IMAGE_PIXELS} are read")
@@ -166,7 +169,8 @@ def _list_images(folder: Path, class_names: Sequence[str]) -> FileSplit:
 
 
 def _is_image(path: Path) -> bool:
-    return path.suffix.lower() in IMAGE_FORMATS and not _is_hidden(path)
+    """Of a pipe or device, which could be read for ever, the name says nothing."""
+    return path.suffix.lower() in IMAGE_FORMATS and not _is_hidden(path) and path.is_file()
 
 
 def _is_hidden(path: Path) -> bool:

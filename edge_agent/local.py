@@ -19,6 +19,7 @@ from common.errors import DivergedError, RunError
 from common.faults import Point, crash_point
 from common.files import link, replacing
 from common.models import build_model
+from common.schema import MAX_HEADER_BYTES
 from common.shards import cloud_holdout, gather, read_shard
 from common.training import Evaluation, OnStep, derive_seed
 from common.transfer import Blob, blob_of
@@ -102,6 +103,12 @@ class LocalModels:
         self.shards = {path: blob_of(path) for path in keep_shards(disk.shards, data.train)}
         self._mapped = [read_shard(path) for path in self.shards]  # to be read though its file be removed
         self.num_examples = sum(len(shard.labels) for shard in self._mapped)
+
+    def most_weights_bytes(self) -> int:
+        """How large a file with weights of the run's model may be."""
+        model = self._model(None) if self._network is None else self._network
+        num_bytes: int = sum(each.nbytes for each in model.state_dict().values())
+        return num_bytes + MAX_HEADER_BYTES + 8
 
     def pretrain(self, number: int, initial: Path | None, on_step: OnStep) -> nn.Module:
         """Train for a round, from the last checkpoint if there is one.

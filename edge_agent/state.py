@@ -8,9 +8,7 @@ import socket
 from collections.abc import Collection
 from pathlib import Path
 
-from pydantic import ValidationError
-
-from common.config import FrozenModel
+from common.config import AGENT_ID_PATTERN, FrozenModel
 from common.errors import UsageError
 from common.files import replacing
 from common.transfer import Blob
@@ -178,14 +176,19 @@ class AgentState:
     def _read_progress(self) -> Progress:
         try:
             return Progress.model_validate_json(_read(self.path / "progress.json") or "{}")
-        except ValidationError as error:
+        except ValueError as error:  # of pydantic, or no text at all
             raise UsageError(
                 f"{self.path / 'progress.json'} is damaged; remove {self.path} to start afresh"
             ) from error
 
     def _remember_id(self, agent_id: str | None) -> str:
         file = self.path / "agent-id"
-        known = _read(file).strip()
+        try:
+            known = _read(file).strip()
+        except UnicodeDecodeError:
+            known = "?"
+        if known and not re.fullmatch(AGENT_ID_PATTERN, known):
+            raise UsageError(f"{file} is damaged; remove {self.path} to start afresh")
         if agent_id and known and agent_id != known:
             raise UsageError(
                 f"state directory {self.path} belongs to agent {known}, not {agent_id};"
