@@ -36,12 +36,13 @@ def _deep(model: str, dataset: str) -> dict[str, Any]:
 
 
 _SHORT = {"pretrain": {"epochs": 4}, "fine_tune": {"epochs": 2}}
+_SHORT_BFLOAT16 = {phase: {**short, "precision": "bfloat16"} for phase, short in _SHORT.items()}
 
 TASKS: Mapping[str, Task] = {
     "digits": Task(read_preset("digits-mlp")["run"], 500, {}, 1_000, 10_000),
     "mnist": Task(read_preset("mnist-mlp")["run"], 30_000, {}, 20_000, 10_000),
     "cifar10": Task(_deep("mobilenet_v2", "cifar10"), 5_000, _SHORT, 6_000, 4_000),
-    "cifar100": Task(_deep("resnet50", "cifar100"), 2_000, _SHORT, 2_000, 2_000),
+    "cifar100": Task(_deep("resnet50", "cifar100"), 2_000, _SHORT_BFLOAT16, 8_000, 2_000),
 }
 
 
