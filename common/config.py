@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Self, TypeVar, get_args
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -47,6 +48,14 @@ DATASETS: Mapping[str, DatasetSpec] = {
 }
 
 
+def _printable(text: str) -> str:
+    if not text.isprintable() or len(text) > MAX_NAME_CHARACTERS:
+        raise ValueError(f"should be at most {MAX_NAME_CHARACTERS} printable characters")
+    return text
+
+
+MAX_NAME_CHARACTERS = 500
+Name = Annotated[str, AfterValidator(_printable)]  # shown on terminals, and it comes from a server
 Pixels = Annotated[int, Field(ge=1, le=65_536)]  # of an image to one side
 MAX_IMAGE_VALUES = 64_000_000  # of one image, channels included
 
@@ -98,22 +107,22 @@ class FineTuneConfig(TrainingConfig):
 class RunConfig(FrozenModel):
     """What the whole run does: the server's `[run]` table, sent to every agent."""
 
-    model: str = "mlp"  # "mlp", a torchvision.models name, or the user's "package.module:factory"
+    model: Name = "mlp"  # "mlp", a torchvision.models name, or the user's "package.module:factory"
     hidden_units: Annotated[int, Field(ge=1, le=1_000_000)] = 128  # of the mlp
     small_images: bool = False  # the stride-1 stem that 32x32 images want
-    dataset: str = "digits"  # a name in DATASETS, or any other with num_classes and image_shape
+    dataset: Name = "digits"  # a name in DATASETS, or any other with num_classes and image_shape
     num_classes: Annotated[int, Field(ge=2, le=1_000_000)] | None = None  # None: the dataset's
     image_shape: tuple[Pixels, Pixels, Pixels] | None = None  # channels, height, width; None: the dataset's
-    class_names: tuple[str, ...] = ()  # folder names, label 0 first; empty: folders in sorted order
+    class_names: tuple[Name, ...] = ()  # folder names, label 0 first; empty: folders in sorted order
     mean: tuple[FiniteFloat, ...] | None = None  # per channel, of pixels scaled to 0..1; None: the dataset's
     std: tuple[FiniteFloat, ...] | None = None
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    partition_by: str = "iid"  # "iid", "dirichlet:ALPHA" or "classes:K"
+    partition_by: Name = "iid"  # "iid", "dirichlet:ALPHA" or "classes:K"
     num_partitions: Annotated[int, Field(ge=1)] | None = None  # None: the server's max_agents
     holdout_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1  # of the images, kept on the device
     # "shared" (drawn by the server), "independent" (each agent draws its own), "pretrained" (torchvision's
     # published weights under a new last layer), or a safetensors file on the server
-    initial_weights: str = "shared"
+    initial_weights: Name = "shared"
     aggregator: Literal["mean", "trimmed_mean", "median", "geometric_median"] = "mean"
     trim_fraction: Annotated[float, Field(ge=0, lt=0.5)] = 0.2  # at each end, rounded down
     weights: Literal["examples", "uniform"] = "examples"  # in mean and geometric_median

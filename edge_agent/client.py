@@ -330,6 +330,8 @@ class CloudClient:
                 async with self._line() as stub:
                     async for reply in _answered(stub.Download(request, metadata=self._metadata)):
                         self._heard()
+                        if not reply.chunk and not reply.size_bytes:
+                            _strange("chunks without a byte")
                         await behind.put(reply.chunk)
                         received += len(reply.chunk)
                         fate.reached(received)
@@ -451,7 +453,7 @@ def _run_config(run_json: str) -> RunConfig:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"])) or "run"
         raise RunError(
-            f"this agent does not understand the server's run ({key}: {first['msg']}):"
+            f"this agent does not understand the server's run ({rpc.plain(key)}: {rpc.plain(first['msg'])}):"
             " install the same version on both"
         ) from error
 

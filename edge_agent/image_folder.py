@@ -101,7 +101,7 @@ def stamp_of(folder: Path) -> str:
     """What is another once a file below `folder` has come, gone or been written to; no file is opened."""
     stamp = hashlib.sha256()
     for path in sorted(folder.glob("*/*/*")):
-        with suppress(FileNotFoundError):  # it has just gone
+        with suppress(OSError):  # it has just gone, or is a link that leads nowhere
             status = path.stat()
             stamp.update(f"{path}\0{status.st_size}\0{status.st_mtime_ns}\0".encode())
     return stamp.hexdigest()

@@ -1,0 +1,213 @@
+"""An image folder that somebody else fills: what is no image, or too large a one, is passed over."""
+
+import io
+import os
+import pickle
+import struct
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, PngImagePlugin
+
+from common.config import RunConfig
+from edge_agent.data import load_agent_data
+from edge_agent.image_folder import MAX_IMAGE_BYTES
+from tests.hostile.target import MAX_GROWTH_BYTES
+
+RUN = RunConfig(num_classes=2)
+MEBIBYTE = 1 << 20
+
+
+def bytes_of(image: Image.Image, name: str, **options: object) -> bytes:
+    file = io.BytesIO()
+    image.save(file, name, **options)
+    return file.getvalue()
+
+
+def photo(name: str) -> bytes:
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    return bytes_of(Image.fromarray(pixels), name)
+
+
+def png_chunk(kind: bytes, content: bytes) -> bytes:
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+
+def png(width: int, height: int, *chunks: bytes) -> bytes:
+    """Grey, 8 bits."""
+    start = png_chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + start + b"".join(chunks) + png_chunk(b"IEND", b"")
+
+
+def zeros(num_bytes: int) -> bytes:
+    """Compressed; a thousandth of them is left."""
+    packer = zlib.compressobj(1)
+    pieces = [packer.compress(bytes(MEBIBYTE)) for _ in range(num_bytes // MEBIBYTE)]
+    return b"".join(pieces) + packer.flush()
+
+
+def png_bomb() -> bytes:
+    """A whole and correct image of 400 million pixels, in half a megabyte."""
+    side = 20_000
+    return png(side, side, png_chunk(b"IDAT", zeros((side + 1) * side + MEBIBYTE)))
+
+
+def png_of_more_than_fits() -> bytes:
+    return png(2**31 - 1, 2**31 - 1, png_chunk(b"IDAT", zlib.compress(bytes(100))))
+
+
+def png_without_a_side() -> bytes:
+    return png(0, 8, png_chunk(b"IDAT", zlib.compress(bytes(8))))
+
+
+def png_with_a_text_bomb() -> bytes:
+    text = png_chunk(b"zTXt", b"Comment\0\0" + zeros(256 * MEBIBYTE))
+    return png(8, 8, text, png_chunk(b"IDAT", zlib.compress(bytes(72))))
+
+
+def png_with_a_profile_bomb() -> bytes:
+    profile = png_chunk(b"iCCP", b"icc\0\0" + zeros(256 * MEBIBYTE))
+    return png(8, 8, profile, png_chunk(b"IDAT", zlib.compress(bytes(72))))
+
+
+def jpeg_bomb() -> bytes:
+    content = bytearray(photo("JPEG"))
+    start = content.index(b"\xff\xc0") + 5
+    content[start : start + 4] = struct.pack(">HH", 65_500, 65_500)
+    return bytes(content)
+
+
+def webp_bomb() -> bytes:
+    content = bytearray(bytes_of(Image.new("RGB", (64, 64)), "WEBP", lossless=True))
+    start = content.index(b"VP8L") + 9
+    content[start : start + 4] = struct.pack("<I", 0x0FFFFFFF)  # 16,384 x 16,384
+    return bytes(content)
+
+
+def bmp_bomb() -> bytes:
+    content = bytearray(photo("BMP"))
+    content[18:26] = struct.pack("<ii", 2**31 - 1, -(2**31))
+    return bytes(content)
+
+
+NO_IMAGES: dict[str, Callable[[], bytes]] = {
+    "bomb.png": png_bomb,
+    "more-than-fits.png": png_of_more_than_fits,
+    "without-a-side.png": png_without_a_side,
+    "bomb.jpg": jpeg_bomb,
+    "bomb.webp": webp_bomb,
+    "bomb.bmp": bmp_bomb,
+    "text-bomb.png": png_with_a_text_bomb,
+    "empty.png": lambda: b"",
+    "one-byte.jpeg": lambda: b"\xff",
+    "zeros.bmp": lambda: bytes(1000),
+    "pickle.png": lambda: pickle.dumps({"image": [1, 2, 3]}),
+    "gif.png": lambda: bytes_of(Image.new("L", (8, 8)), "GIF"),
+    "tiff.jpg": lambda: bytes_of(Image.new("L", (8, 8)), "TIFF"),
+    "postscript.png": lambda: bytes_of(Image.new("L", (8, 8)), "EPS"),  # Pillow runs a program for it
+    "page.jpg": lambda: b"<svg><script>evil()</script></svg>",
+}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Two classes of two good images each."""
+    for index in range(4):
+        path = tmp_path / f"images/train/{index % 2}/good{index}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((8, 8), 50 * index, np.uint8)).save(path)
+    return tmp_path / "images"
+
+
+@pytest.fixture(autouse=True)
+def _memory() -> Iterator[None]:
+    """Most of what this process has held during the test is not more than before and a little."""
+    Image.init()
+    Path("/proc/self/clear_refs").write_text("5", "ascii")
+    before = bytes_of_status("VmRSS")
+    yield
+    assert bytes_of_status("VmHWM") - before < MAX_GROWTH_BYTES
+
+
+def bytes_of_status(field: str) -> int:
+    return int(Path("/proc/self/status").read_text("ascii").split(f"{field}:")[1].split()[0]) * 1024
+
+
+def read(folder: Path) -> tuple[int, int]:
+    """How many images come of the folder, and how many were passed over."""
+    data = load_agent_data(
+        RUN,
+        source=str(folder),
+        data_dir=None,
+        partition=None,
+        seed_name="edge-1",
+        allowed_factories=(),
+    )
+    return len(data.train.labels) + len(data.held_out.labels), data.num_skipped
+
+
+@pytest.mark.parametrize("name", NO_IMAGES)
+def test_what_is_no_image_is_passed_over(folder: Path, name: str) -> None:
+    (folder / "train/0" / name).write_bytes(NO_IMAGES[name]())
+    assert read(folder) == (4, 1)
+
+
+def test_profile_that_is_a_bomb_is_not_unpacked(folder: Path) -> None:
+    (folder / "train/0/profile.png").write_bytes(png_with_a_profile_bomb())
+    num_images, num_skipped = read(folder)
+    assert (num_images, num_skipped) in [(4, 1), (5, 0)]  # Pillow goes on without a profile it cannot read
+
+
+@pytest.mark.parametrize("name", ["PNG", "JPEG", "WEBP", "BMP"])
+def test_image_that_is_cut_off_is_passed_over(folder: Path, name: str) -> None:
+    content = photo(name)
+    cuts = [*range(0, 64, 3), *range(64, len(content) - 64, len(content) // 20)]
+    for cut in cuts:
+        (folder / f"train/0/{cut}.{name.lower()}").write_bytes(content[:cut])
+    assert read(folder) == (4, len(cuts))
+
+
+@pytest.mark.parametrize("name", ["PNG", "JPEG", "WEBP", "BMP"])
+def test_damaged_images_are_read_or_passed_over(folder: Path, name: str) -> None:
+    generator = np.random.default_rng(0)
+    for index in range(60):
+        content = np.frombuffer(photo(name), np.uint8).copy()
+        places = generator.integers(0, min(len(content), 200), 4)
+        content[places] = generator.integers(0, 256, 4, np.uint8)
+        (folder / f"train/0/{index}.{name.lower()}").write_bytes(content.tobytes())
+    assert sum(read(folder)) == 64
+
+
+def test_what_is_no_file_is_not_opened(folder: Path) -> None:
+    """Pipes and devices would be read for ever."""
+    place = folder / "train/0"
+    os.mkfifo(place / "pipe.png")
+    (place / "device.png").symlink_to("/dev/zero")
+    (place / "nowhere.png").symlink_to("/nowhere/evil")
+    (place / "loop.png").symlink_to("loop.png")
+    (place / "folder.png").mkdir()
+    assert read(folder) == (4, 0)
+
+
+def test_links_are_taken_for_what_they_point_to(folder: Path) -> None:
+    """It is the user's own folder: a link to an image is one, a link to anything else is none."""
+    (folder / "train/0/link.png").symlink_to(folder / "train/1/good1.png")
+    (folder / "train/0/secret.png").symlink_to("/etc/passwd")
+    assert read(folder) == (5, 1)
+
+
+def test_file_that_is_too_large_is_not_opened(folder: Path) -> None:
+    for suffix in ("webp", "png"):
+        with (folder / f"train/0/large.{suffix}").open("wb") as file:
+            file.write(photo(suffix.upper()))
+            file.truncate(MAX_IMAGE_BYTES + 1)  # a hole
+    assert read(folder) == (4, 2)
+
+
+def test_text_bomb_is_one() -> None:
+    """Where Pillow did not stop, it would be unpacked whole."""
+    with pytest.raises(ValueError, match="Decompressed data too large"):
+        PngImagePlugin.PngImageFile(io.BytesIO(png_with_a_text_bomb())).load()
