@@ -87,7 +87,7 @@ class AgentConfig(ProcessConfig):
     @field_validator("data_dir")
     @classmethod
     def _exists(cls, value: Path | None) -> Path | None:
-        if value is not None and not value.expanduser().is_dir():
+        if value is not None and not _is_folder(value):
             raise ValueError(f"data folder {value} does not exist: make it, or name the right one")
         return value
 
@@ -104,9 +104,16 @@ def check_source(source: str) -> None:
     Raises:
         UsageError: it is neither a dataset, nor the user's code, nor a folder.
     """
-    if source in DATASETS or FACTORY_PATTERN.fullmatch(source) or Path(source).expanduser().is_dir():
+    if source in DATASETS or FACTORY_PATTERN.fullmatch(source) or _is_folder(Path(source)):
         return
     raise UsageError(
         f"data source {source!r} is neither a folder nor a dataset: give an existing image folder,"
         f" {', '.join(DATASETS)}, or package.module:factory"
     )
+
+
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.expanduser().is_dir()
+    except RuntimeError:  # ~somebody, whom there is not
+        return False
