@@ -4,13 +4,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help install demo test check soak bench bench-peers format proto clean
+.PHONY: help install demo test check soak fuzz bench bench-peers format proto clean
 
 help:
 	@echo "make demo    one round of handwritten digits: a server and two agents on this machine"
 	@echo "make test    all tests"
-	@echo "make check   style, types and house rules"
+	@echo "make check   style, types, house rules, and what bandit and pip-audit say"
 	@echo "make soak    200 random kills of server, trainer and agents (a quarter of an hour)"
+	@echo "make fuzz    coverage-guided fuzzing of what strangers' bytes meet (FUZZ_SECONDS=600 each)"
 	@echo "make bench   speed, memory and bytes (minutes); make bench-peers: the same rounds on Flower and NVFlare"
 	@echo "make format  rewrite the code in the house style"
 	@echo "make proto   generate common/pb from proto/"
@@ -33,9 +34,24 @@ check: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python -m bandit --quiet --configfile pyproject.toml --recursive common edge_agent cloud_server
+	@$(BIN)/python -m tests.hostile.audit
 
 soak: $(READY)
 	$(BIN)/python -m tests.faults.soak
+
+# What is new goes to .fuzz/, and what fails to .fuzz/TARGET-crash-…: copy that to tests/fuzz/corpus/TARGET.
+FUZZ_SECONDS ?= 600
+FUZZ_TARGETS ?= header shard wire config
+fuzz: $(VENV)/.fuzz
+	for target in $(FUZZ_TARGETS); do mkdir -p .fuzz/$$target && nice $(BIN)/python -m tests.fuzz $$target \
+		-max_total_time=$(FUZZ_SECONDS) -max_len=4096 -artifact_prefix=.fuzz/$$target- \
+		.fuzz/$$target tests/fuzz/corpus/$$target || exit 1; done
+
+# By itself: there are wheels for x86-64 alone.
+$(VENV)/.fuzz: $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[fuzz]'
+	touch $@
 
 bench: $(READY)
 	$(BIN)/python -m benchmarks.round_trip --agents 2 --model tiny --rounds 20
@@ -68,4 +84,4 @@ proto:
 	rm -rf $(VENV)-proto
 
 clean:
-	rm -rf $(VENV) .demo build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .demo build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .fuzz

@@ -9,7 +9,8 @@ from common.schema import _DTYPE_BYTES, TensorSpec
 
 VALUES: tuple[Any, ...] = (
     0, 1, 2, 3, 4, 8, 12, -1, 2**31, 2**32, 2**62 + 1, 2**63 - 1, 2**63, 2**64, True, None, 1.5,
-    "", "x", "\ud800", [], [0], [0, 0], [0, 4], [1, 1, 2, 2], {}, {"ecavg": "{}"}, {"ecavg": '{"wire":"bfloat16"}'},
+    "", "x", "\ud800", [], [0], [0, 0], [0, 4], [1, 1, 2, 2], {},
+    {"ecavg": "{}"}, {"ecavg": '{"wire":"bfloat16"}'},
     {"ecavg": json.dumps({"wire": "int8", "base": "0" * 64})}, *_DTYPE_BYTES,
 )  # fmt: skip
 KEYS = (
