@@ -18,8 +18,7 @@ from common.config import PROTOCOL_VERSION
 from common.errors import Reason, Refusal
 from common.pb import ecavg_pb2 as pb
 from common.pb import ecavg_pb2_grpc as pb_grpc
-from common.tls import SERVER_NAME
-from edge_agent.identity import Identity
+from common.tls import SERVER_NAME, TlsMaterial
 from tests.processes import Cluster, Command, cluster_in
 
 CALL_SECONDS = 30.0
@@ -36,16 +35,11 @@ class Agent:
     Calls are those of the stub, without retries; `refusal_of` says how one was refused.
     """
 
-    def __init__(self, address: str, identity: Identity) -> None:
-        self.agent_id = identity.agent_id
-        key, certificate, roots = (
-            identity.material.key,
-            identity.material.certificate,
-            identity.material.roots,
-        )
+    def __init__(self, address: str, agent_id: str, material: TlsMaterial) -> None:
+        self.agent_id = agent_id
         self.channel = grpc.secure_channel(
             address,
-            grpc.ssl_channel_credentials(roots, key, certificate),
+            grpc.ssl_channel_credentials(material.roots, material.key, material.certificate),
             options=[
                 *rpc.channel_options(),
                 ("grpc.ssl_target_name_override", SERVER_NAME),
@@ -100,11 +94,11 @@ class Target:
         self.address = f"127.0.0.1:{cluster.port}"
         self._agents: dict[str, Agent] = {}
         self._numbers = itertools.count()
-        self._witness = self.agent("witness")
+        self.witness = self.agent("witness")
         self.initial_weights: dict[str, np.ndarray] = load(
-            self._witness.download(self._witness.event().initial_weights.digest)
+            self.witness.download(self.witness.event().initial_weights.digest)
         )
-        self.initial_digest: str = self._witness.event().initial_weights.digest
+        self.initial_digest: str = self.witness.event().initial_weights.digest
 
     @property
     def state_dir(self) -> Path:
@@ -113,7 +107,7 @@ class Target:
     def agent(self, name: str, *, join: bool = True) -> Agent:
         """An enrolled agent; the same name is the same agent and connection."""
         if name not in self._agents:
-            self._agents[name] = Agent(self.address, self.cluster.enroll(name))
+            self._agents[name] = Agent(self.address, name, self.cluster.enroll(name).material)
             if join:
                 self._agents[name].join()
         return self._agents[name]
@@ -153,7 +147,7 @@ class Target:
 
     def serve_another(self) -> None:
         """What an honest agent does: join, ask, upload something new, watch."""
-        witness = self._witness
+        witness = self.witness
         witness.join()
         content = shard(4, first_pixel=next(self._numbers))
         assert witness.query(digest_of(content), "data") == (0, False)
