@@ -1,4 +1,4 @@
-"""Encoded weights that no good agent sends: to a run of int8 differences, or bfloat16 where there is no base."""
+"""Encoded weights that no good agent sends: to a run of int8 differences, and of bfloat16 without a base."""
 
 import json
 from collections.abc import Callable, Iterator, Mapping

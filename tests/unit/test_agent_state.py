@@ -87,6 +87,13 @@ def test_damaged_progress_says_what_to_do(disk: AgentState) -> None:
         AgentState(disk.path, None)
 
 
+@pytest.mark.parametrize("content", [b"\x80\x04\x95", b"../edge", b"edge 1"])
+def test_damaged_agent_id_is_named(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "agent-id").write_bytes(content)
+    with pytest.raises(UsageError, match=r"agent-id is damaged; remove"):
+        AgentState(tmp_path, None)
+
+
 def test_only_what_is_needed_stays(disk: AgentState) -> None:
     blob = Blob("ab" * 32, 123)
     for path in (disk.adapted, disk.checkpoint, disk.weights(blob.digest), disk.work / ".x.partial"):

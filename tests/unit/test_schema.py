@@ -112,6 +112,7 @@ MALFORMED: dict[str, bytes] = {
     "text after the object": file_bytes(b"{} {}"),
     "not UTF-8": file_bytes(b'{"\xff": %s}' % ENTRY, bytes(4)),
     "lone surrogate": file_bytes(b'{"\\ud800": %s}' % ENTRY, bytes(4)),
+    "lone surrogate in the metadata": file_bytes(b'{"__metadata__": {"ecavg": "\\ud800"}}'),
     "nested too deeply": file_bytes(DEEP),
     "nested dtype": file_bytes(DEEP_DTYPE, bytes(4)),
     "nested objects": file_bytes(b'{"t":' * 200_000),
