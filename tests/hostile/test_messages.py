@@ -204,9 +204,7 @@ REQUESTS: dict[str, Callable[[], bytes]] = {
 
 
 @pytest.mark.parametrize("name", REQUESTS)
-def test_request_for_a_certificate_that_is_none_is_refused(
-    target: Target, attacker: Agent, name: str
-) -> None:
+def test_request_for_no_certificate_is_refused(target: Target, attacker: Agent, name: str) -> None:
     request = REQUESTS[name]()
     assert answer(attacker, "Renew", pb.RenewRequest(request=request)) is Reason.MALFORMED_REQUEST
     assert answer(attacker, "Enroll", pb.EnrollRequest(request=request)) is Reason.TOKEN
