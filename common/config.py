@@ -197,6 +197,9 @@ class RunConfig(FrozenModel):
         )
 
 
+MAX_QUOTED_CHARACTERS = 500  # of what the user has written, in an error
+
+
 class ProcessConfig(FrozenModel):
     """Base of the two processes' configurations."""
 
@@ -303,15 +306,26 @@ def _one_line(error: ValidationError, layers: Mapping[str, Mapping[str, Any]]) -
     path = [str(part) for part in first["loc"]]
     where = next((name for name, layer in reversed(list(layers.items())) if _has(layer, path)), None)
     origin = f" (from {where})" if where else ""
-    key = ".".join(path) or "configuration"
+    key = _short(".".join(path)) or "configuration"
     if first["type"] == "extra_forbidden":
         return f"unknown key {key!r}{origin}"
     if first["type"] == "missing":
         return f"{key} is required: give it as a flag, in the environment or in a --config file"
-    message = first["msg"].removeprefix("Value error, ").removeprefix("Input ")
-    says_it_all = first["type"] == "value_error" and repr(first["input"]) in message
-    value = "" if says_it_all or isinstance(first["input"], Mapping) else f", not {first['input']!r}"
-    return f"{key}: {message}{value}{origin}"
+    message, found = first["msg"].removeprefix("Value error, ").removeprefix("Input "), _repr(first["input"])
+    says_it_all = first["type"] == "value_error" and found in message
+    value = "" if says_it_all or isinstance(first["input"], Mapping) else f", not {_short(found)}"
+    return f"{key}: {_short(message)}{value}{origin}"
+
+
+def _repr(value: Any) -> str:
+    try:
+        return repr(value)
+    except ValueError:  # Python's, of integers; in hexadecimal it takes them
+        return "a number of thousands of digits"
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= MAX_QUOTED_CHARACTERS else text[:MAX_QUOTED_CHARACTERS] + "…"
 
 
 def _has(layer: Any, path: Sequence[str]) -> bool:

@@ -5,6 +5,7 @@ More of them, with a clock that the test moves, are in tests/integration/test_id
 
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -70,19 +71,20 @@ def test_used_token_is_no_credential_any_more(target: Target, tmp_path: Path) ->
 def test_agent_that_is_revoked_in_mid_upload_is_cut_off(server: Target) -> None:
     """By the command, as another process; what it had sent is nobody's."""
     agent = server.agent("revoked")
+    sent, ended = threading.Event(), threading.Event()
 
     def messages() -> Iterator[Any]:
         yield header(CONTENT, "data")
         yield chunk(CONTENT[: len(CONTENT) // 2])
-        command = ("agents", "revoke", "revoked", "--state-dir", str(server.state_dir))
-        subprocess.run(
-            [sys.executable, "-m", "cloud_server", *command], cwd=ROOT, check=True, capture_output=True
-        )
-        done = pb.QueryUploadRequest(digest=digest_of(CONTENT), kind=pb.BLOB_KIND_DATA)
-        refusal_of(lambda: agent.stub.QueryUpload(done, timeout=10))
-        yield chunk(CONTENT[len(CONTENT) // 2 :])
+        sent.set()
+        ended.wait(30)
 
     with server.unharmed(num_partials=1):
-        assert refusal_of(lambda: agent.stub.Upload(messages(), timeout=30)).reason is Reason.REVOKED
+        uploading = agent.stub.Upload.future(messages(), timeout=30)
+        uploading.add_done_callback(lambda _: ended.set())
+        assert sent.wait(10)
+        command = ("cloud_server", "agents", "revoke", "revoked", "--state-dir", str(server.state_dir))
+        subprocess.run([sys.executable, "-m", *command], cwd=ROOT, check=True, capture_output=True)
+        assert refusal_of(uploading.result).reason is Reason.REVOKED
         assert refusal_of(agent.join).reason is Reason.REVOKED
-        assert not (server.state_dir / "blobs" / digest_of(CONTENT)[:2] / digest_of(CONTENT)).exists()
+    assert not (server.state_dir / "blobs" / digest_of(CONTENT)[:2] / digest_of(CONTENT)).exists()
