@@ -22,13 +22,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["check"]:
         return check(argv[1:])
-    if argv[:1] in (["token"], ["agents"]):
+    if argv[:1] in (["token"], ["agents"], ["forget"]):
         return administer(argv)
     parser = argparse.ArgumentParser(
         prog="cloud-server",
         description="Average what edge agents pre-trained, fine-tune it on their data, give it back.",
         epilog="`cloud-server check STATE` verifies the state directory of a server that is stopped."
-        " `cloud-server token create|list|revoke` and `cloud-server agents list|revoke` say who may come in.",
+        " `cloud-server token create|list|revoke` and `cloud-server agents list|revoke` say who may come in;"
+        " `cloud-server forget AGENT` deletes all that an agent has sent.",
     )
     try:
         config = cli.parse_command_line(parser, ServerConfig, ENV_PREFIX, argv, default_preset=DEFAULT_PRESET)

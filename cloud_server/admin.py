@@ -1,20 +1,26 @@
-"""`cloud-server token` and `cloud-server agents`: who may come in; the server may run meanwhile, or not."""
+"""`cloud-server token`, `agents` and `forget`: who may come in, and who goes; the server may run meanwhile."""
 
 import argparse
 import sys
+import time
 from collections.abc import Sequence
+from contextlib import closing, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
+from cloud_server import forgetting
 from cloud_server.authority import Authority, EnrolledAgent, TokenRow
 from cloud_server.config import DEFAULT_PRESET, ENV_PREFIX, ServerConfig
+from cloud_server.store import ForgettingRow, InUseError, Store
 from common.config import load
 from common.errors import NotFoundError, UsageError
+from common.faults import Point, crash_point
 
 DEFAULT_TTL_SECONDS = 3600.0
+WAIT_SECONDS = 0.1  # between two looks whether the server has forgotten an agent
 
 
 def main(argv: Sequence[str]) -> int:
@@ -30,6 +36,8 @@ def main(argv: Sequence[str]) -> int:
         ServerConfig, env_prefix=ENV_PREFIX, preset=DEFAULT_PRESET, config_file=arguments.config, flags=flags
     )
     is_new = not (config.tls_folder / "authority.sqlite3").exists()
+    if arguments.do is forget_agent:
+        return forget_agent(config, None if is_new else Authority(config.tls_folder), arguments.agent_id)
     if is_new and arguments.do is not _create_token:
         raise UsageError(
             f"no cloud-server has been in {config.tls_folder}: name its --state-dir or --tls-dir"
@@ -55,7 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="cloud-server", description="Let agents in, and keep them out. The server may run meanwhile."
     )
-    nouns = parser.add_subparsers(required=True, metavar="token|agents")
+    nouns = parser.add_subparsers(required=True, metavar="token|agents|forget")
     token = nouns.add_parser("token", help="join tokens").add_subparsers(required=True)
     create = token.add_parser("create", parents=[where], help="print a new one")
     create.add_argument("--uses", type=_positive_int, default=1, help="devices (default: 1)")
@@ -72,7 +80,84 @@ def _parser() -> argparse.ArgumentParser:
     revoke = agents.add_parser("revoke", parents=[where], help="cut an agent off, at once and for good")
     revoke.add_argument("agent_id", metavar="AGENT", help="its id")
     revoke.set_defaults(do=_revoke_agent)
+    forget = nouns.add_parser(
+        "forget",
+        parents=[where],
+        help="delete an agent's shards, weights and records, and cut it off",
+        description="Delete everything an agent has sent, and what is recorded of it; published models stay."
+        " It is revoked. Works while the server runs, and when not; once begun it is done to the end.",
+    )
+    forget.add_argument("agent_id", metavar="AGENT", help="its id")
+    forget.set_defaults(do=forget_agent)
     return parser
+
+
+def forget_agent(config: ServerConfig, authority: Authority | None, agent_id: str) -> int:
+    """Remove an agent and all that is kept of it; see cloud_server/forgetting.py.
+
+    Args:
+        authority: None: there is none, the server speaks plaintext.
+
+    Raises:
+        UsageError: nobody knows this agent, or the state directory cannot be used.
+        StorageError: the disk does not let it now; what was asked for is done when a server starts.
+    """
+    is_enrolled = False
+    if authority:
+        with closing(authority), suppress(NotFoundError):
+            authority.revoke_agent(agent_id)
+            is_enrolled = True
+    if (config.state_dir / "ecavg.sqlite3").exists():
+        with suppress(NotFoundError):
+            _tell_forgotten(agent_id, _forget(config.state_dir, agent_id), is_enrolled=is_enrolled)
+            return 0
+    if not is_enrolled:
+        raise UsageError(
+            f"no agent {agent_id!r} in {config.state_dir}: name the server's --state-dir, and one of its agents"
+        )
+    print(f"agent {agent_id} is revoked; nothing of it is kept here (any more)")  # noqa: T201
+    return 0
+
+
+def _forget(state_dir: Path, agent_id: str) -> ForgettingRow:
+    """Have it done, by the server that has the state directory, or here. NotFoundError: it never joined."""
+    pseudonym = ""
+    while True:
+        try:
+            with closing(Store(state_dir)) as store:
+                pseudonym = pseudonym or _ask(store, agent_id)
+                row = _row(store, pseudonym)
+                if row.done_at is None:
+                    forgetting.forget(store, state_dir, row, time.time())
+                return _row(store, pseudonym)
+        except InUseError:
+            pass  # by a server, or by `cloud-server check`
+        with closing(Store(state_dir, as_guest=True)) as store:
+            pseudonym = pseudonym or _ask(store, agent_id)
+            if (row := _row(store, pseudonym)).done_at is not None:
+                return row
+        time.sleep(WAIT_SECONDS)
+
+
+def _ask(store: Store, agent_id: str) -> str:
+    pseudonym = store.ask_to_forget(agent_id, time.time())
+    crash_point(Point.SERVER_FORGETTING_ASKED)
+    return pseudonym
+
+
+def _row(store: Store, pseudonym: str) -> ForgettingRow:
+    return next(row for row in store.forgettings() if row.pseudonym == pseudonym)
+
+
+def _tell_forgotten(agent_id: str, row: ForgettingRow, *, is_enrolled: bool) -> None:
+    how = "and revoked" if is_enrolled else "but was not enrolled: with --insecure anybody may take its name"
+    print(f"agent {agent_id} is forgotten, {how}; in provenance.jsonl it is {row.pseudonym}")  # noqa: T201
+    if not row.models:
+        print("no published model had used its data")  # noqa: T201
+        return
+    print("published models that had used its data, and stay; later ones come of them:")  # noqa: T201
+    for number, digest in row.models:
+        print(f"round {number}: {digest}")  # noqa: T201
 
 
 def _create_token(authority: Authority, arguments: argparse.Namespace) -> None:

@@ -5,27 +5,29 @@ restart must not lose is in the store before anyone is told.
 """
 
 import asyncio
+import math
+import sqlite3
 import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import structlog
 
-from cloud_server import records, retention
+from cloud_server import forgetting, provenance, records, retention
 from cloud_server.config import ServerConfig
-from cloud_server.disk import durably, when_disk_allows
-from cloud_server.job_runner import JobRunner, Trainer
+from cloud_server.disk import when_disk_allows
+from cloud_server.job_runner import JobRunner, JobWithdrawnError, Trainer
 from cloud_server.jobs import Job, JobError, Progress, Result
 from cloud_server.metrics import ServerMetrics
 from cloud_server.presence import LIVENESS_SECONDS, Presence
 from cloud_server.reports import Reports, stages
 from cloud_server.round import Contribution, Outcome, Phase, Policy, Round
 from cloud_server.standing import RunState, Standing, wait_for
-from cloud_server.store import EncodingRow, ReportRow, RoundRow, Store
+from cloud_server.store import EncodingRow, ForgettingRow, ReportRow, RoundRow, Store
 from cloud_server.uploads import UNFIT, Upload, Uploads
 from common import schema
 from common.config import RunConfig, Wire
@@ -35,6 +37,8 @@ from common.transfer import Blob, to_the_end
 from common.wire import wire_of
 
 LIVENESS_POLL_SECONDS = 1.0
+FORGET_POLL_SECONDS = 0.5
+CUT_OFF_SECONDS = 5.0  # more than it takes until the last call of an agent that was revoked has ended
 
 _WORK = (Phase.AGGREGATING, Phase.FINE_TUNING, Phase.EVALUATING)  # the trainer's phases, in order
 
@@ -82,7 +86,8 @@ class Coordinator:
     ) -> None:
         self._config = config
         self._store = store
-        self._jobs = JobRunner(config.state_dir / "jobs", trainer, config.max_attempts)
+        self._trainer = trainer
+        self._jobs = JobRunner(config.state_dir / "jobs", trainer, config.max_attempts, self._wanted)
         self._metrics = metrics
         self._clock = clock
         self._on_change = on_change
@@ -95,6 +100,7 @@ class Coordinator:
         )
         self._lock = asyncio.Lock()
         self._slots: dict[str, int] = {}
+        self._forgotten_at: dict[str, float] = {}  # by the monotonic clock
         self._run_id: str  # this and what follows: set by start()
         self._round: Round
         self._uploads: Uploads
@@ -117,6 +123,9 @@ class Coordinator:
                 f"{self._config.state_dir} holds a run with another configuration ({difference});"
                 " give that one, or another --state-dir"
             )
+        for row in await asyncio.to_thread(self._to_forget):  # asked for before, and not done to the end
+            await when_disk_allows(lambda row=row: self._remove_all_of(row))  # type: ignore[misc]
+        await self._note_provenance()
         self._restore()
         await self._clean_up()
 
@@ -126,6 +135,14 @@ class Coordinator:
         Raises:
             RunError: the last round published no model.
         """
+        forgetting = asyncio.create_task(self._forget_those_asked_for())
+        try:
+            await self._run_rounds()
+        finally:
+            forgetting.cancel()
+            await asyncio.wait([forgetting])
+
+    async def _run_rounds(self) -> None:
         if self._round.is_over:  # the last life may have ended before the report was written
             await self._reports.write(self._round.number)
         while not self._has_run_enough():
@@ -221,26 +238,70 @@ class Coordinator:
         return deadline - self._clock()
 
     async def _train(self) -> None:
-        """Average, fine-tune and evaluate in the trainer; publish what comes back."""
-        job = records.round_job(self._round, self._config.run, self._config.device)
-        result = await self._jobs.finish(job, self._show_progress)
-        if result.error or result.weights is None:
-            reason = result.error.message if result.error else "the trainer gave no weights"
-            await self._transition(lambda round_: round_.fail(reason))
-            return
-        digest = result.weights.sha256
-        await self._adopt(job, result)
-        await self._advance_to(Phase.EVALUATING)
-        await self._transition(lambda round_: round_.publish(digest))
-        self._metrics.set_accuracies(stages(result))
+        """Average, fine-tune and evaluate in the trainer; publish what comes back.
+
+        All of it again, where an agent that has contributed is forgotten meanwhile.
+        """
+        while not self._round.is_over:
+            if not self._round.contributions:
+                await self._transition(
+                    lambda round_: round_.fail("every agent that contributed is forgotten")
+                )
+                return
+            job = self._round_job()
+            with suppress(JobWithdrawnError):
+                await self._publish(job, await self._jobs.finish(job, self._show_progress))
+
+    async def _publish(self, job: Job, result: Result) -> None:
+        """Raises JobWithdrawnError."""
+
+        def ended(round_: Round) -> Round:
+            self._check_wanted(job)
+            if result.error or result.weights is None:
+                return round_.fail(result.error.message if result.error else "the trainer gave no weights")
+            return round_.publish(result.weights.sha256)
+
+        if result.weights and not result.error:
+            await self._adopt(job, result)
+            await self._advance_to(Phase.EVALUATING)
+        await self._transition(ended)
+        if self._round.published:
+            self._metrics.set_accuracies(stages(result))
+
+    def _round_job(self) -> Job:
+        return records.round_job(self._round, self._config.run, self._config.device)
+
+    @asynccontextmanager
+    async def _wanted(self, job: Job) -> AsyncIterator[None]:
+        """Nobody is forgotten meanwhile. Raises JobWithdrawnError: the job counts somebody who has been."""
+        async with self._lock:
+            self._check_wanted(job)
+            yield
+
+    def _check_wanted(self, job: Job) -> None:
+        if job.kind == "round" and job.contributions != self._round_job().contributions:
+            raise JobWithdrawnError
 
     async def _end_round(self) -> None:
         """Write the report, and give up what is too old."""
         number, outcome = self._round.number, self._round.phase.value
+        try:
+            await self._note_provenance()
+        except RunError as error:  # whoever has damaged it: the next start says so, or it is added then
+            log.error("provenance_not_noted", reason=str(error))
         await self._reports.write(number)
         self._metrics.count_round(outcome)
         log.info("round_ended", round=number, outcome=outcome, reason=self._round.failure or None)
         await self._clean_up()
+
+    async def _note_provenance(self) -> None:
+        """Have a line of provenance for each published model. Raises RunError: the file is damaged."""
+
+        async def locked() -> None:
+            async with self._reports.lock:
+                await asyncio.to_thread(provenance.catch_up, self._store, self._config.state_dir)
+
+        await when_disk_allows(locked)
 
     async def _open_next_round(self) -> None:
         """From the last global model on, or from where the failed round started."""
@@ -267,6 +328,8 @@ class Coordinator:
                     keep_rounds=self._config.keep_rounds,
                     keep_partial_seconds=self._config.keep_partial_seconds,
                     now=self._clock(),
+                    retain_data=self._config.run.retain_data,
+                    active=self._uploads.active,
                 )
             except (OSError, StorageError) as error:
                 log.warning("clean_up_failed", reason=str(error))
@@ -290,12 +353,20 @@ class Coordinator:
     # ------------------------------------------------------------------ what agents ask for
 
     async def join(self, agent_id: str) -> Membership:
-        if agent_id not in self._slots:
+        async def enter() -> None:
+            if agent_id in self._slots:
+                return
+            if self._forgotten_at.get(agent_id, -math.inf) > time.monotonic() - CUT_OFF_SECONDS:
+                raise NotFoundError(f"agent {agent_id} has just been forgotten", Reason.UNKNOWN_AGENT)
             slot = await asyncio.to_thread(self._store.join, agent_id, self._clock())
             crash_point(Point.SERVER_AGENT_JOINED)
+            self._uploads.let_in(agent_id)
             self._slots[agent_id] = slot
             log.info("agent_joined", agent_id=agent_id, slot=slot)
             self._standing.look_again()
+
+        if agent_id not in self._slots:
+            await self._exclusively(enter)
         return Membership(
             run_id=self._run_id,
             run=self._config.run,
@@ -336,6 +407,7 @@ class Coordinator:
         self._check_joined(agent_id)
 
         async def commit() -> Outcome:
+            self._check_joined(agent_id)  # still
             if not 1 <= number <= self._round.number:
                 raise InvalidError(f"round {number} is not open; round {self._round.number} is")
             if number < self._round.number:
@@ -344,10 +416,11 @@ class Coordinator:
             await self._uploads.check_complete(agent_id, contribution.weights, contribution.shards)
             if self._config.run.wire == "int8":
                 await self._uploads.check_base(contribution.weights, contribution.initial_weights)
-            await self._uploads.check_num_examples(contribution.shards, contribution.num_examples)
-            updated, outcome = self._round.contribute(contribution)
+            num_shared = await self._uploads.count_shared(contribution.shards, contribution.num_examples)
+            counted = replace(contribution, num_shared=num_shared)
+            updated, outcome = self._round.contribute(counted)
             if updated is not self._round:
-                await self._record_contribution(number, contribution, outcome)
+                await self._record_contribution(number, counted, outcome)
                 self._believe(updated)
             return outcome
 
@@ -422,14 +495,62 @@ class Coordinator:
     async def _adopt(self, job: Job, result: Result) -> None:
         """Make blobs of the model and of what it travels as; adopted again, they are where they were."""
         assert result.weights
-        directory, encoded = self._jobs.directory(job.name), result.encoded
-        await durably(self._store.adopt_blob, directory.weights_path, result.weights.sha256)
-        crash_point(Point.SERVER_MODEL_ADOPTED)
-        if encoded:
-            await durably(self._store.adopt_blob, directory.encoded_path, encoded.sha256)
-            row = EncodingRow(encoded.sha256, encoded.base)
-            await durably(self._store.record_encoding, result.weights.sha256, row)
-            crash_point(Point.SERVER_ENCODED_MODEL_ADOPTED)
+        directory, weights, encoded = self._jobs.directory(job.name), result.weights, result.encoded
+
+        async def adopt() -> None:
+            async with self._wanted(job):
+                await asyncio.to_thread(self._store.adopt_blob, directory.weights_path, weights.sha256)
+                crash_point(Point.SERVER_MODEL_ADOPTED)
+                if encoded:
+                    row = EncodingRow(encoded.sha256, encoded.base)
+                    await asyncio.to_thread(self._store.adopt_blob, directory.encoded_path, encoded.sha256)
+                    await asyncio.to_thread(self._store.record_encoding, weights.sha256, row)
+                    crash_point(Point.SERVER_ENCODED_MODEL_ADOPTED)
+
+        await when_disk_allows(lambda: to_the_end(adopt()))
+
+    # ------------------------------------------------------------------ who is forgotten
+
+    async def _forget_those_asked_for(self) -> None:
+        """Forget whom another process wants forgotten, for as long as this runs."""
+        while True:
+            try:
+                for row in await asyncio.to_thread(self._to_forget):
+                    await self._forget(row)
+            except (OSError, StorageError, RunError, sqlite3.Error) as error:  # tried again
+                log.error("forgetting_failed", reason=str(error))
+            await asyncio.sleep(FORGET_POLL_SECONDS)
+
+    def _to_forget(self) -> list[ForgettingRow]:
+        return [row for row in self._store.forgettings() if row.done_at is None]
+
+    async def _forget(self, row: ForgettingRow) -> None:
+        agent_id = row.agent_id
+        assert agent_id is not None
+
+        async def change() -> None:
+            self._forgotten_at[agent_id] = time.monotonic()
+            self._slots.pop(agent_id, None)
+            self._presence.forget(agent_id)
+            await self._uploads.shut_out(agent_id)
+            async with self._reports.lock:
+                self._round = self._round.without(agent_id)  # now: whatever fails below, it does not count
+                self._standing.forget(agent_id)
+                await self._remove_all_of(row)
+            self._believe(self._round)
+
+        await self._exclusively(change)
+
+    async def _remove_all_of(self, row: ForgettingRow) -> None:
+        """The part of it that is on the disk; see cloud_server/forgetting.py."""
+        assert row.agent_id is not None
+        state_dir = self._config.state_dir
+        work = await asyncio.to_thread(forgetting.unfinished_work, self._store, state_dir, row.agent_id)
+        if work:
+            work.withdraw()  # not in a thread: nobody shall see it come between two looks
+            await self._trainer.restart()
+        await asyncio.to_thread(forgetting.forget, self._store, state_dir, row, self._clock())
+        log.warning("agent_forgotten", pseudonym=row.pseudonym)
 
     # ------------------------------------------------------------------ changes of the round
 
@@ -488,7 +609,7 @@ class Coordinator:
     async def _reject(self, agent_id: str, reason: Reason, message: str) -> None:
         async def record() -> None:
             updated = self._round.reject(agent_id, reason, message)
-            if updated is self._round:
+            if agent_id not in self._slots or updated is self._round:
                 return
             row = records.rejection_row(agent_id, updated.rejections[agent_id], self._clock())
             await asyncio.to_thread(self._store.record_contribution, updated.number, row)

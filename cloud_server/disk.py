@@ -2,11 +2,10 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import structlog
 
-from cloud_server.store import storage_errors
 from common.errors import StorageError
 
 STORAGE_RETRY_SECONDS = 2.0  # between two tries
@@ -14,16 +13,6 @@ STORAGE_RETRY_SECONDS = 2.0  # between two tries
 _T = TypeVar("_T")
 
 log = structlog.get_logger()
-
-
-async def durably(write: Callable[..., object], *args: Any) -> None:
-    """Write in a thread; while the disk takes nothing, wait and try again."""
-
-    async def body() -> None:
-        with storage_errors():
-            await asyncio.to_thread(write, *args)
-
-    await when_disk_allows(body)
 
 
 async def when_disk_allows(body: Callable[[], Awaitable[_T]]) -> _T:

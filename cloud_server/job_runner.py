@@ -2,26 +2,37 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from contextlib import AbstractAsyncContextManager, nullcontext
 from pathlib import Path
 from typing import Protocol
 
 import structlog
 
-from cloud_server.disk import STORAGE_RETRY_SECONDS, durably
+from cloud_server.disk import STORAGE_RETRY_SECONDS, when_disk_allows
 from cloud_server.jobs import Job, JobDirectory, JobError, Progress, Result
+from cloud_server.store import storage_errors
 from common.config import RunConfig
 from common.faults import Point, crash_point
+from common.transfer import to_the_end
 
 POLL_SECONDS = 0.05
 MAX_FALSE_STARTS = 2  # a trainer may die so often before it takes up a job, without that being a try
 
+Guard = Callable[[Job], AbstractAsyncContextManager[None]]
 OnProgress = Callable[[list[Progress]], Awaitable[None]]
 
 log = structlog.get_logger()
 
 
+class JobWithdrawnError(Exception):
+    """The job is not wanted any more."""
+
+
 class Trainer(Protocol):
     """What is to be known of the trainer process."""
+
+    async def restart(self) -> None:
+        """Have it drop what it is at; it is another one when this returns, or there is none yet."""
 
     @property
     def num_exits(self) -> int:
@@ -36,12 +47,20 @@ class JobRunner:
 
     Args:
         max_attempts: tries at a job; a full disk and a wrong configuration are none.
+        guard: entered to write to a job's folder; raises JobWithdrawnError where the job is not wanted.
     """
 
-    def __init__(self, jobs_dir: Path, trainer: Trainer, max_attempts: int) -> None:
+    def __init__(
+        self,
+        jobs_dir: Path,
+        trainer: Trainer,
+        max_attempts: int,
+        guard: Guard = lambda _: nullcontext(),
+    ) -> None:
         self._jobs_dir = jobs_dir
         self._trainer = trainer
         self._max_attempts = max_attempts
+        self._guard = guard
 
     def directory(self, name: str) -> JobDirectory:
         return JobDirectory(self._jobs_dir / name)
@@ -50,6 +69,9 @@ class JobRunner:
         """The job's result: a model, or why there is none after the last attempt.
 
         A job that was begun before a restart goes on with its attempts where they were.
+
+        Raises:
+            JobWithdrawnError: it has been withdrawn.
         """
         directory = self.directory(job.name)
         if directory.is_begun:
@@ -74,8 +96,14 @@ class JobRunner:
             result = None
 
     async def _attempt(self, directory: JobDirectory, job: Job, on_progress: OnProgress) -> Result:
-        num_exits, offset, has_begun = self._trainer.num_exits, 0, False
-        await durably(directory.write_job, job)
+        num_exits, offset, has_begun = 0, 0, False
+
+        def begin() -> None:  # inside the guard: nobody else has the trainer restarted there
+            nonlocal num_exits
+            num_exits = self._trainer.num_exits
+            directory.write_job(job)
+
+        await self._write(job, begin)
         crash_point(Point.SERVER_JOB_WRITTEN)
         while True:
             result = directory.read_result()  # first: after it comes no more progress
@@ -84,12 +112,22 @@ class JobRunner:
             await on_progress(lines)
             if result:
                 return result
+            if not directory.is_begun:
+                raise JobWithdrawnError
             if self._trainer.num_exits > num_exits + (0 if has_begun else MAX_FALSE_STARTS):
                 died = JobError(kind="failed", message="the trainer died; see trainer.log")
                 # Written down, so that the next trainer does not take the job up by itself.
-                await durably(directory.write_result, Result(error=died))
+                await self._write(job, directory.write_result, Result(error=died))
             else:
                 await asyncio.sleep(POLL_SECONDS)
+
+    async def _write(self, job: Job, write: Callable[..., object], *args: object) -> None:
+        async def guarded() -> None:
+            async with self._guard(job):
+                with storage_errors():
+                    await to_the_end(asyncio.to_thread(write, *args))
+
+        await when_disk_allows(guarded)
 
 
 def _next_attempt(job: Job, error: JobError) -> Job:

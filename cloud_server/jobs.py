@@ -148,6 +148,15 @@ class JobDirectory:
         if is_new_attempt:
             self._result_path.unlink()
 
+    def withdraw(self) -> None:
+        """Ask for the job no more: no trainer takes it up again.
+
+        Raises:
+            OSError: the folder does not let it.
+        """
+        self._job_path.unlink(missing_ok=True)
+        sync(self.path)
+
     def remove(self) -> None:
         """Remove the job; one half removed is never pending.
 
@@ -156,8 +165,7 @@ class JobDirectory:
         """
         if not self.path.exists():
             return
-        self._job_path.unlink(missing_ok=True)  # first: without its result it would be taken up again
-        sync(self.path)
+        self.withdraw()  # first: without its result it would be taken up again
         shutil.rmtree(self.path)
 
     def read_job(self) -> Job:
@@ -172,6 +180,10 @@ class JobDirectory:
         self._progress_path.unlink(missing_ok=True)
         for path in (self.weights_path, self.encoded_path):
             path.unlink(missing_ok=True)
+        self.discard_scratch()
+
+    def discard_scratch(self) -> None:
+        """Remove what a trainer that was killed has left of its way."""
         shutil.rmtree(self.scratch_path, ignore_errors=True)
 
     @contextmanager
@@ -181,7 +193,7 @@ class JobDirectory:
         try:
             yield
         finally:
-            shutil.rmtree(self.scratch_path, ignore_errors=True)
+            self.discard_scratch()
 
     def append_progress(self, progress: Progress) -> None:
         """Not made durable: after a crash of the machine the job starts again anyway."""

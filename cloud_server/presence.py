@@ -21,24 +21,32 @@ class Presence:
         self._watching: Counter[str] = Counter()
         self._last_seen = dict.fromkeys(expected, clock())
         self._dismissed: set[str] = set()
+        self._forgotten: set[str] = set()
 
     @contextmanager
     def watching(self, agent_id: str) -> Iterator[None]:
         """Count the agent as here; it may be here twice while an old connection has not yet ended."""
         self._watching[agent_id] += 1
+        self._forgotten.discard(agent_id)
         try:
             yield
         finally:
             self._watching[agent_id] -= 1
-            self._last_seen[agent_id] = self._clock()
+            if agent_id not in self._forgotten:
+                self._last_seen[agent_id] = self._clock()
 
     def dismiss(self, agent_id: str) -> None:
         """It has been told that the run is over."""
         self._dismissed.add(agent_id)
 
+    def forget(self, agent_id: str) -> None:
+        """Nobody waits for it; a connection that it still has is about to be cut."""
+        self._forgotten.add(agent_id)
+        self._last_seen.pop(agent_id, None)
+
     @property
     def here(self) -> set[str]:
-        return set(+self._watching)
+        return set(+self._watching) - self._forgotten
 
     @property
     def live(self) -> set[str]:

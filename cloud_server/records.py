@@ -39,6 +39,7 @@ def round_from(
                 num_examples=item.num_examples,
                 initial_weights=item.initial_weights,
                 accuracy_local=item.accuracy_local,
+                num_shared=item.num_shared,
             )
             for item in by_outcome[Outcome.ACCEPTED.value]
         },
@@ -62,6 +63,7 @@ def contribution_row(contribution: Contribution, outcome: Outcome, now: float) -
         num_examples=contribution.num_examples,
         initial_weights=contribution.initial_weights,
         accuracy_local=contribution.accuracy_local,
+        num_shared=contribution.num_shared,
         reason=Reason.ROUND_CLOSED.value if outcome is Outcome.LATE else "",
         message="",
         at=now,

@@ -85,6 +85,7 @@ def build(
         "outcome": "published" if row.published else "failed",
         "model": run.model,
         "dataset": run.dataset,
+        "num_shared": sum(item.num_shared for item in contributions if item.outcome == Outcome.ACCEPTED),
         "agents": _agents(contributions, agent_reports),
         "rejected": [
             {"agent_id": item.agent_id, "reason": item.reason, "message": item.message}
@@ -177,6 +178,7 @@ def _agents(
         agent = {
             "agent_id": item.agent_id,
             "num_examples": item.num_examples,
+            "num_shared": item.num_shared,
             "initial_weights": item.initial_weights,  # null: its own
         }
         if item.accuracy_local is not None:

@@ -65,8 +65,9 @@ class Contribution:
     shards: tuple[str, ...]  # digests
     num_examples: int
     initial_weights: str | None  # digest of what pre-training started from; None: the agent's own
-    # A figure for the report, not part of what is averaged: it does not make a contribution another one.
+    # Figures for the report, not part of what is averaged: they do not make a contribution another one.
     accuracy_local: float | None = field(compare=False)
+    num_shared: int = field(default=0, compare=False)  # examples in the shards
 
 
 class Rejection(NamedTuple):
@@ -143,6 +144,17 @@ class Round:
         if self.phase is not Phase.COLLECTING or agent_id in self.contributions:
             return self
         return replace(self, rejections={**self.rejections, agent_id: Rejection(reason, message)})
+
+    def without(self, agent_id: str) -> "Round":
+        """The round as if this agent had never been heard of."""
+        if self.outcome_of(agent_id) is None:
+            return self
+        return replace(
+            self,
+            contributions={key: value for key, value in self.contributions.items() if key != agent_id},
+            rejections={key: value for key, value in self.rejections.items() if key != agent_id},
+            late=self.late - {agent_id},
+        )
 
     def outcome_of(self, agent_id: str) -> Outcome | None:
         """None: nothing has come from this agent yet."""

@@ -104,6 +104,11 @@ class Standing:
             self._counted |= dict.fromkeys(current.contributions, current.number)
         self.look_again()
 
+    def forget(self, agent_id: str) -> None:
+        """Nothing is known of this agent any more."""
+        self._counted.pop(agent_id, None)
+        self._results.clear()
+
     def show_progress(self, progress: Progress) -> None:
         self._progress = progress
         self.look_again()

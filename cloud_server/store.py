@@ -15,6 +15,7 @@ import fcntl
 import json
 import os
 import re
+import secrets
 import socket
 import sqlite3
 from collections.abc import Collection, Iterator
@@ -115,6 +116,30 @@ MIGRATIONS = (  # what takes the database from one schema version to the next; n
         UNION ALL SELECT round, agent_id, weights, at FROM contributions WHERE weights != ''
         UNION ALL SELECT round, agent_id, value, contributions.at FROM contributions, json_each(shards);
     """,
+    """
+    ALTER TABLE contributions ADD COLUMN num_shared INTEGER NOT NULL DEFAULT 0;
+    ALTER TABLE rounds ADD COLUMN without_data INTEGER NOT NULL DEFAULT 0;
+    CREATE TABLE forgettings (
+        pseudonym TEXT PRIMARY KEY NOT NULL,
+        agent_id TEXT,
+        slot INTEGER,
+        models TEXT NOT NULL DEFAULT '[]',
+        asked_at REAL NOT NULL,
+        done_at REAL
+    );
+    DROP VIEW named_blobs;
+    CREATE VIEW named_blobs AS
+        WITH ours AS (
+            SELECT number AS round, initial_weights AS digest, opened_at AS at FROM rounds
+            UNION ALL SELECT number, published, opened_at FROM rounds WHERE published IS NOT NULL
+        )
+        SELECT round, '' AS agent_id, digest, at FROM ours
+        UNION ALL SELECT round, '', encodings.digest, at FROM ours
+            JOIN encodings ON encodings.weights = ours.digest
+        UNION ALL SELECT round, agent_id, weights, at FROM contributions WHERE weights != ''
+        UNION ALL SELECT round, agent_id, value, contributions.at
+            FROM contributions JOIN rounds ON number = round, json_each(shards) WHERE NOT without_data;
+    """,
 )
 
 _RETIRED, _CLEARED = 1, 2  # rounds.retired: its records are given up; and so are its files
@@ -153,6 +178,7 @@ class RoundRow:
     opened_at: float
     phase_times: dict[str, float]  # when each phase was entered first
     retired: bool = False  # its blobs have been given up; see cloud_server/retention.py
+    without_data: bool = False  # its shards have been given up, if nothing else
 
 
 @dataclass(frozen=True)
@@ -175,6 +201,7 @@ class ContributionRow:
     message: str  # of a rejection, else empty
     at: float
     initial_weights: str | None = None  # digest; None: the agent's own, or not known
+    num_shared: int = 0  # examples in the shards
 
 
 @dataclass(frozen=True)
@@ -196,6 +223,22 @@ class UploadRow:
     digest: str
     kind: str  # "weights" or "data"
     at: float
+
+
+@dataclass(frozen=True)
+class ForgettingRow:
+    """That an agent is to be forgotten, or has been; see cloud_server/forgetting.py."""
+
+    pseudonym: str
+    agent_id: str | None  # None: it has been
+    slot: int | None  # the same
+    models: tuple[tuple[int, str], ...]  # round and digest of each published model that had used its data
+    asked_at: float
+    done_at: float | None
+
+
+class InUseError(UsageError):
+    """Another process has the state directory."""
 
 
 @contextmanager
@@ -227,8 +270,16 @@ class Store:
     failing, and sqlite3.IntegrityError for a round or an agent that was never recorded.
     """
 
-    def __init__(self, state_dir: Path) -> None:
-        """Opens the state directory, made if need be; UsageError if it is not usable or another server's."""
+    def __init__(self, state_dir: Path, *, as_guest: bool = False) -> None:
+        """Opens the state directory, made if need be.
+
+        Args:
+            as_guest: beside the server that has it; what is asked of it here, that one does.
+
+        Raises:
+            InUseError: another server has it.
+            UsageError: it is not usable.
+        """
         self._blobs_dir = state_dir / "blobs"
         self._partial_dir = state_dir / "partial"
         self._lock = RLock()
@@ -236,7 +287,8 @@ class Store:
             try:
                 for folder in ("blobs", "partial", "jobs", "rounds"):
                     (state_dir / folder).mkdir(parents=True, exist_ok=True)
-                resources.enter_context(_locked(state_dir))
+                if not as_guest:
+                    resources.enter_context(_locked(state_dir))
                 self._database = resources.enter_context(_database(state_dir / "ecavg.sqlite3"))
                 sync(state_dir)
             except (OSError, sqlite3.DatabaseError) as error:
@@ -325,17 +377,17 @@ class Store:
         with self._transaction() as database:
             database.execute(
                 "INSERT OR REPLACE INTO contributions (round, agent_id, outcome, weights, shards,"
-                " num_examples, initial_weights, accuracy_local, reason, message, at) VALUES (:round,"
-                " :agent_id, :outcome, :weights, :shards, :num_examples, :initial_weights,"
-                " :accuracy_local, :reason, :message, :at)",
+                " num_examples, num_shared, initial_weights, accuracy_local, reason, message, at)"
+                " VALUES (:round, :agent_id, :outcome, :weights, :shards, :num_examples, :num_shared,"
+                " :initial_weights, :accuracy_local, :reason, :message, :at)",
                 {**vars(contribution), "round": number, "shards": json.dumps(contribution.shards)},
             )
 
     def contributions(self, number: int) -> list[ContributionRow]:
         """How every contribution to a round ended, in agent-id order."""
         rows = self._read(
-            "SELECT agent_id, outcome, weights, shards, num_examples, initial_weights, accuracy_local,"
-            " reason, message, at FROM contributions WHERE round = ? ORDER BY agent_id",
+            "SELECT agent_id, outcome, weights, shards, num_examples, num_shared, initial_weights,"
+            " accuracy_local, reason, message, at FROM contributions WHERE round = ? ORDER BY agent_id",
             number,
         )
         return [ContributionRow(**{**row, "shards": tuple(json.loads(row["shards"]))}) for row in rows]
@@ -494,9 +546,7 @@ class Store:
             database.execute(
                 "INSERT OR IGNORE INTO removals SELECT digest FROM uploads WHERE at < ?", (uploaded_before,)
             )
-            database.executemany(
-                "DELETE FROM removals WHERE digest = ?", [(digest,) for digest in self.needed_blobs()]
-            )
+            self._keep_needed(database)
             # An upload later than the contribution is for one that is still to come.
             database.execute(
                 "DELETE FROM uploads WHERE rowid IN (SELECT uploads.rowid FROM uploads"
@@ -510,6 +560,35 @@ class Store:
                 (uploaded_before,),
             )
             database.execute("DELETE FROM removals WHERE digest IN (SELECT digest FROM uploads)")
+
+    def give_up_data(self, up_to: int, uploaded_before: float) -> None:
+        """Gives up the shards of rounds up to this number, and all that were uploaded before; records only.
+
+        Shards that a later round's contribution names stay.
+        """
+        with self._transaction() as database:
+            database.execute(
+                "INSERT OR IGNORE INTO removals SELECT value FROM contributions"
+                " JOIN rounds ON number = round, json_each(shards) WHERE round <= ? AND NOT without_data",
+                (up_to,),
+            )
+            database.execute("UPDATE rounds SET without_data = 1 WHERE number <= ?", (up_to,))
+            database.execute(
+                "INSERT OR IGNORE INTO removals SELECT digest FROM uploads WHERE kind = 'data' AND at < ?",
+                (uploaded_before,),
+            )
+            self._keep_needed(database)
+            database.execute(
+                "DELETE FROM uploads WHERE kind = 'data' AND at < ?"
+                " AND digest IN (SELECT digest FROM removals)",
+                (uploaded_before,),
+            )
+            database.execute("DELETE FROM removals WHERE digest IN (SELECT digest FROM uploads)")
+
+    def _keep_needed(self, database: sqlite3.Connection) -> None:
+        database.executemany(
+            "DELETE FROM removals WHERE digest = ?", [(digest,) for digest in self.needed_blobs()]
+        )
 
     def needed_blobs(self) -> set[str]:
         """The digests that rounds which are not retired name, and the run's first initial weights."""
@@ -538,15 +617,91 @@ class Store:
             database.executemany("DELETE FROM removals WHERE digest = ?", [(each,) for each in given_up])
         return num_removed
 
-    def remove_partials(self, written_before: float) -> int:
+    def remove_partials(self, written_before: float, *, spare: Collection[Path] = ()) -> int:
         """Removes the uploads that were begun and have had no byte since; how many."""
         num_removed = 0
-        for path in self._partial_dir.iterdir():
+        for path in set(self._partial_dir.iterdir()) - set(spare):
             with self._lock, storage_errors(), suppress(FileNotFoundError):
                 if path.stat().st_mtime < written_before:
                     path.unlink()
                     num_removed += 1
         return num_removed
+
+    # Who is forgotten, in the order of cloud_server/forgetting.py
+
+    def ask_to_forget(self, agent_id: str, now: float) -> str:
+        """Records that the agent is to be forgotten; the pseudonym under which that is found again.
+
+        Raises:
+            NotFoundError: it has not joined this run.
+        """
+        with self._transaction() as database:
+            for row in self.forgettings():
+                if row.agent_id == agent_id:
+                    return row.pseudonym
+            pseudonym = f"forgotten-{secrets.token_hex(8)}"
+            database.execute(
+                "INSERT INTO forgettings (pseudonym, agent_id, slot, asked_at) VALUES (?, ?, ?, ?)",
+                (pseudonym, agent_id, self._slot(agent_id), now),
+            )
+        return pseudonym
+
+    def forgettings(self) -> list[ForgettingRow]:
+        """Who is to be forgotten, and who has been, in the order in which that was asked for."""
+        rows = self._read("SELECT * FROM forgettings ORDER BY asked_at, pseudonym")
+        return [
+            ForgettingRow(**{**row, "models": tuple(map(tuple, json.loads(row["models"])))}) for row in rows
+        ]
+
+    def forget_records(self, row: ForgettingRow, also: Collection[str]) -> None:
+        """Removes every record of the agent, and gives up the blobs that nobody else names.
+
+        Args:
+            also: digests of blobs to give up with them, where no record names them.
+        """
+        with self._transaction() as database:
+            agent, prefix = (row.agent_id,), f"{row.slot}-"
+            if not self._read("SELECT 1 FROM agents WHERE agent_id = ?", *agent):
+                return  # it has been done before
+            models = self._read(
+                "SELECT number, published FROM rounds JOIN contributions ON round = number"
+                " WHERE agent_id = ? AND outcome = 'accepted' AND published IS NOT NULL ORDER BY number",
+                *agent,
+            )
+            database.execute(
+                "UPDATE forgettings SET models = ? WHERE pseudonym = ?",
+                (json.dumps([list(model.values()) for model in models]), row.pseudonym),
+            )
+            begun = (path.name.removeprefix(prefix) for path in self._partial_dir.glob(f"{prefix}*"))
+            database.execute(
+                "INSERT OR IGNORE INTO removals SELECT digest FROM named_blobs WHERE agent_id = ?", agent
+            )
+            database.execute(
+                "INSERT OR IGNORE INTO removals SELECT digest FROM uploads WHERE agent_id = ?", agent
+            )
+            database.executemany(
+                "INSERT OR IGNORE INTO removals VALUES (?)", [(digest,) for digest in (*begun, *also)]
+            )
+            for table in ("reports", "contributions", "uploads", "agents"):
+                database.execute(f"DELETE FROM {table} WHERE agent_id = ?", agent)  # noqa: S608
+            self._keep_needed(database)
+            database.execute("DELETE FROM removals WHERE digest IN (SELECT digest FROM uploads)")
+
+    def remove_partials_of(self, slot: int) -> None:
+        """Removes the uploads that this agent has begun."""
+        with self._lock, storage_errors():
+            for path in self._partial_dir.glob(f"{slot}-*"):
+                path.unlink(missing_ok=True)
+            sync(self._partial_dir)
+
+    def note_forgotten(self, pseudonym: str, now: float) -> None:
+        """Records that nothing of the agent is left, its id included."""
+        with self._transaction() as database:
+            database.execute(
+                "UPDATE forgettings SET agent_id = NULL, slot = NULL, done_at = ? WHERE pseudonym = ?",
+                (now, pseudonym),
+            )
+        self._read("PRAGMA wal_checkpoint(TRUNCATE)")  # what was deleted is in the log still
 
     def _first_not_retired(self) -> int:
         first: int = self._read("SELECT coalesce(max(number), 0) + 1 AS number FROM rounds WHERE retired")[0][
@@ -592,7 +747,8 @@ class Store:
         with self._lock:
             return [
                 RoundRow(
-                    **{**row, "retired": bool(row["retired"])}, phase_times=self._phase_times(row["number"])
+                    **{**row, "retired": bool(row["retired"]), "without_data": bool(row["without_data"])},
+                    phase_times=self._phase_times(row["number"]),
                 )
                 for row in self._read(query, *values)
             ]
@@ -634,7 +790,7 @@ def _locked(state_dir: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UsageError(
+            raise InUseError(
                 f"process {_holder(file)} uses state directory {state_dir}:"
                 " stop it, or choose another --state-dir"
             ) from None
@@ -668,6 +824,7 @@ def _database(path: Path) -> Iterator[sqlite3.Connection]:
         database.execute("PRAGMA journal_mode = WAL")
         database.execute("PRAGMA synchronous = FULL")
         database.execute("PRAGMA foreign_keys = ON")
+        database.execute("PRAGMA secure_delete = ON")  # what is forgotten is not to be found in free pages
         _migrate(database, path)
         yield database
 

@@ -48,7 +48,7 @@ class TrainerProcess:
     ) -> None:
         self._log_path = state_dir / "trainer.log"
         self._command = command or _trainer_command(state_dir, device)
-        self._pid: int | None = None
+        self._process: Process | None = None
         self._task: asyncio.Task[None] | None = None
         self._num_exits = 0
 
@@ -60,7 +60,7 @@ class TrainerProcess:
     @property
     def pid(self) -> int | None:
         """Of the process that runs now, also the id of its process group; None: between two."""
-        return self._pid
+        return self._process.pid if self._process else None
 
     async def start(self) -> None:
         """Start it, and from then on start it again."""
@@ -72,6 +72,14 @@ class TrainerProcess:
             self._task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await self._task
+
+    async def restart(self) -> None:
+        """Have it drop what it is at: when this returns it has left, and is started again."""
+        num_exits = self._num_exits
+        if self._process:
+            await _end(self._process)
+            while self._num_exits == num_exits:  # noqa: ASYNC110  the task that sees it end has to come by
+                await asyncio.sleep(0.01)
 
     async def _keep_alive(self) -> None:
         pause = FIRST_PAUSE_SECONDS
@@ -111,13 +119,13 @@ class TrainerProcess:
             process = await create_subprocess_exec(
                 *self._command, stdin=stdin, stdout=output, stderr=output, process_group=0
             )
-            self._pid = process.pid
+            self._process = process
             try:
                 yield process
             finally:
                 server_end.close()
                 await _end(process)
-                self._pid = None
+                self._process = None
 
 
 def _trainer_command(state_dir: Path, device: str) -> list[str]:

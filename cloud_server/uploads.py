@@ -49,6 +49,23 @@ class Uploads:
             "data": DataGate(spec, max_data_bytes),
         }
         self._active: dict[tuple[str, str], Upload] = {}
+        self._shut_out: set[str] = set()
+
+    @property
+    def active(self) -> list[Path]:
+        """The files that are being written."""
+        return [upload.path for upload in self._active.values()]
+
+    def let_in(self, agent_id: str) -> None:
+        """Take what the agent uploads, as is done with every agent that was not shut out."""
+        self._shut_out.discard(agent_id)
+
+    async def shut_out(self, agent_id: str) -> None:
+        """End the agent's streams, and take no other: when this returns nothing more of it is written."""
+        self._shut_out.add(agent_id)
+        for agent, digest in list(self._active):
+            if agent == agent_id:
+                await self._supersede(agent, digest)
 
     async def query(self, agent_id: str, kind: str, digest: str) -> tuple[int, bool]:
         """Bytes durably stored, and whether the blob is complete and checked."""
@@ -68,20 +85,19 @@ class Uploads:
             if not await asyncio.to_thread(self._store.has_upload, agent_id, digest, kind):
                 raise NotFoundError(f"the {kind} blob {digest[:16]}… is not uploaded", Reason.MISSING_BLOB)
 
-    async def check_num_examples(self, shards: Sequence[str], num_examples: int) -> None:
-        """Hold what an agent says it trained on against its shards' labels; without shards it is believed.
+    async def count_shared(self, shards: Sequence[str], num_examples: int) -> int:
+        """The examples in an agent's shards. That it trained on more, which it does not share, is believed.
 
         Raises:
-            InvalidError: the two differ.
+            InvalidError: it says that it trained on fewer.
         """
-        if not shards:
-            return
-        num_labels = await asyncio.to_thread(self._num_labels, shards)
-        if num_labels != num_examples:
+        num_shared = await asyncio.to_thread(self._num_labels, shards)
+        if num_shared > num_examples:
             raise InvalidError(
-                f"num_examples is {num_examples}, but the contribution's shards have {num_labels} labels:"
-                " send the number of their labels"
+                f"num_examples is {num_examples}, but the contribution's shards have {num_shared} labels:"
+                " send the number of all examples that were trained on"
             )
+        return num_shared
 
     async def check_base(self, weights: str, initial_weights: str | None) -> None:
         """Hold what stored weights are the difference from against what their agent says it started from.
@@ -117,6 +133,8 @@ class Uploads:
         gate.check_size(blob.size_bytes)
         path = await asyncio.to_thread(self._store.partial_path, agent_id, blob.digest)
         await self._supersede(agent_id, blob.digest)
+        if agent_id in self._shut_out:
+            raise NotFoundError(f"agent {agent_id} has not joined this run", Reason.UNKNOWN_AGENT)
         upload = Upload(self._store, agent_id, kind, blob, path, gate, self._on_received)
         key = (agent_id, blob.digest)
         self._active[key] = upload
@@ -159,7 +177,7 @@ class Upload:
         self._agent_id = agent_id
         self._kind = kind
         self._blob = blob
-        self._path = path
+        self.path = path
         self._gate = gate
         self._on_received = on_received
         self._receiver: Receiver | None = None
@@ -200,7 +218,7 @@ class Upload:
 
     def _start(self, offset: int) -> None:
         with storage_errors():
-            receiver = Receiver(self._path, self._blob, self._passes_gate)
+            receiver = Receiver(self.path, self._blob, self._passes_gate)
         self._receiver = receiver
         if receiver.received_bytes > self._blob.size_bytes:
             receiver.discard()
@@ -214,8 +232,8 @@ class Upload:
             self._receiver.finish()
             try:
                 # Bytes of an earlier stream may have passed the gate of another kind.
-                self._gate.check_header(schema.read_header(self._path))
-                self._gate.check_content(self._path)
+                self._gate.check_header(schema.read_header(self.path))
+                self._gate.check_content(self.path)
             except InvalidError:
                 self._receiver.discard()
                 raise

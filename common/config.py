@@ -129,6 +129,9 @@ class RunConfig(FrozenModel):
     candidates: tuple[CandidateName, ...] = CANDIDATES
     recompute_statistics: bool = True  # BatchNorm's, on the combined data, after any averaging
     wire: Wire = "float32"
+    # "round": the server deletes uploaded images when their round is over; "run": it keeps them, so that
+    # they travel once, as long as it keeps the rounds that used them
+    retain_data: Literal["round", "run"] = "run"
     apply: Literal["if-not-worse", "always"] = "if-not-worse"
     adapt_epochs: Annotated[int, Field(ge=0, le=100_000)] = 1  # of a global model that does worse; 0: never
     pretrain: TrainingConfig = TrainingConfig()

@@ -55,6 +55,11 @@ class Point(StrEnum):
     AGENT_MODEL_APPLIED = "agent_model_applied"  # but not yet reported
     SERVER_AGENT_REPORT_RECORDED = "server_agent_report_recorded"  # but not yet acknowledged
     AGENT_REPORTED = "agent_reported"  # acknowledged, but not yet remembered
+    # And where an agent is forgotten, by the server or by `cloud-server forget`:
+    SERVER_FORGETTING_ASKED = "server_forgetting_asked"  # recorded, and nothing else
+    SERVER_AGENT_RECORDS_REMOVED = "server_agent_records_removed"  # but not yet its blobs
+    SERVER_AGENT_BLOBS_REMOVED = "server_agent_blobs_removed"  # but it is still named in files
+    SERVER_AGENT_STRUCK_OUT = "server_agent_struck_out"  # but the intent still names it
 
 
 class _Armed:

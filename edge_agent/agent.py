@@ -205,9 +205,8 @@ class EdgeAgent:
 
     def _is_kept(self, local: LocalModels, trained: Trained, number: int, initial: Blob | None) -> bool:
         """Whether this was trained for this round, from there, on the data of today, and is still there."""
-        shards = tuple(blob.digest for blob in local.shards.values())
         came_from = (trained.round, trained.initial_weights, trained.shards)
-        if came_from != (number, initial and initial.digest, shards):
+        if came_from != (number, initial and initial.digest, local.trained_on):
             return False
         return _is_whole(self._disk.local_weights, trained.weights)
 
@@ -365,6 +364,12 @@ class EdgeAgent:
     async def _load(self) -> LocalModels:
         local = await self._worker.run(self._load_data)
         crash_point(Point.AGENT_DATA_LOADED)
+        self._display.message(_what_is_shared(local, self._joined.run.retain_data))
+        if local.has_withdrawn:
+            self._display.message(
+                "some images are no longer shared; where they were sent before, the server's operator deletes"
+                f" them with `cloud-server forget {self._disk.agent_id}`"
+            )
         return local
 
     async def _read_what_has_changed(self) -> None:
@@ -438,6 +443,13 @@ class EdgeAgent:
 
     async def _save(self, **changes: Any) -> None:
         await self._worker.run(self._disk.save, self._disk.progress.model_copy(update=changes))
+
+
+def _what_is_shared(local: LocalModels, retain_data: str) -> str:
+    if not local.num_shared:
+        return f"no image leaves this device, {local.num_examples} are trained on"
+    kept = {"round": "until their round is over", "run": "beyond their round"}[retain_data]
+    return f"shared are {local.num_shared} of {local.num_examples} images, which the server keeps {kept}"
 
 
 def _outcome_of(report: Report) -> str:

@@ -30,6 +30,11 @@ class AgentConfig(ProcessConfig):
         " (DIR/{train,test}/<class>/*) or package.module:factory (default: the run's dataset)",
     )
     data_dir: Path | None = Field(None, description="where named datasets are, or are downloaded to")
+    share_data: str = Field(
+        "all",
+        title="all|FRACTION|none",
+        description="how many of the images to train on are uploaded; what is not shared never leaves",
+    )
     partition: str | None = Field(
         None, title="I/N", description="take part I of N of the data (default: by the server's slot)"
     )
@@ -71,6 +76,17 @@ class AgentConfig(ProcessConfig):
             raise ValueError("should be 1 to 64 letters, digits, '.', '_' or '-', first a letter or digit")
         return value
 
+    @field_validator("share_data", mode="before")
+    @classmethod
+    def _is_part(cls, value: object) -> str:
+        text = str(value)
+        try:
+            if text in ("all", "none") or 0 < float(text) < 1:
+                return text
+        except ValueError:
+            pass
+        raise ValueError('should be "all", "none", or a number between 0 and 1')
+
     @field_validator("partition", "data")
     @classmethod
     def _is_usable(cls, value: str | None, info: ValidationInfo) -> str | None:
@@ -90,6 +106,11 @@ class AgentConfig(ProcessConfig):
         if value is not None and not _is_folder(value):
             raise ValueError(f"data folder {value} does not exist: make it, or name the right one")
         return value
+
+    @property
+    def shared_fraction(self) -> float:
+        """0 to 1."""
+        return float({"all": 1, "none": 0}.get(self.share_data, self.share_data))
 
 
 class EnrollConfig(AgentConfig):

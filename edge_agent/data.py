@@ -1,4 +1,4 @@
-"""From a data source to this agent's examples: what it trains on and uploads, and what it keeps to itself.
+"""From a data source to this agent's examples: what it trains on and may share, and what it measures on.
 
     --data SOURCE → splits (labels known, files not decoded yet) → this agent's part → two Shards
 
@@ -43,11 +43,13 @@ _TORCHVISION: Mapping[str, str] = {  # class in torchvision.datasets
 
 ImageShape = tuple[int, int, int]  # channels, height, width
 
+_SHARING = b"share_data"  # the key of the digests that say which images are shared
+
 
 class AgentData(NamedTuple):
     """One agent's part of its source, in the run's image shape."""
 
-    train: Shard  # trained on, and uploaded
+    train: Shard  # trained on; what of it is shared is uploaded
     held_out: Shard  # for the agent's own before and after figures; never leaves the device
     num_skipped: int  # image files that could not be read
     stamp: str = ""  # of the image folder that they were read from; see `data_stamp`
@@ -182,6 +184,24 @@ def hold_out(images: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray
     if is_held_out.all():
         is_held_out[ranks.argmax()] = False
     return np.flatnonzero(~is_held_out), np.flatnonzero(is_held_out)
+
+
+def choose_shared(images: np.ndarray, fraction: float) -> np.ndarray:
+    """Which images the agent shares, about `fraction` of them, each by its own pixels.
+
+    The server has no say in it: whatever its run, its seed and the agent's id, the choice among the same
+    images is the same, so no restart, no growth and no other run brings a private image out. A smaller
+    fraction shares some of the same images.
+
+    Args:
+        images: uint8 [N, C, H, W].
+
+    Returns:
+        bool [N].
+    """
+    if fraction in (0, 1):
+        return np.full(len(images), bool(fraction))
+    return image_digests(images, repeat(_SHARING, len(images))) < fraction * 2.0**64
 
 
 @dataclass(frozen=True)

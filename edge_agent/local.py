@@ -9,6 +9,7 @@ import os
 from collections.abc import Collection
 from pathlib import Path
 
+import numpy as np
 import structlog
 import torch
 from torch import nn
@@ -20,7 +21,7 @@ from common.faults import Point, crash_point
 from common.files import link, replacing
 from common.models import build_model
 from common.schema import MAX_HEADER_BYTES
-from common.shards import cloud_holdout, gather, read_shard
+from common.shards import Shard, cloud_holdout, gather, read_shard
 from common.training import Evaluation, OnStep, derive_seed
 from common.transfer import Blob, blob_of
 from common.weights import load_into, write_state_dict
@@ -28,7 +29,7 @@ from common.wire import Base, encode, wire_of
 from edge_agent.client import Joined
 from edge_agent.comparison import objection
 from edge_agent.config import AgentConfig
-from edge_agent.data import AgentData, load_agent_data
+from edge_agent.data import AgentData, choose_shared, load_agent_data
 from edge_agent.partition import Partition, parse_partition
 from edge_agent.shard_files import keep_shards
 from edge_agent.state import AgentState, Report, Trained
@@ -54,7 +55,15 @@ def load_local_models(
         # Naming code with --data is leave to run it.
         allowed_factories={*config.allow_factory, config.data or ""},
     )
-    return LocalModels(joined.run, data, disk, device, config.allow_factory, config.checkpoint_seconds)
+    return LocalModels(
+        joined.run,
+        data,
+        disk,
+        device,
+        config.allow_factory,
+        config.checkpoint_seconds,
+        shared_fraction=config.shared_fraction,
+    )
 
 
 def _partition(joined: Joined, config: AgentConfig) -> Partition | None:
@@ -75,10 +84,16 @@ class LocalModels:
     One network is built, and given one model's weights after the other: a model is its state_dict. What it
     is trained on is mapped from the shard files, so that only what is held out stays in memory.
 
+    Args:
+        shared_fraction: of the examples to train on, that are uploaded.
+
     Attributes:
         stamp: of the data; see edge_agent/data.py.
-        shards: the shard files, in order, and what they are on the wire.
-        num_examples: in all of them, with those that the cloud holds back: the same part of any shard.
+        shards: the files of the examples that are shared, in order, and what they are on the wire.
+        num_shared: examples in them, with those that the cloud holds back: the same part of any shard.
+        num_examples: the same, with those that are not shared.
+        trained_on: the digests of the files of both.
+        has_withdrawn: some file is no longer shared, and the server may have it.
     """
 
     def __init__(
@@ -89,6 +104,8 @@ class LocalModels:
         device: torch.device,
         allowed_factories: Collection[str],
         checkpoint_seconds: float,
+        *,
+        shared_fraction: float = 1.0,
     ) -> None:
         self._run = run
         self._held_out = data.held_out
@@ -100,9 +117,16 @@ class LocalModels:
         self._in_use: tuple[os.stat_result, Evaluation] | None = None  # the file, once it was measured
         self._arrived: Evaluation | None = None  # of the global model that was measured last, maybe adapted
         self.stamp = data.stamp
-        self.shards = {path: blob_of(path) for path in keep_shards(disk.shards, data.train)}
-        self._mapped = [read_shard(path) for path in self.shards]  # to be read though its file be removed
-        self.num_examples = sum(len(shard.labels) for shard in self._mapped)
+        before = set(disk.shards.glob("*.safetensors"))
+        is_shared = choose_shared(data.train.images, shared_fraction)
+        self.shards = _kept(disk.shards, data.train, is_shared)
+        private = _kept(disk.private, data.train, ~is_shared)
+        self.trained_on = tuple(blob.digest for blob in (*self.shards.values(), *private.values()))
+        self.has_withdrawn = not before <= self.shards.keys()
+        self._shared = [read_shard(path) for path in self.shards]  # to be read though its file be removed
+        self._private = [read_shard(path) for path in private]
+        self.num_shared = sum(len(shard.labels) for shard in self._shared)
+        self.num_examples = self.num_shared + sum(len(shard.labels) for shard in self._private)
 
     def most_weights_bytes(self) -> int:
         """How large a file with weights of the run's model may be."""
@@ -129,7 +153,7 @@ class LocalModels:
             weights=blob_of(path),
             accuracy=evaluation.accuracy,
             initial_weights=initial_weights,
-            shards=tuple(blob.digest for blob in self.shards.values()),
+            shards=self.trained_on,
         )
         in_use = self._evaluate_in_use()
         if in_use is None or evaluation.accuracy >= in_use.accuracy:
@@ -228,14 +252,15 @@ class LocalModels:
     def _train(
         self, model: nn.Module, config: TrainingConfig, stream: str, number: int, on_step: OnStep
     ) -> None:
-        """On what the cloud fine-tunes on; the rest it chooses and evaluates on.
+        """On what the cloud fine-tunes on, and on what it never sees; the rest it chooses and evaluates on.
 
         Args:
             stream: of what chance decides, in round `number`.
         """
         fraction = self._run.fine_tune.holdout_fraction
         holdout_seed = derive_seed(self._run.seed, "cloud_holdout", self._disk.agent_id)
-        parts = [(shard, cloud_holdout(shard.labels, fraction, holdout_seed)[0]) for shard in self._mapped]
+        parts = [(shard, cloud_holdout(shard.labels, fraction, holdout_seed)[0]) for shard in self._shared]
+        parts += [(shard, np.arange(len(shard.labels))) for shard in self._private]
         images, labels = map(torch.from_numpy, gather(parts, self._run.spec.image_shape))
         training.train(
             model,
@@ -289,6 +314,12 @@ class LocalModels:
             spec=self._run.spec,
             device=self._device,
         )
+
+
+def _kept(folder: Path, train: Shard, is_chosen: np.ndarray) -> dict[Path, Blob]:
+    """The files of the chosen examples, and what they are on the wire."""
+    chosen = train if is_chosen.all() else Shard(*(array[is_chosen] for array in train))
+    return {path: blob_of(path) for path in keep_shards(folder, chosen)}
 
 
 def _is_same(file: os.stat_result, other: os.stat_result) -> bool:

@@ -20,7 +20,8 @@ def keep_shards(folder: Path, train: Shard) -> list[Path]:
 
     A file stays as it is while all of its examples are still in `train`. What no such file holds, in the
     order of `train`, becomes one new shard. An example is its pixels and its label, wherever it comes from:
-    a copy of one that is in a file already is not new. Cut off, and called again: the same files.
+    a copy of one that is in a file already is not new. Cut off, and called again: the same files. Without
+    examples there are no files.
 
     Returns:
         The files in the order in which they came to be.
@@ -35,8 +36,10 @@ def keep_shards(folder: Path, train: Shard) -> list[Path]:
     kept = []
     for path in files:
         found = _identities_in(path, train.images.shape[1:])
-        where = np.minimum(np.searchsorted(identities, found), len(identities) - 1)
-        if len(found) and np.array_equal(identities[where], found) and not is_kept[where].any():
+        if not len(found) or not np.isin(found, identities).all():
+            continue
+        where = np.searchsorted(identities, found)
+        if not is_kept[where].any():
             is_kept[where] = True
             kept.append(path)
     is_new = ~is_kept[places]

@@ -24,7 +24,7 @@ class Trained(FrozenModel):
     weights: Blob
     accuracy: float  # on the held-out data
     initial_weights: str | None = None  # digest of what it started from; None: this agent's own
-    shards: tuple[str, ...] = ()  # digests of what it was trained on
+    shards: tuple[str, ...] = ()  # digests of what it was trained on, shared or not
 
 
 class Report(FrozenModel):
@@ -123,6 +123,11 @@ class AgentState:
     def shards(self) -> Path:
         """The folder of this agent's shards; see edge_agent/shard_files.py."""
         return self.path / "shards"
+
+    @property
+    def private(self) -> Path:
+        """The folder of what this agent trains on and does not share, in files like its shards."""
+        return self.path / "private"
 
     @property
     def checkpoint(self) -> Path:

@@ -155,6 +155,7 @@ class RoundJob:
     def _make_model(self) -> Result:
         model = _network(self._run)
         data = combine(self._run, self._contributions, self._blobs_dir)
+        log.info("data", num_train=len(data.train.labels), num_held_out=len(data.held_out.labels))
 
         self._tell("aggregating", 0, 1)
         with self._timed("aggregate"):
@@ -249,7 +250,7 @@ class RoundJob:
 
     def _fine_tune(self, model: nn.Module, examples: Examples, teaching: Tensor | None) -> None:
         if not len(examples.labels):
-            return  # agents may contribute their weights alone
+            return  # no agent has shared any
         with self._timed("fine_tune"):
             fine_tune(
                 model,

@@ -91,7 +91,7 @@ class Selection:
         self._measured: dict[tuple[str, tuple[Path, ...]], Evaluation | None] = {}
 
     def run(self, on_progress: Callable[[int, int], None] = lambda *_: None) -> None:
-        """Make and measure all candidates; without held-out data the first is the best.
+        """Make and measure all candidates; where nobody shared data, the first that can be made is the best.
 
         Args:
             on_progress: told how many candidates, of how many, are done.
@@ -158,7 +158,8 @@ class Selection:
             self._offer_aggregate("best_agent", self._members(self._best_first[:1]), "mean")
 
     def _make_previous(self) -> None:
-        if self._previous:
+        """Only where it can be measured: unmeasured it would come before an average of this round."""
+        if self._previous and len(self._data.held_out.labels):
             load_into(self._model, self._previous)
             self._announce("previous", self.measure())
 

@@ -1,0 +1,124 @@
+"""`cloud-server forget AGENT`: what is removed, and in which order.
+
+1. The authority revokes the agent: from now on it comes in only with a newer join token. (Not with
+   `--insecure`, where there is no authority, and anybody may come back under any name.)
+2. The intent is recorded, under a random pseudonym, in `STATE/ecavg.sqlite3`. What follows is done by the
+   server that has STATE, or else by the command itself; if that dies half way, the next server or the same
+   command again goes on with it, and each step may be taken again.
+3. Work on a round that counts the agent is broken off; the trainer begins anew without it.
+4. The records go, in one transaction that also notes which published models had used the agent's data, and
+   which blobs nobody else names: its weights, its shards, a model made of them that was never published.
+5. Then files: those blobs, begun uploads, the unfinished job. What names the agent in job and report files is
+   taken out, and in `provenance.jsonl` the pseudonym takes its place.
+6. The id is struck from the intent, and what SQLite has deleted from its log.
+
+Published models stay, and so does what other agents have uploaded too.
+"""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import structlog
+
+from cloud_server import provenance
+from cloud_server.jobs import JobDirectory
+from cloud_server.records import job_name
+from cloud_server.retention import round_jobs, unpublished_model
+from cloud_server.round import Phase
+from cloud_server.store import ForgettingRow, RoundRow, Store, storage_errors
+from common.errors import RunError
+from common.faults import Point, crash_point
+from common.files import replacing
+
+_LISTS_OF_IDS = ("late", "vanished", "soup")  # in report.json and result.json
+
+log = structlog.get_logger()
+
+
+def unfinished_work(store: Store, state_dir: Path, agent_id: str) -> JobDirectory | None:
+    """The job of the round under way, if it counts the agent, or was broken off."""
+    last = store.last_round()
+    if last is None or _is_over(last):
+        return None
+    directory = JobDirectory(state_dir / "jobs" / job_name(last.number))
+    if not directory.path.exists():
+        return None
+    try:
+        is_concerned = not directory.is_begun or any(
+            item.agent_id == agent_id for item in directory.read_job().contributions
+        )
+    except RunError:  # damaged: it is done again in any case
+        is_concerned = True
+    return directory if is_concerned else None
+
+
+def forget(store: Store, state_dir: Path, row: ForgettingRow, now: float) -> None:
+    """Remove all that STATE has of the agent; nobody else writes there meanwhile, but uploads of others.
+
+    Args:
+        row: an intent that is not done.
+
+    Raises:
+        StorageError, OSError: the disk does not let it; do it again.
+        RunError: provenance.jsonl is damaged.
+    """
+    assert row.agent_id is not None
+    assert row.slot is not None
+    provenance.catch_up(store, state_dir)  # while the records still know of whom
+    last, work = store.last_round(), unfinished_work(store, state_dir, row.agent_id)
+    made = unpublished_model(state_dir, last) if last and not _is_over(last) else []
+    if work:
+        work.withdraw()
+    store.forget_records(row, also=made if work else ())
+    crash_point(Point.SERVER_AGENT_RECORDS_REMOVED)
+    store.remove_partials_of(row.slot)
+    store.remove_blobs(-math.inf, spare=() if work else made)
+    crash_point(Point.SERVER_AGENT_BLOBS_REMOVED)
+    if work:
+        work.remove()
+    with storage_errors():
+        for number, directory in round_jobs(state_dir):
+            if last is None or number != last.number or _is_over(last):
+                directory.discard_scratch()
+    files = [*(state_dir / "jobs").glob("*/*.json"), *(state_dir / "rounds").glob("*/report.json")]
+    for path in files:
+        _strike_out(row.agent_id, path)
+    (row,) = (each for each in store.forgettings() if each.pseudonym == row.pseudonym)
+    provenance.forget(state_dir, row)
+    crash_point(Point.SERVER_AGENT_STRUCK_OUT)
+    store.note_forgotten(row.pseudonym, now)
+
+
+def _is_over(row: RoundRow) -> bool:
+    return row.phase in (Phase.PUBLISHED, Phase.FAILED)
+
+
+def _strike_out(agent_id: str, path: Path) -> None:
+    """Take what is said of an agent out of a JSON file."""
+    try:
+        before = json.loads(path.read_text("utf-8"))
+    except ValueError:
+        log.warning("not_struck_out", path=str(path))  # `cloud-server check` says more
+        return
+    after = _without(agent_id, before)
+    if after != before:
+        with storage_errors(), replacing(path) as partial:
+            partial.write_text(json.dumps(after, indent=2) + "\n", "utf-8")
+
+
+def _without(agent_id: str, content: dict[str, Any]) -> dict[str, Any]:
+    """Without the agent in lists of agents, whether of objects or of ids."""
+
+    def is_left(key: str, item: Any) -> bool:
+        return (
+            item.get("agent_id") != agent_id
+            if isinstance(item, dict)
+            else not (key in _LISTS_OF_IDS and item == agent_id)
+        )
+
+    return {
+        key: [item for item in value if is_left(key, item)] if isinstance(value, list) else value
+        for key, value in content.items()
+    }
