@@ -1,4 +1,4 @@
-"""`cloud-server token`, `agents` and `forget`: who may come in, and who goes; the server may run meanwhile."""
+"""`cloud-server token`, `agents`, `forget`: who may come in, and who goes; the server may run meanwhile."""
 
 import argparse
 import sys
@@ -36,7 +36,7 @@ def main(argv: Sequence[str]) -> int:
         ServerConfig, env_prefix=ENV_PREFIX, preset=DEFAULT_PRESET, config_file=arguments.config, flags=flags
     )
     is_new = not (config.tls_folder / "authority.sqlite3").exists()
-    if arguments.do is forget_agent:
+    if arguments.do is None:
         return forget_agent(config, None if is_new else Authority(config.tls_folder), arguments.agent_id)
     if is_new and arguments.do is not _create_token:
         raise UsageError(
@@ -88,7 +88,7 @@ def _parser() -> argparse.ArgumentParser:
         " It is revoked. Works while the server runs, and when not; once begun it is done to the end.",
     )
     forget.add_argument("agent_id", metavar="AGENT", help="its id")
-    forget.set_defaults(do=forget_agent)
+    forget.set_defaults(do=None)
     return parser
 
 
@@ -113,7 +113,7 @@ def forget_agent(config: ServerConfig, authority: Authority | None, agent_id: st
             return 0
     if not is_enrolled:
         raise UsageError(
-            f"no agent {agent_id!r} in {config.state_dir}: name the server's --state-dir, and one of its agents"
+            f"there is no agent {agent_id!r} in {config.state_dir}: name one, and the server's --state-dir"
         )
     print(f"agent {agent_id} is revoked; nothing of it is kept here (any more)")  # noqa: T201
     return 0

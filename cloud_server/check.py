@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 
-from cloud_server import jobs
+from cloud_server import jobs, provenance
 from cloud_server.retention import round_jobs
 from cloud_server.round import Outcome, Phase
 from cloud_server.store import MIGRATIONS, RoundRow, Store
@@ -79,6 +79,7 @@ class Check:
         self._num_partials = 0
         self._blob_bytes: dict[str, int] = {}  # of every blob that is what its name says
         self._damaged: set[str] = set()  # reported once, however many records name them
+        self._used_by_forgotten: set[int] = set()  # rounds of which a contribution is no longer on record
 
     def problems(self) -> Iterator[Problem]:
         """Everything that is wrong.
@@ -116,6 +117,7 @@ class Check:
     def _records(self, records: Store) -> Iterator[Problem]:
         rounds = records.rounds()
         self._num_rounds = len(rounds)
+        self._used_by_forgotten = {number for row in records.forgettings() for number, _ in row.models}
         yield from self._run(records, rounds)
         yield from self._order(rounds)
         for row in rounds:
@@ -131,6 +133,7 @@ class Check:
         yield from self._jobs({row.number: row for row in rounds})
         yield from self._folders({row.number for row in rounds})
         yield from self._partials({agent.slot for agent in records.agents()})
+        yield from self._provenance(records)
 
     # Blobs
 
@@ -205,10 +208,12 @@ class Check:
             if weights and (encoding := records.encoding(weights)):
                 yield from self._blob(encoding.digest, where, "encoded model")
         contributions = records.contributions(row.number)
-        if row.published and not any(item.outcome == Outcome.ACCEPTED for item in contributions):
+        is_counted = any(item.outcome == Outcome.ACCEPTED for item in contributions)
+        if row.published and not is_counted and row.number not in self._used_by_forgotten:
             yield Problem(where, "it is published, of no contribution", _RESTORE_DATABASE)
         for item in contributions:
-            blobs = [(item.weights, "weights"), *((digest, "data") for digest in item.shards)]
+            shards = () if row.without_data else item.shards
+            blobs = [(item.weights, "weights"), *((digest, "data") for digest in shards)]
             for digest, kind in blobs if item.outcome != Outcome.REJECTED else ():
                 contribution = f"contribution of {item.agent_id} to round {row.number}"
                 yield from self._blob(digest, contribution, kind)
@@ -234,6 +239,32 @@ class Check:
             yield Problem(f"{folder}/report.json", "names another model than the record", _RESTORE)
         if row.published and not row.retired:
             yield from self._model(f"{folder}/model.safetensors", row.published)
+
+    def _provenance(self, records: Store) -> Iterator[Problem]:
+        """A line for each published model that says what the records say, but of those who are forgotten."""
+        where = provenance.path_in(self._state_dir).name
+        remedy = "restore it from a backup, or remove it: the server makes it anew of the records"
+        try:
+            entries = provenance.read(self._state_dir / where)
+        except RunError:
+            yield Problem(where, "is damaged", remedy)
+            return
+        logged = [entry for entry in entries if "round" in entry]
+        forgotten = {entry["forgotten"] for entry in entries if "forgotten" in entry}
+        recorded = list(provenance.entries_from(records, 1))
+        is_late = len(recorded) == len(logged) + 1  # killed before, a server adds the last one at its start
+        for entry in logged:
+            entry["contributions"] = [
+                item for item in entry.get("contributions", ()) if item.get("agent_id") not in forgotten
+            ]
+        if logged != recorded and logged != recorded[: -1 if is_late else None]:
+            yield Problem(where, "does not say what the records say of the published models", remedy)
+        for row in records.forgettings():
+            if row.done_at is None:
+                what = "an agent is to be forgotten, and is not yet"
+                yield Problem("ecavg.sqlite3", what, "start the server, or give the same command again")
+            elif row.pseudonym not in forgotten:
+                yield Problem(where, f"does not tell of {row.pseudonym}", remedy)
 
     def _model(self, where: str, digest: str) -> Iterator[Problem]:
         path, blob = self._state_dir / where, jobs.blob_path(self._state_dir / "blobs", digest)

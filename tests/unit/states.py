@@ -5,6 +5,7 @@ import json
 import os
 from pathlib import Path
 
+from cloud_server import provenance
 from cloud_server.jobs import EncodedWeights, Job, JobDirectory, Result, Weights
 from cloud_server.store import ContributionRow, EncodingRow, Store
 from common.config import RunConfig
@@ -89,6 +90,7 @@ def publish(store: Store, state_dir: Path, number: int) -> None:
     os.link(store.blob_path(digest), folder / "model.safetensors")
     report = {"round": number, "outcome": "published", "weights": {"sha256": digest}}
     (folder / "report.json").write_text(json.dumps(report), "utf-8")
+    provenance.catch_up(store, state_dir)
 
 
 def run_rounds(store: Store, state_dir: Path, count: int) -> None:

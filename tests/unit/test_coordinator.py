@@ -51,6 +51,11 @@ class PlayedTrainer:
     num_exits: int = 0
     jobs: list[Job] = field(default_factory=list)
 
+    num_restarts: int = 0
+
+    async def restart(self) -> None:
+        self.num_restarts += 1
+
     async def work(self) -> None:
         while True:
             for directory in pending_jobs(self.state_dir / "jobs"):
