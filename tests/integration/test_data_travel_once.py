@@ -54,8 +54,8 @@ class Device:
         return sent(self._url)
 
 
-def sent(url: str) -> int:
-    match = re.search(r'_bytes_total\{kind="data"\} (\S+)', get(url))
+def sent(url: str, kind: str = "data") -> int:
+    match = re.search(rf'_bytes_total\{{kind="{kind}"\}} (\S+)', get(url))
     assert match
     return int(float(match[1]))
 
