@@ -132,6 +132,11 @@ class Cluster:
     def enroll(self, name: str) -> Identity:
         return enroll(self.state_dir / "tls", self.folder / name, name)
 
+    def forget(self, name: str, env: dict[str, str] | None = None) -> Command:
+        """Start `cloud-server forget`, which ends when the agent is forgotten."""
+        where = ("--state-dir", self.state_dir)
+        return self._start("cloud_server", "forget", name, *where, folder=self.folder, env=env)
+
     def join_token(self, uses: int) -> Path:
         """A file with a token that is always the same one."""
         file = self.folder / "join-token"

@@ -1,5 +1,7 @@
 """Every named point of the protocol is killed once; the run comes to the same digests, bit by bit."""
 
+import shutil
+import signal
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -7,11 +9,13 @@ from typing import Any
 
 import pytest
 
+from cloud_server.__main__ import main
 from common.faults import Point
 from common.transfer import Blob, blob_of
 from tests.faults.runs import ADAPTING, AGENTS, INT8, NUM_ROUNDS, SETTINGS, Run, armed_with
 from tests.faults.zygote import Zygote
-from tests.processes import Cluster, cluster_in
+from tests.integration.test_forgetting import check_forgotten, provenance
+from tests.processes import Cluster, cluster_in, until
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -40,7 +44,14 @@ WITH_INT8 = [
     (Point.SERVER_ENCODED_MODEL_ADOPTED, 1),
     (Point.SERVER_ENCODED_MODEL_ADOPTED, 2),
 ]
+FORGETTING = (
+    Point.SERVER_FORGETTING_ASKED,
+    Point.SERVER_AGENT_RECORDS_REMOVED,
+    Point.SERVER_AGENT_BLOBS_REMOVED,
+    Point.SERVER_AGENT_STRUCK_OUT,
+)
 ELSEWHERE = (
+    *FORGETTING,
     Point.SERVER_CA_KEY_WRITTEN,  # tests/integration/test_identity.py
     Point.AGENT_ADAPTED,
     Point.AGENT_DECODED,
@@ -109,6 +120,7 @@ def digests_of_killed_run(
         assert [agent["agent_id"] for agent in report["agents"]] == list(AGENTS)
         assert report["late"] == report["rejected"] == report["vanished"] == []
         assert all(agent["applied"] for agent in report["agents"])
+    assert [entry["model"] for entry in provenance(cluster.state_dir)] == digests
     return digests
 
 
@@ -141,3 +153,60 @@ def test_killed_while_it_adapts_an_agent_uses_the_same_model(
     assert all(agent["applied"] for agent in agents)
     assert blob_of(cluster.folder / who / "model.safetensors") == in_use
     assert not (cluster.folder / who / "work/adapted.safetensors").exists()
+
+
+@pytest.fixture(scope="module")
+def finished(zygote: Zygote, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run of one round."""
+    folder = tmp_path_factory.mktemp("finished")
+    with cluster_in(folder) as cluster:
+        run = Run(cluster, zygote, (*SETTINGS, "--rounds", 1))
+        run.start()
+        run.finish(FINISH_SECONDS)
+    return folder
+
+
+@pytest.fixture
+def restored(finished: Path, cluster: Cluster) -> Cluster:
+    shutil.copytree(finished, cluster.folder, dirs_exist_ok=True)
+    return cluster
+
+
+@pytest.mark.parametrize("point", FORGETTING)
+def test_forgetting_that_was_killed_is_done_by_the_same_command_again(
+    restored: Cluster, tmp_path: Path, point: Point
+) -> None:
+    _, environment = armed_with(point, 1, tmp_path / "died")
+    assert restored.forget("edge-2", dict(environment)).wait() == -signal.SIGKILL
+    again = restored.forget("edge-2")
+    assert again.wait() == 0, again.output
+    assert check_forgotten(restored, "edge-2", again.output) == [1]
+    assert [entry.get("round") for entry in provenance(restored.state_dir)] == [1, None]
+    assert main(["check", str(restored.state_dir)]) == 0
+
+
+@pytest.mark.parametrize("point", FORGETTING[1:])
+def test_forgetting_that_a_server_was_killed_at_is_done_by_the_next(
+    restored: Cluster, tmp_path: Path, point: Point
+) -> None:
+    _, asked = armed_with(Point.SERVER_FORGETTING_ASKED, 1, tmp_path / "asked")
+    assert restored.forget("edge-2", dict(asked)).wait() == -signal.SIGKILL
+    _, environment = armed_with(point, 1, tmp_path / "died")
+    settings = (*SETTINGS, "--rounds", 0)
+    assert restored.server(*settings, env=dict(environment), ready=False).wait() == -signal.SIGKILL
+    server = restored.server(*settings)
+    said = server.wait_for(r"forgotten-\w+")[0]
+    (model,) = provenance(restored.state_dir)[1]["models"]
+    assert check_forgotten(restored, "edge-2", f"{said} round 1: {model['model']}") == [1]
+    server.kill()
+    assert main(["check", str(restored.state_dir)]) == 0
+
+
+def test_command_whose_server_is_killed_forgets_by_itself(restored: Cluster, tmp_path: Path) -> None:
+    _, environment = armed_with(Point.SERVER_AGENT_RECORDS_REMOVED, 1, tmp_path / "died")
+    server = restored.server(*SETTINGS, "--rounds", 0, env=dict(environment))
+    forgetting = restored.forget("edge-2")
+    assert forgetting.wait() == 0, forgetting.output
+    until(lambda: server.process.poll() == -signal.SIGKILL, forgetting)
+    assert check_forgotten(restored, "edge-2", forgetting.output) == [1]
+    assert main(["check", str(restored.state_dir)]) == 0
