@@ -534,10 +534,9 @@ class Coordinator:
             self._presence.forget(agent_id)
             await self._uploads.shut_out(agent_id)
             async with self._reports.lock:
-                self._round = self._round.without(agent_id)  # now: whatever fails below, it does not count
                 self._standing.forget(agent_id)
+                self._believe(self._round.without(agent_id))  # now: whatever fails below, it does not count
                 await self._remove_all_of(row)
-            self._believe(self._round)
 
         await self._exclusively(change)
 

@@ -10,7 +10,7 @@ from cloud_server.trainer.finetune import combine
 from common.config import RunConfig, TrainingConfig
 from common.errors import DivergedError, UsageError
 from common.models import build_model
-from common.shards import Shard, cloud_holdout
+from common.shards import Shard, cloud_holdout, read_shard
 from common.training import OnStep, StepReport, derive_seed, train
 from common.transfer import Blob, blob_of
 from common.weights import read_state_dict, write_state_dict
@@ -327,6 +327,56 @@ def test_agent_does_not_train_on_what_the_cloud_holds_back(
     assert len(shards) == len(sizes)
     assert len(combined.held_out.labels) == sum(round(size / 10) for size in sizes)
     assert local.num_examples == len(combined.train.labels) + len(combined.held_out.labels) == 40
+
+
+@pytest.mark.parametrize("fraction", [0.0, 0.5, 1.0])
+def test_private_examples_are_all_trained_on_and_of_shared_ones_what_the_cloud_trains_on(
+    disk: AgentState, monkeypatch: pytest.MonkeyPatch, fraction: float
+) -> None:
+    trained_on = {}
+
+    def train(_: object, images: torch.Tensor, labels: torch.Tensor, *args: object, **kwargs: object) -> None:
+        trained_on.update(images=images, labels=labels)
+
+    monkeypatch.setattr("common.training.train", train)
+    everything = make_shard(200, 0)
+    data = AgentData(everything, make_shard(20, 1), num_skipped=0)
+    local = LocalModels(RUN, data, disk, torch.device("cpu"), (), 0.0, shared_fraction=fraction)
+    local.pretrain(1, None, ignore)
+    shared, private = (
+        [read_shard(path) for path in folder.glob("*")] for folder in (disk.shards, disk.private)
+    )
+    assert sum(len(shard.labels) for shard in shared) == local.num_shared
+    assert abs(local.num_shared - 200 * fraction) < 30
+    assert sum(len(shard.labels) for shard in private) == 200 - local.num_shared
+    assert local.num_examples == 200
+    seed = derive_seed(RUN.seed, "cloud_holdout", disk.agent_id)
+    expected = [shard.images[cloud_holdout(shard.labels, 0.1, seed)[0]] for shard in shared]
+    expected += [shard.images for shard in private]
+    np.testing.assert_array_equal(trained_on["images"].numpy(), np.concatenate(expected))
+    assert len(local.trained_on) == len(shared) + len(private)
+
+
+def test_sharing_less_withdraws_files_and_sharing_the_same_or_growing_does_not(disk: AgentState) -> None:
+    everything, held_out = make_shard(100, 0), make_shard(20, 1)
+
+    def load(count: int, fraction: float) -> tuple[LocalModels, set[bytes]]:
+        data = AgentData(Shard(*(array[:count] for array in everything)), held_out, num_skipped=0)
+        local = LocalModels(RUN, data, disk, torch.device("cpu"), (), 0.0, shared_fraction=fraction)
+        return local, {image.tobytes() for path in local.shards for image in read_shard(path).images}
+
+    first, shared_at_first = load(80, 0.6)
+    grown, shared = load(100, 0.6)
+    assert shared_at_first < shared
+    assert not first.has_withdrawn
+    assert not grown.has_withdrawn
+    assert first.trained_on[0] == grown.trained_on[0]
+    less, shared_then = load(100, 0.3)
+    assert shared_then < shared
+    assert less.has_withdrawn
+    none, nothing = load(100, 0.0)
+    assert (none.has_withdrawn, none.shards, nothing) == (True, {}, set())
+    assert none.num_examples == 100
 
 
 def test_model_of_another_run_counts_as_absent_and_is_replaced(disk: AgentState, tmp_path: Path) -> None:

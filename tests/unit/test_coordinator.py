@@ -13,14 +13,24 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from cloud_server import job_runner, presence
+from cloud_server import coordinator, job_runner, presence
 from cloud_server.config import ServerConfig
 from cloud_server.coordinator import Coordinator
 from cloud_server.jobs import Job, JobDirectory, JobError, Progress, Result, Weights, pending_jobs
 from cloud_server.metrics import ServerMetrics
 from cloud_server.round import Contribution, Outcome, Phase
 from cloud_server.store import ReportRow, Store
-from common.errors import InvalidError, Reason, RunError, UsageError
+from common.config import RunConfig
+from common.errors import (
+    InvalidError,
+    NotFoundError,
+    Reason,
+    RunError,
+    StorageError,
+    UnavailableError,
+    UsageError,
+)
+from common.shards import Shard, write_shard
 from common.transfer import Blob
 from common.wire import Base, encode
 
@@ -40,6 +50,7 @@ REPORT = ReportRow(
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(job_runner, "POLL_SECONDS", 0.001)
     monkeypatch.setattr(presence, "LIVENESS_SECONDS", 0.0)
+    monkeypatch.setattr(coordinator, "FORGET_POLL_SECONDS", 0.001)
 
 
 @dataclass
@@ -51,10 +62,12 @@ class PlayedTrainer:
     num_exits: int = 0
     jobs: list[Job] = field(default_factory=list)
 
-    num_restarts: int = 0
+    is_slow: bool = False  # at its next round
+    dropped: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def restart(self) -> None:
-        self.num_restarts += 1
+        self.num_exits += 1
+        self.dropped.set()
 
     async def work(self) -> None:
         while True:
@@ -62,6 +75,11 @@ class PlayedTrainer:
                 job = directory.read_job()
                 self.jobs.append(job)
                 outcome = self.outcomes.pop(0) if job.kind == "round" and self.outcomes else None
+                if job.kind == "round" and self.is_slow:
+                    self.is_slow = False  # and is restarted before it gets on
+                    directory.append_progress(Progress(phase="fine_tuning", done=1, total=2))
+                    await self.dropped.wait()
+                    continue
                 directory.append_progress(Progress(phase="aggregating", done=1, total=1))
                 directory.write_result(outcome or model_in(directory, job.round))
             await asyncio.sleep(0.001)
@@ -471,3 +489,122 @@ async def test_reports_of_agents_end_up_in_the_report(tmp_path: Path) -> None:
         assert (measured, agent["applied"]) == ([0.5, 0.3, 0.6], True)
         (shown,) = (await here.coordinator.status())["agents"]
         assert (shown["accuracy_after"], shown["accuracy_adapted"]) == (0.3, 0.6)
+
+
+# Who is forgotten
+
+
+async def forgotten(here: World, agent_id: str) -> None:
+    pseudonym = here.store.ask_to_forget(agent_id, 1.0)
+    await here.until(
+        lambda: any(row.pseudonym == pseudonym and row.done_at for row in here.store.forgettings())
+    )
+
+
+async def test_open_round_goes_on_without_an_agent_that_is_forgotten(tmp_path: Path) -> None:
+    async with world(tmp_path, min_agents=2) as here:
+        assert await here.contribute("gone") is Outcome.ACCEPTED
+        await forgotten(here, "gone")
+        assert here.coordinator.state_for("gone").outcome is None
+        assert here.coordinator.state_for().num_contributions == 0
+        assert (await here.coordinator.status())["agents"] == []
+        with pytest.raises(NotFoundError) as refused:
+            await here.coordinator.query_upload("gone", "weights", "a" * 64)
+        assert refused.value.reason is Reason.UNKNOWN_AGENT
+        for name in ("first", "second"):
+            assert await here.contribute(name) is Outcome.ACCEPTED
+        await here.until(lambda: here.coordinator.state_for().round == 2)
+        assert [each["agent_id"] for each in here.report()["agents"]] == ["first", "second"]
+
+
+async def test_job_is_done_again_without_an_agent_that_is_forgotten(tmp_path: Path) -> None:
+    async with world(tmp_path, min_agents=2) as here:
+        here.trainer.is_slow = True
+        for name in ("gone", "stays"):
+            assert await here.contribute(name) is Outcome.ACCEPTED
+        await here.until(lambda: here.coordinator.state_for().phase is Phase.FINE_TUNING)
+        await forgotten(here, "gone")
+        await here.until(lambda: here.coordinator.state_for().round == 2)
+        jobs = [[item.agent_id for item in job.contributions] for job in here.trainer.jobs[1:]]
+        assert jobs == [["gone", "stays"], ["stays"]]
+        assert here.trainer.jobs[-1].attempt == 1
+        assert [each["agent_id"] for each in here.report()["agents"]] == ["stays"]
+
+
+async def test_round_of_which_nobody_is_left_fails_and_the_next_one_opens(tmp_path: Path) -> None:
+    async with world(tmp_path) as here:
+        here.trainer.is_slow = True
+        assert await here.contribute("gone") is Outcome.ACCEPTED
+        await here.until(lambda: here.coordinator.state_for().phase is Phase.FINE_TUNING)
+        await forgotten(here, "gone")
+        await here.until(lambda: here.coordinator.state_for().round == 2)
+        assert here.report()["failure"] == "every agent that contributed is forgotten"
+
+
+async def test_upload_under_way_of_an_agent_that_is_forgotten_ends_and_leaves_nothing(tmp_path: Path) -> None:
+    async with world(tmp_path) as here:
+        await here.coordinator.join("gone")
+        write_weights(tmp_path / "upload", 1)
+        content = await asyncio.to_thread((tmp_path / "upload").read_bytes)
+        blob = Blob(hashlib.sha256(content).hexdigest(), len(content))
+
+        async def receive() -> None:
+            async with here.coordinator.receive("gone", "weights", blob, 0) as upload:
+                await upload.write(content[:100])
+                await forgotten(here, "gone")
+                await upload.write(content[100:])
+
+        with pytest.raises(UnavailableError):
+            await receive()
+        assert list((tmp_path / "partial").iterdir()) == []
+        with pytest.raises(NotFoundError):
+            await receive()
+
+
+async def test_forgotten_agent_may_join_anew_a_little_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with world(tmp_path) as here:
+        assert (await here.coordinator.join("gone")).slot == 1
+        await forgotten(here, "gone")
+        with pytest.raises(NotFoundError, match="just been forgotten"):  # a call that was under way
+            await here.coordinator.join("gone")
+        monkeypatch.setattr(coordinator, "CUT_OFF_SECONDS", 0.0)
+        assert await here.contribute("gone") is Outcome.ACCEPTED
+
+
+async def test_forgetting_waits_for_a_disk_that_is_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with world(tmp_path, min_agents=2) as here:
+        assert await here.contribute("gone") is Outcome.ACCEPTED
+        remove, is_full = here.store.remove_blobs, True
+
+        def full_at_first(*args: Any, **kwargs: Any) -> int:
+            nonlocal is_full
+            if is_full:
+                is_full = False
+                raise StorageError("no space left on device")
+            return remove(*args, **kwargs)
+
+        monkeypatch.setattr(here.store, "remove_blobs", full_at_first)
+        await forgotten(here, "gone")
+        assert not is_full
+        assert here.store.agents() == []
+
+
+async def test_data_kept_for_a_round_go_when_it_is_over(tmp_path: Path) -> None:
+    async with world(tmp_path, run=RunConfig(retain_data="round")) as here:
+        start = await here.contribution_of("first")
+        write_shard(tmp_path / "shard", Shard(np.zeros((5, 1, 8, 8), np.uint8), np.zeros(5, np.int64)))
+        content = (tmp_path / "shard").read_bytes()
+        blob = Blob(hashlib.sha256(content).hexdigest(), len(content))
+        async with here.coordinator.receive("first", "data", blob, 0) as upload:
+            await upload.write(content)
+        assert await here.coordinator.query_upload("first", "data", blob.digest) == (blob.size_bytes, True)
+        whole = replace(start, shards=(blob.digest,), num_examples=8)
+        assert (await here.coordinator.contribute("first", 1, whole)).outcome is Outcome.ACCEPTED
+        await here.until(lambda: here.coordinator.state_for().round == 2)
+        assert await here.coordinator.query_upload("first", "data", blob.digest) == (0, False)
+        (agent,) = here.report()["agents"]
+        assert (agent["num_examples"], agent["num_shared"], here.report()["num_shared"]) == (8, 5, 5)

@@ -1,6 +1,7 @@
 import os
 import struct
 import sys
+from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,7 +17,8 @@ from common.config import DATASETS, RunConfig
 from common.errors import UsageError
 from common.shards import Shard
 from edge_agent import data
-from edge_agent.data import AgentData, fit, hold_out, load_agent_data
+from edge_agent.config import AgentConfig
+from edge_agent.data import AgentData, choose_shared, fit, hold_out, load_agent_data
 from edge_agent.partition import Partition, parse_partition
 
 DIGITS = RunConfig(dataset="digits")
@@ -439,3 +441,47 @@ def test_real_mnist_is_dealt_out_whole(real_data: Path) -> None:
     pixels = np.concatenate([agent.train.images for agent in agents]) / np.float32(255)
     assert pixels.mean() == pytest.approx(DATASETS["mnist"].mean[0], abs=1e-4)
     assert pixels.std() == pytest.approx(DATASETS["mnist"].std[0], abs=1e-4)
+
+
+# What is shared
+
+
+def test_about_the_fraction_is_shared_and_a_smaller_one_shares_some_of_the_same() -> None:
+    images = np.random.default_rng(0).integers(0, 256, (2000, 1, 4, 4), np.uint8)
+    shared = {fraction: choose_shared(images, fraction) for fraction in (0.0, 0.1, 0.5, 0.9, 1.0)}
+    for fraction, chosen in shared.items():
+        assert abs(chosen.mean() - fraction) < 0.04
+    for less, more in pairwise(shared.values()):
+        assert not (less & ~more).any()
+    assert not shared[0.0].any()
+    assert shared[1.0].all()
+
+
+def test_image_is_shared_or_not_whatever_else_there_is() -> None:
+    images = np.random.default_rng(1).integers(0, 256, (300, 3, 4, 4), np.uint8)
+    chosen = choose_shared(images, 0.4)
+    order = np.random.default_rng(2).permutation(300)
+    np.testing.assert_array_equal(choose_shared(images[order], 0.4), chosen[order])
+    np.testing.assert_array_equal(choose_shared(images[:7], 0.4), chosen[:7])
+    copies = np.concatenate([images, images])
+    np.testing.assert_array_equal(choose_shared(copies, 0.4), np.concatenate([chosen, chosen]))
+
+
+def test_what_is_held_out_and_what_is_shared_do_not_hang_together() -> None:
+    images = np.random.default_rng(3).integers(0, 256, (3000, 1, 4, 4), np.uint8)
+    rest, _ = hold_out(images, 0.5, 7)
+    assert abs(choose_shared(images[rest], 0.5).mean() - 0.5) < 0.04
+
+
+@pytest.mark.parametrize(
+    ("value", "fraction"), [("all", 1.0), ("none", 0.0), ("0.25", 0.25), (0.25, 0.25), ("1e-3", 0.001)]
+)
+def test_share_data_is_a_word_or_a_fraction(value: object, fraction: float) -> None:
+    config = AgentConfig(server="host:1", share_data=value)  # type: ignore[arg-type]
+    assert config.shared_fraction == fraction
+
+
+@pytest.mark.parametrize("value", ["some", "", 0, 1, "1.0", -0.5, "nan", "inf", True, None])
+def test_share_data_that_says_neither_is_refused_with_what_may_be_said(value: object) -> None:
+    with pytest.raises(ValueError, match=r'should be "all", "none", or a number between 0 and 1'):
+        AgentConfig(server="host:1", share_data=value)  # type: ignore[arg-type]

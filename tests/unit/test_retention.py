@@ -7,13 +7,14 @@ import time
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from cloud_server import check, jobs, reports, retention
 from cloud_server.config import ServerConfig
 from cloud_server.jobs import JobDirectory
-from cloud_server.store import Store
+from cloud_server.store import ContributionRow, Store
 from common.errors import StorageError
 from tests.unit.states import (
     AGENT,
@@ -48,9 +49,9 @@ def store(state_dir: Path) -> Iterator[Store]:
 
 
 def clean_up(
-    store: Store, state_dir: Path, *, keep_rounds: int = 2, keep: float = WEEK, now: float = 10.0
+    store: Store, state_dir: Path, *, keep_rounds: int = 2, keep: float = WEEK, now: float = 10.0, **more: Any
 ) -> None:
-    retention.clean_up(store, state_dir, keep_rounds=keep_rounds, keep_partial_seconds=keep, now=now)
+    retention.clean_up(store, state_dir, keep_rounds=keep_rounds, keep_partial_seconds=keep, now=now, **more)
 
 
 def expected_blobs(kept: range) -> set[str]:
@@ -150,6 +151,75 @@ def test_shards_that_are_contributed_again_and_again_are_sent_once(
     assert blobs(state_dir) & set(map(digest_of, shards)) == set(map(digest_of, shards[1:]))
     store.close()
     assert is_healthy(state_dir)
+
+
+# retain_data = "round"
+
+
+@pytest.mark.parametrize("is_published", [True, False])
+def test_data_kept_for_a_round_go_when_it_is_over(store: Store, state_dir: Path, is_published: bool) -> None:
+    begin(store, state_dir)
+    contribute(store, 1)
+    upload(store, b"never contributed", "data", NOW)
+    upload(store, b"weights to come", "weights", NOW)
+    begun, active = (store.partial_path(AGENT, digit * 64) for digit in "ab")
+    for path in (begun, active):
+        path.write_bytes(b"half")
+    clean_up(store, state_dir, retain_data="round", now=NOW)
+    assert digest_of(SHARD) in blobs(state_dir)  # it is not over yet
+    publish(store, state_dir, 1) if is_published else store.set_phase(1, "failed", 1.5, failure="why")
+    (state_dir / "jobs/round-0001/scratch").mkdir(parents=True, exist_ok=True)
+    clean_up(store, state_dir, retain_data="round", now=time.time() + 1, active=[active])
+    left = {INITIAL, local_of(1), b"weights to come"}
+    left |= {model_of(1), encoded_of(1)} if is_published else set()
+    assert blobs(state_dir) == set(map(digest_of, left))
+    assert (begun.exists(), active.exists()) == (False, True)
+    assert not (state_dir / "jobs/round-0001/scratch").exists()
+    assert not store.has_upload(AGENT, digest_of(SHARD), "data")
+    store.close()
+    (state_dir / "rounds/0001").mkdir(exist_ok=True)
+    assert is_healthy(state_dir)
+
+
+def test_data_of_an_open_round_stay_whatever_the_clock_says(store: Store, state_dir: Path) -> None:
+    run_rounds(store, state_dir, 1)
+    upload(store, b"left of round 1", "data", 1.5)
+    contribute(store, 2, b"of round 2")
+    upload(store, b"of round 2", "data", -5.0)  # after the clock was set back
+    upload(store, b"to be contributed", "data", 2.5)
+    clean_up(store, state_dir, retain_data="round")
+    data = {digest_of(SHARD), *map(digest_of, (b"left of round 1", b"of round 2", b"to be contributed"))}
+    assert blobs(state_dir) & data == {digest_of(b"of round 2"), digest_of(b"to be contributed")}
+    assert store.has_upload(AGENT, digest_of(b"of round 2"), "data")
+    store.close()
+    assert is_healthy(state_dir)
+
+
+def test_data_sent_again_are_kept_for_their_round(store: Store, state_dir: Path) -> None:
+    begin(store, state_dir)
+    for number in range(1, 4):
+        assert contribute(store, number) == [SHARD]
+        clean_up(store, state_dir, retain_data="round")
+        assert store.has_upload(AGENT, digest_of(SHARD), "data")
+        publish(store, state_dir, number)
+        clean_up(store, state_dir, retain_data="round")
+        assert not store.has_upload(AGENT, digest_of(SHARD), "data")
+        assert digest_of(SHARD) not in blobs(state_dir)
+        store.open_round(number + 1, digest_of(model_of(number)), number + 1)
+    store.close()
+    assert is_healthy(state_dir)
+
+
+def test_late_contribution_keeps_its_data_for_the_next_round_only(store: Store, state_dir: Path) -> None:
+    run_rounds(store, state_dir, 1)
+    digest = upload(store, b"late", "data", 2.1)
+    row = ContributionRow(AGENT, "late", digest_of(local_of(1)), (digest,), 1, 0.9, "", "", at=2.2)
+    store.record_contribution(1, row)
+    clean_up(store, state_dir, retain_data="round")
+    assert store.has_upload(AGENT, digest, "data")
+    publish(store, state_dir, 2)
+    clean_up(store, state_dir, retain_data="round")
+    assert digest not in blobs(state_dir)
 
 
 def test_upload_for_a_contribution_to_come_stays_though_an_old_round_named_it(
@@ -282,8 +352,8 @@ class Killed(BaseException):
     pass
 
 
-def kill_at(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
-    """Die at the so-maniest change on the disk: before it where the number is even, after it where odd."""
+def dying_at(monkeypatch: pytest.MonkeyPatch, steps: int, changes: list[tuple[object, str]]) -> None:
+    """Die at the so-maniest change on the disk: before it where the number is odd, after it where even."""
     left = steps
 
     def dying(function):
@@ -300,11 +370,12 @@ def kill_at(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
 
         return step
 
-    for owner, name in [(Path, "unlink"), (shutil, "rmtree"), (Store, "retire_rounds"), (jobs, "sync")]:
+    for owner, name in changes:
         monkeypatch.setattr(owner, name, dying(getattr(owner, name)))
 
 
-def test_clean_up_may_die_at_any_step(tmp_path: Path) -> None:
+@pytest.mark.parametrize("retain_data", ["run", "round"])
+def test_clean_up_may_die_at_any_step(tmp_path: Path, retain_data: str) -> None:
     template = tmp_path / "template"
     with closing(Store(template)) as store:
         run_rounds(store, template, 4)
@@ -312,18 +383,21 @@ def test_clean_up_may_die_at_any_step(tmp_path: Path) -> None:
         state_dir = tmp_path / str(steps)
         shutil.copytree(template, state_dir)
         with closing(Store(state_dir)) as store, pytest.MonkeyPatch.context() as monkeypatch:
-            kill_at(monkeypatch, steps)
+            changes = [(Path, "unlink"), (shutil, "rmtree"), (jobs, "sync")]
+            changes += [(Store, "retire_rounds"), (Store, "give_up_data")]
+            dying_at(monkeypatch, steps, changes)
             try:
-                clean_up(store, state_dir)
+                clean_up(store, state_dir, retain_data=retain_data)
                 break
             except Killed:
                 pass
         assert not jobs.pending_jobs(state_dir / "jobs")
         assert is_healthy(state_dir)
         with closing(Store(state_dir)) as store:
-            clean_up(store, state_dir)
+            clean_up(store, state_dir, retain_data=retain_data)
         assert is_healthy(state_dir)
-        assert blobs(state_dir) == expected_blobs(range(3, 5))
+        data = {digest_of(SHARD)} if retain_data == "round" else set()
+        assert blobs(state_dir) == expected_blobs(range(3, 5)) - data
         assert len(list((state_dir / "rounds").glob("*/model.safetensors"))) == 2
     assert 20 < steps < 1000
 

@@ -1,0 +1,326 @@
+"""What is removed of an agent, what stays, and that it may die anywhere; the state is written out by hand."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from cloud_server import check, forgetting, jobs, provenance
+from cloud_server.jobs import JobContribution, JobDirectory
+from cloud_server.store import ContributionRow, InUseError, ReportRow, Store
+from common.errors import NotFoundError, RunError
+from tests.unit.states import (
+    AGENT,
+    INITIAL,
+    SHARD,
+    begin,
+    blobs,
+    contribute,
+    digest_of,
+    encoded_of,
+    local_of,
+    model_of,
+    publish,
+    run_job,
+)
+from tests.unit.test_retention import Killed, dying_at
+
+OTHER = "edge-2"
+SECRET = b"what only the other has"
+NOW = 100.0
+
+
+def upload(store: Store, agent_id: str, content: bytes, kind: str) -> str:
+    digest = digest_of(content)
+    store.partial_path(agent_id, digest).write_bytes(content)
+    store.commit_upload(agent_id, digest, kind, 1.0)
+    return digest
+
+
+def contribute_other(store: Store, number: int, outcome: str = "accepted") -> None:
+    """The other's weights; a shard of its own, and the one that AGENT has as well."""
+    weights = upload(store, OTHER, f"weights of the other {number}".encode(), "weights")
+    shards = tuple(upload(store, OTHER, content, "data") for content in (SECRET, SHARD))
+    row = ContributionRow(OTHER, outcome, weights, shards, 10, 0.9, "", "", at=number + 0.3)
+    store.record_contribution(number, row)
+
+
+@pytest.fixture
+def state_dir(tmp_path: Path) -> Path:
+    return tmp_path / "state"
+
+
+@pytest.fixture
+def store(state_dir: Path) -> Iterator[Store]:
+    with closing(Store(state_dir)) as store:
+        make(store, state_dir)
+        yield store
+
+
+def make(store: Store, state_dir: Path) -> None:
+    """Two published rounds, the first of them with both agents; a third one at whose job the trainer was."""
+    begin(store, state_dir)
+    assert store.join(OTHER, 0.6) == 2
+    for number in (1, 2):
+        contribute(store, number)
+        contribute_other(store, number, "accepted" if number == 1 else "late")
+        publish(store, state_dir, number)
+        store.record_report(number, ReportRow(OTHER, 0.5, 0.5, 0.6, 10, applied=True, reason="", at=1.0))
+        path = state_dir / f"rounds/{number:04d}/report.json"
+        report_json = json.loads(path.read_text("utf-8"))
+        report_json |= {"agents": [{"agent_id": AGENT}, {"agent_id": OTHER}], "soup": [OTHER, AGENT]}
+        path.write_text(json.dumps(report_json | {"late": [OTHER], "rejected": [{"agent_id": OTHER}]}))
+        store.open_round(number + 1, digest_of(model_of(number)), number + 1)
+    contribute(store, 3)
+    contribute_other(store, 3)
+    store.partial_path(OTHER, "a" * 64).write_bytes(b"begun by the other")
+    store.partial_path(AGENT, "b" * 64).write_bytes(b"begun")
+    store.set_phase(3, "aggregating", 3.5)
+    directory = run_job(state_dir, 3, digest_of(model_of(2)))
+    work = directory.read_job().model_copy(
+        update={
+            "contributions": tuple(
+                JobContribution(agent_id=name, weights="0" * 64, shards=(), num_examples=1)
+                for name in (AGENT, OTHER)
+            )
+        }
+    )
+    directory.write_job(work)
+    directory.write_result(jobs.Result(weights=jobs.Weights(sha256=digest_of(model_of(3)), bytes=1)))
+    store.adopt_blob(directory.weights_path, digest_of(model_of(3)))  # made of the other, not published yet
+
+
+def forget(store: Store, state_dir: Path, agent_id: str = OTHER) -> str:
+    pseudonym = store.ask_to_forget(agent_id, NOW)
+    (row,) = (row for row in store.forgettings() if row.pseudonym == pseudonym)
+    if row.done_at is None:
+        forgetting.forget(store, state_dir, row, NOW)
+    return pseudonym
+
+
+def is_healthy(state_dir: Path) -> bool:
+    return check.main([str(state_dir)]) == 0
+
+
+def expected_blobs() -> set[str]:
+    contents = [INITIAL, SHARD, local_of(1), local_of(2), local_of(3)]
+    contents += [content for number in (1, 2) for content in (model_of(number), encoded_of(number))]
+    return set(map(digest_of, contents))
+
+
+def check_forgotten(state_dir: Path, pseudonym: str) -> None:
+    assert blobs(state_dir) == expected_blobs()
+    assert [path.name for path in (state_dir / "partial").iterdir()] == ["1-" + "b" * 64]
+    assert not (state_dir / "jobs/round-0003").exists()
+    for path in state_dir.rglob("*"):
+        assert not path.is_file() or OTHER.encode() not in path.read_bytes(), path
+    lines = provenance.read(state_dir / "provenance.jsonl")
+    assert [line.get("round") for line in lines] == [1, 2, None]
+    ids = [[item["agent_id"] for item in line["contributions"]] for line in lines[:2]]
+    assert ids == [[AGENT, pseudonym], [AGENT]]
+    assert lines[0]["contributions"][1]["shards"] == [digest_of(SECRET), digest_of(SHARD)]
+    models = [{"round": 1, "model": digest_of(model_of(1))}]
+    assert lines[2] == {"forgotten": pseudonym, "at": NOW, "models": models}
+    assert is_healthy(state_dir)
+
+
+def test_nothing_of_a_forgotten_agent_is_left_and_all_of_the_others(store: Store, state_dir: Path) -> None:
+    pseudonym = forget(store, state_dir)
+    store.close()
+    check_forgotten(state_dir, pseudonym)
+    report = json.loads((state_dir / "rounds/0001/report.json").read_text("utf-8"))
+    assert report["agents"] == [{"agent_id": AGENT}]
+    assert (report["soup"], report["late"], report["rejected"]) == ([AGENT], [], [])
+
+
+def test_the_models_that_had_used_its_data_are_told(store: Store, state_dir: Path) -> None:
+    forget(store, state_dir)
+    (row,) = store.forgettings()
+    assert row.models == ((1, digest_of(model_of(1))),)
+    assert (row.agent_id, row.slot, row.done_at) == (None, None, NOW)
+
+
+def test_round_goes_on_without_it(store: Store, state_dir: Path) -> None:
+    forget(store, state_dir)
+    assert [row.agent_id for row in store.contributions(3)] == [AGENT]
+    assert store.round(3).phase == "aggregating"
+
+
+def test_agent_that_nobody_knows_cannot_be_forgotten(store: Store, state_dir: Path) -> None:
+    with pytest.raises(NotFoundError):
+        store.ask_to_forget("nobody", NOW)
+    forget(store, state_dir)
+    with pytest.raises(NotFoundError):  # any more
+        store.ask_to_forget(OTHER, NOW)
+
+
+def test_asking_twice_is_asking_once(store: Store) -> None:
+    assert store.ask_to_forget(OTHER, NOW) == store.ask_to_forget(OTHER, NOW + 1)
+
+
+def test_agent_whose_weights_were_published_as_they_are_leaves_them(store: Store, state_dir: Path) -> None:
+    """The best agent's, say: the model is the same blob."""
+    (row,) = (row for row in store.contributions(1) if row.agent_id == OTHER)
+    store.set_phase(1, "published", 2.0, published=row.weights)
+    (state_dir / "provenance.jsonl").unlink()
+    forget(store, state_dir)
+    assert row.weights in blobs(state_dir)
+    assert digest_of(SECRET) not in blobs(state_dir)
+
+
+def test_both_can_be_forgotten(store: Store, state_dir: Path) -> None:
+    forget(store, state_dir)
+    forget(store, state_dir, AGENT)
+    assert store.agents() == []
+    assert blobs(state_dir) == expected_blobs() - set(map(digest_of, [SHARD, *map(local_of, (1, 2, 3))]))
+    store.close()
+    assert is_healthy(state_dir)
+
+
+def test_job_that_does_not_count_it_is_left_alone(store: Store, state_dir: Path) -> None:
+    directory = JobDirectory(state_dir / "jobs/round-0003")
+    job = directory.read_job()
+    directory.write_job(job.model_copy(update={"contributions": job.contributions[:1]}))
+    directory.write_result(jobs.Result(weights=jobs.Weights(sha256=digest_of(model_of(3)), bytes=1)))
+    forget(store, state_dir)
+    assert directory.read_result()
+    assert blobs(state_dir) == expected_blobs() | {digest_of(model_of(3))}
+
+
+@pytest.mark.parametrize("agent_id", ["round", "outcome", "weights", "aligned", "mlp", "published"])
+def test_agent_named_like_something_else_takes_nothing_else_with_it(tmp_path: Path, agent_id: str) -> None:
+    path = tmp_path / "report.json"
+    content = {
+        "round": 1,
+        "outcome": "published",
+        "published": "start",
+        "weights": {"sha256": "ab"},
+        "candidates": {"aligned": 0.5},
+        "run": {"candidates": ["aligned"], "model": "mlp"},
+        "soup": [agent_id],
+        "agents": [{"agent_id": agent_id}],
+    }
+    path.write_text(json.dumps(content))
+    forgetting._strike_out(agent_id, path)
+    assert json.loads(path.read_text()) == content | {"soup": [], "agents": []}
+
+
+def test_guest_asks_while_another_has_the_state(store: Store, state_dir: Path) -> None:
+    with pytest.raises(InUseError, match="uses state directory"):
+        Store(state_dir)
+    with closing(Store(state_dir, as_guest=True)) as guest:
+        pseudonym = guest.ask_to_forget(OTHER, NOW)
+    assert [row.pseudonym for row in store.forgettings()] == [pseudonym]
+
+
+def test_check_tells_of_who_is_to_be_forgotten(
+    store: Store, state_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store.ask_to_forget(OTHER, NOW)
+    store.close()
+    assert not is_healthy(state_dir)
+    assert "an agent is to be forgotten, and is not yet: start the server" in capsys.readouterr().out
+
+
+def test_forgetting_may_die_at_any_step(tmp_path: Path) -> None:
+    template = tmp_path / "template"
+    with closing(Store(template)) as store:
+        make(store, template)
+        store.ask_to_forget(OTHER, NOW)
+    for steps in range(1, 1000):
+        state_dir = tmp_path / str(steps)
+        shutil.copytree(template, state_dir)
+        with closing(Store(state_dir)) as store, pytest.MonkeyPatch.context() as monkeypatch:
+            dying_at(
+                monkeypatch,
+                steps,
+                [
+                    (Path, "unlink"),
+                    (Path, "replace"),
+                    (os, "replace"),
+                    (shutil, "rmtree"),
+                    (jobs, "sync"),
+                    (Store, "forget_records"),
+                    (Store, "note_forgotten"),
+                ],
+            )
+            try:
+                forget(store, state_dir)
+                break
+            except Killed:
+                pass
+        assert not jobs.pending_jobs(state_dir / "jobs")
+        with closing(Store(state_dir)) as store:
+            (row,) = store.forgettings()
+            if row.done_at is None:
+                forgetting.forget(store, state_dir, row, NOW)
+        check_forgotten(state_dir, row.pseudonym)
+    assert 20 < steps < 1000
+
+
+# Provenance
+
+
+def test_line_half_written_is_written_again(store: Store, state_dir: Path) -> None:
+    path = state_dir / "provenance.jsonl"
+    whole = path.read_bytes()
+    for size in range(whole.index(b"\n") + 1, len(whole)):
+        path.write_bytes(whole[:size])
+        provenance.catch_up(store, state_dir)
+        assert path.read_bytes() == whole
+    path.unlink()
+    provenance.catch_up(store, state_dir)
+    assert path.read_bytes() == whole
+    provenance.catch_up(store, state_dir)
+    assert path.read_bytes() == whole
+
+
+def test_lost_provenance_is_made_again_with_who_was_forgotten(store: Store, state_dir: Path) -> None:
+    pseudonym = forget(store, state_dir)
+    (state_dir / "provenance.jsonl").unlink()
+    provenance.catch_up(store, state_dir)
+    lines = provenance.read(state_dir / "provenance.jsonl")
+    assert [line.get("forgotten") for line in lines] == [None, None, pseudonym]
+    store.close()
+    assert is_healthy(state_dir)
+
+
+@pytest.mark.parametrize("damage", [b"not JSON\n", b"[1]\n", b"\xff\n"])
+def test_damaged_provenance_is_told_of(
+    store: Store, state_dir: Path, damage: bytes, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = state_dir / "provenance.jsonl"
+    path.write_bytes(damage + path.read_bytes())
+    with pytest.raises(RunError, match=r"is damaged: restore it from a backup, or remove it"):
+        provenance.catch_up(store, state_dir)
+    store.close()
+    assert not is_healthy(state_dir)
+    assert "provenance.jsonl: is damaged" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda lines: [lines[1]],
+        lambda lines: [lines[0], lines[0], lines[1]],
+        lambda lines: [lines[0].replace(digest_of(SECRET), digest_of(SHARD)), lines[1]],
+        lambda lines: [lines[0].replace(OTHER, "edge-3"), lines[1]],
+        lambda lines: [],
+    ],
+)
+def test_check_finds_what_provenance_says_wrong(store: Store, state_dir: Path, change) -> None:  # type: ignore[no-untyped-def]
+    path = state_dir / "provenance.jsonl"
+    path.write_text("".join(change(path.read_text("utf-8").splitlines(keepends=True))))
+    store.close()
+    assert not is_healthy(state_dir)
+
+
+def test_publication_that_a_crash_kept_from_the_log_is_no_problem(store: Store, state_dir: Path) -> None:
+    path = state_dir / "provenance.jsonl"
+    path.write_text(path.read_text("utf-8").splitlines(keepends=True)[0])
+    store.close()
+    assert is_healthy(state_dir)
