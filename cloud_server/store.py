@@ -289,7 +289,8 @@ class Store:
                     (state_dir / folder).mkdir(parents=True, exist_ok=True)
                 if not as_guest:
                     resources.enter_context(_locked(state_dir))
-                self._database = resources.enter_context(_database(state_dir / "ecavg.sqlite3"))
+                path = state_dir / "ecavg.sqlite3"
+                self._database = resources.enter_context(_database(path, as_guest=as_guest))
                 sync(state_dir)
             except (OSError, sqlite3.DatabaseError) as error:
                 what = error.strerror if isinstance(error, OSError) else error
@@ -701,7 +702,8 @@ class Store:
                 "UPDATE forgettings SET agent_id = NULL, slot = NULL, done_at = ? WHERE pseudonym = ?",
                 (now, pseudonym),
             )
-        self._read("PRAGMA wal_checkpoint(TRUNCATE)")  # what was deleted is in the log still
+        with self._lock:
+            _empty_log(self._database)
 
     def _first_not_retired(self) -> int:
         first: int = self._read("SELECT coalesce(max(number), 0) + 1 AS number FROM rounds WHERE retired")[0][
@@ -818,23 +820,38 @@ def _holder(file: TextIO) -> str:
 
 
 @contextmanager
-def _database(path: Path) -> Iterator[sqlite3.Connection]:
+def _database(path: Path, *, as_guest: bool) -> Iterator[sqlite3.Connection]:
     with closing(sqlite3.connect(path, isolation_level=None, check_same_thread=False)) as database:
         database.row_factory = _as_dict
         database.execute("PRAGMA journal_mode = WAL")
         database.execute("PRAGMA synchronous = FULL")
         database.execute("PRAGMA foreign_keys = ON")
         database.execute("PRAGMA secure_delete = ON")  # what is forgotten is not to be found in free pages
+        if as_guest and _version(database) != len(MIGRATIONS):
+            raise UsageError(f"a server of another version uses {path}: stop it first")
         _migrate(database, path)
+        if not as_guest:
+            _empty_log(database)  # that of a server that was killed, maybe
         yield database
+
+
+def _empty_log(database: sqlite3.Connection) -> None:
+    """Have the write-ahead log forget what was deleted; where the disk does not let it, the next time."""
+    with suppress(sqlite3.OperationalError):
+        database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
 
 
 def _as_dict(cursor: sqlite3.Cursor, row: tuple[Any, ...]) -> dict[str, Any]:
     return {column[0]: value for column, value in zip(cursor.description, row, strict=True)}
 
 
-def _migrate(database: sqlite3.Connection, path: Path) -> None:
+def _version(database: sqlite3.Connection) -> int:
     version: int = database.execute("PRAGMA user_version").fetchone()["user_version"]
+    return version
+
+
+def _migrate(database: sqlite3.Connection, path: Path) -> None:
+    version = _version(database)
     if version > len(MIGRATIONS):
         raise UsageError(
             f"{path} has schema version {version}, this program knows up to {len(MIGRATIONS)}:"
