@@ -155,6 +155,7 @@ class Coordinator:
         await self._wait_for_reports()
         self._standing.show_run_over()
         await self._say_farewell()
+        await self._clean_up()  # of what came too late for the last round
         if self._round.failure:
             raise RunError(f"round {self._round.number} failed: {self._round.failure}")
 
@@ -448,7 +449,12 @@ class Coordinator:
         if round_row is None or round_row.published is None:
             raise NotFoundError(f"round {number} has published no model", Reason.MALFORMED_REQUEST)
         row = replace(row, at=self._clock())
-        is_first = await asyncio.to_thread(self._store.record_report, number, row)
+
+        async def record() -> bool:
+            self._check_joined(agent_id)  # still
+            return await asyncio.to_thread(self._store.record_report, number, row)
+
+        is_first = await self._exclusively(record)
         if is_first:
             self._metrics.count_report(row.applied)
         crash_point(Point.SERVER_AGENT_REPORT_RECORDED)

@@ -365,7 +365,7 @@ class EdgeAgent:
         local = await self._worker.run(self._load_data)
         crash_point(Point.AGENT_DATA_LOADED)
         self._display.message(_what_is_shared(local, self._joined.run.retain_data))
-        if local.has_withdrawn:
+        if local.has_withdrawn and self._config.share_data != "all":
             self._display.message(
                 "some images are no longer shared; where they were sent before, the server's operator deletes"
                 f" them with `cloud-server forget {self._disk.agent_id}`"

@@ -126,6 +126,19 @@ async def test_stop_ends_the_trainer_and_does_not_count_it_as_dead(tmp_path, fif
     await trainer.stop()
 
 
+async def test_restarted_trainer_has_left_and_another_one_comes(tmp_path, fifo):
+    trainer = TrainerProcess(tmp_path, command=shell(f"echo $$ > {fifo}; exec cat"))
+    await trainer.restart()  # there is none yet
+    await trainer.start()
+    first = int(await line_of(fifo))
+    await trainer.restart()
+    assert not is_alive(first)
+    assert trainer.num_exits == 1
+    second = int(await line_of(fifo))
+    assert second != first
+    await trainer.stop()
+
+
 async def test_stop_kills_a_trainer_that_does_not_leave(tmp_path, fifo, monkeypatch):
     monkeypatch.setattr(supervisor, "STOP_SECONDS", 0.05)
     program = (
