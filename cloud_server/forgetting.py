@@ -81,7 +81,7 @@ def forget(store: Store, state_dir: Path, row: ForgettingRow, now: float) -> Non
     with storage_errors():
         for number, directory in round_jobs(state_dir):
             if last is None or number != last.number or _is_over(last):
-                directory.discard_scratch()
+                directory.discard_scratch()  # of a trainer that was killed
     files = [*(state_dir / "jobs").glob("*/*.json"), *(state_dir / "rounds").glob("*/report.json")]
     for path in files:
         _strike_out(row.agent_id, path)
@@ -98,8 +98,8 @@ def _is_over(row: RoundRow) -> bool:
 def _strike_out(agent_id: str, path: Path) -> None:
     """Take what is said of an agent out of a JSON file."""
     try:
-        before = json.loads(path.read_text("utf-8"))
-    except ValueError:
+        before = dict(json.loads(path.read_text("utf-8")))
+    except (ValueError, TypeError):
         log.warning("not_struck_out", path=str(path))  # `cloud-server check` says more
         return
     after = _without(agent_id, before)
@@ -112,11 +112,9 @@ def _without(agent_id: str, content: dict[str, Any]) -> dict[str, Any]:
     """Without the agent in lists of agents, whether of objects or of ids."""
 
     def is_left(key: str, item: Any) -> bool:
-        return (
-            item.get("agent_id") != agent_id
-            if isinstance(item, dict)
-            else not (key in _LISTS_OF_IDS and item == agent_id)
-        )
+        if isinstance(item, dict):
+            return item.get("agent_id") != agent_id
+        return key not in _LISTS_OF_IDS or item != agent_id
 
     return {
         key: [item for item in value if is_left(key, item)] if isinstance(value, list) else value

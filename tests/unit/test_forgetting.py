@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 
 from cloud_server import check, forgetting, jobs, provenance
+from cloud_server import store as store_module
 from cloud_server.jobs import JobContribution, JobDirectory
 from cloud_server.store import ContributionRow, InUseError, ReportRow, Store
-from common.errors import NotFoundError, RunError
+from common.errors import NotFoundError, RunError, UsageError
 from tests.unit.states import (
     AGENT,
     INITIAL,
@@ -215,6 +216,22 @@ def test_guest_asks_while_another_has_the_state(store: Store, state_dir: Path) -
     with closing(Store(state_dir, as_guest=True)) as guest:
         pseudonym = guest.ask_to_forget(OTHER, NOW)
     assert [row.pseudonym for row in store.forgettings()] == [pseudonym]
+
+
+def test_guest_leaves_the_state_of_a_server_of_another_version_as_it_is(
+    store: Store, state_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store_module, "MIGRATIONS", (*store_module.MIGRATIONS, "CREATE TABLE new (a)"))
+    with pytest.raises(UsageError, match=r"a server of another version uses .*: stop it first"):
+        Store(state_dir, as_guest=True)
+
+
+def test_damaged_report_keeps_nobody_from_being_forgotten(store: Store, state_dir: Path) -> None:
+    for content in ("not JSON", "[]", "3"):
+        (state_dir / "rounds/0001/report.json").write_text(content, "utf-8")
+        forgetting._strike_out(OTHER, state_dir / "rounds/0001/report.json")
+    forget(store, state_dir)
+    assert [row.agent_id for row in store.agents()] == [AGENT]
 
 
 def test_check_tells_of_who_is_to_be_forgotten(
