@@ -103,6 +103,7 @@ def round_job(round_: Round, run: RunConfig, device: str) -> Job:
                 weights=contribution.weights,
                 shards=contribution.shards,
                 num_examples=contribution.num_examples,
+                initial_weights=contribution.initial_weights,
             )
             for agent_id, contribution in sorted(round_.contributions.items())
         ),
