@@ -231,8 +231,28 @@ class Coordinator:
         digest = result.weights.sha256
         await self._adopt(job, result)
         await self._advance_to(Phase.EVALUATING)
-        await self._transition(lambda round_: round_.publish(digest))
+        left_out = records.left_out(result, self._config.run)
+        await self._transition(lambda round_: round_.publish(digest, left_out))
         self._metrics.set_accuracies(stages(result))
+        self._metrics.set_audit(result.audit)
+        self._log_audit(result)
+
+    def _log_audit(self, result: Result) -> None:
+        """A line for whatever an operator should look into."""
+        number = self._round.number
+        for agent in result.audit:
+            if agent.scale < 1:
+                log.warning("update_clipped", round=number, agent_id=agent.agent_id, scale=agent.scale)
+            if agent.flags or agent.left_out:
+                log.warning(
+                    "agent_flagged",
+                    round=number,
+                    agent_id=agent.agent_id,
+                    flags=agent.flags,
+                    left_out=agent.left_out and agent.left_out.value,
+                )
+        if result.audit_note:
+            log.warning("quarantine_refused", round=number, reason=result.audit_note)
 
     async def _end_round(self) -> None:
         """Write the report, and give up what is too old."""
@@ -461,6 +481,9 @@ class Coordinator:
                 self._clock(),
                 failure=updated.failure,
                 published=updated.published,
+                left_out={
+                    agent_id: (why.reason.value, why.message) for agent_id, why in updated.left_out.items()
+                },
             )
             crash_point(Point.SERVER_PHASE_RECORDED)
             self._believe(updated)
