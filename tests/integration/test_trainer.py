@@ -617,7 +617,7 @@ def test_a_job_that_was_stopped_is_done_again_with_the_same_bytes(state_dir, con
     assert "Traceback" not in trainer.output
 
 
-def test_two_ranks_under_torchrun_train_together_and_leave_with_their_server(state_dir, contributions):
+def test_two_ranks_under_torchrun_train_together_and_leave_with_their_server(state_dir, contributions, three):
     launcher = ("torch.distributed.run", "--nproc-per-node", "2", "--standalone", "-m")
     teaching = RUN.fine_tune.model_copy(update={"distill": 0.5})  # every rank reads what the agents sent
     with trainer_in(state_dir, *launcher) as trainer:
@@ -631,7 +631,13 @@ def test_two_ranks_under_torchrun_train_together_and_leave_with_their_server(sta
         result = trainer.result_of(ask(state_dir, job(sent, run=taught, name="encoded")))
         assert result.error is None
         assert result.encoded
-        until(lambda: trainer.output.count("job_done") == 6, trainer)  # three jobs on two ranks
+        start, honest = three  # one of which is clipped: every rank has to know
+        far = with_factor(honest[2], 1000.0, start, state_dir / "blobs")
+        fields = {"run": RUN.model_copy(update={"fine_tune": teaching}), "initial_weights": start}
+        result = trainer.result_of(ask(state_dir, job((*honest[:2], far), name="screened", **fields)))
+        assert result.error is None
+        assert [agent.scale < 1 for agent in result.audit] == [False, False, True]
+        until(lambda: trainer.output.count("job_done") == 8, trainer)  # four jobs on two ranks
 
         endless = ask(state_dir, job(contributions, run=ENDLESS, name="endless"))
         trainer.wait_for_training(endless)
