@@ -474,7 +474,7 @@ def _run_state(event: pb.WatchEvent) -> RunState:
         latest_encoded=_encoded(event.latest_model, "encoded"),
         counted_round=event.counted_round,
         left_out_round=event.left_out.round,
-        left_out=event.left_out.message,
+        left_out=rpc.plain(event.left_out.message),
         failed_round=event.failed_round,
         failure=rpc.plain(event.failure),
         run_over=event.run_over,
