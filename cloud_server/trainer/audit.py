@@ -100,9 +100,12 @@ def audit(
         RunError: weights are not the model's.
         OSError: a file cannot be read.
     """
+    nothing = [Finding(None, None, None, ()) for _ in contributions]
+    if len(contributions) < MIN_AGENTS:
+        return nothing
     sample = _draw(run, contributions, blobs_dir)
-    if len(contributions) < MIN_AGENTS or not len(sample.labels_N):
-        return [Finding(None, None, None, ()) for _ in contributions]
+    if not len(sample.labels_N):
+        return nothing
     p_KNC = _predictions(model, weights, sample.images, run, device)
     total_NC = p_KNC.sum(0, dtype=np.float64)
     labels: list[Share | None] = []
