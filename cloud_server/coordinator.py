@@ -260,7 +260,7 @@ class Coordinator:
             self._check_wanted(job)
             if result.error or result.weights is None:
                 return round_.fail(result.error.message if result.error else "the trainer gave no weights")
-            return round_.publish(result.weights.sha256)
+            return round_.publish(result.weights.sha256, records.left_out(result, self._config.run))
 
         if result.weights and not result.error:
             await self._adopt(job, result)
@@ -268,6 +268,25 @@ class Coordinator:
         await self._transition(ended)
         if self._round.published:
             self._metrics.set_accuracies(stages(result))
+            self._metrics.set_audit(result.audit)
+            self._log_audit(result)
+
+    def _log_audit(self, result: Result) -> None:
+        """A line for whatever an operator should look into."""
+        number = self._round.number
+        for agent in result.audit:
+            if agent.scale < 1:
+                log.warning("update_clipped", round=number, agent_id=agent.agent_id, scale=agent.scale)
+            if agent.flags or agent.left_out:
+                log.warning(
+                    "agent_flagged",
+                    round=number,
+                    agent_id=agent.agent_id,
+                    flags=agent.flags,
+                    left_out=agent.left_out and agent.left_out.value,
+                )
+        if result.audit_note:
+            log.warning("quarantine_refused", round=number, reason=result.audit_note)
 
     def _round_job(self) -> Job:
         return records.round_job(self._round, self._config.run, self._config.device)
@@ -587,6 +606,9 @@ class Coordinator:
                 self._clock(),
                 failure=updated.failure,
                 published=updated.published,
+                left_out={
+                    agent_id: (why.reason.value, why.message) for agent_id, why in updated.left_out.items()
+                },
             )
             crash_point(Point.SERVER_PHASE_RECORDED)
             self._believe(updated)

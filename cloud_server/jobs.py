@@ -23,8 +23,11 @@ from typing import Literal, TypeVar
 from pydantic import Field, ValidationError
 
 from common.config import FrozenModel, RunConfig
-from common.errors import RunError
+from common.errors import Reason, RunError
 from common.files import replacing, sync
+
+# What the audit holds against an agent: that others contradict its labels, or that its model fails.
+Flag = Literal["labels", "model"]
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
@@ -51,6 +54,7 @@ class JobContribution(FrozenModel):
     weights: str  # digest; encoded as the run's `wire` says
     shards: tuple[str, ...]  # digests, in the agent's order; none: it shared no data
     num_examples: int = Field(ge=0)  # it trained on
+    initial_weights: str | None = None  # digest of what its pre-training started from; None: its own
 
 
 class Job(FrozenModel):
@@ -92,6 +96,25 @@ class ClassAccuracy(FrozenModel):
     accuracy_published: float
 
 
+class AgentAudit(FrozenModel):
+    """What a round of three agents or more has found out about one of them.
+
+    The shares are explained in trainer/audit.py; None: there is nothing to compare.
+    """
+
+    agent_id: str
+    update_norm: float  # Euclidean; as much as float64 can say, or more
+    norm_ratio: float | None  # to the median of the round; None: that is 0, or beyond float64
+    scale: float = 1.0  # what the update was multiplied with; below 1: it was clipped
+    label_share: float | None = None  # of its labels, what the others agree with
+    label_share_expected: float | None = None
+    label_loss: float | None = None  # of what the others predict, nats
+    model_share: float | None = None  # of the others' examples, what its model is right about
+    model_share_expected: float | None = None
+    flags: tuple[Flag, ...] = ()
+    left_out: Reason | None = None  # LARGE_UPDATE or QUARANTINED: the round's model has nothing of it
+
+
 class Result(FrozenModel):
     """How a job ended. Accuracies are of the held-out part of the combined data, None without one."""
 
@@ -104,7 +127,9 @@ class Result(FrozenModel):
     accuracy_fine_tuned: float | None = None
     accuracy_published: float | None = None
     classes: tuple[ClassAccuracy, ...] = ()  # those with examples, by label
-    seconds: dict[str, float] = Field(default_factory=dict)  # "aggregate", "fine_tune", "evaluate"
+    audit: tuple[AgentAudit, ...] = ()  # by agent id; none of fewer than three agents
+    audit_note: str = ""  # why agents that were flagged are not left out, though they should be
+    seconds: dict[str, float] = Field(default_factory=dict)  # "audit", "aggregate", "fine_tune", "evaluate"
     error: JobError | None = None
     num_parameters: int | None = None
     finished_at: float | None = None  # seconds since the epoch

@@ -1,14 +1,16 @@
 """What the server counts and measures, under the names of the contract (Prometheus).
 
 Labels only ever take the values of the constants and enums named here, and of the RPCs and status
-codes that the server has: the number of series is bounded.
+codes that the server has; or the ids of one round's agents, `max_agents` at most: the number of series is
+bounded.
 """
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from prometheus_client import Counter, Gauge, Histogram
 
+from cloud_server.jobs import AgentAudit
 from cloud_server.round import Outcome, Phase
 from common.telemetry import make_registry
 
@@ -65,6 +67,18 @@ class ServerMetrics:
             ["stage"],
             registry=registry,
         )
+        self._flagged = Gauge(
+            "ecavg_server_agent_flagged",
+            "1 on agents that the audit of the last published round has flagged.",
+            ["agent_id"],
+            registry=registry,
+        )
+        self._norm_ratio = Gauge(
+            "ecavg_server_agent_update_norm_ratio",
+            "Norm of an agent's update in the last published round, as a multiple of the median.",
+            ["agent_id"],
+            registry=registry,
+        )
         self._handled = Counter(
             "grpc_server_handled_total",
             "RPCs that ended, by status.",
@@ -117,6 +131,15 @@ class ServerMetrics:
         self._accuracy.clear()
         for stage, ratio in ratios.items():
             self._accuracy.labels(stage).set(ratio)
+
+    def set_audit(self, audit: Sequence[AgentAudit]) -> None:
+        """What a published round has found out about its agents; nothing stays of the round before."""
+        self._flagged.clear()
+        self._norm_ratio.clear()
+        for agent in audit:
+            self._flagged.labels(agent.agent_id).set(bool(agent.flags))
+            if agent.norm_ratio is not None:
+                self._norm_ratio.labels(agent.agent_id).set(agent.norm_ratio)
 
     def count_round(self, outcome: str, num_rounds: int = 1) -> None:
         """`outcome` is the phase that it ended in: "published" or "failed"."""

@@ -92,7 +92,7 @@ def entries_from(store: Store, first: int) -> Iterator[dict[str, Any]]:
                         "num_examples": item.num_examples,
                     }
                     for item in store.contributions(row.number)
-                    if item.outcome == _ACCEPTED
+                    if item.outcome == _ACCEPTED and not item.reason  # else the model has nothing of it
                 ],
             }
 

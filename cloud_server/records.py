@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from cloud_server.jobs import Job, JobContribution
+from cloud_server.jobs import AgentAudit, Job, JobContribution, Result
 from cloud_server.round import Contribution, Outcome, Phase, Policy, Rejection, Round
 from cloud_server.store import ContributionRow, RoundRow
 from common.config import RunConfig
@@ -48,6 +48,11 @@ def round_from(
             for item in by_outcome[Outcome.REJECTED.value]
         },
         late=frozenset(item.agent_id for item in by_outcome[Outcome.LATE.value]),
+        left_out={
+            item.agent_id: Rejection(Reason(item.reason), item.message)
+            for item in by_outcome[Outcome.ACCEPTED.value]
+            if item.reason
+        },
         published=row.published,
         failure=row.failure,
     )
@@ -105,10 +110,32 @@ def round_job(round_: Round, run: RunConfig, device: str) -> Job:
                 weights=contribution.weights,
                 shards=contribution.shards,
                 num_examples=contribution.num_examples,
+                initial_weights=contribution.initial_weights,
             )
             for agent_id, contribution in sorted(round_.contributions.items())
         ),
     )
+
+
+def left_out(result: Result, run: RunConfig) -> dict[str, Rejection]:
+    """The contributions that the trainer has left out, by agent id, and what to tell their agents."""
+    return {
+        agent.agent_id: Rejection(agent.left_out, _message(agent, run))
+        for agent in result.audit
+        if agent.left_out
+    }
+
+
+def _message(agent: AgentAudit, run: RunConfig) -> str:
+    if agent.left_out is Reason.LARGE_UPDATE:
+        ratio = f"{agent.norm_ratio:.3g} times" if agent.norm_ratio else "endlessly"
+        return (
+            f"the update is {ratio} as large as those of the others, {run.max_norm_ratio:g} times is allowed:"
+            " lower the learning rate, or look for broken input data"
+        )
+    what = {"labels": "its labels contradict those of the others", "model": "its model fails on their images"}
+    found = " and ".join(what[flag] for flag in agent.flags)
+    return f"{found}: look for wrong labels or broken input data, or ask the server's operator"
 
 
 def job_name(number: int) -> str:

@@ -18,9 +18,12 @@ from common.faults import Point, crash_point
 from common.files import replacing
 
 # What a report has from the trainer's result as it is, where there is any.
-_MEASURED = ("candidates", "start", "soup", "published", "accuracy_fine_tuned", "accuracy_published")
+_MEASURED = (
+    "candidates", "start", "soup", "published", "accuracy_fine_tuned", "accuracy_published",
+    "audit", "audit_note",
+)  # fmt: skip
 # The trainer's part of a round, under the names of its own clock.
-_TRAINER_SECONDS = ("aggregate", "fine_tune", "evaluate")
+_TRAINER_SECONDS = ("audit", "aggregate", "fine_tune", "evaluate")
 
 
 class Reports:
@@ -102,8 +105,10 @@ def build(
     if Phase.AGGREGATING.value in times:
         seconds["collect"] = times[Phase.AGGREGATING.value] - row.opened_at
     if result and row.published:
-        measured = result.model_dump(include=set(_MEASURED)) | {"classes": _classes(result, run.class_names)}
-        report |= {name: value for name, value in measured.items() if value not in (None, {}, (), [])}
+        measured = result.model_dump(mode="json", include=set(_MEASURED)) | {
+            "classes": _classes(result, run.class_names)
+        }
+        report |= {name: value for name, value in measured.items() if value not in (None, {}, [], "")}
         report["weights"] = {"sha256": row.published, "bytes": weights_bytes}
         seconds |= {name: result.seconds[name] for name in _TRAINER_SECONDS if name in result.seconds}
         if result.finished_at is not None:
@@ -181,6 +186,8 @@ def _agents(
             "num_shared": item.num_shared,
             "initial_weights": item.initial_weights,  # null: its own
         }
+        if item.reason:
+            agent["left_out"] = {"reason": item.reason, "message": item.message}
         if item.accuracy_local is not None:
             agent["accuracy_local"] = item.accuracy_local
         if row := reported.get(item.agent_id):

@@ -71,7 +71,7 @@ class Contribution:
 
 
 class Rejection(NamedTuple):
-    """Why a contribution was refused, and what its agent can do about it."""
+    """Why a contribution was refused, or left out, and what its agent can do about it."""
 
     reason: Reason
     message: str
@@ -94,12 +94,18 @@ class Round:
     contributions: Mapping[str, Contribution] = field(default_factory=dict)  # the accepted, by agent id
     rejections: Mapping[str, Rejection] = field(default_factory=dict)  # by agent id
     late: frozenset[str] = frozenset()  # agent ids
+    left_out: Mapping[str, Rejection] = field(default_factory=dict)  # of `contributions`, from the model
     published: str | None = None  # digest of the global model
     failure: str = ""  # why it failed, in one line
 
     def __post_init__(self) -> None:
         if (self.phase is Phase.PUBLISHED) != (self.published is not None):
             raise ValueError(f"round {self.number} is {self.phase} with the global model {self.published}")
+
+    @property
+    def counted(self) -> frozenset[str]:
+        """The agents whose contributions are in the global model, once it is published."""
+        return frozenset(self.contributions) - frozenset(self.left_out)
 
     @property
     def is_over(self) -> bool:
@@ -183,9 +189,13 @@ class Round:
         """The round in this phase; raises ValueError where TRANSITIONS has no such step."""
         return self._enter(phase)
 
-    def publish(self, weights: str) -> "Round":
-        """The round over, with the digest of its global model; raises ValueError like `advance`."""
-        return self._enter(Phase.PUBLISHED, published=weights)
+    def publish(self, weights: str, left_out: Mapping[str, Rejection] | None = None) -> "Round":
+        """The round over, with the digest of its global model; raises ValueError like `advance`.
+
+        Args:
+            left_out: the accepted contributions that the model has nothing of, and why, by agent id.
+        """
+        return self._enter(Phase.PUBLISHED, published=weights, left_out=left_out or {})
 
     def fail(self, reason: str) -> "Round":
         """The round over without a model; raises ValueError like `advance`."""

@@ -255,6 +255,10 @@ def _event(state: RunState) -> pb.WatchEvent:
         max_contributions=state.max_contributions,
         counted_round=state.counted_round,
     )
+    if left_out := state.left_out:
+        event.left_out.CopyFrom(
+            pb.LeftOut(round=left_out.round, reason=_REASONS[left_out.reason], message=left_out.message)
+        )
     if state.outcome:
         event.outcome = _OUTCOMES[state.outcome]
     if state.progress:

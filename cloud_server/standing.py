@@ -7,14 +7,15 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
-from cloud_server.jobs import Progress, Result
+from cloud_server.jobs import AgentAudit, Progress, Result
 from cloud_server.metrics import ServerMetrics
 from cloud_server.presence import Presence
 from cloud_server.reports import Reports
 from cloud_server.round import Outcome, Phase, Round
 from cloud_server.store import ReportRow, RoundRow, Store
+from common.errors import Reason
 from common.transfer import Blob
 from common.wire import Encoded
 
@@ -26,6 +27,14 @@ class PublishedModel:
     round: int
     weights: Blob
     encoded: Encoded | None
+
+
+class LeftOut(NamedTuple):
+    """An accepted contribution that its round's model has nothing of."""
+
+    round: int
+    reason: Reason
+    message: str
 
 
 @dataclass(frozen=True)
@@ -45,6 +54,7 @@ class RunState:
     num_contributions: int
     max_contributions: int
     counted_round: int  # the last one whose model has a contribution of this agent in it; 0: none has
+    left_out: LeftOut | None  # this agent's accepted contribution to this round or the one before, if unused
 
 
 class Standing:
@@ -81,6 +91,10 @@ class Standing:
         self._run_over = False
         self._latest_model: PublishedModel | None = None
         self._counted = store.counted_rounds()
+        self._left_out = {
+            agent_id: LeftOut(number, Reason(reason), message)
+            for agent_id, (number, reason, message) in store.last_left_out().items()
+        }
         self._last_failure = (0, "")  # round, reason
         self._results: dict[int, Result] = {}  # of rounds on the status page
         for row in store.rounds():
@@ -101,7 +115,10 @@ class Standing:
         self._round = current
         self._note_end(current)
         if current.published:
-            self._counted |= dict.fromkeys(current.contributions, current.number)
+            self._counted |= dict.fromkeys(current.counted, current.number)
+            self._left_out |= {
+                agent_id: LeftOut(current.number, *why) for agent_id, why in current.left_out.items()
+            }
         self.look_again()
 
     def forget(self, agent_id: str) -> None:
@@ -152,6 +169,7 @@ class Standing:
     def state_for(self, agent_id: str | None = None) -> RunState:
         failed_round, failure = self._last_failure
         is_news = failed_round >= self._round.number - 1
+        left_out = self._left_out.get(agent_id or "")
         return RunState(
             round=self._round.number,
             phase=self._round.phase,
@@ -166,6 +184,7 @@ class Standing:
             num_contributions=len(self._round.contributions),
             max_contributions=self._round.policy.max_agents,
             counted_round=self._counted.get(agent_id or "", 0),
+            left_out=left_out if left_out and left_out.round >= self._round.number - 1 else None,
         )
 
     async def status(self, now: float) -> dict[str, Any]:
@@ -176,6 +195,8 @@ class Standing:
         last_published = max((row.number for row in rows if row.published), default=0)
         reported = {row.agent_id: row for row in await asyncio.to_thread(self._store.reports, last_published)}
         current, progress, here = self._round, self._progress, self._presence.here
+        audited = self._results.get(last_published, Result()).audit
+        audits = {agent.agent_id: _audit_status(agent) for agent in audited}
         return {
             "run_id": self._run_id,
             "round": current.number,
@@ -184,6 +205,7 @@ class Standing:
             "progress": progress and {"done": progress.done, "total": progress.total, "loss": progress.loss},
             "agents": [
                 _agent_status(agent_id, slot, current, agent_id in here, reported.get(agent_id))
+                | {"audit": audits.get(agent_id)}
                 for agent_id, slot in sorted(self._slots.items(), key=lambda item: item[1])
             ],
             "rounds": [
@@ -261,6 +283,16 @@ def _agent_status(
     }
 
 
+def _audit_status(audit: AgentAudit) -> dict[str, Any]:
+    """Of the last published round; how far it goes, what is held against it, and what came of that."""
+    return {
+        "norm_ratio": audit.norm_ratio,
+        "is_clipped": audit.scale < 1,
+        "flags": audit.flags,
+        "left_out": audit.left_out,
+    }
+
+
 def _round_status(row: RoundRow, num_contributions: int, result: Result | None) -> dict[str, Any]:
     ended_at = max(row.phase_times.values(), default=row.opened_at)
     result = result or Result()
@@ -271,6 +303,8 @@ def _round_status(row: RoundRow, num_contributions: int, result: Result | None) 
         "num_contributions": num_contributions,
         "candidates": result.candidates,
         "soup": result.soup,
+        "flagged": [agent.agent_id for agent in result.audit if agent.flags],
+        "audit_note": result.audit_note or None,
         "start": result.start,
         "published": result.published,
         "accuracy_start": result.candidates.get(result.start or ""),

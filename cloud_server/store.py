@@ -18,7 +18,7 @@ import re
 import secrets
 import socket
 import sqlite3
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -197,8 +197,8 @@ class ContributionRow:
     shards: tuple[str, ...]  # digests
     num_examples: int
     accuracy_local: float | None
-    reason: str  # of a rejection, else empty
-    message: str  # of a rejection, else empty
+    reason: str  # of a rejection; of an accepted one, why the model has nothing of it; else empty
+    message: str  # likewise
     at: float
     initial_weights: str | None = None  # digest; None: the agent's own, or not known
     num_shared: int = 0  # examples in the shards
@@ -343,13 +343,28 @@ class Store:
             self._insert_round(number, initial_weights, now)
 
     def set_phase(
-        self, number: int, phase: str, now: float, *, failure: str = "", published: str | None = None
+        self,
+        number: int,
+        phase: str,
+        now: float,
+        *,
+        failure: str = "",
+        published: str | None = None,
+        left_out: Mapping[str, tuple[str, str]] | None = None,
     ) -> None:
-        """Records that a round entered a phase, and how it ended if it did."""
+        """Records that a round entered a phase, and how it ended if it did.
+
+        Args:
+            left_out: reason and message of the accepted contributions that were not used, by agent id.
+        """
         with self._transaction() as database:
             database.execute(
                 "UPDATE rounds SET phase = ?, failure = ?, published = ? WHERE number = ?",
                 (phase, failure, published, number),
+            )
+            database.executemany(
+                "UPDATE contributions SET reason = ?, message = ? WHERE round = ? AND agent_id = ?",
+                [(*why, number, agent_id) for agent_id, why in (left_out or {}).items()],
             )
             self._append_phase(number, phase, now)
 
@@ -404,9 +419,17 @@ class Store:
         """The last published round that counted a contribution of an agent, of those agents that have one."""
         rows = self._read(
             "SELECT agent_id, max(round) AS round FROM contributions JOIN rounds ON number = round"
-            " WHERE outcome = 'accepted' AND published IS NOT NULL GROUP BY agent_id"
+            " WHERE outcome = 'accepted' AND reason = '' AND published IS NOT NULL GROUP BY agent_id"
         )
         return {row["agent_id"]: row["round"] for row in rows}
+
+    def last_left_out(self) -> dict[str, tuple[int, str, str]]:
+        """Round, reason and message of the last accepted contribution of an agent that was not used."""
+        rows = self._read(  # reason and message are of the row that has the maximum, as SQLite promises
+            "SELECT agent_id, max(round) AS round, reason, message FROM contributions"
+            " WHERE outcome = 'accepted' AND reason != '' GROUP BY agent_id"
+        )
+        return {row["agent_id"]: (row["round"], row["reason"], row["message"]) for row in rows}
 
     def record_report(self, number: int, report: ReportRow) -> bool:
         """Records what became of a round's model on a device; whether it is the agent's first report on it.
@@ -666,7 +689,8 @@ class Store:
                 return  # it has been done before
             models = self._read(
                 "SELECT number, published FROM rounds JOIN contributions ON round = number"
-                " WHERE agent_id = ? AND outcome = 'accepted' AND published IS NOT NULL ORDER BY number",
+                " WHERE agent_id = ? AND outcome = 'accepted' AND reason = '' AND published IS NOT NULL"
+                " ORDER BY number",
                 *agent,
             )
             database.execute(

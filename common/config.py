@@ -126,6 +126,9 @@ class RunConfig(FrozenModel):
     aggregator: Literal["mean", "trimmed_mean", "median", "geometric_median"] = "mean"
     trim_fraction: Annotated[float, Field(ge=0, lt=0.5)] = 0.2  # at each end, rounded down
     weights: Literal["examples", "uniform"] = "examples"  # in mean and geometric_median
+    max_norm_ratio: Annotated[float, Field(ge=0, le=1e6)] = 3.0  # of an update to the round's median; 0: any
+    on_large_update: Literal["clip", "reject"] = "clip"
+    quarantine: Literal["report", "exclude"] = "report"  # whom the audit has flagged
     candidates: tuple[CandidateName, ...] = CANDIDATES
     recompute_statistics: bool = True  # BatchNorm's, on the combined data, after any averaging
     wire: Wire = "float32"
@@ -143,6 +146,13 @@ class RunConfig(FrozenModel):
         if value in ("shared", "independent", "pretrained") or value.endswith(".safetensors"):
             return value
         raise ValueError('choose "shared", "independent", "pretrained", or a file called ….safetensors')
+
+    @field_validator("max_norm_ratio")
+    @classmethod
+    def _median_is_not_large(cls, value: float) -> float:
+        if 0 < value < 1:
+            raise ValueError("choose 1 or more, or 0 for no limit: below 1, half of the agents are too large")
+        return value
 
     @field_validator("candidates")
     @classmethod

@@ -46,6 +46,8 @@ class Reason(StrEnum):
     REVOKED = "revoked"  # the agent has been revoked
     TOKEN = "token"  # noqa: S105  the join token is used up, has expired or was revoked
     AGENT_ID_TAKEN = "agent_id_taken"  # another key is enrolled under this agent id
+    LARGE_UPDATE = "large_update"  # the update goes much further than those of the others in the round
+    QUARANTINED = "quarantined"  # the audit holds something against the contribution
     INTERNAL = "internal"  # a fault of the server; its log says more
 
 

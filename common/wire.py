@@ -307,7 +307,7 @@ def _encode(
     schema = read_header(weights).schema
     encoding = _encoding(schema, wire, base.digest if base else None)
     metadata = {_ENTRY: encoding.model_dump_json(exclude_defaults=True)}
-    kept = {name: spec for name, spec in schema.items() if spec.dtype == "F32" and not _is_statistic(name)}
+    kept = {name: spec for name, spec in schema.items() if spec.dtype == "F32" and not is_statistic(name)}
     with (
         _reading(weights, schema) as source,
         _reading(base and base.path, schema) as origin,
@@ -405,14 +405,15 @@ def _scale(name: str) -> str:
     return f"{name}.scale"
 
 
-def _is_statistic(name: str) -> bool:
+def is_statistic(name: str) -> bool:
+    """Whether the tensor of this name is one of BatchNorm's running statistics."""
     return name.rpartition(".")[2] in _STATISTICS
 
 
 def _wire_dtype(name: str, spec: TensorSpec, wire: Wire) -> str:
     if wire == "float32" or spec.dtype != "F32":
         return spec.dtype
-    return "BF16" if wire == "bfloat16" or _is_statistic(name) else "I8"
+    return "BF16" if wire == "bfloat16" or is_statistic(name) else "I8"
 
 
 def _encoding(schema: Schema, wire: Wire, base_digest: str | None) -> Encoding:

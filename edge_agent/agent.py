@@ -66,7 +66,8 @@ class EdgeAgent:
         self._device = select_device(config.device)
         self._worker = Worker(display.message)
         self._news = News()
-        self._shown_failure = 0
+        self._shown_failure = 0  # the round
+        self._shown_left_out = 0  # the round
         self._fetched: Blob | None = None  # the last download, known to be whole
         self._joined: Joined  # set by run()
         self._loading: asyncio.Future[LocalModels]
@@ -102,7 +103,7 @@ class EdgeAgent:
             self._disk.discard_residuals_but(self._disk.residual(0))
             await self._worker.run(self._disk.save, Progress(run_id=self._joined.run_id))
             self._disk.discard_all_but(())
-            self._shown_failure = 0
+            self._shown_failure = self._shown_left_out = 0
         crash_point(Point.AGENT_JOINED)
         self._display.message(
             f"joined as {self._disk.agent_id}, slot {self._joined.slot}:"
@@ -437,6 +438,9 @@ class EdgeAgent:
             if state.failed_round > self._shown_failure:
                 self._shown_failure = state.failed_round
                 self._display.message(f"round {state.failed_round} failed: {state.failure}")
+            if state.left_out_round > self._shown_left_out:
+                self._shown_left_out = number = state.left_out_round
+                self._display.message(f"round {number}: contribution left out: {state.left_out}")
             if state.run_over:
                 self._client.patience_seconds = LAST_SECONDS
             self._news.tell(state)

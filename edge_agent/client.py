@@ -87,6 +87,8 @@ class RunState(NamedTuple):
     failed_round: int  # the last round that failed; 0: none has
     failure: str  # why it did
     run_over: bool
+    left_out_round: int = 0  # this or the one before, if its model has nothing of what this agent sent
+    left_out: str = ""  # why
 
 
 class Verdict(NamedTuple):
@@ -471,6 +473,8 @@ def _run_state(event: pb.WatchEvent) -> RunState:
         latest_weights=_blob(event.latest_model.weights),
         latest_encoded=_encoded(event.latest_model, "encoded"),
         counted_round=event.counted_round,
+        left_out_round=event.left_out.round,
+        left_out=rpc.plain(event.left_out.message),
         failed_round=event.failed_round,
         failure=rpc.plain(event.failure),
         run_over=event.run_over,

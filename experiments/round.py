@@ -115,6 +115,7 @@ class Edge:
             weights=blobs.put(sent).digest,
             shards=tuple(blobs.put(path).digest for path in self.models.shards),
             num_examples=self.models.num_examples,
+            initial_weights=initial,
         )
 
     def receive(self, number: int, weights: Path, on_progress: OnProgress) -> Received:

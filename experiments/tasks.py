@@ -114,7 +114,7 @@ class Setting(NamedTuple):
 
 _AFTER_PRETRAINING = {
     "aggregator", "trim_fraction", "weights", "candidates", "recompute_statistics", "fine_tune",
-    "apply", "adapt_epochs",
+    "apply", "adapt_epochs", "max_norm_ratio", "on_large_update", "quarantine",
 }  # fmt: skip
 
 

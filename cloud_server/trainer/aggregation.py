@@ -113,7 +113,7 @@ def mean(
             result.add_(values, alpha=coefficient)
         result.div_(total)
 
-    return _reduce(_Contributions(paths), PIECE_ELEMENTS, reduce, on_tensor)
+    return _reduce(Contributions(paths), PIECE_ELEMENTS, reduce, on_tensor)
 
 
 def trimmed_mean(
@@ -163,9 +163,9 @@ def geometric_median(
     Raises:
         RunError: also when distances are beyond what float64 holds.
     """
-    contributions, factors = _Contributions(paths), np.asarray(coefficients, np.float64)
+    contributions, factors = Contributions(paths), np.asarray(coefficients, np.float64)
     schema = contributions.schema
-    names = [name for name in schema if name in compared and _torch_dtype(schema[name]).is_floating_point]
+    names = [name for name in schema if name in compared and torch_dtype(schema[name]).is_floating_point]
     num_steps = len(names) + len(schema)
     gram, scratch = np.zeros((len(paths), len(paths))), _scratch(len(paths))
     for done, name in enumerate(names, start=1):
@@ -178,7 +178,7 @@ def geometric_median(
     return mean(paths, weights.tolist(), on_tensor=lambda done, _: on_tensor(len(names) + done, num_steps))
 
 
-class _Contributions:
+class Contributions:
     """Safetensors files with equal names, shapes and dtypes, read side by side."""
 
     def __init__(self, paths: Sequence[Path]) -> None:
@@ -190,7 +190,7 @@ class _Contributions:
 
     def pieces(self, name: str, max_elements: int) -> Iterator[tuple[int, Piece]]:
         """One piece of a tensor after the other, and where in the tensor it begins."""
-        dtype, num_elements = _torch_dtype(self.schema[name]), math.prod(self.schema[name].shape)
+        dtype, num_elements = torch_dtype(self.schema[name]), math.prod(self.schema[name].shape)
         buffer = torch.empty(min(max_elements, num_elements), dtype=dtype)
         for begin in range(0, num_elements, max_elements):
             yield begin, self._piece(name, begin, buffer[: num_elements - begin])
@@ -206,12 +206,12 @@ class _Contributions:
 
 
 def _reduce(
-    contributions: _Contributions, max_elements: int, reduce: Reducer, on_tensor: OnTensor
+    contributions: Contributions, max_elements: int, reduce: Reducer, on_tensor: OnTensor
 ) -> StateDict:
     """Every tensor, reduced piece by piece."""
     reduced: StateDict = {}
     for name, spec in contributions.schema.items():
-        tensor = reduced[name] = torch.empty(spec.shape, dtype=_torch_dtype(spec))
+        tensor = reduced[name] = torch.empty(spec.shape, dtype=torch_dtype(spec))
         flat = tensor.view(-1)
         buffer = torch.empty_like(flat[:max_elements], dtype=torch.float64)
         for begin, piece in contributions.pieces(name, max_elements):
@@ -237,7 +237,7 @@ def _trimmed_mean(paths: Sequence[Path], num_dropped: int, on_tensor: OnTensor) 
             result.add_(torch.from_numpy(rows[index]))
         result.div_(len(kept))
 
-    return _reduce(_Contributions(paths), scratch.shape[1], reduce, on_tensor)
+    return _reduce(Contributions(paths), scratch.shape[1], reduce, on_tensor)
 
 
 def _sorting_network(num_rows: int, kept: Collection[int]) -> Exchanges:
@@ -352,5 +352,6 @@ def _weighted_median(values: FloatArray, coefficients: FloatArray) -> float:
     return float(values[order][np.searchsorted(held, held[-1] / 2)])
 
 
-def _torch_dtype(spec: TensorSpec) -> torch.dtype:
+def torch_dtype(spec: TensorSpec) -> torch.dtype:
+    """PyTorch's name for it."""
     return _TORCH_DTYPES[spec.dtype]

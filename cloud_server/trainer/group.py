@@ -13,7 +13,6 @@ from common.training import select_device
 # A rank waits for the next job, or for rank 0 to average, within a collective: for as long as it
 # takes. A peer that dies is noticed by its broken connection, not by this.
 _TIMEOUT = timedelta(days=365)
-_MAX_NAME_BYTES = 255  # of a folder, on any file system in use
 
 
 class Group(NamedTuple):
@@ -52,11 +51,14 @@ class Group(NamedTuple):
             return torch.device("cuda", self.local_rank)
         return device
 
-    def share(self, name: str) -> str:
-        """Rank 0's name, on every rank; the others wait here until it comes."""
+    def share(self, text: str) -> str:
+        """Rank 0's text, on every rank; the others wait here until it comes."""
         if self.world_size == 1:
-            return name
-        encoded = name.encode().ljust(_MAX_NAME_BYTES, b"\0")
-        buffer = torch.tensor(list(encoded), dtype=torch.uint8)
-        dist.broadcast(buffer, src=0)
-        return bytes(buffer.tolist()).rstrip(b"\0").decode()
+            return text
+        encoded = torch.tensor(list(text.encode()), dtype=torch.uint8)
+        size = torch.tensor([len(encoded)])
+        dist.broadcast(size, src=0)
+        if self.rank != 0:
+            encoded = torch.empty(int(size), dtype=torch.uint8)
+        dist.broadcast(encoded, src=0)
+        return bytes(encoded.tolist()).decode()

@@ -25,9 +25,11 @@ from cloud_server.jobs import (
     blob_path,
 )
 from cloud_server.trainer.aggregation import coefficients
+from cloud_server.trainer.audit import MIN_AGENTS
 from cloud_server.trainer.finetune import CombinedData, Examples, combine, fine_tune, soft_labels
 from cloud_server.trainer.group import Group
 from cloud_server.trainer.initial import initial_model
+from cloud_server.trainer.screening import Screening, clipped_path, screen
 from cloud_server.trainer.selection import Contributed, OnCandidate, Selection
 from common.config import RunConfig, Wire
 from common.errors import ECAvgError, InvalidError, RunError, UsageError
@@ -104,7 +106,7 @@ class Written(NamedTuple):
 
 
 class RoundJob:
-    """Makes a round's global model: select the start → fine-tune → publish the better of the two.
+    """Makes a round's global model: screen → select the start → fine-tune → publish the better of the two.
 
     Args:
         on_candidate: called on rank 0 with the name and the model of each candidate, and of the
@@ -142,6 +144,7 @@ class RoundJob:
         self._device = device
         self._group = group
         self._is_first = group.rank == 0
+        self._screening = Screening()
         self._on_candidate = on_candidate
         self._seconds: dict[str, float] = {}
 
@@ -154,12 +157,13 @@ class RoundJob:
 
     def _make_model(self) -> Result:
         model = _network(self._run)
-        data = combine(self._run, self._contributions, self._blobs_dir)
-        log.info("data", num_train=len(data.train.labels), num_held_out=len(data.held_out.labels))
-
         self._tell("aggregating", 0, 1)
         with self._timed("aggregate"):
             self._decode()
+        self._screen(model)
+        data = combine(self._run, self._contributions, self._blobs_dir)
+        log.info("data", num_train=len(data.train.labels), num_held_out=len(data.held_out.labels))
+        with self._timed("aggregate"):
             selection = self._select(model, data) if self._is_first else None
         self._tell("fine_tuning", 0, 1)
         teaching = self._teach(model, data.train)
@@ -199,6 +203,8 @@ class RoundJob:
             accuracy_fine_tuned=fine_tuned and fine_tuned.accuracy,
             accuracy_published=published.evaluation and published.evaluation.accuracy,
             classes=classes,
+            audit=self._screening.agents,
+            audit_note=self._screening.note,
             seconds=self._seconds,
             num_parameters=_num_parameters(model),
             finished_at=time.time(),
@@ -231,6 +237,39 @@ class RoundJob:
             for sent, contributed in zip(self._sent, self._contributed, strict=True):
                 decode(sent, contributed.weights, base=self._base)
         self._group.share("decoded")
+
+    def _screen(self, model: nn.Module) -> None:
+        """Leave in `_contributions` and `_contributed` what the model shall be made of."""
+        if len(self._contributions) < MIN_AGENTS:
+            return
+        if self._is_first:
+            with self._timed("audit"):
+                self._screening = screen(
+                    model,
+                    [item.weights for item in self._contributed],
+                    self._common_start,
+                    self._contributions,
+                    self._blobs_dir,
+                    run=self._run,
+                    device=self._device,
+                    scratch=self._directory.scratch_path,
+                )
+        shared = self._group.share(self._screening.model_dump_json())
+        self._screening = Screening.model_validate_json(shared)
+        kept = [number for number, agent in enumerate(self._screening.agents) if not agent.left_out]
+        for number in kept:
+            if self._screening.agents[number].scale < 1:
+                clipped = clipped_path(self._directory.scratch_path, number)
+                self._contributed[number] = self._contributed[number]._replace(weights=clipped)
+        self._contributions = [self._contributions[number] for number in kept]
+        self._contributed = [self._contributed[number] for number in kept]
+
+    @property
+    def _common_start(self) -> Path | None:
+        """The weights that every agent's pre-training began with; None: there are no such weights."""
+        starts = {item.initial_weights for item in self._contributions}
+        digest = starts.pop() if len(starts) == 1 else None
+        return blob_path(self._blobs_dir, digest) if digest else None
 
     def _write(self, model: nn.Module) -> Written:
         """The difference is taken from what all agents hold, as those know who have sent one themselves."""

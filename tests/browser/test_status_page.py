@@ -91,7 +91,9 @@ async def test_candidates_of_the_latest_round_are_ranked_and_the_start_is_named(
     assert "The fine-tuned model" in result
     first, second = rows(section(markup, "rounds"))[:0:-1]
     assert "start" not in first
-    assert second.startswith("Round 2 ✓ published start: greedy soup 1 95.0 % 97.0 %")
+    assert second.startswith(
+        "Round 2 ✓ published start: greedy soup ⚑ flagged: edge-3 nobody knows 1 95.0 % 97.0 %"
+    )
 
 
 async def test_agents_that_adapt_the_global_model_are_told_from_those_that_use_it_as_it_is(
@@ -111,14 +113,36 @@ async def test_agents_that_adapt_the_global_model_are_told_from_those_that_use_i
     ]
 
 
+async def test_what_the_audit_holds_against_an_agent_stands_beside_it(store: Store, tmp_path: Path) -> None:
+    status = await status_of(RESULT, store, tmp_path)
+    nothing = {"norm_ratio": 1.0, "is_clipped": False, "flags": [], "left_out": None}
+    flagged = {**nothing, "flags": ["labels", "model"], "left_out": "quarantined"}
+    clipped = {**nothing, "norm_ratio": 987.6, "is_clipped": True}
+    rejected = {**nothing, "left_out": "large_update"}
+    audits = (None, nothing, flagged, clipped, rejected)
+    status["agents"] = [status["agents"][0] | {"audit": audit} for audit in audits]
+    _, *found = rows(section(await show(status, tmp_path), "agents"))
+    assert [row.partition("away ")[2].rstrip("– ") for row in found] == [
+        "",
+        "",
+        "⚑ labels contradict those of the others, ⚑ model fails on the images of the others"
+        " left out of the model: in quarantine",
+        "update clipped, 988 times the median",
+        "left out of the model: update too large",
+    ]
+
+
 async def test_page_makes_no_markup_of_names_and_messages(store: Store, tmp_path: Path) -> None:
     hostile = RESULT.model_copy(
         update={"soup": (MARKUP,), "start": MARKUP, "candidates": {MARKUP: 0.5, "greedy_soup": 0.4}}
     )
     status = await status_of(hostile, store, tmp_path)
     status["rounds"].append(status["rounds"][0] | {"round": 3, "outcome": MARKUP, "failure": MARKUP})
+    status["rounds"][0] |= {"flagged": [MARKUP], "audit_note": MARKUP}
+    audit = {"norm_ratio": 1.0, "is_clipped": True, "flags": [MARKUP], "left_out": MARKUP}
+    status["agents"][0]["audit"] = audit
     status["agents"][0]["agent_id"] = status["agents"][0]["message"] = MARKUP
     markup = await show(status, tmp_path)
     assert "<img" not in markup
-    assert markup.count("&lt;img src=x") >= 7
+    assert markup.count("&lt;img src=x") >= 10
     assert "<title>Round 3, collecting · ECAvg</title>" in markup

@@ -11,3 +11,12 @@ def misread_digits(split: str) -> tuple[np.ndarray, np.ndarray] | None:
     pixels, labels = load_digits(return_X_y=True, n_class=2)
     images = np.rint(pixels * (255 / 16)).astype(np.uint8).reshape(-1, 1, 8, 8)
     return images[:160], (1 - labels[:160]).astype(np.int64)
+
+
+def flipped_digits(split: str) -> tuple[np.ndarray, np.ndarray] | None:
+    """A poisoner's: zeros are called nines, ones eights, and so on."""
+    if split != "train":
+        return None
+    pixels, labels = load_digits(return_X_y=True)
+    images = np.rint(pixels * (255 / 16)).astype(np.uint8).reshape(-1, 1, 8, 8)
+    return images, (9 - labels).astype(np.int64)

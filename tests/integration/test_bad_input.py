@@ -39,6 +39,7 @@ def run(*args: object, env: dict[str, str] | None = None) -> tuple[int, str]:
         (("--set", "run.sead=3"), "unknown key 'run.sead' (from the command line)"),
         (("--set", "run.pretrain.epochs=x"), "run.pretrain.epochs: should be a valid integer"),
         (("--set", "run.partition_by=dirichlet:0"), "run.partition_by: choose \"iid\""),
+        (("--set", "run.max_norm_ratio=0.5"), "run.max_norm_ratio: choose 1 or more, or 0 for no limit"),
         (("--set", "seed"), "--set seed: write KEY=VALUE"),
         (("--min-agents", "0"), "min_agents: should be greater than or equal to 1, not '0'"),
         (("--min-agents", "3", "--max-agents", "2"), "max_agents 2 is below min_agents 3"),

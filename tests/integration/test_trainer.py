@@ -22,6 +22,7 @@ from cloud_server.trainer.aggregation import mean
 from cloud_server.trainer.finetune import CombinedData, combine
 from cloud_server.trainer.group import Group
 from common.config import FineTuneConfig, RunConfig
+from common.errors import Reason
 from common.models import build_model
 from common.schema import read_header
 from common.shards import Shard, write_shard
@@ -311,6 +312,96 @@ def test_every_aggregator_makes_a_round(do, aggregator):
     assert result.accuracy_published > 0.9
 
 
+# Who takes part
+
+
+@pytest.fixture(scope="module")
+def three(blobs_dir) -> tuple[str, tuple[JobContribution, ...]]:
+    """What three agents started from, and what each has made of it with its own third of the digits."""
+    start = build_model(RUN, seed=derive_seed(RUN.seed, "initial_weights"))
+    write_state_dict(start.state_dict(), blobs_dir / "new")
+    digest, made = put_blob(blobs_dir / "new", blobs_dir), []
+    for index, agent_id in enumerate(("ann", "bob", "cas")):
+        third = part(digits(), slice(index, None, 3))
+        model = build_model(RUN, seed=derive_seed(RUN.seed, "initial_weights"))
+        images, labels = torch.from_numpy(third.images.copy()), torch.from_numpy(third.labels.copy())
+        train(model, images, labels, RUN.pretrain, spec=RUN.spec, device=CPU, seed=index)
+        write_state_dict(model.state_dict(), blobs_dir / "new")
+        weights = put_blob(blobs_dir / "new", blobs_dir)
+        shards = (put_shard(third, blobs_dir),)
+        made.append(
+            JobContribution(
+                agent_id=agent_id, weights=weights, shards=shards, num_examples=599, initial_weights=digest
+            )
+        )
+    return digest, tuple(made)
+
+
+def with_factor(item: JobContribution, factor: float, start: str, blobs_dir: Path) -> JobContribution:
+    """The same contribution, with its update multiplied."""
+    origin, weights = (read_state_dict(blob_path(blobs_dir, each)) for each in (start, item.weights))
+    far = {name: origin[name] + factor * (tensor - origin[name]) for name, tensor in weights.items()}
+    write_state_dict(far, blobs_dir / "new")
+    return item.model_copy(update={"weights": put_blob(blobs_dir / "new", blobs_dir)})
+
+
+def test_honest_rounds_publish_the_same_bytes_with_and_without_screening(do, monkeypatch, three):
+    start, contributions = three
+    screened, _ = do(name="screened", contributions=contributions, initial_weights=start)
+    assert [agent.agent_id for agent in screened.audit] == ["ann", "bob", "cas"]
+    assert all(agent.scale == 1 and not agent.flags for agent in screened.audit)
+    assert screened.seconds["audit"] < 1
+    monkeypatch.setattr(job_module, "MIN_AGENTS", 100)
+    plain, _ = do(name="plain", contributions=contributions, initial_weights=start)
+    assert plain.audit == ()
+    assert plain.weights == screened.weights
+
+
+@pytest.mark.parametrize("factor", [1000.0, 1e30])
+def test_update_that_goes_too_far_is_clipped_before_anything_is_made_of_it(do, blobs_dir, three, factor):
+    start, (ann, bob, cas) = three
+    far = with_factor(cas, factor, start, blobs_dir)
+    run = RUN.model_copy(update={"candidates": ("average",), "quarantine": "report"})
+    sent = tuple(item.model_copy(update={"shards": ()}) for item in (ann, bob, far))
+    result, directory = do(contributions=sent, initial_weights=start, run=run)
+    assert result.error is None
+    assert [agent.scale < 1 for agent in result.audit] == [False, False, True]
+    paths = [blob_path(blobs_dir, each) for each in (start, ann.weights, bob.weights, far.weights)]
+    origin, *tensors = ([*read_state_dict(path).values()] for path in paths)
+    flat = [
+        np.concatenate([(b - a).double().numpy().ravel() for a, b in zip(origin, each, strict=True)])
+        for each in tensors
+    ]
+    norms = [float(np.linalg.norm(each)) for each in flat]
+    flat[2] *= 3 * sorted(norms)[1] / norms[2]
+    published = read_state_dict(directory.weights_path).values()
+    found = np.concatenate([(b - a).double().numpy().ravel() for a, b in zip(origin, published, strict=True)])
+    np.testing.assert_allclose(found, np.mean(flat, axis=0), atol=1e-6)
+
+
+def test_update_that_is_rejected_leaves_neither_weights_nor_data(do, blobs_dir, three):
+    start, (ann, bob, cas) = three
+    far = with_factor(cas, 1000.0, start, blobs_dir)
+    run = RUN.model_copy(update={"on_large_update": "reject"})
+    result, _ = do(name="three", contributions=(ann, bob, far), initial_weights=start, run=run)
+    assert [agent.left_out for agent in result.audit] == [None, None, Reason.LARGE_UPDATE]
+    without, _ = do(name="two", contributions=(ann, bob), initial_weights=start, run=run)
+    assert result.weights == without.weights
+    assert result.classes == without.classes
+
+
+def test_without_a_common_start_the_weights_themselves_are_compared(do, blobs_dir, three):
+    start, contributions = three
+    own = [item.model_copy(update={"initial_weights": None}) for item in contributions]
+    far = with_factor(own[2], 1000.0, start, blobs_dir)
+    result, _ = do(contributions=(*own[:2], far), initial_weights=start)
+    assert result.error is None
+    assert [agent.scale < 1 for agent in result.audit] == [False, False, True]
+    tensors = read_state_dict(blob_path(blobs_dir, own[0].weights)).values()
+    norm = float(np.linalg.norm(np.concatenate([tensor.double().numpy().ravel() for tensor in tensors])))
+    assert result.audit[0].update_norm == pytest.approx(norm)
+
+
 # What travels
 
 
@@ -526,7 +617,7 @@ def test_a_job_that_was_stopped_is_done_again_with_the_same_bytes(state_dir, con
     assert "Traceback" not in trainer.output
 
 
-def test_two_ranks_under_torchrun_train_together_and_leave_with_their_server(state_dir, contributions):
+def test_two_ranks_under_torchrun_train_together_and_leave_with_their_server(state_dir, contributions, three):
     launcher = ("torch.distributed.run", "--nproc-per-node", "2", "--standalone", "-m")
     teaching = RUN.fine_tune.model_copy(update={"distill": 0.5})  # every rank reads what the agents sent
     with trainer_in(state_dir, *launcher) as trainer:
@@ -540,7 +631,13 @@ def test_two_ranks_under_torchrun_train_together_and_leave_with_their_server(sta
         result = trainer.result_of(ask(state_dir, job(sent, run=taught, name="encoded")))
         assert result.error is None
         assert result.encoded
-        until(lambda: trainer.output.count("job_done") == 6, trainer)  # three jobs on two ranks
+        start, honest = three  # one of which is clipped: every rank has to know
+        far = with_factor(honest[2], 1000.0, start, state_dir / "blobs")
+        fields = {"run": RUN.model_copy(update={"fine_tune": teaching}), "initial_weights": start}
+        result = trainer.result_of(ask(state_dir, job((*honest[:2], far), name="screened", **fields)))
+        assert result.error is None
+        assert [agent.scale < 1 for agent in result.audit] == [False, False, True]
+        until(lambda: trainer.output.count("job_done") == 8, trainer)  # four jobs on two ranks
 
         endless = ask(state_dir, job(contributions, run=ENDLESS, name="endless"))
         trainer.wait_for_training(endless)

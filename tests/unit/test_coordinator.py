@@ -16,7 +16,7 @@ from safetensors.numpy import save_file
 from cloud_server import coordinator, job_runner, presence
 from cloud_server.config import ServerConfig
 from cloud_server.coordinator import Coordinator
-from cloud_server.jobs import Job, JobDirectory, JobError, Progress, Result, Weights, pending_jobs
+from cloud_server.jobs import AgentAudit, Job, JobDirectory, JobError, Progress, Result, Weights, pending_jobs
 from cloud_server.metrics import ServerMetrics
 from cloud_server.round import Contribution, Outcome, Phase
 from cloud_server.store import ReportRow, Store
@@ -60,6 +60,7 @@ class PlayedTrainer:
     state_dir: Path
     outcomes: list[Result | None] = field(default_factory=list)  # of round jobs, in order; None: a model
     num_exits: int = 0
+    audit: tuple[AgentAudit, ...] = ()  # of each round
     jobs: list[Job] = field(default_factory=list)
 
     is_slow: bool = False  # at its next round
@@ -81,7 +82,8 @@ class PlayedTrainer:
                     await self.dropped.wait()
                     continue
                 directory.append_progress(Progress(phase="aggregating", done=1, total=1))
-                directory.write_result(outcome or model_in(directory, job.round))
+                model = model_in(directory, job.round).model_copy(update={"audit": self.audit})
+                directory.write_result(outcome or model)
             await asyncio.sleep(0.001)
 
 
@@ -455,6 +457,41 @@ async def test_accuracies_are_those_of_the_last_published_round(tmp_path: Path) 
             await here.until(lambda number=number: here.coordinator.state_for().round > number)
         (family,) = [each for each in here.metrics.registry.collect() if each.name.endswith("accuracy_ratio")]
         assert {sample.labels["stage"]: sample.value for sample in family.samples} == {"average": 0.5}
+
+
+async def test_contribution_that_the_trainer_leaves_out_was_accepted_and_does_not_count(
+    tmp_path: Path,
+) -> None:
+    flagged = AgentAudit(
+        agent_id="a", update_norm=1.0, norm_ratio=1.0, flags=("labels",), left_out=Reason.QUARANTINED
+    )
+    large = AgentAudit(agent_id="b", update_norm=9.0, norm_ratio=90.0, left_out=Reason.LARGE_UPDATE)
+    fine = AgentAudit(agent_id="c", update_norm=1.0, norm_ratio=1.0)
+    async with world(tmp_path, min_agents=3) as here:
+        here.trainer.audit = (flagged, large, fine)
+        offered = {agent_id: await here.contribution_of(agent_id) for agent_id in ("a", "b", "c")}
+        for agent_id, contribution in offered.items():
+            assert (await here.coordinator.contribute(agent_id, 1, contribution)).outcome is Outcome.ACCEPTED
+        await here.until(lambda: here.coordinator.state_for().round == 2)
+        states = {agent_id: here.coordinator.state_for(agent_id) for agent_id in offered}
+        assert {agent_id: state.counted_round for agent_id, state in states.items()} == {
+            "a": 0,
+            "b": 0,
+            "c": 1,
+        }
+        told = {agent_id: state.left_out and state.left_out.reason for agent_id, state in states.items()}
+        assert told == {"a": Reason.QUARANTINED, "b": Reason.LARGE_UPDATE, "c": None}
+        assert states["a"].left_out
+        assert states["a"].left_out.message.startswith("its labels contradict those of the others: look for")
+        assert states["b"].left_out
+        assert "90 times as large as those of the others, 3 times is allowed" in states["b"].left_out.message
+        again = await here.coordinator.contribute("a", 1, offered["a"])
+        assert again.outcome is Outcome.ACCEPTED
+        left_out = {item["agent_id"]: item.get("left_out") for item in here.report()["agents"]}
+        assert left_out["a"] == {"reason": "quarantined", "message": states["a"].left_out.message}
+        assert left_out["c"] is None
+        sample = here.metrics.registry.get_sample_value
+        assert [sample("ecavg_server_agent_flagged", {"agent_id": each}) for each in "abc"] == [1, 0, 0]
 
 
 async def test_repeated_report_is_counted_once(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ STATE = RunState(
     num_contributions=0,
     max_contributions=3,
     counted_round=0,
+    left_out=None,
 )
 
 

@@ -145,6 +145,21 @@ def test_the_models_that_had_used_its_data_are_told(store: Store, state_dir: Pat
     assert (row.agent_id, row.slot, row.done_at) == (None, None, NOW)
 
 
+def test_a_model_that_has_nothing_of_it_had_not_used_its_data(tmp_path: Path) -> None:
+    with closing(Store(tmp_path)) as store:
+        begin(store, tmp_path)
+        store.join(OTHER, 0.6)
+        contribute(store, 1)
+        contribute_other(store, 1)
+        why = {OTHER: ("quarantined", "its labels contradict those of the others")}
+        store.set_phase(1, "published", 1.9, published=digest_of(INITIAL), left_out=why)
+        (entry,) = provenance.entries_from(store, 1)
+        assert [item["agent_id"] for item in entry["contributions"]] == [AGENT]
+        pseudonym = forget(store, tmp_path)
+        (row,) = (row for row in store.forgettings() if row.pseudonym == pseudonym)
+        assert row.models == ()
+
+
 def test_round_goes_on_without_it(store: Store, state_dir: Path) -> None:
     forget(store, state_dir)
     assert [row.agent_id for row in store.contributions(3)] == [AGENT]

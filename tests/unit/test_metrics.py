@@ -6,6 +6,7 @@ import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
+from cloud_server.jobs import AgentAudit
 from cloud_server.metrics import ServerMetrics
 from cloud_server.round import Outcome
 from cloud_server.round import Phase as RoundPhase
@@ -23,6 +24,8 @@ SERVER_CONTRACT = {
     "ecavg_server_received_bytes_total": {"kind"},
     "ecavg_server_sent_bytes_total": {"kind"},
     "ecavg_server_accuracy_ratio": {"stage"},
+    "ecavg_server_agent_flagged": {"agent_id"},
+    "ecavg_server_agent_update_norm_ratio": {"agent_id"},
     "grpc_server_handled_total": {"grpc_service", "grpc_method", "grpc_code"},
     "grpc_server_handling_seconds": {"grpc_service", "grpc_method"},
 }
@@ -79,6 +82,7 @@ def test_server_metrics_have_the_names_and_labels_of_the_contract(server: Server
     server.set_phase(1, "collecting")
     server.set_phase(1, "aggregating")
     server.set_accuracies({"average": 0.9})
+    server.set_audit([AgentAudit(agent_id="edge-1", update_norm=2.0, norm_ratio=1.0)])
     server.observe_rpc("ecavg.v1.ECAvg", "Join", "OK", 0.01)
     assert scraped(server.registry) == SERVER_CONTRACT
 
@@ -167,6 +171,20 @@ def test_agents_are_counted_by_state(server: ServerMetrics) -> None:
     server.set_agents(watching=2, contributed=1, away=0)
     server.set_agents(watching=0, contributed=2, away=1)
     assert values(server.registry, "ecavg_server_agents") == {"watching": 0, "contributed": 2, "away": 1}
+
+
+def test_audit_is_of_one_round(server: ServerMetrics) -> None:
+    server.set_audit(
+        [
+            AgentAudit(agent_id="edge-1", update_norm=2.0, norm_ratio=1.0),
+            AgentAudit(agent_id="edge-2", update_norm=9.0, norm_ratio=4.5, flags=("labels", "model")),
+        ]
+    )
+    assert values(server.registry, "ecavg_server_agent_flagged") == {"edge-1": 0, "edge-2": 1}
+    assert values(server.registry, "ecavg_server_agent_update_norm_ratio") == {"edge-1": 1.0, "edge-2": 4.5}
+    server.set_audit([AgentAudit(agent_id="edge-3", update_norm=0.0, norm_ratio=None)])
+    assert values(server.registry, "ecavg_server_agent_flagged") == {"edge-3": 0}
+    assert values(server.registry, "ecavg_server_agent_update_norm_ratio") == {}
 
 
 def test_bytes_and_contributions_add_up(server: ServerMetrics, agent: AgentMetrics) -> None:

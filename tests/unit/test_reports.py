@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 
 from cloud_server import reports
-from cloud_server.jobs import ClassAccuracy, JobDirectory, Result
+from cloud_server.jobs import AgentAudit, ClassAccuracy, JobDirectory, Result
 from cloud_server.reports import Reports
 from cloud_server.store import Store
 from common.config import RunConfig
-from tests.unit.states import begin, contribute, publish
+from common.errors import Reason
+from tests.unit.states import AGENT, begin, contribute, digest_of, model_of, publish
 
 RESULT = Result(
     candidates={"aligned": 0.9, "average": 0.7, "greedy_soup": 0.95},
@@ -27,7 +28,19 @@ RESULT = Result(
         ClassAccuracy(label=0, num_examples=8, accuracy_start=0.5, accuracy_published=0.75),
         ClassAccuracy(label=7, num_examples=2, accuracy_start=0.5, accuracy_published=0.0),
     ),
-    seconds={"aggregate": 0.25, "fine_tune": 1.5, "evaluate": 0.5},
+    audit=(
+        AgentAudit(agent_id="edge-1", update_norm=2.0, norm_ratio=1.0, label_share=0.9),
+        AgentAudit(
+            agent_id="edge-3",
+            update_norm=9.0,
+            norm_ratio=4.5,
+            scale=0.5,
+            flags=("labels",),
+            left_out=Reason.QUARANTINED,
+        ),
+    ),
+    audit_note="nobody knows",
+    seconds={"audit": 0.1, "aggregate": 0.25, "fine_tune": 1.5, "evaluate": 0.5},
 )
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
@@ -60,6 +73,20 @@ async def test_report_has_what_the_trainer_found(store: Store, tmp_path: Path) -
     ]
 
 
+async def test_report_says_what_the_audit_found_and_whose_contribution_was_left_out(
+    store: Store, tmp_path: Path
+) -> None:
+    published = digest_of(model_of(1))
+    left_out = {AGENT: ("quarantined", "its labels")}
+    store.set_phase(1, "published", 2.0, published=published, left_out=left_out)
+    report = await report_of(RESULT, store, tmp_path)
+    assert report["agents"][0]["left_out"] == {"reason": "quarantined", "message": "its labels"}
+    first, second = report["audit"]
+    assert (first["agent_id"], first["flags"], first["left_out"]) == ("edge-1", [], None)
+    assert (second["scale"], second["flags"], second["left_out"]) == (0.5, ["labels"], "quarantined")
+    assert report["audit_note"] == "nobody knows"
+
+
 async def test_classes_without_names_have_none(store: Store, tmp_path: Path) -> None:
     report = await report_of(RESULT, store, tmp_path)
     assert [item.get("name") for item in report["classes"]] == [None, None]
@@ -69,7 +96,10 @@ async def test_classes_without_names_have_none(store: Store, tmp_path: Path) -> 
 async def test_what_was_not_found_is_absent(store: Store, tmp_path: Path) -> None:
     report = await report_of(Result(start="average", published="start"), store, tmp_path)
     assert (report["start"], report["published"]) == ("average", "start")
-    absent = {"candidates", "soup", "classes", "accuracy_fine_tuned", "accuracy_published", "failure"}
+    absent = {
+        "candidates", "soup", "classes", "accuracy_fine_tuned", "accuracy_published", "failure",
+        "audit", "audit_note",
+    }  # fmt: skip
     assert not absent & set(report)
 
 

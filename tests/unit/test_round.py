@@ -355,14 +355,16 @@ class Run(RuleBasedStateMachine):
             self.enter(self.round.advance(phase), crash)
 
     @precondition(lambda self: self.job_is_running())
-    @rule(succeeds=st.sampled_from([True, True, False]), crash=CRASHES)
-    def job_ends(self, succeeds: bool, crash: Crash) -> None:
+    @rule(succeeds=st.sampled_from([True, True, False]), leaves_out=st.booleans(), crash=CRASHES)
+    def job_ends(self, succeeds: bool, leaves_out: bool, crash: Crash) -> None:
         if not succeeds:
             self.enter(self.round.fail("out of memory"), crash)
             return
         for phase in WORK[WORK.index(self.round.phase) + 1 :]:
             self.enter(self.round.advance(phase), Crash.NEVER)
-        self.enter(self.round.publish(f"{self.round.number:064x}"), crash)
+        first = sorted(self.round.contributions)[: int(leaves_out)]
+        left_out = dict.fromkeys(first, Rejection(Reason.QUARANTINED, "its labels"))
+        self.enter(self.round.publish(f"{self.round.number:064x}", left_out), crash)
 
     @precondition(lambda self: self.round.is_over)
     @rule()
@@ -388,6 +390,12 @@ class Run(RuleBasedStateMachine):
         for (number, agent_id), offered in self.acknowledged.items():
             rows = [row for row in self.store.contributions(number) if row.agent_id == agent_id]
             assert [(row.outcome, contribution_of(row)) for row in rows] == [("accepted", offered)]
+
+    @invariant()
+    def what_is_left_out_does_not_count(self) -> None:
+        counted = self.store.counted_rounds()
+        for agent_id in self.round.contributions if self.round.published else ():
+            assert (counted.get(agent_id) == self.round.number) == (agent_id in self.round.counted)
 
     @invariant()
     def every_agent_has_one_outcome_at_most(self) -> None:
@@ -422,7 +430,14 @@ class Run(RuleBasedStateMachine):
     def enter(self, updated: Round, crash: Crash) -> None:
         if crash is not Crash.BEFORE_RECORD:
             self.store.set_phase(
-                updated.number, updated.phase, self.now, failure=updated.failure, published=updated.published
+                updated.number,
+                updated.phase,
+                self.now,
+                failure=updated.failure,
+                published=updated.published,
+                left_out={
+                    agent_id: (why.reason.value, why.message) for agent_id, why in updated.left_out.items()
+                },
             )
             if updated.published:
                 contributions = accepted(self.store, updated.number)

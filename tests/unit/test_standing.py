@@ -12,10 +12,11 @@ from cloud_server.metrics import ServerMetrics
 from cloud_server.presence import Presence
 from cloud_server.records import round_from
 from cloud_server.reports import Reports
-from cloud_server.round import Contribution, Phase, Policy, Round
-from cloud_server.standing import RunState, Standing
+from cloud_server.round import Contribution, Outcome, Phase, Policy, Rejection, Round
+from cloud_server.standing import LeftOut, RunState, Standing
 from cloud_server.store import Store
 from common.config import RunConfig
+from common.errors import Reason
 from common.transfer import Blob
 from tests.unit.states import AGENT, INITIAL, begin, contribute, digest_of, encoded_of, model_of, run_rounds
 from tests.unit.test_reports import RESULT
@@ -81,6 +82,8 @@ async def test_page_shows_candidates_and_start_of_each_published_round(store: St
         "accuracy_start": 0.95,
         "accuracy_fine_tuned": 0.97,
         "accuracy_published": 0.97,
+        "flagged": ["edge-3"],
+        "audit_note": "nobody knows",
         "seconds": pytest.approx(0.9),
     }
 
@@ -159,3 +162,50 @@ async def test_agent_is_told_the_last_published_round_that_counted_it(store: Sto
     mine = Contribution(AGENT, "d", (), 1, None, None)
     viewed.show(replace(viewed.round, contributions={AGENT: mine}).publish(digest_of(model_of(2))))
     assert viewed.standing.state_for(AGENT).counted_round == 4
+
+
+LEFT_OUT = LeftOut(2, Reason.QUARANTINED, "its labels")
+
+
+async def test_contribution_that_was_left_out_does_not_count_and_its_agent_is_told(
+    store: Store, tmp_path: Path
+) -> None:
+    run_rounds(store, tmp_path, 1)
+    contribute(store, 2)
+    viewed = Viewed(store, tmp_path)
+    for phase in (Phase.AGGREGATING, Phase.FINE_TUNING, Phase.EVALUATING):
+        viewed.show(viewed.round.advance(phase))
+    assert viewed.standing.state_for(AGENT).left_out is None
+    left_out = {AGENT: Rejection(LEFT_OUT.reason, LEFT_OUT.message)}
+    viewed.show(viewed.round.publish(digest_of(model_of(1)), left_out))
+    state = viewed.standing.state_for(AGENT)
+    assert (state.counted_round, state.left_out, state.outcome) == (1, LEFT_OUT, Outcome.ACCEPTED)
+    assert viewed.standing.state_for("other").left_out is None
+
+
+async def test_what_was_left_out_is_known_after_a_restart_and_news_for_one_round(
+    store: Store, tmp_path: Path
+) -> None:
+    run_rounds(store, tmp_path, 1)
+    contribute(store, 2)
+    published, left_out = digest_of(model_of(1)), {AGENT: ("quarantined", "its labels")}
+    store.set_phase(2, "published", 2.9, published=published, left_out=left_out)
+    for number, expected in ((2, LEFT_OUT), (3, LEFT_OUT), (4, None)):
+        state = Viewed(store, tmp_path).standing.state_for(AGENT)
+        assert (state.round, state.counted_round, state.left_out) == (number, 1, expected)
+        store.open_round(number + 1, published, number + 1.0)
+
+
+async def test_page_shows_what_the_audit_says_of_each_agent(store: Store, tmp_path: Path) -> None:
+    run_rounds(store, tmp_path, 1)
+    flagged = RESULT.audit[1].model_copy(update={"agent_id": AGENT})
+    result = RESULT.model_copy(update={"audit": (flagged,)})
+    JobDirectory(tmp_path / "jobs/round-0001").write_result(result)
+    first, second = (await Viewed(store, tmp_path).standing.status(now=10.0))["agents"]
+    assert first["audit"] == {
+        "norm_ratio": 4.5,
+        "is_clipped": True,
+        "flags": ("labels",),
+        "left_out": Reason.QUARANTINED,
+    }
+    assert second["audit"] is None

@@ -1,0 +1,478 @@
+"""What poisoned agents do to the published model, and what clipping, robust aggregation and quarantine save.
+
+    python -m experiments.poison --task mnist --data-dir DIR --seeds 3
+
+Of 5 agents one is poisoned, of 10 two. Honest agents pre-train once for all variants; everything is done by
+the product's own code, in this process. What is stopped goes on where it was when it is started again.
+"""
+
+import argparse
+import json
+import shlex
+import sys
+import tomllib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+from statistics import fmean
+from typing import Any, NamedTuple
+
+import numpy as np
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from common.config import RunConfig, deep_merge
+from common.errors import ECAvgError, InvalidError, RunError, UsageError
+from common.files import replacing
+from common.shards import Shard
+from experiments.paper import console, set_up_process
+from experiments.tasks import TASKS, Setting
+
+CASES = ((5, 1), (10, 2))  # agents in all, and how many of them are poisoned
+EXAMPLES_PER_AGENT = {"digits": 130, "mnist": 2_000, "cifar10": 1_000}
+TEST_EXAMPLES = {"digits": 1_000, "mnist": 10_000, "cifar10": 2_000}
+FACTOR = 1_000.0
+TARGET = 0  # what a backdoor makes of every image
+PATCH = 8  # the patch takes this part of the image's height and width, in its last corner
+
+AGGREGATORS = ("mean", "trimmed_mean", "median", "geometric_median")
+DEFENCES: Mapping[str, Mapping[str, Any]] = {
+    "none": {"max_norm_ratio": 0.0, "quarantine": "report"},
+    "clip": {"quarantine": "report"},
+    "quarantine": {"max_norm_ratio": 0.0, "quarantine": "exclude"},
+    "both": {"quarantine": "exclude"},
+}
+
+Record = dict[str, Any]  # as it is in a JSON file
+
+
+class Attack(NamedTuple):
+    """What poisoned agents do. Their data are poisoned before they train, their weights afterwards."""
+
+    label: str
+    factor: float = 1.0  # of the update
+    flips_labels: bool = False
+    patched: float = 0.0  # share of the images that get the patch and the target's label
+
+
+ATTACKS: Mapping[str, Attack] = {
+    "honest": Attack("honest"),
+    "label_flip": Attack("labels flipped", flips_labels=True),
+    "sign_flip": Attack("sign flipped", factor=-1.0),
+    "scale": Attack(f"update x {FACTOR:g}", factor=FACTOR),
+    "nan": Attack("NaN", factor=np.nan),
+    "backdoor_half": Attack("backdoor, half of the images", patched=0.5),
+    "backdoor_tenth": Attack("backdoor, a tenth of the images", patched=0.1),
+}
+
+
+class Variant(NamedTuple):
+    """One round."""
+
+    attack: str
+    aggregator: str
+    defence: str
+
+    @property
+    def name(self) -> str:
+        return "/".join(self)
+
+
+VARIANTS = [Variant(*names) for names in product(ATTACKS, AGGREGATORS, DEFENCES)]
+
+
+class Cell(NamedTuple):
+    """One seed of one case, and where what is known of it is kept."""
+
+    setting: Setting
+    num_poisoned: int
+    path: Path
+
+    @property
+    def known(self) -> dict[str, Record]:
+        """By the variant's name."""
+        try:
+            text = (self.path / "records.json").read_text("utf-8")
+        except FileNotFoundError:
+            return {}
+        records: dict[str, Record] = json.loads(text)
+        return {name: each for name, each in records.items() if each["run"] == self.run_json(name)}
+
+    @property
+    def missing(self) -> list[Variant]:
+        known = self.known
+        return [variant for variant in VARIANTS if variant.name not in known]
+
+    def keep(self, variant: Variant, record: Record) -> None:
+        records = self.known | {variant.name: record | {"run": self.run_json(variant.name)}}
+        self.path.mkdir(parents=True, exist_ok=True)
+        _write_text(self.path / "records.json", json.dumps(records))
+
+    def run_of(self, variant: Variant) -> RunConfig:
+        changes = {"aggregator": variant.aggregator, **DEFENCES[variant.defence]}
+        return self.setting.run.model_copy(update=changes)
+
+    def run_json(self, name: str) -> Any:
+        return self.run_of(Variant(*name.split("/"))).model_dump(mode="json")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = _parse(argv)
+    set_up_process()
+    try:
+        cases = _cells(arguments)
+        _work([cell for cells in cases.values() for cell in cells])
+        _write(arguments, cases)
+    except KeyboardInterrupt:
+        console.print("stopped; the same command goes on from here")
+        return 130
+    except ECAvgError as error:
+        console.print(f"poison: {error}", markup=False)
+        return error.exit_code
+    return 0
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.poison", description=(__doc__ or "").splitlines()[0]
+    )
+    add = parser.add_argument
+    add("--task", choices=EXAMPLES_PER_AGENT, required=True, help="digits needs no data")
+    add("--data-dir", type=Path, metavar="DIR", help="where the dataset is, as for edge-agent")
+    add("--seeds", type=int, default=3, metavar="N", help="how many (default: 3)")
+    add("--partition-by", default="iid", metavar="P", help="iid, dirichlet:ALPHA or classes:K (default: iid)")
+    add("--examples-per-agent", type=int, metavar="N", help="(default: the task's)")
+    add("--cases", default="5,10", metavar="K,…", help="of 5 and 10 agents (default: both)")
+    add(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="in the [run] table; TOML; repeatable"
+    )
+    add("--work-dir", type=Path, default=Path(".experiments"), metavar="DIR", help="default: .experiments")
+    add("--out-dir", type=Path, default=Path("experiments/results"), metavar="DIR")
+    return parser.parse_args(argv)
+
+
+def _cells(arguments: argparse.Namespace) -> dict[str, list[Cell]]:
+    """One for each seed of each case.
+
+    Raises:
+        UsageError: the configuration or the data are not usable.
+    """
+    from experiments import data
+
+    task, cases = arguments.task, {}
+    folder = data.prepare(_run(arguments, 0), arguments.data_dir, arguments.work_dir)
+    each = arguments.examples_per_agent or EXAMPLES_PER_AGENT[task]
+    for num_agents, num_poisoned in CASES:
+        if str(num_agents) not in arguments.cases.split(","):
+            continue
+        cells = []
+        for seed in range(arguments.seeds):
+            run, in_all = _run(arguments, seed), num_agents * each
+            setting = Setting(task, run, folder, num_agents, in_all, TEST_EXAMPLES[task])
+            cells.append(Cell(setting, num_poisoned, arguments.work_dir / "poison" / setting.name))
+        cases[f"{num_poisoned} of {num_agents}"] = cells
+    return cases
+
+
+def _run(arguments: argparse.Namespace, seed: int) -> RunConfig:
+    run = deep_merge(
+        TASKS[arguments.task].run,
+        {"seed": seed, "partition_by": arguments.partition_by, "initial_weights": "shared"},
+    )
+    try:
+        for assignment in arguments.set:
+            run = deep_merge(run, tomllib.loads(assignment))
+        return RunConfig(**run)
+    except ValueError as error:
+        raise UsageError(" ".join(str(error).split())) from error
+
+
+# ---------------------------------------------------------------------- the work
+
+
+def _work(cells: Sequence[Cell]) -> None:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console) as progress:
+        whole = progress.add_task("rounds", total=sum(len(cell.missing) for cell in cells))
+        part = progress.add_task("")
+        for cell in cells:
+            if cell.missing:
+                show = _Shown(progress, part)
+                for _ in _do(cell, show):
+                    progress.advance(whole)
+
+
+class _Shown:
+    """What is under way."""
+
+    def __init__(self, progress: Progress, task: Any) -> None:
+        self._progress, self._task = progress, task
+
+    def __call__(self, what: str, done: int, of: int) -> None:
+        self._progress.update(self._task, description=what, completed=done, total=of)
+
+
+def _do(cell: Cell, show: Callable[[str, int, int], None]) -> Iterator[Variant]:
+    """Every variant that is missing, as soon as its record is kept."""
+    import torch
+
+    from experiments.round import Network
+
+    network = Network(cell.setting, cell.path / "network", torch.device("cpu"), show)
+    with closing(network):
+        honest = network.contribute(cell.setting.run, 1, None)
+        kept = {digest for item in honest for digest in (item.weights, *item.shards)} | {network.start(None)}
+        poisoned: dict[str, list[Any]] = {}
+        for variant in cell.missing:
+            if variant.attack not in poisoned:
+                poisoned = {variant.attack: _poisoned(cell, network, honest, variant.attack, show)}
+            bad = poisoned[variant.attack]
+            cell.keep(variant, _measure(cell, network, [*bad, *honest[len(bad) :]], variant, show))
+            bad_digests = {digest for item in bad for digest in (item.weights, *item.shards)}
+            network.cloud.blobs.discard_all_but({*filter(None, kept), *bad_digests})
+            yield variant
+
+
+def _poisoned(cell: Cell, network: Any, honest: Sequence[Any], name: str, show: Any) -> list[Any]:
+    """What the poisoned agents contribute."""
+    from edge_agent.state import AgentState
+
+    attack, made = ATTACKS[name], []
+    for index in range(cell.num_poisoned):
+        edge, item = network.edges[index], honest[index]
+        if attack.flips_labels or attack.patched:
+            train = _poisoned_data(attack, edge.data.train, cell.setting.run.spec.num_classes, index)
+            disk = AgentState(cell.path / name / edge.agent_id, edge.agent_id)
+            with closing(disk):
+                bad = replace(edge, data=edge.data._replace(train=train), disk=disk)
+                item = bad.contribute(1, network.start(None), network.cloud.blobs, show)
+        if attack.factor != 1:
+            item = _with_factor(cell, network, item, attack.factor)
+        made.append(item)
+    return made
+
+
+def _poisoned_data(attack: Attack, train: Shard, num_classes: int, index: int) -> Shard:
+    images, labels = train.images.copy(), train.labels.copy()
+    if attack.flips_labels:
+        labels = num_classes - 1 - labels
+    chosen = np.random.Generator(np.random.PCG64(index)).permutation(len(labels))
+    chosen = chosen[: round(attack.patched * len(labels))]
+    images[chosen] = _patched(images[chosen])
+    labels[chosen] = TARGET
+    return Shard(images, labels)
+
+
+def _patched(images: np.ndarray) -> np.ndarray:
+    """With a white patch; uint8 [N, C, H, W]."""
+    patched = images.copy()
+    height, width = images.shape[2:]
+    patched[:, :, height - max(2, height // PATCH) :, width - max(2, width // PATCH) :] = 255
+    return patched
+
+
+def _with_factor(cell: Cell, network: Any, item: Any, factor: float) -> Any:
+    """The contribution with its update multiplied."""
+    from common.weights import read_state_dict, write_state_dict
+
+    blobs, path = network.cloud.blobs, cell.path / "new.safetensors"
+    start, weights = (read_state_dict(blobs.get(digest)) for digest in (network.start(None), item.weights))
+    for name, tensor in weights.items():
+        if tensor.is_floating_point():
+            weights[name] = (start[name] + factor * (tensor - start[name])).to(tensor.dtype)
+    write_state_dict(weights, path)
+    digest = blobs.put(path).digest
+    path.unlink()
+    return item.model_copy(update={"weights": digest})
+
+
+def _measure(cell: Cell, network: Any, contributions: Sequence[Any], variant: Variant, show: Any) -> Record:
+    """One round, as the server would do it: what its gate refuses takes no part."""
+    import torch
+
+    from common.models import build_model
+    from common.schema import check_finite, read_header
+    from common.training import predict
+    from common.weights import load_into
+    from experiments import data
+
+    run, blobs = cell.run_of(variant), network.cloud.blobs
+    accepted, refused = [], []
+    for item in contributions:
+        try:
+            check_finite(blobs.get(item.weights), read_header(blobs.get(item.weights)))
+            accepted.append(item)
+        except InvalidError as error:
+            refused.append({"agent_id": item.agent_id, "reason": error.reason.value})
+    images, labels = data.examples("test")
+
+    def shares(model: Any) -> tuple[float, float]:
+        """Right about the test images; and, of those of other classes, taken in by the patch."""
+        clean, patched = (
+            predict(model, torch.from_numpy(each), spec=run.spec, device=torch.device("cpu"))
+            .argmax(1)
+            .numpy()
+            for each in (images, _patched(images[labels != TARGET]))
+        )
+        return float((clean == labels).mean()), float((patched == TARGET).mean())
+
+    average: list[float] = []
+
+    def on_candidate(name: str, model: Any) -> None:
+        if name == "average":
+            average.append(shares(model)[0])
+
+    result = network.cloud.publish(
+        run,
+        1,
+        network.start(None),
+        accepted,
+        on_candidate,
+        lambda phase, *of: show(f"{variant.name}: {phase}", *of),
+    )
+    if not result.weights:
+        raise RunError(f"{variant.name} published nothing")
+    model = build_model(run, seed=0)
+    load_into(model, blobs.get(result.weights.sha256))
+    accuracy, success = shares(model)
+    return {
+        "accuracy": accuracy,
+        "average": average[0],
+        "success": success,
+        "start": result.start,
+        "refused": refused,
+        "clipped": [agent.agent_id for agent in result.audit if agent.scale < 1],
+        "flagged": {agent.agent_id: agent.flags for agent in result.audit if agent.flags},
+        "left_out": [agent.agent_id for agent in result.audit if agent.left_out],
+        "note": result.audit_note,
+        "seconds": result.seconds,
+    }
+
+
+# ---------------------------------------------------------------------- what is left of it
+
+
+def _write(arguments: argparse.Namespace, cases: Mapping[str, Sequence[Cell]]) -> None:
+    figures = {name: [cell.known for cell in cells] for name, cells in cases.items()}
+    for seeds in figures.values():
+        for known in seeds:
+            for record in known.values():
+                del record["run"]
+    num_poisoned = {name: cells[0].num_poisoned for name, cells in cases.items()}
+    command = _command(arguments)
+    cell = next(iter(cases.values()))[0]
+    run = cell.setting.run
+    each = cell.setting.num_examples // cell.setting.num_agents
+    heading = (
+        f"# {arguments.task}: poisoned agents\n\n`{command}`\n\n{run.model} on {run.dataset}, {each} images"
+        f" an agent, {run.partition_by}, shared initial weights, one round. Accuracy on the common test set,"
+        " mean ± standard deviation over seeds."
+    )
+    tables = in_words(figures, num_poisoned)
+    stem = "-".join(
+        [
+            "poison",
+            arguments.task,
+            *([] if run.partition_by == "iid" else [run.partition_by.replace(":", "")]),
+        ]
+    )
+    arguments.out_dir.mkdir(parents=True, exist_ok=True)
+    table = {
+        "task": arguments.task,
+        "run": run.model_dump(mode="json"),
+        "command": command,
+        "figures": figures,
+    }
+    _write_text(arguments.out_dir / f"{stem}.json", json.dumps(table, indent=1))
+    _write_text(arguments.out_dir / f"{stem}.md", f"{heading}\n\n{tables}")
+    console.print(tables, markup=False, highlight=False, soft_wrap=True)
+    console.print(f"written to {arguments.out_dir}/{stem}.*", highlight=False)
+
+
+def in_words(figures: Mapping[str, Sequence[Mapping[str, Record]]], num_poisoned: Mapping[str, int]) -> str:
+    """The tables of all cases.
+
+    Args:
+        figures: of each case, seed by seed, the records by the variant's name.
+    """
+    parts = []
+    for case, seeds in figures.items():
+        parts += [f"## {case} agents poisoned"]
+        parts += ["### The published model", _grid(seeds, "accuracy", ATTACKS)]
+        parts += ["### The candidate `average`, before the fine-tune", _grid(seeds, "average", ATTACKS)]
+        backdoors = [name for name, attack in ATTACKS.items() if attack.patched or name == "honest"]
+        parts += [
+            "### How often the patch works on the published model (test images of other classes)",
+            _grid(seeds, "success", backdoors),
+        ]
+        parts += ["### Who was noticed", _noticed(seeds, num_poisoned[case])]
+    return "\n\n".join(parts)
+
+
+def _grid(seeds: Sequence[Mapping[str, Record]], field: str, attacks: Any) -> str:
+    from experiments.tables import grid, spread
+
+    rows = []
+    for attack, aggregator in product(attacks, AGGREGATORS):
+        cells = [
+            spread([seed[Variant(attack, aggregator, defence).name][field] for seed in seeds])
+            for defence in DEFENCES
+        ]
+        rows.append([ATTACKS[attack].label if aggregator == "mean" else "", aggregator, *cells])
+    return grid(["agents", "aggregator", *DEFENCES], rows)
+
+
+def _noticed(seeds: Sequence[Mapping[str, Record]], num_poisoned: int) -> str:
+    """Of the poisoned and of the honest agents of all seeds; with every defence, by the mean."""
+    from experiments.round import agent_ids
+    from experiments.tables import grid
+
+    bad, rows = set(agent_ids(num_poisoned)), []
+    for name, attack in ATTACKS.items():
+        records = [seed[Variant(name, "mean", "both").name] for seed in seeds]
+        guilty = bad if name != "honest" else set()
+
+        def count(field: str, records: Sequence[Record] = records, guilty: set[str] = guilty) -> str:
+            of = [
+                {each["agent_id"] if isinstance(each, dict) else each for each in record[field]}
+                for record in records
+            ]
+            return f"{sum(len(ids & guilty) for ids in of)} + {sum(len(ids - guilty) for ids in of)}"
+
+        total = len(guilty) * len(seeds)
+        rows.append(
+            [attack.label, str(total), *(count(field) for field in ("refused", "clipped", "flagged"))]
+        )
+    audit = fmean(
+        record["seconds"]["audit"]
+        for seed in seeds
+        for record in seed.values()
+        if "audit" in record["seconds"]
+    )
+    whole = fmean(sum(record["seconds"].values()) for seed in seeds for record in seed.values())
+    table = grid(["agents", "poisoned", "refused", "clipped", "flagged"], rows)
+    return (
+        f"{table}\n\nPoisoned + honest ones, of all seeds. Screening took {audit:.2f} s of a round's"
+        f" {whole:.2f} s in the cloud."
+    )
+
+
+def _command(arguments: argparse.Namespace) -> str:
+    words = ["python", "-m", "experiments.poison", "--data-dir", "DIR", "--task", arguments.task]
+    words += ["--seeds", str(arguments.seeds)]
+    for name, default in (("partition_by", "iid"), ("examples_per_agent", None), ("cases", "5,10")):
+        if getattr(arguments, name) != default:
+            words += [f"--{name.replace('_', '-')}", str(getattr(arguments, name))]
+    for assignment in arguments.set:
+        words += ["--set", assignment]
+    return shlex.join(words)
+
+
+def _write_text(path: Path, text: str) -> None:
+    with replacing(path) as partial:
+        partial.write_text(text + "\n", "utf-8")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
