@@ -67,6 +67,7 @@ async def serve(config: ServerConfig) -> int:
     """
     # Imported here, so that --help and configuration errors are immediate.
     from cloud_server.authority import Authority
+    from cloud_server.connections import raise_file_limit
     from cloud_server.coordinator import Coordinator
     from cloud_server.display import RunDisplay
     from cloud_server.metrics import ServerMetrics
@@ -83,7 +84,12 @@ async def serve(config: ServerConfig) -> int:
     trainer = TrainerProcess(config.state_dir, device=config.device)
     display = RunDisplay(telemetry.progress_display())
     coordinator = Coordinator(config, store, trainer, metrics, on_change=display.show)
-    server = GrpcServer(metrics.observe_rpc, authority)
+    server = GrpcServer(
+        metrics,
+        authority,
+        max_connections=min(config.connections, raise_file_limit()),
+        calls_per_second=config.max_calls_per_second,
+    )
     is_ready = asyncio.Event()
 
     async def status() -> Mapping[str, Any]:

@@ -5,18 +5,21 @@
 | an agent's certificate | everything but `Enroll`, as the agent that the certificate names |
 | a join token's | `Enroll` |
 | nothing: a server with `--insecure` | everything else, as whoever the metadata name |
+
+And each of them only so often, and so much at a time: see cloud_server/limits.py.
 """
 
 import asyncio
 import re
-from collections import defaultdict
-from collections.abc import Iterator
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Set
 from contextlib import contextmanager
 from contextvars import ContextVar
 
 import structlog
 
 from cloud_server.authority import Authority, Holder, revocation
+from cloud_server.limits import CallLimits
 from common.config import AGENT_ID_PATTERN
 from common.errors import ForbiddenError, InvalidError, Reason
 from common.rpc import AGENT_ID_KEY, Peer
@@ -54,22 +57,31 @@ class Admission:
 
     Args:
         authority: None: the server speaks plaintext, and believes what it is told.
+        limits: of each agent, and of the bearers of each join token together.
     """
 
-    def __init__(self, authority: Authority | None) -> None:
+    def __init__(self, authority: Authority | None, limits: CallLimits) -> None:
         self._authority = authority
+        self._limits = limits
+        self._addresses: Counter[str] = Counter()
         self._open: defaultdict[str, set[asyncio.Task[object]]] = defaultdict(set)
         self._cut_off: set[asyncio.Task[object]] = set()
 
     @contextmanager
     def __call__(self, method: str, peer: Peer) -> Iterator[None]:
-        """Raises UnauthenticatedError, ForbiddenError."""
+        """Raises UnauthenticatedError, ForbiddenError, BusyError."""
         holder = self._holder(peer)
         if holder.token_id is not None and method != _ENROLL:
             raise ForbiddenError("the holder of a join token may enroll, and nothing else", Reason.TOKEN)
         _CALLER.set(holder)
-        with self._counted(holder.agent_id or ""):
+        caller = f"token {holder.token_id}" if holder.token_id else f"agent {holder.agent_id or ''}"
+        with self._limits.call(caller), self._counted(holder.agent_id or ""), self._in_use(peer.address):
             yield
+
+    @property
+    def addresses_in_use(self) -> Set[str]:
+        """Of the connections that carry an open call, as gRPC writes them."""
+        return self._addresses.keys()
 
     async def cut_off_revoked(self) -> None:
         """End the open calls of agents that are revoked, for as long as this runs."""
@@ -92,6 +104,16 @@ class Admission:
         if peer.certificate is None:
             raise ForbiddenError("this server answers over TLS only", Reason.NOT_ENROLLED)
         return self._authority.holder(peer.certificate)
+
+    @contextmanager
+    def _in_use(self, address: str) -> Iterator[None]:
+        self._addresses[address] += 1
+        try:
+            yield
+        finally:
+            self._addresses[address] -= 1
+            if not self._addresses[address]:
+                del self._addresses[address]
 
     @contextmanager
     def _counted(self, agent_id: str) -> Iterator[None]:

@@ -42,6 +42,25 @@ class ServerConfig(ProcessConfig):
     device: str = Field("auto", description="where to train: auto, cpu, cuda, cuda:1")
     max_attempts: int = Field(3, ge=1, le=100, description="tries at a round's training before it fails")
     max_upload_bytes: int = Field(8 * 2**30, ge=1, description="largest data shard taken from an agent")
+    max_agent_bytes: int | None = Field(
+        None,
+        ge=1,
+        description="what one agent may have here that no round uses, and half of what it may send in a round"
+        " (default: 4 x max-upload-bytes and weights)",
+    )
+    max_round_bytes: int | None = Field(
+        None,
+        ge=1,
+        description="what all agents together may send in a round (default: 2 x max-agent-bytes for each of"
+        " max-agents, 8 at least)",
+    )
+    max_joined: int | None = Field(
+        None, ge=1, description="agents that a run takes (default: 10 x max-agents, 10000 at least)"
+    )
+    max_connections: int | None = Field(
+        None, ge=1, description="connections from agents (default: 2 x max-agents and 256, 512 at least)"
+    )
+    max_calls_per_second: float = Field(50, gt=0, description="calls of one agent, in the long run")
     keep_rounds: int = Field(10, ge=1, description="rounds over whose models and uploads are kept")
     keep_partial_seconds: float = Field(
         7 * 24 * 3600, gt=0, description="how long uploads are kept that were not finished or not contributed"
@@ -67,6 +86,14 @@ class ServerConfig(ProcessConfig):
     def http_token_path(self) -> Path:
         """Where the status page's token is, if it asks for one."""
         return self.http_token_file or self.state_dir / "http-token"
+
+    @property
+    def connections(self) -> int:
+        return self.max_connections or max(512, 2 * self.agents_to_close + 256)
+
+    @property
+    def joined(self) -> int:
+        return self.max_joined or max(10_000, 10 * self.agents_to_close)
 
     @property
     def agents_to_close(self) -> int:

@@ -31,7 +31,7 @@ from cloud_server.store import EncodingRow, ForgettingRow, ReportRow, RoundRow, 
 from cloud_server.uploads import UNFIT, Upload, Uploads
 from common import schema
 from common.config import RunConfig, Wire
-from common.errors import InvalidError, NotFoundError, Reason, RunError, StorageError, UsageError
+from common.errors import BudgetError, InvalidError, NotFoundError, Reason, RunError, StorageError, UsageError
 from common.faults import Point, crash_point
 from common.transfer import Blob, to_the_end
 from common.wire import wire_of
@@ -39,6 +39,7 @@ from common.wire import wire_of
 LIVENESS_POLL_SECONDS = 1.0
 FORGET_POLL_SECONDS = 0.5
 CUT_OFF_SECONDS = 5.0  # more than it takes until the last call of an agent that was revoked has ended
+CLEAN_UP_SECONDS = 3600.0  # between two clean-ups, at most, while a round collects
 
 _WORK = (Phase.AGGREGATING, Phase.FINE_TUNING, Phase.EVALUATING)  # the trainer's phases, in order
 
@@ -101,6 +102,7 @@ class Coordinator:
         self._lock = asyncio.Lock()
         self._slots: dict[str, int] = {}
         self._forgotten_at: dict[str, float] = {}  # by the monotonic clock
+        self._clean_up_at = 0.0
         self._run_id: str  # this and what follows: set by start()
         self._round: Round
         self._uploads: Uploads
@@ -192,6 +194,9 @@ class Coordinator:
             wires=self._contributed_wires(),
             spec=self._config.run.spec,
             max_data_bytes=self._config.max_upload_bytes,
+            num_agents=self._policy.max_agents,
+            agent_bytes=self._config.max_agent_bytes,
+            round_bytes=self._config.max_round_bytes,
             on_received=self._metrics.count_received,
         )
         self._round = self._recorded(last)
@@ -229,14 +234,15 @@ class Coordinator:
             await self._transition(lambda round_: round_.tick(self._clock()))
             if self._round.phase is not Phase.COLLECTING:
                 return
-            await wait_for(changed, self._seconds_to_deadline())
+            if self._clock() >= self._clean_up_at:  # a round may stay open for ever
+                await self._clean_up()
+            await wait_for(changed, self._seconds_to_wait())
 
-    def _seconds_to_deadline(self) -> float | None:
-        """None: nothing happens by time alone."""
-        deadline = self._round.deadline_at
-        if deadline is None or deadline <= self._clock():
-            return None
-        return deadline - self._clock()
+    def _seconds_to_wait(self) -> float:
+        """Until something happens by time alone."""
+        now, deadline = self._clock(), self._round.deadline_at
+        seconds = max(0.0, self._clean_up_at - now)
+        return seconds if deadline is None or deadline <= now else min(seconds, deadline - now)
 
     async def _train(self) -> None:
         """Average, fine-tune and evaluate in the trainer; publish what comes back.
@@ -333,6 +339,7 @@ class Coordinator:
             crash_point(Point.SERVER_ROUND_OPENED)
             row = self._store.last_round()
             assert row is not None
+            self._uploads.budgets.begin_round()
             self._believe(self._recorded(row))
 
         await when_disk_allows(lambda: self._exclusively(open_round))
@@ -353,6 +360,9 @@ class Coordinator:
                 )
             except (OSError, StorageError) as error:
                 log.warning("clean_up_failed", reason=str(error))
+        seconds = max(1.0, min(CLEAN_UP_SECONDS, self._config.keep_partial_seconds))
+        self._clean_up_at = self._clock() + seconds
+        self._uploads.budgets.look_again()
 
     async def _wait_for_reports(self) -> None:
         """Until every live agent has reported on the published model, or the deadline passes."""
@@ -373,11 +383,24 @@ class Coordinator:
     # ------------------------------------------------------------------ what agents ask for
 
     async def join(self, agent_id: str) -> Membership:
+        """The agent's membership, the same whenever it asks.
+
+        Raises:
+            BudgetError: it would be one agent too many.
+            NotFoundError: the agent has just been forgotten.
+        """
+
         async def enter() -> None:
             if agent_id in self._slots:
                 return
             if self._forgotten_at.get(agent_id, -math.inf) > time.monotonic() - CUT_OFF_SECONDS:
                 raise NotFoundError(f"agent {agent_id} has just been forgotten", Reason.UNKNOWN_AGENT)
+            if len(self._slots) >= self._config.joined:
+                raise BudgetError(
+                    f"{len(self._slots)} agents have joined this run, and it takes no more: ask the server's"
+                    " operator to raise max_joined",
+                    Reason.RUN_FULL,
+                )
             slot = await asyncio.to_thread(self._store.join, agent_id, self._clock())
             crash_point(Point.SERVER_AGENT_JOINED)
             self._uploads.let_in(agent_id)
@@ -405,12 +428,12 @@ class Coordinator:
 
     @asynccontextmanager
     async def receive(self, agent_id: str, kind: str, blob: Blob, offset: int) -> AsyncIterator[Upload]:
-        """Take in a blob; one that is unfit counts as this agent's rejected contribution."""
+        """Take in a blob; one that is unfit, or too much, counts as this agent's rejected contribution."""
         self._check_joined(agent_id)
         try:
             async with self._uploads.open(agent_id, kind, blob, offset, self._clock()) as upload:
                 yield upload
-        except InvalidError as error:
+        except (InvalidError, BudgetError) as error:
             if error.reason in UNFIT:
                 await self._reject(agent_id, error.reason, str(error))
             raise
@@ -630,6 +653,7 @@ class Coordinator:
         row = records.contribution_row(contribution, outcome, self._clock())
         await asyncio.to_thread(self._store.record_contribution, number, row)
         crash_point(Point.SERVER_CONTRIBUTION_RECORDED)
+        self._uploads.budgets.look_again_at(row.agent_id)
         self._metrics.count_contribution(outcome.value)
         log.info("contribution", round=number, agent_id=row.agent_id, outcome=outcome.value)
 

@@ -12,6 +12,7 @@ from prometheus_client import Counter, Gauge, Histogram
 
 from cloud_server.jobs import AgentAudit
 from cloud_server.round import Outcome, Phase
+from common.errors import Reason
 from common.telemetry import make_registry
 
 RECEIVED_KINDS = ("weights", "data")
@@ -92,6 +93,14 @@ class ServerMetrics:
             buckets=RPC_SECONDS,
             registry=registry,
         )
+        self._refusals = Counter(
+            "ecavg_server_refusals_total", "RPCs that were refused, by why.", ["reason"], registry=registry
+        )
+        self._connections_ended = Counter(
+            "ecavg_server_connections_ended_total",
+            "Connections without a call that were ended to make room.",
+            registry=registry,
+        )
         self._start_at_zero()
 
     def _start_at_zero(self) -> None:
@@ -106,6 +115,8 @@ class ServerMetrics:
             self.count_received(kind, 0)
         for kind in SENT_KINDS:
             self.count_sent(kind, 0)
+        for reason in Reason:
+            self._refusals.labels(reason.value)
         self.set_agents(watching=0, contributed=0, away=0)
 
     def set_phase(self, number: int, phase: str) -> None:
@@ -160,7 +171,14 @@ class ServerMetrics:
         """`kind` is one of SENT_KINDS."""
         self._sent.labels(kind).inc(num_bytes)
 
-    def observe_rpc(self, service: str, method: str, code: str, seconds: float) -> None:
+    def count_connections_ended(self, num_connections: int) -> None:
+        self._connections_ended.inc(num_connections)
+
+    def observe_rpc(
+        self, service: str, method: str, code: str, seconds: float, refusal: Reason | None = None
+    ) -> None:
         """One RPC has ended; `method` is one that this server has, `code` its status's name, as "OK"."""
+        if refusal:
+            self._refusals.labels(refusal.value).inc()
         self._handled.labels(service, method, code).inc()
         self._handling.labels(service, method).observe(seconds)

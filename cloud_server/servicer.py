@@ -10,7 +10,10 @@ from grpc_reflection.v1alpha import reflection
 
 from cloud_server.admission import Admission, calling_agent, token_in_use
 from cloud_server.authority import Authority
+from cloud_server.connections import Connections
 from cloud_server.coordinator import Coordinator, Verdict
+from cloud_server.limits import CallLimits
+from cloud_server.metrics import ServerMetrics
 from cloud_server.round import Contribution, Outcome, Phase
 from cloud_server.standing import RunState
 from cloud_server.store import ReportRow
@@ -27,6 +30,7 @@ SERVICE_NAME = pb.DESCRIPTOR.services_by_name["ECAvg"].full_name
 
 IDLE_SECONDS = 120.0  # a stream that brings nothing for this long is given up; a slow one never is
 
+MAX_CALLS_PER_CONNECTION = 4  # on average over all; the rest are turned away before anyone looks at them
 _MAX_SHARDS = 10_000
 _MAX_EXAMPLES = 2**40
 
@@ -136,15 +140,29 @@ class GrpcServer:
 
     Args:
         authority: None: it speaks plaintext.
+        max_connections: as many as there may be.
+        calls_per_second: of one agent, or the bearers of one token, in the long run.
     """
 
-    def __init__(self, observe: rpc.ObserveCall, authority: Authority | None) -> None:
+    def __init__(
+        self,
+        metrics: ServerMetrics,
+        authority: Authority | None,
+        *,
+        max_connections: int,
+        calls_per_second: float,
+    ) -> None:
+        self._metrics = metrics
         self._authority = authority
-        self._admission = Admission(authority)
+        self._max_connections = max_connections
+        self._admission = Admission(authority, CallLimits(calls_per_second))
         self._server = grpc.aio.server(
-            interceptors=[rpc.RefusingInterceptor(observe, self._admission)], options=rpc.server_options()
+            interceptors=[rpc.RefusingInterceptor(metrics.observe_rpc, self._admission)],
+            options=rpc.server_options(max_connections),
+            maximum_concurrent_rpcs=MAX_CALLS_PER_CONNECTION * max_connections,
         )
-        self._cutting_off: asyncio.Task[None] | None = None
+        self._port = 0
+        self._guards: list[asyncio.Task[None]] = []
         self._health: Any = health.aio.HealthServicer()  # type: ignore[attr-defined]
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         reflection.enable_server_reflection(
@@ -160,8 +178,11 @@ class GrpcServer:
         address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         try:
             if self._authority is None:
-                return self._server.add_insecure_port(address)
-            return self._server.add_secure_port(address, rpc.server_credentials(self._authority.material))
+                self._port = self._server.add_insecure_port(address)
+            else:
+                credentials = rpc.server_credentials(self._authority.material)
+                self._port = self._server.add_secure_port(address, credentials)
+            return self._port
         except RuntimeError as error:
             raise UsageError(
                 f"cannot listen on {address}: is it in use? choose another --host or --port,"
@@ -173,11 +194,18 @@ class GrpcServer:
         for service in (SERVICE_NAME, ""):
             await self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
         await self._server.start()
-        self._cutting_off = asyncio.create_task(self._admission.cut_off_revoked())
+        connections = Connections(
+            self._port,
+            self._max_connections,
+            lambda: self._admission.addresses_in_use,
+            self._metrics.count_connections_ended,
+        )
+        for guard in (self._admission.cut_off_revoked(), connections.keep_room()):
+            self._guards.append(asyncio.create_task(guard))
 
     async def stop(self, grace_seconds: float) -> None:
-        if self._cutting_off:
-            self._cutting_off.cancel()
+        for guard in self._guards:
+            guard.cancel()
         await self._health.enter_graceful_shutdown()
         await self._server.stop(grace_seconds)
 

@@ -506,6 +506,27 @@ class Store:
         )
         return bool(recorded) and self.blob_path(digest).exists()
 
+    def unused_sizes(self, agent_id: str) -> dict[str, int]:
+        """Bytes by digest of what an agent has here, half sent or whole, and no kept round of its uses.
+
+        NotFoundError if it never joined.
+        """
+        sizes = {}
+        prefix = f"{self._slot(agent_id)}-"
+        with os.scandir(self._partial_dir) as entries:
+            for entry in entries:
+                if entry.name.startswith(prefix):
+                    with suppress(FileNotFoundError):  # it has been completed meanwhile
+                        sizes[entry.name.removeprefix(prefix)] = entry.stat().st_size
+        unused = self._read(
+            "WITH kept AS (SELECT weights, shards FROM contributions WHERE agent_id = ?1"
+            " AND round IN (SELECT number FROM rounds WHERE NOT retired))"
+            " SELECT DISTINCT digest FROM uploads WHERE agent_id = ?1 AND digest NOT IN"
+            " (SELECT weights FROM kept UNION ALL SELECT value FROM kept, json_each(kept.shards))",
+            agent_id,
+        )
+        return sizes | {row["digest"]: self.blob_size(row["digest"]) or 0 for row in unused}
+
     def uploads(self) -> list[UploadRow]:
         """Every upload that was committed and not given up since."""
         rows = self._read("SELECT agent_id, digest, kind, at FROM uploads ORDER BY agent_id, digest, kind")

@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+from cloud_server.budgets import Budgets
 from cloud_server.store import Store, storage_errors
 from common import schema, wire
 from common.config import DatasetSpec, Wire
@@ -13,14 +14,19 @@ from common.errors import InvalidError, NotFoundError, OffsetError, Reason, Unav
 from common.faults import Point, crash_point
 from common.transfer import Blob, Receiver, WriteBehind, to_the_end
 
-# What makes a blob unfit for good; anything else about an upload can be cured by sending it again.
+# What makes a blob unfit for this round; anything else about an upload can be cured by sending it again.
 UNFIT = {
     Reason.INVALID_FILE,
     Reason.SCHEMA_MISMATCH,
     Reason.NON_FINITE,
     Reason.INVALID_SHARD,
     Reason.SIZE_LIMIT,
+    Reason.AGENT_BUDGET,
+    Reason.ROUND_BUDGET,
 }
+
+_AGENT_BLOBS = 4  # of the largest of each kind: what an agent may have here, unless that is configured
+_LEAST_AGENTS = 8  # so many can spend all they may before a round's budget is spent
 
 
 class Uploads:
@@ -29,6 +35,8 @@ class Uploads:
     Args:
         weights_schema: of weights that are not encoded.
         wires: how weights may be encoded; the first is the run's.
+        num_agents: whom a round is meant for.
+        agent_bytes, round_bytes: the budgets; None: generous ones, by what a blob may have.
         on_received: called from any thread with the kind and the bytes of each chunk that was taken in.
     """
 
@@ -40,6 +48,9 @@ class Uploads:
         wires: Sequence[Wire] = ("float32",),
         spec: DatasetSpec,
         max_data_bytes: int,
+        num_agents: int = 1,
+        agent_bytes: int | None = None,
+        round_bytes: int | None = None,
         on_received: Callable[[str, int], None] = lambda _kind, _num_bytes: None,
     ) -> None:
         self._store = store
@@ -48,6 +59,9 @@ class Uploads:
             "weights": WeightsGate(weights_schema, wires),
             "data": DataGate(spec, max_data_bytes),
         }
+        agent_bytes = agent_bytes or _AGENT_BLOBS * sum(gate.max_bytes for gate in self._gates.values())
+        round_bytes = round_bytes or 2 * agent_bytes * max(_LEAST_AGENTS, num_agents)
+        self.budgets = Budgets(agent_bytes, round_bytes, store.unused_sizes)
         self._active: dict[tuple[str, str], Upload] = {}
         self._shut_out: set[str] = set()
 
@@ -59,6 +73,7 @@ class Uploads:
     def let_in(self, agent_id: str) -> None:
         """Take what the agent uploads, as is done with every agent that was not shut out."""
         self._shut_out.discard(agent_id)
+        self.budgets.look_again_at(agent_id)
 
     async def shut_out(self, agent_id: str) -> None:
         """End the agent's streams, and take no other: when this returns nothing more of it is written."""
@@ -128,17 +143,20 @@ class Uploads:
         Raises:
             OffsetError: the stored bytes end elsewhere.
             InvalidError: the declared size is over the limit of its kind.
+            BudgetError: it is over what this agent, or all of them, may send or have here.
         """
         gate = self._gates[kind]
         gate.check_size(blob.size_bytes)
+        self.budgets.check_sent(agent_id, max(0, blob.size_bytes - offset))
         path = await asyncio.to_thread(self._store.partial_path, agent_id, blob.digest)
         await self._supersede(agent_id, blob.digest)
         if agent_id in self._shut_out:
             raise NotFoundError(f"agent {agent_id} has not joined this run", Reason.UNKNOWN_AGENT)
-        upload = Upload(self._store, agent_id, kind, blob, path, gate, self._on_received)
+        upload = Upload(self._store, self.budgets, agent_id, kind, blob, path, gate, self._on_received)
         key = (agent_id, blob.digest)
         self._active[key] = upload
         try:
+            await self.budgets.check_files(agent_id, self._declared(agent_id))
             await upload.start(offset)
             yield upload
             await upload.finish(now)
@@ -146,6 +164,11 @@ class Uploads:
             await upload.close()
             if self._active.get(key) is upload:
                 del self._active[key]
+
+    def _declared(self, agent_id: str) -> dict[str, int]:
+        """Bytes by digest of what an agent is sending."""
+        streams = self._active.items()
+        return {digest: upload.blob.size_bytes for (agent, digest), upload in streams if agent == agent_id}
 
     async def _supersede(self, agent_id: str, digest: str) -> None:
         """End an older stream of the same blob: its agent has come back on a new connection."""
@@ -164,6 +187,7 @@ class Upload:
     def __init__(
         self,
         store: Store,
+        budgets: Budgets,
         agent_id: str,
         kind: str,
         blob: Blob,
@@ -173,10 +197,11 @@ class Upload:
     ) -> None:
         self.lock = asyncio.Lock()
         self.superseded = False
+        self.blob = blob
         self._store = store
+        self._budgets = budgets
         self._agent_id = agent_id
         self._kind = kind
-        self._blob = blob
         self.path = path
         self._gate = gate
         self._on_received = on_received
@@ -193,7 +218,15 @@ class Upload:
             await to_the_end(asyncio.to_thread(self._start, offset))
 
     async def write(self, chunk: bytes) -> None:
-        """Append a chunk; raises what Receiver.write and the gate raise, of this or of an earlier one."""
+        """Append a chunk; raises what Receiver.write and the gate raise, of this or of an earlier one.
+
+        Raises:
+            InvalidError: the chunk is empty: a stream of such would never end.
+            BudgetError: the agent, or all of them, have sent too much in this round.
+        """
+        if not chunk:
+            raise InvalidError("a chunk has no bytes: end the stream instead")
+        self._budgets.spend(self._agent_id, len(chunk))
         async with self._exclusively():
             await self._behind.put(chunk)
 
@@ -206,8 +239,11 @@ class Upload:
     async def close(self) -> None:
         """Keep what has arrived."""
         await self._behind.close()
-        if self._receiver:
-            self._receiver.close()
+        receiver, self._receiver = self._receiver, None
+        if receiver:
+            receiver.close()
+            kept_bytes = None if receiver.is_discarded else receiver.received_bytes
+            self._budgets.note_file(self._agent_id, self.blob.digest, kept_bytes)
 
     @asynccontextmanager
     async def _exclusively(self) -> AsyncIterator[None]:
@@ -218,9 +254,9 @@ class Upload:
 
     def _start(self, offset: int) -> None:
         with storage_errors():
-            receiver = Receiver(self.path, self._blob, self._passes_gate)
+            receiver = Receiver(self.path, self.blob, self._passes_gate)
         self._receiver = receiver
-        if receiver.received_bytes > self._blob.size_bytes:
+        if receiver.received_bytes > self.blob.size_bytes:
             receiver.discard()
             raise InvalidError("more bytes are stored than the header declares", Reason.SIZE_MISMATCH)
         if receiver.received_bytes != offset:
@@ -237,7 +273,7 @@ class Upload:
             except InvalidError:
                 self._receiver.discard()
                 raise
-            self._store.commit_upload(self._agent_id, self._blob.digest, self._kind, now)
+            self._store.commit_upload(self._agent_id, self.blob.digest, self._kind, now)
 
     def _write(self, chunk: bytes) -> None:
         assert self._receiver
@@ -246,11 +282,11 @@ class Upload:
         self._on_received(self._kind, len(chunk))  # here: the stream may be cancelled behind our back
         crash_point(Point.SERVER_CHUNK_STORED)
 
-    def _passes_gate(self, prefix: bytes) -> bool:
+    def _passes_gate(self, prefix: bytes | bytearray) -> bool:
         needed = schema.header_bytes_needed(prefix)
-        if needed is None or len(prefix) < min(needed, self._blob.size_bytes):
+        if needed is None or len(prefix) < min(needed, self.blob.size_bytes):
             return False
-        self._gate.check_header(schema.parse_header(prefix, self._blob.size_bytes))
+        self._gate.check_header(schema.parse_header(prefix, self.blob.size_bytes))
         return True
 
 
@@ -259,12 +295,12 @@ class BlobGate:
 
     def __init__(self, kind: str, max_bytes: int) -> None:
         self._kind = kind
-        self._max_bytes = max_bytes
+        self.max_bytes = max_bytes
 
     def check_size(self, size_bytes: int) -> None:
-        if not 0 < size_bytes <= self._max_bytes:
+        if not 0 < size_bytes <= self.max_bytes:
             raise InvalidError(
-                f"{self._kind} of {size_bytes} bytes; the server takes at most {self._max_bytes}",
+                f"{self._kind} of {size_bytes} bytes; the server takes at most {self.max_bytes}",
                 Reason.SIZE_LIMIT,
             )
 

@@ -13,6 +13,8 @@
         ├── UnauthenticatedError  the caller's certificate is none of this server's: enroll
         ├── ForbiddenError   the caller may not do this: revoked, or no more than the holder of a token
         ├── StorageError     the server cannot store now (disk full, read-only): wait, retry
+        ├── BudgetError      it is more than this agent, or all, may send or be: do not retry in this round
+        ├── BusyError        the caller calls too often, or has too many calls open: wait, retry
         └── UnavailableError the server is starting, stopping or out of reach: retry
 
 Messages are for the person at the terminal: one line, what is wrong and what to do about it.
@@ -46,6 +48,11 @@ class Reason(StrEnum):
     REVOKED = "revoked"  # the agent has been revoked
     TOKEN = "token"  # noqa: S105  the join token is used up, has expired or was revoked
     AGENT_ID_TAKEN = "agent_id_taken"  # another key is enrolled under this agent id
+    AGENT_BUDGET = "agent_budget"  # more bytes than the server takes from one agent
+    ROUND_BUDGET = "round_budget"  # more bytes than the server takes from all agents in one round
+    RUN_FULL = "run_full"  # as many agents as the run takes have joined
+    CALL_RATE = "call_rate"  # more calls in a short time than one caller may make
+    OPEN_CALLS = "open_calls"  # more calls at once than one caller may have open
     LARGE_UPDATE = "large_update"  # the update goes much further than those of the others in the round
     QUARANTINED = "quarantined"  # the audit holds something against the contribution
     INTERNAL = "internal"  # a fault of the server; its log says more
@@ -127,6 +134,18 @@ class StorageError(Refusal):
     """The server cannot store anything now."""
 
     default_reason = Reason.STORAGE_FULL
+
+
+class BudgetError(Refusal):
+    """It is more than the server takes from an agent, from all of them in a round, or into a run."""
+
+    default_reason = Reason.AGENT_BUDGET
+
+
+class BusyError(Refusal):
+    """The caller asks for more at a time than the server does for one."""
+
+    default_reason = Reason.CALL_RATE
 
 
 class UnavailableError(Refusal):

@@ -19,6 +19,8 @@ from tenacity import (
 from tenacity.stop import StopBaseT
 
 from common.errors import (
+    BudgetError,
+    BusyError,
     ConflictError,
     CorruptError,
     ForbiddenError,
@@ -47,6 +49,14 @@ KEEPALIVE_TIMEOUT_SECONDS = 60.0  # for that sign; on a slow link it queues behi
 SERVER_WINDOW_BYTES = 256 * 1024  # 5 MB/s for each agent over a link with a round trip of 100 ms
 CHANNEL_WINDOW_BYTES = 1024 * 1024
 
+# What a connection may cost that brings nothing; see also cloud_server/connections.py.
+HANDSHAKE_SECONDS = (
+    10.0  # TLS and the first frames; agents themselves give up sooner on none but dead servers
+)
+MAX_STREAMS = 64  # at once on one connection; an agent has a handful
+MAX_METADATA_BYTES = 8 * 1024
+MESSAGE_SECONDS = 30.0  # until the message of a call that has one only is there
+
 FIRST_PAUSE_SECONDS = 0.2  # the longest pause after a first failure
 MAX_PAUSE_SECONDS = 15.0  # the longest pause after any
 
@@ -69,7 +79,7 @@ def channel_options() -> Options:
     ]
 
 
-def server_options() -> Options:
+def server_options(max_connections: int) -> Options:
     """What the server needs to go with it."""
     return [
         *_common_options(SERVER_WINDOW_BYTES),
@@ -77,6 +87,13 @@ def server_options() -> Options:
         ("grpc.http2.min_ping_interval_without_data_ms", int(KEEPALIVE_SECONDS * 500)),
         # Linux would let a second server share the port in silence.
         ("grpc.so_reuseport", 0),
+        ("grpc.max_allowed_incoming_connections", max_connections),
+        ("grpc.server_handshake_timeout_ms", int(HANDSHAKE_SECONDS * 1000)),
+        ("grpc.max_concurrent_streams", MAX_STREAMS),
+        ("grpc.max_metadata_size", MAX_METADATA_BYTES),
+        ("grpc.absolute_max_metadata_size", 2 * MAX_METADATA_BYTES),
+        # gRPC holds a compressed message against the limit above, and lets it grow to a thousand times that.
+        ("grpc.compression_enabled_algorithms_bitset", 1),  # bit 0: as it is
     ]
 
 
@@ -136,13 +153,23 @@ STATUS: dict[type[Refusal], grpc.StatusCode] = {
     UnauthenticatedError: grpc.StatusCode.UNAUTHENTICATED,
     ForbiddenError: grpc.StatusCode.PERMISSION_DENIED,
     StorageError: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    BudgetError: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    BusyError: grpc.StatusCode.RESOURCE_EXHAUSTED,
     UnavailableError: grpc.StatusCode.UNAVAILABLE,
     Refusal: grpc.StatusCode.INTERNAL,
 }
-_ERROR = {status: error for error, status in STATUS.items()}
+# Where several share a status, the reason tells; without one it is the first.
+_ERROR = {status: error for error, status in reversed(STATUS.items())}
+_ERROR_OF_REASON: dict[Reason, type[Refusal]] = {
+    Reason.AGENT_BUDGET: BudgetError,
+    Reason.ROUND_BUDGET: BudgetError,
+    Reason.RUN_FULL: BudgetError,
+    Reason.CALL_RATE: BusyError,
+    Reason.OPEN_CALLS: BusyError,
+}
 
 # What waiting may cure. OffsetError and CorruptError are cured by asking where to go on.
-_RETRIED = (UnavailableError, StorageError, OffsetError, CorruptError)
+_RETRIED = (UnavailableError, StorageError, BusyError, OffsetError, CorruptError)
 
 
 def error_from(rpc_error: grpc.aio.AioRpcError) -> Refusal:
@@ -159,7 +186,8 @@ def error_from(rpc_error: grpc.aio.AioRpcError) -> Refusal:
         if rpc_error.code() != grpc.StatusCode.UNAVAILABLE:
             details = f"the connection broke off ({details})"
         return UnavailableError(details)
-    return _ERROR.get(rpc_error.code(), Refusal)(details, reason)
+    error = _ERROR_OF_REASON.get(reason) or _ERROR.get(rpc_error.code(), Refusal)
+    return error(details, reason)
 
 
 def is_retried(error: BaseException) -> bool:
@@ -219,7 +247,9 @@ def retrying(
 
 
 class ObserveCall(Protocol):
-    def __call__(self, service: str, method: str, code: str, seconds: float) -> None: ...
+    def __call__(
+        self, service: str, method: str, code: str, seconds: float, refusal: Reason | None
+    ) -> None: ...
 
 
 class Peer(NamedTuple):
@@ -227,6 +257,7 @@ class Peer(NamedTuple):
 
     certificate: bytes | None  # PEM, verified with our roots; None: plaintext
     claimed_id: str  # what the metadata say; worth something only on a server that asks for no more
+    address: str = ""  # of the connection, as gRPC writes it: "ipv4:192.0.2.1:50000"
 
 
 class Admit(Protocol):
@@ -257,24 +288,33 @@ class RefusingInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         kinds = (handler.unary_unary, handler.stream_unary, handler.unary_stream, handler.stream_stream)
         call: Any = next(kind for kind in kinds if kind)
 
-        decoded = _decoded_stream if handler.request_streaming else _decoded
         decode = handler.request_deserializer
 
-        async def reply(request: Any, context: Any) -> Any:
-            async with self._guard(service, method, context):
-                return await call(decoded(request, decode), context)
+        # A call counts from its head on, not from its first message, which may never come: so to gRPC
+        # every method is one that takes a stream. On the wire that is the same.
+        async def requested(messages: AsyncIterator[bytes]) -> Any:
+            if handler.request_streaming:
+                return _decoded_stream(messages, decode)
+            return _decoded(await _only(messages), decode)
 
-        async def stream(request: Any, context: Any) -> AsyncIterator[Any]:
+        async def reply(messages: Any, context: Any) -> Any:
             async with self._guard(service, method, context):
-                async for message in call(decoded(request, decode), context):
-                    yield message
+                return await call(await requested(messages), context)
 
-        make = {
-            (False, False): grpc.unary_unary_rpc_method_handler,
-            (True, False): grpc.stream_unary_rpc_method_handler,
-            (False, True): grpc.unary_stream_rpc_method_handler,
-            (True, True): grpc.stream_stream_rpc_method_handler,
-        }[handler.request_streaming, handler.response_streaming]
+        async def stream(messages: Any, context: Any) -> AsyncIterator[Any]:
+            async with self._guard(service, method, context):
+                answer = call(await requested(messages), context)
+                if isinstance(answer, AsyncIterator):
+                    async for message in answer:
+                        yield message
+                else:  # gRPC's own health service writes to the context instead
+                    await answer
+
+        make = (
+            grpc.stream_stream_rpc_method_handler
+            if handler.response_streaming
+            else grpc.stream_unary_rpc_method_handler
+        )
         return make(
             stream if handler.response_streaming else reply,
             request_deserializer=None,  # in the guard, so that rubbish is refused as anything else is
@@ -284,12 +324,12 @@ class RefusingInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
     @asynccontextmanager
     async def _guard(self, service: str, method: str, context: Any) -> AsyncIterator[None]:
         started = time.perf_counter()
-        code = grpc.StatusCode.OK
+        code, reason = grpc.StatusCode.OK, None
         try:
             with self._admit(method, _peer(context)):
                 yield
         except Refusal as refusal:
-            code = STATUS[type(refusal)]
+            code, reason = STATUS[type(refusal)], refusal.reason
             await context.abort(code, str(refusal), ((REASON_KEY, refusal.reason.value),))
         except (asyncio.CancelledError, GeneratorExit):
             code = grpc.StatusCode.CANCELLED
@@ -299,11 +339,11 @@ class RefusingInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
             raise
         except Exception:
             log.exception("rpc_failed", method=method)
-            code = grpc.StatusCode.INTERNAL
+            code, reason = grpc.StatusCode.INTERNAL, Reason.INTERNAL
             text = "the server failed inside; its log says more"
             await context.abort(code, text, ((REASON_KEY, Reason.INTERNAL.value),))
         finally:
-            self._observe(service, method, code.name, time.perf_counter() - started)
+            self._observe(service, method, code.name, time.perf_counter() - started, reason)
 
 
 def _decoded(request: bytes, decode: Callable[[bytes], Any]) -> Any:
@@ -323,4 +363,19 @@ async def _decoded_stream(
 def _peer(context: Any) -> Peer:
     certificates = context.auth_context().get("x509_pem_cert")
     claimed_id = dict(context.invocation_metadata() or ()).get(AGENT_ID_KEY, "")
-    return Peer(certificates[0] if certificates else None, claimed_id if isinstance(claimed_id, str) else "")
+    return Peer(
+        certificates[0] if certificates else None,
+        claimed_id if isinstance(claimed_id, str) else "",
+        context.peer(),
+    )
+
+
+async def _only(messages: AsyncIterator[bytes]) -> bytes:
+    """The message of a call that has one."""
+    try:
+        async with asyncio.timeout(MESSAGE_SECONDS):
+            async for message in messages:
+                return message
+    except TimeoutError as error:
+        raise UnavailableError(f"no message arrived in {MESSAGE_SECONDS:g} seconds; call again") from error
+    raise InvalidError("the call has no message")

@@ -69,7 +69,7 @@ class Header(NamedTuple):
     offsets: dict[str, tuple[int, int]]  # begin and end of each tensor, counted from data_start
 
 
-def header_bytes_needed(prefix: bytes) -> int | None:
+def header_bytes_needed(prefix: bytes | bytearray) -> int | None:
     """Length in bytes of the header, its own 8-byte length field included; None: that is not there yet.
 
     Raises:
@@ -83,7 +83,7 @@ def header_bytes_needed(prefix: bytes) -> int | None:
     return _LENGTH_BYTES + length
 
 
-def parse_header(prefix: bytes, size_bytes: int) -> Header:
+def parse_header(prefix: bytes | bytearray, size_bytes: int) -> Header:
     """Check the header of a file of `size_bytes`; `prefix` holds at least all of the header.
 
     Raises:
@@ -185,7 +185,7 @@ def check_labels(path: Path, header: Header, num_classes: int) -> None:
                 _invalid_shard(f"it has the label {label}, the run's classes are 0 to {num_classes - 1}")
 
 
-def _parse_json(text: bytes) -> dict[str, Any]:
+def _parse_json(text: bytes | bytearray) -> dict[str, Any]:
     if not text.startswith(b"{"):
         _invalid("its header does not start with '{'")
     try:

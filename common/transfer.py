@@ -149,19 +149,22 @@ class Receiver:
     Args:
         path: the partial file; what it already holds counts as received.
         blob: what is to be received.
-        gate: given the first bytes until it says True, before any byte is stored; it raises if the blob
-            must not be stored. Bytes that an earlier attempt stored have passed it.
+        gate: given the first bytes, more and more, until it says True, before any byte is stored; it raises
+            if the blob must not be stored. Bytes that an earlier attempt stored have passed it.
     """
 
-    def __init__(self, path: Path, blob: Blob, gate: Callable[[bytes], bool] | None = None) -> None:
+    def __init__(
+        self, path: Path, blob: Blob, gate: Callable[[bytes | bytearray], bool] | None = None
+    ) -> None:
         self.blob = blob
         self._path = path
         self._hash = hashlib.sha256()
         self._file = path.open("ab", buffering=0)
-        self._held = b""  # waits for the gate
+        self._held = bytearray()  # waits for the gate; grows in place, however small the chunks
         self._flushed_bytes = self._file.tell()
         self._gate = gate if self._file.tell() == 0 else None
         self.received_bytes = self._hash_what_is_there()
+        self.is_discarded = False
 
     def close(self) -> None:
         """What was received stays; where that is nothing, nothing does."""
@@ -186,7 +189,7 @@ class Receiver:
             self._held += chunk
             if not self._gate(self._held):
                 return
-            chunk, self._held, self._gate = self._held, b"", None
+            chunk, self._held, self._gate = bytes(self._held), bytearray(), None
         self._hash.update(chunk)
         while chunk:  # a raw file may write less than it was given
             chunk = chunk[self._file.write(chunk) :]
@@ -205,16 +208,17 @@ class Receiver:
                 Reason.SIZE_MISMATCH,
             )
         if self._hash.hexdigest() != self.blob.digest:
-            self._path.unlink(missing_ok=True)
+            self.discard()
             raise CorruptError("the bytes received do not match their SHA-256 digest; send them again")
         try:
             os.fsync(self._file.fileno())
         except OSError:
-            self._path.unlink(missing_ok=True)  # what the disk has is unknown, and a retry would not tell
+            self.discard()  # what the disk has is unknown, and a retry would not tell
             raise
 
     def discard(self) -> None:
         """Forget what was received: it must not be stored."""
+        self.is_discarded = True
         self._path.unlink(missing_ok=True)
 
     def _begin_flush(self) -> None:

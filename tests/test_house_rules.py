@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import grpc
 import pytest
 from google.protobuf import descriptor_pb2
 
@@ -168,9 +169,12 @@ def refusals(error: type[errors.Refusal] = errors.Refusal) -> Iterator[type[erro
         yield from refusals(child)
 
 
-def test_every_refusal_has_one_status_and_every_status_one_refusal() -> None:
+def test_every_refusal_has_one_status_and_status_and_reason_have_one_refusal() -> None:
     assert set(rpc.STATUS) == set(refusals())
-    assert len(set(rpc.STATUS.values())) == len(rpc.STATUS)
+    for error, status in rpc.STATUS.items():
+        trailing = grpc.aio.Metadata((rpc.REASON_KEY, error.default_reason.value))
+        sent = grpc.aio.AioRpcError(status, grpc.aio.Metadata(), trailing, details="no")
+        assert type(rpc.error_from(sent)) is error
 
 
 def test_reasons_are_those_of_the_wire() -> None:

@@ -33,6 +33,11 @@ class Reason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     REASON_REVOKED: _ClassVar[Reason]
     REASON_TOKEN: _ClassVar[Reason]
     REASON_AGENT_ID_TAKEN: _ClassVar[Reason]
+    REASON_AGENT_BUDGET: _ClassVar[Reason]
+    REASON_ROUND_BUDGET: _ClassVar[Reason]
+    REASON_RUN_FULL: _ClassVar[Reason]
+    REASON_CALL_RATE: _ClassVar[Reason]
+    REASON_OPEN_CALLS: _ClassVar[Reason]
     REASON_LARGE_UPDATE: _ClassVar[Reason]
     REASON_QUARANTINED: _ClassVar[Reason]
 
@@ -82,6 +87,11 @@ REASON_NOT_ENROLLED: Reason
 REASON_REVOKED: Reason
 REASON_TOKEN: Reason
 REASON_AGENT_ID_TAKEN: Reason
+REASON_AGENT_BUDGET: Reason
+REASON_ROUND_BUDGET: Reason
+REASON_RUN_FULL: Reason
+REASON_CALL_RATE: Reason
+REASON_OPEN_CALLS: Reason
 REASON_LARGE_UPDATE: Reason
 REASON_QUARANTINED: Reason
 PHASE_UNSPECIFIED: Phase

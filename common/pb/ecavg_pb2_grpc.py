@@ -117,6 +117,7 @@ class ECAvgServicer(object):
     def Contribute(self, request, context):
         """Commits uploaded blobs as this agent's contribution to the open round. Atomic and idempotent:
         the same contribution made twice is accepted twice and counted once.
+        What an agent shares of its data is for it to say: weights alone are a contribution, too.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -85,7 +85,7 @@ async def test_retrying_that_is_stopped_raises_the_last_error(monkeypatch: pytes
 
 
 def test_server_allows_the_pings_that_agents_send() -> None:
-    channel, server = dict(rpc.channel_options()), dict(rpc.server_options())
+    channel, server = dict(rpc.channel_options()), dict(rpc.server_options(512))
     least = server["grpc.http2.min_ping_interval_without_data_ms"]
     for options in (channel, server):
         assert options["grpc.keepalive_time_ms"] >= 2 * least
