@@ -58,7 +58,7 @@ class ServerConfig(ProcessConfig):
         None, ge=1, description="agents that a run takes (default: 10 x max-agents, 10000 at least)"
     )
     max_connections: int | None = Field(
-        None, ge=1, description="connections from agents (default: 2 x max-agents and 256, 512 at least)"
+        None, ge=1, description="connections from agents (default: 2 x max-agents and 128, 256 at least)"
     )
     max_calls_per_second: float = Field(50, gt=0, description="calls of one agent, in the long run")
     keep_rounds: int = Field(10, ge=1, description="rounds over whose models and uploads are kept")
@@ -89,7 +89,7 @@ class ServerConfig(ProcessConfig):
 
     @property
     def connections(self) -> int:
-        return self.max_connections or max(512, 2 * self.agents_to_close + 256)
+        return self.max_connections or max(256, 2 * self.agents_to_close + 128)
 
     @property
     def joined(self) -> int:

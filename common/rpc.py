@@ -38,7 +38,7 @@ from common.tls import SERVER_NAME, TlsMaterial
 AGENT_ID_KEY = "ecavg-agent-id"  # request metadata: who is calling, over plaintext
 REASON_KEY = "ecavg-reason"  # trailing metadata: why the server refused
 
-MAX_MESSAGE_BYTES = 4 * 1024 * 1024 + 64 * 1024  # a chunk and its framing; nothing larger ever travels
+MAX_MESSAGE_BYTES = 1024 * 1024 + 64 * 1024  # a chunk and its framing; nothing larger ever travels
 
 # A peer that vanished without a word is noticed within the sum of the two.
 KEEPALIVE_SECONDS = 20.0  # of silence, then the peer is asked for a sign of life
@@ -53,7 +53,7 @@ CHANNEL_WINDOW_BYTES = 1024 * 1024
 HANDSHAKE_SECONDS = (
     10.0  # TLS and the first frames; agents themselves give up sooner on none but dead servers
 )
-MAX_STREAMS = 64  # at once on one connection; an agent has a handful
+MAX_STREAMS = 16  # at once on one connection: more wait their turn at the agent
 MAX_METADATA_BYTES = 8 * 1024
 MESSAGE_SECONDS = 30.0  # until the message of a call that has one only is there
 
@@ -92,7 +92,7 @@ def server_options(max_connections: int) -> Options:
         ("grpc.max_concurrent_streams", MAX_STREAMS),
         ("grpc.max_metadata_size", MAX_METADATA_BYTES),
         ("grpc.absolute_max_metadata_size", 2 * MAX_METADATA_BYTES),
-        # gRPC holds a compressed message against the limit above, and lets it grow to a thousand times that.
+        # Nobody of ours compresses. Not every gRPC holds what comes out against the limit for messages.
         ("grpc.compression_enabled_algorithms_bitset", 1),  # bit 0: as it is
     ]
 
@@ -330,7 +330,7 @@ class RefusingInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
                 yield
         except Refusal as refusal:
             code, reason = STATUS[type(refusal)], refusal.reason
-            await context.abort(code, str(refusal), ((REASON_KEY, refusal.reason.value),))
+            await _abort(context, code, str(refusal), reason)
         except (asyncio.CancelledError, GeneratorExit):
             code = grpc.StatusCode.CANCELLED
             raise
@@ -341,7 +341,7 @@ class RefusingInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
             log.exception("rpc_failed", method=method)
             code, reason = grpc.StatusCode.INTERNAL, Reason.INTERNAL
             text = "the server failed inside; its log says more"
-            await context.abort(code, text, ((REASON_KEY, Reason.INTERNAL.value),))
+            await _abort(context, code, text, reason)
         finally:
             self._observe(service, method, code.name, time.perf_counter() - started, reason)
 
@@ -358,6 +358,15 @@ async def _decoded_stream(
 ) -> AsyncIterator[Any]:
     async for request in requests:
         yield _decoded(request, decode)
+
+
+async def _abort(context: Any, code: grpc.StatusCode, text: str, reason: Reason) -> None:
+    try:
+        await context.abort(code, text, ((REASON_KEY, reason.value),))
+    except grpc.aio.AbortError:
+        raise
+    except grpc.aio.BaseError:  # gRPC has ended the call itself, over a message that is too long
+        raise asyncio.CancelledError from None
 
 
 def _peer(context: Any) -> Peer:

@@ -16,7 +16,7 @@ from typing import NamedTuple, TypeVar
 from common.errors import CorruptError, InvalidError, OffsetError, Reason
 
 CHUNK_BYTES = 256 * 1024
-MAX_CHUNK_BYTES = 4 * 1024 * 1024
+MAX_CHUNK_BYTES = 1024 * 1024
 _READ_BYTES = 4 * 1024 * 1024
 _FLUSH_BYTES = 8 * 1024 * 1024  # are given to the disk at a time, while the next ones arrive
 _CHUNKS_AT_ONCE = 2  # waiting to be written: the memory of every stream
