@@ -286,16 +286,18 @@ class Upload:
         needed = schema.header_bytes_needed(prefix)
         if needed is None or len(prefix) < min(needed, self.blob.size_bytes):
             return False
-        self._gate.check_header(schema.parse_header(prefix, self.blob.size_bytes))
+        size_bytes, max_tensors = self.blob.size_bytes, self._gate.max_tensors
+        self._gate.check_header(schema.parse_header(prefix, size_bytes, max_tensors=max_tensors))
         return True
 
 
 class BlobGate:
     """What blobs of one kind must pass: a size, a header, a content."""
 
-    def __init__(self, kind: str, max_bytes: int) -> None:
+    def __init__(self, kind: str, max_bytes: int, max_tensors: int) -> None:
         self._kind = kind
         self.max_bytes = max_bytes
+        self.max_tensors = max_tensors
 
     def check_size(self, size_bytes: int) -> None:
         if not 0 < size_bytes <= self.max_bytes:
@@ -320,7 +322,8 @@ class WeightsGate(BlobGate):
     def __init__(self, expected: schema.Schema, wires: Sequence[Wire]) -> None:
         encoded = [wire.wire_schema(expected, each).values() for each in wires]
         num_bytes = max(sum(tensor.num_bytes for tensor in tensors) for tensors in encoded)
-        super().__init__("weights", num_bytes + schema.MAX_HEADER_BYTES + 8)
+        max_tensors = max(map(len, encoded))
+        super().__init__("weights", num_bytes + schema.MAX_HEADER_BYTES + 8, max_tensors)
         self._expected = expected
         self._wires = wires
 
@@ -337,7 +340,7 @@ class DataGate(BlobGate):
     """A shard has the dataset's image shape and its labels."""
 
     def __init__(self, spec: DatasetSpec, max_bytes: int) -> None:
-        super().__init__("data", max_bytes)
+        super().__init__("data", max_bytes, max_tensors=2)
         self._spec = spec
 
     def check_header(self, header: schema.Header) -> None:

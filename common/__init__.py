@@ -8,6 +8,6 @@ import os
 # and 1.2 s with this). OpenMP reads it when PyTorch is imported, so it must be set before that.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-# gRPC writes a line to stderr for every handshake that fails and every call that it cannot read, past our log:
-# whoever reaches the port could fill a disk with them. What it cannot do for us it raises.
+# gRPC writes a line to stderr, past our log, for every handshake that fails and every call that it cannot
+# read: whoever reaches the port could fill a disk with them. What concerns us it raises.
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")

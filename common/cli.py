@@ -18,7 +18,7 @@ from typing import Any, NoReturn, TypeVar
 from pydantic import BaseModel
 
 from common.config import ProcessConfig, deep_merge, load
-from common.errors import ECAvgError, UsageError
+from common.errors import ECAvgError, UsageError, one_line
 
 Config = TypeVar("Config", bound=ProcessConfig)
 
@@ -102,7 +102,7 @@ def fail(command: str, error: Exception) -> int:
     structlog = sys.modules.get("structlog")  # `--help` and configuration errors do without it
     if structlog and structlog.is_configured():
         structlog.get_logger().debug("failed", exc_info=error)
-    print(f"{command}: {_in_one_line(error)}", file=sys.stderr)  # noqa: T201
+    print(f"{command}: {one_line(_in_one_line(error))}", file=sys.stderr)  # noqa: T201
     return error.exit_code if isinstance(error, ECAvgError) else 1
 
 

@@ -58,6 +58,13 @@ class Reason(StrEnum):
     INTERNAL = "internal"  # a fault of the server; its log says more
 
 
+def one_line(text: str) -> str:
+    """A stranger's text as one line, without what would command a terminal or turn its direction."""
+    if text.isprintable():
+        return text
+    return "".join(character if character.isprintable() else " " for character in text)
+
+
 class ECAvgError(Exception):
     """Root of the tree; `str(error)` is one line for the user."""
 

@@ -32,6 +32,7 @@ from common.errors import (
     StorageError,
     UnauthenticatedError,
     UnavailableError,
+    one_line,
 )
 from common.tls import SERVER_NAME, TlsMaterial
 
@@ -197,8 +198,7 @@ def is_retried(error: BaseException) -> bool:
 
 def plain(text: str) -> str:
     """A stranger's text as one short line that can neither forge a log entry nor steer a terminal."""
-    short = text[:MAX_TEXT_CHARACTERS]
-    return "".join(character if character.isprintable() else " " for character in short)
+    return one_line(text[:MAX_TEXT_CHARACTERS])
 
 
 class Backoff:

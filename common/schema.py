@@ -83,8 +83,11 @@ def header_bytes_needed(prefix: bytes | bytearray) -> int | None:
     return _LENGTH_BYTES + length
 
 
-def parse_header(prefix: bytes | bytearray, size_bytes: int) -> Header:
+def parse_header(prefix: bytes | bytearray, size_bytes: int, *, max_tensors: int | None = None) -> Header:
     """Check the header of a file of `size_bytes`; `prefix` holds at least all of the header.
+
+    Args:
+        max_tensors: about so many may be in it; more are found out before anything is made of them.
 
     Raises:
         InvalidError: INVALID_FILE, with the first rule of the format that is broken.
@@ -92,7 +95,10 @@ def parse_header(prefix: bytes | bytearray, size_bytes: int) -> Header:
     data_start = header_bytes_needed(prefix)
     if data_start is None or data_start > min(len(prefix), size_bytes):
         _invalid("it ends within its header")
-    entries = _parse_json(prefix[_LENGTH_BYTES:data_start])
+    text = prefix[_LENGTH_BYTES:data_start]
+    if max_tensors is not None:
+        _check_counts(text, max_tensors)
+    entries = _parse_json(text)
     metadata = _check_metadata(entries.pop("__metadata__", {}))
     schema = {}
     offsets = {}
@@ -183,6 +189,12 @@ def check_labels(path: Path, header: Header, num_classes: int) -> None:
         for label in (int(labels.min()), int(labels.max())):
             if not 0 <= label < num_classes:
                 _invalid_shard(f"it has the label {label}, the run's classes are 0 to {num_classes - 1}")
+
+
+def _check_counts(text: bytes | bytearray, max_tensors: int) -> None:
+    """A tensor has a brace, and a comma for each of its sizes; names and metadata may have a few more."""
+    if text.count(b"{") > 2 * max_tensors + 64 or text.count(b",") > 16 * max_tensors + 512:
+        _invalid(f"its header has far more in it than {max_tensors} tensors")
 
 
 def _parse_json(text: bytes | bytearray) -> dict[str, Any]:

@@ -5,6 +5,7 @@ import base64
 import contextlib
 import hashlib
 import hmac
+import io
 import json
 import logging
 import math
@@ -16,7 +17,7 @@ import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TextIO, TypeVar
 
 import structlog
 import uvicorn
@@ -28,15 +29,19 @@ from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from common.config import is_loopback
-from common.errors import UsageError
+from common.errors import UsageError, one_line
 from common.files import replacing
 
 LOG_LEVELS = ("debug", "info", "warning", "error")
 LOGGED_PROGRESS_SECONDS = 5.0  # the shortest time between two "progress" events of one label
 KEPT_LABELS = 32  # a process that runs for ever has ever new labels: old ones are forgotten
 STANDSTILL_SECONDS = 1.0  # a bar that has not moved for so long makes room for a new one
+HTTP_CONNECTIONS = 128  # at once; for one more the oldest makes room
+REQUEST_SECONDS = 10.0  # in which a connection must come to another request
+MAX_REQUEST_HEAD_BYTES = 16 * 1024
 STOP_SECONDS = 2  # how long a response in flight may take when the HTTP server stops
 
 MIN_TOKEN_LENGTH = 16  # of the HTTP endpoints' token
@@ -108,8 +113,20 @@ def _json_renderers() -> list[Any]:
 
 
 def _console_renderers() -> list[Any]:
-    plain = structlog.dev.plain_traceback  # the default prints every local variable of every frame
-    return [structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty(), exception_formatter=plain)]
+    renderer = structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty(), exception_formatter=_show_traceback)
+    return [_in_one_line, renderer]
+
+
+def _in_one_line(_: Any, __: str, event: Any) -> Any:
+    """What strangers wrote must not command the terminal; JSON has escapes for it."""
+    return {key: one_line(value) if isinstance(value, str) else value for key, value in event.items()}
+
+
+def _show_traceback(stream: TextIO, error: Any) -> None:
+    """Without the local variables of every frame, which are structlog's default."""
+    lines = io.StringIO()
+    structlog.dev.plain_traceback(lines, error)
+    stream.write("\n".join(one_line(line) for line in lines.getvalue().split("\n")))
 
 
 def _to_json(value: Any, **options: Any) -> str:
@@ -205,7 +222,7 @@ class _ProgressBars:
         self._progress.remove_task(task_id)
 
     def message(self, text: str) -> None:
-        self._progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        self._progress.console.print(one_line(text), markup=False, highlight=False, soft_wrap=True)
 
     def close(self) -> None:
         self._progress.stop()
@@ -369,6 +386,33 @@ def _content_security_policy(page: bytes) -> str:
     )
 
 
+class _BoundedProtocol(H11Protocol):
+    """uvicorn's, but neither many connections nor slow ones keep others out.
+
+    uvicorn itself waits for ever for the rest of a request, and for whoever does not read the answer.
+    """
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._since = self.loop.time()
+        self._seen: object = None  # the request that was the latest one at the last look
+        self._next_look = self.loop.call_later(REQUEST_SECONDS, self._look)
+        if len(self.connections) > HTTP_CONNECTIONS:
+            oldest = min(self.connections, key=lambda each: getattr(each, "_since", 0.0))
+            oldest.transport.abort()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._next_look.cancel()
+        super().connection_lost(exc)
+
+    def _look(self) -> None:
+        if self.cycle is self._seen:
+            self.transport.abort()
+            return
+        self._seen = self.cycle
+        self._next_look = self.loop.call_later(REQUEST_SECONDS, self._look)
+
+
 class _QuietServer(uvicorn.Server):
     """uvicorn without signal handlers: the process that embeds it has its own."""
 
@@ -406,6 +450,8 @@ async def serve_http(app: Starlette, *, host: str, port: int) -> HttpServer:
         access_log=False,
         server_header=False,
         proxy_headers=False,
+        http=_BoundedProtocol,
+        h11_max_incomplete_event_size=MAX_REQUEST_HEAD_BYTES,
         timeout_graceful_shutdown=STOP_SECONDS,
     )
     return HttpServer(_QuietServer(config), listener)
