@@ -60,7 +60,7 @@ class ServerConfig(ProcessConfig):
     max_connections: int | None = Field(
         None, ge=1, description="connections from agents (default: 2 x max-agents and 128, 256 at least)"
     )
-    max_calls_per_second: float = Field(50, gt=0, description="calls of one agent, in the long run")
+    max_calls_per_second: float = Field(200, gt=0, description="calls of one agent, in the long run")
     keep_rounds: int = Field(10, ge=1, description="rounds over whose models and uploads are kept")
     keep_partial_seconds: float = Field(
         7 * 24 * 3600, gt=0, description="how long uploads are kept that were not finished or not contributed"

@@ -188,7 +188,7 @@ def csr(key: Any, *names: str) -> bytes:
 REQUESTS: dict[str, Callable[[], bytes]] = {
     "nothing": lambda: b"",
     "rubbish": lambda: b"\x30\x82\xff\xff" + bytes(1000),
-    "megabytes of rubbish": lambda: b"\x30\x83\x3f\xff\xfb" + bytes(4 << 20),
+    "a megabyte of rubbish": lambda: b"\x30\x83\x0f\xff\xfb" + bytes(1 << 20),
     "key of another kind": lambda: csr(rsa.generate_private_key(65537, 2048), "attacker"),
     "key on another curve": lambda: csr(ec.generate_private_key(ec.SECP384R1()), "attacker"),
     "two names": lambda: csr(tls.new_key(), "attacker", "witness"),

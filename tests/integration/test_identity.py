@@ -90,7 +90,7 @@ async def serving(folder: Path, *, is_insecure: bool = False) -> AsyncIterator[S
         authority = None
         if not is_insecure:
             authority = stack.enter_context(closing(Authority(folder / "server/tls", clock)))
-        server = GrpcServer(here.metrics, authority, max_connections=512, calls_per_second=50)
+        server = GrpcServer(here.metrics, authority, max_connections=512, calls_per_second=200)
         served = Served(folder, here, authority, clock)
         served.address = f"127.0.0.1:{server.bind('127.0.0.1', 0)}"
         await server.start(here.coordinator)
