@@ -399,6 +399,7 @@ class _BoundedProtocol(H11Protocol):
         self._next_look = self.loop.call_later(REQUEST_SECONDS, self._look)
         if len(self.connections) > HTTP_CONNECTIONS:
             oldest = min(self.connections, key=lambda each: getattr(each, "_since", 0.0))
+            self.connections.discard(oldest)  # now: it ends only later, and others come before that
             oldest.transport.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:

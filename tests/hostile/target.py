@@ -41,7 +41,7 @@ class Agent:
             address,
             grpc.ssl_channel_credentials(material.roots, material.key, material.certificate),
             options=[
-                *rpc.channel_options(),
+                *(each for each in rpc.channel_options() if each[0] != "grpc.max_send_message_length"),
                 ("grpc.ssl_target_name_override", SERVER_NAME),
                 ("grpc.max_send_message_length", -1),
                 ("grpc.use_local_subchannel_pool", 1),
