@@ -132,7 +132,7 @@ def _ended(descriptor: int, in_use: Set[tuple[str, int]]) -> bool:
 
 def _borrowed(descriptor: int) -> socket.socket:
     """By a descriptor of our own: gRPC's may be closed, and become another file's, at any moment."""
-    return socket.fromfd(descriptor, socket.AF_INET, socket.SOCK_STREAM)
+    return socket.fromfd(descriptor, socket.AF_INET6, socket.SOCK_STREAM)  # has room for an address of either
 
 
 def _end_of(address: str) -> tuple[str, int]:

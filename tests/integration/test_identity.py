@@ -83,14 +83,16 @@ class Served:
 
 
 @asynccontextmanager
-async def serving(folder: Path, *, is_insecure: bool = False) -> AsyncIterator[Served]:
+async def serving(
+    folder: Path, *, is_insecure: bool = False, calls_per_second: float = 200, **keys: Any
+) -> AsyncIterator[Served]:
     clock = Clock()
     async with AsyncExitStack() as stack:
-        here = await stack.enter_async_context(world(folder / "server", min_agents=1000))
+        here = await stack.enter_async_context(world(folder / "server", **{"min_agents": 1000} | keys))
         authority = None
         if not is_insecure:
             authority = stack.enter_context(closing(Authority(folder / "server/tls", clock)))
-        server = GrpcServer(here.metrics, authority, max_connections=512, calls_per_second=200)
+        server = GrpcServer(here.metrics, authority, max_connections=512, calls_per_second=calls_per_second)
         served = Served(folder, here, authority, clock)
         served.address = f"127.0.0.1:{server.bind('127.0.0.1', 0)}"
         await server.start(here.coordinator)

@@ -6,7 +6,15 @@ import pytest
 from tenacity import stop_after_attempt
 
 from common import rpc
-from common.errors import InvalidError, NotFoundError, Reason, Refusal, UnavailableError
+from common.errors import (
+    BudgetError,
+    BusyError,
+    InvalidError,
+    NotFoundError,
+    Reason,
+    Refusal,
+    UnavailableError,
+)
 from common.rpc import Backoff
 
 
@@ -71,6 +79,8 @@ async def test_errors_that_waiting_does_not_cure_are_not_retried() -> None:
 def test_fault_inside_the_server_is_retried_and_its_no_is_not() -> None:
     assert rpc.is_retried(Refusal("the server failed inside", Reason.INTERNAL))
     assert not rpc.is_retried(NotFoundError("no such blob"))
+    assert rpc.is_retried(BusyError("too many calls"))
+    assert not rpc.is_retried(BudgetError("too many bytes"))
     assert not rpc.is_retried(InvalidError("again and again", Reason.INTERNAL))
 
 
