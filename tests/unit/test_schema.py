@@ -346,3 +346,22 @@ def test_label_outside_the_classes_is_refused(label: int, tmp_path: Path) -> Non
     with pytest.raises(InvalidError, match=f"label {label},") as caught:
         check_labels(path, read_header(path), 10)
     assert caught.value.reason is Reason.INVALID_SHARD
+
+
+@pytest.mark.parametrize("text", ['{"a":' * 1000, '{"a":{"shape":[' + "1," * 500_000, "{" * (1 << 20)])
+def test_counts_of_a_header_are_checked_before_it_is_parsed(text: str) -> None:
+    content = len(text).to_bytes(8, "little") + text.encode("ascii")
+    with pytest.raises(InvalidError, match="far more in it than 2 tensors") as refused:
+        parse_header(content, len(content), max_tensors=2)
+    assert refused.value.reason is Reason.INVALID_FILE
+
+
+def test_header_with_as_many_tensors_as_allowed_passes_the_counts() -> None:
+    entries = {
+        f"{{{number}}}": {"dtype": "U8", "shape": [1] * 8, "data_offsets": [number, number + 1]}
+        for number in range(100)
+    }
+    text = json.dumps(entries | {"__metadata__": {"note": "{,}" * 20}}).encode("ascii")
+    content = len(text).to_bytes(8, "little") + text
+    header = parse_header(content, len(content) + 100, max_tensors=100)
+    assert len(header.schema) == 100

@@ -24,7 +24,7 @@ from prometheus_client import Counter
 from prometheus_client.parser import text_string_to_metric_families
 from starlette.applications import Starlette
 
-from common import telemetry
+from common import cli, rpc, telemetry
 from common.errors import UsageError
 from common.telemetry import configure_logging, make_app, make_registry, progress_display, serve_http
 
@@ -295,6 +295,27 @@ def test_closing_a_display_twice_or_unused_is_harmless(monkeypatch: pytest.Monke
     display.close()
     display.close()
     assert terminal.getvalue() == ""
+
+
+STRANGE = "x\x1b[2J\x9b1m\r\n\u202egnp.exe\u2028cloud-server ready"
+
+
+def test_strangers_text_does_not_steer_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = on_a_terminal(monkeypatch)
+    configure_logging(level="info", as_json=False)
+    try:
+        raise ValueError(STRANGE)
+    except ValueError:
+        structlog.get_logger().exception(STRANGE, reason=STRANGE, several=[STRANGE])
+    display = progress_display()
+    display.message(STRANGE)
+    display.close()
+    print(rpc.plain(STRANGE), file=sys.stderr)
+    cli.fail("edge-agent", UsageError(STRANGE))
+    shown = re.sub(r"\x1b\[[0-9;]*m", "", terminal.getvalue())  # the log's own colours
+    assert shown.count("gnp.exe") >= 6
+    assert not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f\u202e\u2028]", shown)
+    assert not [line for line in shown.splitlines() if line.startswith("cloud-server ready")]
 
 
 def test_a_pseudo_terminal_gets_bars(monkeypatch: pytest.MonkeyPatch) -> None:
