@@ -46,7 +46,8 @@ newcomers = (f"newcomer-{number}" for number in itertools.count())
 def serve_newcomer(target: Target) -> None:
     """Somebody who was not connected before is served, soon."""
     started = time.monotonic()
-    agent = Agent(target.address, target.cluster.enroll(next(newcomers)))
+    name = next(newcomers)
+    agent = Agent(target.address, name, target.cluster.enroll(name).material)
     try:
         agent.stub.Join(pb.JoinRequest(protocol_version=1), wait_for_ready=True, timeout=SERVED_SECONDS)
         assert agent.event().round == 1
