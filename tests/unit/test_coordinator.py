@@ -587,9 +587,9 @@ async def test_upload_under_way_of_an_agent_that_is_forgotten_ends_and_leaves_no
 
         async def receive() -> None:
             async with here.coordinator.receive("gone", "weights", blob, 0) as upload:
-                await upload.write(content[:100])
+                await upload.write(content[:50])
                 await forgotten(here, "gone")
-                await upload.write(content[100:])
+                await upload.write(content[50:])
 
         with pytest.raises(UnavailableError):
             await receive()

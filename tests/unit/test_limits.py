@@ -140,7 +140,7 @@ async def test_files_are_counted_anew_after_a_contribution() -> None:
     files.clear()
     with pytest.raises(BudgetError):  # nobody has said that anything changed
         await book.check_files("a", {"coming": 1})
-    book.note_contribution("a")
+    book.look_again_at("a")
     await book.check_files("a", {"coming": 1})
 
 
