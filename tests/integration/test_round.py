@@ -45,7 +45,7 @@ def test_three_agents_run_a_round_and_all_apply_the_global_model(cluster: Cluste
     assert report["candidates"][report["start"]] == max(report["candidates"].values())
     assert report["published"] == "fine_tuned"
     assert report["accuracy_published"] == report["accuracy_fine_tuned"] > 0.8
-    assert set(report["seconds"]) == {"collect", "aggregate", "fine_tune", "evaluate", "publish"}
+    assert set(report["seconds"]) == {"collect", "audit", "aggregate", "fine_tune", "evaluate", "publish"}
 
     published = cluster.state_dir / "rounds/0001/model.safetensors"
     assert blob_of(published)._asdict() == {
