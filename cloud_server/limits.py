@@ -7,9 +7,7 @@ from dataclasses import dataclass
 
 from common.errors import BusyError, Reason
 
-OPEN_CALLS = (
-    16  # of one caller at once: an agent has a Watch, a transfer or two, and what a dead line has left
-)
+OPEN_CALLS = 16  # of one caller: an agent has a Watch, a transfer or two, and what a dead line has left
 BURST_SECONDS = 10.0  # a caller that was quiet may make the calls of so many seconds at once
 _KEPT_CALLERS = 4096  # that are not calling now; older ones begin anew, with a whole burst
 
