@@ -22,7 +22,8 @@ from typing import Any, NamedTuple
 
 import structlog
 
-from cloud_server.store import storage_errors
+from cloud_server.database import connect, migrate
+from cloud_server.disk import storage_errors
 from common import tls
 from common.errors import (
     ConflictError,
@@ -35,8 +36,9 @@ from common.errors import (
 )
 from common.faults import Point, crash_point
 
-_SCHEMA = """
-    CREATE TABLE IF NOT EXISTS tokens (
+_MIGRATIONS = (  # never edit one, add another
+    """
+    CREATE TABLE tokens (
         token_id TEXT PRIMARY KEY NOT NULL,
         root TEXT NOT NULL,  -- its public half, a certificate
         uses INTEGER NOT NULL,
@@ -44,14 +46,14 @@ _SCHEMA = """
         expires_at REAL NOT NULL,
         revoked_at REAL
     );
-    CREATE TABLE IF NOT EXISTS enrolments (
+    CREATE TABLE enrolments (
         token_id TEXT NOT NULL REFERENCES tokens (token_id),
         key TEXT NOT NULL,
         agent_id TEXT NOT NULL,
         at REAL NOT NULL,
         PRIMARY KEY (token_id, key)
     );
-    CREATE TABLE IF NOT EXISTS agents (
+    CREATE TABLE agents (
         agent_id TEXT PRIMARY KEY NOT NULL,
         key TEXT NOT NULL,
         token_id TEXT NOT NULL REFERENCES tokens (token_id),
@@ -59,7 +61,8 @@ _SCHEMA = """
         expires_at REAL NOT NULL,
         revoked_at REAL
     );
-"""
+    """,
+)
 
 _COMMANDS = {"tokens": "token", "agents": "agents"}
 _ASK = "ask its operator for another one (`cloud-server token create`)"
@@ -114,9 +117,9 @@ class Authority:
                 self._ca, self._ca_key = self._read_or_make_ca()
                 self._server_key = tls.read_or_make_key(folder / "server.key")
                 self._server = self._read_or_make_server_certificate()
-                self._database = _open_database(folder / "authority.sqlite3")
+                self._database = _opened(folder / "authority.sqlite3")
                 # Of its own, so that no call waits for an enrolment that is being flushed.
-                self._reader = _open_database(folder / "authority.sqlite3")
+                self._reader = _opened(folder / "authority.sqlite3")
         except (OSError, sqlite3.DatabaseError) as error:
             what = error.strerror if isinstance(error, OSError) else error
             raise UsageError(
@@ -369,18 +372,10 @@ def revocation(agent_id: str) -> str:
     return f"agent {agent_id} has been revoked: ask the server's operator"
 
 
-def _open_database(path: Path) -> sqlite3.Connection:
-    database = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
-    database.row_factory = _as_dict
-    database.execute("PRAGMA journal_mode = WAL")
-    database.execute("PRAGMA synchronous = FULL")
-    database.execute("PRAGMA foreign_keys = ON")
-    database.executescript(_SCHEMA)
+def _opened(path: Path) -> sqlite3.Connection:
+    database = connect(path)
+    migrate(database, path, _MIGRATIONS)
     return database
-
-
-def _as_dict(cursor: sqlite3.Cursor, row: tuple[Any, ...]) -> dict[str, Any]:
-    return {column[0]: value for column, value in zip(cursor.description, row, strict=True)}
 
 
 @lru_cache(maxsize=4096)

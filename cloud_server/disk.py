@@ -1,7 +1,11 @@
-"""Writing what the run cannot go on without, on a disk that may be full or read-only for a while."""
+"""Writing on a disk that may be full, read-only or failing for a while."""
 
 import asyncio
-from collections.abc import Awaitable, Callable
+import errno
+import os
+import sqlite3
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 import structlog
@@ -10,9 +14,39 @@ from common.errors import StorageError
 
 STORAGE_RETRY_SECONDS = 2.0  # between two tries
 
+_STORAGE_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO}
+_STORAGE_SQLITE_CODES = {
+    sqlite3.SQLITE_FULL,
+    sqlite3.SQLITE_READONLY,
+    sqlite3.SQLITE_IOERR,
+    sqlite3.SQLITE_CANTOPEN,
+}
+
 _T = TypeVar("_T")
 
 log = structlog.get_logger()
+
+
+@contextmanager
+def storage_errors() -> Iterator[None]:
+    """Turns what a full, read-only or failing disk raises into StorageError."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _STORAGE_ERRNOS:
+            raise _storage_error(os.strerror(error.errno)) from error
+        raise
+    except sqlite3.OperationalError as error:
+        primary_code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+        if primary_code in _STORAGE_SQLITE_CODES:
+            raise _storage_error(str(error)) from error
+        raise
+
+
+def _storage_error(what: str) -> StorageError:
+    return StorageError(
+        f"the server's disk takes no data now ({what}): its operator must see to it; try again later"
+    )
 
 
 async def when_disk_allows(body: Callable[[], Awaitable[_T]]) -> _T:

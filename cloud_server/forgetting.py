@@ -23,11 +23,12 @@ from typing import Any
 import structlog
 
 from cloud_server import provenance
+from cloud_server.disk import storage_errors
 from cloud_server.jobs import JobDirectory
 from cloud_server.records import job_name
 from cloud_server.retention import round_jobs, unpublished_model
 from cloud_server.round import Phase
-from cloud_server.store import ForgettingRow, RoundRow, Store, storage_errors
+from cloud_server.store import ForgettingRow, RoundRow, Store
 from common.errors import RunError
 from common.faults import Point, crash_point
 from common.files import replacing

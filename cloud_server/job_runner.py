@@ -8,9 +8,8 @@ from typing import Protocol
 
 import structlog
 
-from cloud_server.disk import STORAGE_RETRY_SECONDS, when_disk_allows
+from cloud_server.disk import STORAGE_RETRY_SECONDS, storage_errors, when_disk_allows
 from cloud_server.jobs import Job, JobDirectory, JobError, Progress, Result
-from cloud_server.store import storage_errors
 from common.config import RunConfig
 from common.faults import Point, crash_point
 from common.transfer import to_the_end

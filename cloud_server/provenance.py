@@ -19,7 +19,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from cloud_server.store import ForgettingRow, Store, storage_errors
+from cloud_server.disk import storage_errors
+from cloud_server.store import ForgettingRow, Store
 from common.errors import RunError
 from common.files import replacing, sync
 

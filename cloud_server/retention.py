@@ -23,9 +23,10 @@ from typing import Literal
 
 import structlog
 
+from cloud_server.disk import storage_errors
 from cloud_server.jobs import JobDirectory
 from cloud_server.round import Phase
-from cloud_server.store import RoundRow, Store, storage_errors
+from cloud_server.store import RoundRow, Store
 
 _JOB_NAME = re.compile(r"round-(\d+)")
 

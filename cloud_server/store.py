@@ -10,7 +10,6 @@ What a method has done is on disk when it returns: it survives the process, and 
 Where that takes several steps, each one leaves a state from which the whole can be done again.
 """
 
-import errno
 import fcntl
 import json
 import os
@@ -25,11 +24,13 @@ from pathlib import Path
 from threading import RLock
 from typing import Any, TextIO
 
-from common.errors import NotFoundError, Reason, StorageError, UsageError
+from cloud_server.database import connect, migrate, version
+from cloud_server.disk import storage_errors
+from common.errors import NotFoundError, Reason, UsageError
 from common.faults import Point, crash_point
 from common.files import sync
 
-MIGRATIONS = (  # what takes the database from one schema version to the next; never edit one, add another
+MIGRATIONS = (  # never edit one, add another
     """
     CREATE TABLE run (
         only INTEGER PRIMARY KEY DEFAULT 1 CHECK (only = 1),
@@ -145,13 +146,6 @@ MIGRATIONS = (  # what takes the database from one schema version to the next; n
 _RETIRED, _CLEARED = 1, 2  # rounds.retired: its records are given up; and so are its files
 _FIRST_PHASE = "collecting"  # round.Phase.COLLECTING: the two modules do not know each other
 _DIGEST = re.compile(r"[0-9a-f]{64}")
-_STORAGE_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO}
-_STORAGE_SQLITE_CODES = {
-    sqlite3.SQLITE_FULL,
-    sqlite3.SQLITE_READONLY,
-    sqlite3.SQLITE_IOERR,
-    sqlite3.SQLITE_CANTOPEN,
-}
 
 
 @dataclass(frozen=True)
@@ -239,28 +233,6 @@ class ForgettingRow:
 
 class InUseError(UsageError):
     """Another process has the state directory."""
-
-
-@contextmanager
-def storage_errors() -> Iterator[None]:
-    """Turns what a full, read-only or failing disk raises into StorageError."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in _STORAGE_ERRNOS:
-            raise _storage_error(os.strerror(error.errno)) from error
-        raise
-    except sqlite3.OperationalError as error:
-        primary_code = getattr(error, "sqlite_errorcode", 0) & 0xFF
-        if primary_code in _STORAGE_SQLITE_CODES:
-            raise _storage_error(str(error)) from error
-        raise
-
-
-def _storage_error(what: str) -> StorageError:
-    return StorageError(
-        f"the server's disk takes no data now ({what}): its operator must see to it; try again later"
-    )
 
 
 class Store:
@@ -866,15 +838,10 @@ def _holder(file: TextIO) -> str:
 
 @contextmanager
 def _database(path: Path, *, as_guest: bool) -> Iterator[sqlite3.Connection]:
-    with closing(sqlite3.connect(path, isolation_level=None, check_same_thread=False)) as database:
-        database.row_factory = _as_dict
-        database.execute("PRAGMA journal_mode = WAL")
-        database.execute("PRAGMA synchronous = FULL")
-        database.execute("PRAGMA foreign_keys = ON")
-        database.execute("PRAGMA secure_delete = ON")  # what is forgotten is not to be found in free pages
-        if as_guest and _version(database) != len(MIGRATIONS):
+    with closing(connect(path)) as database:
+        if as_guest and version(database) != len(MIGRATIONS):
             raise UsageError(f"a server of another version uses {path}: stop it first")
-        _migrate(database, path)
+        migrate(database, path, MIGRATIONS)
         if not as_guest:
             _empty_log(database)  # that of a server that was killed, maybe
         yield database
@@ -884,24 +851,3 @@ def _empty_log(database: sqlite3.Connection) -> None:
     """Have the write-ahead log forget what was deleted; where the disk does not let it, the next time."""
     with suppress(sqlite3.OperationalError):
         database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-
-
-def _as_dict(cursor: sqlite3.Cursor, row: tuple[Any, ...]) -> dict[str, Any]:
-    return {column[0]: value for column, value in zip(cursor.description, row, strict=True)}
-
-
-def _version(database: sqlite3.Connection) -> int:
-    version: int = database.execute("PRAGMA user_version").fetchone()["user_version"]
-    return version
-
-
-def _migrate(database: sqlite3.Connection, path: Path) -> None:
-    version = _version(database)
-    if version > len(MIGRATIONS):
-        raise UsageError(
-            f"{path} has schema version {version}, this program knows up to {len(MIGRATIONS)}:"
-            " use a newer cloud-server, or choose another --state-dir"
-        )
-    for number, statements in enumerate(MIGRATIONS[version:], start=version + 1):
-        with database:
-            database.executescript(f"BEGIN IMMEDIATE; {statements}; PRAGMA user_version = {number};")

@@ -7,7 +7,8 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 from cloud_server.budgets import Budgets
-from cloud_server.store import Store, storage_errors
+from cloud_server.disk import storage_errors
+from cloud_server.store import Store
 from common import schema, wire
 from common.config import DatasetSpec, Wire
 from common.errors import InvalidError, NotFoundError, OffsetError, Reason, UnavailableError
