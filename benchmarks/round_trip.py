@@ -180,6 +180,7 @@ def _run(processes: Processes, folder: Path, num_agents: int, model: str, num_ro
 
 
 def _configuration(model: str, factory: str) -> str:
+    """Nothing is clipped: what changes in these weights is one number, drawn at random."""
     chosen = MODELS[model]
     return f"""
 model = "{factory}"
@@ -188,6 +189,7 @@ num_classes = {chosen.num_classes}
 image_shape = {list(chosen.image_shape)}
 candidates = ["average"]
 recompute_statistics = false
+max_norm_ratio = 0
 apply = "always"
 pretrain.epochs = 0
 fine_tune.epochs = 0

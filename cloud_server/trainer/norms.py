@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from cloud_server.trainer.aggregation import PIECE_ELEMENTS, Contributions, torch_dtype
-from common.weights import read_state_dict, write_state_dict
+from common.weights import StateDict, write_state_dict
 from common.wire import is_statistic
 
 
@@ -60,7 +60,7 @@ def scales(norms: Sequence[float], max_norm_ratio: float) -> list[float]:
 
 
 def clip(weights: Path, base: Path | None, scale: float, target: Path) -> None:
-    """Write what an agent would have sent, had its update been `scale` times as long.
+    """Write what an agent would have sent, had its update been `scale` times as long; one model is in memory.
 
     All floating-point tensors go from the base's to the agent's by this part of the way, computed in
     float64. The running statistics do so with the weights that they belong to: left as they are, those of
@@ -68,19 +68,20 @@ def clip(weights: Path, base: Path | None, scale: float, target: Path) -> None:
     variances is none below zero. Integers are the agent's.
 
     Raises:
-        RunError: a file is no safetensors file.
+        RunError: as update_norms.
         OSError: one cannot be read or written.
     """
-    start = read_state_dict(base) if base else {}
-    clipped = {}
-    for name, tensor in read_state_dict(weights).items():
-        clipped[name] = tensor
-        if tensor.is_floating_point():
-            # Not start + scale * (tensor - start): that difference may be infinite.
-            part = tensor.double() * scale
-            if base:
-                part += start[name].double() * (1 - scale)
-            clipped[name] = part.to(tensor.dtype)
+    files = Contributions([*([base] if base else []), weights])
+    clipped: StateDict = {}
+    for name, spec in files.schema.items():
+        tensor = clipped[name] = torch.empty(spec.shape, dtype=torch_dtype(spec))
+        for begin, piece in files.pieces(name, PIECE_ELEMENTS):
+            values = iter(piece)
+            start = next(values).to(torch.float64, copy=True) if base else torch.zeros(1, dtype=torch.float64)
+            own = next(values)
+            # Not start + scale * (own - start): that difference may be infinite.
+            part = own.double() * scale + start * (1 - scale) if own.is_floating_point() else own
+            tensor.view(-1)[begin : begin + len(own)] = part
     write_state_dict(clipped, target)
 
 
