@@ -24,7 +24,7 @@ from pydantic import (
     model_validator,
 )
 
-from common.errors import UsageError
+from common.errors import UsageError, one_line
 
 PROTOCOL_VERSION = 1
 AGENT_ID_PATTERN = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
@@ -248,7 +248,7 @@ def load(
     try:
         return config_class(**merged)
     except ValidationError as error:
-        raise UsageError(_one_line(error, layers)) from error
+        raise UsageError(one_line(_first_of(error, layers))) from error
 
 
 def is_loopback(host: str) -> bool:
@@ -313,7 +313,7 @@ def deep_merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, An
     return merged
 
 
-def _one_line(error: ValidationError, layers: Mapping[str, Mapping[str, Any]]) -> str:
+def _first_of(error: ValidationError, layers: Mapping[str, Mapping[str, Any]]) -> str:
     """The first thing wrong: key, what is wrong, the value, and where it was set."""
     first = error.errors(include_url=False)[0]
     path = [str(part) for part in first["loc"]]

@@ -201,10 +201,11 @@ def _parse_json(text: bytes | bytearray) -> dict[str, Any]:
     if not text.startswith(b"{"):
         _invalid("its header does not start with '{'")
     try:
-        # Without its own float and constant parsers, json would also take 1e9, NaN and Infinity.
+        # Without parsers of ours json would also take 1e9, NaN and Infinity, and "-0" for a zero.
         entries: dict[str, Any] = json.loads(
             text.decode("utf-8"),
             object_pairs_hook=_unique_keys,
+            parse_int=_natural_number,
             parse_float=_no_such_number,
             parse_constant=_no_such_number,
         )
@@ -213,6 +214,12 @@ def _parse_json(text: bytes | bytearray) -> dict[str, Any]:
     except ValueError as error:  # JSON, UTF-8, or an integer of thousands of digits
         _invalid(f"its header is not valid JSON: {_quote(str(error))}")
     return entries
+
+
+def _natural_number(text: str) -> int:
+    if text.startswith("-"):
+        raise ValueError(f"{text} is below zero")
+    return int(text)
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ import json
 import shutil
 from collections import Counter
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -337,8 +338,11 @@ async def test_the_same_is_sent_wherever_the_agent_was_cut_off(tmp_path: Path) -
             CloudOfManyRounds(tmp_path / f"cloud-{moment}", "int8", outcomes),
             tmp_path / str(moment),
         )
-        with pytest.raises((PowerCutError, ExceptionGroup)):
-            await live(cloud, folder, Power(moment))
+        power = Power(moment)
+        # Where it goes off while the run ends, the end may come first: then the agent leaves in peace.
+        with suppress(PowerCutError, ExceptionGroup):
+            await live(cloud, folder, power)
+        assert power.moments > moment  # it has gone off
         await live(cloud, folder, Power(None))
         assert cloud.sent == undisturbed.sent, moment
 
