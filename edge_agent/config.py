@@ -136,5 +136,5 @@ def check_source(source: str) -> None:
 def _is_folder(path: Path) -> bool:
     try:
         return path.expanduser().is_dir()
-    except RuntimeError:  # ~somebody, whom there is not
+    except (RuntimeError, OSError):  # ~somebody, whom there is not; a name too long for any
         return False

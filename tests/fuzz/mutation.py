@@ -79,7 +79,7 @@ def _laid_out(header: dict[str, Any], data: bytes) -> bytes:
         try:
             num_bytes = TensorSpec(entry["dtype"], tuple(map(int, entry["shape"]))).num_bytes
             entry["data_offsets"] = [end, end + num_bytes]
-        except (KeyError, TypeError, ValueError):
+        except (KeyError, TypeError, ValueError, OverflowError):
             continue
         end += num_bytes
     return data[: max(end, 0)].ljust(min(max(end, 0), 1 << 16), b"\0")
