@@ -7,6 +7,7 @@ bounded.
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 
 from prometheus_client import Counter, Gauge, Histogram
 
@@ -151,6 +152,12 @@ class ServerMetrics:
             self._flagged.labels(agent.agent_id).set(bool(agent.flags))
             if agent.norm_ratio is not None:
                 self._norm_ratio.labels(agent.agent_id).set(agent.norm_ratio)
+
+    def forget(self, agent_id: str) -> None:
+        """No series has this agent's id any more."""
+        for gauge in (self._flagged, self._norm_ratio):
+            with suppress(KeyError):  # as of an agent that the last round has not heard of
+                gauge.remove(agent_id)
 
     def count_round(self, outcome: str, num_rounds: int = 1) -> None:
         """`outcome` is the phase that it ended in: "published" or "failed"."""

@@ -160,6 +160,7 @@ class Round:
             contributions={key: value for key, value in self.contributions.items() if key != agent_id},
             rejections={key: value for key, value in self.rejections.items() if key != agent_id},
             late=self.late - {agent_id},
+            left_out={key: value for key, value in self.left_out.items() if key != agent_id},
         )
 
     def outcome_of(self, agent_id: str) -> Outcome | None:

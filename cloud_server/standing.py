@@ -99,8 +99,8 @@ class Standing:
         self._results: dict[int, Result] = {}  # of rounds on the status page
         for row in store.rounds():
             self._note_end(row)
-        self._initial_weights = self._blob(current.initial_weights)
-        self._initial_encoded = self._encoded(current.initial_weights)
+        self._initial_weights = Blob("", 0)  # this and what it is encoded as: by show()
+        self._initial_encoded: Encoded | None = None
         self.show(current)
 
     # ------------------------------------------------------------------ what is shown
@@ -124,7 +124,9 @@ class Standing:
     def forget(self, agent_id: str) -> None:
         """Nothing is known of this agent any more."""
         self._counted.pop(agent_id, None)
+        self._left_out.pop(agent_id, None)
         self._results.clear()
+        self._metrics.forget(agent_id)
 
     def show_progress(self, progress: Progress) -> None:
         self._progress = progress

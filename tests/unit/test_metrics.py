@@ -189,6 +189,15 @@ def test_audit_is_of_one_round(server: ServerMetrics) -> None:
     assert values(server.registry, "ecavg_server_agent_update_norm_ratio") == {}
 
 
+def test_no_series_is_of_a_forgotten_agent(server: ServerMetrics) -> None:
+    for agent_id in ("edge-1", "edge-2"):
+        server.set_audit([AgentAudit(agent_id="edge-1", update_norm=2.0, norm_ratio=1.0)])
+        server.forget(agent_id)
+        expected = {} if agent_id == "edge-1" else {"edge-1": 1.0}
+        assert values(server.registry, "ecavg_server_agent_update_norm_ratio") == expected
+        assert values(server.registry, "ecavg_server_agent_flagged").keys() == expected.keys()
+
+
 def test_bytes_and_contributions_add_up(server: ServerMetrics, agent: AgentMetrics) -> None:
     server.count_received("data", 1000)
     server.count_received("data", 24)

@@ -183,6 +183,20 @@ async def test_contribution_that_was_left_out_does_not_count_and_its_agent_is_to
     assert viewed.standing.state_for("other").left_out is None
 
 
+async def test_of_a_forgotten_agent_it_is_not_known_that_it_was_left_out(
+    store: Store, tmp_path: Path
+) -> None:
+    run_rounds(store, tmp_path, 1)
+    contribute(store, 2)
+    viewed = Viewed(store, tmp_path)
+    for phase in (Phase.AGGREGATING, Phase.FINE_TUNING, Phase.EVALUATING):
+        viewed.show(viewed.round.advance(phase))
+    viewed.show(viewed.round.publish(digest_of(model_of(1)), {AGENT: Rejection(*LEFT_OUT[1:])}))
+    viewed.standing.forget(AGENT)
+    viewed.show(viewed.round.without(AGENT))
+    assert viewed.standing.state_for(AGENT).left_out is None
+
+
 async def test_what_was_left_out_is_known_after_a_restart_and_news_for_one_round(
     store: Store, tmp_path: Path
 ) -> None:
