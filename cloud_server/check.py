@@ -25,10 +25,9 @@ from cloud_server.round import Outcome, Phase
 from cloud_server.store import MIGRATIONS, RoundRow, Store
 from common.config import RunConfig
 from common.errors import RunError, UsageError
-from common.transfer import blob_of
+from common.transfer import DIGEST, blob_of
 
-_BLOB_NAME = re.compile(r"[0-9a-f]{64}")
-_PARTIAL_NAME = re.compile(r"(\d+)-[0-9a-f]{64}")
+_PARTIAL_NAME = re.compile(rf"(\d+)-{DIGEST.pattern}")
 _OVER = (Phase.PUBLISHED, Phase.FAILED)
 
 _RESTORE = "restore it from a backup"
@@ -141,7 +140,7 @@ class Check:
         """Every file's digest; one that no record names is no problem, a clean-up sees to it."""
         for path in sorted((self._state_dir / "blobs").glob("*/*")):
             where = str(path.relative_to(self._state_dir))
-            if not _BLOB_NAME.fullmatch(path.name) or path.parent.name != path.name[:2]:
+            if not DIGEST.fullmatch(path.name) or path.parent.name != path.name[:2]:
                 yield Problem(where, "no blob has this name", _REMOVE)
             elif damage := self._damage_of(path):
                 self._damaged.add(path.name)
@@ -159,7 +158,7 @@ class Check:
         return ""
 
     def _blob(self, digest: str, where: str, kind: str, remedy: str = _RESTORE) -> Iterator[Problem]:
-        if not _BLOB_NAME.fullmatch(digest):
+        if not DIGEST.fullmatch(digest):
             yield Problem(where, f"its {kind} {digest[:80]!r} is no digest", _RESTORE_DATABASE)
         elif digest not in self._blob_bytes and digest not in self._damaged:
             self._damaged.add(digest)

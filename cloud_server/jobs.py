@@ -12,7 +12,6 @@ A job is pending while it has a job.json and no result.json. It may be killed at
 takes it up again starts from the beginning and gets the same bytes.
 """
 
-import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,11 +24,10 @@ from pydantic import Field, ValidationError
 from common.config import FrozenModel, RunConfig
 from common.errors import Reason, RunError
 from common.files import replacing, sync
+from common.transfer import checked_digest
 
 # What the audit holds against an agent: that others contradict its labels, or that its model fails.
 Flag = Literal["labels", "model"]
-
-_DIGEST = re.compile(r"[0-9a-f]{64}")
 
 _Model = TypeVar("_Model", bound=FrozenModel)
 
@@ -283,14 +281,8 @@ def pending_jobs(jobs_dir: Path) -> list[JobDirectory]:
 
 
 def blob_path(blobs_dir: Path, digest: str) -> Path:
-    """Where the blob with this digest is kept.
-
-    Raises:
-        ValueError: not 64 lower-case hexadecimal digits.
-    """
-    if not _DIGEST.fullmatch(digest):
-        raise ValueError(f"{digest[:80]!r} is not a SHA-256 digest")
-    return blobs_dir / digest[:2] / digest
+    """Where the blob with this digest is kept; ValueError unless it is 64 lower-case hex digits."""
+    return blobs_dir / checked_digest(digest)[:2] / digest
 
 
 def _write(path: Path, model: FrozenModel) -> None:

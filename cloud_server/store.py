@@ -13,7 +13,6 @@ Where that takes several steps, each one leaves a state from which the whole can
 import fcntl
 import json
 import os
-import re
 import secrets
 import socket
 import sqlite3
@@ -29,6 +28,7 @@ from cloud_server.disk import storage_errors
 from common.errors import NotFoundError, Reason, UsageError
 from common.faults import Point, crash_point
 from common.files import sync
+from common.transfer import checked_digest
 
 MIGRATIONS = (  # never edit one, add another
     """
@@ -145,7 +145,6 @@ MIGRATIONS = (  # never edit one, add another
 
 _RETIRED, _CLEARED = 1, 2  # rounds.retired: its records are given up; and so are its files
 _FIRST_PHASE = "collecting"  # round.Phase.COLLECTING: the two modules do not know each other
-_DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
@@ -434,7 +433,7 @@ class Store:
 
     def blob_path(self, digest: str) -> Path:
         """Where the blob is, or would be; ValueError unless the digest is 64 lower-case hex digits."""
-        return self._blobs_dir / _checked(digest)[:2] / digest
+        return self._blobs_dir / checked_digest(digest)[:2] / digest
 
     def blob_size(self, digest: str) -> int | None:
         """Bytes of the blob, None if it is not stored; ValueError like `blob_path`."""
@@ -445,7 +444,7 @@ class Store:
 
     def partial_path(self, agent_id: str, digest: str) -> Path:
         """Where this agent's upload grows; NotFoundError if it never joined, ValueError like `blob_path`."""
-        path = self._partial_dir / f"{self._slot(agent_id)}-{_checked(digest)}"
+        path = self._partial_dir / f"{self._slot(agent_id)}-{checked_digest(digest)}"
         with self._lock, storage_errors(), suppress(FileNotFoundError):
             os.utime(path)  # who asks is about to go on with it: `remove_partials` shall not come between
         return path
@@ -794,12 +793,6 @@ class Store:
             raise NotFoundError(f"agent {agent_id} has not joined this run: join first", Reason.UNKNOWN_AGENT)
         slot: int = rows[0]["slot"]
         return slot
-
-
-def _checked(digest: str) -> str:
-    if not _DIGEST.fullmatch(digest):
-        raise ValueError(f"{digest[:80]!r} is no digest: 64 lower-case hex digits")
-    return digest
 
 
 @contextmanager

@@ -33,6 +33,13 @@ class Blob(NamedTuple):
     size_bytes: int
 
 
+def checked_digest(text: str) -> str:
+    """The text, before it becomes the name of a file; ValueError unless it is a digest."""
+    if not DIGEST.fullmatch(text):
+        raise ValueError(f"{text[:80]!r} is no digest: 64 lower-case hex digits")
+    return text
+
+
 def blob_of(path: Path) -> Blob:
     """The digest and size of the file at `path`."""
     with path.open("rb") as file:

@@ -39,7 +39,7 @@ from common.config import FrozenModel, Wire
 from common.errors import InvalidError, Reason, RunError, UsageError
 from common.files import replacing
 from common.schema import Header, Schema, TensorSpec, check_finite, check_weights, parse_header, read_header
-from common.transfer import Blob
+from common.transfer import DIGEST, Blob
 
 PIECE_ELEMENTS = 1 << 15  # of a file held at once, or one channel if that is longer: stays in the cache
 
@@ -74,7 +74,7 @@ class Encoding(FrozenModel):
     """How a file is encoded, as its metadata say."""
 
     wire: Wire = "float32"
-    base: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None  # int8: the digest of the base
+    base: Annotated[str, Field(pattern=rf"^{DIGEST.pattern}$")] | None = None  # int8: the digest of the base
     as_is: tuple[str, ...] = ()  # bfloat16: the BF16 tensors that were BF16 before, sorted
 
     @model_validator(mode="after")

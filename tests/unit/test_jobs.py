@@ -175,7 +175,7 @@ def test_blobs_are_found_by_their_digest(tmp_path):
 
 @pytest.mark.parametrize("text", ["", "ab", "../" + DIGEST, DIGEST.upper(), DIGEST + "\n", "g" + DIGEST[1:]])
 def test_only_digests_name_blobs(tmp_path, text):
-    with pytest.raises(ValueError, match="not a SHA-256 digest"):
+    with pytest.raises(ValueError, match="no digest"):
         blob_path(tmp_path, text)
 
 
