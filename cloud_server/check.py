@@ -21,14 +21,13 @@ from pydantic import ValidationError
 
 from cloud_server import jobs, provenance
 from cloud_server.retention import round_jobs
-from cloud_server.round import Outcome, Phase
+from cloud_server.round import OVER, Outcome, Phase
 from cloud_server.store import MIGRATIONS, RoundRow, Store
 from common.config import RunConfig
 from common.errors import RunError, UsageError
 from common.transfer import DIGEST, blob_of
 
 _PARTIAL_NAME = re.compile(rf"(\d+)-{DIGEST.pattern}")
-_OVER = (Phase.PUBLISHED, Phase.FAILED)
 
 _RESTORE = "restore it from a backup"
 _RESTORE_DATABASE = "restore ecavg.sqlite3 from a backup, or begin anew in another --state-dir"
@@ -124,7 +123,7 @@ class Check:
                 yield from self._blob(row.initial_weights, f"record of round {row.number}", "initial weights")
             if not row.retired:
                 yield from self._kept_round(records, row)
-            if row.phase in _OVER:
+            if row.phase in OVER:
                 yield from self._left_of_round(row, may_be_missing=row is rounds[-1])
         for upload in records.uploads():
             where = f"record of an upload of {upload.agent_id}"
@@ -187,7 +186,7 @@ class Check:
                 return
         for before, after in pairwise(rounds):
             where = f"record of round {after.number}"
-            if before.phase not in _OVER:
+            if before.phase not in OVER:
                 yield Problem(where, f"round {before.number} before it is not over", _RESTORE_DATABASE)
             elif after.initial_weights != (before.published or before.initial_weights):
                 what = f"it does not start from what round {before.number} left"
@@ -285,7 +284,7 @@ class Check:
                 if result := directory.read_result():
                     results[number] = result
             except (RunError, OSError):
-                over = number in rounds and rounds[number].phase in _OVER
+                over = number in rounds and rounds[number].phase in OVER
                 remedy = (
                     f"{_RESTORE}, or remove the folder" if over else "remove the folder: it is done again"
                 )
@@ -298,7 +297,7 @@ class Check:
             result = results.get(row.number)
             if row.published and not row.retired and _made(result) != row.published:
                 what = "is not of the published model" if result else "is missing"
-                where = f"jobs/round-{row.number:04d}/result.json"
+                where = f"jobs/{jobs.job_name(row.number)}/result.json"
                 yield Problem(where, what, f"{_RESTORE}; the round's report.json stays as it is")
 
     def _initialise(self) -> jobs.JobDirectory:

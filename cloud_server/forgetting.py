@@ -24,11 +24,10 @@ import structlog
 
 from cloud_server import provenance
 from cloud_server.disk import storage_errors
-from cloud_server.jobs import JobDirectory
-from cloud_server.records import job_name
+from cloud_server.jobs import JobDirectory, job_name
 from cloud_server.retention import round_jobs, unpublished_model
-from cloud_server.round import Phase
-from cloud_server.store import ForgettingRow, RoundRow, Store
+from cloud_server.round import OVER
+from cloud_server.store import ForgettingRow, Store
 from common.errors import RunError
 from common.faults import Point, crash_point
 from common.files import replacing
@@ -41,7 +40,7 @@ log = structlog.get_logger()
 def unfinished_work(store: Store, state_dir: Path, agent_id: str) -> JobDirectory | None:
     """The job of the round under way, if it counts the agent, or was broken off."""
     last = store.last_round()
-    if last is None or _is_over(last):
+    if last is None or last.phase in OVER:
         return None
     directory = JobDirectory(state_dir / "jobs" / job_name(last.number))
     if not directory.path.exists():
@@ -69,7 +68,7 @@ def forget(store: Store, state_dir: Path, row: ForgettingRow, now: float) -> Non
     assert row.slot is not None
     provenance.catch_up(store, state_dir)  # while the records still know of whom
     last, work = store.last_round(), unfinished_work(store, state_dir, row.agent_id)
-    made = unpublished_model(state_dir, last) if last and not _is_over(last) else []
+    made = unpublished_model(state_dir, last) if last and last.phase not in OVER else []
     if work:
         work.withdraw()
     store.forget_records(row, also=made if work else ())
@@ -81,7 +80,7 @@ def forget(store: Store, state_dir: Path, row: ForgettingRow, now: float) -> Non
         work.remove()
     with storage_errors():
         for number, directory in round_jobs(state_dir):
-            if last is None or number != last.number or _is_over(last):
+            if last is None or number != last.number or last.phase in OVER:
                 directory.discard_scratch()  # of a trainer that was killed
     files = [*(state_dir / "jobs").glob("*/*.json"), *(state_dir / "rounds").glob("*/report.json")]
     for path in files:
@@ -90,10 +89,6 @@ def forget(store: Store, state_dir: Path, row: ForgettingRow, now: float) -> Non
     provenance.forget(state_dir, row)
     crash_point(Point.SERVER_AGENT_STRUCK_OUT)
     store.note_forgotten(row.pseudonym, now)
-
-
-def _is_over(row: RoundRow) -> bool:
-    return row.phase in (Phase.PUBLISHED, Phase.FAILED)
 
 
 def _strike_out(agent_id: str, path: Path) -> None:

@@ -271,6 +271,11 @@ class JobDirectory:
         return self.path / "result.json"
 
 
+def job_name(number: int) -> str:
+    """Of the directory of a round's job."""
+    return f"round-{number:04d}"
+
+
 def pending_jobs(jobs_dir: Path) -> list[JobDirectory]:
     """The jobs that wait to be done, or to be done again, by name; none when there is no such folder."""
     try:

@@ -12,7 +12,7 @@ from contextlib import suppress
 from prometheus_client import Counter, Gauge, Histogram
 
 from cloud_server.jobs import AgentAudit
-from cloud_server.round import Outcome, Phase
+from cloud_server.round import OVER, Outcome, Phase
 from common.errors import Reason
 from common.telemetry import make_registry
 
@@ -106,7 +106,7 @@ class ServerMetrics:
 
     def _start_at_zero(self) -> None:
         """A counter that first appears at 1 hides its first increase from `rate()`."""
-        for phase in (Phase.PUBLISHED, Phase.FAILED):
+        for phase in OVER:
             self.count_round(phase, 0)
         for outcome in Outcome:
             self.count_contribution(outcome, 0)

@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from cloud_server.jobs import AgentAudit, Job, JobContribution, Result
+from cloud_server.jobs import AgentAudit, Job, JobContribution, Result, job_name
 from cloud_server.round import Contribution, Outcome, Phase, Policy, Rejection, Round
 from cloud_server.store import ContributionRow, RoundRow
 from common.config import RunConfig
@@ -136,11 +136,6 @@ def _message(agent: AgentAudit, run: RunConfig) -> str:
     what = {"labels": "its labels contradict those of the others", "model": "its model fails on their images"}
     found = " and ".join(what[flag] for flag in agent.flags)
     return f"{found}: look for wrong labels or broken input data, or ask the server's operator"
-
-
-def job_name(number: int) -> str:
-    """Of the directory of a round's job."""
-    return f"round-{number:04d}"
 
 
 def first_difference(recorded_json: str, run: RunConfig) -> str:

@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cloud_server.disk import storage_errors, when_disk_allows
-from cloud_server.jobs import JobDirectory, Result
-from cloud_server.records import job_name
+from cloud_server.jobs import JobDirectory, Result, job_name
 from cloud_server.round import Outcome, Phase
 from cloud_server.store import AgentRow, ContributionRow, ReportRow, RoundRow, Store
 from common.config import CANDIDATES, RunConfig

@@ -24,8 +24,8 @@ from typing import Literal
 import structlog
 
 from cloud_server.disk import storage_errors
-from cloud_server.jobs import JobDirectory
-from cloud_server.round import Phase
+from cloud_server.jobs import JobDirectory, job_name
+from cloud_server.round import OVER
 from cloud_server.store import RoundRow, Store
 
 _JOB_NAME = re.compile(r"round-(\d+)")
@@ -54,7 +54,7 @@ def clean_up(
     last = store.last_round()
     if last is None:
         return
-    is_over = last.phase in (Phase.PUBLISHED, Phase.FAILED)
+    is_over = last.phase in OVER
     up_to = last.number - keep_rounds - (0 if is_over else 1)
     retired_before = store.uncleared_rounds()
     store.retire_rounds(up_to, uploaded_before=now - keep_partial_seconds)
@@ -77,7 +77,7 @@ def clean_up(
 
 
 def _remove_files_of_round(state_dir: Path, number: int) -> None:
-    JobDirectory(state_dir / "jobs" / f"round-{number:04d}").remove()
+    JobDirectory(state_dir / "jobs" / job_name(number)).remove()
     (state_dir / "rounds" / f"{number:04d}" / "model.safetensors").unlink(missing_ok=True)
 
 
@@ -90,5 +90,5 @@ def round_jobs(state_dir: Path) -> Iterator[tuple[int, JobDirectory]]:
 
 def unpublished_model(state_dir: Path, last: RoundRow) -> list[str]:
     """The blobs of a model that a crash kept from being published: no round's record names them yet."""
-    result = JobDirectory(state_dir / "jobs" / f"round-{last.number:04d}").read_result()
+    result = JobDirectory(state_dir / "jobs" / job_name(last.number)).read_result()
     return [made.sha256 for made in (result.weights, result.encoded) if made] if result else []

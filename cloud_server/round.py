@@ -36,6 +36,7 @@ TRANSITIONS: Mapping[Phase, frozenset[Phase]] = {
     Phase.PUBLISHED: frozenset(),
     Phase.FAILED: frozenset(),
 }
+OVER = tuple(phase for phase, following in TRANSITIONS.items() if not following)
 
 
 class Outcome(StrEnum):
@@ -109,7 +110,7 @@ class Round:
 
     @property
     def is_over(self) -> bool:
-        return not TRANSITIONS[self.phase]
+        return self.phase in OVER
 
     @property
     def deadline_at(self) -> float | None:

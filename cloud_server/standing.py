@@ -13,7 +13,7 @@ from cloud_server.jobs import AgentAudit, Progress, Result
 from cloud_server.metrics import ServerMetrics
 from cloud_server.presence import Presence
 from cloud_server.reports import Reports
-from cloud_server.round import Outcome, Phase, Round
+from cloud_server.round import OVER, Outcome, Phase, Round
 from cloud_server.store import ReportRow, RoundRow, Store
 from common.errors import Reason
 from common.transfer import Blob
@@ -213,7 +213,7 @@ class Standing:
             "rounds": [
                 _round_status(row, num_accepted.get(row.number, 0), self._results.get(row.number))
                 for row in rows
-                if _is_over(row)
+                if row.phase in OVER
             ],
             "run_over": self._run_over,
             "min_agents": current.policy.min_agents,
@@ -326,7 +326,3 @@ def _phases(row: RoundRow, current: Round, now: float) -> list[dict[str, Any]]:
         {"phase": phase, "seconds": round(max(0.0, end - start), 3)}
         for (phase, start), end in zip(ordered, ends, strict=True)
     ]
-
-
-def _is_over(row: RoundRow) -> bool:
-    return row.phase in (Phase.PUBLISHED, Phase.FAILED)
