@@ -3,8 +3,8 @@
 import argparse
 import sys
 import time
-from collections.abc import Sequence
-from contextlib import closing, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -35,22 +35,10 @@ def main(argv: Sequence[str]) -> int:
     config = load(
         ServerConfig, env_prefix=ENV_PREFIX, preset=DEFAULT_PRESET, config_file=arguments.config, flags=flags
     )
-    is_new = not (config.tls_folder / "authority.sqlite3").exists()
-    if arguments.do is None:
-        return forget_agent(config, None if is_new else Authority(config.tls_folder), arguments.agent_id)
-    if is_new and arguments.do is not _create_token:
-        raise UsageError(
-            f"no cloud-server has been in {config.tls_folder}: name its --state-dir or --tls-dir"
-        )
-    authority = Authority(config.tls_folder)
-    if is_new:
-        print(f"made a CA in {config.tls_folder}", file=sys.stderr)  # noqa: T201
     try:
-        arguments.do(authority, arguments)
+        arguments.do(config, arguments)
     except NotFoundError as error:
         raise UsageError(str(error)) from error
-    finally:
-        authority.close()
     return 0
 
 
@@ -88,35 +76,45 @@ def _parser() -> argparse.ArgumentParser:
         " It is revoked. Works while the server runs, and when not; once begun it is done to the end.",
     )
     forget.add_argument("agent_id", metavar="AGENT", help="its id")
-    forget.set_defaults(do=None)
+    forget.set_defaults(do=_forget_agent)
     return parser
 
 
-def forget_agent(config: ServerConfig, authority: Authority | None, agent_id: str) -> int:
-    """Remove an agent and all that is kept of it; see cloud_server/forgetting.py.
+def _has_authority(config: ServerConfig) -> bool:
+    return (config.tls_folder / "authority.sqlite3").exists()
 
-    Args:
-        authority: None: there is none, the server speaks plaintext.
 
-    Raises:
-        UsageError: nobody knows this agent, or the state directory cannot be used.
-        StorageError: the disk does not let it now; what was asked for is done when a server starts.
-    """
+@contextmanager
+def _authority(config: ServerConfig, *, make: bool = False) -> Iterator[Authority]:
+    """The server's; where there is none it is made, or UsageError."""
+    is_new = not _has_authority(config)
+    if is_new and not make:
+        raise UsageError(
+            f"no cloud-server has been in {config.tls_folder}: name its --state-dir or --tls-dir"
+        )
+    with closing(Authority(config.tls_folder)) as authority:
+        if is_new:
+            print(f"made a CA in {config.tls_folder}", file=sys.stderr)  # noqa: T201
+        yield authority
+
+
+def _forget_agent(config: ServerConfig, arguments: argparse.Namespace) -> None:
+    """Also where the server speaks plaintext, and has no authority; see cloud_server/forgetting.py."""
+    agent_id = arguments.agent_id
     is_enrolled = False
-    if authority:
-        with closing(authority), suppress(NotFoundError):
+    if _has_authority(config):
+        with _authority(config) as authority, suppress(NotFoundError):
             authority.revoke_agent(agent_id)
             is_enrolled = True
     if (config.state_dir / "ecavg.sqlite3").exists():
         with suppress(NotFoundError):
             _tell_forgotten(agent_id, _forget(config.state_dir, agent_id), is_enrolled=is_enrolled)
-            return 0
+            return
     if not is_enrolled:
         raise UsageError(
             f"there is no agent {agent_id!r} in {config.state_dir}: name one, and the server's --state-dir"
         )
     print(f"agent {agent_id} is revoked; nothing of it is kept here (any more)")  # noqa: T201
-    return 0
 
 
 def _forget(state_dir: Path, agent_id: str) -> ForgettingRow:
@@ -160,47 +158,59 @@ def _tell_forgotten(agent_id: str, row: ForgettingRow, *, is_enrolled: bool) -> 
         print(f"round {number}: {digest}")  # noqa: T201
 
 
-def _create_token(authority: Authority, arguments: argparse.Namespace) -> None:
-    print(authority.create_token(arguments.uses, arguments.ttl_seconds))  # noqa: T201
+def _create_token(config: ServerConfig, arguments: argparse.Namespace) -> None:
+    with _authority(config, make=True) as authority:
+        print(authority.create_token(arguments.uses, arguments.ttl_seconds))  # noqa: T201
 
 
-def _list_tokens(authority: Authority, _: argparse.Namespace) -> None:
-    rows = [
-        [row.token_id, f"{row.num_used} of {row.uses}", _time(row.expires_at), _token_state(row, authority)]
-        for row in authority.tokens()
-    ]
-    _print(["token", "used", "expires", "state"], rows)
+def _list_tokens(config: ServerConfig, _: argparse.Namespace) -> None:
+    with _authority(config) as authority:
+        rows, now = authority.tokens(), authority.now()
+    _print(
+        ["token", "used", "expires", "state"],
+        [
+            [row.token_id, f"{row.num_used} of {row.uses}", _time(row.expires_at), _token_state(row, now)]
+            for row in rows
+        ],
+    )
 
 
-def _revoke_token(authority: Authority, arguments: argparse.Namespace) -> None:
-    authority.revoke_token(arguments.token_id)
+def _revoke_token(config: ServerConfig, arguments: argparse.Namespace) -> None:
+    with _authority(config) as authority:
+        authority.revoke_token(arguments.token_id)
     print(f"token {arguments.token_id} is revoked; agents that enrolled with it stay")  # noqa: T201
 
 
-def _list_agents(authority: Authority, _: argparse.Namespace) -> None:
-    rows = [
-        [row.agent_id, _time(row.enrolled_at), _time(row.expires_at), row.token_id, _agent_state(row)]
-        for row in authority.agents()
-    ]
-    _print(["agent", "enrolled", "certificate ends", "token", "state"], rows)
+def _list_agents(config: ServerConfig, _: argparse.Namespace) -> None:
+    with _authority(config) as authority:
+        rows = authority.agents()
+    _print(
+        ["agent", "enrolled", "certificate ends", "token", "state"],
+        [
+            [row.agent_id, _time(row.enrolled_at), _time(row.expires_at), row.token_id, _agent_state(row)]
+            for row in rows
+        ],
+    )
 
 
-def _revoke_agent(authority: Authority, arguments: argparse.Namespace) -> None:
-    authority.revoke_agent(arguments.agent_id)
+def _revoke_agent(config: ServerConfig, arguments: argparse.Namespace) -> None:
+    with _authority(config) as authority:
+        authority.revoke_agent(arguments.agent_id)
+        agents, tokens, now = authority.agents(), authority.tokens(), authority.now()
     print(f"agent {arguments.agent_id} is revoked")  # noqa: T201
-    (agent,) = (each for each in authority.agents() if each.agent_id == arguments.agent_id)
-    (token,) = (each for each in authority.tokens() if each.token_id == agent.token_id)
-    if _token_state(token, authority) == "live":
+    (agent,) = (each for each in agents if each.agent_id == arguments.agent_id)
+    (token,) = (each for each in tokens if each.token_id == agent.token_id)
+    if _token_state(token, now) == "live":
         print(  # noqa: T201
             f"whoever has the token that it enrolled with can still enroll others:"
             f" cloud-server token revoke {token.token_id}"
         )
 
 
-def _token_state(row: TokenRow, authority: Authority) -> str:
+def _token_state(row: TokenRow, now: float) -> str:
     if row.revoked_at is not None:
         return "revoked"
-    if row.expires_at <= authority.now():
+    if row.expires_at <= now:
         return "expired"
     return "used up" if row.num_used >= row.uses else "live"
 

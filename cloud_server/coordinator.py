@@ -12,6 +12,7 @@ import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -126,7 +127,7 @@ class Coordinator:
                 " give that one, or another --state-dir"
             )
         for row in await asyncio.to_thread(self._to_forget):  # asked for before, and not done to the end
-            await when_disk_allows(lambda row=row: self._remove_all_of(row))  # type: ignore[misc]
+            await when_disk_allows(partial(self._remove_all_of, row))
         await self._note_provenance()
         self._restore()
         await self._clean_up()

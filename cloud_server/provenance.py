@@ -20,11 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from cloud_server.disk import storage_errors
+from cloud_server.round import Outcome
 from cloud_server.store import ForgettingRow, Store
 from common.errors import RunError
 from common.files import replacing, sync
-
-_ACCEPTED = "accepted"
 
 Entry = Mapping[str, Any]
 
@@ -93,7 +92,8 @@ def entries_from(store: Store, first: int) -> Iterator[dict[str, Any]]:
                         "num_examples": item.num_examples,
                     }
                     for item in store.contributions(row.number)
-                    if item.outcome == _ACCEPTED and not item.reason  # else the model has nothing of it
+                    if item.outcome == Outcome.ACCEPTED
+                    and not item.reason  # else the model has nothing of it
                 ],
             }
 

@@ -324,7 +324,7 @@ class WeightsGate(BlobGate):
         encoded = [wire.wire_schema(expected, each).values() for each in wires]
         num_bytes = max(sum(tensor.num_bytes for tensor in tensors) for tensors in encoded)
         max_tensors = max(map(len, encoded))
-        super().__init__("weights", num_bytes + schema.MAX_HEADER_BYTES + 8, max_tensors)
+        super().__init__("weights", schema.most_file_bytes(num_bytes), max_tensors)
         self._expected = expected
         self._wires = wires
 

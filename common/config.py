@@ -48,13 +48,15 @@ DATASETS: Mapping[str, DatasetSpec] = {
 }
 
 
+MAX_NAME_CHARACTERS = 500
+
+
 def _printable(text: str) -> str:
     if not text.isprintable() or len(text) > MAX_NAME_CHARACTERS:
         raise ValueError(f"should be at most {MAX_NAME_CHARACTERS} printable characters")
     return text
 
 
-MAX_NAME_CHARACTERS = 500
 Name = Annotated[str, AfterValidator(_printable)]  # shown on terminals, and it comes from a server
 Pixels = Annotated[int, Field(ge=1, le=65_536)]  # of an image to one side
 MAX_IMAGE_VALUES = 64_000_000  # of one image, channels included

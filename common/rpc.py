@@ -51,9 +51,7 @@ SERVER_WINDOW_BYTES = 256 * 1024  # 5 MB/s for each agent over a link with a rou
 CHANNEL_WINDOW_BYTES = 1024 * 1024
 
 # What a connection may cost that brings nothing; see also cloud_server/connections.py.
-HANDSHAKE_SECONDS = (
-    10.0  # TLS and the first frames; agents themselves give up sooner on none but dead servers
-)
+HANDSHAKE_SECONDS = 10.0  # TLS and the first frames; an agent gives up sooner on dead servers only
 MAX_STREAMS = 16  # at once on one connection: more wait their turn at the agent
 MAX_METADATA_BYTES = 8 * 1024
 MESSAGE_SECONDS = 30.0  # until the message of a call that has one only is there

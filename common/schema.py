@@ -69,6 +69,11 @@ class Header(NamedTuple):
     offsets: dict[str, tuple[int, int]]  # begin and end of each tensor, counted from data_start
 
 
+def most_file_bytes(num_bytes: int) -> int:
+    """How large a file with `num_bytes` of tensors may be."""
+    return _LENGTH_BYTES + MAX_HEADER_BYTES + num_bytes
+
+
 def header_bytes_needed(prefix: bytes | bytearray) -> int | None:
     """Length in bytes of the header, its own 8-byte length field included; None: that is not there yet.
 

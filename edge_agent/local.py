@@ -20,7 +20,7 @@ from common.errors import DivergedError, RunError
 from common.faults import Point, crash_point
 from common.files import link, replacing
 from common.models import build_model
-from common.schema import MAX_HEADER_BYTES
+from common.schema import most_file_bytes
 from common.shards import Shard, cloud_holdout, gather, read_shard
 from common.training import Evaluation, OnStep, derive_seed
 from common.transfer import Blob, blob_of
@@ -132,7 +132,7 @@ class LocalModels:
         """How large a file with weights of the run's model may be."""
         model = self._model(None) if self._network is None else self._network
         num_bytes: int = sum(each.nbytes for each in model.state_dict().values())
-        return num_bytes + MAX_HEADER_BYTES + 8
+        return most_file_bytes(num_bytes)
 
     def pretrain(self, number: int, initial: Path | None, on_step: OnStep) -> nn.Module:
         """Train for a round, from the last checkpoint if there is one.
