@@ -8,11 +8,8 @@ processes as well, and compares. What is stopped goes on where it was when it is
 
 import argparse
 import json
-import os
-import shlex
 import sys
 import time
-import tomllib
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from itertools import product
@@ -20,20 +17,16 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
 from common.config import RunConfig, deep_merge
-from common.errors import ECAvgError, UsageError
-from common.files import replacing
+from common.errors import UsageError
+from experiments import command
+from experiments.command import console, write_text
 from experiments.tasks import TASKS, VARIANTS, Setting
 
 if TYPE_CHECKING:
     from experiments.cell import Cell
 
 ALL = 1_000_000_000  # examples: as many as there are
-
-console = Console()
 
 
 class Defaults(NamedTuple):
@@ -56,26 +49,7 @@ TABLES: Mapping[str, Defaults] = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parse(argv)
-    set_up_process()
-    try:
-        run_table(arguments)
-    except KeyboardInterrupt:
-        console.print("stopped; the same command goes on from here")
-        return 130
-    except ECAvgError as error:
-        console.print(f"paper: {error}", markup=False)
-        return error.exit_code
-    return 0
-
-
-def set_up_process() -> None:
-    """One thread, the same bits again and again, and of what the product logs only what went wrong."""
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # before PyTorch is imported
-    from common.telemetry import configure_logging
-    from common.training import make_deterministic
-
-    make_deterministic()
-    configure_logging(level="warning")
+    return command.exit_code_of("paper", lambda: run_table(arguments))
 
 
 def run_table(arguments: argparse.Namespace) -> None:
@@ -94,7 +68,7 @@ def run_table(arguments: argparse.Namespace) -> None:
         with console.status("starting …") as status:
             text = networked.compare(cells[0], arguments.work_dir / "networked", status.update)
         console.print(text, markup=False, highlight=False, soft_wrap=True)
-        _write_text(arguments.out_dir / f"{arguments.task}-networked.md", text)
+        write_text(arguments.out_dir / f"{arguments.task}-networked.md", text)
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -102,8 +76,6 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--task", choices=TASKS, required=True, help="digits is there to try things out: no data needed")
     add("--table", choices=TABLES, default="claims", help="what to find out (default: claims)")
-    add("--data-dir", type=Path, metavar="DIR", help="where the dataset is, as for edge-agent")
-    add("--seeds", type=int, default=3, metavar="N", help="how many (default: 3)")
     add("--first-seed", type=int, default=0, metavar="S", help="the first of them (default: 0)")
     add("--agents", metavar="K,…", help="one or several numbers (default: the table's)")
     add("--partition-by", metavar="P,…", help="iid, dirichlet:ALPHA or classes:K (default: the table's)")
@@ -113,14 +85,10 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--test-examples", type=int, metavar="N", help="at most (default: all; in transfer the task's)")
     add("--variants", metavar="V,…", help=f"of {', '.join(VARIANTS)} (default: the table's)")
     add("--rounds", type=int, default=2, metavar="R", help="of the variant with shorter rounds (default: 2)")
-    add(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="in the [run] table; TOML; repeatable"
-    )
     add("--device", default="cpu", help="auto, cpu, cuda, cuda:1 (default: cpu)")
     add("--jobs", type=int, default=1, metavar="N", help="processes, each at a seed of its own (default: 1)")
     add("--networked", action="store_true", help="also one round with real processes, and compare")
-    add("--work-dir", type=Path, default=Path(".experiments"), metavar="DIR", help="default: .experiments")
-    add("--out-dir", type=Path, default=Path("experiments/results"), metavar="DIR")
+    command.add_options(parser)
     arguments = parser.parse_args(argv)
     for name, value in TABLES[arguments.table]._asdict().items():
         if getattr(arguments, name) is None:
@@ -138,15 +106,7 @@ def _run(arguments: argparse.Namespace, changes: Mapping[str, Any]) -> RunConfig
     run = deep_merge(
         deep_merge(task.run, task.for_transfer if arguments.table == "transfer" else {}), changes
     )
-    for assignment in arguments.set:
-        try:
-            run = deep_merge(run, tomllib.loads(assignment))
-        except tomllib.TOMLDecodeError as error:
-            raise UsageError(f"--set {assignment} is not TOML: {error}") from error
-    try:
-        return RunConfig(**run)
-    except ValueError as error:
-        raise UsageError(" ".join(str(error).split())) from error
+    return command.run_config(run, arguments.set)
 
 
 def _groups(arguments: argparse.Namespace, folder: Path) -> dict[str, list["Cell"]]:
@@ -197,8 +157,7 @@ def _work(cells: Sequence["Cell"], num_jobs: int) -> None:
     todo = [each for each in cells if not each.is_done]
     if not todo:
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console) as progress:
+    with command.progress_bars() as progress:
         whole = progress.add_task("seeds and settings", total=len(todo))
 
         def finished(each: "Cell", seconds: float) -> None:
@@ -215,7 +174,7 @@ def _work(cells: Sequence["Cell"], num_jobs: int) -> None:
                 )
                 finished(each, time.monotonic() - started)
             return
-        with ProcessPoolExecutor(num_jobs, get_context("spawn"), initializer=set_up_process) as pool:
+        with ProcessPoolExecutor(num_jobs, get_context("spawn"), initializer=command.set_up_process) as pool:
             futures = {pool.submit(_run_cell, each): each for each in todo}
             try:
                 for future in as_completed(futures):
@@ -246,32 +205,24 @@ def _write(arguments: argparse.Namespace, groups: Mapping[str, Sequence["Cell"]]
     run = _run(arguments, {}).model_dump(mode="json")
     arguments.out_dir.mkdir(parents=True, exist_ok=True)
     table = {"task": arguments.task, "run": run, "command": _command(arguments), "figures": figures}
-    _write_text(arguments.out_dir / f"{stem}.json", json.dumps(table, indent=1))
+    write_text(arguments.out_dir / f"{stem}.json", json.dumps(table, indent=1))
     heading = f"# {arguments.task}: {arguments.table}\n\n`{_command(arguments)}`\n\n{_describe(arguments)}"
     pictures = {} if arguments.table == "wire" else getattr(plots, arguments.table)(figures)
     plots.save(pictures, arguments.out_dir, stem)
     images = "\n".join(f"![{stem}{name}]({stem}{name}.svg)" for name in pictures)
     parts = [heading, in_words, *([images] if images else [])]
-    _write_text(arguments.out_dir / f"{stem}.md", "\n\n".join(parts))
+    write_text(arguments.out_dir / f"{stem}.md", "\n\n".join(parts))
     console.print(in_words, markup=False, highlight=False, soft_wrap=True)
     console.print(f"written to {arguments.out_dir}/{stem}.*", highlight=False)
 
 
 def _command(arguments: argparse.Namespace) -> str:
-    """What makes these figures, wherever data and results are."""
-    words = ["python", "-m", "experiments.paper", "--data-dir", "DIR"]
     names = [
         "task", "table", "seeds", "first_seed", "agents", "partition_by", "initial_weights",
         "wire", "examples_per_agent", "test_examples", "variants", "rounds",
     ]  # fmt: skip
     defaults = {"first_seed": 0, "rounds": 2, **TABLES[arguments.table]._asdict()}
-    for name in names:
-        value = getattr(arguments, name)
-        if value not in (None, defaults.get(name)):
-            words += [f"--{name.replace('_', '-')}", str(value)]
-    for assignment in arguments.set:
-        words += ["--set", assignment]
-    return shlex.join(words)
+    return command.in_words("experiments.paper", arguments, names, defaults)
 
 
 def _describe(arguments: argparse.Namespace) -> str:
@@ -282,11 +233,6 @@ def _describe(arguments: argparse.Namespace) -> str:
         for what, config in (("pre-training", run.pretrain), ("fine-tuning", run.fine_tune))
     )
     return f"{run.model} on {run.dataset}; {'; '.join(trainings)}. Mean ± standard deviation over seeds."
-
-
-def _write_text(path: Path, text: str) -> None:
-    with replacing(path) as partial:
-        partial.write_text(text + "\n", "utf-8")
 
 
 if __name__ == "__main__":

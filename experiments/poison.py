@@ -8,9 +8,7 @@ the product's own code, in this process. What is stopped goes on where it was wh
 
 import argparse
 import json
-import shlex
 import sys
-import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
@@ -20,13 +18,12 @@ from statistics import fmean
 from typing import Any, NamedTuple
 
 import numpy as np
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from common.config import RunConfig, deep_merge
-from common.errors import ECAvgError, InvalidError, RunError, UsageError
-from common.files import replacing
+from common.errors import InvalidError, RunError
 from common.shards import Shard
-from experiments.paper import console, set_up_process
+from experiments import command
+from experiments.command import console, write_text
 from experiments.tasks import TASKS, Setting
 
 CASES = ((5, 1), (10, 2))  # agents in all, and how many of them are poisoned
@@ -107,7 +104,7 @@ class Cell(NamedTuple):
     def keep(self, variant: Variant, record: Record) -> None:
         records = self.known | {variant.name: record | {"run": self.run_json(variant.name)}}
         self.path.mkdir(parents=True, exist_ok=True)
-        _write_text(self.path / "records.json", json.dumps(records))
+        write_text(self.path / "records.json", json.dumps(records))
 
     def run_of(self, variant: Variant) -> RunConfig:
         changes = {"aggregator": variant.aggregator, **DEFENCES[variant.defence]}
@@ -119,18 +116,13 @@ class Cell(NamedTuple):
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parse(argv)
-    set_up_process()
-    try:
+
+    def work() -> None:
         cases = _cells(arguments)
         _work([cell for cells in cases.values() for cell in cells])
         _write(arguments, cases)
-    except KeyboardInterrupt:
-        console.print("stopped; the same command goes on from here")
-        return 130
-    except ECAvgError as error:
-        console.print(f"poison: {error}", markup=False)
-        return error.exit_code
-    return 0
+
+    return command.exit_code_of("poison", work)
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -139,16 +131,10 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--task", choices=EXAMPLES_PER_AGENT, required=True, help="digits needs no data")
-    add("--data-dir", type=Path, metavar="DIR", help="where the dataset is, as for edge-agent")
-    add("--seeds", type=int, default=3, metavar="N", help="how many (default: 3)")
     add("--partition-by", default="iid", metavar="P", help="iid, dirichlet:ALPHA or classes:K (default: iid)")
     add("--examples-per-agent", type=int, metavar="N", help="(default: the task's)")
     add("--cases", default="5,10", metavar="K,…", help="of 5 and 10 agents (default: both)")
-    add(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="in the [run] table; TOML; repeatable"
-    )
-    add("--work-dir", type=Path, default=Path(".experiments"), metavar="DIR", help="default: .experiments")
-    add("--out-dir", type=Path, default=Path("experiments/results"), metavar="DIR")
+    command.add_options(parser)
     return parser.parse_args(argv)
 
 
@@ -180,37 +166,24 @@ def _run(arguments: argparse.Namespace, seed: int) -> RunConfig:
         TASKS[arguments.task].run,
         {"seed": seed, "partition_by": arguments.partition_by, "initial_weights": "shared"},
     )
-    try:
-        for assignment in arguments.set:
-            run = deep_merge(run, tomllib.loads(assignment))
-        return RunConfig(**run)
-    except ValueError as error:
-        raise UsageError(" ".join(str(error).split())) from error
+    return command.run_config(run, arguments.set)
 
 
 # ---------------------------------------------------------------------- the work
 
 
 def _work(cells: Sequence[Cell]) -> None:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console) as progress:
+    with command.progress_bars() as progress:
         whole = progress.add_task("rounds", total=sum(len(cell.missing) for cell in cells))
         part = progress.add_task("")
+
+        def show(what: str, done: int, of: int) -> None:
+            progress.update(part, description=what, completed=done, total=of)
+
         for cell in cells:
             if cell.missing:
-                show = _Shown(progress, part)
                 for _ in _do(cell, show):
                     progress.advance(whole)
-
-
-class _Shown:
-    """What is under way."""
-
-    def __init__(self, progress: Progress, task: Any) -> None:
-        self._progress, self._task = progress, task
-
-    def __call__(self, what: str, done: int, of: int) -> None:
-        self._progress.update(self._task, description=what, completed=done, total=of)
 
 
 def _do(cell: Cell, show: Callable[[str, int, int], None]) -> Iterator[Variant]:
@@ -360,12 +333,12 @@ def _write(arguments: argparse.Namespace, cases: Mapping[str, Sequence[Cell]]) -
             for record in known.values():
                 del record["run"]
     num_poisoned = {name: cells[0].num_poisoned for name, cells in cases.items()}
-    command = _command(arguments)
+    made_with = _command(arguments)
     cell = next(iter(cases.values()))[0]
     run = cell.setting.run
     each = cell.setting.num_examples // cell.setting.num_agents
     heading = (
-        f"# {arguments.task}: poisoned agents\n\n`{command}`\n\n{run.model} on {run.dataset}, {each} images"
+        f"# {arguments.task}: poisoned agents\n\n`{made_with}`\n\n{run.model} on {run.dataset}, {each} images"
         f" an agent, {run.partition_by}, shared initial weights, one round. Accuracy on the common test set,"
         " mean ± standard deviation over seeds."
     )
@@ -381,11 +354,11 @@ def _write(arguments: argparse.Namespace, cases: Mapping[str, Sequence[Cell]]) -
     table = {
         "task": arguments.task,
         "run": run.model_dump(mode="json"),
-        "command": command,
+        "command": made_with,
         "figures": figures,
     }
-    _write_text(arguments.out_dir / f"{stem}.json", json.dumps(table, indent=1))
-    _write_text(arguments.out_dir / f"{stem}.md", f"{heading}\n\n{tables}")
+    write_text(arguments.out_dir / f"{stem}.json", json.dumps(table, indent=1))
+    write_text(arguments.out_dir / f"{stem}.md", f"{heading}\n\n{tables}")
     console.print(tables, markup=False, highlight=False, soft_wrap=True)
     console.print(f"written to {arguments.out_dir}/{stem}.*", highlight=False)
 
@@ -459,19 +432,8 @@ def _noticed(seeds: Sequence[Mapping[str, Record]], num_poisoned: int) -> str:
 
 
 def _command(arguments: argparse.Namespace) -> str:
-    words = ["python", "-m", "experiments.poison", "--data-dir", "DIR", "--task", arguments.task]
-    words += ["--seeds", str(arguments.seeds)]
-    for name, default in (("partition_by", "iid"), ("examples_per_agent", None), ("cases", "5,10")):
-        if getattr(arguments, name) != default:
-            words += [f"--{name.replace('_', '-')}", str(getattr(arguments, name))]
-    for assignment in arguments.set:
-        words += ["--set", assignment]
-    return shlex.join(words)
-
-
-def _write_text(path: Path, text: str) -> None:
-    with replacing(path) as partial:
-        partial.write_text(text + "\n", "utf-8")
+    names = ["task", "seeds", "partition_by", "examples_per_agent", "cases"]
+    return command.in_words("experiments.poison", arguments, names, {"partition_by": "iid", "cases": "5,10"})
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from cloud_server.trainer.finetune import fine_tune
 from common.config import RunConfig, deep_merge
 from common.weights import read_state_dict
 from edge_agent.local import LocalModels
-from experiments import barrier, cell, data, paper, plots, tables
+from experiments import barrier, cell, command, data, paper, plots, tables
 from experiments.round import Network
 from experiments.tasks import TASKS, VARIANTS, Setting, Variant
 
@@ -32,7 +32,7 @@ def nothing(*_: Any) -> None: ...
 
 @pytest.fixture(autouse=True)
 def _leave_the_process_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(paper, "set_up_process", nothing)
+    monkeypatch.setattr(command, "set_up_process", nothing)
     monkeypatch.setenv("EXPERIMENT_DATA", "")  # what is written there ends with the test
 
 

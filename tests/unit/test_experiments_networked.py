@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from experiments import paper
+from experiments import command, paper
 
 
 @pytest.fixture
@@ -20,7 +20,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.mark.usefixtures("one_thread")
 def test_the_network_makes_the_same_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(paper, "set_up_process", lambda: None)
+    monkeypatch.setattr(command, "set_up_process", lambda: None)
     monkeypatch.setenv("EXPERIMENT_DATA", "")  # what is written there ends with the test
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     dirs = ["--work-dir", str(tmp_path), "--out-dir", str(tmp_path)]

@@ -1,0 +1,97 @@
+"""What the experiments' commands have in common: options, how they end, and how they are written down."""
+
+import argparse
+import os
+import shlex
+import tomllib
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from common.config import RunConfig, deep_merge
+from common.errors import ECAvgError, UsageError
+from common.files import replacing
+
+console = Console()
+
+
+def set_up_process() -> None:
+    """One thread, the same bits again and again, and of what the product logs only what went wrong."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # before PyTorch is imported
+    from common.telemetry import configure_logging
+    from common.training import make_deterministic
+
+    make_deterministic()
+    configure_logging(level="warning")
+
+
+def exit_code_of(name: str, work: Callable[[], None]) -> int:
+    """Do the work; what stops it is said in one line."""
+    set_up_process()
+    try:
+        work()
+    except KeyboardInterrupt:
+        console.print("stopped; the same command goes on from here")
+        return 130
+    except ECAvgError as error:
+        console.print(f"{name}: {error}", markup=False)
+        return error.exit_code
+    return 0
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Those that every command has: data, seeds, settings, and where things are kept."""
+    add = parser.add_argument
+    add("--data-dir", type=Path, metavar="DIR", help="where the dataset is, as for edge-agent")
+    add("--seeds", type=int, default=3, metavar="N", help="how many (default: 3)")
+    add(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="in the [run] table; TOML; repeatable"
+    )
+    add("--work-dir", type=Path, default=Path(".experiments"), metavar="DIR", help="default: .experiments")
+    add("--out-dir", type=Path, default=Path("experiments/results"), metavar="DIR")
+
+
+def run_config(run: Mapping[str, Any], assignments: Sequence[str]) -> RunConfig:
+    """A `[run]` table with what `--set` changes in it.
+
+    Raises:
+        UsageError: it is not TOML, or no configuration.
+    """
+    for assignment in assignments:
+        try:
+            run = deep_merge(run, tomllib.loads(assignment))
+        except tomllib.TOMLDecodeError as error:
+            raise UsageError(f"--set {assignment} is not TOML: {error}") from error
+    try:
+        return RunConfig(**run)
+    except ValueError as error:
+        raise UsageError(" ".join(str(error).split())) from error
+
+
+def progress_bars() -> Progress:
+    """Bars with how much is done, and since when."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    return Progress(*columns, console=console)
+
+
+def in_words(
+    module: str, arguments: argparse.Namespace, names: Sequence[str], defaults: Mapping[str, Any]
+) -> str:
+    """The command that makes these figures, wherever data and results are; what is default is left out."""
+    words = ["python", "-m", module, "--data-dir", "DIR"]
+    for name in names:
+        value = getattr(arguments, name)
+        if value not in (None, defaults.get(name)):
+            words += [f"--{name.replace('_', '-')}", str(value)]
+    for assignment in arguments.set:
+        words += ["--set", assignment]
+    return shlex.join(words)
+
+
+def write_text(path: Path, text: str) -> None:
+    """The whole file, or none of it."""
+    with replacing(path) as partial:
+        partial.write_text(text + "\n", "utf-8")
