@@ -1,7 +1,6 @@
 """A server that was taken over, against a real agent: nothing it says gets out of the agent's folder."""
 
 import asyncio
-import pickle
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from edge_agent.client import CloudClient
 from edge_agent.config import AgentConfig
 from edge_agent.metrics import AgentMetrics
 from edge_agent.state import AgentState
+from tests.hostile import pickles
 from tests.hostile.target import digest_of
 from tests.processes import enroll
 
@@ -242,10 +242,12 @@ async def test_weights_of_another_model_end_the_agent_with_one_line(device: Devi
         await device.run()
 
 
-async def test_weights_that_are_a_pickle_end_the_agent_with_one_line(device: Device) -> None:
-    offer(device, pickle.dumps({"1.weight": torch.zeros(8, 64)}))
+async def test_weights_that_are_a_pickle_end_the_agent_with_one_line(device: Device, tmp_path: Path) -> None:
+    marker = tmp_path / "somebody-unpickled-this"
+    offer(device, pickles.of_torch(marker))
     with pytest.raises(RunError, match="not a usable safetensors file"):
         await device.run()
+    assert not marker.exists()
 
 
 async def test_encoded_weights_that_are_a_pickle_are_fetched_as_they_are(device: Device) -> None:

@@ -2,7 +2,6 @@
 
 import io
 import os
-import pickle
 import struct
 import zlib
 from collections.abc import Callable, Iterator
@@ -15,6 +14,7 @@ from PIL import Image, PngImagePlugin
 from common.config import RunConfig
 from edge_agent.data import load_agent_data
 from edge_agent.image_folder import MAX_IMAGE_BYTES
+from tests.hostile import pickles
 from tests.hostile.target import MAX_GROWTH_BYTES
 
 RUN = RunConfig(num_classes=2)
@@ -104,7 +104,7 @@ NO_IMAGES: dict[str, Callable[[], bytes]] = {
     "empty.png": lambda: b"",
     "one-byte.jpeg": lambda: b"\xff",
     "zeros.bmp": lambda: bytes(1000),
-    "pickle.png": lambda: pickle.dumps({"image": [1, 2, 3]}),
+    "pickle.png": lambda: pickles.plain(Path("somebody-unpickled-this")),
     "gif.png": lambda: bytes_of(Image.new("L", (8, 8)), "GIF"),
     "tiff.jpg": lambda: bytes_of(Image.new("L", (8, 8)), "TIFF"),
     "postscript.png": lambda: bytes_of(Image.new("L", (8, 8)), "EPS"),  # Pillow runs a program for it

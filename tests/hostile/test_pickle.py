@@ -1,14 +1,8 @@
 """Bytes that run code in whoever unpickles them, wherever something of ours reads bytes."""
 
-import io
-import pickle
-import zlib
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import joblib
-import numpy as np
 import pytest
 import torch
 
@@ -23,66 +17,8 @@ from common.training import train
 from common.weights import load_into, read_state_dict
 from common.wire import decode
 from edge_agent.state import AgentState
+from tests.hostile.pickles import UNPICKLE
 from tests.hostile.target import Agent, Target, digest_of, refusal_of
-
-
-class Bomb:
-    """Unpickled, it makes a file."""
-
-    def __init__(self, marker: Path) -> None:
-        self.marker = marker
-
-    def __reduce__(self) -> Any:
-        return Path.touch, (self.marker,)
-
-
-def plain(marker: Path) -> bytes:
-    return pickle.dumps(Bomb(marker))
-
-
-def oldest_protocol(marker: Path) -> bytes:
-    return pickle.dumps(Bomb(marker), protocol=0)
-
-
-def of_torch(marker: Path) -> bytes:
-    file = io.BytesIO()
-    torch.save({"1.bias": torch.zeros(4), "x": Bomb(marker)}, file)
-    return file.getvalue()
-
-
-def of_old_torch(marker: Path) -> bytes:
-    file = io.BytesIO()
-    torch.save({"x": Bomb(marker)}, file, _use_new_zipfile_serialization=False)
-    return file.getvalue()
-
-
-def of_numpy(marker: Path) -> bytes:
-    file = io.BytesIO()
-    np.save(file, np.array([Bomb(marker)], dtype=object), allow_pickle=True)
-    return file.getvalue()
-
-
-def of_joblib(marker: Path) -> bytes:
-    file = io.BytesIO()
-    joblib.dump({"x": Bomb(marker)}, file, compress=3)
-    return file.getvalue()
-
-
-def behind_a_length(marker: Path) -> bytes:
-    """Where a safetensors file has its header."""
-    content = plain(marker)
-    return len(content).to_bytes(8, "little") + content
-
-
-UNPICKLE: dict[Callable[[Path], bytes], Callable[[bytes], Any]] = {
-    plain: pickle.loads,
-    oldest_protocol: pickle.loads,
-    of_torch: lambda content: torch.load(io.BytesIO(content), weights_only=False),
-    of_old_torch: lambda content: torch.load(io.BytesIO(content), weights_only=False),
-    of_numpy: lambda content: np.load(io.BytesIO(content), allow_pickle=True),
-    of_joblib: lambda content: pickle.loads(zlib.decompress(content)),
-    behind_a_length: lambda content: pickle.loads(content[8:]),
-}
 
 every_kind = pytest.mark.parametrize("make", UNPICKLE, ids=lambda make: make.__name__)
 
