@@ -14,7 +14,8 @@ from rich.table import Table
 from cloud_server import forgetting
 from cloud_server.authority import Authority, EnrolledAgent, TokenRow
 from cloud_server.config import DEFAULT_PRESET, ENV_PREFIX, ServerConfig
-from cloud_server.store import ForgettingRow, InUseError, Store
+from cloud_server.store import InUseError, Store
+from cloud_server.tables import ForgettingRow
 from common.config import load
 from common.errors import NotFoundError, UsageError
 from common.faults import Point, crash_point

@@ -28,7 +28,8 @@ from cloud_server.presence import LIVENESS_SECONDS, Presence
 from cloud_server.reports import Reports, stages
 from cloud_server.round import Contribution, Outcome, Phase, Policy, Round
 from cloud_server.standing import RunState, Standing, wait_for
-from cloud_server.store import EncodingRow, ForgettingRow, ReportRow, RoundRow, Store
+from cloud_server.store import Store
+from cloud_server.tables import EncodingRow, ForgettingRow, ReportRow, RoundRow
 from cloud_server.uploads import UNFIT, Upload, Uploads
 from common import schema
 from common.config import RunConfig, Wire

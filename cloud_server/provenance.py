@@ -21,7 +21,8 @@ from typing import Any
 
 from cloud_server.disk import storage_errors
 from cloud_server.round import Outcome
-from cloud_server.store import ForgettingRow, Store
+from cloud_server.store import Store
+from cloud_server.tables import ForgettingRow
 from common.errors import RunError
 from common.files import replacing, sync
 

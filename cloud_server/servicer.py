@@ -16,7 +16,7 @@ from cloud_server.limits import CallLimits
 from cloud_server.metrics import ServerMetrics
 from cloud_server.round import Contribution, Outcome, Phase
 from cloud_server.standing import RunState
-from cloud_server.store import ReportRow
+from cloud_server.tables import ReportRow
 from common import rpc
 from common.config import PROTOCOL_VERSION
 from common.errors import InvalidError, Reason, UnavailableError, UsageError

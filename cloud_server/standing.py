@@ -14,7 +14,8 @@ from cloud_server.metrics import ServerMetrics
 from cloud_server.presence import Presence
 from cloud_server.reports import Reports
 from cloud_server.round import OVER, Outcome, Phase, Round
-from cloud_server.store import ReportRow, RoundRow, Store
+from cloud_server.store import Store
+from cloud_server.tables import ReportRow, RoundRow
 from common.errors import Reason
 from common.transfer import Blob
 from common.wire import Encoded

@@ -18,216 +18,30 @@ import socket
 import sqlite3
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from threading import RLock
 from typing import Any, TextIO
 
 from cloud_server.database import connect, migrate, version
 from cloud_server.disk import storage_errors
+from cloud_server.tables import (
+    MIGRATIONS,
+    AgentRow,
+    ContributionRow,
+    EncodingRow,
+    ForgettingRow,
+    ReportRow,
+    RoundRow,
+    RunRow,
+    UploadRow,
+)
 from common.errors import NotFoundError, Reason, UsageError
 from common.faults import Point, crash_point
 from common.files import sync
 from common.transfer import checked_digest
 
-MIGRATIONS = (  # never edit one, add another
-    """
-    CREATE TABLE run (
-        only INTEGER PRIMARY KEY DEFAULT 1 CHECK (only = 1),
-        run_id TEXT NOT NULL,
-        config_json TEXT NOT NULL,
-        created_at REAL NOT NULL
-    );
-    CREATE TABLE agents (
-        agent_id TEXT PRIMARY KEY NOT NULL,
-        slot INTEGER NOT NULL UNIQUE,
-        joined_at REAL NOT NULL
-    );
-    CREATE TABLE rounds (
-        number INTEGER PRIMARY KEY,
-        phase TEXT NOT NULL,
-        initial_weights TEXT NOT NULL,
-        published TEXT,
-        failure TEXT NOT NULL DEFAULT '',
-        opened_at REAL NOT NULL
-    );
-    CREATE TABLE phase_history (
-        entry INTEGER PRIMARY KEY,
-        round INTEGER NOT NULL REFERENCES rounds (number),
-        phase TEXT NOT NULL,
-        at REAL NOT NULL
-    );
-    CREATE INDEX phase_history_by_round ON phase_history (round);
-    CREATE TABLE contributions (
-        round INTEGER NOT NULL REFERENCES rounds (number),
-        agent_id TEXT NOT NULL REFERENCES agents (agent_id),
-        outcome TEXT NOT NULL CHECK (outcome IN ('accepted', 'rejected', 'late')),
-        weights TEXT NOT NULL,
-        shards TEXT NOT NULL,
-        num_examples INTEGER NOT NULL,
-        accuracy_local REAL,
-        reason TEXT NOT NULL,
-        message TEXT NOT NULL,
-        at REAL NOT NULL,
-        PRIMARY KEY (round, agent_id)
-    );
-    CREATE TABLE reports (
-        round INTEGER NOT NULL REFERENCES rounds (number),
-        agent_id TEXT NOT NULL REFERENCES agents (agent_id),
-        accuracy_local REAL,
-        accuracy_before REAL,
-        accuracy_after REAL NOT NULL,
-        num_held_out INTEGER NOT NULL,
-        applied INTEGER NOT NULL,
-        reason TEXT NOT NULL,
-        at REAL NOT NULL,
-        PRIMARY KEY (round, agent_id)
-    );
-    CREATE TABLE uploads (
-        agent_id TEXT NOT NULL REFERENCES agents (agent_id),
-        digest TEXT NOT NULL,
-        kind TEXT NOT NULL,
-        at REAL NOT NULL,
-        PRIMARY KEY (agent_id, digest, kind)
-    );
-    """,
-    """
-    ALTER TABLE rounds ADD COLUMN retired INTEGER NOT NULL DEFAULT 0;
-    CREATE TABLE removals (digest TEXT PRIMARY KEY NOT NULL);
-    CREATE INDEX uploads_by_digest ON uploads (digest);
-    CREATE VIEW named_blobs AS
-        SELECT number AS round, '' AS agent_id, initial_weights AS digest, opened_at AS at FROM rounds
-        UNION ALL SELECT number, '', published, opened_at FROM rounds WHERE published IS NOT NULL
-        UNION ALL SELECT round, agent_id, weights, at FROM contributions WHERE weights != ''
-        UNION ALL SELECT round, agent_id, value, contributions.at FROM contributions, json_each(shards);
-    """,
-    "ALTER TABLE contributions ADD COLUMN initial_weights TEXT;",
-    "ALTER TABLE reports ADD COLUMN accuracy_adapted REAL;",
-    """
-    CREATE TABLE encodings (weights TEXT PRIMARY KEY NOT NULL, digest TEXT NOT NULL, base TEXT);
-    DROP VIEW named_blobs;
-    CREATE VIEW named_blobs AS
-        WITH ours AS (
-            SELECT number AS round, initial_weights AS digest, opened_at AS at FROM rounds
-            UNION ALL SELECT number, published, opened_at FROM rounds WHERE published IS NOT NULL
-        )
-        SELECT round, '' AS agent_id, digest, at FROM ours
-        UNION ALL SELECT round, '', encodings.digest, at FROM ours
-            JOIN encodings ON encodings.weights = ours.digest
-        UNION ALL SELECT round, agent_id, weights, at FROM contributions WHERE weights != ''
-        UNION ALL SELECT round, agent_id, value, contributions.at FROM contributions, json_each(shards);
-    """,
-    """
-    ALTER TABLE contributions ADD COLUMN num_shared INTEGER NOT NULL DEFAULT 0;
-    ALTER TABLE rounds ADD COLUMN without_data INTEGER NOT NULL DEFAULT 0;
-    CREATE TABLE forgettings (
-        pseudonym TEXT PRIMARY KEY NOT NULL,
-        agent_id TEXT,
-        slot INTEGER,
-        models TEXT NOT NULL DEFAULT '[]',
-        asked_at REAL NOT NULL,
-        done_at REAL
-    );
-    DROP VIEW named_blobs;
-    CREATE VIEW named_blobs AS
-        WITH ours AS (
-            SELECT number AS round, initial_weights AS digest, opened_at AS at FROM rounds
-            UNION ALL SELECT number, published, opened_at FROM rounds WHERE published IS NOT NULL
-        )
-        SELECT round, '' AS agent_id, digest, at FROM ours
-        UNION ALL SELECT round, '', encodings.digest, at FROM ours
-            JOIN encodings ON encodings.weights = ours.digest
-        UNION ALL SELECT round, agent_id, weights, at FROM contributions WHERE weights != ''
-        UNION ALL SELECT round, agent_id, value, contributions.at
-            FROM contributions JOIN rounds ON number = round, json_each(shards) WHERE NOT without_data;
-    """,
-)
-
 _RETIRED, _CLEARED = 1, 2  # rounds.retired: its records are given up; and so are its files
 _FIRST_PHASE = "collecting"  # round.Phase.COLLECTING: the two modules do not know each other
-
-
-@dataclass(frozen=True)
-class RunRow:
-    run_id: str
-    config_json: str
-    created_at: float  # like every time here: seconds since the epoch
-
-
-@dataclass(frozen=True)
-class AgentRow:
-    agent_id: str
-    slot: int  # from 1 on, in the order of joining
-    joined_at: float
-
-
-@dataclass(frozen=True)
-class RoundRow:
-    number: int
-    phase: str
-    initial_weights: str  # digest
-    published: str | None  # digest
-    failure: str
-    opened_at: float
-    phase_times: dict[str, float]  # when each phase was entered first
-    retired: bool = False  # its blobs have been given up; see cloud_server/retention.py
-    without_data: bool = False  # its shards have been given up, if nothing else
-
-
-@dataclass(frozen=True)
-class EncodingRow:
-    """How the server offers weights of its own for the way; see common/wire.py."""
-
-    digest: str  # of the encoded blob
-    base: str | None  # digest of the weights that it takes to decode it
-
-
-@dataclass(frozen=True)
-class ContributionRow:
-    agent_id: str
-    outcome: str  # "accepted", "rejected" or "late"
-    weights: str  # digest
-    shards: tuple[str, ...]  # digests
-    num_examples: int
-    accuracy_local: float | None
-    reason: str  # of a rejection; of an accepted one, why the model has nothing of it; else empty
-    message: str  # likewise
-    at: float
-    initial_weights: str | None = None  # digest; None: the agent's own, or not known
-    num_shared: int = 0  # examples in the shards
-
-
-@dataclass(frozen=True)
-class ReportRow:
-    agent_id: str
-    accuracy_local: float | None
-    accuracy_before: float | None
-    accuracy_after: float
-    num_held_out: int
-    applied: bool
-    reason: str  # why it was not applied, else empty
-    at: float
-    accuracy_adapted: float | None = None  # None: the model was not adapted, or that is not known
-
-
-@dataclass(frozen=True)
-class UploadRow:
-    agent_id: str
-    digest: str
-    kind: str  # "weights" or "data"
-    at: float
-
-
-@dataclass(frozen=True)
-class ForgettingRow:
-    """That an agent is to be forgotten, or has been; see cloud_server/forgetting.py."""
-
-    pseudonym: str
-    agent_id: str | None  # None: it has been
-    slot: int | None  # the same
-    models: tuple[tuple[int, str], ...]  # round and digest of each published model that had used its data
-    asked_at: float
-    done_at: float | None
 
 
 class InUseError(UsageError):

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from cloud_server import provenance
 from cloud_server.jobs import EncodedWeights, Job, JobDirectory, Result, Weights
-from cloud_server.store import ContributionRow, EncodingRow, Store
+from cloud_server.store import Store
+from cloud_server.tables import ContributionRow, EncodingRow
 from common.config import RunConfig
 
 INITIAL = b"initial weights"

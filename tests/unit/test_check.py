@@ -13,7 +13,8 @@ import pytest
 from cloud_server import check
 from cloud_server.__main__ import main
 from cloud_server.retention import clean_up
-from cloud_server.store import MIGRATIONS, Store
+from cloud_server.store import Store
+from cloud_server.tables import MIGRATIONS
 from common.errors import UsageError
 from tests.unit.states import (
     AGENT,

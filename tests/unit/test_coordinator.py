@@ -19,7 +19,8 @@ from cloud_server.coordinator import Coordinator
 from cloud_server.jobs import AgentAudit, Job, JobDirectory, JobError, Progress, Result, Weights, pending_jobs
 from cloud_server.metrics import ServerMetrics
 from cloud_server.round import Contribution, Outcome, Phase
-from cloud_server.store import ReportRow, Store
+from cloud_server.store import Store
+from cloud_server.tables import ReportRow
 from common.config import RunConfig
 from common.errors import (
     InvalidError,

@@ -12,7 +12,8 @@ import pytest
 from cloud_server import check, forgetting, jobs, provenance
 from cloud_server import store as store_module
 from cloud_server.jobs import JobContribution, JobDirectory
-from cloud_server.store import ContributionRow, InUseError, ReportRow, Store
+from cloud_server.store import InUseError, Store
+from cloud_server.tables import ContributionRow, ReportRow
 from common.errors import NotFoundError, RunError, UsageError
 from tests.unit.states import (
     AGENT,

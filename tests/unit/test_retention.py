@@ -14,7 +14,8 @@ import pytest
 from cloud_server import check, jobs, reports, retention
 from cloud_server.config import ServerConfig
 from cloud_server.jobs import JobDirectory
-from cloud_server.store import ContributionRow, Store
+from cloud_server.store import Store
+from cloud_server.tables import ContributionRow
 from common.errors import StorageError
 from tests.unit.states import (
     AGENT,

@@ -14,7 +14,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from cloud_server.records import round_from
 from cloud_server.round import TRANSITIONS, Contribution, Outcome, Phase, Policy, Rejection, Round
-from cloud_server.store import ContributionRow, Store
+from cloud_server.store import Store
+from cloud_server.tables import ContributionRow
 from common.errors import ConflictError, InvalidError, Reason
 
 POLICY = Policy(min_agents=2, max_agents=3, deadline_seconds=60)

@@ -29,7 +29,8 @@ from cloud_server import store as store_module
 from cloud_server.disk import storage_errors
 from cloud_server.jobs import blob_path
 from cloud_server.round import Phase
-from cloud_server.store import AgentRow, ContributionRow, ReportRow, RoundRow, RunRow, Store
+from cloud_server.store import Store
+from cloud_server.tables import AgentRow, ContributionRow, ReportRow, RoundRow, RunRow
 from common.errors import NotFoundError, Reason, StorageError, UsageError
 
 MEMORY = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # where fsync costs nothing
