@@ -20,6 +20,7 @@ import tempfile
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -283,10 +284,12 @@ async def _bare(processes: Processes, folder: Path, identity: Identity | None) -
 
 async def _serve(folder: Path) -> None:
     """The barest server there is: it writes, flushes and sends, on the event loop, and checks nothing."""
+    numbers = count()
 
     async def upload(chunks: Any, _: object) -> bytes:
         num_bytes = 0
-        with (folder / "upload").open("wb", buffering=0) as file:
+        # A new file each time, as ours: writing over an old one would spare the system finding memory for it.
+        with (folder / f"upload-{next(numbers)}").open("wb", buffering=0) as file:
             async for chunk in chunks:
                 num_bytes += file.write(chunk)
             os.fsync(file.fileno())
