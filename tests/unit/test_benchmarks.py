@@ -66,6 +66,14 @@ def test_memory_is_measured_for_each_number_of_agents() -> None:
         assert 10 < peaks["idle_mib"] <= peaks["uploads_mib"] <= peaks["downloads_mib"]
 
 
+def test_waiting_is_measured_from_the_rounds_own_times() -> None:
+    result = run("waiting", "--rounds", 4, "--repeats", 1)
+    assert set(result["help"]) == {"cloud_server", "edge_agent"}
+    assert all(seconds["min"] > 0 for seconds in result["help"].values())
+    for waited in (result["job_taken"], result["publication_known"]):
+        assert 0 < waited["min"] <= waited["max"] < result["first_model"]
+
+
 def test_aggregate_compares_every_aggregator() -> None:
     result = run("aggregate", "--model", "squeezenet1_1", "--agents", 2, "--repeats", 1)
     assert set(result["aggregators"]) == {"mean", "trimmed_mean", "median", "geometric_median"}
