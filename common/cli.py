@@ -72,7 +72,7 @@ def add_flags(
             parser.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help=text)
             continue
         text = (field.description or "").replace("%", "%%")
-        if not (field.is_required() or field.default in (None, "", (), True, False)):
+        if not (field.is_required() or field.default in (None, "", ()) or isinstance(field.default, bool)):
             text += f" (default: {field.default})"
         options: dict[str, Any] = {"dest": name, "default": argparse.SUPPRESS, "help": text}
         flag = f"--{name.replace('_', '-')}"

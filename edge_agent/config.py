@@ -29,7 +29,9 @@ class AgentConfig(ProcessConfig):
         description="digits, mnist, fashion-mnist, cifar10, cifar100, an image folder"
         " (DIR/{train,test}/<class>/*) or package.module:factory (default: the run's dataset)",
     )
-    data_dir: Path | None = Field(None, description="where named datasets are, or are downloaded to")
+    data_dir: Path | None = Field(
+        None, description="where named datasets are, or are downloaded to (default: ~/.cache/ecavg)"
+    )
     share_data: str = Field(
         "all",
         title="all|FRACTION|none",
@@ -39,7 +41,7 @@ class AgentConfig(ProcessConfig):
         None, title="I/N", description="take part I of N of the data (default: by the server's slot)"
     )
     state_dir: Path | None = Field(
-        None, description="where model, report and progress are kept (default: ecavg-agent)"
+        None, description="where model, report and progress are kept (default: ecavg-agent-ID or ecavg-agent)"
     )
     device: str = Field("auto", description="where to train: auto, cpu, cuda, cuda:1")
     checkpoint_seconds: float = Field(
