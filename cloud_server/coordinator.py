@@ -276,7 +276,8 @@ class Coordinator:
         await self._transition(ended)
         if self._round.published:
             self._metrics.set_accuracies(stages(result))
-            self._metrics.set_audit(result.audit)
+            # Somebody may have been forgotten since.
+            self._metrics.set_audit([agent for agent in result.audit if agent.agent_id in self._slots])
             self._log_audit(result)
 
     def _log_audit(self, result: Result) -> None:
@@ -457,12 +458,10 @@ class Coordinator:
                 raise InvalidError(f"round {number} is not open; round {self._round.number} is")
             if number < self._round.number:
                 return await self._contribute_to_past_round(number, contribution)
-            # Here, so that no clean-up comes between the checks and the record.
-            await self._uploads.check_complete(agent_id, contribution.weights, contribution.shards)
-            if self._config.run.wire == "int8":
-                await self._uploads.check_base(contribution.weights, contribution.initial_weights)
-            num_shared = await self._uploads.count_shared(contribution.shards, contribution.num_examples)
-            counted = replace(contribution, num_shared=num_shared)
+            counted = contribution
+            # Afterwards its blobs may be gone, and the answer does not depend on them.
+            if self._round.phase is Phase.COLLECTING:
+                counted = await self._checked(contribution)
             updated, outcome = self._round.contribute(counted)
             if updated is not self._round:
                 await self._record_contribution(number, counted, outcome)
@@ -587,6 +586,7 @@ class Coordinator:
                 self._standing.forget(agent_id)
                 self._believe(self._round.without(agent_id))  # now: whatever fails below, it does not count
                 await self._remove_all_of(row)
+                self._standing.forget(agent_id)  # what was read from the files meanwhile
 
         await self._exclusively(change)
 
@@ -641,6 +641,14 @@ class Coordinator:
 
         await when_disk_allows(lambda: self._exclusively(record))
 
+    async def _checked(self, contribution: Contribution) -> Contribution:
+        """With what its shards hold. Under the lock: no clean-up comes between the checks and the record."""
+        await self._uploads.check_complete(contribution.agent_id, contribution.weights, contribution.shards)
+        if self._config.run.wire == "int8":
+            await self._uploads.check_base(contribution.weights, contribution.initial_weights)
+        num_shared = await self._uploads.count_shared(contribution.shards, contribution.num_examples)
+        return replace(contribution, num_shared=num_shared)
+
     async def _contribute_to_past_round(self, number: int, contribution: Contribution) -> Outcome:
         """LATE, and known to have been; accepted, if that is what it was in its time."""
         rows = {row.agent_id: row for row in await asyncio.to_thread(self._store.contributions, number)}
@@ -652,7 +660,12 @@ class Coordinator:
         return Outcome.LATE
 
     async def _record_contribution(self, number: int, contribution: Contribution, outcome: Outcome) -> None:
-        row = records.contribution_row(contribution, outcome, self._clock())
+        now = self._clock()
+        row = (
+            records.accepted_row(contribution, now)
+            if outcome is Outcome.ACCEPTED
+            else records.late_row(contribution.agent_id, now)
+        )
         await asyncio.to_thread(self._store.record_contribution, number, row)
         crash_point(Point.SERVER_CONTRIBUTION_RECORDED)
         self._uploads.budgets.look_again_at(row.agent_id)

@@ -73,9 +73,11 @@ class JobRunner:
             JobWithdrawnError: it has been withdrawn.
         """
         directory = self.directory(job.name)
-        if directory.is_begun:
-            begun = directory.read_job()
+        begun = directory.read_job() if directory.is_begun else None
+        if begun and begun.contributions == job.contributions:
             job = job.model_copy(update={"attempt": begun.attempt, "run": begun.run})
+        else:  # what is left of one that was withdrawn would be taken for this one's
+            await self._write(job, directory.remove)
         result = directory.read_result()
         if result and not result.error:
             await on_progress(directory.read_progress(0)[0])

@@ -58,34 +58,43 @@ def round_from(
     )
 
 
-def contribution_row(contribution: Contribution, outcome: Outcome, now: float) -> ContributionRow:
-    """An accepted or a late contribution; `now` in seconds since the epoch."""
+def accepted_row(contribution: Contribution, now: float) -> ContributionRow:
+    """An accepted contribution; `now` in seconds since the epoch."""
     return ContributionRow(
         agent_id=contribution.agent_id,
-        outcome=outcome.value,
+        outcome=Outcome.ACCEPTED.value,
         weights=contribution.weights,
         shards=contribution.shards,
         num_examples=contribution.num_examples,
         initial_weights=contribution.initial_weights,
         accuracy_local=contribution.accuracy_local,
         num_shared=contribution.num_shared,
-        reason=Reason.ROUND_CLOSED.value if outcome is Outcome.LATE else "",
+        reason="",
         message="",
         at=now,
     )
 
 
+def late_row(agent_id: str, now: float) -> ContributionRow:
+    """One that came too late, of which nothing is kept: nobody has looked whether what it names is here."""
+    return _row_of_none(agent_id, Outcome.LATE, Rejection(Reason.ROUND_CLOSED, ""), now)
+
+
 def rejection_row(agent_id: str, rejection: Rejection, now: float) -> ContributionRow:
     """A refused one, of which nothing has been kept."""
+    return _row_of_none(agent_id, Outcome.REJECTED, rejection, now)
+
+
+def _row_of_none(agent_id: str, outcome: Outcome, why: Rejection, now: float) -> ContributionRow:
     return ContributionRow(
         agent_id=agent_id,
-        outcome=Outcome.REJECTED.value,
+        outcome=outcome.value,
         weights="",
         shards=(),
         num_examples=0,
         accuracy_local=None,
-        reason=rejection.reason.value,
-        message=rejection.message,
+        reason=why.reason.value,
+        message=why.message,
         at=now,
     )
 

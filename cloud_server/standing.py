@@ -88,6 +88,8 @@ class Standing:
         self._metrics = metrics
         self._on_change = on_change
         self._changed = asyncio.Event()
+        self._news = asyncio.Event()
+        self._num_forgotten = 0
         self._progress: Progress | None = None  # of the trainer in this phase
         self._run_over = False
         self._latest_model: PublishedModel | None = None
@@ -120,10 +122,11 @@ class Standing:
             self._left_out |= {
                 agent_id: LeftOut(current.number, *why) for agent_id, why in current.left_out.items()
             }
-        self.look_again()
+        self._tell_watchers()
 
     def forget(self, agent_id: str) -> None:
         """Nothing is known of this agent any more."""
+        self._num_forgotten += 1
         self._counted.pop(agent_id, None)
         self._left_out.pop(agent_id, None)
         self._results.clear()
@@ -131,14 +134,20 @@ class Standing:
 
     def show_progress(self, progress: Progress) -> None:
         self._progress = progress
-        self.look_again()
+        self._tell_watchers()
 
     def show_run_over(self) -> None:
         self._run_over = True
+        self._tell_watchers()
+
+    def _tell_watchers(self) -> None:
+        """Apart from other changes: of who comes and goes, a thousand watchers need not hear."""
+        self._news.set()
+        self._news = asyncio.Event()
         self.look_again()
 
     def look_again(self) -> None:
-        """Wake everyone who waits for news."""
+        """Wake whoever waits for any change on this side: reports and agents' presence count as well."""
         self._changed.set()
         self._changed = asyncio.Event()
         self._metrics.set_phase(self._round.number, self._round.phase.value)
@@ -158,16 +167,16 @@ class Standing:
         return self._changed
 
     async def watch(self, agent_id: str) -> AsyncIterator[RunState]:
-        """The state now, then again after each change; slow readers skip states, never the latest."""
+        """The state now, then again whenever it changes; slow readers skip states, never the latest."""
         with self._counted_as_watching(agent_id):
             while True:
-                changed = self._changed
+                news = self._news
                 state = self.state_for(agent_id)
                 yield state
                 if state.run_over:
                     self._presence.dismiss(agent_id)
                     return
-                await changed.wait()
+                await news.wait()
 
     def state_for(self, agent_id: str | None = None) -> RunState:
         failed_round, failure = self._last_failure
@@ -193,12 +202,15 @@ class Standing:
     async def status(self, now: float) -> dict[str, Any]:
         """The JSON behind the status page; `now` in seconds since the epoch."""
         rows = await asyncio.to_thread(self._store.rounds, last=STATUS_ROUNDS)
-        self._results = await asyncio.to_thread(self._results_of, rows)
+        num_forgotten = self._num_forgotten
+        results = await asyncio.to_thread(self._results_of, rows)
+        if num_forgotten == self._num_forgotten:  # else they may name somebody who is forgotten
+            self._results = results
         num_accepted = await asyncio.to_thread(self._store.num_accepted)
         last_published = max((row.number for row in rows if row.published), default=0)
         reported = {row.agent_id: row for row in await asyncio.to_thread(self._store.reports, last_published)}
         current, progress, here = self._round, self._progress, self._presence.here
-        audited = self._results.get(last_published, Result()).audit
+        audited = results.get(last_published, Result()).audit
         audits = {agent.agent_id: _audit_status(agent) for agent in audited}
         return {
             "run_id": self._run_id,
@@ -212,7 +224,7 @@ class Standing:
                 for agent_id, slot in sorted(self._slots.items(), key=lambda item: item[1])
             ],
             "rounds": [
-                _round_status(row, num_accepted.get(row.number, 0), self._results.get(row.number))
+                _round_status(row, num_accepted.get(row.number, 0), results.get(row.number))
                 for row in rows
                 if row.phase in OVER
             ],

@@ -3,7 +3,7 @@
 import asyncio
 import hashlib
 import json
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, closing, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,7 +16,18 @@ from safetensors.numpy import save_file
 from cloud_server import coordinator, job_runner, presence
 from cloud_server.config import ServerConfig
 from cloud_server.coordinator import Coordinator
-from cloud_server.jobs import AgentAudit, Job, JobDirectory, JobError, Progress, Result, Weights, pending_jobs
+from cloud_server.job_runner import JobRunner
+from cloud_server.jobs import (
+    AgentAudit,
+    Job,
+    JobContribution,
+    JobDirectory,
+    JobError,
+    Progress,
+    Result,
+    Weights,
+    pending_jobs,
+)
 from cloud_server.metrics import ServerMetrics
 from cloud_server.round import Contribution, Outcome, Phase
 from cloud_server.store import Store
@@ -34,6 +45,7 @@ from common.errors import (
 from common.shards import Shard, write_shard
 from common.transfer import Blob
 from common.wire import Base, encode
+from tests.unit.test_metrics import values
 
 REPORT = ReportRow(
     agent_id="",
@@ -247,6 +259,45 @@ async def test_accepted_contribution_repeated_after_its_round_is_still_accepted(
             assert verdict.outcome is Outcome.ACCEPTED
             await here.until(lambda: here.coordinator.state_for().round == 2)
         assert [row.outcome for row in here.store.contributions(1)] == ["accepted"]
+
+
+@pytest.mark.parametrize("num_rounds", [0, 1])
+async def test_answer_after_the_round_does_not_depend_on_blobs_that_are_gone(
+    tmp_path: Path, num_rounds: int
+) -> None:
+    async with world(tmp_path, rounds=num_rounds, run=RunConfig(retain_data="round")) as here:
+        first, late = await contribution_with_data(here, "first"), await here.contribution_of("late")
+        assert (await here.coordinator.contribute("first", 1, first)).outcome is Outcome.ACCEPTED
+        await here.until(lambda: not here.store.has_upload("first", first.shards[0], "data"))
+        assert (await here.coordinator.contribute("first", 1, first)).outcome is Outcome.ACCEPTED
+        late = replace(late, shards=("e" * 64,))  # which it has not sent
+        assert (await here.coordinator.contribute("late", 1, late)).outcome is Outcome.LATE
+        assert [row.outcome for row in here.store.contributions(1)] == ["accepted", "late"]
+
+
+async def test_nothing_is_kept_of_a_late_contribution(tmp_path: Path) -> None:
+    async with world(tmp_path) as here:
+        late = await here.contribution_of("late", seed=8)
+        assert await here.contribute("first") is Outcome.ACCEPTED
+        await here.until(lambda: here.coordinator.state_for().round == 2)
+        await here.coordinator.contribute("late", 1, replace(late, shards=("e" * 64,) * 1000))
+        (row,) = (each for each in here.store.contributions(1) if each.agent_id == "late")
+        assert (row.outcome, row.weights, row.shards) == ("late", "", ())
+        assert list(here.store.unused_sizes("late")) == [late.weights]
+
+
+async def test_result_of_a_job_that_was_withdrawn_is_not_the_next_ones(tmp_path: Path) -> None:
+    runner = JobRunner(tmp_path / "jobs", trainer := PlayedTrainer(tmp_path), max_attempts=3)
+    gone, stays = (JobContribution(agent_id=name, weights="", shards=(), num_examples=1) for name in "ab")
+    job = Job(kind="round", name="round-0001", round=1, run=RunConfig(), device="cpu", initial_weights=None)
+    directory = runner.directory(job.name)
+    directory.write_job(job.model_copy(update={"contributions": (gone, stays)}))
+    directory.write_result(model_in(directory, 1))
+    directory.withdraw()
+    working = asyncio.create_task(trainer.work())
+    await runner.finish(job.model_copy(update={"contributions": (stays,)}))
+    working.cancel()
+    assert [each.contributions for each in trainer.jobs] == [(stays,)]
 
 
 async def test_contribution_to_a_round_that_is_not_open_yet_is_refused(tmp_path: Path) -> None:
@@ -599,6 +650,30 @@ async def test_upload_under_way_of_an_agent_that_is_forgotten_ends_and_leaves_no
             await receive()
 
 
+async def test_who_is_forgotten_as_a_model_is_published_is_in_no_metric(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with world(tmp_path, min_agents=2) as here:
+        names = ("gone", "stays")
+        here.trainer.audit = tuple(
+            AgentAudit(agent_id=name, update_norm=1.0, norm_ratio=1.0) for name in names
+        )
+        set_audit = here.metrics.set_audit
+
+        def after_somebody_left(audit: Sequence[AgentAudit]) -> None:
+            set_audit(audit)
+            assert values(here.metrics.registry, "ecavg_server_agent_flagged") == {"stays": 0.0}
+
+        def leave(_: object) -> None:  # published, and the lock is free again
+            here.coordinator._slots.pop("gone")
+
+        monkeypatch.setattr(here.metrics, "set_accuracies", leave)
+        monkeypatch.setattr(here.metrics, "set_audit", after_somebody_left)
+        for name in names:
+            assert await here.contribute(name) is Outcome.ACCEPTED
+        await here.until(lambda: here.coordinator.state_for().round == 2)
+
+
 async def test_forgotten_agent_may_join_anew_a_little_later(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -631,18 +706,24 @@ async def test_forgetting_waits_for_a_disk_that_is_full(
         assert here.store.agents() == []
 
 
+async def contribution_with_data(here: World, agent_id: str) -> Contribution:
+    """Eight examples, five of which are shared."""
+    start, path = await here.contribution_of(agent_id), here.config.state_dir / "shard"
+    write_shard(path, Shard(np.zeros((5, 1, 8, 8), np.uint8), np.zeros(5, np.int64)))
+    content = path.read_bytes()
+    blob = Blob(hashlib.sha256(content).hexdigest(), len(content))
+    async with here.coordinator.receive(agent_id, "data", blob, 0) as upload:
+        await upload.write(content)
+    return replace(start, shards=(blob.digest,), num_examples=8)
+
+
 async def test_data_kept_for_a_round_go_when_it_is_over(tmp_path: Path) -> None:
     async with world(tmp_path, run=RunConfig(retain_data="round")) as here:
-        start = await here.contribution_of("first")
-        write_shard(tmp_path / "shard", Shard(np.zeros((5, 1, 8, 8), np.uint8), np.zeros(5, np.int64)))
-        content = (tmp_path / "shard").read_bytes()
-        blob = Blob(hashlib.sha256(content).hexdigest(), len(content))
-        async with here.coordinator.receive("first", "data", blob, 0) as upload:
-            await upload.write(content)
-        assert await here.coordinator.query_upload("first", "data", blob.digest) == (blob.size_bytes, True)
-        whole = replace(start, shards=(blob.digest,), num_examples=8)
+        whole = await contribution_with_data(here, "first")
+        (digest,) = whole.shards
+        assert (await here.coordinator.query_upload("first", "data", digest))[1]
         assert (await here.coordinator.contribute("first", 1, whole)).outcome is Outcome.ACCEPTED
         await here.until(lambda: here.coordinator.state_for().round == 2)
-        assert await here.coordinator.query_upload("first", "data", blob.digest) == (0, False)
+        assert await here.coordinator.query_upload("first", "data", digest) == (0, False)
         (agent,) = here.report()["agents"]
         assert (agent["num_examples"], agent["num_shared"], here.report()["num_shared"]) == (8, 5, 5)

@@ -1,5 +1,6 @@
 """What there is to see of a run, with a real store; the coordinator is played by the test."""
 
+import asyncio
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
@@ -7,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from cloud_server.jobs import JobDirectory, Progress
+from cloud_server.jobs import JobDirectory, Progress, Result
 from cloud_server.metrics import ServerMetrics
 from cloud_server.presence import Presence
 from cloud_server.records import round_from
@@ -134,6 +135,40 @@ async def test_watcher_is_counted_while_it_watches_and_skips_states_but_not_the_
     await watching.aclose()
     assert viewed.metrics.registry.get_sample_value(agents, {"state": "watching"}) == 0
     assert viewed.metrics.registry.get_sample_value(agents, {"state": "away"}) == 2
+
+
+async def test_watchers_do_not_hear_of_who_comes_and_goes(viewed: Viewed) -> None:
+    watching = viewed.standing.watch(AGENT)
+    await anext(watching)
+    following = asyncio.ensure_future(anext(watching))
+    for _ in range(3):
+        other = viewed.standing.watch("edge-2")
+        await anext(other)
+        await other.aclose()
+        viewed.standing.look_again()  # as after a report
+        await asyncio.sleep(0)
+    assert not following.done()
+    viewed.standing.show_progress(Progress(phase="aggregating", done=1, total=2))
+    assert (await following).progress
+    await watching.aclose()
+
+
+async def test_page_that_is_made_while_somebody_is_forgotten_is_not_remembered(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_rounds(store, tmp_path, 1)
+    viewed = Viewed(store, tmp_path)
+
+    def result_of(reports: Reports, number: int) -> Result:
+        monkeypatch.undo()  # from the next one on, the file says it
+        viewed.standing.forget("edge-3")
+        return RESULT
+
+    monkeypatch.setattr(Reports, "result_of", result_of)
+    (seen,) = (await viewed.standing.status(now=10.0))["rounds"]
+    assert seen["flagged"] == ["edge-3"]
+    (now,) = (await viewed.standing.status(now=10.0))["rounds"]
+    assert not now["flagged"]
 
 
 async def test_watch_ends_with_the_run(viewed: Viewed) -> None:

@@ -131,6 +131,7 @@ async def test_restarted_trainer_has_left_and_another_one_comes(tmp_path, fifo):
     await trainer.restart()  # there is none yet
     await trainer.start()
     first = int(await line_of(fifo))
+    await until(lambda: trainer.pid == first)  # it may say so before its start is known here
     await trainer.restart()
     assert not is_alive(first)
     assert trainer.num_exits == 1
