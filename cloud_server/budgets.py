@@ -10,7 +10,6 @@ What was sent is counted in memory: a server that is started again begins anew.
 """
 
 import asyncio
-from collections import defaultdict
 from collections.abc import Callable, Mapping
 
 from common.errors import BudgetError, Reason
@@ -33,8 +32,8 @@ class Budgets:
         self._round_bytes = round_bytes
         self._unused_sizes = unused_sizes
         self._looking = asyncio.Lock()
-        self._known: set[str] = set()  # agents whose files have been looked at
-        self._files: defaultdict[str, dict[str, int]] = defaultdict(dict)  # and what came later
+        self._files: dict[str, dict[str, int]] = {}  # of agents whose files have been looked at
+        self._notes: dict[str, dict[str, int | None]] = {}  # of one whose files are being looked at
         self.begin_round()
 
     def begin_round(self) -> None:
@@ -70,20 +69,23 @@ class Budgets:
 
     def look_again(self) -> None:
         """Files have been removed."""
-        self._known.clear()
         self._files.clear()
+        self._notes.clear()
 
     def note_file(self, agent_id: str, digest: str, num_bytes: int | None) -> None:
         """So much of a blob is here now; None: it has been discarded."""
-        if num_bytes is None:
-            self._files[agent_id].pop(digest, None)
-        else:
-            self._files[agent_id][digest] = num_bytes
+        if agent_id in self._notes:
+            self._notes[agent_id][digest] = num_bytes
+        elif agent_id in self._files:  # else it is found when they are looked at
+            if num_bytes is None:
+                self._files[agent_id].pop(digest, None)
+            else:
+                self._files[agent_id][digest] = num_bytes
 
     def look_again_at(self, agent_id: str) -> None:
         """Some of what the agent has here is in use now, or gone."""
-        self._known.discard(agent_id)
         self._files.pop(agent_id, None)
+        self._notes.pop(agent_id, None)
 
     async def check_files(self, agent_id: str, declared: Mapping[str, int]) -> None:
         """Hold what an agent would have here that no round uses against its budget.
@@ -109,12 +111,15 @@ class Budgets:
 
     async def _sizes(self, agent_id: str) -> Mapping[str, int]:
         async with self._looking:
-            while agent_id not in self._known:
-                self._known.add(agent_id)  # unless something changes meanwhile
+            while agent_id not in self._files:
+                notes = self._notes[agent_id] = {}
                 try:
                     found = await asyncio.to_thread(self._unused_sizes, agent_id)
-                except BaseException:
-                    self._known.discard(agent_id)
-                    raise
-                self._files[agent_id] = {**found, **self._files[agent_id]}
-        return self._files[agent_id]
+                    is_current = self._notes.get(agent_id) is notes  # nobody asked to look again
+                finally:
+                    self._notes.pop(agent_id, None)
+                if is_current:
+                    self._files[agent_id] = dict(found)
+                    for digest, num_bytes in notes.items():
+                        self.note_file(agent_id, digest, num_bytes)
+            return self._files[agent_id]

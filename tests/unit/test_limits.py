@@ -1,5 +1,9 @@
 """Calls in a second and at once, of one caller; bytes of one agent and of all."""
 
+import asyncio
+import threading
+from collections.abc import Callable
+
 import pytest
 
 from cloud_server import limits
@@ -142,6 +146,50 @@ async def test_files_are_counted_anew_after_a_contribution() -> None:
         await book.check_files("a", {"coming": 1})
     book.look_again_at("a")
     await book.check_files("a", {"coming": 1})
+
+
+class Disk:
+    """Files of an agent; who looks at them is held until it is let go."""
+
+    def __init__(self, **sizes: int) -> None:
+        self.sizes = sizes
+        self.looked = asyncio.Event()
+        self.release = threading.Event()
+        self._loop = asyncio.get_running_loop()
+
+    def look(self, _: str) -> dict[str, int]:
+        found = dict(self.sizes)
+        self._loop.call_soon_threadsafe(self.looked.set)
+        assert self.release.wait(10)
+        return found
+
+
+@pytest.mark.parametrize("look_again", [Budgets.look_again, lambda book: book.look_again_at("a")])
+async def test_files_removed_while_they_are_looked_at_are_not_counted(
+    look_again: Callable[[Budgets], None],
+) -> None:
+    disk = Disk(there=1 << 20)
+    book = Budgets(1 << 20, 1 << 30, disk.look)
+    checking = asyncio.create_task(book.check_files("a", {"coming": 1 << 20}))
+    await disk.looked.wait()
+    disk.sizes.clear()
+    look_again(book)
+    disk.release.set()
+    await checking
+
+
+async def test_what_is_noted_while_files_are_looked_at_is_newer() -> None:
+    disk = Disk(kept=LEAST_BYTES, discarded=1 << 20)
+    book = Budgets(1 << 20, 1 << 30, disk.look)
+    checking = asyncio.create_task(book.check_files("a", {}))
+    await disk.looked.wait()
+    book.note_file("a", "kept", 1 << 19)
+    book.note_file("a", "discarded", None)
+    disk.release.set()
+    await checking
+    await book.check_files("a", {"coming": 1 << 19})
+    with pytest.raises(BudgetError):
+        await book.check_files("a", {"coming": (1 << 19) + 1})
 
 
 async def test_number_of_files_is_bounded() -> None:
