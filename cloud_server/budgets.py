@@ -18,6 +18,33 @@ LEAST_BYTES = 4096  # that a message or file counts for: either costs more than 
 MAX_FILES = 20_000  # of one agent that no round uses; a contribution has half of that
 
 
+class _Files:
+    """What an agent has here that no round uses, and its sum: it may have many, and opens many streams.
+
+    Args:
+        sizes: bytes by digest.
+    """
+
+    def __init__(self, sizes: Mapping[str, int]) -> None:
+        self._counted = {digest: max(size, LEAST_BYTES) for digest, size in sizes.items()}
+        self._num_bytes = sum(self._counted.values())
+
+    def note(self, digest: str, num_bytes: int | None) -> None:
+        """As `Budgets.note_file`."""
+        self._num_bytes -= self._counted.pop(digest, 0)
+        if num_bytes is not None:
+            self._counted[digest] = max(num_bytes, LEAST_BYTES)
+            self._num_bytes += self._counted[digest]
+
+    def with_declared(self, sizes: Mapping[str, int]) -> tuple[int, int]:
+        """How many files and bytes it would be, were these here whole."""
+        num_files, num_bytes = len(self._counted), self._num_bytes
+        for digest, size in sizes.items():
+            num_files += digest not in self._counted
+            num_bytes += max(size, LEAST_BYTES) - self._counted.get(digest, 0)
+        return num_files, num_bytes
+
+
 class Budgets:
     """What agents have sent in the round that is open, and have here; in the event loop's thread only.
 
@@ -32,7 +59,7 @@ class Budgets:
         self._round_bytes = round_bytes
         self._unused_sizes = unused_sizes
         self._looking = asyncio.Lock()
-        self._files: dict[str, dict[str, int]] = {}  # of agents whose files have been looked at
+        self._files: dict[str, _Files] = {}  # of agents whose files have been looked at
         self._notes: dict[str, dict[str, int | None]] = {}  # of one whose files are being looked at
         self.begin_round()
 
@@ -77,10 +104,7 @@ class Budgets:
         if agent_id in self._notes:
             self._notes[agent_id][digest] = num_bytes
         elif agent_id in self._files:  # else it is found when they are looked at
-            if num_bytes is None:
-                self._files[agent_id].pop(digest, None)
-            else:
-                self._files[agent_id][digest] = num_bytes
+            self._files[agent_id].note(digest, num_bytes)
 
     def look_again_at(self, agent_id: str) -> None:
         """Some of what the agent has here is in use now, or gone."""
@@ -96,30 +120,29 @@ class Budgets:
         Raises:
             BudgetError: AGENT_BUDGET.
         """
-        sizes = {**await self._sizes(agent_id), **declared}
-        if len(sizes) > MAX_FILES:
+        num_files, num_bytes = (await self._looked_at(agent_id)).with_declared(declared)
+        if num_files > MAX_FILES:
             raise BudgetError(
-                f"{len(sizes)} files of agent {agent_id} would wait here to be contributed, {MAX_FILES} may:"
+                f"{num_files} files of agent {agent_id} would wait here to be contributed, {MAX_FILES} may:"
                 " put the data into fewer shards"
             )
-        num_bytes = sum(max(size, LEAST_BYTES) for size in sizes.values())
         if num_bytes > self._agent_bytes:
             raise BudgetError(
                 f"{num_bytes} bytes of agent {agent_id} would wait here to be contributed,"
                 f" {self._agent_bytes} may: send less, or ask the server's operator to raise max_agent_bytes"
             )
 
-    async def _sizes(self, agent_id: str) -> Mapping[str, int]:
+    async def _looked_at(self, agent_id: str) -> _Files:
         async with self._looking:
             while agent_id not in self._files:
                 notes = self._notes[agent_id] = {}
                 try:
-                    found = await asyncio.to_thread(self._unused_sizes, agent_id)
+                    found = await asyncio.to_thread(lambda: _Files(self._unused_sizes(agent_id)))
                     is_current = self._notes.get(agent_id) is notes  # nobody asked to look again
                 finally:
                     self._notes.pop(agent_id, None)
                 if is_current:
-                    self._files[agent_id] = dict(found)
+                    self._files[agent_id] = found
                     for digest, num_bytes in notes.items():
-                        self.note_file(agent_id, digest, num_bytes)
+                        found.note(digest, num_bytes)
             return self._files[agent_id]

@@ -1,7 +1,9 @@
 """Calls in a second and at once, of one caller; bytes of one agent and of all."""
 
 import asyncio
+import random
 import threading
+import time
 from collections.abc import Callable
 
 import pytest
@@ -196,3 +198,36 @@ async def test_number_of_files_is_bounded() -> None:
     book = budgets(1 << 40, 1 << 50, {str(number): 0 for number in range(MAX_FILES)})
     with pytest.raises(BudgetError, match="fewer shards"):
         await book.check_files("a", {"one more": 1})
+
+
+async def least_seconds(book: Budgets) -> float:
+    """What one check takes of the event loop's thread, its files known."""
+    took = []
+    for _ in range(20):
+        started = time.thread_time()
+        await book.check_files("a", {"coming": 1})
+        took.append(time.thread_time() - started)
+    return min(took)
+
+
+async def test_check_takes_no_longer_where_many_files_are() -> None:
+    few = budgets(1 << 40, 1 << 50, {"there": 0})
+    many = budgets(1 << 40, 1 << 50, {str(number): 0 for number in range(MAX_FILES - 1)})
+    assert await least_seconds(many) < 20 * await least_seconds(few)  # it was 500 times as long
+
+
+async def test_sum_is_that_of_the_files_whatever_comes_and_goes() -> None:
+    draw = random.Random(1)
+    files = {name: draw.randrange(1 << 16) for name in "abcdef"}
+    there, book = dict(files), budgets(1 << 20, 1 << 30, files)
+    await book.check_files("a", {})
+    for _ in range(200):
+        name, size = draw.choice("abcdefgh"), draw.choice([None, draw.randrange(1 << 16)])
+        book.note_file("a", name, size)
+        there.pop(name, None)
+        if size is not None:
+            there[name] = size
+        others = sum(max(there[each], LEAST_BYTES) for each in there if each != "a")
+        await book.check_files("a", {"a": (1 << 20) - others})
+        with pytest.raises(BudgetError, match=str((1 << 20) + 1)):
+            await book.check_files("a", {"a": (1 << 20) - others + 1})
