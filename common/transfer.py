@@ -17,7 +17,6 @@ from common.errors import CorruptError, InvalidError, OffsetError, Reason
 
 CHUNK_BYTES = 256 * 1024
 MAX_CHUNK_BYTES = 1024 * 1024
-_READ_BYTES = 4 * 1024 * 1024
 _FLUSH_BYTES = 8 * 1024 * 1024  # are given to the disk at a time, while the next ones arrive
 _CHUNKS_AT_ONCE = 2  # waiting to be written: the memory of every stream
 
@@ -153,6 +152,9 @@ class WriteBehind:
 class Receiver:
     """The receiving end of one blob: appends to a partial file, and goes on where that file ends.
 
+    To open one reads nothing of the file, so that anybody may as often as connections break: what an earlier
+    attempt stored is hashed by `finish`, once all of it has been sent.
+
     Args:
         path: the partial file; what it already holds counts as received.
         blob: what is to be received.
@@ -165,12 +167,11 @@ class Receiver:
     ) -> None:
         self.blob = blob
         self._path = path
-        self._hash = hashlib.sha256()
         self._file = path.open("ab", buffering=0)
+        self.received_bytes = self._flushed_bytes = self._file.tell()
+        self._hash = None if self.received_bytes else hashlib.sha256()
+        self._gate = None if self.received_bytes else gate
         self._held = bytearray()  # waits for the gate; grows in place, however small the chunks
-        self._flushed_bytes = self._file.tell()
-        self._gate = gate if self._file.tell() == 0 else None
-        self.received_bytes = self._hash_what_is_there()
         self.is_discarded = False
 
     def close(self) -> None:
@@ -197,7 +198,8 @@ class Receiver:
             if not self._gate(self._held):
                 return
             chunk, self._held, self._gate = bytes(self._held), bytearray(), None
-        self._hash.update(chunk)
+        if self._hash:
+            self._hash.update(chunk)
         while chunk:  # a raw file may write less than it was given
             chunk = chunk[self._file.write(chunk) :]
         self._begin_flush()
@@ -214,7 +216,8 @@ class Receiver:
                 f"the stream ended after {self.received_bytes} of {self.blob.size_bytes} bytes",
                 Reason.SIZE_MISMATCH,
             )
-        if self._hash.hexdigest() != self.blob.digest:
+        digest = self._hash.hexdigest() if self._hash else blob_of(self._path).digest
+        if digest != self.blob.digest:
             self.discard()
             raise CorruptError("the bytes received do not match their SHA-256 digest; send them again")
         try:
@@ -237,9 +240,3 @@ class Receiver:
         if num_bytes >= _FLUSH_BYTES and hasattr(os, "posix_fadvise"):
             os.posix_fadvise(self._file.fileno(), self._flushed_bytes, num_bytes, os.POSIX_FADV_DONTNEED)
             self._flushed_bytes += num_bytes
-
-    def _hash_what_is_there(self) -> int:
-        with self._path.open("rb", buffering=0) as file:
-            while chunk := file.read(_READ_BYTES):
-                self._hash.update(chunk)
-            return file.tell()

@@ -14,7 +14,7 @@ from safetensors.numpy import save_file
 from cloud_server.store import Store
 from cloud_server.uploads import Uploads
 from common.config import RunConfig, Wire
-from common.errors import InvalidError, Reason, UnavailableError
+from common.errors import CorruptError, InvalidError, OffsetError, Reason, UnavailableError
 from common.schema import read_header
 from common.shards import Shard, write_shard
 from common.transfer import Blob, Receiver, blob_of
@@ -142,6 +142,33 @@ async def test_newest_stream_wins(uploads: Uploads, shard: bytes, tmp_path: Path
 async def break_off(uploads: Uploads, blob: Blob, *chunks: bytes) -> None:
     with pytest.raises(InvalidError, match="the stream ended"):
         await send(uploads, blob, 0, *chunks)
+
+
+async def test_what_an_earlier_stream_stored_is_read_in_the_end_only(
+    uploads: Uploads, store: Store, shard: bytes, tmp_path: Path
+) -> None:
+    """An agent may open streams as often as it likes: that must cost nothing, whatever is stored."""
+    blob = blob_named(tmp_path)
+    path = store.partial_path("a", blob.digest)
+    await break_off(uploads, blob, shard[:500])
+    path.write_bytes(bytes(500))
+    with pytest.raises(OffsetError, match="goes on at 500, not at 400"):
+        await send(uploads, blob, 400, shard[400:])
+    async with uploads.open("a", "data", blob, 500, 0.0) as upload:
+        path.write_bytes(shard[:500])
+        await upload.write(shard[500:])
+    assert await uploads.query("a", "data", blob.digest) == (blob.size_bytes, True)
+
+
+async def test_what_an_earlier_stream_stored_is_held_against_the_digest(
+    uploads: Uploads, store: Store, shard: bytes, tmp_path: Path
+) -> None:
+    blob = blob_named(tmp_path)
+    await break_off(uploads, blob, shard[:500])
+    store.partial_path("a", blob.digest).write_bytes(shard[:499] + b"\xff")
+    with pytest.raises(CorruptError):
+        await send(uploads, blob, 500, shard[500:])
+    assert await uploads.query("a", "data", blob.digest) == (0, False)
 
 
 async def test_kind_that_changes_on_the_way_does_not_pass_the_gate(
