@@ -68,6 +68,7 @@ def forget(store: Store, state_dir: Path, row: ForgettingRow, now: float) -> Non
     assert row.agent_id is not None
     assert row.slot is not None
     provenance.catch_up(store, state_dir)  # while the records still know of whom
+    provenance.read(provenance.path_in(state_dir))  # if damaged, only now can they make it anew
     last, work = store.last_round(), unfinished_work(store, state_dir, row.agent_id)
     made = unpublished_model(state_dir, last) if last and last.phase not in OVER else []
     if work:

@@ -15,7 +15,9 @@ crash has kept from it is added at the next start, and a line half written is wr
 """
 
 import json
-from collections.abc import Iterator, Mapping
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,8 @@ from common.errors import RunError
 from common.files import replacing, sync
 
 Entry = Mapping[str, Any]
+
+_READ_BYTES = 1024 * 1024  # at a time; most lines have some kB, and a shard's digest adds 68 bytes
 
 
 def path_in(state_dir: Path) -> Path:
@@ -41,38 +45,33 @@ def read(path: Path) -> list[dict[str, Any]]:
     """
     try:
         lines, _, _ = path.read_bytes().rpartition(b"\n")
-        entries = [json.loads(line) for line in lines.splitlines()]
     except FileNotFoundError:
         return []
-    except ValueError:
-        entries = [None]
-    if not all(isinstance(entry, dict) for entry in entries):
-        raise RunError(f"{path} is damaged: restore it from a backup, or remove it to have it made anew")
-    return entries
+    return [_entry(path, line) for line in lines.splitlines()]
 
 
 def catch_up(store: Store, state_dir: Path) -> None:
     """Have a line for each model that has been published; durable when this returns.
 
+    It is done at each round's end, and reads no more of a long file than the last round's line.
+
     Raises:
         StorageError: the disk does not let it.
-        RunError: the file is damaged.
+        RunError: the end of the file is damaged.
     """
     path = path_in(state_dir)
-    present = read(path)
-    missing = list(entries_from(store, 1 + max((each.get("round", 0) for each in present), default=0)))
-    known = {entry.get("forgotten") for entry in present}
-    missing += [_forgotten(row) for row in store.forgettings() if row.done_at and row.pseudonym not in known]
-    if not missing:
-        return
     with storage_errors():
-        is_new = not path.exists()
-        with path.open("ab") as file:
-            file.truncate(_whole_bytes(path))
-            file.write("".join(map(_line, missing)).encode())
-        sync(path)
-        if is_new:
-            sync(state_dir)
+        if not path.exists():
+            # Whole or not at all: one that is there tells of all who were forgotten before.
+            forgotten = (_forgotten(row) for row in store.forgettings() if row.done_at)
+            _write(path, chain(entries_from(store, 1), forgotten))
+            return
+        last, num_half = _end_of(path)
+        if missing := list(entries_from(store, last + 1)):
+            with path.open("ab") as file:
+                file.truncate(file.tell() - num_half)
+                file.write("".join(map(_line, missing)).encode())
+            sync(path)
 
 
 def entries_from(store: Store, first: int) -> Iterator[dict[str, Any]]:
@@ -115,8 +114,44 @@ def forget(state_dir: Path, row: ForgettingRow) -> None:
             if item["agent_id"] == row.agent_id:
                 item["agent_id"] = row.pseudonym
     entries.append(_forgotten(row))
-    with storage_errors(), replacing(path) as partial:
-        partial.write_text("".join(map(_line, entries)), "utf-8")
+    with storage_errors():
+        _write(path, entries)
+
+
+def _write(path: Path, entries: Iterable[Entry]) -> None:
+    with replacing(path) as partial, partial.open("w", encoding="utf-8") as file:
+        file.writelines(map(_line, entries))
+
+
+def _end_of(path: Path) -> tuple[int, int]:
+    """The last round that has a whole line, 0 if none has; and the bytes of a line half written."""
+    pieces = _backwards(path)
+    half = next(pieces)
+    entries = (_entry(path, line) for line in pieces)
+    return next((entry["round"] for entry in entries if "round" in entry), 0), len(half)
+
+
+def _backwards(path: Path) -> Iterator[bytes]:
+    """What newlines part, from the end of the file on: first what is after the last of them."""
+    with path.open("rb") as file:
+        position, piece = file.seek(0, os.SEEK_END), b""
+        while position:
+            start = max(0, position - _READ_BYTES)
+            file.seek(start)
+            piece, *others = (file.read(position - start) + piece).split(b"\n")
+            yield from reversed(others)
+            position = start
+        yield piece
+
+
+def _entry(path: Path, line: bytes) -> dict[str, Any]:
+    try:
+        entry = json.loads(line)
+    except ValueError:
+        entry = None
+    if not isinstance(entry, dict):
+        raise RunError(f"{path} is damaged: restore it from a backup, or remove it to have it made anew")
+    return entry
 
 
 def _forgotten(row: ForgettingRow) -> dict[str, Any]:
@@ -126,9 +161,3 @@ def _forgotten(row: ForgettingRow) -> dict[str, Any]:
 
 def _line(entry: Entry) -> str:
     return json.dumps(entry) + "\n"
-
-
-def _whole_bytes(path: Path) -> int:
-    """Up to where the file has whole lines."""
-    content = path.read_bytes()
-    return content.rfind(b"\n") + 1

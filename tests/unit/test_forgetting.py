@@ -301,7 +301,7 @@ def test_forgetting_may_die_at_any_step(tmp_path: Path) -> None:
 def test_line_half_written_is_written_again(store: Store, state_dir: Path) -> None:
     path = state_dir / "provenance.jsonl"
     whole = path.read_bytes()
-    for size in range(whole.index(b"\n") + 1, len(whole)):
+    for size in range(len(whole)):
         path.write_bytes(whole[:size])
         provenance.catch_up(store, state_dir)
         assert path.read_bytes() == whole
@@ -322,17 +322,74 @@ def test_lost_provenance_is_made_again_with_who_was_forgotten(store: Store, stat
     assert is_healthy(state_dir)
 
 
-@pytest.mark.parametrize("damage", [b"not JSON\n", b"[1]\n", b"\xff\n"])
+@pytest.mark.parametrize("read_bytes", [1, 100, 1 << 20])
+def test_last_round_is_found_behind_those_who_were_forgotten(
+    store: Store, state_dir: Path, read_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(provenance, "_READ_BYTES", read_bytes)
+    forget(store, state_dir)
+    forget(store, state_dir, AGENT)
+    path = state_dir / "provenance.jsonl"
+    before = path.read_bytes()
+    publish(store, state_dir, 3)
+    whole = path.read_bytes()
+    assert whole.startswith(before)
+    assert [line.get("round") for line in provenance.read(path)] == [1, 2, None, None, 3]
+    for size in range(len(before), len(whole)):
+        path.write_bytes(whole[:size])
+        provenance.catch_up(store, state_dir)
+        assert path.read_bytes() == whole
+
+
+def test_end_of_the_file_is_all_that_a_round_reads(store: Store, state_dir: Path) -> None:
+    path = state_dir / "provenance.jsonl"
+    first, second = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"nobody has read this\n" + first)
+    provenance.catch_up(store, state_dir)
+    assert path.read_bytes() == b"nobody has read this\n" + first + second
+
+
+def test_lost_provenance_is_made_again_whole_or_not_at_all(
+    store: Store, state_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forget(store, state_dir)
+    path = state_dir / "provenance.jsonl"
+    path.unlink()
+    with monkeypatch.context() as dying:
+        dying_at(dying, 1, [(Path, "replace")])
+        with pytest.raises(Killed):
+            provenance.catch_up(store, state_dir)
+    assert not path.exists()
+
+
+DAMAGE = [b"not JSON\n", b"[1]\n", b"\xff\n"]
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
 def test_damaged_provenance_is_told_of(
     store: Store, state_dir: Path, damage: bytes, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = state_dir / "provenance.jsonl"
-    path.write_bytes(damage + path.read_bytes())
+    path.write_bytes(path.read_bytes() + damage)
     with pytest.raises(RunError, match=r"is damaged: restore it from a backup, or remove it"):
         provenance.catch_up(store, state_dir)
     store.close()
     assert not is_healthy(state_dir)
     assert "provenance.jsonl: is damaged" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_nothing_is_forgotten_while_provenance_is_damaged(
+    store: Store, state_dir: Path, damage: bytes
+) -> None:
+    path = state_dir / "provenance.jsonl"
+    path.write_bytes(damage + path.read_bytes())
+    with pytest.raises(RunError, match="is damaged"):
+        forget(store, state_dir)
+    path.unlink()
+    pseudonym = forget(store, state_dir)
+    store.close()
+    check_forgotten(state_dir, pseudonym)
 
 
 @pytest.mark.parametrize(
