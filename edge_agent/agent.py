@@ -126,6 +126,7 @@ class EdgeAgent:
         if arrived := self._disk.progress.arrived:
             path = await self._download(arrived.weights, "global model")
             await self._use_and_report(arrived, path)
+        await self._notice_forgetting()
         while True:
             state = await self._news.next(self._is_called_for)
             if self._is_new_model(state):
@@ -134,6 +135,20 @@ class EdgeAgent:
                 await self._news.while_run_lasts(self._contribute(state))
             else:
                 return
+
+    async def _notice_forgetting(self) -> None:
+        """Have this agent contribute again to an open round that knows nothing of its contribution.
+
+        No outcome means that: every contribution that the server has taken, refused as unfit, or found late
+        has one, on record before the agent is told. Only here, right after joining, where no state can be
+        older than what this agent has sent. What was refused without a record, as beyond a budget, is
+        thereby sent once more each time that the agent joins, and no oftener.
+        """
+        state = await self._news.next(lambda _: True)
+        is_tried = state.round == self._disk.progress.contributed_round
+        if state.phase == "collecting" and not state.outcome and is_tried:
+            log.info("contributing_again", round=state.round)
+            await self._save(contributed_round=state.round - 1)
 
     def _is_called_for(self, state: RunState) -> bool:
         is_work = self._is_new_model(state) or self._is_open_round(state)

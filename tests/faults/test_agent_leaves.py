@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from common import rpc
-from common.errors import InvalidError, NotFoundError, Reason, UnavailableError, UsageError
+from common.errors import BudgetError, InvalidError, NotFoundError, Reason, UnavailableError, UsageError
 from common.transfer import Blob
 from edge_agent.agent import MAX_SENDINGS, EdgeAgent
 from edge_agent.client import Joined, RunState, UnknownAgentError, Verdict
@@ -244,6 +244,40 @@ async def test_agent_that_is_not_known_at_its_upload_joins_again(
     monkeypatch.setattr(started.client, "join", join_and_hear)
     await started.run()
     assert (started.client.num_joins, started.disk.progress.run_id) == (2, "two")
+
+
+class Overdrawn(Steered):
+    """Takes nothing more in this round, and keeps no record of it."""
+
+    async def contribute(self, number: int, **contribution: Any) -> Verdict:
+        self._cloud.counts["refusals"] += 1
+        raise BudgetError("go on in the next round")
+
+
+async def test_contribution_that_the_server_has_nothing_of_is_made_again_once_the_agent_has_joined_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rpc, "MAX_PAUSE_SECONDS", 0.0)
+    started = Started(tmp_path, Overdrawn)
+    agent, is_called_for = started.agent, started.agent._is_called_for
+
+    def forget() -> None:
+        started.client.states.put_nowait(UnknownAgentError("who?"))
+        started.send()
+
+    events = iter((started.send, forget, started.send, lambda: started.send(over=True)))
+
+    def then_go_on(state: RunState) -> bool:
+        """The next event comes when the agent has nothing to do."""
+        is_idle = agent._loading.done() and not is_called_for(state)
+        if is_idle:
+            next(events)()
+        return is_called_for(state)
+
+    monkeypatch.setattr(agent, "_is_called_for", then_go_on)
+    started.send()
+    await started.run()
+    assert (started.client.num_joins, started.cloud.counts["refusals"]) == (2, 2)
 
 
 class Forgetful(Steered):

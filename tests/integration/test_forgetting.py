@@ -7,6 +7,7 @@ from typing import Any
 from cloud_server.__main__ import main
 from cloud_server.jobs import JobDirectory
 from tests.integration.test_data_travel_once import next_rounds
+from tests.integration.test_round import get
 from tests.integration.test_sharing import agent, contents_of, images_in
 from tests.processes import Cluster, until
 
@@ -15,6 +16,11 @@ QUICK = ("--set", "run.pretrain.epochs=1", "--set", "run.fine_tune.epochs=1")
 
 def provenance(state_dir: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (state_dir / "provenance.jsonl").read_text("utf-8").splitlines()]
+
+
+def progress(cluster: Cluster, name: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((cluster.folder / name / "progress.json").read_text("utf-8"))
+    return found
 
 
 def check_forgotten(cluster: Cluster, name: str, said: str) -> list[int]:
@@ -87,6 +93,28 @@ def test_agent_is_forgotten_while_the_server_is_stopped_and_comes_back_anew(clus
     cluster.enroll("edge-2")  # with a newer token it can
     assert agent(cluster, 2, 2, "all").wait() == edge_1.wait() == server.wait() == 0
     assert [each["agent_id"] for each in cluster.report(2)["agents"]] == ["edge-1", "edge-2"]
+    assert main(["check", str(cluster.state_dir)]) == 0
+
+
+def test_agent_that_is_forgotten_contributes_to_the_same_round_when_it_comes_back(cluster: Cluster) -> None:
+    server = cluster.server("--rounds", 1, "--min-agents", 2, *QUICK)
+
+    def contributed() -> list[str]:
+        status = json.loads(get(f"http://127.0.0.1:{cluster.http_port}/api/status"))
+        return [each["agent_id"] for each in status["agents"] if each["outcome"] == "accepted"]
+
+    edge_1 = agent(cluster, 1, 2, "all")
+    until(contributed, server)
+    until(lambda: progress(cluster, "edge-1")["contributed_round"] == 1, edge_1)
+    forgetting = cluster.forget("edge-1")
+    assert forgetting.wait() == 0, forgetting.output
+    assert edge_1.wait() == 1
+    assert contributed() == []
+    (cluster.folder / "edge-1/tls/identity.pem").unlink()
+    agents = [agent(cluster, number, 2, "all") for number in (1, 2)]
+    assert [each.wait() for each in agents] == [0, 0]
+    assert server.wait() == 0
+    assert [each["agent_id"] for each in cluster.report()["agents"]] == ["edge-1", "edge-2"]
     assert main(["check", str(cluster.state_dir)]) == 0
 
 
