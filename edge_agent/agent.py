@@ -124,8 +124,7 @@ class EdgeAgent:
     async def _follow_up(self) -> None:
         """Do what each state calls for."""
         if arrived := self._disk.progress.arrived:
-            path = await self._download(arrived.weights, "global model")
-            await self._use_and_report(arrived, path)
+            await self._go_on_with(arrived)
         await self._notice_forgetting()
         while True:
             state = await self._news.next(self._is_called_for)
@@ -273,8 +272,21 @@ class EdgeAgent:
             number = state.latest_round
             state = await self._news.next(lambda newer: newer.latest_round > number or newer.run_over)
             if state.latest_round == number:
-                self._display.message(f"round {number}: its model cannot be had any more: {error}")
-                await self._save(evaluated_round=number)
+                await self._give_up(number, error)
+
+    async def _go_on_with(self, arrived: Arrived) -> None:
+        """Use a model that an earlier life of this agent has measured, unless it is neither here nor there."""
+        try:
+            path = await self._download(arrived.weights, "global model")
+        except NotFoundError as error:
+            await self._give_up(arrived.report.round, error)
+        else:
+            await self._use_and_report(arrived, path)
+
+    async def _give_up(self, number: int, error: NotFoundError) -> None:
+        """Do without the model of a round."""
+        self._display.message(f"round {number}: its model cannot be had any more: {error}")
+        await self._save(evaluated_round=number, arrived=None)
 
     async def _take_global_model(self, state: RunState) -> None:
         """Download, compare on this agent's own held-out data, adapt if need be, apply, report."""

@@ -17,7 +17,7 @@ from edge_agent.agent import MAX_SENDINGS, EdgeAgent
 from edge_agent.client import Joined, RunState, UnknownAgentError, Verdict
 from edge_agent.config import AgentConfig
 from edge_agent.metrics import AgentMetrics
-from edge_agent.state import AgentState, Report
+from edge_agent.state import AgentState, Arrived, Progress, Report
 from tests.faults.test_agent_restart import RUN, Client, Cloud, Display, Power
 from tests.processes import Cluster
 
@@ -208,6 +208,31 @@ async def test_last_model_that_is_not_there_is_not_waited_for(tmp_path: Path) ->
     started.send(latest=1, over=True, phase="published")
     await started.run()
     assert any("cannot be had any more" in text for text in started.said)
+
+
+class Retired(Steered):
+    """Keeps the latest model only."""
+
+    async def download(self, blob: Blob, path: Path, on_bytes: Any) -> None:
+        if blob not in (self._cloud.initial, self._cloud.published):
+            raise NotFoundError("no such blob")
+        await super().download(blob, path, on_bytes)
+
+
+async def test_measured_model_that_is_lost_here_and_retired_there_is_given_up(tmp_path: Path) -> None:
+    started = Started(tmp_path, Retired)
+    report = Report(
+        round=1, accuracy_local=None, accuracy_before=None, accuracy_after=0.5, num_held_out=1, applied=True,
+        reason="",
+    )  # fmt: skip
+    lost = Arrived(weights=Blob("ab" * 32, started.cloud.published.size_bytes), report=report)
+    started.disk.save(Progress(run_id="run", arrived=lost))
+    started.send(latest=2, over=True)
+    await started.run()
+    assert "round 1: its model cannot be had any more: no such blob" in started.said
+    progress = started.disk.progress
+    assert (progress.arrived, progress.evaluated_round) == (None, 2)
+    assert [report.round for report in started.cloud.reports] == [2]
 
 
 async def test_server_that_begins_another_run_is_joined_again(
