@@ -275,7 +275,7 @@ class EdgeAgent:
                 await self._give_up(number, error)
 
     async def _go_on_with(self, arrived: Arrived) -> None:
-        """Use a model that an earlier life of this agent has measured, unless it is neither here nor there."""
+        """Use a model that an earlier life of this agent has measured; it may be neither here nor there."""
         try:
             path = await self._download(arrived.weights, "global model")
         except NotFoundError as error:
