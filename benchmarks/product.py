@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from benchmarks.processes import Processes
-from cloud_server.authority import Authority
+from cloud_server.door.authority import Authority
 from common.tls import JoinToken
 from edge_agent.enrolment import Enrolment, enroll
 from edge_agent.identity import Identity

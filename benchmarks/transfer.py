@@ -30,7 +30,7 @@ import numpy as np
 from benchmarks import figures
 from benchmarks.processes import Meter, Processes, peak_bytes, processes_in, reset_peak
 from benchmarks.product import START_SECONDS, enrolled, start_server
-from cloud_server.authority import Authority
+from cloud_server.door.authority import Authority
 from common import rpc
 from common.schema import read_header
 from common.tls import SERVER_NAME

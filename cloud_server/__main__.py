@@ -13,7 +13,7 @@ from common.config import is_loopback
 from common.errors import ECAvgError, UsageError
 
 if TYPE_CHECKING:
-    from cloud_server.authority import Authority
+    from cloud_server.door.authority import Authority
 
 FIRST_TOKEN_SECONDS = 24 * 3600.0  # lifetime of the token that a server prints by itself
 
@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def check(argv: Sequence[str]) -> int:
     """0 when all is well in a state directory, 1 when anything is wrong, 2 when it cannot be checked."""
-    from cloud_server.check import main as check_state
+    from cloud_server.commands.check import main as check_state
 
     try:
         return check_state(argv)
@@ -50,7 +50,7 @@ def check(argv: Sequence[str]) -> int:
 
 def administer(argv: Sequence[str]) -> int:
     """0, 1 when the disk takes no data, or 2 for what does not exist."""
-    from cloud_server.admin import main as do_command
+    from cloud_server.commands.admin import main as do_command
 
     try:
         return do_command(argv)
@@ -66,14 +66,14 @@ async def serve(config: ServerConfig) -> int:
         RunError: the last round published no model.
     """
     # Imported here, so that --help and configuration errors are immediate.
-    from cloud_server.authority import Authority
-    from cloud_server.connections import raise_file_limit
     from cloud_server.coordinator import Coordinator
-    from cloud_server.display import RunDisplay
+    from cloud_server.door.authority import Authority
+    from cloud_server.door.connections import raise_file_limit
     from cloud_server.metrics import ServerMetrics
     from cloud_server.servicer import GrpcServer
+    from cloud_server.showing.display import RunDisplay
     from cloud_server.store import Store
-    from cloud_server.supervisor import TrainerProcess
+    from cloud_server.training.supervisor import TrainerProcess
     from common import telemetry
 
     telemetry.configure_logging(level=config.log_level)

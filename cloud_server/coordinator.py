@@ -18,19 +18,20 @@ from typing import Any, TypeVar
 
 import structlog
 
-from cloud_server import forgetting, provenance, records, retention
+from cloud_server import records
 from cloud_server.config import ServerConfig
-from cloud_server.disk import when_disk_allows
-from cloud_server.job_runner import JobRunner, JobWithdrawnError, Trainer
+from cloud_server.disk.failures import when_disk_allows
+from cloud_server.disk.tables import EncodingRow, ForgettingRow, ReportRow, RoundRow
+from cloud_server.intake.uploads import UNFIT, Upload, Uploads
 from cloud_server.jobs import Job, JobError, Progress, Result
 from cloud_server.metrics import ServerMetrics
-from cloud_server.presence import LIVENESS_SECONDS, Presence
-from cloud_server.reports import Reports, stages
 from cloud_server.round import Contribution, Outcome, Phase, Policy, Round
-from cloud_server.standing import RunState, Standing, wait_for
+from cloud_server.showing.presence import LIVENESS_SECONDS, Presence
+from cloud_server.showing.reports import Reports, stages
+from cloud_server.showing.standing import RunState, Standing, wait_for
 from cloud_server.store import Store
-from cloud_server.tables import EncodingRow, ForgettingRow, ReportRow, RoundRow
-from cloud_server.uploads import UNFIT, Upload, Uploads
+from cloud_server.training.runner import JobRunner, JobWithdrawnError, Trainer
+from cloud_server.upkeep import forgetting, provenance, retention
 from common import schema
 from common.config import RunConfig, Wire
 from common.errors import BudgetError, InvalidError, NotFoundError, Reason, RunError, StorageError, UsageError
@@ -591,7 +592,7 @@ class Coordinator:
         await self._exclusively(change)
 
     async def _remove_all_of(self, row: ForgettingRow) -> None:
-        """The part of it that is on the disk; see cloud_server/forgetting.py."""
+        """The part of it that is on the disk; see cloud_server/upkeep/forgetting.py."""
         assert row.agent_id is not None
         state_dir = self._config.state_dir
         work = await asyncio.to_thread(forgetting.unfinished_work, self._store, state_dir, row.agent_id)

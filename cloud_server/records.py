@@ -6,9 +6,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from cloud_server.disk.tables import ContributionRow, RoundRow
 from cloud_server.jobs import AgentAudit, Job, JobContribution, Result, job_name
 from cloud_server.round import Contribution, Outcome, Phase, Policy, Rejection, Round
-from cloud_server.tables import ContributionRow, RoundRow
 from common.config import RunConfig
 from common.errors import Reason
 

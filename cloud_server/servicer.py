@@ -8,15 +8,15 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from cloud_server.admission import Admission, calling_agent, token_in_use
-from cloud_server.authority import Authority
-from cloud_server.connections import Connections
 from cloud_server.coordinator import Coordinator, Verdict
-from cloud_server.limits import CallLimits
+from cloud_server.disk.tables import ReportRow
+from cloud_server.door.admission import Admission, calling_agent, token_in_use
+from cloud_server.door.authority import Authority
+from cloud_server.door.connections import Connections
+from cloud_server.door.limits import CallLimits
 from cloud_server.metrics import ServerMetrics
 from cloud_server.round import Contribution, Outcome, Phase
-from cloud_server.standing import RunState
-from cloud_server.tables import ReportRow
+from cloud_server.showing.standing import RunState
 from common import rpc
 from common.config import PROTOCOL_VERSION
 from common.errors import InvalidError, Reason, UnavailableError, UsageError

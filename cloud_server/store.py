@@ -22,9 +22,9 @@ from pathlib import Path
 from threading import RLock
 from typing import Any, TextIO
 
-from cloud_server.database import connect, migrate, version
-from cloud_server.disk import storage_errors
-from cloud_server.tables import (
+from cloud_server.disk.database import connect, migrate, version
+from cloud_server.disk.failures import storage_errors
+from cloud_server.disk.tables import (
     MIGRATIONS,
     AgentRow,
     ContributionRow,
@@ -347,7 +347,7 @@ class Store:
         )
         return bool(named) and self.blob_path(digest).exists()
 
-    # What goes, by the rule in cloud_server/retention.py
+    # What goes, by the rule in cloud_server/upkeep/retention.py
 
     def uncleared_rounds(self) -> list[int]:
         """The retired rounds that `note_cleared` has not been told of."""
@@ -457,7 +457,7 @@ class Store:
                     num_removed += 1
         return num_removed
 
-    # Who is forgotten, in the order of cloud_server/forgetting.py
+    # Who is forgotten, in the order of cloud_server/upkeep/forgetting.py
 
     def ask_to_forget(self, agent_id: str, now: float) -> str:
         """Records that the agent is to be forgotten; the pseudonym under which that is found again.

@@ -50,7 +50,7 @@ KEEPALIVE_TIMEOUT_SECONDS = 60.0  # for that sign; on a slow link it queues behi
 SERVER_WINDOW_BYTES = 256 * 1024  # 5 MB/s for each agent over a link with a round trip of 100 ms
 CHANNEL_WINDOW_BYTES = 1024 * 1024
 
-# What a connection may cost that brings nothing; see also cloud_server/connections.py.
+# What a connection may cost that brings nothing; see also cloud_server/door/connections.py.
 HANDSHAKE_SECONDS = 10.0  # TLS and the first frames; an agent gives up sooner on dead servers only
 MAX_STREAMS = 16  # at once on one connection: more wait their turn at the agent
 MAX_METADATA_BYTES = 8 * 1024

@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.status import Status
 from rich.table import Table
 
-from cloud_server.authority import Authority
+from cloud_server.door.authority import Authority
 
 FOLDER = Path(".demo")
 AGENTS = ("edge-1", "edge-2")

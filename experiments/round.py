@@ -15,7 +15,7 @@ import torch
 
 from cloud_server.jobs import Job, JobContribution, JobDirectory, Progress, Result, blob_path
 from cloud_server.trainer.group import Group
-from cloud_server.trainer.job import RoundJob, run_job
+from cloud_server.trainer.pipeline import RoundJob, run_job
 from cloud_server.trainer.selection import OnCandidate
 from common.checkpoint import CHECKPOINT_SECONDS
 from common.config import RunConfig

@@ -12,7 +12,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
-from cloud_server.authority import Authority
+from cloud_server.door.authority import Authority
 from common import tls
 from edge_agent.identity import Identity, find
 

@@ -131,8 +131,8 @@ def test_nothing_unpickles(module: str) -> None:
 
 def test_serving_process_does_not_import_torch() -> None:
     code = (
-        "import sys, cloud_server.servicer, cloud_server.coordinator, cloud_server.supervisor,"
-        " cloud_server.display, cloud_server.admin, cloud_server.__main__;"
+        "import sys, cloud_server.servicer, cloud_server.coordinator, cloud_server.training.supervisor,"
+        " cloud_server.showing.display, cloud_server.commands.admin, cloud_server.__main__;"
         "sys.exit(1 if 'torch' in sys.modules else 0)"
     )
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
@@ -151,7 +151,9 @@ def test_help_imports_nothing_that_takes_long(package: str) -> None:
 
 
 def test_commands_about_tokens_and_agents_need_no_grpc() -> None:
-    code = "import sys, cloud_server.admin; sys.exit(1 if {'torch', 'grpc'} & set(sys.modules) else 0)"
+    code = (
+        "import sys, cloud_server.commands.admin;sys.exit(1 if {'torch', 'grpc'} & set(sys.modules) else 0)"
+    )
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
 

@@ -115,7 +115,7 @@ def _work(state_dir: Path, device: str) -> NoReturn:
     import torch
 
     from cloud_server.trainer.group import Group
-    from cloud_server.trainer.job import run_job
+    from cloud_server.trainer.pipeline import run_job
     from common.training import make_deterministic
 
     make_deterministic()

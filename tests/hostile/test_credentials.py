@@ -14,7 +14,7 @@ from typing import Any
 import grpc
 import pytest
 
-from cloud_server.authority import Authority
+from cloud_server.door.authority import Authority
 from common import rpc, tls
 from common.errors import Reason
 from common.pb import ecavg_pb2 as pb

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from cloud_server.authority import Authority
+from cloud_server.door.authority import Authority
 from cloud_server.servicer import GrpcServer
 from common import rpc, tls
 from common.config import PROTOCOL_VERSION

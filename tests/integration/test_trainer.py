@@ -17,7 +17,7 @@ from sklearn.datasets import load_digits
 
 from cloud_server.jobs import Job, JobContribution, JobDirectory, Result, blob_path
 from cloud_server.trainer import __main__ as trainer_main
-from cloud_server.trainer import job as job_module
+from cloud_server.trainer import pipeline
 from cloud_server.trainer.aggregation import mean
 from cloud_server.trainer.finetune import CombinedData, combine
 from cloud_server.trainer.group import Group
@@ -91,7 +91,7 @@ def do(tmp_path, blobs_dir, contributions):
     def do(**fields) -> tuple[Result, JobDirectory]:
         directory = JobDirectory(tmp_path / "jobs" / fields.get("name", "round-0001"))
         directory.write_job(job(**{"contributions": contributions, **fields}))
-        job_module.run_job(directory, blobs_dir=blobs_dir, device_name="cpu", group=Group())
+        pipeline.run_job(directory, blobs_dir=blobs_dir, device_name="cpu", group=Group())
         return directory.read_result(), directory
 
     return do
@@ -241,7 +241,7 @@ def test_what_goes_wrong_is_the_result(do, monkeypatch, error, kind, message):
     def fail(*_, **__):
         raise error
 
-    monkeypatch.setattr(job_module, "fine_tune", fail)
+    monkeypatch.setattr(pipeline, "fine_tune", fail)
     result, directory = do()
     assert result.weights is None
     assert result.error.kind == kind
@@ -270,7 +270,7 @@ def test_bad_jobs_fail_with_one_line(do, changes, kind, message):
 
 
 def test_a_fine_tune_that_makes_it_worse_is_not_published(do, monkeypatch):
-    monkeypatch.setattr(job_module, "fine_tune", lambda model, *_, **__: model[1].weight.data.fill_(np.inf))
+    monkeypatch.setattr(pipeline, "fine_tune", lambda model, *_, **__: model[1].weight.data.fill_(np.inf))
     result, directory = do()
     assert result.published == "start"
     assert result.accuracy_fine_tuned < result.accuracy_published == result.candidates[result.start]
@@ -278,7 +278,7 @@ def test_a_fine_tune_that_makes_it_worse_is_not_published(do, monkeypatch):
 
 
 def test_a_model_that_is_not_finite_is_not_published(do, monkeypatch, blobs_dir, contributions):
-    monkeypatch.setattr(job_module, "fine_tune", lambda model, *_, **__: model[1].weight.data.fill_(np.inf))
+    monkeypatch.setattr(pipeline, "fine_tune", lambda model, *_, **__: model[1].weight.data.fill_(np.inf))
     alone = put_shard(part(digits(), slice(0, 1)), blobs_dir)  # nothing of it can be held out
     result, directory = do(contributions=(contributions[0].model_copy(update={"shards": (alone,)}),))
     assert result.error.kind == "failed"
@@ -351,7 +351,7 @@ def test_honest_rounds_publish_the_same_bytes_with_and_without_screening(do, mon
     assert [agent.agent_id for agent in screened.audit] == ["ann", "bob", "cas"]
     assert all(agent.scale == 1 and not agent.flags for agent in screened.audit)
     assert screened.seconds["audit"] < 1
-    monkeypatch.setattr(job_module, "MIN_AGENTS", 100)
+    monkeypatch.setattr(pipeline, "MIN_AGENTS", 100)
     plain, _ = do(name="plain", contributions=contributions, initial_weights=start)
     assert plain.audit == ()
     assert plain.weights == screened.weights
@@ -457,7 +457,7 @@ def test_contributions_are_decoded_before_they_are_averaged(do, blobs_dir, contr
 
 
 def test_a_start_that_is_published_is_measured_as_it_arrives(do, monkeypatch, blobs_dir, contributions):
-    monkeypatch.setattr(job_module, "fine_tune", lambda model, *_, **__: model[1].weight.data.fill_(np.inf))
+    monkeypatch.setattr(pipeline, "fine_tune", lambda model, *_, **__: model[1].weight.data.fill_(np.inf))
     base, sent = encoded_as("int8", contributions, blobs_dir)
     result, directory = do(run=with_wire("int8"), contributions=sent, initial_weights=base.digest)
     assert result.published == "start"
@@ -511,7 +511,7 @@ def test_weights_that_int8_cannot_name_are_bad_configuration(do, monkeypatch):
         def state_dict(self, *_, **__):
             return {"weight": torch.ones(2), "weight.scale": self.weight.scale}
 
-    monkeypatch.setattr(job_module, "initial_model", lambda _: Scaled())
+    monkeypatch.setattr(pipeline, "initial_model", lambda _: Scaled())
     result, _ = do(kind="initialise", name="i", round=0, contributions=(), run=with_wire("int8"))
     assert result.error.kind == "usage"
     assert "'weight.scale' has the name that int8 needs" in result.error.message
@@ -521,7 +521,7 @@ def test_a_broken_gpu_ends_the_process_after_its_result(do, monkeypatch, tmp_pat
     def fail(*_, **__):
         raise torch.AcceleratorError("CUDA error: device-side assert triggered")
 
-    monkeypatch.setattr(job_module, "fine_tune", fail)
+    monkeypatch.setattr(pipeline, "fine_tune", fail)
     with pytest.raises(torch.AcceleratorError):
         do()
     assert JobDirectory(tmp_path / "jobs" / "round-0001").read_result().error.kind == "failed"
@@ -530,7 +530,7 @@ def test_a_broken_gpu_ends_the_process_after_its_result(do, monkeypatch, tmp_pat
 def test_a_damaged_job_fails(tmp_path):
     directory = JobDirectory(tmp_path)
     (tmp_path / "job.json").write_text("{")
-    job_module.run_job(directory, blobs_dir=tmp_path, device_name="cpu", group=Group())
+    pipeline.run_job(directory, blobs_dir=tmp_path, device_name="cpu", group=Group())
     assert "damaged" in directory.read_result().error.message
 
 

@@ -5,10 +5,10 @@ import json
 import os
 from pathlib import Path
 
-from cloud_server import provenance
+from cloud_server.disk.tables import ContributionRow, EncodingRow
 from cloud_server.jobs import EncodedWeights, Job, JobDirectory, Result, Weights
 from cloud_server.store import Store
-from cloud_server.tables import ContributionRow, EncodingRow
+from cloud_server.upkeep import provenance
 from common.config import RunConfig
 
 INITIAL = b"initial weights"

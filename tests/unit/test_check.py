@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from cloud_server import check
 from cloud_server.__main__ import main
-from cloud_server.retention import clean_up
+from cloud_server.commands import check
+from cloud_server.disk.tables import MIGRATIONS
 from cloud_server.store import Store
-from cloud_server.tables import MIGRATIONS
+from cloud_server.upkeep.retention import clean_up
 from common.errors import UsageError
 from tests.unit.states import (
     AGENT,

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from cloud_server import coordinator, job_runner, presence
+from cloud_server import coordinator
 from cloud_server.config import ServerConfig
 from cloud_server.coordinator import Coordinator
-from cloud_server.job_runner import JobRunner
+from cloud_server.disk.tables import ReportRow
 from cloud_server.jobs import (
     AgentAudit,
     Job,
@@ -30,8 +30,10 @@ from cloud_server.jobs import (
 )
 from cloud_server.metrics import ServerMetrics
 from cloud_server.round import Contribution, Outcome, Phase
+from cloud_server.showing import presence
 from cloud_server.store import Store
-from cloud_server.tables import ReportRow
+from cloud_server.training import runner as job_runner
+from cloud_server.training.runner import JobRunner
 from common.config import RunConfig
 from common.errors import (
     InvalidError,

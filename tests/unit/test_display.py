@@ -2,10 +2,10 @@
 
 from dataclasses import replace
 
-from cloud_server.display import RunDisplay
 from cloud_server.jobs import Progress
 from cloud_server.round import Phase
-from cloud_server.standing import RunState
+from cloud_server.showing.display import RunDisplay
+from cloud_server.showing.standing import RunState
 from common.transfer import Blob
 
 STATE = RunState(

@@ -186,7 +186,7 @@ def test_a_stopped_experiment_goes_on_where_it_was(tmp_path: Path, monkeypatch: 
             raise KeyboardInterrupt
         fine_tune(*args, **more)
 
-    monkeypatch.setattr("cloud_server.trainer.job.fine_tune", stopped_in_the_second)
+    monkeypatch.setattr("cloud_server.trainer.pipeline.fine_tune", stopped_in_the_second)
     assert paper.main(command) == 130
     assert not (tmp_path / "out").exists()
 

@@ -9,11 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from cloud_server import check, forgetting, jobs, provenance
+from cloud_server import jobs
 from cloud_server import store as store_module
+from cloud_server.commands import check
+from cloud_server.disk.tables import ContributionRow, ReportRow
 from cloud_server.jobs import JobContribution, JobDirectory
 from cloud_server.store import InUseError, Store
-from cloud_server.tables import ContributionRow, ReportRow
+from cloud_server.upkeep import forgetting, provenance
 from common.errors import NotFoundError, RunError, UsageError
 from tests.unit.states import (
     AGENT,

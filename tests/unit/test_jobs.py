@@ -180,6 +180,6 @@ def test_only_digests_name_blobs(tmp_path, text):
 
 
 def test_the_serving_side_does_not_import_torch():
-    program = "import sys, cloud_server.jobs, cloud_server.supervisor; print('torch' in sys.modules)"
+    program = "import sys, cloud_server.jobs, cloud_server.training.supervisor; print('torch' in sys.modules)"
     output = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
     assert output.stdout.strip() == "False"

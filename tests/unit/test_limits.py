@@ -8,9 +8,9 @@ from collections.abc import Callable
 
 import pytest
 
-from cloud_server import limits
-from cloud_server.budgets import LEAST_BYTES, MAX_FILES, Budgets
-from cloud_server.limits import BURST_SECONDS, OPEN_CALLS, CallLimits
+from cloud_server.door import limits
+from cloud_server.door.limits import BURST_SECONDS, OPEN_CALLS, CallLimits
+from cloud_server.intake.budgets import LEAST_BYTES, MAX_FILES, Budgets
 from common.errors import BudgetError, BusyError, Reason
 
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from cloud_server import reports
 from cloud_server.jobs import AgentAudit, ClassAccuracy, JobDirectory, Result
-from cloud_server.reports import Reports
+from cloud_server.showing import reports
+from cloud_server.showing.reports import Reports
 from cloud_server.store import Store
 from common.config import RunConfig
 from common.errors import Reason

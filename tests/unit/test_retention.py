@@ -11,11 +11,14 @@ from typing import Any
 
 import pytest
 
-from cloud_server import check, jobs, reports, retention
+from cloud_server import jobs
+from cloud_server.commands import check
 from cloud_server.config import ServerConfig
+from cloud_server.disk.tables import ContributionRow
 from cloud_server.jobs import JobDirectory
+from cloud_server.showing import reports
 from cloud_server.store import Store
-from cloud_server.tables import ContributionRow
+from cloud_server.upkeep import retention
 from common.errors import StorageError
 from tests.unit.states import (
     AGENT,

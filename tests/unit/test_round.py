@@ -12,10 +12,10 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from cloud_server.disk.tables import ContributionRow
 from cloud_server.records import round_from
 from cloud_server.round import TRANSITIONS, Contribution, Outcome, Phase, Policy, Rejection, Round
 from cloud_server.store import Store
-from cloud_server.tables import ContributionRow
 from common.errors import ConflictError, InvalidError, Reason
 
 POLICY = Policy(min_agents=2, max_agents=3, deadline_seconds=60)

@@ -10,11 +10,11 @@ import pytest
 
 from cloud_server.jobs import JobDirectory, Progress, Result
 from cloud_server.metrics import ServerMetrics
-from cloud_server.presence import Presence
 from cloud_server.records import round_from
-from cloud_server.reports import Reports
 from cloud_server.round import Contribution, Outcome, Phase, Policy, Rejection, Round
-from cloud_server.standing import LeftOut, RunState, Standing
+from cloud_server.showing.presence import Presence
+from cloud_server.showing.reports import Reports
+from cloud_server.showing.standing import LeftOut, RunState, Standing
 from cloud_server.store import Store
 from common.config import RunConfig
 from common.errors import Reason

@@ -26,11 +26,11 @@ from typing import Any
 import pytest
 
 from cloud_server import store as store_module
-from cloud_server.disk import storage_errors
+from cloud_server.disk.failures import storage_errors
+from cloud_server.disk.tables import AgentRow, ContributionRow, ReportRow, RoundRow, RunRow
 from cloud_server.jobs import blob_path
 from cloud_server.round import Phase
 from cloud_server.store import Store
-from cloud_server.tables import AgentRow, ContributionRow, ReportRow, RoundRow, RunRow
 from common.errors import NotFoundError, Reason, StorageError, UsageError
 
 MEMORY = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # where fsync costs nothing

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from structlog.testing import capture_logs
 
-from cloud_server import supervisor
-from cloud_server.supervisor import TrainerProcess
+from cloud_server.training import supervisor
+from cloud_server.training.supervisor import TrainerProcess
 
 
 @pytest.fixture(autouse=True)
@@ -237,7 +237,7 @@ async def test_the_trainer_leaves_when_the_server_is_killed(tmp_path, fifo):
     program = (
         "import asyncio, sys\n"
         "from pathlib import Path\n"
-        "from cloud_server.supervisor import TrainerProcess\n"
+        "from cloud_server.training.supervisor import TrainerProcess\n"
         "async def main():\n"
         "    await TrainerProcess(Path(sys.argv[1]), command=['/bin/sh', '-c', sys.argv[2]]).start()\n"
         "    await asyncio.Event().wait()\n"

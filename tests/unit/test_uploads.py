@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from cloud_server.intake.uploads import Uploads
 from cloud_server.store import Store
-from cloud_server.uploads import Uploads
 from common.config import RunConfig, Wire
 from common.errors import CorruptError, InvalidError, OffsetError, Reason, UnavailableError
 from common.schema import read_header

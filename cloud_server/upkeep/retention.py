@@ -23,11 +23,11 @@ from typing import Literal
 
 import structlog
 
-from cloud_server.disk import storage_errors
+from cloud_server.disk.failures import storage_errors
+from cloud_server.disk.tables import RoundRow
 from cloud_server.jobs import JobDirectory, job_name
 from cloud_server.round import OVER
 from cloud_server.store import Store
-from cloud_server.tables import RoundRow
 
 _JOB_NAME = re.compile(r"round-(\d+)")
 

@@ -21,10 +21,10 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from cloud_server.disk import storage_errors
+from cloud_server.disk.failures import storage_errors
+from cloud_server.disk.tables import ForgettingRow
 from cloud_server.round import Outcome
 from cloud_server.store import Store
-from cloud_server.tables import ForgettingRow
 from common.errors import RunError
 from common.files import replacing, sync
 

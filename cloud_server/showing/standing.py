@@ -9,13 +9,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from cloud_server.disk.tables import ReportRow, RoundRow
 from cloud_server.jobs import AgentAudit, Progress, Result
 from cloud_server.metrics import ServerMetrics
-from cloud_server.presence import Presence
-from cloud_server.reports import Reports
 from cloud_server.round import OVER, Outcome, Phase, Round
+from cloud_server.showing.presence import Presence
+from cloud_server.showing.reports import Reports
 from cloud_server.store import Store
-from cloud_server.tables import ReportRow, RoundRow
 from common.errors import Reason
 from common.transfer import Blob
 from common.wire import Encoded

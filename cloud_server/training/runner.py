@@ -8,7 +8,7 @@ from typing import Protocol
 
 import structlog
 
-from cloud_server.disk import STORAGE_RETRY_SECONDS, storage_errors, when_disk_allows
+from cloud_server.disk.failures import STORAGE_RETRY_SECONDS, storage_errors, when_disk_allows
 from cloud_server.jobs import Job, JobDirectory, JobError, Progress, Result
 from common.config import RunConfig
 from common.faults import Point, crash_point

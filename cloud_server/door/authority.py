@@ -22,8 +22,8 @@ from typing import Any, NamedTuple
 
 import structlog
 
-from cloud_server.database import connect, migrate
-from cloud_server.disk import storage_errors
+from cloud_server.disk.database import connect, migrate
+from cloud_server.disk.failures import storage_errors
 from common import tls
 from common.errors import (
     ConflictError,

@@ -22,13 +22,13 @@ from typing import Any
 
 import structlog
 
-from cloud_server import provenance
-from cloud_server.disk import storage_errors
+from cloud_server.disk.failures import storage_errors
+from cloud_server.disk.tables import ForgettingRow
 from cloud_server.jobs import JobDirectory, job_name
-from cloud_server.retention import round_jobs, unpublished_model
 from cloud_server.round import OVER
 from cloud_server.store import Store
-from cloud_server.tables import ForgettingRow
+from cloud_server.upkeep import provenance
+from cloud_server.upkeep.retention import round_jobs, unpublished_model
 from common.errors import RunError
 from common.faults import Point, crash_point
 from common.files import replacing

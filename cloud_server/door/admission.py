@@ -6,7 +6,7 @@
 | a join token's | `Enroll` |
 | nothing: a server with `--insecure` | everything else, as whoever the metadata name |
 
-And each of them only so often, and so much at a time: see cloud_server/limits.py.
+And each of them only so often, and so much at a time: see cloud_server/door/limits.py.
 """
 
 import asyncio
@@ -18,8 +18,8 @@ from contextvars import ContextVar
 
 import structlog
 
-from cloud_server.authority import Authority, Holder, revocation
-from cloud_server.limits import CallLimits
+from cloud_server.door.authority import Authority, Holder, revocation
+from cloud_server.door.limits import CallLimits
 from common.config import AGENT_ID_PATTERN
 from common.errors import ForbiddenError, InvalidError, Reason
 from common.rpc import AGENT_ID_KEY, Peer

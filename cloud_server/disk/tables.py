@@ -139,7 +139,7 @@ class RoundRow:
     failure: str
     opened_at: float
     phase_times: dict[str, float]  # when each phase was entered first
-    retired: bool = False  # its blobs have been given up; see cloud_server/retention.py
+    retired: bool = False  # its blobs have been given up; see cloud_server/upkeep/retention.py
     without_data: bool = False  # its shards have been given up, if nothing else
 
 
@@ -189,7 +189,7 @@ class UploadRow:
 
 @dataclass(frozen=True)
 class ForgettingRow:
-    """That an agent is to be forgotten, or has been; see cloud_server/forgetting.py."""
+    """That an agent is to be forgotten, or has been; see cloud_server/upkeep/forgetting.py."""
 
     pseudonym: str
     agent_id: str | None  # None: it has been

@@ -6,8 +6,8 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
-from cloud_server.budgets import Budgets
-from cloud_server.disk import storage_errors
+from cloud_server.disk.failures import storage_errors
+from cloud_server.intake.budgets import Budgets
 from cloud_server.store import Store
 from common import schema, wire
 from common.config import DatasetSpec, Wire

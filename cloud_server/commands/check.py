@@ -19,11 +19,12 @@ from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 
-from cloud_server import jobs, provenance
-from cloud_server.retention import round_jobs
+from cloud_server import jobs
+from cloud_server.disk.tables import MIGRATIONS, RoundRow
 from cloud_server.round import OVER, Outcome, Phase
 from cloud_server.store import Store
-from cloud_server.tables import MIGRATIONS, RoundRow
+from cloud_server.upkeep import provenance
+from cloud_server.upkeep.retention import round_jobs
 from common.config import RunConfig
 from common.errors import RunError, UsageError
 from common.transfer import DIGEST, blob_of

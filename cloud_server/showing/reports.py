@@ -8,11 +8,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cloud_server.disk import storage_errors, when_disk_allows
+from cloud_server.disk.failures import storage_errors, when_disk_allows
+from cloud_server.disk.tables import AgentRow, ContributionRow, ReportRow, RoundRow
 from cloud_server.jobs import JobDirectory, Result, job_name
 from cloud_server.round import Outcome, Phase
 from cloud_server.store import Store
-from cloud_server.tables import AgentRow, ContributionRow, ReportRow, RoundRow
 from common.config import CANDIDATES, RunConfig
 from common.faults import Point, crash_point
 from common.files import replacing

@@ -1,7 +1,7 @@
 """The run as the person at the server's terminal sees it."""
 
 from cloud_server.round import Phase
-from cloud_server.standing import RunState
+from cloud_server.showing.standing import RunState
 from common.telemetry import ProgressDisplay
 
 

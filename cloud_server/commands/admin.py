@@ -11,11 +11,11 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from cloud_server import forgetting
-from cloud_server.authority import Authority, EnrolledAgent, TokenRow
 from cloud_server.config import DEFAULT_PRESET, ENV_PREFIX, ServerConfig
+from cloud_server.disk.tables import ForgettingRow
+from cloud_server.door.authority import Authority, EnrolledAgent, TokenRow
 from cloud_server.store import InUseError, Store
-from cloud_server.tables import ForgettingRow
+from cloud_server.upkeep import forgetting
 from common.config import load
 from common.errors import NotFoundError, UsageError
 from common.faults import Point, crash_point
@@ -100,7 +100,7 @@ def _authority(config: ServerConfig, *, make: bool = False) -> Iterator[Authorit
 
 
 def _forget_agent(config: ServerConfig, arguments: argparse.Namespace) -> None:
-    """Also where the server speaks plaintext, and has no authority; see cloud_server/forgetting.py."""
+    """Also where the server speaks plaintext, and has no authority; see cloud_server/upkeep/forgetting.py."""
     agent_id = arguments.agent_id
     is_enrolled = False
     if _has_authority(config):
