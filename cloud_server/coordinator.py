@@ -20,15 +20,16 @@ import structlog
 
 from cloud_server import records
 from cloud_server.config import ServerConfig
+from cloud_server.contribution import Contribution, Decision, Rejection
 from cloud_server.disk.failures import when_disk_allows
 from cloud_server.disk.tables import EncodingRow, ForgettingRow, ReportRow, RoundRow
 from cloud_server.intake.uploads import UNFIT, Upload, Uploads
 from cloud_server.jobs import Job, JobError, Progress, Result
 from cloud_server.metrics import ServerMetrics
-from cloud_server.round import Contribution, Outcome, Phase, Policy, Round
+from cloud_server.round import Policy, Round
 from cloud_server.showing.presence import LIVENESS_SECONDS, Presence
 from cloud_server.showing.reports import Reports, stages
-from cloud_server.showing.standing import RunState, Standing, wait_for
+from cloud_server.showing.standing import Standing, wait_for
 from cloud_server.store import Store
 from cloud_server.training.runner import JobRunner, JobWithdrawnError, Trainer
 from cloud_server.upkeep import forgetting, provenance, retention
@@ -36,6 +37,7 @@ from common import schema
 from common.config import RunConfig, Wire
 from common.errors import BudgetError, InvalidError, NotFoundError, Reason, RunError, StorageError, UsageError
 from common.faults import Point, crash_point
+from common.run_state import Outcome, Phase, RunState, Verdict, WorkProgress
 from common.transfer import Blob, to_the_end
 from common.wire import wire_of
 
@@ -59,15 +61,6 @@ class Membership:
     run: RunConfig
     slot: int
     num_partitions: int
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """How a contribution ended, and why."""
-
-    outcome: Outcome
-    reason: Reason | None = None
-    message: str = ""
 
 
 class Coordinator:
@@ -533,7 +526,8 @@ class Coordinator:
         for line in lines:
             await self._advance_to(Phase(line.phase))
         if lines:
-            self._standing.show_progress(lines[-1])
+            last = lines[-1]
+            self._standing.show_progress(WorkProgress(last.done, last.total, last.loss))
 
     async def _advance_to(self, phase: Phase) -> None:
         """Enter a phase of the trainer's work, through those between; a job run again starts over."""
@@ -644,42 +638,45 @@ class Coordinator:
 
     async def _checked(self, contribution: Contribution) -> Contribution:
         """With what its shards hold. Under the lock: no clean-up comes between the checks and the record."""
-        await self._uploads.check_complete(contribution.agent_id, contribution.weights, contribution.shards)
+        await self._uploads.check_complete(contribution)
         if self._config.run.wire == "int8":
-            await self._uploads.check_base(contribution.weights, contribution.initial_weights)
-        num_shared = await self._uploads.count_shared(contribution.shards, contribution.num_examples)
+            await self._uploads.check_base(contribution.weights_digest, contribution.initial_digest)
+        num_shared = await self._uploads.count_shared(contribution.shard_digests, contribution.num_examples)
         return replace(contribution, num_shared=num_shared)
 
     async def _contribute_to_past_round(self, number: int, contribution: Contribution) -> Outcome:
         """LATE, and known to have been; accepted, if that is what it was in its time."""
-        rows = {row.agent_id: row for row in await asyncio.to_thread(self._store.contributions, number)}
-        row = rows.get(contribution.agent_id)
-        if row and row.outcome == Outcome.ACCEPTED:
-            return Outcome.ACCEPTED if row.weights == contribution.weights else Outcome.LATE
-        if row is None:
+        decisions = await asyncio.to_thread(self._store.contributions, number)
+        known = {decision.agent_id: decision for decision in decisions}.get(contribution.agent_id)
+        if known and known.contribution:
+            is_this_one = known.contribution.weights_digest == contribution.weights_digest
+            return Outcome.ACCEPTED if is_this_one else Outcome.LATE
+        if known is None:
             await self._record_contribution(number, contribution, Outcome.LATE)
         return Outcome.LATE
 
     async def _record_contribution(self, number: int, contribution: Contribution, outcome: Outcome) -> None:
         now = self._clock()
-        row = (
-            records.accepted_row(contribution, now)
-            if outcome is Outcome.ACCEPTED
-            else records.late_row(contribution.agent_id, now)
-        )
-        await asyncio.to_thread(self._store.record_contribution, number, row)
+        agent_id = contribution.agent_id
+        if outcome is Outcome.ACCEPTED:
+            decision = Decision(agent_id, outcome, now, contribution)
+        else:
+            # Nobody has looked whether the blobs that a late contribution names are here.
+            decision = Decision(agent_id, outcome, now, why=Rejection(Reason.ROUND_CLOSED, ""))
+        await asyncio.to_thread(self._store.record_contribution, number, decision)
         crash_point(Point.SERVER_CONTRIBUTION_RECORDED)
-        self._uploads.budgets.look_again_at(row.agent_id)
+        self._uploads.budgets.look_again_at(agent_id)
         self._metrics.count_contribution(outcome.value)
-        log.info("contribution", round=number, agent_id=row.agent_id, outcome=outcome.value)
+        log.info("contribution", round=number, agent_id=agent_id, outcome=outcome.value)
 
     async def _reject(self, agent_id: str, reason: Reason, message: str) -> None:
         async def record() -> None:
             updated = self._round.reject(agent_id, reason, message)
             if agent_id not in self._slots or updated is self._round:
                 return
-            row = records.rejection_row(agent_id, updated.rejections[agent_id], self._clock())
-            await asyncio.to_thread(self._store.record_contribution, updated.number, row)
+            why = updated.rejections[agent_id]
+            decision = Decision(agent_id, Outcome.REJECTED, self._clock(), why=why)
+            await asyncio.to_thread(self._store.record_contribution, updated.number, decision)
             self._believe(updated)
             self._metrics.count_contribution(Outcome.REJECTED.value)
             log.warning("contribution_rejected", round=updated.number, agent_id=agent_id, reason=reason.value)

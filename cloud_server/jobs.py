@@ -21,6 +21,7 @@ from typing import Literal, TypeVar
 
 from pydantic import Field, ValidationError
 
+from cloud_server.contribution import Contribution
 from common.config import FrozenModel, RunConfig
 from common.errors import Reason, RunError
 from common.files import replacing, sync
@@ -45,16 +46,6 @@ class EncodedWeights(Weights):
     base: str | None  # digest of the weights that differences were taken from; None: there are none
 
 
-class JobContribution(FrozenModel):
-    """What one agent brought to the round."""
-
-    agent_id: str
-    weights: str  # digest; encoded as the run's `wire` says
-    shards: tuple[str, ...]  # digests, in the agent's order; none: it shared no data
-    num_examples: int = Field(ge=0)  # it trained on
-    initial_weights: str | None = None  # digest of what its pre-training started from; None: its own
-
-
 class Job(FrozenModel):
     """What the trainer is asked to do: make the run's initial weights, or a round's global model."""
 
@@ -65,7 +56,7 @@ class Job(FrozenModel):
     run: RunConfig
     device: str  # "auto": the trainer's own
     initial_weights: str | None  # digest; what the agents' pre-training started from
-    contributions: tuple[JobContribution, ...] = ()
+    contributions: tuple[Contribution, ...] = ()
 
 
 class Progress(FrozenModel):

@@ -11,22 +11,11 @@ round that a method returns, and only then acts on it. A round is never changed,
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from enum import StrEnum
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
+from cloud_server.contribution import Contribution, Rejection
 from common.errors import ConflictError, InvalidError, Reason
-
-
-class Phase(StrEnum):
-    """How far a round is."""
-
-    COLLECTING = "collecting"  # agents pre-train, upload and contribute
-    AGGREGATING = "aggregating"  # the contributed weights are being averaged
-    FINE_TUNING = "fine_tuning"  # the average is being trained on the combined data
-    EVALUATING = "evaluating"  # the result is being measured on held-out data
-    PUBLISHED = "published"  # over: the global model is there for every agent
-    FAILED = "failed"  # over: it ended without a model, `failure` says why
-
+from common.run_state import Outcome, Phase
 
 TRANSITIONS: Mapping[Phase, frozenset[Phase]] = {
     Phase.COLLECTING: frozenset({Phase.AGGREGATING, Phase.FAILED}),
@@ -39,14 +28,6 @@ TRANSITIONS: Mapping[Phase, frozenset[Phase]] = {
 OVER = tuple(phase for phase, following in TRANSITIONS.items() if not following)
 
 
-class Outcome(StrEnum):
-    """How an agent's contribution to a round ended: exactly one of these."""
-
-    ACCEPTED = "accepted"  # part of the round
-    REJECTED = "rejected"  # refused, and why; a better one may follow while the round collects
-    LATE = "late"  # the round had closed; the next one is open to this agent
-
-
 @dataclass(frozen=True)
 class Policy:
     """When a round closes."""
@@ -55,27 +36,6 @@ class Policy:
     max_agents: int  # enough at any time
     deadline_seconds: float | None  # after the round opened; None: it waits for max_agents
     on_too_few: Literal["wait", "fail"] = "wait"  # fewer than min_agents at the deadline
-
-
-@dataclass(frozen=True)
-class Contribution:
-    """What one agent commits in a round; the digests name blobs that are stored and checked."""
-
-    agent_id: str
-    weights: str  # digest
-    shards: tuple[str, ...]  # digests
-    num_examples: int
-    initial_weights: str | None  # digest of what pre-training started from; None: the agent's own
-    # Figures for the report, not part of what is averaged: they do not make a contribution another one.
-    accuracy_local: float | None = field(compare=False)
-    num_shared: int = field(default=0, compare=False)  # examples in the shards
-
-
-class Rejection(NamedTuple):
-    """Why a contribution was refused, or left out, and what its agent can do about it."""
-
-    reason: Reason
-    message: str
 
 
 @dataclass(frozen=True)
@@ -142,7 +102,7 @@ class Round:
         is_full = len(self.contributions) >= self.policy.max_agents
         if is_full or self.phase is not Phase.COLLECTING:
             return replace(self, rejections=others, late=self.late | {agent_id}), Outcome.LATE
-        self._check_initial_weights(contribution.initial_weights)
+        self._check_initial_weights(contribution.initial_digest)
         contributions = {**self.contributions, agent_id: contribution}
         return replace(self, rejections=others, contributions=contributions), Outcome.ACCEPTED
 

@@ -8,23 +8,22 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from cloud_server.coordinator import Coordinator, Verdict
+from cloud_server.contribution import Contribution
+from cloud_server.coordinator import Coordinator
 from cloud_server.disk.tables import ReportRow
 from cloud_server.door.admission import Admission, calling_agent, token_in_use
 from cloud_server.door.authority import Authority
 from cloud_server.door.connections import Connections
 from cloud_server.door.limits import CallLimits
 from cloud_server.metrics import ServerMetrics
-from cloud_server.round import Contribution, Outcome, Phase
-from cloud_server.showing.standing import RunState
 from common import rpc
 from common.config import PROTOCOL_VERSION
 from common.errors import InvalidError, Reason, UnavailableError, UsageError
 from common.faults import Point, crash_point
 from common.pb import ecavg_pb2 as pb
 from common.pb import ecavg_pb2_grpc as pb_grpc
-from common.transfer import DIGEST, Blob, chunks_of
-from common.wire import Encoded
+from common.run_state import Outcome, Phase, RunState, Verdict
+from common.transfer import DIGEST, Blob, Encoded, chunks_of
 
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["ECAvg"].full_name
 
@@ -255,10 +254,10 @@ def _contribution(agent_id: str, request: pb.ContributeRequest) -> Contribution:
         raise InvalidError("a contribution names the same shard twice")
     return Contribution(
         agent_id=agent_id,
-        weights=_digest(request.weights_digest),
-        shards=tuple(_digest(digest) for digest in request.shard_digests),
+        weights_digest=_digest(request.weights_digest),
+        shard_digests=tuple(_digest(digest) for digest in request.shard_digests),
         num_examples=_count(request.num_examples),
-        initial_weights=_digest(request.initial_weights_digest) if request.initial_weights_digest else None,
+        initial_digest=_digest(request.initial_weights_digest) if request.initial_weights_digest else None,
         accuracy_local=_ratio(request, "accuracy_local"),
     )
 

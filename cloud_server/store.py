@@ -22,12 +22,12 @@ from pathlib import Path
 from threading import RLock
 from typing import Any, TextIO
 
+from cloud_server.contribution import Contribution, Decision, Rejection
 from cloud_server.disk.database import connect, migrate, version
 from cloud_server.disk.failures import storage_errors
 from cloud_server.disk.tables import (
     MIGRATIONS,
     AgentRow,
-    ContributionRow,
     EncodingRow,
     ForgettingRow,
     ReportRow,
@@ -38,10 +38,12 @@ from cloud_server.disk.tables import (
 from common.errors import NotFoundError, Reason, UsageError
 from common.faults import Point, crash_point
 from common.files import sync
+from common.run_state import Outcome, Phase
 from common.transfer import checked_digest
 
 _RETIRED, _CLEARED = 1, 2  # rounds.retired: its records are given up; and so are its files
-_FIRST_PHASE = "collecting"  # round.Phase.COLLECTING: the two modules do not know each other
+# What is on record of a contribution of which nothing was kept.
+_NOTHING = Contribution("", "", (), 0)
 
 
 class InUseError(UsageError):
@@ -173,25 +175,35 @@ class Store:
         rounds = self._read_rounds("SELECT * FROM rounds WHERE number = ?", number)
         return rounds[0] if rounds else None
 
-    def record_contribution(self, number: int, contribution: ContributionRow) -> None:
-        """Records how an agent's contribution ended; the last record for an agent and round stands."""
+    def record_contribution(self, number: int, decision: Decision) -> None:
+        """Record how an agent's part in a round ended; the last record for an agent and round stands."""
+        contribution = decision.contribution or _NOTHING
+        reason, message = decision.why or ("", "")
         with self._transaction() as database:
             database.execute(
                 "INSERT OR REPLACE INTO contributions (round, agent_id, outcome, weights, shards,"
                 " num_examples, num_shared, initial_weights, accuracy_local, reason, message, at)"
-                " VALUES (:round, :agent_id, :outcome, :weights, :shards, :num_examples, :num_shared,"
-                " :initial_weights, :accuracy_local, :reason, :message, :at)",
-                {**vars(contribution), "round": number, "shards": json.dumps(contribution.shards)},
+                " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                (
+                    number,
+                    decision.agent_id,
+                    decision.outcome,
+                    contribution.weights_digest,
+                    json.dumps(contribution.shard_digests),
+                    contribution.num_examples,
+                    contribution.num_shared,
+                    contribution.initial_digest,
+                    contribution.accuracy_local,
+                    reason,
+                    message,
+                    decision.at,
+                ),
             )
 
-    def contributions(self, number: int) -> list[ContributionRow]:
-        """How every contribution to a round ended, in agent-id order."""
-        rows = self._read(
-            "SELECT agent_id, outcome, weights, shards, num_examples, num_shared, initial_weights,"
-            " accuracy_local, reason, message, at FROM contributions WHERE round = ? ORDER BY agent_id",
-            number,
-        )
-        return [ContributionRow(**{**row, "shards": tuple(json.loads(row["shards"]))}) for row in rows]
+    def contributions(self, number: int) -> list[Decision]:
+        """Return how every agent's part in a round ended, in agent-id order."""
+        rows = self._read("SELECT * FROM contributions WHERE round = ? ORDER BY agent_id", number)
+        return [_decision(row) for row in rows]
 
     def num_accepted(self) -> dict[int, int]:
         """How many contributions each round has accepted, of the rounds that have any."""
@@ -592,9 +604,9 @@ class Store:
     def _insert_round(self, number: int, initial_weights: str, now: float) -> None:
         self._database.execute(
             "INSERT INTO rounds (number, phase, initial_weights, opened_at) VALUES (?, ?, ?, ?)",
-            (number, _FIRST_PHASE, initial_weights, now),
+            (number, Phase.COLLECTING, initial_weights, now),
         )
-        self._append_phase(number, _FIRST_PHASE, now)
+        self._append_phase(number, Phase.COLLECTING, now)
 
     def _append_phase(self, number: int, phase: str, now: float) -> None:
         self._database.execute(
@@ -607,6 +619,26 @@ class Store:
             raise NotFoundError(f"agent {agent_id} has not joined this run: join first", Reason.UNKNOWN_AGENT)
         slot: int = rows[0]["slot"]
         return slot
+
+
+def _decision(row: Mapping[str, Any]) -> Decision:
+    outcome = Outcome(row["outcome"])
+    contribution = Contribution(
+        agent_id=row["agent_id"],
+        weights_digest=row["weights"],
+        shard_digests=tuple(json.loads(row["shards"])),
+        num_examples=row["num_examples"],
+        initial_digest=row["initial_weights"],
+        accuracy_local=row["accuracy_local"],
+        num_shared=row["num_shared"],
+    )
+    return Decision(
+        agent_id=row["agent_id"],
+        outcome=outcome,
+        at=row["at"],
+        contribution=contribution if outcome is Outcome.ACCEPTED else None,
+        why=Rejection(Reason(row["reason"]), row["message"]) if row["reason"] else None,
+    )
 
 
 @contextmanager

@@ -39,7 +39,7 @@ from common.config import FrozenModel, Wire
 from common.errors import InvalidError, Reason, RunError, UsageError
 from common.files import replacing
 from common.schema import Header, Schema, TensorSpec, check_finite, check_weights, parse_header, read_header
-from common.transfer import DIGEST, Blob
+from common.transfer import DIGEST
 
 PIECE_ELEMENTS = 1 << 15  # of a file held at once, or one channel if that is longer: stays in the cache
 
@@ -61,13 +61,6 @@ class Base(NamedTuple):
 
     path: Path
     digest: str  # of the file; the caller has checked it
-
-
-class Encoded(NamedTuple):
-    """Weights of ours as they are offered for the way: the encoded file, and what it takes to decode it."""
-
-    blob: Blob
-    base: str | None  # digest; None: it takes no base
 
 
 class Encoding(FrozenModel):

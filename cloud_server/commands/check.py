@@ -21,12 +21,13 @@ from pydantic import ValidationError
 
 from cloud_server import jobs
 from cloud_server.disk.tables import MIGRATIONS, RoundRow
-from cloud_server.round import OVER, Outcome, Phase
+from cloud_server.round import OVER
 from cloud_server.store import Store
 from cloud_server.upkeep import provenance
 from cloud_server.upkeep.retention import round_jobs
 from common.config import RunConfig
 from common.errors import RunError, UsageError
+from common.run_state import Phase
 from common.transfer import DIGEST, blob_of
 
 _PARTIAL_NAME = re.compile(rf"(\d+)-{DIGEST.pattern}")
@@ -207,14 +208,13 @@ class Check:
         for weights in (row.initial_weights, row.published):
             if weights and (encoding := records.encoding(weights)):
                 yield from self._blob(encoding.digest, where, "encoded model")
-        contributions = records.contributions(row.number)
-        is_counted = any(item.outcome == Outcome.ACCEPTED for item in contributions)
-        if row.published and not is_counted and row.number not in self._used_by_forgotten:
+        decisions = records.contributions(row.number)
+        accepted = [decision.contribution for decision in decisions if decision.contribution]
+        if row.published and not accepted and row.number not in self._used_by_forgotten:
             yield Problem(where, "it is published, of no contribution", _RESTORE_DATABASE)
-        for item in contributions:
-            shards = () if row.without_data else item.shards
-            blobs = [(item.weights, "weights"), *((digest, "data") for digest in shards)]
-            for digest, kind in blobs if item.outcome != Outcome.REJECTED else ():
+        for item in accepted:
+            shards = () if row.without_data else item.shard_digests
+            for digest, kind in [(item.weights_digest, "weights"), *((digest, "data") for digest in shards)]:
                 contribution = f"contribution of {item.agent_id} to round {row.number}"
                 yield from self._blob(digest, contribution, kind)
 

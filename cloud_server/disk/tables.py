@@ -152,21 +152,6 @@ class EncodingRow:
 
 
 @dataclass(frozen=True)
-class ContributionRow:
-    agent_id: str
-    outcome: str  # "accepted", "rejected" or "late"
-    weights: str  # digest
-    shards: tuple[str, ...]  # digests
-    num_examples: int
-    accuracy_local: float | None
-    reason: str  # of a rejection; of an accepted one, why the model has nothing of it; else empty
-    message: str  # likewise
-    at: float
-    initial_weights: str | None = None  # digest; None: the agent's own, or not known
-    num_shared: int = 0  # examples in the shards
-
-
-@dataclass(frozen=True)
 class ReportRow:
     agent_id: str
     accuracy_local: float | None

@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+from cloud_server.contribution import Contribution
 from cloud_server.disk.failures import storage_errors
 from cloud_server.intake.budgets import Budgets
 from cloud_server.store import Store
@@ -91,14 +92,15 @@ class Uploads:
         path = await asyncio.to_thread(self._store.partial_path, agent_id, digest)
         return await asyncio.to_thread(_durable_size, path), False
 
-    async def check_complete(self, agent_id: str, weights: str, shards: Sequence[str]) -> None:
-        """Hold what an agent says it has sent, by digests, against what is stored and checked.
+    async def check_complete(self, contribution: Contribution) -> None:
+        """Check that every blob that a contribution names is stored, checked, and uploaded by its agent.
 
         Raises:
             NotFoundError: this agent has not uploaded one of them.
         """
-        for digest, kind in [(weights, "weights"), *((digest, "data") for digest in shards)]:
-            if not await asyncio.to_thread(self._store.has_upload, agent_id, digest, kind):
+        shards = [(digest, "data") for digest in contribution.shard_digests]
+        for digest, kind in [(contribution.weights_digest, "weights"), *shards]:
+            if not await asyncio.to_thread(self._store.has_upload, contribution.agent_id, digest, kind):
                 raise NotFoundError(f"the {kind} blob {digest[:16]}… is not uploaded", Reason.MISSING_BLOB)
 
     async def count_shared(self, shards: Sequence[str], num_examples: int) -> int:

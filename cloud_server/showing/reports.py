@@ -8,14 +8,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from cloud_server.contribution import Decision
 from cloud_server.disk.failures import storage_errors, when_disk_allows
-from cloud_server.disk.tables import AgentRow, ContributionRow, ReportRow, RoundRow
+from cloud_server.disk.tables import AgentRow, ReportRow, RoundRow
 from cloud_server.jobs import JobDirectory, Result, job_name
-from cloud_server.round import Outcome, Phase
 from cloud_server.store import Store
 from common.config import CANDIDATES, RunConfig
 from common.faults import Point, crash_point
 from common.files import replacing
+from common.run_state import Outcome, Phase
 
 # What a report has from the trainer's result as it is, where there is any.
 _MEASURED = (
@@ -75,7 +76,7 @@ class Reports:
 def build(
     run: RunConfig,
     row: RoundRow,
-    contributions: Sequence[ContributionRow],
+    decisions: Sequence[Decision],
     agent_reports: Sequence[ReportRow],
     members: Sequence[AgentRow],
     result: Result | None,
@@ -88,15 +89,15 @@ def build(
         "outcome": "published" if row.published else "failed",
         "model": run.model,
         "dataset": run.dataset,
-        "num_shared": sum(item.num_shared for item in contributions if item.outcome == Outcome.ACCEPTED),
-        "agents": _agents(contributions, agent_reports),
+        "num_shared": sum(each.contribution.num_shared for each in decisions if each.contribution),
+        "agents": _agents(decisions, agent_reports),
         "rejected": [
-            {"agent_id": item.agent_id, "reason": item.reason, "message": item.message}
-            for item in contributions
-            if item.outcome == Outcome.REJECTED
+            {"agent_id": each.agent_id} | each.why._asdict()
+            for each in decisions
+            if each.outcome is Outcome.REJECTED and each.why
         ],
-        "late": [item.agent_id for item in contributions if item.outcome == Outcome.LATE],
-        "vanished": _vanished(row, contributions, members),
+        "late": [each.agent_id for each in decisions if each.outcome is Outcome.LATE],
+        "vanished": _vanished(row, decisions, members),
     }
     if row.failure:
         report["failure"] = row.failure
@@ -161,33 +162,30 @@ def _without_name(fields: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in fields.items() if name != "name"}
 
 
-def _vanished(
-    row: RoundRow, contributions: Sequence[ContributionRow], members: Sequence[AgentRow]
-) -> list[str]:
+def _vanished(row: RoundRow, decisions: Sequence[Decision], members: Sequence[AgentRow]) -> list[str]:
     """Agents that had joined before the round closed, and of which it heard nothing."""
-    heard = {item.agent_id for item in contributions}
+    heard = {each.agent_id for each in decisions}
     closed_at = row.phase_times.get(Phase.AGGREGATING.value, math.inf)
     return sorted(
         member.agent_id for member in members if member.joined_at < closed_at and member.agent_id not in heard
     )
 
 
-def _agents(
-    contributions: Sequence[ContributionRow], agent_reports: Sequence[ReportRow]
-) -> list[dict[str, Any]]:
+def _agents(decisions: Sequence[Decision], agent_reports: Sequence[ReportRow]) -> list[dict[str, Any]]:
     reported = {row.agent_id: row for row in agent_reports}
     agents = []
-    for item in contributions:
-        if item.outcome != Outcome.ACCEPTED:
+    for decision in decisions:
+        item = decision.contribution
+        if item is None:
             continue
         agent = {
             "agent_id": item.agent_id,
             "num_examples": item.num_examples,
             "num_shared": item.num_shared,
-            "initial_weights": item.initial_weights,  # null: its own
+            "initial_weights": item.initial_digest,  # null: its own
         }
-        if item.reason:
-            agent["left_out"] = {"reason": item.reason, "message": item.message}
+        if decision.why:
+            agent["left_out"] = decision.why._asdict()
         if item.accuracy_local is not None:
             agent["accuracy_local"] = item.accuracy_local
         if row := reported.get(item.agent_id):

@@ -6,56 +6,20 @@ The coordinator shows what has become true, and nobody else does.
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 from cloud_server.disk.tables import ReportRow, RoundRow
-from cloud_server.jobs import AgentAudit, Progress, Result
+from cloud_server.jobs import AgentAudit, Result
 from cloud_server.metrics import ServerMetrics
-from cloud_server.round import OVER, Outcome, Phase, Round
+from cloud_server.round import OVER, Round
 from cloud_server.showing.presence import Presence
 from cloud_server.showing.reports import Reports
 from cloud_server.store import Store
 from common.errors import Reason
-from common.transfer import Blob
-from common.wire import Encoded
+from common.run_state import LeftOut, Phase, PublishedModel, RunState, WorkProgress
+from common.transfer import Blob, Encoded
 
 STATUS_ROUNDS = 50  # as many of the latest rounds are on the status page
-
-
-@dataclass(frozen=True)
-class PublishedModel:
-    round: int
-    weights: Blob
-    encoded: Encoded | None
-
-
-class LeftOut(NamedTuple):
-    """An accepted contribution that its round's model has nothing of."""
-
-    round: int
-    reason: Reason
-    message: str
-
-
-@dataclass(frozen=True)
-class RunState:
-    """The whole state of the run at one moment, as one agent may see it."""
-
-    round: int
-    phase: Phase
-    initial_weights: Blob
-    initial_encoded: Encoded | None
-    outcome: Outcome | None
-    progress: Progress | None
-    latest_model: PublishedModel | None
-    failed_round: int  # this round or the one before, if it failed; else 0
-    failure: str  # why it did
-    run_over: bool
-    num_contributions: int
-    max_contributions: int
-    counted_round: int  # the last one whose model has a contribution of this agent in it; 0: none has
-    left_out: LeftOut | None  # this agent's accepted contribution to this round or the one before, if unused
 
 
 class Standing:
@@ -90,7 +54,7 @@ class Standing:
         self._changed = asyncio.Event()
         self._news = asyncio.Event()
         self._num_forgotten = 0
-        self._progress: Progress | None = None  # of the trainer in this phase
+        self._progress: WorkProgress | None = None  # of the trainer in this phase
         self._run_over = False
         self._latest_model: PublishedModel | None = None
         self._counted = store.counted_rounds()
@@ -132,7 +96,7 @@ class Standing:
         self._results.clear()
         self._metrics.forget(agent_id)
 
-    def show_progress(self, progress: Progress) -> None:
+    def show_progress(self, progress: WorkProgress) -> None:
         self._progress = progress
         self._tell_watchers()
 

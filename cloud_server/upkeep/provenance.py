@@ -23,7 +23,6 @@ from typing import Any
 
 from cloud_server.disk.failures import storage_errors
 from cloud_server.disk.tables import ForgettingRow
-from cloud_server.round import Outcome
 from cloud_server.store import Store
 from common.errors import RunError
 from common.files import replacing, sync
@@ -87,13 +86,12 @@ def entries_from(store: Store, first: int) -> Iterator[dict[str, Any]]:
                 "contributions": [
                     {
                         "agent_id": item.agent_id,
-                        "weights": item.weights,
-                        "shards": list(item.shards),
+                        "weights": item.weights_digest,
+                        "shards": list(item.shard_digests),
                         "num_examples": item.num_examples,
                     }
-                    for item in store.contributions(row.number)
-                    if item.outcome == Outcome.ACCEPTED
-                    and not item.reason  # else the model has nothing of it
+                    for decision in store.contributions(row.number)
+                    if decision.is_counted and (item := decision.contribution)
                 ],
             }
 

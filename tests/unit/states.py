@@ -5,11 +5,13 @@ import json
 import os
 from pathlib import Path
 
-from cloud_server.disk.tables import ContributionRow, EncodingRow
+from cloud_server.contribution import Contribution, Decision
+from cloud_server.disk.tables import EncodingRow
 from cloud_server.jobs import EncodedWeights, Job, JobDirectory, Result, Weights
 from cloud_server.store import Store
 from cloud_server.upkeep import provenance
 from common.config import RunConfig
+from common.run_state import Outcome
 
 INITIAL = b"initial weights"
 AGENT = "edge-1"
@@ -55,8 +57,8 @@ def contribute(store: Store, number: int, *shards: bytes) -> list[bytes]:
     for shard in sent:
         upload(store, shard, "data", number + 0.2)
     digests = tuple(map(digest_of, shards))
-    row = ContributionRow(AGENT, "accepted", weights, digests, 10, 0.9, "", "", at=number + 0.3)
-    store.record_contribution(number, row)
+    contribution = Contribution(AGENT, weights, digests, 10, accuracy_local=0.9)
+    store.record_contribution(number, Decision(AGENT, Outcome.ACCEPTED, number + 0.3, contribution))
     return sent
 
 

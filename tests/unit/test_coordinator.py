@@ -15,12 +15,12 @@ from safetensors.numpy import save_file
 
 from cloud_server import coordinator
 from cloud_server.config import ServerConfig
+from cloud_server.contribution import Contribution
 from cloud_server.coordinator import Coordinator
 from cloud_server.disk.tables import ReportRow
 from cloud_server.jobs import (
     AgentAudit,
     Job,
-    JobContribution,
     JobDirectory,
     JobError,
     Progress,
@@ -29,7 +29,6 @@ from cloud_server.jobs import (
     pending_jobs,
 )
 from cloud_server.metrics import ServerMetrics
-from cloud_server.round import Contribution, Outcome, Phase
 from cloud_server.showing import presence
 from cloud_server.store import Store
 from cloud_server.training import runner as job_runner
@@ -44,6 +43,7 @@ from common.errors import (
     UnavailableError,
     UsageError,
 )
+from common.run_state import Outcome, Phase
 from common.shards import Shard, write_shard
 from common.transfer import Blob
 from common.wire import Base, encode
@@ -270,9 +270,9 @@ async def test_answer_after_the_round_does_not_depend_on_blobs_that_are_gone(
     async with world(tmp_path, rounds=num_rounds, run=RunConfig(retain_data="round")) as here:
         first, late = await contribution_with_data(here, "first"), await here.contribution_of("late")
         assert (await here.coordinator.contribute("first", 1, first)).outcome is Outcome.ACCEPTED
-        await here.until(lambda: not here.store.has_upload("first", first.shards[0], "data"))
+        await here.until(lambda: not here.store.has_upload("first", first.shard_digests[0], "data"))
         assert (await here.coordinator.contribute("first", 1, first)).outcome is Outcome.ACCEPTED
-        late = replace(late, shards=("e" * 64,))  # which it has not sent
+        late = replace(late, shard_digests=("e" * 64,))  # which it has not sent
         assert (await here.coordinator.contribute("late", 1, late)).outcome is Outcome.LATE
         assert [row.outcome for row in here.store.contributions(1)] == ["accepted", "late"]
 
@@ -282,15 +282,15 @@ async def test_nothing_is_kept_of_a_late_contribution(tmp_path: Path) -> None:
         late = await here.contribution_of("late", seed=8)
         assert await here.contribute("first") is Outcome.ACCEPTED
         await here.until(lambda: here.coordinator.state_for().round == 2)
-        await here.coordinator.contribute("late", 1, replace(late, shards=("e" * 64,) * 1000))
+        await here.coordinator.contribute("late", 1, replace(late, shard_digests=("e" * 64,) * 1000))
         (row,) = (each for each in here.store.contributions(1) if each.agent_id == "late")
-        assert (row.outcome, row.weights, row.shards) == ("late", "", ())
-        assert list(here.store.unused_sizes("late")) == [late.weights]
+        assert (row.outcome, row.contribution) == ("late", None)
+        assert list(here.store.unused_sizes("late")) == [late.weights_digest]
 
 
 async def test_result_of_a_job_that_was_withdrawn_is_not_the_next_ones(tmp_path: Path) -> None:
     runner = JobRunner(tmp_path / "jobs", trainer := PlayedTrainer(tmp_path), max_attempts=3)
-    gone, stays = (JobContribution(agent_id=name, weights="", shards=(), num_examples=1) for name in "ab")
+    gone, stays = (Contribution(name, "", (), num_examples=1) for name in "ab")
     job = Job(kind="round", name="round-0001", round=1, run=RunConfig(), device="cpu", initial_weights=None)
     directory = runner.directory(job.name)
     directory.write_job(job.model_copy(update={"contributions": (gone, stays)}))
@@ -453,10 +453,10 @@ async def test_contribution_from_other_initial_weights_is_rejected_and_a_better_
         contribution = await here.contribution_of("a")
         for other in ("f" * 64, None):
             with pytest.raises(InvalidError, match="pre-training started from"):
-                await here.coordinator.contribute("a", 1, replace(contribution, initial_weights=other))
+                await here.coordinator.contribute("a", 1, replace(contribution, initial_digest=other))
             assert here.coordinator.state_for("a").outcome is Outcome.REJECTED
         (row,) = here.store.contributions(1)
-        assert (row.outcome, row.reason) == ("rejected", Reason.INITIAL_WEIGHTS)
+        assert (row.outcome, row.why.reason) == ("rejected", Reason.INITIAL_WEIGHTS)
         assert (await here.coordinator.contribute("a", 1, contribution)).outcome is Outcome.ACCEPTED
         await here.until(lambda: here.coordinator.state_for().round == 2)
         (agent,) = here.report()["agents"]
@@ -485,7 +485,7 @@ async def test_independent_agents_start_from_their_own_weights_until_a_model_is_
     run = {"initial_weights": "independent"}
 
     async def contribute_own(here: World, number: int) -> Outcome:
-        contribution = replace(await here.contribution_of("a"), initial_weights=None)
+        contribution = replace(await here.contribution_of("a"), initial_digest=None)
         return (await here.coordinator.contribute("a", number, contribution)).outcome
 
     async with world(tmp_path, [failure("failed")] * 9, max_attempts=1, run=run) as here:
@@ -716,13 +716,13 @@ async def contribution_with_data(here: World, agent_id: str) -> Contribution:
     blob = Blob(hashlib.sha256(content).hexdigest(), len(content))
     async with here.coordinator.receive(agent_id, "data", blob, 0) as upload:
         await upload.write(content)
-    return replace(start, shards=(blob.digest,), num_examples=8)
+    return replace(start, shard_digests=(blob.digest,), num_examples=8)
 
 
 async def test_data_kept_for_a_round_go_when_it_is_over(tmp_path: Path) -> None:
     async with world(tmp_path, run=RunConfig(retain_data="round")) as here:
         whole = await contribution_with_data(here, "first")
-        (digest,) = whole.shards
+        (digest,) = whole.shard_digests
         assert (await here.coordinator.query_upload("first", "data", digest))[1]
         assert (await here.coordinator.contribute("first", 1, whole)).outcome is Outcome.ACCEPTED
         await here.until(lambda: here.coordinator.state_for().round == 2)

@@ -12,11 +12,13 @@ import pytest
 from cloud_server import jobs
 from cloud_server import store as store_module
 from cloud_server.commands import check
-from cloud_server.disk.tables import ContributionRow, ReportRow
-from cloud_server.jobs import JobContribution, JobDirectory
+from cloud_server.contribution import Contribution, Decision
+from cloud_server.disk.tables import ReportRow
+from cloud_server.jobs import JobDirectory
 from cloud_server.store import InUseError, Store
 from cloud_server.upkeep import forgetting, provenance
 from common.errors import NotFoundError, RunError, UsageError
+from common.run_state import Outcome
 from tests.unit.states import (
     AGENT,
     INITIAL,
@@ -45,12 +47,14 @@ def upload(store: Store, agent_id: str, content: bytes, kind: str) -> str:
     return digest
 
 
-def contribute_other(store: Store, number: int, outcome: str = "accepted") -> None:
+def contribute_other(store: Store, number: int, outcome: Outcome = Outcome.ACCEPTED) -> None:
     """The other's weights; a shard of its own, and the one that AGENT has as well."""
     weights = upload(store, OTHER, f"weights of the other {number}".encode(), "weights")
     shards = tuple(upload(store, OTHER, content, "data") for content in (SECRET, SHARD))
-    row = ContributionRow(OTHER, outcome, weights, shards, 10, 0.9, "", "", at=number + 0.3)
-    store.record_contribution(number, row)
+    contribution = Contribution(OTHER, weights, shards, 10, accuracy_local=0.9)
+    is_accepted = outcome is Outcome.ACCEPTED
+    decision = Decision(OTHER, outcome, number + 0.3, contribution if is_accepted else None)
+    store.record_contribution(number, decision)
 
 
 @pytest.fixture
@@ -71,7 +75,7 @@ def make(store: Store, state_dir: Path) -> None:
     assert store.join(OTHER, 0.6) == 2
     for number in (1, 2):
         contribute(store, number)
-        contribute_other(store, number, "accepted" if number == 1 else "late")
+        contribute_other(store, number, Outcome.ACCEPTED if number == 1 else Outcome.LATE)
         publish(store, state_dir, number)
         store.record_report(number, ReportRow(OTHER, 0.5, 0.5, 0.6, 10, applied=True, reason="", at=1.0))
         path = state_dir / f"rounds/{number:04d}/report.json"
@@ -86,12 +90,7 @@ def make(store: Store, state_dir: Path) -> None:
     store.set_phase(3, "aggregating", 3.5)
     directory = run_job(state_dir, 3, digest_of(model_of(2)))
     work = directory.read_job().model_copy(
-        update={
-            "contributions": tuple(
-                JobContribution(agent_id=name, weights="0" * 64, shards=(), num_examples=1)
-                for name in (AGENT, OTHER)
-            )
-        }
+        update={"contributions": tuple(Contribution(name, "0" * 64, (), 1) for name in (AGENT, OTHER))}
     )
     directory.write_job(work)
     directory.write_result(jobs.Result(weights=jobs.Weights(sha256=digest_of(model_of(3)), bytes=1)))
@@ -183,11 +182,13 @@ def test_asking_twice_is_asking_once(store: Store) -> None:
 
 def test_agent_whose_weights_were_published_as_they_are_leaves_them(store: Store, state_dir: Path) -> None:
     """The best agent's, say: the model is the same blob."""
-    (row,) = (row for row in store.contributions(1) if row.agent_id == OTHER)
-    store.set_phase(1, "published", 2.0, published=row.weights)
+    (weights,) = (
+        each.contribution.weights_digest for each in store.contributions(1) if each.agent_id == OTHER
+    )
+    store.set_phase(1, "published", 2.0, published=weights)
     (state_dir / "provenance.jsonl").unlink()
     forget(store, state_dir)
-    assert row.weights in blobs(state_dir)
+    assert weights in blobs(state_dir)
     assert digest_of(SECRET) not in blobs(state_dir)
 
 

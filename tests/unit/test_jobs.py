@@ -3,9 +3,9 @@ import sys
 
 import pytest
 
+from cloud_server.contribution import Contribution
 from cloud_server.jobs import (
     Job,
-    JobContribution,
     JobDirectory,
     JobError,
     Progress,
@@ -26,7 +26,7 @@ JOB = Job(
     run=RunConfig(),
     device="auto",
     initial_weights=DIGEST,
-    contributions=(JobContribution(agent_id="a", weights=DIGEST, shards=(DIGEST,), num_examples=7),),
+    contributions=(Contribution("a", DIGEST, (DIGEST,), 7),),
 )
 RESULT = Result(
     weights=Weights(sha256=DIGEST, bytes=1),

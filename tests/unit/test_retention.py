@@ -14,12 +14,13 @@ import pytest
 from cloud_server import jobs
 from cloud_server.commands import check
 from cloud_server.config import ServerConfig
-from cloud_server.disk.tables import ContributionRow
+from cloud_server.contribution import Decision
 from cloud_server.jobs import JobDirectory
 from cloud_server.showing import reports
 from cloud_server.store import Store
 from cloud_server.upkeep import retention
 from common.errors import StorageError
+from common.run_state import Outcome
 from tests.unit.states import (
     AGENT,
     INITIAL,
@@ -217,8 +218,7 @@ def test_data_sent_again_are_kept_for_their_round(store: Store, state_dir: Path)
 def test_late_contribution_keeps_its_data_for_the_next_round_only(store: Store, state_dir: Path) -> None:
     run_rounds(store, state_dir, 1)
     digest = upload(store, b"late", "data", 2.1)
-    row = ContributionRow(AGENT, "late", digest_of(local_of(1)), (digest,), 1, 0.9, "", "", at=2.2)
-    store.record_contribution(1, row)
+    store.record_contribution(1, Decision(AGENT, Outcome.LATE, 2.2))
     clean_up(store, state_dir, retain_data="round")
     assert store.has_upload(AGENT, digest, "data")
     publish(store, state_dir, 2)

@@ -8,16 +8,18 @@ from pathlib import Path
 
 import pytest
 
-from cloud_server.jobs import JobDirectory, Progress, Result
+from cloud_server.contribution import Contribution, Rejection
+from cloud_server.jobs import JobDirectory, Result
 from cloud_server.metrics import ServerMetrics
 from cloud_server.records import round_from
-from cloud_server.round import Contribution, Outcome, Phase, Policy, Rejection, Round
+from cloud_server.round import Policy, Round
 from cloud_server.showing.presence import Presence
 from cloud_server.showing.reports import Reports
-from cloud_server.showing.standing import LeftOut, RunState, Standing
+from cloud_server.showing.standing import Standing
 from cloud_server.store import Store
 from common.config import RunConfig
 from common.errors import Reason
+from common.run_state import LeftOut, Outcome, Phase, RunState, WorkProgress
 from common.transfer import Blob
 from tests.unit.states import AGENT, INITIAL, begin, contribute, digest_of, encoded_of, model_of, run_rounds
 from tests.unit.test_reports import RESULT
@@ -115,7 +117,7 @@ async def test_latest_model_and_failure_are_known_after_a_restart(store: Store, 
 
 async def test_progress_is_of_the_phase_that_it_was_made_in(viewed: Viewed) -> None:
     viewed.show(viewed.round.advance(Phase.AGGREGATING))
-    viewed.standing.show_progress(Progress(phase="aggregating", done=1, total=2))
+    viewed.standing.show_progress(WorkProgress(1, 2))
     viewed.show(viewed.round.advance(Phase.FINE_TUNING))
     shown = [(state.phase.value, state.progress and state.progress.done) for state in viewed.displayed]
     assert shown == [("collecting", None), ("aggregating", None), ("aggregating", 1), ("fine_tuning", None)]
@@ -148,7 +150,7 @@ async def test_watchers_do_not_hear_of_who_comes_and_goes(viewed: Viewed) -> Non
         viewed.standing.look_again()  # as after a report
         await asyncio.sleep(0)
     assert not following.done()
-    viewed.standing.show_progress(Progress(phase="aggregating", done=1, total=2))
+    viewed.standing.show_progress(WorkProgress(1, 2))
     assert (await following).progress
     await watching.aclose()
 

@@ -26,18 +26,22 @@ from typing import Any
 import pytest
 
 from cloud_server import store as store_module
+from cloud_server.contribution import Contribution, Decision, Rejection
 from cloud_server.disk.failures import storage_errors
-from cloud_server.disk.tables import AgentRow, ContributionRow, ReportRow, RoundRow, RunRow
+from cloud_server.disk.tables import AgentRow, ReportRow, RoundRow, RunRow
 from cloud_server.jobs import blob_path
-from cloud_server.round import Phase
 from cloud_server.store import Store
 from common.errors import NotFoundError, Reason, StorageError, UsageError
+from common.run_state import Outcome, Phase
 
 MEMORY = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # where fsync costs nothing
 UPLOADED, TRAINED = b"an upload" * 1000, b"a global model" * 1000
 DIGEST, TRAINED_DIGEST = (hashlib.sha256(content).hexdigest() for content in (UPLOADED, TRAINED))
-CONTRIBUTION = ContributionRow(
-    "a", "accepted", DIGEST, ("b" * 64, "c" * 64), 600, 0.1 + 0.2, "", "", 12.5, "e" * 64
+CONTRIBUTION = Decision(
+    "a",
+    Outcome.ACCEPTED,
+    12.5,
+    Contribution("a", DIGEST, ("b" * 64, "c" * 64), 600, "e" * 64, accuracy_local=0.1 + 0.2, num_shared=540),
 )
 REPORT = ReportRow("a", 0.91, None, 0.96, 120, True, "", 99.5, 0.1 + 0.7)
 
@@ -149,14 +153,15 @@ def test_phase_of_an_unknown_round_is_refused(run_store):
 
 
 def test_contributions_come_back_as_they_were_in_agent_id_order(run_store):
-    late = ContributionRow("b", "late", "d" * 64, (), 1, None, "", "", 13.0)
+    late = Decision("b", Outcome.LATE, 13.0, why=Rejection(Reason.ROUND_CLOSED, ""))
     run_store.record_contribution(1, late)
     run_store.record_contribution(1, CONTRIBUTION)
     assert run_store.contributions(1) == [CONTRIBUTION, late]
 
 
 def test_last_record_of_an_agent_and_round_stands(run_store):
-    rejected = replace(CONTRIBUTION, outcome="rejected", reason="non_finite", message="NaN in fc.weight")
+    why = Rejection(Reason.NON_FINITE, "NaN in fc.weight")
+    rejected = Decision("a", Outcome.REJECTED, 12.5, why=why)
     run_store.record_contribution(1, rejected)
     assert run_store.contributions(1) == [rejected]
     run_store.record_contribution(1, CONTRIBUTION)
@@ -364,7 +369,9 @@ def check_consistent(store: Store, state_dir: Path) -> None:
     assert {name: hashlib.sha256(content).hexdigest() for name, content in blobs.items()} == {
         name: name for name in blobs
     }
-    needed = [row.weights for row in store.contributions(1)] + [row.published for row in store.rounds()]
+    needed = [each.contribution.weights_digest for each in store.contributions(1)] + [
+        row.published for row in store.rounds()
+    ]
     assert set(filter(None, needed)) <= set(blobs)
     partial = store.partial_path("a", DIGEST)
     assert (partial if partial.exists() else store.blob_path(DIGEST)).read_bytes() == UPLOADED
@@ -408,7 +415,7 @@ def test_full_disk_under_the_database_leaves_it_as_it_was(run_store):
     database = run_store._database
     num_pages = database.execute("PRAGMA page_count").fetchone()["page_count"]
     database.execute(f"PRAGMA max_page_count = {num_pages}")
-    big = replace(CONTRIBUTION, message="x" * 100_000)
+    big = replace(CONTRIBUTION, why=Rejection(Reason.QUARANTINED, "x" * 100_000))
     with pytest.raises(StorageError, match="full"):
         run_store.record_contribution(1, big)
     assert run_store.contributions(1) == []
@@ -512,7 +519,7 @@ def test_contributions_of_an_older_program_started_from_nobody_knows_what(state_
         2, "INSERT INTO contributions VALUES (1, 'a', 'accepted', 'd', '[\"s\"]', 600, 0.5, '', '', 12.5)"
     )
     with closing(Store(state_dir)) as upgraded:
-        known = ContributionRow("a", "accepted", "d", ("s",), 600, 0.5, "", "", 12.5, initial_weights=None)
+        known = Decision("a", Outcome.ACCEPTED, 12.5, Contribution("a", "d", ("s",), 600, None))
         assert upgraded.contributions(1) == [known]
         upgraded.record_contribution(1, CONTRIBUTION)
         assert upgraded.contributions(1) == [CONTRIBUTION]
