@@ -1,5 +1,6 @@
 """The trainer on real digits: its jobs in this process, and itself as a process that is killed."""
 
+import errno
 import hashlib
 import os
 import signal
@@ -14,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors import SafetensorError
 from sklearn.datasets import load_digits
 
 from cloud_server.contribution import Contribution
@@ -266,6 +268,18 @@ def test_bad_jobs_fail_with_one_line(do, changes, kind, message):
     result, _ = do(**changes)
     assert result.error.kind == kind
     assert message in result.error.message
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS])
+def test_a_disk_that_takes_no_weights_is_waited_for_and_costs_no_attempt(do, monkeypatch, number):
+    def fail(*_, **__):
+        raise SafetensorError(f"I/O error: {os.strerror(number)} (os error {number})")
+
+    monkeypatch.setattr("common.weights.save_file", fail)
+    result, directory = do()
+    assert result.error.kind == "storage"
+    assert os.strerror(number) in result.error.message
+    assert not directory.weights_path.exists()
 
 
 def test_a_fine_tune_that_makes_it_worse_is_not_published(do, monkeypatch):
