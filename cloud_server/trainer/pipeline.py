@@ -26,7 +26,7 @@ from cloud_server.jobs import (
 )
 from cloud_server.trainer.aggregation import coefficients
 from cloud_server.trainer.audit import MIN_AGENTS
-from cloud_server.trainer.finetune import CombinedData, Examples, combine, fine_tune, soft_labels
+from cloud_server.trainer.finetune import CombinedData, combine, fine_tune
 from cloud_server.trainer.group import Group
 from cloud_server.trainer.initial import initial_model
 from cloud_server.trainer.screening import Screening, clipped_path, screen
@@ -37,7 +37,7 @@ from common.faults import Point, crash_point
 from common.files import error_number, is_full
 from common.models import build_model
 from common.schema import read_header
-from common.training import Evaluation, StepReport
+from common.training import Evaluation, Examples, Ranks, StepReport
 from common.transfer import blob_of
 from common.weights import load_into, write_state_dict
 from common.wire import Base, decode, encode, encoding_of, wire_of, wire_schema
@@ -167,9 +167,8 @@ class RoundJob:
         with self._timed("aggregate"):
             selection = self._select(model, data) if self._is_first else None
         self._tell("fine_tuning", 0, 1)
-        teaching = self._teach(model, data.train)
-        start = selection.take_best() if selection else None  # now: the teachers have been in the model
-        self._fine_tune(model, data.train, teaching)
+        start = selection.take_best() if selection else None
+        self._fine_tune(model, data.train)
         crash_point(Point.TRAINER_FINE_TUNED)
         if selection is None or start is None:
             return Result()
@@ -288,7 +287,7 @@ class RoundJob:
         digest = self._job.initial_weights
         return Base(blob_path(self._blobs_dir, digest), digest) if digest else None
 
-    def _fine_tune(self, model: nn.Module, examples: Examples, teaching: Tensor | None) -> None:
+    def _fine_tune(self, model: nn.Module, examples: Examples) -> None:
         if not len(examples.labels):
             return  # no agent has shared any
         with self._timed("fine_tune"):
@@ -298,25 +297,9 @@ class RoundJob:
                 self._run,
                 round_number=self._job.round,
                 device=self._device,
-                precision_file=self._directory.precision_path,
-                soft_labels=teaching,
+                precision_path=self._directory.precision_path,
                 on_step=self._tell_step if self._is_first else None,
-                rank=self._group.rank,
-                world_size=self._group.world_size,
-            )
-
-    def _teach(self, model: nn.Module, examples: Examples) -> Tensor | None:
-        """What the agents' models make of the examples; every rank finds out for itself."""
-        if not self._run.fine_tune.distill or not len(examples.labels):
-            return None
-        with self._timed("fine_tune"):
-            return soft_labels(
-                model,
-                [item.weights for item in self._contributed],
-                [item.coefficient for item in self._contributed],
-                examples.images,
-                spec=self._run.spec,
-                device=self._device,
+                ranks=Ranks(self._group.rank, self._group.world_size),
             )
 
     def _tell_step(self, report: StepReport) -> None:

@@ -30,11 +30,12 @@ from common.errors import Reason
 from common.models import build_model
 from common.schema import read_header
 from common.shards import Shard, write_shard
-from common.training import derive_seed, evaluate, train
+from common.training import Examples, derive_seed, evaluate, train
 from common.transfer import blob_of
 from common.weights import read_state_dict, write_state_dict
 from common.wire import Base, decode, encode, encoding_of
 from tests.processes import ROOT, until
+from tests.recipes import recipe_of
 
 RUN = RunConfig(hidden_units=32, fine_tune=FineTuneConfig(epochs=3, batch_size=64, learning_rate=0.05))
 ENDLESS = RUN.model_copy(update={"fine_tune": RUN.fine_tune.model_copy(update={"epochs": 100_000})})
@@ -78,7 +79,7 @@ def contributions(blobs_dir) -> tuple[Contribution, ...]:
     for agent_id, half in zip(AGENTS, halves, strict=True):
         model = build_model(RUN, seed=derive_seed(RUN.seed, "initial_weights"))
         images, labels = torch.from_numpy(half.images), torch.from_numpy(half.labels)
-        train(model, images, labels, RUN.pretrain, spec=RUN.spec, device=CPU, seed=1)
+        train(model, Examples(images, labels), recipe_of(RUN, seed=1), device=CPU)
         write_state_dict(model.state_dict(), blobs_dir / "new")
         weights = put_blob(blobs_dir / "new", blobs_dir)
         shards = (put_shard(half, blobs_dir),)
@@ -300,16 +301,6 @@ def test_a_model_that_is_not_finite_is_not_published(do, monkeypatch, blobs_dir,
     assert not directory.weights_path.exists()
 
 
-def test_learning_from_the_ensemble_changes_the_model_and_nothing_else(do):
-    alone, _ = do()
-    run = RUN.model_copy(update={"fine_tune": RUN.fine_tune.model_copy(update={"distill": 0.5})})
-    together, _ = do(name="distilled", run=run)
-    assert together.error is None
-    assert together.candidates == alone.candidates
-    assert together.weights != alone.weights
-    assert together.accuracy_fine_tuned > 0.9
-
-
 def test_the_previous_global_model_is_a_candidate_from_the_second_round_on(do, contributions):
     initial = contributions[0].weights_digest
     first, _ = do(initial_weights=initial)
@@ -338,7 +329,7 @@ def three(blobs_dir) -> tuple[str, tuple[Contribution, ...]]:
         third = part(digits(), slice(index, None, 3))
         model = build_model(RUN, seed=derive_seed(RUN.seed, "initial_weights"))
         images, labels = torch.from_numpy(third.images.copy()), torch.from_numpy(third.labels.copy())
-        train(model, images, labels, RUN.pretrain, spec=RUN.spec, device=CPU, seed=index)
+        train(model, Examples(images, labels), recipe_of(RUN, seed=index), device=CPU)
         write_state_dict(model.state_dict(), blobs_dir / "new")
         weights = put_blob(blobs_dir / "new", blobs_dir)
         shards = (put_shard(third, blobs_dir),)
@@ -628,22 +619,21 @@ def test_a_job_that_was_stopped_is_done_again_with_the_same_bytes(state_dir, con
 
 def test_two_ranks_under_torchrun_train_together_and_leave_with_their_server(state_dir, contributions, three):
     launcher = ("torch.distributed.run", "--nproc-per-node", "2", "--standalone", "-m")
-    teaching = RUN.fine_tune.model_copy(update={"distill": 0.5})  # every rank reads what the agents sent
     with trainer_in(state_dir, *launcher) as trainer:
         initialise = ask(state_dir, job((), kind="initialise", name="initialise", round=0))
         assert trainer.result_of(initialise).error is None
         result = trainer.result_of(ask(state_dir, job(contributions)))
         assert result.error is None
         assert result.accuracy_published > 0.9
-        taught = RUN.model_copy(update={"wire": "bfloat16", "fine_tune": teaching})
+        rounded = RUN.model_copy(update={"wire": "bfloat16"})
         _, sent = encoded_as("bfloat16", contributions, state_dir / "blobs")
-        result = trainer.result_of(ask(state_dir, job(sent, run=taught, name="encoded")))
+        result = trainer.result_of(ask(state_dir, job(sent, run=rounded, name="encoded")))
         assert result.error is None
         assert result.encoded
         start, honest = three  # one of which is clipped: every rank has to know
         far = with_factor(honest[2], 1000.0, start, state_dir / "blobs")
-        fields = {"run": RUN.model_copy(update={"fine_tune": teaching}), "initial_weights": start}
-        result = trainer.result_of(ask(state_dir, job((*honest[:2], far), name="screened", **fields)))
+        screened = job((*honest[:2], far), name="screened", initial_weights=start)
+        result = trainer.result_of(ask(state_dir, screened))
         assert result.error is None
         assert [agent.scale < 1 for agent in result.audit] == [False, False, True]
         until(lambda: trainer.output.count("job_done") == 8, trainer)  # four jobs on two ranks
