@@ -10,9 +10,18 @@ from cloud_server.contribution import Decision, Rejection
 from cloud_server.disk.tables import RoundRow
 from cloud_server.jobs import AgentAudit, Job, Result, job_name
 from cloud_server.round import Policy, Round
+from cloud_server.store import Store
 from common.config import RunConfig
 from common.errors import Reason
 from common.run_state import Outcome, Phase
+
+
+def recorded_round(store: Store, run: RunConfig, policy: Policy) -> Round:
+    """Return the last round on record."""
+    row = store.last_round()
+    assert row is not None
+    is_independent = run.initial_weights == "independent" and not store.has_published()
+    return round_from(row, store.contributions(row.number), policy, may_be_independent=is_independent)
 
 
 def round_from(

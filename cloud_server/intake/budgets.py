@@ -67,7 +67,7 @@ class Budgets:
         """Nobody has sent anything; and what an old round used, it may use no more."""
         self._sent: dict[str, int] = {}
         self._sent_by_all = 0
-        self.look_again()
+        self.forget_sizes()
 
     def spend(self, agent_id: str, num_bytes: int) -> None:
         """Count a message.
@@ -94,7 +94,7 @@ class Budgets:
                 Reason.ROUND_BUDGET,
             )
 
-    def look_again(self) -> None:
+    def forget_sizes(self) -> None:
         """Files have been removed."""
         self._files.clear()
         self._notes.clear()
@@ -106,7 +106,7 @@ class Budgets:
         elif agent_id in self._files:  # else it is found when they are looked at
             self._files[agent_id].note(digest, num_bytes)
 
-    def look_again_at(self, agent_id: str) -> None:
+    def forget_sizes_of(self, agent_id: str) -> None:
         """Some of what the agent has here is in use now, or gone."""
         self._files.pop(agent_id, None)
         self._notes.pop(agent_id, None)

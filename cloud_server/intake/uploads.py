@@ -9,6 +9,7 @@ from pathlib import Path
 from cloud_server.contribution import Contribution
 from cloud_server.disk.failures import storage_errors
 from cloud_server.intake.budgets import Budgets
+from cloud_server.intake.gates import BlobGate, DataGate, WeightsGate
 from cloud_server.store import Store
 from common import schema, wire
 from common.config import DatasetSpec, Wire
@@ -63,7 +64,7 @@ class Uploads:
         }
         agent_bytes = agent_bytes or _AGENT_BLOBS * sum(gate.max_bytes for gate in self._gates.values())
         round_bytes = round_bytes or 2 * agent_bytes * max(_LEAST_AGENTS, num_agents)
-        self.budgets = Budgets(agent_bytes, round_bytes, store.unused_sizes)
+        self._budgets = Budgets(agent_bytes, round_bytes, store.unused_sizes)
         self._active: dict[tuple[str, str], Upload] = {}
         self._shut_out: set[str] = set()
 
@@ -72,10 +73,22 @@ class Uploads:
         """The files that are being written."""
         return [upload.path for upload in self._active.values()]
 
+    def begin_round(self) -> None:
+        """Count what agents send from zero on."""
+        self._budgets.begin_round()
+
+    def forget_sizes(self) -> None:
+        """Drop the cached sizes of files: some were removed."""
+        self._budgets.forget_sizes()
+
+    def forget_sizes_of(self, agent_id: str) -> None:
+        """Drop the cached sizes of an agent's files: some are used by a round now."""
+        self._budgets.forget_sizes_of(agent_id)
+
     def let_in(self, agent_id: str) -> None:
         """Take what the agent uploads, as is done with every agent that was not shut out."""
         self._shut_out.discard(agent_id)
-        self.budgets.look_again_at(agent_id)
+        self._budgets.forget_sizes_of(agent_id)
 
     async def shut_out(self, agent_id: str) -> None:
         """End the agent's streams, and take no other: when this returns nothing more of it is written."""
@@ -150,16 +163,16 @@ class Uploads:
         """
         gate = self._gates[kind]
         gate.check_size(blob.size_bytes)
-        self.budgets.check_sent(agent_id, max(0, blob.size_bytes - offset))
+        self._budgets.check_sent(agent_id, max(0, blob.size_bytes - offset))
         path = await asyncio.to_thread(self._store.partial_path, agent_id, blob.digest)
         await self._supersede(agent_id, blob.digest)
         if agent_id in self._shut_out:
             raise NotFoundError(f"agent {agent_id} has not joined this run", Reason.UNKNOWN_AGENT)
-        upload = Upload(self._store, self.budgets, agent_id, kind, blob, path, gate, self._on_received)
+        upload = Upload(self._store, self._budgets, agent_id, kind, blob, path, gate, self._on_received)
         key = (agent_id, blob.digest)
         self._active[key] = upload
         try:
-            await self.budgets.check_files(agent_id, self._declared(agent_id))
+            await self._budgets.check_files(agent_id, self._declared(agent_id))
             await upload.start(offset)
             yield upload
             await upload.finish(now)
@@ -195,7 +208,7 @@ class Upload:
         kind: str,
         blob: Blob,
         path: Path,
-        gate: "BlobGate",
+        gate: BlobGate,
         on_received: Callable[[str, int], None],
     ) -> None:
         self.lock = asyncio.Lock()
@@ -292,65 +305,6 @@ class Upload:
         size_bytes, max_tensors = self.blob.size_bytes, self._gate.max_tensors
         self._gate.check_header(schema.parse_header(prefix, size_bytes, max_tensors=max_tensors))
         return True
-
-
-class BlobGate:
-    """What blobs of one kind must pass: a size, a header, a content."""
-
-    def __init__(self, kind: str, max_bytes: int, max_tensors: int) -> None:
-        self._kind = kind
-        self.max_bytes = max_bytes
-        self.max_tensors = max_tensors
-
-    def check_size(self, size_bytes: int) -> None:
-        if not 0 < size_bytes <= self.max_bytes:
-            raise InvalidError(
-                f"{self._kind} of {size_bytes} bytes; the server takes at most {self.max_bytes}",
-                Reason.SIZE_LIMIT,
-            )
-
-    def check_header(self, header: schema.Header) -> None:
-        raise NotImplementedError
-
-    def check_content(self, path: Path) -> None:
-        raise NotImplementedError
-
-
-class WeightsGate(BlobGate):
-    """Weights have the run's names, shapes and dtypes, are encoded as they should be, and finite.
-
-    Differences may be from any base here, or what comes late would be refused: see `Uploads.check_base`.
-    """
-
-    def __init__(self, expected: schema.Schema, wires: Sequence[Wire]) -> None:
-        encoded = [wire.wire_schema(expected, each).values() for each in wires]
-        num_bytes = max(sum(tensor.num_bytes for tensor in tensors) for tensors in encoded)
-        max_tensors = max(map(len, encoded))
-        super().__init__("weights", schema.most_file_bytes(num_bytes), max_tensors)
-        self._expected = expected
-        self._wires = wires
-
-    def check_header(self, header: schema.Header) -> None:
-        found = wire.encoding_of(header)
-        allowed = found.wire if found.wire in self._wires else self._wires[0]
-        wire.check_encoded(header, self._expected, allowed, base_digest=found.base)
-
-    def check_content(self, path: Path) -> None:
-        wire.check_values(path, schema.read_header(path))
-
-
-class DataGate(BlobGate):
-    """A shard has the dataset's image shape and its labels."""
-
-    def __init__(self, spec: DatasetSpec, max_bytes: int) -> None:
-        super().__init__("data", max_bytes, max_tensors=2)
-        self._spec = spec
-
-    def check_header(self, header: schema.Header) -> None:
-        schema.check_shard(header, image_shape=self._spec.image_shape)
-
-    def check_content(self, path: Path) -> None:
-        schema.check_labels(path, schema.read_header(path), self._spec.num_classes)
 
 
 def _durable_size(path: Path) -> int:

@@ -27,7 +27,8 @@ class Standing:
 
     Args:
         current: the round, as it is on record.
-        slots: of every agent of the run, by agent id; the coordinator adds those that join.
+        slots: the slot of every agent that has joined, by agent id.
+        clock: seconds since the epoch.
         on_change: called after every change, for a progress display.
     """
 
@@ -42,15 +43,17 @@ class Standing:
         reports: Reports,
         metrics: ServerMetrics,
         on_change: Callable[[RunState], None],
+        clock: Callable[[], float],
     ) -> None:
         self._run_id = run_id
         self._round = current
-        self._slots = slots
+        self._slots = dict(slots)
         self._presence = presence
         self._store = store
         self._reports = reports
         self._metrics = metrics
         self._on_change = on_change
+        self._clock = clock
         self._changed = asyncio.Event()
         self._news = asyncio.Event()
         self._num_forgotten = 0
@@ -88,9 +91,15 @@ class Standing:
             }
         self._tell_watchers()
 
+    def show_agent(self, agent_id: str, slot: int) -> None:
+        """Show an agent that has joined."""
+        self._slots[agent_id] = slot
+        self.look_again()
+
     def forget(self, agent_id: str) -> None:
-        """Nothing is known of this agent any more."""
+        """Drop everything that is known of an agent."""
         self._num_forgotten += 1
+        self._slots.pop(agent_id, None)
         self._counted.pop(agent_id, None)
         self._left_out.pop(agent_id, None)
         self._results.clear()
@@ -163,8 +172,8 @@ class Standing:
             left_out=left_out if left_out and left_out.round >= self._round.number - 1 else None,
         )
 
-    async def status(self, now: float) -> dict[str, Any]:
-        """The JSON behind the status page; `now` in seconds since the epoch."""
+    async def status(self) -> dict[str, Any]:
+        """Return the JSON behind the status page; see common/telemetry.py for where it is served."""
         rows = await asyncio.to_thread(self._store.rounds, last=STATUS_ROUNDS)
         num_forgotten = self._num_forgotten
         results = await asyncio.to_thread(self._results_of, rows)
@@ -180,7 +189,7 @@ class Standing:
             "run_id": self._run_id,
             "round": current.number,
             "phase": current.phase.value,
-            "phases": _phases(rows[-1], current, now),
+            "phases": _phases(rows[-1], current, self._clock()),
             "progress": progress and {"done": progress.done, "total": progress.total, "loss": progress.loss},
             "agents": [
                 _agent_status(agent_id, slot, current, agent_id in here, reported.get(agent_id))
