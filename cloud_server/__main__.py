@@ -1,4 +1,4 @@
-"""`cloud-server`: puts the parts together and runs them."""
+"""`cloud-server`: the composition root, which builds the parts and runs them."""
 
 import argparse
 import sys
@@ -23,10 +23,12 @@ if TYPE_CHECKING:
     from cloud_server.training.runner import Trainer
     from common.run_state import RunState
 
-FIRST_TOKEN_SECONDS = 24 * 3600.0  # lifetime of the token that a server prints by itself
+# How long the token is valid that a server prints by itself.
+FIRST_TOKEN_SECONDS = 24 * 3600.0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Run `cloud-server` with these arguments, and return its exit code."""
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["check"]:
         return check(argv[1:])
@@ -47,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def check(argv: Sequence[str]) -> int:
-    """0 when all is well in a state directory, 1 when anything is wrong, 2 when it cannot be checked."""
+    """Return 0 when all is well in a state directory, 1 when not, 2 when it cannot be checked."""
     from cloud_server.commands.check import main as check_state
 
     try:
@@ -57,7 +59,7 @@ def check(argv: Sequence[str]) -> int:
 
 
 def administer(argv: Sequence[str]) -> int:
-    """0, 1 when the disk takes no data, or 2 for what does not exist."""
+    """Return 0, or 1 when the disk takes no data, or 2 for what does not exist."""
     from cloud_server.commands.admin import main as do_command
 
     try:
@@ -263,7 +265,7 @@ async def open_service(
 
 
 def tell_who_may_come(config: ServerConfig, authority: "Authority | None") -> None:
-    """How the server can be known; and a join token, as long as no agent has enrolled."""
+    """Print the CA's fingerprint, and a join token as long as no agent has enrolled."""
     if authority is None:
         if not is_loopback(config.host):
             cli.warn(

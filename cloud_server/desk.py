@@ -209,7 +209,7 @@ class Desk:
         crash_point(Point.SERVER_AGENT_REPORT_RECORDED)
         await self._reports.write(number)
         log.info("agent_reported", round=number, agent_id=agent_id, applied=row.applied)
-        self._standing.look_again()
+        self._standing.note_change()
 
 
 def _decision(contribution: Contribution, outcome: Outcome, now: float) -> Decision:

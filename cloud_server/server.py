@@ -25,9 +25,9 @@ class GrpcServer:
     """The gRPC server with our service, health checking and reflection.
 
     Args:
-        authority: None: it speaks plaintext.
-        max_connections: as many as there may be.
-        calls_per_second: of one agent, or the bearers of one token, in the long run.
+        authority: who has enrolled; None: the server speaks plaintext.
+        max_connections: how many connections there may be.
+        calls_per_second: how often one agent, or all bearers of one token, may call in the long run.
     """
 
     def __init__(
@@ -55,10 +55,10 @@ class GrpcServer:
         )
 
     def bind(self, host: str, port: int) -> int:
-        """Take the port, before anything slow is done; calls are answered from start() on.
+        """Take the port, and return its number; calls are answered from start() on.
 
         Raises:
-            UsageError: the address cannot be listened on.
+            UsageError: nobody can listen on the address.
         """
         address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         try:

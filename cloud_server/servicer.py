@@ -1,4 +1,7 @@
-"""protobuf ↔ domain: translates, decides nothing. Errors become statuses in common/rpc.py."""
+"""The service of the wire contract, translated: protobuf ↔ domain.
+
+Nothing is decided here; errors become statuses in common/rpc.py.
+"""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -20,7 +23,8 @@ from common.transfer import DIGEST, Blob, Encoded, chunks_of
 
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["ECAvg"].full_name
 
-IDLE_SECONDS = 120.0  # a stream that brings nothing for this long is given up; a slow one never is
+# A stream that brings nothing for so long is given up; a slow one never is.
+IDLE_SECONDS = 120.0
 
 _MAX_SHARDS = 10_000
 _MAX_EXAMPLES = 2**40
@@ -43,6 +47,7 @@ class ECAvgServicer(pb_grpc.ECAvgServicer):
         pb_grpc.add_ECAvgServicer_to_server(self, server)  # type: ignore[no-untyped-call]
 
     async def Join(self, request: pb.JoinRequest, _: Any) -> pb.JoinReply:
+        """Answer Join: who the agent is in this run."""
         if request.protocol_version != PROTOCOL_VERSION:
             raise InvalidError(
                 f"the agent speaks protocol {request.protocol_version}, this server {PROTOCOL_VERSION};"
@@ -58,16 +63,19 @@ class ECAvgServicer(pb_grpc.ECAvgServicer):
         )
 
     async def Watch(self, _: pb.WatchRequest, __: Any) -> AsyncIterator[pb.WatchEvent]:
+        """Answer Watch: the state of the run, after each change."""
         async for state in self._desk.watch(calling_agent()):
             yield _event(state)
 
     async def QueryUpload(self, request: pb.QueryUploadRequest, _: Any) -> pb.QueryUploadReply:
+        """Answer QueryUpload: from which byte an upload goes on."""
         received_bytes, complete = await self._desk.query_upload(
             calling_agent(), _kind(request.kind), _digest(request.digest)
         )
         return pb.QueryUploadReply(received_bytes=received_bytes, complete=complete)
 
     async def Upload(self, request_iterator: Any, _: Any) -> pb.UploadReply:
+        """Answer Upload: take in a blob, chunk by chunk."""
         messages = aiter(request_iterator)
         first = await _next(messages)
         if first is None or first.WhichOneof("part") != "header":
@@ -82,12 +90,14 @@ class ECAvgServicer(pb_grpc.ECAvgServicer):
         return pb.UploadReply(received_bytes=blob.size_bytes)
 
     async def Contribute(self, request: pb.ContributeRequest, _: Any) -> pb.ContributeReply:
+        """Answer Contribute: commit uploaded blobs to a round."""
         verdict = await self._desk.contribute(
             calling_agent(), request.round, _contribution(calling_agent(), request)
         )
         return _reply(verdict)
 
     async def Download(self, request: pb.DownloadRequest, _: Any) -> AsyncIterator[pb.DownloadReply]:
+        """Answer Download: send a blob, chunk by chunk."""
         path = await self._desk.readable_blob(calling_agent(), _digest(request.digest))
         size_bytes = path.stat().st_size
         async for chunk in chunks_of(path, request.offset):
@@ -95,10 +105,12 @@ class ECAvgServicer(pb_grpc.ECAvgServicer):
             crash_point(Point.SERVER_CHUNK_SENT)
             self._desk.count_sent(len(chunk))
             size_bytes = 0
-        if size_bytes:  # nothing is left to send; say so with the size
+        # Where nothing is left to send, the size alone says so.
+        if size_bytes:
             yield pb.DownloadReply(size_bytes=size_bytes)
 
     async def Report(self, request: pb.ReportRequest, _: Any) -> pb.ReportReply:
+        """Answer Report: keep what became of a model on a device."""
         row = ReportRow(
             agent_id=calling_agent(),
             accuracy_local=_ratio(request, "accuracy_local"),
@@ -108,17 +120,20 @@ class ECAvgServicer(pb_grpc.ECAvgServicer):
             num_held_out=_count(request.num_held_out),
             applied=request.applied,
             reason=rpc.plain(request.reason),
-            at=0.0,  # the desk's clock
+            # The desk's clock says when.
+            at=0.0,
         )
         await self._desk.report(calling_agent(), request.round, row)
         return pb.ReportReply()
 
     async def Enroll(self, request: pb.EnrollRequest, _: Any) -> pb.EnrollReply:
+        """Answer Enroll: certify a new agent's key."""
         authority = self._tls()
         certificate = await asyncio.to_thread(authority.enroll, token_in_use(), request.request)
         return pb.EnrollReply(certificate=certificate, ca_certificate=authority.ca_certificate)
 
     async def Renew(self, request: pb.RenewRequest, _: Any) -> pb.RenewReply:
+        """Answer Renew: certify a known agent's key again."""
         certificate = await asyncio.to_thread(self._tls().renew, calling_agent(), request.request)
         return pb.RenewReply(certificate=certificate)
 
@@ -149,7 +164,7 @@ def _kind(kind: Any) -> str:
 
 
 def _ratio(message: Any, field: str) -> float | None:
-    """An accuracy, or None where an optional one is absent."""
+    """Return an accuracy, or None where an optional one is absent."""
     if message.DESCRIPTOR.fields_by_name[field].has_presence and not message.HasField(field):
         return None
     value = float(getattr(message, field))

@@ -9,7 +9,7 @@ from common.errors import InvalidError, Reason
 
 
 class BlobGate:
-    """What blobs of one kind must pass: a size, a header, a content."""
+    """The checks that every blob of one kind must pass."""
 
     def __init__(self, kind: str, max_bytes: int, max_tensors: int) -> None:
         self._kind = kind
@@ -17,6 +17,7 @@ class BlobGate:
         self.max_tensors = max_tensors
 
     def check_size(self, size_bytes: int) -> None:
+        """Raise InvalidError unless a blob may have so many bytes."""
         if not 0 < size_bytes <= self.max_bytes:
             raise InvalidError(
                 f"{self._kind} of {size_bytes} bytes; the server takes at most {self.max_bytes}",
@@ -24,16 +25,19 @@ class BlobGate:
             )
 
     def check_header(self, header: schema.Header) -> None:
+        """Raise InvalidError unless names, shapes and dtypes are as they should be."""
         raise NotImplementedError
 
     def check_content(self, path: Path) -> None:
+        """Raise InvalidError unless the values of a whole file are as they should be."""
         raise NotImplementedError
 
 
 class WeightsGate(BlobGate):
-    """Weights have the run's names, shapes and dtypes, are encoded as they should be, and finite.
+    """The gate for weights: the run's names, shapes and dtypes, an allowed encoding, finite values.
 
-    Differences may be from any base here, or what comes late would be refused: see `Uploads.check_base`.
+    Any base of differences passes, because weights for an earlier round come late, not unfit; whether the
+    base is the right one is checked when the weights are contributed (`Uploads.check_base`).
     """
 
     def __init__(self, expected: schema.Schema, wires: Sequence[Wire]) -> None:
@@ -45,23 +49,27 @@ class WeightsGate(BlobGate):
         self._wires = wires
 
     def check_header(self, header: schema.Header) -> None:
+        """Raise InvalidError unless names, shapes and dtypes are as they should be."""
         found = wire.encoding_of(header)
         allowed = found.wire if found.wire in self._wires else self._wires[0]
         wire.check_encoded(header, self._expected, allowed, base_digest=found.base)
 
     def check_content(self, path: Path) -> None:
+        """Raise InvalidError unless every value is finite."""
         wire.check_values(path, schema.read_header(path))
 
 
 class DataGate(BlobGate):
-    """A shard has the dataset's image shape and its labels."""
+    """The gate for shards: the dataset's image shape, and its labels."""
 
     def __init__(self, spec: DatasetSpec, max_bytes: int) -> None:
         super().__init__("data", max_bytes, max_tensors=2)
         self._spec = spec
 
     def check_header(self, header: schema.Header) -> None:
+        """Raise InvalidError unless names, shapes and dtypes are as they should be."""
         schema.check_shard(header, image_shape=self._spec.image_shape)
 
     def check_content(self, path: Path) -> None:
+        """Raise InvalidError unless every label is in range."""
         schema.check_labels(path, schema.read_header(path), self._spec.num_classes)

@@ -1,4 +1,4 @@
-"""Has the trainer finish a job: again where that may help, and not for ever."""
+"""One job at a time, given to the trainer: again where that may help, and not for ever."""
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -15,7 +15,8 @@ from common.faults import Point, crash_point
 from common.transfer import to_the_end
 
 POLL_SECONDS = 0.05
-MAX_FALSE_STARTS = 2  # a trainer may die so often before it takes up a job, without that being a try
+# A trainer may die so often before it takes up a job, without that being an attempt at the job.
+MAX_FALSE_STARTS = 2
 
 OnProgress = Callable[[list[Progress]], Awaitable[None]]
 
@@ -23,18 +24,18 @@ log = structlog.get_logger()
 
 
 class JobWithdrawnError(Exception):
-    """The job is not wanted any more."""
+    """The job is not wanted any more: it counts an agent that is forgotten."""
 
 
 class Trainer(Protocol):
-    """What is to be known of the trainer process."""
+    """What the runner asks of the trainer process."""
 
     async def restart(self) -> None:
-        """Have it drop what it is at; it is another one when this returns, or there is none yet."""
+        """Have the process drop its work; when this returns, it has left or is another one."""
 
     @property
     def num_exits(self) -> int:
-        """How often it has died since the server started."""
+        """Return how often the process has died since the server started."""
 
 
 async def _ignore(lines: list[Progress]) -> None: ...
@@ -44,7 +45,7 @@ class JobRunner:
     """Gives jobs to the trainer, one at a time.
 
     Args:
-        max_attempts: tries at a job; a full disk and a wrong configuration are none.
+        max_attempts: how often a job is tried; a full disk or a wrong configuration is no attempt.
     """
 
     def __init__(self, jobs_dir: Path, trainer: Trainer, max_attempts: int) -> None:
@@ -76,7 +77,7 @@ class JobRunner:
 
     @asynccontextmanager
     async def withdrawn_from(self, agent_id: str) -> AsyncIterator[None]:
-        """Write to no job's folder meanwhile, and from now on to none whose job counts this agent."""
+        """Withdraw the job under way if it counts this agent; nobody writes to a job's folder meanwhile."""
         async with self._lock:
             if self._current and any(item.agent_id == agent_id for item in self._current.contributions):
                 self._is_withdrawn = True
@@ -125,7 +126,8 @@ class JobRunner:
         await self._write(begin)
         crash_point(Point.SERVER_JOB_WRITTEN)
         while True:
-            result = directory.read_result()  # first: after it comes no more progress
+            # The result is read first: no progress follows it.
+            result = directory.read_result()
             lines, offset = directory.read_progress(offset)
             has_begun = has_begun or bool(lines)
             await on_progress(lines)
@@ -158,7 +160,7 @@ class JobRunner:
 
 
 def _next_attempt(job: Job, error: JobError) -> Job:
-    """The job once more, with half the batch where memory ran out."""
+    """Return the job's next attempt, with half the batch where memory ran out."""
     run = _with_half_the_batch(job.run) if error.kind == "out_of_memory" else job.run
     return job.model_copy(update={"attempt": job.attempt + 1, "run": run})
 

@@ -76,7 +76,7 @@ async def test_what_was_contributed_does_not_count(tmp_path: Path) -> None:
         start = contribution.initial_digest
         verdict = await client.contribute(
             1,
-            weights=Blob(contribution.weights, 0),
+            weights=Blob(contribution.weights_digest, 0),
             shards=[blob for _, blob in shards],
             num_examples=2000,
             accuracy_local=None,

@@ -148,7 +148,7 @@ async def test_watchers_do_not_hear_of_who_comes_and_goes(viewed: Viewed) -> Non
         other = viewed.standing.watch("edge-2")
         await anext(other)
         await other.aclose()
-        viewed.standing.look_again()  # as after a report
+        viewed.standing.note_change()  # as after a report
         await asyncio.sleep(0)
     assert not following.done()
     viewed.standing.show_progress(WorkProgress(1, 2))
