@@ -32,7 +32,7 @@ from cloud_server.showing.reports import Reports, stages
 from cloud_server.showing.standing import Standing, wait_for
 from cloud_server.store import Store
 from cloud_server.training.runner import JobRunner, JobWithdrawnError, Trainer
-from cloud_server.upkeep import forgetting, provenance, retention
+from cloud_server.upkeep import forgetting, forgotten, provenance, retention
 from common import schema
 from common.config import RunConfig, Wire
 from common.errors import BudgetError, InvalidError, NotFoundError, Reason, RunError, StorageError, UsageError
@@ -84,11 +84,11 @@ class Coordinator:
         self._config = config
         self._store = store
         self._trainer = trainer
-        self._jobs = JobRunner(config.state_dir / "jobs", trainer, config.max_attempts, self._wanted)
+        self._jobs = JobRunner(store.state_dir.jobs, trainer, config.max_attempts, self._wanted)
         self._metrics = metrics
         self._clock = clock
         self._on_change = on_change
-        self._reports = Reports(config.state_dir, config.run, store)
+        self._reports = Reports(config.run, store)
         self._policy = Policy(
             min_agents=config.min_agents,
             max_agents=config.agents_to_close,
@@ -186,7 +186,7 @@ class Coordinator:
         first, last = rows[0], rows[-1]
         self._uploads = Uploads(
             self._store,
-            weights_schema=schema.read_header(self._store.blob_path(first.initial_weights)).schema,
+            weights_schema=schema.read_header(self._store.blobs.path(first.initial_weights)).schema,
             wires=self._contributed_wires(),
             spec=self._config.run.spec,
             max_data_bytes=self._config.max_upload_bytes,
@@ -322,7 +322,7 @@ class Coordinator:
 
         async def locked() -> None:
             async with self._reports.lock:
-                await asyncio.to_thread(provenance.catch_up, self._store, self._config.state_dir)
+                await asyncio.to_thread(provenance.catch_up, self._store)
 
         await when_disk_allows(locked)
 
@@ -348,7 +348,6 @@ class Coordinator:
                 await asyncio.to_thread(
                     retention.clean_up,
                     self._store,
-                    self._config.state_dir,
                     keep_rounds=self._config.keep_rounds,
                     keep_partial_seconds=self._config.keep_partial_seconds,
                     now=self._clock(),
@@ -507,7 +506,7 @@ class Coordinator:
         """
         self._check_joined(agent_id)
         if await asyncio.to_thread(self._store.is_public, digest):
-            return self._store.blob_path(digest)
+            return self._store.blobs.path(digest)
         raise NotFoundError(f"no initial weights or published model has the digest {digest[:16]}…")
 
     def count_sent(self, num_bytes: int) -> None:
@@ -543,11 +542,11 @@ class Coordinator:
 
         async def adopt() -> None:
             async with self._wanted(job):
-                await asyncio.to_thread(self._store.adopt_blob, directory.weights_path, weights.sha256)
+                await asyncio.to_thread(self._store.blobs.adopt, directory.weights_path, weights.sha256)
                 crash_point(Point.SERVER_MODEL_ADOPTED)
                 if encoded:
                     row = EncodingRow(encoded.sha256, encoded.base)
-                    await asyncio.to_thread(self._store.adopt_blob, directory.encoded_path, encoded.sha256)
+                    await asyncio.to_thread(self._store.blobs.adopt, directory.encoded_path, encoded.sha256)
                     await asyncio.to_thread(self._store.record_encoding, weights.sha256, row)
                     crash_point(Point.SERVER_ENCODED_MODEL_ADOPTED)
 
@@ -566,7 +565,7 @@ class Coordinator:
             await asyncio.sleep(FORGET_POLL_SECONDS)
 
     def _to_forget(self) -> list[ForgettingRow]:
-        return [row for row in self._store.forgettings() if row.done_at is None]
+        return [row for row in forgotten.forgettings(self._store) if row.done_at is None]
 
     async def _forget(self, row: ForgettingRow) -> None:
         agent_id = row.agent_id
@@ -588,12 +587,11 @@ class Coordinator:
     async def _remove_all_of(self, row: ForgettingRow) -> None:
         """The part of it that is on the disk; see cloud_server/upkeep/forgetting.py."""
         assert row.agent_id is not None
-        state_dir = self._config.state_dir
-        work = await asyncio.to_thread(forgetting.unfinished_work, self._store, state_dir, row.agent_id)
+        work = await asyncio.to_thread(forgetting.unfinished_work, self._store, row.agent_id)
         if work:
             work.withdraw()  # not in a thread: nobody shall see it come between two looks
             await self._trainer.restart()
-        await asyncio.to_thread(forgetting.forget, self._store, state_dir, row, self._clock())
+        await asyncio.to_thread(forgetting.forget, self._store, row, self._clock())
         log.warning("agent_forgotten", pseudonym=row.pseudonym)
 
     # ------------------------------------------------------------------ changes of the round

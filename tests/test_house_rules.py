@@ -100,9 +100,8 @@ def test_round_store_and_jobs_do_not_know_each_other(module: str) -> None:
 def test_trainer_shares_only_jobs_with_the_server() -> None:
     for path in (ROOT / "cloud_server/trainer").glob("*.py"):
         names = {name for name in imports_of(str(path.relative_to(ROOT))) if name.startswith("cloud_server.")}
-        strangers = {
-            name for name in names if not name.startswith(("cloud_server.jobs", "cloud_server.trainer"))
-        }
+        shared = ("cloud_server.jobs", "cloud_server.contribution", "cloud_server.state_dir")
+        strangers = {name for name in names if not name.startswith((*shared, "cloud_server.trainer"))}
         assert not strangers
 
 

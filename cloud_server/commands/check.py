@@ -5,14 +5,13 @@ are read from a copy: SQLite writes beside a database even to read it.
 """
 
 import argparse
-import fcntl
 import json
 import re
 import shutil
 import sqlite3
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,11 +19,14 @@ from typing import Any, NamedTuple
 from pydantic import ValidationError
 
 from cloud_server import jobs
+from cloud_server.disk.lock import unused
 from cloud_server.disk.tables import MIGRATIONS, RoundRow
 from cloud_server.round import OVER
+from cloud_server.state_dir import StateDir, blob_path
 from cloud_server.store import Store
 from cloud_server.upkeep import provenance
-from cloud_server.upkeep.retention import round_jobs
+from cloud_server.upkeep.forgotten import forgettings
+from cloud_server.upkeep.retired import needed_blobs
 from common.config import RunConfig
 from common.errors import RunError, UsageError
 from common.run_state import Phase
@@ -62,8 +64,8 @@ def main(argv: Sequence[str]) -> int:
     )
     parser.add_argument("state", metavar="STATE", type=Path, help="the server's --state-dir")
     state_dir: Path = parser.parse_args(argv).state
-    with _unused(state_dir):
-        check = Check(state_dir)
+    with unused(StateDir(state_dir)):
+        check = Check(StateDir(state_dir))
         for problem in check.problems():
             print(problem, flush=True)  # noqa: T201
     print(check.summary())  # noqa: T201
@@ -73,7 +75,7 @@ def main(argv: Sequence[str]) -> int:
 class Check:
     """One look at a whole state directory; `problems` counts as it goes, `summary` is for afterwards."""
 
-    def __init__(self, state_dir: Path) -> None:
+    def __init__(self, state_dir: StateDir) -> None:
         self.num_problems = 0
         self._state_dir = state_dir
         self._num_rounds = 0
@@ -102,23 +104,23 @@ class Check:
 
     def _all_problems(self) -> Iterator[Problem]:
         with tempfile.TemporaryDirectory(prefix="ecavg-check-") as folder:
-            copy = Path(folder) / "ecavg.sqlite3"
+            copy = StateDir(Path(folder)).database
             for suffix in ("", "-wal"):
                 with suppress(FileNotFoundError):
-                    shutil.copyfile(self._state_dir / f"ecavg.sqlite3{suffix}", f"{copy}{suffix}")
+                    shutil.copyfile(f"{self._state_dir.database}{suffix}", f"{copy}{suffix}")
             damage = list(_database(copy, self._state_dir))
             yield from damage
             if damage:  # the records tell nothing
                 yield from self._blobs(needed=None)
                 return
             with closing(Store(Path(folder))) as records:
-                yield from self._blobs(records.needed_blobs())
+                yield from self._blobs(needed_blobs(records))
                 yield from self._records(records)
 
     def _records(self, records: Store) -> Iterator[Problem]:
         rounds = records.rounds()
         self._num_rounds = len(rounds)
-        self._used_by_forgotten = {number for row in records.forgettings() for number, _ in row.models}
+        self._used_by_forgotten = {number for row in forgettings(records) for number, _ in row.models}
         yield from self._run(records, rounds)
         yield from self._order(rounds)
         for row in rounds:
@@ -136,12 +138,15 @@ class Check:
         yield from self._partials({agent.slot for agent in records.agents()})
         yield from self._provenance(records)
 
+    def _where(self, path: Path) -> str:
+        return str(path.relative_to(self._state_dir.path))
+
     # Blobs
 
     def _blobs(self, needed: set[str] | None) -> Iterator[Problem]:
         """Every file's digest; one that no record names is no problem, a clean-up sees to it."""
-        for path in sorted((self._state_dir / "blobs").glob("*/*")):
-            where = str(path.relative_to(self._state_dir))
+        for path in sorted(self._state_dir.blobs.glob("*/*")):
+            where = self._where(path)
             if not DIGEST.fullmatch(path.name) or path.parent.name != path.name[:2]:
                 yield Problem(where, "no blob has this name", _REMOVE)
             elif damage := self._damage_of(path):
@@ -222,30 +227,30 @@ class Check:
 
     def _left_of_round(self, row: RoundRow, *, may_be_missing: bool) -> Iterator[Problem]:
         """The report, and the model beside it; killed before, a server writes the last one's at its start."""
-        folder = f"rounds/{row.number:04d}"
-        path = self._state_dir / folder / "report.json"
+        path = self._state_dir.report(row.number)
+        where = self._where(path)
         if not path.exists():
             if not may_be_missing:
-                yield Problem(f"{folder}/report.json", "is missing", _RESTORE)
+                yield Problem(where, "is missing", _RESTORE)
             return
         report = _json(path)
         if report is None:
-            yield Problem(f"{folder}/report.json", "is no JSON", _RESTORE)
+            yield Problem(where, "is no JSON", _RESTORE)
             return
         outcome = Phase.PUBLISHED if row.published else Phase.FAILED
         if (report.get("round"), report.get("outcome")) != (row.number, outcome):
-            yield Problem(f"{folder}/report.json", f"is not of round {row.number}, {outcome}", _RESTORE)
+            yield Problem(where, f"is not of round {row.number}, {outcome}", _RESTORE)
         elif row.published and _digest_in(report) not in (row.published, None):
-            yield Problem(f"{folder}/report.json", "names another model than the record", _RESTORE)
+            yield Problem(where, "names another model than the record", _RESTORE)
         if row.published and not row.retired:
-            yield from self._model(f"{folder}/model.safetensors", row.published)
+            yield from self._model(self._state_dir.model(row.number), row.published)
 
     def _provenance(self, records: Store) -> Iterator[Problem]:
         """A line for each published model that says what the records say, but of those who are forgotten."""
-        where = provenance.path_in(self._state_dir).name
+        where = self._where(self._state_dir.provenance)
         remedy = "restore it from a backup, or remove it: the server makes it anew of the records"
         try:
-            entries = provenance.read(self._state_dir / where)
+            entries = provenance.read(self._state_dir.provenance)
         except RunError:
             yield Problem(where, "is damaged", remedy)
             return
@@ -259,15 +264,15 @@ class Check:
             ]
         if logged != recorded and logged != recorded[: -1 if is_late else None]:
             yield Problem(where, "does not say what the records say of the published models", remedy)
-        for row in records.forgettings():
+        for row in forgettings(records):
             if row.done_at is None:
                 what = "an agent is to be forgotten, and is not yet"
                 yield Problem("ecavg.sqlite3", what, "start the server, or give the same command again")
             elif row.pseudonym not in forgotten:
                 yield Problem(where, f"does not tell of {row.pseudonym}", remedy)
 
-    def _model(self, where: str, digest: str) -> Iterator[Problem]:
-        path, blob = self._state_dir / where, jobs.blob_path(self._state_dir / "blobs", digest)
+    def _model(self, path: Path, digest: str) -> Iterator[Problem]:
+        where, blob = self._where(path), blob_path(self._state_dir.blobs, digest)
         remedy = f"link it anew: ln -f {blob} {path}"
         if not path.exists():
             yield Problem(where, "is missing", remedy)
@@ -278,8 +283,8 @@ class Check:
 
     def _jobs(self, rounds: dict[int, RoundRow]) -> Iterator[Problem]:
         results: dict[int, jobs.Result] = {}
-        for number, directory in sorted([*round_jobs(self._state_dir), (0, self._initialise())]):
-            where = str(directory.path.relative_to(self._state_dir))
+        for number, directory in sorted([*jobs.round_jobs(self._state_dir), (0, self._initialise())]):
+            where = self._where(directory.path)
             try:
                 if (directory.path / "job.json").exists():
                     directory.read_job()
@@ -299,44 +304,30 @@ class Check:
             result = results.get(row.number)
             if row.published and not row.retired and _made(result) != row.published:
                 what = "is not of the published model" if result else "is missing"
-                where = f"jobs/{jobs.job_name(row.number)}/result.json"
-                yield Problem(where, what, f"{_RESTORE}; the round's report.json stays as it is")
+                where = self._where(jobs.round_job(self._state_dir, row.number).path)
+                remedy = f"{_RESTORE}; the round's report.json stays as it is"
+                yield Problem(f"{where}/result.json", what, remedy)
 
     def _initialise(self) -> jobs.JobDirectory:
-        return jobs.JobDirectory(self._state_dir / "jobs" / "initialise")
+        return jobs.JobDirectory(self._state_dir.job("initialise"))
 
     def _folders(self, numbers: set[int]) -> Iterator[Problem]:
-        for path in _entries(self._state_dir / "rounds"):
+        for path in _entries(self._state_dir.rounds):
             if not path.name.isdigit() or int(path.name) not in numbers:
-                yield Problem(f"rounds/{path.name}", "there is no record of its round", _REMOVE)
+                yield Problem(self._where(path), "there is no record of its round", _REMOVE)
 
     def _partials(self, slots: set[int]) -> Iterator[Problem]:
-        for path in _entries(self._state_dir / "partial"):
+        for path in _entries(self._state_dir.partial):
             match = _PARTIAL_NAME.fullmatch(path.name)
             if not match or int(match[1]) not in slots:
-                yield Problem(f"partial/{path.name}", "it is no agent's upload", _REMOVE)
+                yield Problem(self._where(path), "it is no agent's upload", _REMOVE)
             else:
                 self._num_partials += 1
 
 
-@contextmanager
-def _unused(state_dir: Path) -> Iterator[None]:
-    """Keep servers away; UsageError where one is at work, and where nothing ever was."""
-    lock = state_dir / "lock"
-    if not lock.is_file() or not (state_dir / "blobs").is_dir():
-        raise UsageError(f"{state_dir} is no state directory: name the one that cloud-server has")
-    with lock.open() as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = " on ".join(file.read().split())
-            raise UsageError(f"process {holder} uses state directory {state_dir}: stop it first") from None
-        yield
-
-
-def _database(copy: Path, state_dir: Path) -> Iterator[Problem]:
+def _database(copy: Path, state_dir: StateDir) -> Iterator[Problem]:
     """What SQLite itself finds; UsageError for a schema that this program does not know."""
-    where = "ecavg.sqlite3"
+    where = state_dir.database.name
     if not copy.exists():
         yield Problem(where, "is missing", _RESTORE_DATABASE)
         return

@@ -11,7 +11,7 @@ from typing import Any
 from cloud_server.contribution import Decision
 from cloud_server.disk.failures import storage_errors, when_disk_allows
 from cloud_server.disk.tables import AgentRow, ReportRow, RoundRow
-from cloud_server.jobs import JobDirectory, Result, job_name
+from cloud_server.jobs import Result, round_job
 from cloud_server.store import Store
 from common.config import CANDIDATES, RunConfig
 from common.faults import Point, crash_point
@@ -30,9 +30,8 @@ _TRAINER_SECONDS = ("audit", "aggregate", "fine_tune", "evaluate")
 class Reports:
     """The report files of a run's rounds, `STATE/rounds/0001/report.json`."""
 
-    def __init__(self, state_dir: Path, run: RunConfig, store: Store) -> None:
+    def __init__(self, run: RunConfig, store: Store) -> None:
         self.lock = asyncio.Lock()  # held by whoever writes a report, or removes what it is made from
-        self._state_dir = state_dir
         self._run = run
         self._store = store
 
@@ -49,15 +48,15 @@ class Reports:
 
     def result_of(self, number: int) -> Result | None:
         """What the trainer found in a round, as far as it is still known."""
-        result = JobDirectory(self._state_dir / "jobs" / job_name(number)).read_result()
-        return result or read_result(self._folder(number))
+        result = round_job(self._store.state_dir, number).read_result()
+        return result or read_result(self._store.state_dir.round(number))
 
     def _write(self, number: int) -> None:
         row = self._store.round(number)
         assert row is not None
         if row.retired:
             return  # what its report was made from is gone
-        weights = self._store.blob_path(row.published) if row.published else None
+        weights = self._store.blobs.path(row.published) if row.published else None
         report = build(
             self._run,
             row,
@@ -67,10 +66,7 @@ class Reports:
             self.result_of(number),
             weights_bytes=weights.stat().st_size if weights else None,
         )
-        write(report, self._folder(number), weights)
-
-    def _folder(self, number: int) -> Path:
-        return self._state_dir / "rounds" / f"{number:04d}"
+        write(report, self._store.state_dir.round(number), weights)
 
 
 def build(

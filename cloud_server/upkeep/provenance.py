@@ -24,16 +24,13 @@ from typing import Any
 from cloud_server.disk.failures import storage_errors
 from cloud_server.disk.tables import ForgettingRow
 from cloud_server.store import Store
+from cloud_server.upkeep.forgotten import forgettings
 from common.errors import RunError
 from common.files import replacing, sync
 
 Entry = Mapping[str, Any]
 
 _READ_BYTES = 1024 * 1024  # at a time; most lines have some kB, and a shard's digest adds 68 bytes
-
-
-def path_in(state_dir: Path) -> Path:
-    return state_dir / "provenance.jsonl"
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -49,7 +46,7 @@ def read(path: Path) -> list[dict[str, Any]]:
     return [_entry(path, line) for line in lines.splitlines()]
 
 
-def catch_up(store: Store, state_dir: Path) -> None:
+def catch_up(store: Store) -> None:
     """Have a line for each model that has been published; durable when this returns.
 
     It is done at each round's end, and reads no more of a long file than the last round's line.
@@ -58,11 +55,11 @@ def catch_up(store: Store, state_dir: Path) -> None:
         StorageError: the disk does not let it.
         RunError: the end of the file is damaged.
     """
-    path = path_in(state_dir)
+    path = store.state_dir.provenance
     with storage_errors():
         if not path.exists():
             # Whole or not at all: one that is there tells of all who were forgotten before.
-            forgotten = (_forgotten(row) for row in store.forgettings() if row.done_at)
+            forgotten = (_forgotten(row) for row in forgettings(store) if row.done_at)
             _write(path, chain(entries_from(store, 1), forgotten))
             return
         last, num_half = _end_of(path)
@@ -96,14 +93,14 @@ def entries_from(store: Store, first: int) -> Iterator[dict[str, Any]]:
             }
 
 
-def forget(state_dir: Path, row: ForgettingRow) -> None:
+def forget(store: Store, row: ForgettingRow) -> None:
     """Put the pseudonym in the agent's place, and say what has been forgotten; again it changes nothing.
 
     Raises:
         StorageError: the disk does not let it.
         RunError: the file is damaged.
     """
-    path = path_in(state_dir)
+    path = store.state_dir.provenance
     entries = read(path)
     if any(entry.get("forgotten") == row.pseudonym for entry in entries):
         return

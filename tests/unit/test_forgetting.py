@@ -13,10 +13,11 @@ from cloud_server import jobs
 from cloud_server import store as store_module
 from cloud_server.commands import check
 from cloud_server.contribution import Contribution, Decision
+from cloud_server.disk.lock import InUseError
 from cloud_server.disk.tables import ReportRow
 from cloud_server.jobs import JobDirectory
-from cloud_server.store import InUseError, Store
-from cloud_server.upkeep import forgetting, provenance
+from cloud_server.store import Store
+from cloud_server.upkeep import forgetting, forgotten, provenance
 from common.errors import NotFoundError, RunError, UsageError
 from common.run_state import Outcome
 from tests.unit.states import (
@@ -94,14 +95,14 @@ def make(store: Store, state_dir: Path) -> None:
     )
     directory.write_job(work)
     directory.write_result(jobs.Result(weights=jobs.Weights(sha256=digest_of(model_of(3)), bytes=1)))
-    store.adopt_blob(directory.weights_path, digest_of(model_of(3)))  # made of the other, not published yet
+    store.blobs.adopt(directory.weights_path, digest_of(model_of(3)))  # made of the other, not published yet
 
 
 def forget(store: Store, state_dir: Path, agent_id: str = OTHER) -> str:
-    pseudonym = store.ask_to_forget(agent_id, NOW)
-    (row,) = (row for row in store.forgettings() if row.pseudonym == pseudonym)
+    pseudonym = forgotten.ask_to_forget(store, agent_id, NOW)
+    (row,) = (row for row in forgotten.forgettings(store) if row.pseudonym == pseudonym)
     if row.done_at is None:
-        forgetting.forget(store, state_dir, row, NOW)
+        forgetting.forget(store, row, NOW)
     return pseudonym
 
 
@@ -142,7 +143,7 @@ def test_nothing_of_a_forgotten_agent_is_left_and_all_of_the_others(store: Store
 
 def test_the_models_that_had_used_its_data_are_told(store: Store, state_dir: Path) -> None:
     forget(store, state_dir)
-    (row,) = store.forgettings()
+    (row,) = forgotten.forgettings(store)
     assert row.models == ((1, digest_of(model_of(1))),)
     assert (row.agent_id, row.slot, row.done_at) == (None, None, NOW)
 
@@ -158,7 +159,7 @@ def test_a_model_that_has_nothing_of_it_had_not_used_its_data(tmp_path: Path) ->
         (entry,) = provenance.entries_from(store, 1)
         assert [item["agent_id"] for item in entry["contributions"]] == [AGENT]
         pseudonym = forget(store, tmp_path)
-        (row,) = (row for row in store.forgettings() if row.pseudonym == pseudonym)
+        (row,) = (row for row in forgotten.forgettings(store) if row.pseudonym == pseudonym)
         assert row.models == ()
 
 
@@ -170,14 +171,14 @@ def test_round_goes_on_without_it(store: Store, state_dir: Path) -> None:
 
 def test_agent_that_nobody_knows_cannot_be_forgotten(store: Store, state_dir: Path) -> None:
     with pytest.raises(NotFoundError):
-        store.ask_to_forget("nobody", NOW)
+        forgotten.ask_to_forget(store, "nobody", NOW)
     forget(store, state_dir)
     with pytest.raises(NotFoundError):  # any more
-        store.ask_to_forget(OTHER, NOW)
+        forgotten.ask_to_forget(store, OTHER, NOW)
 
 
 def test_asking_twice_is_asking_once(store: Store) -> None:
-    assert store.ask_to_forget(OTHER, NOW) == store.ask_to_forget(OTHER, NOW + 1)
+    assert forgotten.ask_to_forget(store, OTHER, NOW) == forgotten.ask_to_forget(store, OTHER, NOW + 1)
 
 
 def test_agent_whose_weights_were_published_as_they_are_leaves_them(store: Store, state_dir: Path) -> None:
@@ -233,8 +234,8 @@ def test_guest_asks_while_another_has_the_state(store: Store, state_dir: Path) -
     with pytest.raises(InUseError, match="uses state directory"):
         Store(state_dir)
     with closing(Store(state_dir, as_guest=True)) as guest:
-        pseudonym = guest.ask_to_forget(OTHER, NOW)
-    assert [row.pseudonym for row in store.forgettings()] == [pseudonym]
+        pseudonym = forgotten.ask_to_forget(guest, OTHER, NOW)
+    assert [row.pseudonym for row in forgotten.forgettings(store)] == [pseudonym]
 
 
 def test_guest_leaves_the_state_of_a_server_of_another_version_as_it_is(
@@ -256,7 +257,7 @@ def test_damaged_report_keeps_nobody_from_being_forgotten(store: Store, state_di
 def test_check_tells_of_who_is_to_be_forgotten(
     store: Store, state_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    store.ask_to_forget(OTHER, NOW)
+    forgotten.ask_to_forget(store, OTHER, NOW)
     store.close()
     assert not is_healthy(state_dir)
     assert "an agent is to be forgotten, and is not yet: start the server" in capsys.readouterr().out
@@ -266,7 +267,7 @@ def test_forgetting_may_die_at_any_step(tmp_path: Path) -> None:
     template = tmp_path / "template"
     with closing(Store(template)) as store:
         make(store, template)
-        store.ask_to_forget(OTHER, NOW)
+        forgotten.ask_to_forget(store, OTHER, NOW)
     for steps in range(1, 1000):
         state_dir = tmp_path / str(steps)
         shutil.copytree(template, state_dir)
@@ -280,8 +281,8 @@ def test_forgetting_may_die_at_any_step(tmp_path: Path) -> None:
                     (os, "replace"),
                     (shutil, "rmtree"),
                     (jobs, "sync"),
-                    (Store, "forget_records"),
-                    (Store, "note_forgotten"),
+                    (forgotten, "forget_records"),
+                    (forgotten, "note_forgotten"),
                 ],
             )
             try:
@@ -291,9 +292,9 @@ def test_forgetting_may_die_at_any_step(tmp_path: Path) -> None:
                 pass
         assert not jobs.pending_jobs(state_dir / "jobs")
         with closing(Store(state_dir)) as store:
-            (row,) = store.forgettings()
+            (row,) = forgotten.forgettings(store)
             if row.done_at is None:
-                forgetting.forget(store, state_dir, row, NOW)
+                forgetting.forget(store, row, NOW)
         check_forgotten(state_dir, row.pseudonym)
     assert 20 < steps < 1000
 
@@ -306,19 +307,19 @@ def test_line_half_written_is_written_again(store: Store, state_dir: Path) -> No
     whole = path.read_bytes()
     for size in range(len(whole)):
         path.write_bytes(whole[:size])
-        provenance.catch_up(store, state_dir)
+        provenance.catch_up(store)
         assert path.read_bytes() == whole
     path.unlink()
-    provenance.catch_up(store, state_dir)
+    provenance.catch_up(store)
     assert path.read_bytes() == whole
-    provenance.catch_up(store, state_dir)
+    provenance.catch_up(store)
     assert path.read_bytes() == whole
 
 
 def test_lost_provenance_is_made_again_with_who_was_forgotten(store: Store, state_dir: Path) -> None:
     pseudonym = forget(store, state_dir)
     (state_dir / "provenance.jsonl").unlink()
-    provenance.catch_up(store, state_dir)
+    provenance.catch_up(store)
     lines = provenance.read(state_dir / "provenance.jsonl")
     assert [line.get("forgotten") for line in lines] == [None, None, pseudonym]
     store.close()
@@ -340,7 +341,7 @@ def test_last_round_is_found_behind_those_who_were_forgotten(
     assert [line.get("round") for line in provenance.read(path)] == [1, 2, None, None, 3]
     for size in range(len(before), len(whole)):
         path.write_bytes(whole[:size])
-        provenance.catch_up(store, state_dir)
+        provenance.catch_up(store)
         assert path.read_bytes() == whole
 
 
@@ -348,7 +349,7 @@ def test_end_of_the_file_is_all_that_a_round_reads(store: Store, state_dir: Path
     path = state_dir / "provenance.jsonl"
     first, second = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(b"nobody has read this\n" + first)
-    provenance.catch_up(store, state_dir)
+    provenance.catch_up(store)
     assert path.read_bytes() == b"nobody has read this\n" + first + second
 
 
@@ -361,7 +362,7 @@ def test_lost_provenance_is_made_again_whole_or_not_at_all(
     with monkeypatch.context() as dying:
         dying_at(dying, 1, [(Path, "replace")])
         with pytest.raises(Killed):
-            provenance.catch_up(store, state_dir)
+            provenance.catch_up(store)
     assert not path.exists()
 
 
@@ -375,7 +376,7 @@ def test_damaged_provenance_is_told_of(
     path = state_dir / "provenance.jsonl"
     path.write_bytes(path.read_bytes() + damage)
     with pytest.raises(RunError, match=r"is damaged: restore it from a backup, or remove it"):
-        provenance.catch_up(store, state_dir)
+        provenance.catch_up(store)
     store.close()
     assert not is_healthy(state_dir)
     assert "provenance.jsonl: is damaged" in capsys.readouterr().out

@@ -11,9 +11,9 @@ from cloud_server.jobs import (
     Progress,
     Result,
     Weights,
-    blob_path,
     pending_jobs,
 )
+from cloud_server.state_dir import blob_path
 from common.config import RunConfig
 from common.errors import RunError
 
