@@ -123,7 +123,7 @@ class Coordinator:
             )
         for row in await asyncio.to_thread(self._to_forget):  # asked for before, and not done to the end
             await when_disk_allows(partial(self._remove_all_of, row))
-        await self._note_provenance()
+        await self._note_provenance(provenance.write)
         self._restore()
         await self._clean_up()
 
@@ -308,21 +308,18 @@ class Coordinator:
     async def _end_round(self) -> None:
         """Write the report, and give up what is too old."""
         number, outcome = self._round.number, self._round.phase.value
-        try:
-            await self._note_provenance()
-        except RunError as error:  # whoever has damaged it: the next start says so, or it is added then
-            log.error("provenance_not_noted", reason=str(error))
+        await self._note_provenance(provenance.add_last_round)
         await self._reports.write(number)
         self._metrics.count_round(outcome)
         log.info("round_ended", round=number, outcome=outcome, reason=self._round.failure or None)
         await self._clean_up()
 
-    async def _note_provenance(self) -> None:
-        """Have a line of provenance for each published model. Raises RunError: the file is damaged."""
+    async def _note_provenance(self, note: Callable[[Store], None]) -> None:
+        """Have provenance.jsonl say what the records do."""
 
         async def locked() -> None:
             async with self._reports.lock:
-                await asyncio.to_thread(provenance.catch_up, self._store)
+                await asyncio.to_thread(note, self._store)
 
         await when_disk_allows(locked)
 
@@ -565,7 +562,7 @@ class Coordinator:
             await asyncio.sleep(FORGET_POLL_SECONDS)
 
     def _to_forget(self) -> list[ForgettingRow]:
-        return [row for row in forgotten.forgettings(self._store) if row.done_at is None]
+        return forgotten.to_forget(self._store)
 
     async def _forget(self, row: ForgettingRow) -> None:
         agent_id = row.agent_id

@@ -127,15 +127,15 @@ def _forget(state_dir: Path, agent_id: str) -> ForgettingRow:
         try:
             with closing(Store(state_dir)) as store:
                 pseudonym = pseudonym or _ask(store, agent_id)
-                row = _row(store, pseudonym)
+                row = forgotten.forgetting_of(store, pseudonym)
                 if row.done_at is None:
                     forgetting.forget(store, row, time.time())
-                return _row(store, pseudonym)
+                return forgotten.forgetting_of(store, pseudonym)
         except InUseError:
             pass  # by a server, or by `cloud-server check`
         with closing(Store(state_dir, as_guest=True)) as store:
             pseudonym = pseudonym or _ask(store, agent_id)
-            if (row := _row(store, pseudonym)).done_at is not None:
+            if (row := forgotten.forgetting_of(store, pseudonym)).done_at is not None:
                 return row
         time.sleep(WAIT_SECONDS)
 
@@ -144,10 +144,6 @@ def _ask(store: Store, agent_id: str) -> str:
     pseudonym = forgotten.ask_to_forget(store, agent_id, time.time())
     crash_point(Point.SERVER_FORGETTING_ASKED)
     return pseudonym
-
-
-def _row(store: Store, pseudonym: str) -> ForgettingRow:
-    return next(row for row in forgotten.forgettings(store) if row.pseudonym == pseudonym)
 
 
 def _tell_forgotten(agent_id: str, row: ForgettingRow, *, is_enrolled: bool) -> None:

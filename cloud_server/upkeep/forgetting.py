@@ -65,12 +65,9 @@ def forget(store: Store, row: ForgettingRow, now: float) -> None:
 
     Raises:
         StorageError, OSError: the disk does not let it; do it again.
-        RunError: provenance.jsonl is damaged.
     """
     assert row.agent_id is not None
     assert row.slot is not None
-    provenance.catch_up(store)  # while the records still know of whom
-    provenance.read(store.state_dir.provenance)  # if damaged, only now can they make it anew
     last, work = store.last_round(), unfinished_work(store, row.agent_id)
     made = unpublished_model(store.state_dir, last) if last and last.phase not in OVER else []
     if work:
@@ -90,8 +87,7 @@ def forget(store: Store, row: ForgettingRow, now: float) -> None:
     files = [*store.state_dir.jobs.glob("*/*.json"), *store.state_dir.rounds.glob("*/report.json")]
     for path in files:
         _strike_out(row.agent_id, path)
-    (row,) = (each for each in forgotten.forgettings(store) if each.pseudonym == row.pseudonym)
-    provenance.forget(store, row)
+    provenance.write(store)
     crash_point(Point.SERVER_AGENT_STRUCK_OUT)
     forgotten.note_forgotten(store, row.pseudonym, now)
 

@@ -1,6 +1,5 @@
 """The records of who is to be forgotten, and who has been; forgetting.py has the order of what is done."""
 
-import json
 import secrets
 from collections.abc import Collection
 
@@ -29,12 +28,44 @@ def ask_to_forget(store: Store, agent_id: str, now: float) -> str:
 
 def forgettings(store: Store) -> list[ForgettingRow]:
     """Return who is to be forgotten, and who has been, in the order in which that was asked for."""
-    rows = store.read("SELECT * FROM forgettings ORDER BY asked_at, pseudonym")
-    return [ForgettingRow(**{**row, "models": tuple(map(tuple, json.loads(row["models"])))}) for row in rows]
+    return _forgettings(store, "SELECT * FROM forgettings")
+
+
+def to_forget(store: Store) -> list[ForgettingRow]:
+    """Return who is to be forgotten, and is not yet."""
+    return _forgettings(store, "SELECT * FROM forgettings WHERE done_at IS NULL")
+
+
+def forgetting_of(store: Store, pseudonym: str) -> ForgettingRow:
+    """Return what is on record under a pseudonym that `ask_to_forget` has given."""
+    (row,) = (row for row in forgettings(store) if row.pseudonym == pseudonym)
+    return row
+
+
+def _forgettings(store: Store, query: str) -> list[ForgettingRow]:
+    known = "agent_id IS NOT NULL AND agent_id IN (SELECT agent_id FROM agents)"
+    rows = store.read(f"SELECT *, {known} AS has_records FROM ({query}) ORDER BY asked_at, pseudonym")  # noqa: S608
+    return [
+        ForgettingRow(
+            **{**row, "has_records": bool(row["has_records"])}, models=_models(store, row["pseudonym"])
+        )
+        for row in rows
+    ]
+
+
+def _models(store: Store, pseudonym: str) -> tuple[tuple[int, str], ...]:
+    rows = store.read(
+        "SELECT number, published FROM forgotten_contributions JOIN rounds ON number = round"
+        " WHERE pseudonym = ? ORDER BY number",
+        pseudonym,
+    )
+    return tuple((row["number"], row["published"]) for row in rows)
 
 
 def forget_records(store: Store, row: ForgettingRow, also: Collection[str]) -> None:
     """Remove every record of the agent, and give up the blobs that nobody else names.
+
+    What it contributed to published models stays on record, by digest, under its pseudonym.
 
     Args:
         also: digests of blobs to give up with them, where no record names them.
@@ -45,15 +76,11 @@ def forget_records(store: Store, row: ForgettingRow, also: Collection[str]) -> N
         if not store.read("SELECT 1 FROM agents WHERE agent_id = ?", *agent):
             # An earlier attempt has done it.
             return
-        models = store.read(
-            "SELECT number, published FROM rounds JOIN contributions ON round = number"
-            " WHERE agent_id = ? AND outcome = 'accepted' AND reason = '' AND published IS NOT NULL"
-            " ORDER BY number",
-            *agent,
-        )
         database.execute(
-            "UPDATE forgettings SET models = ? WHERE pseudonym = ?",
-            (json.dumps([list(model.values()) for model in models]), row.pseudonym),
+            "INSERT INTO forgotten_contributions (pseudonym, round, weights, shards, num_examples)"
+            " SELECT ?, round, weights, shards, num_examples FROM contributions JOIN rounds ON number = round"
+            " WHERE agent_id = ? AND outcome = 'accepted' AND reason = '' AND published IS NOT NULL",
+            (row.pseudonym, row.agent_id),
         )
         for table in ("named_blobs", "uploads"):
             database.execute(

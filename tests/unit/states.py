@@ -93,7 +93,7 @@ def publish(store: Store, state_dir: Path, number: int) -> None:
     os.link(store.blobs.path(digest), folder / "model.safetensors")
     report = {"round": number, "outcome": "published", "weights": {"sha256": digest}}
     (folder / "report.json").write_text(json.dumps(report), "utf-8")
-    provenance.catch_up(store)
+    provenance.add_last_round(store)
 
 
 def run_rounds(store: Store, state_dir: Path, count: int) -> None:
