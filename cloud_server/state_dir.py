@@ -1,15 +1,17 @@
 """The paths of a server's state directory: the one place that knows them.
 
-STATE/lock                     held for as long as a server uses STATE, and names that server
-STATE/ecavg.sqlite3            every record, through a write-ahead log
-STATE/blobs/ab/abcdef…         weights and shards by digest, immutable
-STATE/partial/<slot>-<digest>  uploads that have begun
-STATE/jobs/round-0003/         the trainer's work on a round; see cloud_server/jobs.py
-STATE/rounds/0003/             the report of a round, and a second name of its model
-STATE/provenance.jsonl         who is in which model; see cloud_server/upkeep/provenance.py
-STATE/precision.json           in which precision this machine trains fastest
-STATE/trainer.log              what the trainer has printed
-STATE/tls/  STATE/http-token   the certificate authority, and the token of the status page
+    STATE/lock                     held for as long as a server uses STATE, and names that server
+    STATE/ecavg.sqlite3            every record, through a write-ahead log
+    STATE/blobs/ab/abcdef…         weights and shards by digest, immutable
+    STATE/partial/<slot>-<digest>  uploads that have begun
+    STATE/jobs/round-0003/         the trainer's work on a round; see cloud_server/jobs.py
+    STATE/rounds/0003/             the report of a round, and a second name of its model
+    STATE/provenance.jsonl         who is in which model; see cloud_server/upkeep/provenance.py
+    STATE/precision.json           in which precision this machine trains fastest
+    STATE/trainer.log              what the trainer has printed
+    STATE/tls/  STATE/http-token   the certificate authority, and the token of the status page
+
+The configuration may put the authority and the token elsewhere.
 """
 
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""`cloud-server check STATE`: is all of a state directory there, and is it what it was?
+"""`cloud-server check STATE`: whether all of a state directory is there, and is what it was.
 
 Nothing in STATE is changed, so that a folder which can only be read can be checked as well. The records
 are read from a copy: SQLite writes beside a database even to read it.
@@ -43,7 +43,8 @@ _REMOVE = "remove it"
 class Problem(NamedTuple):
     """One thing that is wrong."""
 
-    where: str  # path inside STATE, or the record
+    # A path inside STATE, or the record.
+    where: str
     what: str
     remedy: str
 
@@ -52,7 +53,7 @@ class Problem(NamedTuple):
 
 
 def main(argv: Sequence[str]) -> int:
-    """Print what is wrong with a state directory and a summary; 0 when nothing is, else 1.
+    """Print what is wrong with a state directory, and a summary; return 0 when nothing is, else 1.
 
     Raises:
         UsageError: there is no state directory, or a server uses it.
@@ -80,12 +81,15 @@ class Check:
         self._state_dir = state_dir
         self._num_rounds = 0
         self._num_partials = 0
-        self._blob_bytes: dict[str, int] = {}  # of every blob that is what its name says
-        self._damaged: set[str] = set()  # reported once, however many records name them
-        self._used_by_forgotten: set[int] = set()  # rounds of which a contribution is no longer on record
+        # The size of every blob that is what its name says.
+        self._blob_bytes: dict[str, int] = {}
+        # Blobs that have been reported, which is done once, however many records name them.
+        self._damaged: set[str] = set()
+        # Rounds that have published what an agent contributed who is forgotten since.
+        self._used_by_forgotten: set[int] = set()
 
     def problems(self) -> Iterator[Problem]:
-        """Everything that is wrong.
+        """Yield everything that is wrong.
 
         Raises:
             UsageError: a newer program wrote the database.
@@ -95,6 +99,7 @@ class Check:
             yield problem
 
     def summary(self) -> str:
+        """Return what was checked and how many problems there were, in one line."""
         found = f"{self.num_problems} problem{'s' * (self.num_problems != 1)}" if self.num_problems else "ok"
         total = sum(self._blob_bytes.values())
         return (
@@ -110,7 +115,8 @@ class Check:
                     shutil.copyfile(f"{self._state_dir.database}{suffix}", f"{copy}{suffix}")
             damage = list(_database(copy, self._state_dir))
             yield from damage
-            if damage:  # the records tell nothing
+            if damage:
+                # The records tell nothing.
                 yield from self._blobs(needed=None)
                 return
             with closing(Store(Path(folder))) as records:
@@ -144,7 +150,7 @@ class Check:
     # Blobs
 
     def _blobs(self, needed: set[str] | None) -> Iterator[Problem]:
-        """Every file's digest; one that no record names is no problem, a clean-up sees to it."""
+        """Check every blob's digest; a blob that no record names is no problem, a clean-up sees to it."""
         for path in sorted(self._state_dir.blobs.glob("*/*")):
             where = self._where(path)
             if not DIGEST.fullmatch(path.name) or path.parent.name != path.name[:2]:
@@ -165,11 +171,13 @@ class Check:
         return ""
 
     def _blob(self, digest: str, where: str, kind: str, remedy: str = _RESTORE) -> Iterator[Problem]:
+        """Check that a blob which a record names is there."""
         if not DIGEST.fullmatch(digest):
             yield Problem(where, f"its {kind} {digest[:80]!r} is no digest", _RESTORE_DATABASE)
         elif digest not in self._blob_bytes and digest not in self._damaged:
             self._damaged.add(digest)
-            yield Problem(where, f"its {kind} blobs/{digest[:2]}/{digest} is missing", remedy)
+            path = self._where(blob_path(self._state_dir.blobs, digest))
+            yield Problem(where, f"its {kind} {path} is missing", remedy)
 
     # Records
 
@@ -187,7 +195,7 @@ class Check:
             yield Problem("record of the run", "its configuration cannot be read", _RESTORE_DATABASE)
 
     def _order(self, rounds: Sequence[RoundRow]) -> Iterator[Problem]:
-        """Rounds follow each other without a gap, each from what the one before it gave."""
+        """Check that rounds follow each other without a gap, each from what the one before it gave."""
         for number, row in enumerate(rounds, start=1):
             if row.number != number:
                 yield Problem(f"record of round {number}", "is missing", _RESTORE_DATABASE)
@@ -210,8 +218,8 @@ class Check:
             yield Problem(where, f"it is {row.phase}, with published {row.published}", _RESTORE_DATABASE)
         if row.published:
             yield from self._blob(row.published, where, "published model")
-        for weights in (row.initial_weights, row.published):
-            if weights and (encoding := records.encoding(weights)):
+        for digest in (row.initial_weights, row.published):
+            if digest and (encoding := records.encoding(digest)):
                 yield from self._blob(encoding.digest, where, "encoded model")
         decisions = records.contributions(row.number)
         accepted = [decision.contribution for decision in decisions if decision.contribution]
@@ -226,7 +234,11 @@ class Check:
     # What a round leaves outside the database
 
     def _left_of_round(self, row: RoundRow, *, may_be_missing: bool) -> Iterator[Problem]:
-        """The report, and the model beside it; killed before, a server writes the last one's at its start."""
+        """Check a round's report, and the model beside it.
+
+        Args:
+            may_be_missing: a server that was killed before it wrote the report writes it at its start.
+        """
         path = self._state_dir.report(row.number)
         where = self._where(path)
         if not path.exists():
@@ -268,7 +280,8 @@ class Check:
         if not path.exists():
             yield Problem(where, "is missing", remedy)
         elif blob.exists() and path.samefile(blob):
-            return  # checked as a blob
+            # It has been checked as a blob.
+            return
         elif blob_of(path).digest != digest:
             yield Problem(where, "is not the published model", remedy)
 
@@ -277,7 +290,7 @@ class Check:
         for number, directory in sorted([*jobs.round_jobs(self._state_dir), (0, self._initialise())]):
             where = self._where(directory.path)
             try:
-                if (directory.path / "job.json").exists():
+                if directory.is_begun:
                     directory.read_job()
                 if result := directory.read_result():
                     results[number] = result
@@ -317,7 +330,7 @@ class Check:
 
 
 def _database(copy: Path, state_dir: StateDir) -> Iterator[Problem]:
-    """What SQLite itself finds; UsageError for a schema that this program does not know."""
+    """Yield what SQLite itself finds wrong; UsageError for a schema that this program does not know."""
     where = state_dir.database.name
     if not copy.exists():
         yield Problem(where, "is missing", _RESTORE_DATABASE)
