@@ -133,11 +133,7 @@ class Coordinator:
     async def _end_round(self) -> None:
         """Write the report, and give up what is too old."""
         ended = self._ledger.round
-        try:
-            await self._caretaker.note_provenance()
-        except RunError as error:
-            # The next start says who has to mend the file, or the line is added then.
-            log.error("provenance_not_noted", reason=str(error))
+        await self._caretaker.note_provenance()
         await self._reports.write(ended.number)
         self._metrics.count_round(ended.phase.value)
         log.info("round_ended", round=ended.number, outcome=ended.phase.value, reason=ended.failure or None)

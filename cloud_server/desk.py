@@ -110,7 +110,7 @@ class Desk:
         """
         self._ledger.check_joined(agent_id)
         if await asyncio.to_thread(self._store.is_public, digest):
-            return self._store.blob_path(digest)
+            return self._store.blobs.path(digest)
         raise NotFoundError(f"no initial weights or published model has the digest {digest[:16]}…")
 
     def count_sent(self, num_bytes: int) -> None:

@@ -48,7 +48,7 @@ async def open_run(config: ServerConfig, store: Store, jobs: JobRunner, clock: C
     assert row is not None
     first = await asyncio.to_thread(store.round, 1)
     assert first is not None
-    header = schema.read_header(store.blob_path(first.initial_weights))
+    header = schema.read_header(store.blobs.path(first.initial_weights))
     return Run(row.run_id, config.run, header.schema)
 
 
@@ -59,10 +59,10 @@ def adopt_model(store: Store, directory: JobDirectory, result: Result) -> None:
         StorageError: the disk takes no data now.
     """
     assert result.weights
-    store.adopt_blob(directory.weights_path, result.weights.sha256)
+    store.blobs.adopt(directory.weights_path, result.weights.sha256)
     crash_point(Point.SERVER_MODEL_ADOPTED)
     if result.encoded:
-        store.adopt_blob(directory.encoded_path, result.encoded.sha256)
+        store.blobs.adopt(directory.encoded_path, result.encoded.sha256)
         encoding = EncodingRow(result.encoded.sha256, result.encoded.base)
         store.record_encoding(result.weights.sha256, encoding)
         crash_point(Point.SERVER_ENCODED_MODEL_ADOPTED)

@@ -39,13 +39,14 @@ ROOMS = (
             "metrics",
             "round",
             "store",
+            "disk",
             "config",
         ),
     ),
     Room(
         "commands",
         "check, token, agents, forget: what an operator runs",
-        ("upkeep", "door", "store", "jobs", "round", "disk", "config"),
+        ("upkeep", "door", "store", "jobs", "round", "disk", "config", "state_dir"),
     ),
     Room(
         "server",
@@ -90,6 +91,7 @@ ROOMS = (
             "jobs",
             "disk",
             "config",
+            "state_dir",
         ),
     ),
     Room(
@@ -107,8 +109,16 @@ ROOMS = (
         "the run: found in the state directory, or begun",
         ("training", "records", "store", "jobs", "disk", "config"),
     ),
-    Room("training", "a job, again where that may help; the trainer process kept alive", ("jobs", "disk")),
-    Room("trainer", "torch: aggregation, alignment, selection, fine-tune, audit", ("jobs", "contribution")),
+    Room(
+        "training",
+        "a job, again where that may help; the trainer process kept alive",
+        ("jobs", "disk", "state_dir"),
+    ),
+    Room(
+        "trainer",
+        "torch: aggregation, alignment, selection, fine-tune, audit",
+        ("jobs", "contribution", "state_dir"),
+    ),
     Room(
         "showing",
         "what is seen of the run: state for agents, page, terminal; the reports",
@@ -120,11 +130,16 @@ ROOMS = (
     Room("door", "who may come in: admission, authority, limits, connections", ("disk",)),
     Room("metrics", "what the server counts", ("round", "jobs")),
     Room("round", "the state machine of a round, a value", ("contribution",)),
-    Room("store", "the records, in SQLite", ("contribution", "disk")),
-    Room("jobs", "the job directory: all that server and trainer say to each other", ("contribution",)),
+    Room("store", "the records, in SQLite", ("contribution", "disk", "state_dir")),
+    Room(
+        "jobs",
+        "the job directory: all that server and trainer say to each other",
+        ("contribution", "state_dir"),
+    ),
     Room("contribution", "one agent's part in a round", ()),
-    Room("disk", "the ground floor: database, tables, blobs, full disks", ()),
-    Room("config", "the server's configuration keys", ()),
+    Room("disk", "the ground floor: database, tables, blobs, full disks", ("state_dir",)),
+    Room("config", "the server's configuration keys", ("state_dir",)),
+    Room("state_dir", "the paths of a state directory", ()),
 )
 
 

@@ -105,7 +105,7 @@ class Uploads:
         # A stream of the same blob may be about to complete it.
         await self._supersede(agent_id, digest)
         if await asyncio.to_thread(self._store.has_upload, agent_id, digest, kind):
-            return self._store.blob_size(digest) or 0, True
+            return self._store.blobs.size(digest) or 0, True
         path = await asyncio.to_thread(self._store.partial_path, agent_id, digest)
         return await asyncio.to_thread(_durable_size, path), False
 
@@ -142,7 +142,7 @@ class Uploads:
         Raises:
             InvalidError: the base is another one.
         """
-        header = await asyncio.to_thread(schema.read_header, self._store.blob_path(weights))
+        header = await asyncio.to_thread(schema.read_header, self._store.blobs.path(weights))
         base = wire.encoding_of(header).base
         if base != initial_weights:
             found = f"differences from {base[:16]}…" if base else "no differences"
@@ -153,7 +153,7 @@ class Uploads:
             )
 
     def _num_labels(self, shards: Sequence[str]) -> int:
-        headers = (schema.read_header(self._store.blob_path(digest)) for digest in shards)
+        headers = (schema.read_header(self._store.blobs.path(digest)) for digest in shards)
         return sum(header.schema["labels"].shape[0] for header in headers)
 
     @asynccontextmanager

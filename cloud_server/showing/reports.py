@@ -11,7 +11,7 @@ from typing import Any
 from cloud_server.contribution import Decision
 from cloud_server.disk.failures import storage_errors, when_disk_allows
 from cloud_server.disk.tables import AgentRow, ReportRow, RoundRow
-from cloud_server.jobs import JobDirectory, Result, job_name
+from cloud_server.jobs import Result, round_job
 from cloud_server.store import Store
 from common.config import CANDIDATES, RunConfig
 from common.faults import Point, crash_point
@@ -30,10 +30,9 @@ _TRAINER_SECONDS = ("audit", "aggregate", "fine_tune", "evaluate")
 class Reports:
     """The report files of a run's rounds, `STATE/rounds/0001/report.json`."""
 
-    def __init__(self, state_dir: Path, run: RunConfig, store: Store) -> None:
+    def __init__(self, run: RunConfig, store: Store) -> None:
         # Held to write a report, and to remove what reports are made from; the second of the three locks.
         self.lock = asyncio.Lock()
-        self._state_dir = state_dir
         self._run = run
         self._store = store
 
@@ -51,8 +50,8 @@ class Reports:
 
     def result_of(self, number: int) -> Result | None:
         """Return what the trainer found in a round; None: that is not known any more."""
-        result = JobDirectory(self._state_dir / "jobs" / job_name(number)).read_result()
-        return result or read_result(self._folder(number))
+        result = round_job(self._store.state_dir, number).read_result()
+        return result or read_result(self._store.state_dir.round(number))
 
     def _write(self, number: int) -> None:
         row = self._store.round(number)
@@ -60,7 +59,7 @@ class Reports:
         if row.retired:
             # What the report was made from is gone.
             return
-        weights = self._store.blob_path(row.published) if row.published else None
+        weights = self._store.blobs.path(row.published) if row.published else None
         report = build(
             self._run,
             row,
@@ -70,10 +69,7 @@ class Reports:
             self.result_of(number),
             weights_bytes=weights.stat().st_size if weights else None,
         )
-        write(report, self._folder(number), weights)
-
-    def _folder(self, number: int) -> Path:
-        return self._state_dir / "rounds" / f"{number:04d}"
+        write(report, self._store.state_dir.round(number), weights)
 
 
 def build(

@@ -236,11 +236,11 @@ class Standing:
             self._last_failure = (ended.number, ended.failure)
 
     def _blob(self, digest: str) -> Blob:
-        return Blob(digest, self._store.blob_size(digest) or 0)
+        return Blob(digest, self._store.blobs.size(digest) or 0)
 
     def _encoded(self, digest: str) -> Encoded | None:
         encoding = self._store.encoding(digest)
-        if encoding is None or self._store.blob_size(encoding.digest) is None:
+        if encoding is None or self._store.blobs.size(encoding.digest) is None:
             return None
         return Encoded(self._blob(encoding.digest), encoding.base)
 

@@ -18,7 +18,7 @@ from cloud_server.showing.standing import Standing
 from cloud_server.store import Store
 from cloud_server.upkeep import provenance, retention
 from cloud_server.upkeep.eraser import Eraser
-from common.errors import RunError, StorageError
+from common.errors import StorageError
 
 FORGET_POLL_SECONDS = 0.5
 # The longest time between two clean-ups while a round collects.
@@ -83,7 +83,6 @@ class Caretaker:
     def _clean_up(self, active: Collection[Path]) -> None:
         retention.clean_up(
             self._store,
-            self._config.state_dir,
             keep_rounds=self._config.keep_rounds,
             keep_partial_seconds=self._config.keep_partial_seconds,
             now=self._clock(),
@@ -92,15 +91,11 @@ class Caretaker:
         )
 
     async def note_provenance(self) -> None:
-        """Have a line of provenance for each published model.
-
-        Raises:
-            RunError: the file is damaged.
-        """
+        """Have provenance.jsonl tell of the last published model."""
 
         async def note() -> None:
             async with self._reports.lock:
-                await asyncio.to_thread(provenance.catch_up, self._store, self._config.state_dir)
+                await asyncio.to_thread(provenance.add_last_round, self._store)
 
         await when_disk_allows(note)
 
@@ -112,7 +107,7 @@ class Caretaker:
             try:
                 for row in await self._eraser.waiting():
                     await self._forget(row)
-            except (OSError, StorageError, RunError, sqlite3.Error) as error:
+            except (OSError, StorageError, sqlite3.Error) as error:
                 log.error("forgetting_failed", reason=str(error))
             except Exception:
                 # It is tried again: a deletion that was promised must not end in silence.

@@ -3,7 +3,6 @@
 import asyncio
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import structlog
 
@@ -12,6 +11,7 @@ from cloud_server.disk.tables import ForgettingRow
 from cloud_server.store import Store
 from cloud_server.training.runner import JobRunner
 from cloud_server.upkeep import forgetting
+from cloud_server.upkeep.forgotten import to_forget
 
 log = structlog.get_logger()
 
@@ -23,16 +23,14 @@ class Eraser:
         clock: seconds since the epoch.
     """
 
-    def __init__(self, state_dir: Path, store: Store, jobs: JobRunner, clock: Callable[[], float]) -> None:
-        self._state_dir = state_dir
+    def __init__(self, store: Store, jobs: JobRunner, clock: Callable[[], float]) -> None:
         self._store = store
         self._jobs = jobs
         self._clock = clock
 
     async def waiting(self) -> list[ForgettingRow]:
         """Return the agents that are to be forgotten, and are not yet."""
-        rows = await asyncio.to_thread(self._store.forgettings)
-        return [row for row in rows if row.done_at is None]
+        return await asyncio.to_thread(to_forget, self._store)
 
     async def finish(self) -> None:
         """Erase what the last life of this server had begun to forget, before anybody is served."""
@@ -44,16 +42,13 @@ class Eraser:
 
         Raises:
             StorageError, OSError: the disk does not let it; do it again.
-            RunError: provenance.jsonl is damaged.
         """
         assert row.agent_id is not None
         async with self._jobs.withdrawn_from(row.agent_id):
-            work = await asyncio.to_thread(
-                forgetting.unfinished_work, self._store, self._state_dir, row.agent_id
-            )
+            work = await asyncio.to_thread(forgetting.unfinished_work, self._store, row.agent_id)
             if work:
                 # In this thread: nobody shall see the job withdrawn between two looks at it.
                 work.withdraw()
                 await self._jobs.drop_work()
-            await asyncio.to_thread(forgetting.forget, self._store, self._state_dir, row, self._clock())
+            await asyncio.to_thread(forgetting.forget, self._store, row, self._clock())
         log.warning("agent_forgotten", pseudonym=row.pseudonym)

@@ -17,7 +17,8 @@ import torch
 from sklearn.datasets import load_digits
 
 from cloud_server.contribution import Contribution
-from cloud_server.jobs import Job, JobDirectory, Result, blob_path
+from cloud_server.jobs import Job, JobDirectory, Result
+from cloud_server.state_dir import blob_path
 from cloud_server.trainer import __main__ as trainer_main
 from cloud_server.trainer import pipeline
 from cloud_server.trainer.aggregation import mean

@@ -37,7 +37,8 @@ from cloud_server.showing.standing import Standing
 from cloud_server.store import Store
 from cloud_server.training import runner as job_runner
 from cloud_server.training.runner import JobRunner
-from cloud_server.upkeep import caretaker
+from cloud_server.upkeep import caretaker, retired
+from cloud_server.upkeep.forgotten import ask_to_forget, forgettings
 from common.config import RunConfig
 from common.errors import (
     InvalidError,
@@ -476,7 +477,7 @@ async def test_differences_from_other_weights_are_rejected_and_better_ones_accep
         write_weights(tmp_path / "weights", 7)
         contributions = []
         for digest in ("5" * 64, initial):
-            base = Base(here.store.blob_path(initial), digest)
+            base = Base(here.store.blobs.path(initial), digest)
             encode(tmp_path / "weights", tmp_path / "sent", "int8", base=base)
             contributions.append(await here.upload("a", tmp_path / "sent"))
         other, right = contributions
@@ -593,9 +594,9 @@ async def test_reports_of_agents_end_up_in_the_report(tmp_path: Path) -> None:
 
 
 async def forgotten(here: World, agent_id: str) -> None:
-    pseudonym = here.store.ask_to_forget(agent_id, 1.0)
+    pseudonym = ask_to_forget(here.store, agent_id, 1.0)
     await here.until(
-        lambda: any(row.pseudonym == pseudonym and row.done_at for row in here.store.forgettings())
+        lambda: any(row.pseudonym == pseudonym and row.done_at for row in forgettings(here.store))
     )
 
 
@@ -700,7 +701,7 @@ async def test_forgetting_waits_for_a_disk_that_is_full(
 ) -> None:
     async with world(tmp_path, min_agents=2) as here:
         assert await here.contribute("gone") is Outcome.ACCEPTED
-        remove, is_full = here.store.remove_blobs, True
+        remove, is_full = retired.remove_blobs, True
 
         def full_at_first(*args: Any, **kwargs: Any) -> int:
             nonlocal is_full
@@ -709,7 +710,7 @@ async def test_forgetting_waits_for_a_disk_that_is_full(
                 raise StorageError("no space left on device")
             return remove(*args, **kwargs)
 
-        monkeypatch.setattr(here.store, "remove_blobs", full_at_first)
+        monkeypatch.setattr(retired, "remove_blobs", full_at_first)
         await forgotten(here, "gone")
         assert not is_full
         assert here.store.agents() == []

@@ -44,7 +44,7 @@ class Viewed:
             {AGENT: 1, "edge-2": 2},
             Presence(),
             store=store,
-            reports=Reports(state_dir, RunConfig(), store),
+            reports=Reports(RunConfig(), store),
             metrics=self.metrics,
             on_change=self.displayed.append,
             clock=lambda: 10.0,
@@ -181,7 +181,7 @@ async def test_watch_ends_with_the_run(viewed: Viewed) -> None:
 
 async def test_encoded_model_that_is_gone_is_not_offered(store: Store, tmp_path: Path) -> None:
     run_rounds(store, tmp_path, 1)
-    store.blob_path(digest_of(encoded_of(1))).unlink()
+    store.blobs.path(digest_of(encoded_of(1))).unlink()
     state = Viewed(store, tmp_path).standing.state_for(AGENT)
     assert state.latest_model
     assert state.latest_model.encoded is state.initial_encoded is None
