@@ -14,7 +14,8 @@ import numpy as np
 import torch
 
 from cloud_server.contribution import Contribution
-from cloud_server.jobs import Job, JobDirectory, Progress, Result, blob_path
+from cloud_server.jobs import Job, JobDirectory, Progress, Result
+from cloud_server.state_dir import StateDir, blob_path
 from cloud_server.trainer.group import Group
 from cloud_server.trainer.pipeline import RoundJob, run_job
 from cloud_server.trainer.selection import OnCandidate
@@ -149,12 +150,13 @@ class Cloud:
 
     def __init__(self, path: Path, device: torch.device) -> None:
         self._path = path
+        self._state_dir = StateDir(path)
         self._device = device
-        self.blobs = Blobs(path / "blobs")
+        self.blobs = Blobs(self._state_dir.blobs)
 
     def initial_weights(self, run: RunConfig) -> str:
         """The digest of what the agents' first pre-training starts from."""
-        directory = JobDirectory(self._path / "jobs" / "initialise")
+        directory = JobDirectory(self._state_dir.job("initialise"))
         directory.write_job(
             Job(kind="initialise", name="initialise", round=0, run=run, device="auto", initial_weights=None)
         )
@@ -198,7 +200,7 @@ class Cloud:
             initial_weights=initial,
             contributions=tuple(contributions),
         )
-        directory = _ShownDirectory(self._path / "jobs" / "round", on_progress)
+        directory = _ShownDirectory(self._state_dir.job("round"), on_progress)
         directory.write_job(job)
         directory.discard_output()
         result = RoundJob(

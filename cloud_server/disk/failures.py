@@ -13,7 +13,8 @@ import structlog
 from common.errors import StorageError
 from common.files import error_number, is_full
 
-STORAGE_RETRY_SECONDS = 2.0  # between two tries
+# Between two tries.
+STORAGE_RETRY_SECONDS = 2.0
 
 # Besides a full disk, one that an operator has to see to: read-only, out of bounds, or failing.
 _NEEDS_OPERATOR = {errno.EROFS, errno.EACCES, errno.EIO}
@@ -53,7 +54,7 @@ def _storage_error(what: str) -> StorageError:
 
 
 async def when_disk_allows(body: Callable[[], Awaitable[_T]]) -> _T:
-    """Do it, again and again as long as it raises StorageError: others are served meanwhile."""
+    """Run `body` again and again as long as it raises StorageError; others are served meanwhile."""
     while True:
         try:
             return await body()

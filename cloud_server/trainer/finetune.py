@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from cloud_server.contribution import Contribution
-from cloud_server.jobs import blob_path
+from cloud_server.state_dir import blob_path
 from common.config import RunConfig
 from common.shards import Shard, cloud_holdout, gather, read_shard
 from common.training import (

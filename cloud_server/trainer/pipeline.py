@@ -22,8 +22,8 @@ from cloud_server.jobs import (
     Progress,
     Result,
     Weights,
-    blob_path,
 )
+from cloud_server.state_dir import blob_path
 from cloud_server.trainer.aggregation import coefficients
 from cloud_server.trainer.audit import MIN_AGENTS
 from cloud_server.trainer.finetune import CombinedData, combine, fine_tune

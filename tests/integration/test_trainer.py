@@ -19,7 +19,8 @@ from safetensors import SafetensorError
 from sklearn.datasets import load_digits
 
 from cloud_server.contribution import Contribution
-from cloud_server.jobs import Job, JobDirectory, Result, blob_path
+from cloud_server.jobs import Job, JobDirectory, Result
+from cloud_server.state_dir import blob_path
 from cloud_server.trainer import __main__ as trainer_main
 from cloud_server.trainer import pipeline
 from cloud_server.trainer.aggregation import mean
@@ -333,7 +334,7 @@ def three(blobs_dir) -> tuple[str, tuple[Contribution, ...]]:
         write_state_dict(model.state_dict(), blobs_dir / "new")
         weights = put_blob(blobs_dir / "new", blobs_dir)
         shards = (put_shard(third, blobs_dir),)
-        made.append(Contribution(agent_id, weights, shards, 599, initial_weights=digest))
+        made.append(Contribution(agent_id, weights, shards, 599, initial_digest=digest))
     return digest, tuple(made)
 
 

@@ -6,7 +6,7 @@ import torch
 
 import edge_agent.local
 from cloud_server.contribution import Contribution
-from cloud_server.jobs import blob_path
+from cloud_server.state_dir import blob_path
 from cloud_server.trainer.finetune import combine
 from common.config import RunConfig, TrainingConfig
 from common.errors import DivergedError, UsageError

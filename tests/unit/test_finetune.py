@@ -11,7 +11,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor
 
 from cloud_server.contribution import Contribution
-from cloud_server.jobs import blob_path
+from cloud_server.state_dir import blob_path
 from cloud_server.trainer.finetune import combine, fine_tune
 from common.config import FineTuneConfig, RunConfig
 from common.models import build_model

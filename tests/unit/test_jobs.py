@@ -11,7 +11,6 @@ from cloud_server.jobs import (
     Progress,
     Result,
     Weights,
-    blob_path,
     pending_jobs,
 )
 from common.config import RunConfig
@@ -167,16 +166,6 @@ def test_damaged_files_are_named(directory, text):
 def test_a_job_that_is_not_there_is_named(directory):
     with pytest.raises(RunError, match=r"job\.json is missing"):
         directory.read_job()
-
-
-def test_blobs_are_found_by_their_digest(tmp_path):
-    assert blob_path(tmp_path, DIGEST) == tmp_path / "ab" / DIGEST
-
-
-@pytest.mark.parametrize("text", ["", "ab", "../" + DIGEST, DIGEST.upper(), DIGEST + "\n", "g" + DIGEST[1:]])
-def test_only_digests_name_blobs(tmp_path, text):
-    with pytest.raises(ValueError, match="no digest"):
-        blob_path(tmp_path, text)
 
 
 def test_the_serving_side_does_not_import_torch():

@@ -29,7 +29,7 @@ from cloud_server import store as store_module
 from cloud_server.contribution import Contribution, Decision, Rejection
 from cloud_server.disk.failures import storage_errors
 from cloud_server.disk.tables import AgentRow, ReportRow, RoundRow, RunRow
-from cloud_server.jobs import blob_path
+from cloud_server.state_dir import blob_path
 from cloud_server.store import Store
 from common.errors import NotFoundError, Reason, StorageError, UsageError
 from common.run_state import Outcome, Phase
@@ -188,15 +188,19 @@ def test_reports_come_back_as_they_were_and_the_last_one_stands(run_store):
 
 
 def test_blob_lies_under_its_first_two_digits(store, state_dir):
-    assert store.blob_path("ab" * 32) == state_dir / "blobs" / "ab" / ("ab" * 32)
-    assert store.blob_path("ab" * 32) == blob_path(state_dir / "blobs", "ab" * 32)
+    assert store.blobs.path("ab" * 32) == state_dir / "blobs" / "ab" / ("ab" * 32)
+    assert store.blobs.path("ab" * 32) == blob_path(state_dir / "blobs", "ab" * 32)
 
 
 @pytest.mark.parametrize(
     "digest", ["", "a" * 63, "a" * 65, "A" * 64, "g" * 64, "a" * 64 + "\n", "../" * 21 + "x", "\u0661" * 64]
 )
 def test_what_is_no_digest_never_becomes_a_path(run_store, digest):
-    for path_of in (run_store.blob_path, run_store.blob_size, lambda text: run_store.partial_path("a", text)):
+    for path_of in (
+        run_store.blobs.path,
+        run_store.blobs.size,
+        lambda text: run_store.partial_path("a", text),
+    ):
         with pytest.raises(ValueError, match="no digest"):
             path_of(digest)
 
@@ -212,11 +216,11 @@ def test_agent_that_never_joined_cannot_upload(run_store):
 
 
 def test_committed_upload_is_an_immutable_blob(run_store):
-    assert run_store.blob_size(DIGEST) is None
+    assert run_store.blobs.size(DIGEST) is None
     run_store.commit_upload("a", DIGEST, "weights", 12.0)
-    blob = run_store.blob_path(DIGEST)
+    blob = run_store.blobs.path(DIGEST)
     assert blob.read_bytes() == UPLOADED
-    assert run_store.blob_size(DIGEST) == len(UPLOADED)
+    assert run_store.blobs.size(DIGEST) == len(UPLOADED)
     assert stat.S_IMODE(blob.stat().st_mode) == 0o444
     assert not run_store.partial_path("a", DIGEST).exists()
 
@@ -230,7 +234,7 @@ def test_upload_is_that_of_its_agent_and_kind_only(run_store):
 
 def test_record_without_its_blob_is_no_upload(run_store):
     run_store.commit_upload("a", DIGEST, "weights", 12.0)
-    run_store.blob_path(DIGEST).unlink()
+    run_store.blobs.path(DIGEST).unlink()
     assert not run_store.has_upload("a", DIGEST, "weights")
 
 
@@ -240,7 +244,7 @@ def test_same_bytes_from_two_agents_are_one_blob_and_two_uploads(run_store):
     run_store.commit_upload("b", DIGEST, "weights", 13.0)
     assert run_store.has_upload("a", DIGEST, "weights")
     assert run_store.has_upload("b", DIGEST, "weights")
-    assert run_store.blob_path(DIGEST).read_bytes() == UPLOADED
+    assert run_store.blobs.path(DIGEST).read_bytes() == UPLOADED
     assert not run_store.partial_path("b", DIGEST).exists()
 
 
@@ -261,14 +265,14 @@ def test_trained_file_becomes_a_blob_once(run_store, state_dir):
     trained = state_dir / "jobs" / "model.safetensors"
     trained.write_bytes(TRAINED)
     for _ in range(2):  # the second as after a restart
-        run_store.adopt_blob(trained, TRAINED_DIGEST)
-    assert run_store.blob_path(TRAINED_DIGEST).read_bytes() == TRAINED
+        run_store.blobs.adopt(trained, TRAINED_DIGEST)
+    assert run_store.blobs.path(TRAINED_DIGEST).read_bytes() == TRAINED
     assert not trained.exists()
 
 
 def test_missing_trained_file_is_refused(run_store, state_dir):
     with pytest.raises(NotFoundError, match=TRAINED_DIGEST):
-        run_store.adopt_blob(state_dir / "jobs" / "model.safetensors", TRAINED_DIGEST)
+        run_store.blobs.adopt(state_dir / "jobs" / "model.safetensors", TRAINED_DIGEST)
 
 
 # Durable before acknowledged
@@ -374,7 +378,7 @@ def check_consistent(store: Store, state_dir: Path) -> None:
     ]
     assert set(filter(None, needed)) <= set(blobs)
     partial = store.partial_path("a", DIGEST)
-    assert (partial if partial.exists() else store.blob_path(DIGEST)).read_bytes() == UPLOADED
+    assert (partial if partial.exists() else store.blobs.path(DIGEST)).read_bytes() == UPLOADED
 
 
 # A disk that takes nothing more
@@ -408,7 +412,7 @@ def test_upload_that_the_disk_refused_can_be_committed_later(run_store, monkeypa
     assert not run_store.has_upload("a", DIGEST, "weights")
     run_store.commit_upload("a", DIGEST, "weights", 13.0)
     assert run_store.has_upload("a", DIGEST, "weights")
-    assert run_store.blob_path(DIGEST).read_bytes() == UPLOADED
+    assert run_store.blobs.path(DIGEST).read_bytes() == UPLOADED
 
 
 def test_full_disk_under_the_database_leaves_it_as_it_was(run_store):
@@ -592,7 +596,7 @@ def take_in(store: Store, state_dir: Path) -> Iterator[None]:
     yield
     store.record_contribution(1, CONTRIBUTION)
     yield
-    store.adopt_blob(state_dir / "jobs" / "model.safetensors", TRAINED_DIGEST)
+    store.blobs.adopt(state_dir / "jobs" / "model.safetensors", TRAINED_DIGEST)
     store.set_phase(1, "published", 20.0, published=TRAINED_DIGEST)
     yield
 
