@@ -13,10 +13,9 @@ from torch import Tensor, nn
 
 from cloud_server.contribution import Contribution
 from cloud_server.state_dir import blob_path
-from common.config import DatasetSpec, RunConfig
+from common.config import RunConfig
 from common.shards import Shard, cloud_holdout, gather, read_shard
-from common.training import OnStep, derive_seed, predict, train
-from common.weights import load_into
+from common.training import OnStep, derive_seed, train
 
 
 class Examples(NamedTuple):
@@ -62,7 +61,6 @@ def fine_tune(
     round_number: int,
     device: torch.device,
     precision_file: Path | None = None,
-    soft_labels: Tensor | None = None,
     on_step: OnStep | None = None,
     rank: int = 0,
     world_size: int = 1,
@@ -79,38 +77,8 @@ def fine_tune(
         rank=rank,
         world_size=world_size,
         precision_file=precision_file,
-        soft_labels=soft_labels,
-        distill=run.fine_tune.distill,
         class_balanced=run.fine_tune.class_balanced,
     )
-
-
-def soft_labels(
-    model: nn.Module,
-    weights: Sequence[Path],
-    coefficients: Sequence[float],
-    images: Tensor,
-    *,
-    spec: DatasetSpec,
-    device: torch.device,
-) -> Tensor:
-    """What the ensemble of the agents' models says of the images: the softmax of their mean logits.
-
-    (FedDF, Lin et al., arXiv 2006.07242, section 3.)
-
-    Args:
-        model: left with the weights of the last agent.
-        coefficients: what each agent's logits count; only their ratios matter.
-        images: uint8 [N, C, H, W].
-
-    Returns:
-        float32 [N, K], each row a distribution over the K classes.
-    """
-    total = torch.zeros(len(images), spec.num_classes)
-    for path, coefficient in zip(weights, coefficients, strict=True):
-        load_into(model, path)
-        total.add_(predict(model, images, spec=spec, device=device), alpha=coefficient / sum(coefficients))
-    return total.softmax(1)
 
 
 def _examples(run: RunConfig, parts: Sequence[tuple[Shard, np.ndarray]]) -> Examples:

@@ -20,7 +20,7 @@ from cloud_server.contribution import Contribution
 from cloud_server.jobs import Job, JobDirectory, Result
 from cloud_server.state_dir import blob_path
 from cloud_server.trainer import __main__ as trainer_main
-from cloud_server.trainer import pipeline
+from cloud_server.trainer import pipeline, work
 from cloud_server.trainer.aggregation import mean
 from cloud_server.trainer.finetune import CombinedData, combine
 from cloud_server.trainer.group import Group
@@ -92,7 +92,7 @@ def do(tmp_path, blobs_dir, contributions):
     def do(**fields) -> tuple[Result, JobDirectory]:
         directory = JobDirectory(tmp_path / "jobs" / fields.get("name", "round-0001"))
         directory.write_job(job(**{"contributions": contributions, **fields}))
-        pipeline.run_job(directory, blobs_dir=blobs_dir, device_name="cpu", group=Group())
+        work.run_job(directory, blobs_dir=blobs_dir, device_name="cpu", group=Group())
         return directory.read_result(), directory
 
     return do
@@ -285,16 +285,6 @@ def test_a_model_that_is_not_finite_is_not_published(do, monkeypatch, blobs_dir,
     assert "1.weight" in result.error.message
     assert "run.fine_tune.learning_rate" in result.error.message
     assert not directory.weights_path.exists()
-
-
-def test_learning_from_the_ensemble_changes_the_model_and_nothing_else(do):
-    alone, _ = do()
-    run = RUN.model_copy(update={"fine_tune": RUN.fine_tune.model_copy(update={"distill": 0.5})})
-    together, _ = do(name="distilled", run=run)
-    assert together.error is None
-    assert together.candidates == alone.candidates
-    assert together.weights != alone.weights
-    assert together.accuracy_fine_tuned > 0.9
 
 
 def test_the_previous_global_model_is_a_candidate_from_the_second_round_on(do, contributions):
@@ -507,7 +497,7 @@ def test_weights_that_int8_cannot_name_are_bad_configuration(do, monkeypatch):
         def state_dict(self, *_, **__):
             return {"weight": torch.ones(2), "weight.scale": self.weight.scale}
 
-    monkeypatch.setattr(pipeline, "initial_model", lambda _: Scaled())
+    monkeypatch.setattr(work, "initial_model", lambda _: Scaled())
     result, _ = do(kind="initialise", name="i", round=0, contributions=(), run=with_wire("int8"))
     assert result.error.kind == "usage"
     assert "'weight.scale' has the name that int8 needs" in result.error.message
@@ -526,7 +516,7 @@ def test_a_broken_gpu_ends_the_process_after_its_result(do, monkeypatch, tmp_pat
 def test_a_damaged_job_fails(tmp_path):
     directory = JobDirectory(tmp_path)
     (tmp_path / "job.json").write_text("{")
-    pipeline.run_job(directory, blobs_dir=tmp_path, device_name="cpu", group=Group())
+    work.run_job(directory, blobs_dir=tmp_path, device_name="cpu", group=Group())
     assert "damaged" in directory.read_result().error.message
 
 
@@ -615,22 +605,20 @@ def test_a_job_that_was_stopped_is_done_again_with_the_same_bytes(state_dir, con
 
 def test_two_ranks_under_torchrun_train_together_and_leave_with_their_server(state_dir, contributions, three):
     launcher = ("torch.distributed.run", "--nproc-per-node", "2", "--standalone", "-m")
-    teaching = RUN.fine_tune.model_copy(update={"distill": 0.5})  # every rank reads what the agents sent
     with trainer_in(state_dir, *launcher) as trainer:
         initialise = ask(state_dir, job((), kind="initialise", name="initialise", round=0))
         assert trainer.result_of(initialise).error is None
         result = trainer.result_of(ask(state_dir, job(contributions)))
         assert result.error is None
         assert result.accuracy_published > 0.9
-        taught = RUN.model_copy(update={"wire": "bfloat16", "fine_tune": teaching})
         _, sent = encoded_as("bfloat16", contributions, state_dir / "blobs")
-        result = trainer.result_of(ask(state_dir, job(sent, run=taught, name="encoded")))
+        result = trainer.result_of(ask(state_dir, job(sent, run=with_wire("bfloat16"), name="encoded")))
         assert result.error is None
         assert result.encoded
         start, honest = three  # one of which is clipped: every rank has to know
         far = with_factor(honest[2], 1000.0, start, state_dir / "blobs")
-        fields = {"run": RUN.model_copy(update={"fine_tune": teaching}), "initial_weights": start}
-        result = trainer.result_of(ask(state_dir, job((*honest[:2], far), name="screened", **fields)))
+        screened = job((*honest[:2], far), name="screened", initial_weights=start)
+        result = trainer.result_of(ask(state_dir, screened))
         assert result.error is None
         assert [agent.scale < 1 for agent in result.audit] == [False, False, True]
         until(lambda: trainer.output.count("job_done") == 8, trainer)  # four jobs on two ranks
