@@ -30,7 +30,7 @@ from cloud_server.trainer.finetune import CombinedData, Examples, combine, fine_
 from cloud_server.trainer.group import Group
 from cloud_server.trainer.initial import initial_model
 from cloud_server.trainer.screening import Screening, clipped_path, screen
-from cloud_server.trainer.selection import Contributed, OnCandidate, Selection
+from cloud_server.trainer.selection import Contributed, Selection
 from common.config import RunConfig, Wire
 from common.errors import ECAvgError, InvalidError, RunError, UsageError
 from common.faults import Point, crash_point
@@ -106,12 +106,7 @@ class Written(NamedTuple):
 
 
 class RoundJob:
-    """Makes a round's global model: screen → select the start → fine-tune → publish the better of the two.
-
-    Args:
-        on_candidate: called on rank 0 with the name and the model of each candidate, and of the
-            fine-tuned model; for experiments.
-    """
+    """Makes a round's global model: screen → select the start → fine-tune → publish the better of the two."""
 
     def __init__(
         self,
@@ -120,7 +115,6 @@ class RoundJob:
         blobs_dir: Path,
         device: torch.device,
         group: Group,
-        on_candidate: OnCandidate | None = None,
     ) -> None:
         self._job = job
         self._run: RunConfig = job.run
@@ -145,7 +139,6 @@ class RoundJob:
         self._group = group
         self._is_first = group.rank == 0
         self._screening = Screening()
-        self._on_candidate = on_candidate
         self._seconds: dict[str, float] = {}
 
     def run(self) -> Result:
@@ -181,8 +174,6 @@ class RoundJob:
                     with suppress(RunError, InvalidError):  # not finite: it will lose, or be told of below
                         written = self._write(model)
                 fine_tuned = selection.offer("fine_tuned")
-                if self._on_candidate:
-                    self._on_candidate("fine_tuned", model)
             published = selection.take_best()
             if not written or published.name != "fine_tuned":
                 written = self._write(model)
@@ -223,7 +214,6 @@ class RoundJob:
             data,
             device=self._device,
             scratch=self._directory.scratch_path,
-            on_candidate=self._on_candidate,
             on_tensor=lambda *_: crash_point(Point.TRAINER_TENSOR_AVERAGED),
         )
         selection.run(lambda done, total: self._tell("aggregating", done, total))

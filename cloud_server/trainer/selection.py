@@ -29,7 +29,6 @@ from common.config import RunConfig
 from common.training import Evaluation, derive_seed, evaluate, recompute_statistics
 from common.weights import StateDict, copy_into, load_into, read_state_dict, write_state_dict
 
-OnCandidate = Callable[[str, nn.Module], None]
 OnTensor = Callable[[int, int], None]
 
 log = structlog.get_logger()
@@ -59,7 +58,6 @@ class Selection:
         contributed: in agent-id order.
         previous: the weights that the round started from; None in the first round.
         scratch: an existing folder for aligned weights.
-        on_candidate: called with the name and the model of each candidate.
         on_tensor: told how many tensors of one aggregation, of how many, are done.
     """
 
@@ -73,7 +71,6 @@ class Selection:
         *,
         device: torch.device,
         scratch: Path,
-        on_candidate: OnCandidate | None = None,
         on_tensor: OnTensor = lambda *_: None,
     ) -> None:
         self.accuracies: dict[str, float] = {}  # of the candidates that were measured
@@ -86,7 +83,6 @@ class Selection:
         self._data = data
         self._device = device
         self._scratch = scratch
-        self._on_candidate = on_candidate
         self._on_tensor = on_tensor
         self._measured: dict[tuple[str, tuple[Path, ...]], Evaluation | None] = {}
 
@@ -202,7 +198,7 @@ class Selection:
         """One aggregate may be a candidate under several names: it is measured once."""
         key = _key(members, aggregator)
         is_known = key in self._measured
-        if not is_known or self._is_best(self._measured[key]) or self._on_candidate:
+        if not is_known or self._is_best(self._measured[key]):
             self._fill(members, aggregator)
         if not is_known:
             self._measured[key] = self.measure()
@@ -258,13 +254,14 @@ class Selection:
         self.best = Best(name, copies, evaluation)
 
     def _announce(self, name: str, evaluation: Evaluation | None) -> None:
-        """The model is this candidate, unless it is known not to be the best, and nobody wants to see it."""
+        """Note the candidate's accuracy, and keep the model, which is this candidate, if it is the best.
+
+        Where the candidate is known not to be the best, the model may be another one.
+        """
         if self._is_best(evaluation):
             self._keep(name, evaluation)
         if evaluation:
             self.accuracies[name] = evaluation.accuracy
-        if self._on_candidate:
-            self._on_candidate(name, self._model)
 
 
 def _rank(evaluation: Evaluation) -> tuple[float, float]:

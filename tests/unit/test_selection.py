@@ -80,7 +80,6 @@ def selected(tmp_path, data):
         previous: nn.Module | None = None,
         data: CombinedData = data,
         structure: nn.Module | None = None,
-        on_candidate=None,
     ) -> Selection:
         paths = [
             write(model, tmp_path / f"{name}.safetensors")
@@ -96,7 +95,6 @@ def selected(tmp_path, data):
             data,
             device=CPU,
             scratch=scratch,
-            on_candidate=on_candidate,
         )
         selection.run()
         return selection
@@ -133,21 +131,23 @@ def test_neurons_in_another_order_are_averaged_as_if_they_were_in_the_same(selec
 
 
 def test_every_candidate_is_measured_and_the_best_one_is_taken(selected, trained, data):
-    seen = {}
-
-    def on_candidate(name: str, model: nn.Module) -> None:
-        seen[name] = accuracy(model, data.held_out)
-
     models = [trained(seed, 100 * seed, 100 * seed + 300) for seed in range(1, 4)]
-    selection = selected(*models, previous=trained(7, 0, 60), on_candidate=on_candidate)
+    selection = selected(*models, previous=trained(7, 0, 60))
     assert list(selection.accuracies) == list(CANDIDATES)
-    assert seen == selection.accuracies
     best = selection.take_best()
-    assert selection.accuracies[best.name] == max(seen.values()) == best.evaluation.accuracy
+    highest = max(selection.accuracies.values())
+    assert selection.accuracies[best.name] == highest == best.evaluation.accuracy
     model = build_model(RUN, seed=0)
     model.load_state_dict(best.state_dict)
-    assert accuracy(model, data.held_out) == max(seen.values())
+    assert accuracy(model, data.held_out) == highest
     assert selection.accuracies["best_agent"] == max(accuracy(model, data.held_out) for model in models)
+    for name, found in selection.accuracies.items():
+        alone = selected(
+            *models, previous=trained(7, 0, 60), run=RUN.model_copy(update={"candidates": (name,)})
+        )
+        model.load_state_dict(alone.take_best().state_dict)
+        assert alone.best.name == name
+        assert accuracy(model, data.held_out) == found
 
 
 def test_who_would_spoil_the_soup_is_left_out(selected, trained):
