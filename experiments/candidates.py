@@ -14,7 +14,9 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from cloud_server.jobs import Job, JobContribution, Result, blob_path
+from cloud_server.contribution import Contribution
+from cloud_server.jobs import Job, Result
+from cloud_server.state_dir import blob_path
 from cloud_server.trainer.aggregation import coefficients
 from cloud_server.trainer.finetune import combine, fine_tune
 from cloud_server.trainer.norms import clip
@@ -77,7 +79,7 @@ class _Again:
         self._scratch = scratch
         self._model = build_model(job.run, seed=job.run.seed)
         contributions = sorted(job.contributions, key=lambda item: item.agent_id)
-        self._sent = [blob_path(blobs_dir, item.weights) for item in contributions]
+        self._sent = [blob_path(blobs_dir, item.weights_digest) for item in contributions]
         left_out = {agent.agent_id for agent in result.audit if agent.left_out}
         used = self._as_used(contributions)
         self._contributed = [item for item in used if item.agent_id not in left_out]
@@ -128,10 +130,10 @@ class _Again:
             scratch=self._scratch,
         )
 
-    def _as_used(self, contributions: Sequence[JobContribution]) -> Iterator[Contributed]:
+    def _as_used(self, contributions: Sequence[Contribution]) -> Iterator[Contributed]:
         """Decode all weights, and clip those that the trainer has clipped."""
         scales = {agent.agent_id: agent.scale for agent in self._result.audit}
-        starts = {item.initial_weights for item in contributions}
+        starts = {item.initial_digest for item in contributions}
         common = starts.pop() if len(starts) == 1 else None
         counts = coefficients([item.num_examples for item in contributions], self._run.weights)
         for item, sent, coefficient in zip(contributions, self._sent, counts, strict=True):

@@ -13,7 +13,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from cloud_server.jobs import Job, JobContribution, JobDirectory, Progress, Result, blob_path
+from cloud_server.contribution import Contribution
+from cloud_server.jobs import Job, JobDirectory, Progress, Result
+from cloud_server.state_dir import StateDir, blob_path
 from cloud_server.trainer.group import Group
 from cloud_server.trainer.pipeline import RoundJob, run_job
 from common.checkpoint import CHECKPOINT_SECONDS
@@ -92,7 +94,7 @@ class Edge:
 
     def contribute(
         self, number: int, initial: str | None, blobs: Blobs, on_progress: OnProgress
-    ) -> JobContribution:
+    ) -> Contribution:
         """Pre-train, unless that is done already, and hand weights and data in."""
         trained = self.disk.progress.trained
         if not trained or (trained.round, trained.initial_weights) != (number, initial):
@@ -110,12 +112,12 @@ class Edge:
             start = blobs.get(initial) if initial else None
             self.models.encode(trained, start, counted_round=number - 1)
             sent = self.disk.encoded
-        return JobContribution(
+        return Contribution(
             agent_id=self.agent_id,
-            weights=blobs.put(sent).digest,
-            shards=tuple(blobs.put(path).digest for path in self.models.shards),
+            weights_digest=blobs.put(sent).digest,
+            shard_digests=tuple(blobs.put(path).digest for path in self.models.shards),
             num_examples=self.models.num_examples,
-            initial_weights=initial,
+            initial_digest=initial,
         )
 
     def receive(self, number: int, weights: Path, on_progress: OnProgress) -> Received:
@@ -143,9 +145,7 @@ class Edge:
         return evaluate(model, images, labels, spec=self.run.spec, device=self.device).correct.numpy()
 
 
-def round_job(
-    run: RunConfig, number: int, initial: str | None, contributions: Sequence[JobContribution]
-) -> Job:
+def round_job(run: RunConfig, number: int, initial: str | None, contributions: Sequence[Contribution]) -> Job:
     """Describe a round to the trainer.
 
     Args:
@@ -167,12 +167,13 @@ class Cloud:
 
     def __init__(self, path: Path, device: torch.device) -> None:
         self._path = path
+        self._state_dir = StateDir(path)
         self._device = device
-        self.blobs = Blobs(path / "blobs")
+        self.blobs = Blobs(self._state_dir.blobs)
 
     def initial_weights(self, run: RunConfig) -> str:
         """The digest of what the agents' first pre-training starts from."""
-        directory = JobDirectory(self._path / "jobs" / "initialise")
+        directory = JobDirectory(self._state_dir.job("initialise"))
         directory.write_job(
             Job(kind="initialise", name="initialise", round=0, run=run, device="auto", initial_weights=None)
         )
@@ -214,7 +215,7 @@ class Cloud:
 
     @property
     def _round_path(self) -> Path:
-        return self._path / "jobs" / "round"
+        return self._state_dir.job("round")
 
 
 @dataclass(frozen=True)
@@ -256,7 +257,7 @@ class Network:
         for edge in self.edges:
             edge.disk.close()
 
-    def contribute(self, run: RunConfig, number: int, latest: str | None) -> list[JobContribution]:
+    def contribute(self, run: RunConfig, number: int, latest: str | None) -> list[Contribution]:
         """All agents pre-train for a round.
 
         Args:
