@@ -8,6 +8,9 @@ from cloud_server.contribution import Contribution
 from cloud_server.jobs import Job
 from cloud_server.state_dir import blob_path
 from cloud_server.trainer.aggregation import coefficients
+from common.config import RunConfig
+from common.schema import read_header
+from common.wire import Base, encoding_of, needs_base
 
 
 @dataclass(frozen=True)
@@ -52,3 +55,16 @@ def common_start(members: Sequence[Member]) -> str | None:
     """Return the digest of the weights that every member started from; None: there are no such weights."""
     starts = {member.contribution.initial_digest for member in members}
     return starts.pop() if len(starts) == 1 else None
+
+
+def base_of(job: Job, blobs_dir: Path) -> Base | None:
+    """Return the base of differences in a round: its initial weights."""
+    digest = job.initial_weights
+    return Base(blob_path(blobs_dir, digest), digest) if digest else None
+
+
+def all_hold_base(members: Sequence[Member], run: RunConfig) -> bool:
+    """Return True if every member holds the base of differences, as one that has sent some does."""
+    return needs_base(run) and all(
+        encoding_of(read_header(member.sent_path)).wire == run.wire for member in members
+    )

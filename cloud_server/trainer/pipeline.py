@@ -16,7 +16,7 @@ from cloud_server.state_dir import blob_path
 from cloud_server.trainer.audit import MIN_AGENTS
 from cloud_server.trainer.finetune import CombinedData, Examples, combine, fine_tune
 from cloud_server.trainer.group import Group
-from cloud_server.trainer.members import common_start, members_of
+from cloud_server.trainer.members import all_hold_base, base_of, common_start, members_of
 from cloud_server.trainer.output import Written, num_parameters, write_model
 from cloud_server.trainer.screening import Screening, screen
 from cloud_server.trainer.selection import Best, Selection
@@ -24,9 +24,8 @@ from common.config import RunConfig
 from common.errors import InvalidError, RunError
 from common.faults import Point, crash_point
 from common.models import build_model
-from common.schema import read_header
 from common.training import Evaluation, StepReport
-from common.wire import Base, decode, encoding_of, needs_base, wire_of
+from common.wire import Base, decode, wire_of
 
 log = structlog.get_logger()
 
@@ -42,7 +41,7 @@ class RoundPipeline:
         # All members of the round; those that are screened out leave this list.
         self._members = members_of(job, blobs_dir, directory.scratch_path)
         # The round's initial weights, from which differences are taken.
-        self._base = _base(job, blobs_dir)
+        self._base = base_of(job, blobs_dir)
         self._is_encoded = job.run.wire != "float32"
         self._directory = directory
         self._blobs_dir = blobs_dir
@@ -64,7 +63,7 @@ class RoundPipeline:
         self._tell("aggregating", 0, 1)
         with self._timed("aggregate"):
             self._decode()
-        holds_base = self._is_first and self._all_hold_base()
+        holds_base = self._is_first and all_hold_base(self._members, self._run)
         self._screen(model)
         data = combine(self._run, [member.contribution for member in self._members], self._blobs_dir)
         log.info("data", num_train=len(data.train.labels), num_held_out=len(data.held_out.labels))
@@ -188,12 +187,6 @@ class RoundPipeline:
     def _write(self, model: nn.Module, base: Base | None) -> Written:
         return write_model(model, self._directory, wire_of(self._run.wire, base), base)
 
-    def _all_hold_base(self) -> bool:
-        """Return True if every agent holds the base of differences, as one that has sent some does."""
-        return needs_base(self._run) and all(
-            encoding_of(read_header(member.sent_path)).wire == self._run.wire for member in self._members
-        )
-
     def _tell_step(self, report: StepReport) -> None:
         self._tell("fine_tuning", report.step, report.num_steps, report.loss)
         crash_point(Point.TRAINER_STEP_DONE)
@@ -219,11 +212,6 @@ class RoundPipeline:
 def _network(run: RunConfig) -> nn.Module:
     """Return the run's model, built once for all rounds: a model is its state_dict, and that is replaced."""
     return build_model(run, seed=run.seed)
-
-
-def _base(job: Job, blobs_dir: Path) -> Base | None:
-    digest = job.initial_weights
-    return Base(blob_path(blobs_dir, digest), digest) if digest else None
 
 
 def _by_class(

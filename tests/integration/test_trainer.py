@@ -319,7 +319,7 @@ def three(blobs_dir) -> tuple[str, tuple[Contribution, ...]]:
         write_state_dict(model.state_dict(), blobs_dir / "new")
         weights = put_blob(blobs_dir / "new", blobs_dir)
         shards = (put_shard(third, blobs_dir),)
-        made.append(Contribution(agent_id, weights, shards, 599, initial_weights=digest))
+        made.append(Contribution(agent_id, weights, shards, 599, initial_digest=digest))
     return digest, tuple(made)
 
 
