@@ -352,7 +352,9 @@ def test_update_that_goes_too_far_is_clipped_before_anything_is_made_of_it(do, b
     result, directory = do(contributions=sent, initial_weights=start, run=run)
     assert result.error is None
     assert [agent.scale < 1 for agent in result.audit] == [False, False, True]
-    paths = [blob_path(blobs_dir, each) for each in (start, ann.weights, bob.weights, far.weights)]
+    paths = [
+        blob_path(blobs_dir, each) for each in (start, *(item.weights_digest for item in (ann, bob, far)))
+    ]
     origin, *tensors = ([*read_state_dict(path).values()] for path in paths)
     flat = [
         np.concatenate([(b - a).double().numpy().ravel() for a, b in zip(origin, each, strict=True)])
@@ -383,7 +385,7 @@ def test_without_a_common_start_the_weights_themselves_are_compared(do, blobs_di
     result, _ = do(contributions=(*own[:2], far), initial_weights=start)
     assert result.error is None
     assert [agent.scale < 1 for agent in result.audit] == [False, False, True]
-    tensors = read_state_dict(blob_path(blobs_dir, own[0].weights)).values()
+    tensors = read_state_dict(blob_path(blobs_dir, own[0].weights_digest)).values()
     norm = float(np.linalg.norm(np.concatenate([tensor.double().numpy().ravel() for tensor in tensors])))
     assert result.audit[0].update_norm == pytest.approx(norm)
 
