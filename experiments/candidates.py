@@ -49,20 +49,20 @@ def make_candidates(
 
 
 def make_weighed(
-    job: Job, result: Result, blobs_dir: Path, device: torch.device, precision_file: Path
+    job: Job, result: Result, blobs_dir: Path, device: torch.device, precision_path: Path
 ) -> Iterator[Made]:
     """Make all candidates of a round that is done, and last the fine-tuned model, if there is one.
 
     Args:
         result: see `make_candidates`.
-        precision_file: that of the trainer, see `common.training.train`.
+        precision_path: the file that keeps the trainer's choice of the precision.
     """
     # The start is no candidate of the run where none of the run's can be made.
     names = dict.fromkeys([*job.run.candidates, result.start])
     with TemporaryDirectory() as scratch:
         again = _Again(job, result, blobs_dir, device, Path(scratch))
         yield from again.candidates([name for name in names if name])
-        yield from again.fine_tuned(precision_file)
+        yield from again.fine_tuned(precision_path)
 
 
 class _Again:
@@ -91,7 +91,7 @@ class _Again:
             if selection.take_best().name == name:
                 yield Made(name, self._model)
 
-    def fine_tuned(self, precision_file: Path) -> Iterator[Made]:
+    def fine_tuned(self, precision_path: Path) -> Iterator[Made]:
         """Make the fine-tuned model, as it would be sent; none where no agent has shared data."""
         if not len(self._data.train.labels):
             return
@@ -107,7 +107,7 @@ class _Again:
                 self._run,
                 round_number=self._job.round,
                 device=self._device,
-                precision_file=precision_file,
+                precision_path=precision_path,
             )
             # Weights that are not finite cannot be sent, and are measured as they are.
             with suppress(RunError, InvalidError):

@@ -211,8 +211,8 @@ class Cloud:
 
     def weighed(self, job: Job, result: Result) -> Iterator[Made]:
         """Make all candidates of a job that is done again, and last its fine-tuned model."""
-        precision_file = JobDirectory(self._round_path).precision_path
-        return make_weighed(job, result, self.blobs.path, self._device, precision_file)
+        precision_path = JobDirectory(self._round_path).precision_path
+        return make_weighed(job, result, self.blobs.path, self._device, precision_path)
 
     @property
     def _round_path(self) -> Path:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from cloud_server.jobs import ClassAccuracy, Job, JobDirectory, Progress, Result
 from cloud_server.state_dir import blob_path
 from cloud_server.trainer.audit import MIN_AGENTS
-from cloud_server.trainer.finetune import CombinedData, Examples, combine, fine_tune
+from cloud_server.trainer.finetune import CombinedData, combine, fine_tune
 from cloud_server.trainer.group import Group
 from cloud_server.trainer.members import all_hold_base, base_of, common_start, members_of
 from cloud_server.trainer.output import Written, num_parameters, write_model
@@ -24,7 +24,7 @@ from common.config import RunConfig
 from common.errors import InvalidError, RunError
 from common.faults import Point, crash_point
 from common.models import build_model
-from common.training import Evaluation, StepReport
+from common.training import Evaluation, Examples, Ranks, StepReport
 from common.wire import Base, decode, wire_of
 
 log = structlog.get_logger()
@@ -142,10 +142,9 @@ class RoundPipeline:
                 self._run,
                 round_number=self._job.round,
                 device=self._device,
-                precision_file=self._directory.precision_path,
+                precision_path=self._directory.precision_path,
                 on_step=self._tell_step if self._is_first else None,
-                rank=self._group.rank,
-                world_size=self._group.world_size,
+                ranks=Ranks(self._group.rank, self._group.world_size),
             )
 
     def _publish(

@@ -14,6 +14,7 @@ from cloud_server.trainer.output import num_parameters, write_model
 from cloud_server.trainer.pipeline import RoundPipeline
 from common.errors import ECAvgError, UsageError
 from common.faults import Point, crash_point
+from common.files import error_number, is_full
 from common.schema import read_header
 from common.wire import wire_of, wire_schema
 
@@ -83,14 +84,8 @@ def _describe(error: Exception) -> JobError:
         return JobError(kind="usage", message=text)
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in text:
         return JobError(kind="out_of_memory", message=f"training ran out of memory: {text}")
-    if _is_full_disk(error):
+    if is_full(error) or error_number(error) == errno.EROFS:
         return JobError(kind="storage", message=f"the server's disk takes no data: {text}")
     if isinstance(error, ECAvgError):
         return JobError(kind="failed", message=text)
     return JobError(kind="failed", message=f"{type(error).__name__}: {text}; see trainer.log")
-
-
-def _is_full_disk(error: Exception) -> bool:
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
-        return True
-    return f"os error {errno.ENOSPC})" in str(error)  # how safetensors says it

@@ -1,5 +1,6 @@
 """The trainer on real digits: its jobs in this process, and itself as a process that is killed."""
 
+import errno
 import hashlib
 import os
 import signal
@@ -14,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors import SafetensorError
 from sklearn.datasets import load_digits
 
 from cloud_server.contribution import Contribution
@@ -29,11 +31,12 @@ from common.errors import Reason
 from common.models import build_model
 from common.schema import read_header
 from common.shards import Shard, write_shard
-from common.training import derive_seed, evaluate, train
+from common.training import Examples, derive_seed, evaluate, train
 from common.transfer import blob_of
 from common.weights import read_state_dict, write_state_dict
 from common.wire import Base, decode, encode, encoding_of
 from tests.processes import ROOT, until
+from tests.recipes import recipe_of
 
 RUN = RunConfig(hidden_units=32, fine_tune=FineTuneConfig(epochs=3, batch_size=64, learning_rate=0.05))
 ENDLESS = RUN.model_copy(update={"fine_tune": RUN.fine_tune.model_copy(update={"epochs": 100_000})})
@@ -77,7 +80,7 @@ def contributions(blobs_dir) -> tuple[Contribution, ...]:
     for agent_id, half in zip(AGENTS, halves, strict=True):
         model = build_model(RUN, seed=derive_seed(RUN.seed, "initial_weights"))
         images, labels = torch.from_numpy(half.images), torch.from_numpy(half.labels)
-        train(model, images, labels, RUN.pretrain, spec=RUN.spec, device=CPU, seed=1)
+        train(model, Examples(images, labels), recipe_of(RUN, seed=1), device=CPU)
         write_state_dict(model.state_dict(), blobs_dir / "new")
         weights = put_blob(blobs_dir / "new", blobs_dir)
         shards = (put_shard(half, blobs_dir),)
@@ -269,6 +272,18 @@ def test_bad_jobs_fail_with_one_line(do, changes, kind, message):
     assert message in result.error.message
 
 
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS])
+def test_a_disk_that_takes_no_weights_is_waited_for_and_costs_no_attempt(do, monkeypatch, number):
+    def fail(*_, **__):
+        raise SafetensorError(f"I/O error: {os.strerror(number)} (os error {number})")
+
+    monkeypatch.setattr("common.weights.save_file", fail)
+    result, directory = do()
+    assert result.error.kind == "storage"
+    assert os.strerror(number) in result.error.message
+    assert not directory.weights_path.exists()
+
+
 def test_a_fine_tune_that_makes_it_worse_is_not_published(do, monkeypatch):
     monkeypatch.setattr(pipeline, "fine_tune", lambda model, *_, **__: model[1].weight.data.fill_(np.inf))
     result, directory = do()
@@ -315,7 +330,7 @@ def three(blobs_dir) -> tuple[str, tuple[Contribution, ...]]:
         third = part(digits(), slice(index, None, 3))
         model = build_model(RUN, seed=derive_seed(RUN.seed, "initial_weights"))
         images, labels = torch.from_numpy(third.images.copy()), torch.from_numpy(third.labels.copy())
-        train(model, images, labels, RUN.pretrain, spec=RUN.spec, device=CPU, seed=index)
+        train(model, Examples(images, labels), recipe_of(RUN, seed=index), device=CPU)
         write_state_dict(model.state_dict(), blobs_dir / "new")
         weights = put_blob(blobs_dir / "new", blobs_dir)
         shards = (put_shard(third, blobs_dir),)

@@ -18,10 +18,11 @@ from common.config import RunConfig, TrainingConfig
 from common.errors import Reason
 from common.models import build_model
 from common.shards import Shard, cloud_holdout, write_shard
-from common.training import derive_seed, train
+from common.training import Examples, derive_seed, train
 from common.transfer import blob_of
 from common.weights import read_state_dict, write_state_dict
 from edge_agent.partition import partition_indices
+from tests.recipes import recipe_of
 
 CPU = torch.device("cpu")
 RUN = RunConfig(hidden_units=32, pretrain=TrainingConfig(epochs=5, batch_size=32))
@@ -52,7 +53,7 @@ class Workshop:
         rest, _ = cloud_holdout(shard.labels, RUN.fine_tune.holdout_fraction, seed)
         model = build_model(RUN, seed=1)
         images, labels = torch.from_numpy(shard.images[rest]), torch.from_numpy(shard.labels[rest])
-        train(model, images, labels, RUN.pretrain, spec=RUN.spec, device=CPU, seed=number)
+        train(model, Examples(images, labels), recipe_of(RUN, seed=number), device=CPU)
         start = read_state_dict(self.start)
         state_dict = {
             name: start[name] + factor * (tensor - start[name]) for name, tensor in model.state_dict().items()

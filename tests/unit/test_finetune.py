@@ -1,4 +1,4 @@
-"""The combined data, and the fine-tune, on real digits."""
+"""The combined data, what teaches, and the fine-tune, on real digits."""
 
 import hashlib
 from pathlib import Path
@@ -12,11 +12,11 @@ from torch import Tensor
 
 from cloud_server.contribution import Contribution
 from cloud_server.state_dir import blob_path
-from cloud_server.trainer.finetune import Examples, combine, fine_tune
+from cloud_server.trainer.finetune import combine, fine_tune
 from common.config import FineTuneConfig, RunConfig
 from common.models import build_model
 from common.shards import Shard, cloud_holdout, write_shard
-from common.training import derive_seed, train
+from common.training import Examples, Recipe, derive_seed, train
 
 RUN = RunConfig(hidden_units=16, fine_tune=FineTuneConfig(epochs=2, batch_size=32))
 CPU = torch.device("cpu")
@@ -48,15 +48,9 @@ def equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 @pytest.mark.parametrize("class_balanced", [False, True])
 def test_fine_tune_is_the_training_that_the_run_asks_for(examples: Examples, class_balanced: bool) -> None:
     expected = build_model(RUN, seed=1)
-    train(
-        expected,
-        *examples,
-        RUN.fine_tune,
-        spec=RUN.spec,
-        device=CPU,
-        seed=derive_seed(RUN.seed, 3, "fine_tune"),
-        class_balanced=class_balanced,
-    )
+    seed = derive_seed(RUN.seed, 3, "fine_tune")
+    recipe = Recipe(RUN.fine_tune, RUN.spec, seed, "float32", class_balanced)
+    train(expected, examples, recipe, device=CPU)
     run = configured(class_balanced=class_balanced)
     assert equal(fine_tuned(examples, run), expected.state_dict())
 

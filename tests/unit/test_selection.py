@@ -10,14 +10,15 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 from cloud_server.contribution import Contribution
-from cloud_server.trainer.finetune import CombinedData, Examples
+from cloud_server.trainer.finetune import CombinedData
 from cloud_server.trainer.members import Member
 from cloud_server.trainer.permutations import apply, permutation_groups
 from cloud_server.trainer.selection import Selection
 from common.config import CANDIDATES, RunConfig
 from common.models import build_model
-from common.training import evaluate, train
+from common.training import Examples, evaluate, train
 from common.weights import write_state_dict
+from tests.recipes import recipe_of
 
 RUN = RunConfig(hidden_units=32)
 CPU = torch.device("cpu")
@@ -66,7 +67,7 @@ def trained(data):
     def trained(seed: int, begin: int, end: int, model: nn.Module | None = None) -> nn.Module:
         model = model or build_model(RUN, seed=seed)
         examples = Examples(data.train.images[begin:end], data.train.labels[begin:end])
-        train(model, *examples, RUN.pretrain, spec=RUN.spec, device=CPU, seed=seed)
+        train(model, examples, recipe_of(RUN, seed), device=CPU)
         return model
 
     return trained
