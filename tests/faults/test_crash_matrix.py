@@ -2,8 +2,6 @@
 
 import shutil
 import signal
-from collections.abc import Iterator
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +11,6 @@ from cloud_server.__main__ import main
 from common.faults import Point
 from common.transfer import Blob, blob_of
 from tests.faults.runs import ADAPTING, AGENTS, INT8, NUM_ROUNDS, SETTINGS, Run, armed_with
-from tests.faults.zygote import Zygote
 from tests.integration.test_forgetting import check_forgotten, provenance
 from tests.processes import Cluster, cluster_in, until
 
@@ -67,26 +64,20 @@ CASES = [(point, COUNTS.get(point, 1)) for point in Point if point not in ELSEWH
 
 
 @pytest.fixture(scope="module")
-def zygote() -> Iterator[Zygote]:
-    with closing(Zygote()) as zygote:
-        yield zygote
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    return digests_of_undisturbed_run(tmp_path_factory, SETTINGS)
 
 
 @pytest.fixture(scope="module")
-def undisturbed(zygote: Zygote, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    return digests_of_undisturbed_run(zygote, tmp_path_factory, SETTINGS)
-
-
-@pytest.fixture(scope="module")
-def undisturbed_int8(zygote: Zygote, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    return digests_of_undisturbed_run(zygote, tmp_path_factory, INT8)
+def undisturbed_int8(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    return digests_of_undisturbed_run(tmp_path_factory, INT8)
 
 
 def digests_of_undisturbed_run(
-    zygote: Zygote, tmp_path_factory: pytest.TempPathFactory, settings: tuple[object, ...]
+    tmp_path_factory: pytest.TempPathFactory, settings: tuple[object, ...]
 ) -> list[str]:
     with cluster_in(tmp_path_factory.mktemp("undisturbed")) as cluster:
-        run = Run(cluster, zygote, settings)
+        run = Run(cluster, settings)
         run.start()
         digests = run.finish(FINISH_SECONDS)
         assert run.num_restarts == 0
@@ -95,23 +86,23 @@ def digests_of_undisturbed_run(
 
 @pytest.mark.parametrize(("point", "count"), CASES)
 def test_killed_at_any_point_the_run_publishes_the_same(
-    undisturbed: list[str], zygote: Zygote, cluster: Cluster, tmp_path: Path, point: Point, count: int
+    undisturbed: list[str], cluster: Cluster, tmp_path: Path, point: Point, count: int
 ) -> None:
-    assert digests_of_killed_run(zygote, cluster, SETTINGS, point, count, tmp_path / "died") == undisturbed
+    assert digests_of_killed_run(cluster, SETTINGS, point, count, tmp_path / "died") == undisturbed
 
 
 @pytest.mark.parametrize(("point", "count"), WITH_INT8)
 def test_killed_at_any_point_differences_come_to_the_same(
-    undisturbed_int8: list[str], zygote: Zygote, cluster: Cluster, tmp_path: Path, point: Point, count: int
+    undisturbed_int8: list[str], cluster: Cluster, tmp_path: Path, point: Point, count: int
 ) -> None:
-    assert digests_of_killed_run(zygote, cluster, INT8, point, count, tmp_path / "died") == undisturbed_int8
+    assert digests_of_killed_run(cluster, INT8, point, count, tmp_path / "died") == undisturbed_int8
 
 
 def digests_of_killed_run(
-    zygote: Zygote, cluster: Cluster, settings: tuple[object, ...], point: Point, count: int, marker: Path
+    cluster: Cluster, settings: tuple[object, ...], point: Point, count: int, marker: Path
 ) -> list[str]:
     victim, environment = armed_with(point, count, marker)
-    run = Run(cluster, zygote, settings)
+    run = Run(cluster, settings)
     run.start(victim, environment)
     digests = run.finish(FINISH_SECONDS)
     assert marker.exists(), "the point was never reached"
@@ -128,10 +119,10 @@ Agents = list[dict[str, Any]]  # as the round's report has them
 
 
 @pytest.fixture(scope="module")
-def adapting(zygote: Zygote, tmp_path_factory: pytest.TempPathFactory) -> tuple[Agents, str, Blob]:
+def adapting(tmp_path_factory: pytest.TempPathFactory) -> tuple[Agents, str, Blob]:
     """The agents of a run in which one adapts the global model; who that is, and the model it then uses."""
     with cluster_in(tmp_path_factory.mktemp("adapting")) as cluster:
-        run = Run(cluster, zygote, ADAPTING)
+        run = Run(cluster, ADAPTING)
         run.start()
         run.finish(FINISH_SECONDS)
         agents = cluster.report()["agents"]
@@ -141,11 +132,11 @@ def adapting(zygote: Zygote, tmp_path_factory: pytest.TempPathFactory) -> tuple[
 
 @pytest.mark.parametrize("point", WHILE_ADAPTING)
 def test_killed_while_it_adapts_an_agent_uses_the_same_model(
-    adapting: tuple[Agents, str, Blob], zygote: Zygote, cluster: Cluster, tmp_path: Path, point: Point
+    adapting: tuple[Agents, str, Blob], cluster: Cluster, tmp_path: Path, point: Point
 ) -> None:
     agents, who, in_use = adapting
     _, environment = armed_with(point, 1, tmp_path / "died")
-    run = Run(cluster, zygote, ADAPTING)
+    run = Run(cluster, ADAPTING)
     run.start(who, environment)
     run.finish(FINISH_SECONDS)
     assert (tmp_path / "died").exists(), "the point was never reached"
@@ -156,11 +147,11 @@ def test_killed_while_it_adapts_an_agent_uses_the_same_model(
 
 
 @pytest.fixture(scope="module")
-def finished(zygote: Zygote, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run of one round."""
     folder = tmp_path_factory.mktemp("finished")
     with cluster_in(folder) as cluster:
-        run = Run(cluster, zygote, (*SETTINGS, "--rounds", 1))
+        run = Run(cluster, (*SETTINGS, "--rounds", 1))
         run.start()
         run.finish(FINISH_SECONDS)
     return folder

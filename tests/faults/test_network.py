@@ -48,8 +48,8 @@ class ImpatientCluster(Cluster):
             agents = json.load(reply)["agents"]
         return any(agent["agent_id"] == agent_id and agent["state"] != "away" for agent in agents)
 
-    def _start(self, module: str, *args: object, folder: Path, env: dict[str, str] | None) -> Command:
-        return super()._start("tests.faults.impatient_server", *args, folder=folder, env=env)
+    def _start(self, module: str, *args: object, **options: Any) -> Command:
+        return super()._start("tests.faults.impatient_server", *args, **options)
 
 
 @pytest.fixture(scope="module")
