@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from benchmarks.processes import Processes
 from cloud_server.door.authority import Authority
+from cloud_server.state_dir import StateDir
 from common.tls import JoinToken
 from edge_agent.enrolment import Enrolment, enroll
 from edge_agent.identity import Identity
@@ -25,7 +26,7 @@ class Server(NamedTuple):
 
     def join_token(self) -> str:
         """For one agent."""
-        with closing(Authority(self.state_dir / "tls")) as authority:
+        with closing(Authority(StateDir(self.state_dir).tls)) as authority:
             return authority.create_token(uses=1, ttl_seconds=3600)
 
 

@@ -31,6 +31,7 @@ from benchmarks.processes import (
     processes_in,
 )
 from benchmarks.product import Server, start_agent, start_server
+from cloud_server.state_dir import StateDir
 
 FIRST_ROUND_SECONDS = 300.0
 ROUND_SECONDS = 120.0  # for each agent
@@ -202,7 +203,7 @@ def _report(server: Server, number: int) -> dict[str, Any] | None:
     Raises:
         RuntimeError: it published no model.
     """
-    path = server.state_dir / f"rounds/{number:04d}/report.json"
+    path = StateDir(server.state_dir).report(number)
     if not path.exists():
         return None
     report: dict[str, Any] = json.loads(path.read_text("utf-8"))
@@ -214,7 +215,7 @@ def _report(server: Server, number: int) -> dict[str, Any] | None:
 def _round_seconds(server: Server) -> list[float]:
     """From each publication to the next, by the server's clock."""
     query = "SELECT at FROM phase_history WHERE phase = 'published' ORDER BY at"
-    database_uri = f"file:{server.state_dir}/ecavg.sqlite3?mode=ro"
+    database_uri = f"file:{StateDir(server.state_dir).database}?mode=ro"
     with closing(sqlite3.connect(database_uri, uri=True)) as database:
         times = [at for (at,) in database.execute(query)]
     return [after - before for before, after in pairwise(times)]

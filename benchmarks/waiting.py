@@ -23,6 +23,7 @@ from typing import Any
 from benchmarks import figures
 from benchmarks.processes import ROOT, processes_in
 from benchmarks.product import Server, enrolled, start_agent, start_server
+from cloud_server.state_dir import StateDir
 from edge_agent.client import CloudClient
 from edge_agent.metrics import AgentMetrics
 
@@ -102,7 +103,7 @@ async def _publications_known(server: Server, folder: Path, num_rounds: int) -> 
 
 def _entered(server: Server, phase: str) -> dict[int, float]:
     """When each round entered the phase first, seconds since the epoch."""
-    database_uri = f"file:{server.state_dir}/ecavg.sqlite3?mode=ro"
+    database_uri = f"file:{StateDir(server.state_dir).database}?mode=ro"
     with closing(sqlite3.connect(database_uri, uri=True)) as database:
         query = "SELECT round, min(at) FROM phase_history WHERE phase = ? GROUP BY round"
         return dict(database.execute(query, (phase,)))
@@ -110,7 +111,7 @@ def _entered(server: Server, phase: str) -> dict[int, float]:
 
 def _jobs_taken(server: Server) -> dict[int, float]:
     """When the trainer started on each round's job, seconds since the epoch."""
-    events = map(json.loads, (server.state_dir / "trainer.log").read_text("utf-8").splitlines())
+    events = map(json.loads, StateDir(server.state_dir).trainer_log.read_text("utf-8").splitlines())
     return {
         event["round"]: datetime.fromisoformat(event["timestamp"]).timestamp()
         for event in events

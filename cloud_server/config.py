@@ -5,6 +5,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
+from cloud_server.state_dir import StateDir
 from common.config import ProcessConfig, RunConfig
 
 ENV_PREFIX = "ECAVG_SERVER_"
@@ -80,12 +81,12 @@ class ServerConfig(ProcessConfig):
 
     @property
     def tls_folder(self) -> Path:
-        return self.tls_dir or self.state_dir / "tls"
+        return self.tls_dir or StateDir(self.state_dir).tls
 
     @property
     def http_token_path(self) -> Path:
         """Where the status page's token is, if it asks for one."""
-        return self.http_token_file or self.state_dir / "http-token"
+        return self.http_token_file or StateDir(self.state_dir).http_token
 
     @property
     def connections(self) -> int:

@@ -12,8 +12,9 @@ from contextlib import suppress
 from prometheus_client import Counter, Gauge, Histogram
 
 from cloud_server.jobs import AgentAudit
-from cloud_server.round import OVER, Outcome, Phase
+from cloud_server.round import OVER
 from common.errors import Reason
+from common.run_state import Outcome, Phase
 from common.telemetry import make_registry
 
 RECEIVED_KINDS = ("weights", "data")

@@ -32,6 +32,14 @@ class Blob(NamedTuple):
     size_bytes: int
 
 
+class Encoded(NamedTuple):
+    """Weights in fewer bytes than they have: the encoded file, and the base that decoding takes."""
+
+    blob: Blob
+    # The digest of the base; None: decoding takes no base.
+    base: str | None
+
+
 def checked_digest(text: str) -> str:
     """The text, before it becomes the name of a file; ValueError unless it is a digest."""
     if not DIGEST.fullmatch(text):

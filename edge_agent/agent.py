@@ -28,8 +28,8 @@ from common.errors import (
 from common.faults import Point, crash_point
 from common.telemetry import ProgressDisplay
 from common.training import StepReport, select_device
-from common.transfer import Blob, blob_of
-from common.wire import Base, Encoded, decode
+from common.transfer import Blob, Encoded, blob_of
+from common.wire import Base, decode
 from edge_agent.client import CloudClient, Joined, Kind, OnBytes, RunState, UnknownAgentError
 from edge_agent.config import AgentConfig
 from edge_agent.data import data_stamp

@@ -32,8 +32,7 @@ from common.files import sync
 from common.pb import ecavg_pb2 as pb
 from common.pb import ecavg_pb2_grpc as pb_grpc
 from common.tls import TlsMaterial
-from common.transfer import DIGEST, Blob, Receiver, WriteBehind, chunks_of
-from common.wire import Encoded
+from common.transfer import DIGEST, Blob, Encoded, Receiver, WriteBehind, chunks_of
 from edge_agent.identity import Identity, explain
 from edge_agent.metrics import AgentMetrics
 from edge_agent.state import Report

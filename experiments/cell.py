@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from cloud_server.jobs import JobContribution
+from cloud_server.contribution import Contribution
 from common.config import RunConfig
 from common.errors import RunError
 from common.files import replacing
@@ -116,7 +116,7 @@ class _Run:
         if not self._cell.keep_weights:
             shutil.rmtree(self._cell.path / "network")
 
-    def _measure(self, name: str, contributions: Sequence[JobContribution]) -> Record:
+    def _measure(self, name: str, contributions: Sequence[Contribution]) -> Record:
         """A variant's rounds."""
         variant, started = VARIANTS[name], time.perf_counter()
         if variant.is_split:
@@ -145,15 +145,15 @@ class _Run:
 
     # ------------------------------------------------------------------ rounds
 
-    def _one_round(self, variant: Variant, contributions: Sequence[JobContribution]) -> Record:
+    def _one_round(self, variant: Variant, contributions: Sequence[Contribution]) -> Record:
         """Of the agents that have pre-trained for all variants."""
         network, pretrained = self._network, contributions
         if variant.is_random:
             random = network.cloud.random_weights(self._setting.run)
-            contributions = [item.model_copy(update={"weights": random}) for item in contributions]
+            contributions = [replace(item, weights_digest=random) for item in contributions]
         run = self._setting.run_of(variant)
         record, _ = self._publish(variant, run, 1, None, network, contributions)
-        needed = {digest for item in pretrained for digest in (item.weights, *item.shards)}
+        needed = {digest for item in pretrained for digest in item.blob_digests}
         network.cloud.blobs.discard_all_but(needed | {network.start(None) or ""})  # models are large
         return record
 
@@ -177,7 +177,7 @@ class _Run:
         number: int,
         latest: str | None,
         network: Network,
-        contributions: Sequence[JobContribution],
+        contributions: Sequence[Contribution],
     ) -> tuple[Record, str]:
         """The cloud's part of a round, and the agents' after it; also the published digest."""
         models: dict[str, Record] = {}  # candidates, and "fine_tuned", on the common test set
@@ -186,7 +186,7 @@ class _Run:
             models[name] = self._test.measure(model)
 
         blobs, start = network.cloud.blobs, network.start(latest)
-        sent = [blobs.get(item.weights) for item in contributions]
+        sent = [blobs.get(item.weights_digest) for item in contributions]
         base = Base(blobs.get(start), start) if start else None
         local = [self._measure_sent(path, base) for path in sent]
         show = _prefixed(variant.label, self._on_progress)

@@ -24,6 +24,7 @@ from rich.status import Status
 from rich.table import Table
 
 from cloud_server.door.authority import Authority
+from cloud_server.state_dir import StateDir
 
 FOLDER = Path(".demo")
 AGENTS = ("edge-1", "edge-2")
@@ -68,7 +69,7 @@ def main() -> int:
     except RuntimeError as error:
         console.print(f"demo: {error}", markup=False)
         return 1
-    report = json.loads((FOLDER / "server/rounds/0001/report.json").read_text("utf-8"))
+    report = json.loads((StateDir(FOLDER / "server").report(1)).read_text("utf-8"))
     show(report)
     console.print(
         f"one round of {report['model']} on {report['dataset']} in {time.monotonic() - started:.1f} s;"
@@ -112,7 +113,7 @@ def run_round(status: Status, stop: Stop) -> None:
 
 def join_token(state_dir: Path, uses: int) -> Path:
     """A file with a join token of the server that has, or will have, this state directory."""
-    with closing(Authority(state_dir / "tls")) as authority:
+    with closing(Authority(StateDir(state_dir).tls)) as authority:
         token = authority.create_token(uses, ttl_seconds=3600)
     file = state_dir / "join-token"
     file.touch(mode=0o600)

@@ -10,6 +10,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from cloud_server.state_dir import StateDir
 from common.config import RunConfig
 from common.errors import RunError
 from experiments import data
@@ -38,7 +39,7 @@ def compare(cell: Cell, folder: Path, on_state: Callable[[str], None] = lambda _
     run = setting.run_of(VARIANTS[DEFAULT])
     data.choose(setting.data, setting.num_examples, setting.num_test, run.seed)
     _run_round(setting, run, cell.device, folder, on_state)
-    report = json.loads((folder / "server/rounds/0001/report.json").read_text("utf-8"))
+    report = json.loads((StateDir(folder / "server").report(1)).read_text("utf-8"))
     return _in_words(setting, here["rounds"][0], report)
 
 

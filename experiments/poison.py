@@ -195,14 +195,14 @@ def _do(cell: Cell, show: Callable[[str, int, int], None]) -> Iterator[Variant]:
     network = Network(cell.setting, cell.path / "network", torch.device("cpu"), show)
     with closing(network):
         honest = network.contribute(cell.setting.run, 1, None)
-        kept = {digest for item in honest for digest in (item.weights, *item.shards)} | {network.start(None)}
+        kept = {digest for item in honest for digest in item.blob_digests} | {network.start(None)}
         poisoned: dict[str, list[Any]] = {}
         for variant in cell.missing:
             if variant.attack not in poisoned:
                 poisoned = {variant.attack: _poisoned(cell, network, honest, variant.attack, show)}
             bad = poisoned[variant.attack]
             cell.keep(variant, _measure(cell, network, [*bad, *honest[len(bad) :]], variant, show))
-            bad_digests = {digest for item in bad for digest in (item.weights, *item.shards)}
+            bad_digests = {digest for item in bad for digest in item.blob_digests}
             network.cloud.blobs.discard_all_but({*filter(None, kept), *bad_digests})
             yield variant
 
@@ -250,14 +250,16 @@ def _with_factor(cell: Cell, network: Any, item: Any, factor: float) -> Any:
     from common.weights import read_state_dict, write_state_dict
 
     blobs, path = network.cloud.blobs, cell.path / "new.safetensors"
-    start, weights = (read_state_dict(blobs.get(digest)) for digest in (network.start(None), item.weights))
+    start, weights = (
+        read_state_dict(blobs.get(digest)) for digest in (network.start(None), item.weights_digest)
+    )
     for name, tensor in weights.items():
         if tensor.is_floating_point():
             weights[name] = (start[name] + factor * (tensor - start[name])).to(tensor.dtype)
     write_state_dict(weights, path)
     digest = blobs.put(path).digest
     path.unlink()
-    return item.model_copy(update={"weights": digest})
+    return replace(item, weights_digest=digest)
 
 
 def _measure(cell: Cell, network: Any, contributions: Sequence[Any], variant: Variant, show: Any) -> Record:
@@ -274,7 +276,7 @@ def _measure(cell: Cell, network: Any, contributions: Sequence[Any], variant: Va
     accepted, refused = [], []
     for item in contributions:
         try:
-            check_finite(blobs.get(item.weights), read_header(blobs.get(item.weights)))
+            check_finite(blobs.get(item.weights_digest), read_header(blobs.get(item.weights_digest)))
             accepted.append(item)
         except InvalidError as error:
             refused.append({"agent_id": item.agent_id, "reason": error.reason.value})

@@ -13,7 +13,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from cloud_server.jobs import Job, JobContribution, JobDirectory, Progress, Result, blob_path
+from cloud_server.contribution import Contribution
+from cloud_server.jobs import Job, JobDirectory, Progress, Result
+from cloud_server.state_dir import StateDir, blob_path
 from cloud_server.trainer.group import Group
 from cloud_server.trainer.pipeline import RoundJob, run_job
 from cloud_server.trainer.selection import OnCandidate
@@ -92,7 +94,7 @@ class Edge:
 
     def contribute(
         self, number: int, initial: str | None, blobs: Blobs, on_progress: OnProgress
-    ) -> JobContribution:
+    ) -> Contribution:
         """Pre-train, unless that is done already, and hand weights and data in."""
         trained = self.disk.progress.trained
         if not trained or (trained.round, trained.initial_weights) != (number, initial):
@@ -110,12 +112,12 @@ class Edge:
             start = blobs.get(initial) if initial else None
             self.models.encode(trained, start, counted_round=number - 1)
             sent = self.disk.encoded
-        return JobContribution(
+        return Contribution(
             agent_id=self.agent_id,
-            weights=blobs.put(sent).digest,
-            shards=tuple(blobs.put(path).digest for path in self.models.shards),
+            weights_digest=blobs.put(sent).digest,
+            shard_digests=tuple(blobs.put(path).digest for path in self.models.shards),
             num_examples=self.models.num_examples,
-            initial_weights=initial,
+            initial_digest=initial,
         )
 
     def receive(self, number: int, weights: Path, on_progress: OnProgress) -> Received:
@@ -148,12 +150,13 @@ class Cloud:
 
     def __init__(self, path: Path, device: torch.device) -> None:
         self._path = path
+        self._state_dir = StateDir(path)
         self._device = device
-        self.blobs = Blobs(path / "blobs")
+        self.blobs = Blobs(self._state_dir.blobs)
 
     def initial_weights(self, run: RunConfig) -> str:
         """The digest of what the agents' first pre-training starts from."""
-        directory = JobDirectory(self._path / "jobs" / "initialise")
+        directory = JobDirectory(self._state_dir.job("initialise"))
         directory.write_job(
             Job(kind="initialise", name="initialise", round=0, run=run, device="auto", initial_weights=None)
         )
@@ -179,7 +182,7 @@ class Cloud:
         run: RunConfig,
         number: int,
         initial: str | None,
-        contributions: Sequence[JobContribution],
+        contributions: Sequence[Contribution],
         on_candidate: OnCandidate,
         on_progress: OnProgress,
     ) -> Result:
@@ -197,7 +200,7 @@ class Cloud:
             initial_weights=initial,
             contributions=tuple(contributions),
         )
-        directory = _ShownDirectory(self._path / "jobs" / "round", on_progress)
+        directory = _ShownDirectory(self._state_dir.job("round"), on_progress)
         directory.write_job(job)
         directory.discard_output()
         result = RoundJob(
@@ -247,7 +250,7 @@ class Network:
         for edge in self.edges:
             edge.disk.close()
 
-    def contribute(self, run: RunConfig, number: int, latest: str | None) -> list[JobContribution]:
+    def contribute(self, run: RunConfig, number: int, latest: str | None) -> list[Contribution]:
         """All agents pre-train for a round.
 
         Args:

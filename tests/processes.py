@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from cloud_server.door.authority import Authority
+from cloud_server.state_dir import StateDir
 from common import tls
 from edge_agent.identity import Identity, find
 from tests.zygote import IS_COLD, the_zygote
@@ -151,7 +152,7 @@ class Cluster:
         )  # fmt: skip
 
     def enroll(self, name: str) -> Identity:
-        return enroll(self.state_dir / "tls", self.folder / name, name)
+        return enroll(StateDir(self.state_dir).tls, self.folder / name, name)
 
     def forget(self, name: str, env: Mapping[str, str] | None = None) -> Command:
         """Start `cloud-server forget`, which ends when the agent is forgotten."""
@@ -162,12 +163,12 @@ class Cluster:
         """A file with a token that is always the same one."""
         file = self.folder / "join-token"
         if not file.exists():
-            with closing(Authority(self.state_dir / "tls")) as authority:
+            with closing(Authority(StateDir(self.state_dir).tls)) as authority:
                 file.write_text(authority.create_token(uses, 3600), "utf-8")
         return file
 
     def report(self, number: int = 1) -> dict[str, Any]:
-        path = self.state_dir / f"rounds/{number:04d}/report.json"
+        path = StateDir(self.state_dir).report(number)
         report: dict[str, Any] = json.loads(path.read_text("utf-8"))
         return report
 

@@ -12,7 +12,8 @@ import structlog
 
 from common.errors import StorageError
 
-STORAGE_RETRY_SECONDS = 2.0  # between two tries
+# Between two tries.
+STORAGE_RETRY_SECONDS = 2.0
 
 _STORAGE_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO}
 _STORAGE_SQLITE_CODES = {
@@ -29,7 +30,7 @@ log = structlog.get_logger()
 
 @contextmanager
 def storage_errors() -> Iterator[None]:
-    """Turns what a full, read-only or failing disk raises into StorageError."""
+    """Turn what a full, read-only or failing disk raises into StorageError."""
     try:
         yield
     except OSError as error:
@@ -50,7 +51,7 @@ def _storage_error(what: str) -> StorageError:
 
 
 async def when_disk_allows(body: Callable[[], Awaitable[_T]]) -> _T:
-    """Do it, again and again as long as it raises StorageError: others are served meanwhile."""
+    """Run `body` again and again as long as it raises StorageError; others are served meanwhile."""
     while True:
         try:
             return await body()

@@ -1,7 +1,6 @@
 """The run as the person at the server's terminal sees it."""
 
-from cloud_server.round import Phase
-from cloud_server.showing.standing import RunState
+from common.run_state import Phase, RunState
 from common.telemetry import ProgressDisplay
 
 
@@ -21,7 +20,7 @@ class RunDisplay:
             done, total = state.num_contributions, state.max_contributions
             self._finish_other(label, done)  # a round may close with fewer
         elif state.progress:
-            label += state.progress.phase.replace("_", "-")
+            label += state.phase.replace("_", "-")
             done, total = state.progress.done, state.progress.total
             self._finish_other(label, total)
             if state.progress.loss is not None:

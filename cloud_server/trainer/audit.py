@@ -28,7 +28,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from cloud_server.jobs import Flag, JobContribution, blob_path
+from cloud_server.contribution import Contribution
+from cloud_server.jobs import Flag
+from cloud_server.state_dir import blob_path
 from common.config import RunConfig
 from common.shards import Shard, cloud_holdout, gather, read_shard
 from common.training import derive_seed, predict
@@ -82,7 +84,7 @@ class _Sample(NamedTuple):
 def audit(
     model: nn.Module,
     weights: Sequence[Path],
-    contributions: Sequence[JobContribution],
+    contributions: Sequence[Contribution],
     blobs_dir: Path,
     *,
     run: RunConfig,
@@ -134,7 +136,7 @@ def _flags(has_bad_labels: bool, has_bad_model: bool) -> tuple[Flag, ...]:
     return tuple(flag for flag, is_raised in found.items() if is_raised)
 
 
-def _draw(run: RunConfig, contributions: Sequence[JobContribution], blobs_dir: Path) -> _Sample:
+def _draw(run: RunConfig, contributions: Sequence[Contribution], blobs_dir: Path) -> _Sample:
     """Some examples of each agent: held-out ones, and where these are too few, others as well."""
     num_agents = len(contributions)
     most = min(
@@ -146,7 +148,7 @@ def _draw(run: RunConfig, contributions: Sequence[JobContribution], blobs_dir: P
     owners, held_out = [np.zeros(0, np.int64)], [np.zeros(0, bool)]
     for number, contribution in enumerate(contributions):
         agent_id = contribution.agent_id
-        shards = [read_shard(blob_path(blobs_dir, digest)) for digest in contribution.shards]
+        shards = [read_shard(blob_path(blobs_dir, digest)) for digest in contribution.shard_digests]
         is_held_out = [
             _is_held_out(
                 shard, run.fine_tune.holdout_fraction, derive_seed(run.seed, "cloud_holdout", agent_id)

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cloud_server.jobs import JobContribution, blob_path
+from cloud_server.contribution import Contribution
+from cloud_server.state_dir import blob_path
 from common.config import DatasetSpec, RunConfig
 from common.shards import Shard, cloud_holdout, gather, read_shard
 from common.training import OnStep, derive_seed, predict, train
@@ -32,7 +33,7 @@ class CombinedData(NamedTuple):
     held_out: Examples
 
 
-def combine(run: RunConfig, contributions: Sequence[JobContribution], blobs_dir: Path) -> CombinedData:
+def combine(run: RunConfig, contributions: Sequence[Contribution], blobs_dir: Path) -> CombinedData:
     """Read the shards of all contributions, in the order given, and hold a part of each shard back.
 
     A shard's examples are held back alike in every round, whoever else takes part in it.
@@ -45,7 +46,7 @@ def combine(run: RunConfig, contributions: Sequence[JobContribution], blobs_dir:
     held_out_parts: list[tuple[Shard, np.ndarray]] = []
     for contribution in contributions:
         seed = derive_seed(run.seed, "cloud_holdout", contribution.agent_id)
-        for digest in contribution.shards:
+        for digest in contribution.shard_digests:
             shard = read_shard(blob_path(blobs_dir, digest))
             rest, held_out = cloud_holdout(shard.labels, run.fine_tune.holdout_fraction, seed)
             train_parts.append((shard, rest))

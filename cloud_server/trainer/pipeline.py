@@ -22,8 +22,8 @@ from cloud_server.jobs import (
     Progress,
     Result,
     Weights,
-    blob_path,
 )
+from cloud_server.state_dir import blob_path
 from cloud_server.trainer.aggregation import coefficients
 from cloud_server.trainer.audit import MIN_AGENTS
 from cloud_server.trainer.finetune import CombinedData, Examples, combine, fine_tune, soft_labels
@@ -127,7 +127,7 @@ class RoundJob:
         contributions = sorted(job.contributions, key=lambda contribution: contribution.agent_id)
         self._contributions = contributions
         weighted = coefficients([item.num_examples for item in contributions], job.run.weights)
-        self._sent = [blob_path(blobs_dir, item.weights) for item in contributions]
+        self._sent = [blob_path(blobs_dir, item.weights_digest) for item in contributions]
         self._is_encoded = job.run.wire != "float32"
         self._contributed = [
             Contributed(
@@ -267,7 +267,7 @@ class RoundJob:
     @property
     def _common_start(self) -> Path | None:
         """The weights that every agent's pre-training began with; None: there are no such weights."""
-        starts = {item.initial_weights for item in self._contributions}
+        starts = {item.initial_digest for item in self._contributions}
         digest = starts.pop() if len(starts) == 1 else None
         return blob_path(self._blobs_dir, digest) if digest else None
 

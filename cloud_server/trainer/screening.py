@@ -13,7 +13,8 @@ from statistics import median
 import torch
 from torch import nn
 
-from cloud_server.jobs import AgentAudit, JobContribution
+from cloud_server.contribution import Contribution
+from cloud_server.jobs import AgentAudit
 from cloud_server.trainer.audit import Finding, audit
 from cloud_server.trainer.norms import clip, scales, update_norms
 from common.config import FrozenModel, RunConfig
@@ -36,7 +37,7 @@ def screen(
     model: nn.Module,
     weights: Sequence[Path],
     base: Path | None,
-    contributions: Sequence[JobContribution],
+    contributions: Sequence[Contribution],
     blobs_dir: Path,
     *,
     run: RunConfig,
@@ -85,7 +86,7 @@ def screen(
 
 
 def _measured(
-    contributions: Sequence[JobContribution], norms: Sequence[float], run: RunConfig
+    contributions: Sequence[Contribution], norms: Sequence[float], run: RunConfig
 ) -> list[AgentAudit]:
     """The norms, and what follows from them."""
     middle, agents = median(norms), []

@@ -20,6 +20,8 @@ from typing import BinaryIO
 
 import structlog
 
+from cloud_server.state_dir import StateDir
+
 FIRST_PAUSE_SECONDS = 0.2  # before a trainer that died is started again; doubled each time
 LONGEST_PAUSE_SECONDS = 5.0
 HEALTHY_SECONDS = 60.0  # a trainer that lived this long did not die of its start: pauses begin anew
@@ -46,7 +48,7 @@ class TrainerProcess:
         device: str = "auto",
         command: Sequence[str] = (),
     ) -> None:
-        self._log_path = state_dir / "trainer.log"
+        self._log_path = StateDir(state_dir).trainer_log
         self._command = command or _trainer_command(state_dir, device)
         self._process: Process | None = None
         self._task: asyncio.Task[None] | None = None

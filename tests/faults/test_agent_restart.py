@@ -14,9 +14,9 @@ import pytest
 from common.config import RunConfig, TrainingConfig, Wire
 from common.errors import InvalidError, NotFoundError
 from common.models import build_model
-from common.transfer import Blob, blob_of
+from common.transfer import Blob, Encoded, blob_of
 from common.weights import write_state_dict
-from common.wire import Base, Encoded, decode, encode
+from common.wire import Base, decode, encode
 from edge_agent.agent import EdgeAgent
 from edge_agent.client import Joined, RunState, Verdict
 from edge_agent.config import AgentConfig

@@ -172,7 +172,7 @@ def test_forgetting_that_was_killed_is_done_by_the_same_command_again(
     again = restored.forget("edge-2")
     assert again.wait() == 0, again.output
     assert check_forgotten(restored, "edge-2", again.output) == [1]
-    assert [entry.get("round") for entry in provenance(restored.state_dir)] == [1, None]
+    assert [entry.get("round") for entry in provenance(restored.state_dir)] == [None, 1]
     assert main(["check", str(restored.state_dir)]) == 0
 
 
@@ -187,7 +187,7 @@ def test_forgetting_that_a_server_was_killed_at_is_done_by_the_next(
     assert restored.server(*settings, env=dict(environment), ready=False).wait() == -signal.SIGKILL
     server = restored.server(*settings)
     said = server.wait_for(r"forgotten-\w+")[0]
-    (model,) = provenance(restored.state_dir)[1]["models"]
+    (model,) = provenance(restored.state_dir)[0]["models"]
     assert check_forgotten(restored, "edge-2", f"{said} round 1: {model['model']}") == [1]
     server.kill()
     assert main(["check", str(restored.state_dir)]) == 0

@@ -8,6 +8,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,9 @@ import pytest
 import torch
 from sklearn.datasets import load_digits
 
-from cloud_server.jobs import Job, JobContribution, JobDirectory, Result, blob_path
+from cloud_server.contribution import Contribution
+from cloud_server.jobs import Job, JobDirectory, Result
+from cloud_server.state_dir import blob_path
 from cloud_server.trainer import __main__ as trainer_main
 from cloud_server.trainer import pipeline
 from cloud_server.trainer.aggregation import mean
@@ -66,7 +69,7 @@ def blobs_dir(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def contributions(blobs_dir) -> tuple[JobContribution, ...]:
+def contributions(blobs_dir) -> tuple[Contribution, ...]:
     """Two agents, each with a model that has seen its own half of the digits."""
     everything = digits()
     halves = [part(everything, slice(0, 900)), part(everything, slice(900, None))]
@@ -78,9 +81,7 @@ def contributions(blobs_dir) -> tuple[JobContribution, ...]:
         write_state_dict(model.state_dict(), blobs_dir / "new")
         weights = put_blob(blobs_dir / "new", blobs_dir)
         shards = (put_shard(half, blobs_dir),)
-        made.append(
-            JobContribution(agent_id=agent_id, weights=weights, shards=shards, num_examples=len(labels))
-        )
+        made.append(Contribution(agent_id, weights, shards, len(labels)))
     return tuple(made)
 
 
@@ -97,7 +98,7 @@ def do(tmp_path, blobs_dir, contributions):
     return do
 
 
-def job(contributions: tuple[JobContribution, ...], **fields) -> Job:
+def job(contributions: tuple[Contribution, ...], **fields) -> Job:
     defaults = {"kind": "round", "name": "round-0001", "round": 1, "run": RUN, "device": "auto"}
     return Job(**{**defaults, "initial_weights": None, "contributions": contributions, **fields})
 
@@ -119,7 +120,7 @@ def test_a_round_averages_fine_tunes_and_evaluates(do, blobs_dir, contributions)
     data = combine(RUN, contributions, blobs_dir)
     model = build_model(RUN, seed=0)
 
-    paths = [blob_path(blobs_dir, contribution.weights) for contribution in contributions]
+    paths = [blob_path(blobs_dir, contribution.weights_digest) for contribution in contributions]
     model.load_state_dict(mean(paths, [900, 897]))
     average = evaluate(model, *data.held_out, spec=RUN.spec, device=CPU)
     model.load_state_dict(read_state_dict(directory.weights_path))
@@ -180,11 +181,11 @@ def test_a_new_attempt_gives_the_same_bytes_whatever_the_old_one_left(do, tmp_pa
 
 
 def test_agents_without_data_get_their_average(do, blobs_dir, contributions):
-    alone = tuple(item.model_copy(update={"shards": ()}) for item in contributions)
+    alone = tuple(replace(item, shard_digests=()) for item in contributions)
     result, directory = do(contributions=alone)
     assert result.error is None
     assert (result.candidates, result.accuracy_published) == ({}, None)
-    expected = mean([blob_path(blobs_dir, item.weights) for item in alone], [900, 897])
+    expected = mean([blob_path(blobs_dir, item.weights_digest) for item in alone], [900, 897])
     found = read_state_dict(directory.weights_path)
     assert all(torch.equal(found[name], expected[name]) for name in expected)
     phases = {line.phase for line in directory.read_progress(0)[0]}
@@ -192,9 +193,8 @@ def test_agents_without_data_get_their_average(do, blobs_dir, contributions):
 
 
 def test_a_single_example_is_trained_on(do, blobs_dir, contributions):
-    single = contributions[0].model_copy(
-        update={"shards": (put_shard(part(digits(), slice(0, 1)), blobs_dir),), "num_examples": 1}
-    )
+    one = put_shard(part(digits(), slice(0, 1)), blobs_dir)
+    single = replace(contributions[0], shard_digests=(one,), num_examples=1)
     result, _ = do(contributions=(single, contributions[1]))
     assert result.error is None
 
@@ -206,7 +206,7 @@ def test_each_shard_of_an_agent_is_split_by_itself(blobs_dir, contributions):
     shards = [put_shard(piece, blobs_dir) for piece in pieces]
 
     def combined(*shards: str) -> CombinedData:
-        return combine(RUN, [contributions[0].model_copy(update={"shards": shards})], blobs_dir)
+        return combine(RUN, [replace(contributions[0], shard_digests=shards)], blobs_dir)
 
     together = combined(*shards)
     for index, name in enumerate(("train", "held_out")):
@@ -256,7 +256,7 @@ def test_what_goes_wrong_is_the_result(do, monkeypatch, error, kind, message):
         ({"run": RUN.model_copy(update={"model": "resnet9000"})}, "usage", "unknown model 'resnet9000'"),
         ({"device": "tpu"}, "usage", "device 'tpu' is not there"),
         (
-            {"contributions": (JobContribution(agent_id="a", weights="0" * 64, shards=(), num_examples=1),)},
+            {"contributions": (Contribution("a", "0" * 64, (), 1),)},
             "failed",
             "No such file",
         ),
@@ -280,7 +280,7 @@ def test_a_fine_tune_that_makes_it_worse_is_not_published(do, monkeypatch):
 def test_a_model_that_is_not_finite_is_not_published(do, monkeypatch, blobs_dir, contributions):
     monkeypatch.setattr(pipeline, "fine_tune", lambda model, *_, **__: model[1].weight.data.fill_(np.inf))
     alone = put_shard(part(digits(), slice(0, 1)), blobs_dir)  # nothing of it can be held out
-    result, directory = do(contributions=(contributions[0].model_copy(update={"shards": (alone,)}),))
+    result, directory = do(contributions=(replace(contributions[0], shard_digests=(alone,)),))
     assert result.error.kind == "failed"
     assert "1.weight" in result.error.message
     assert "run.fine_tune.learning_rate" in result.error.message
@@ -298,7 +298,7 @@ def test_learning_from_the_ensemble_changes_the_model_and_nothing_else(do):
 
 
 def test_the_previous_global_model_is_a_candidate_from_the_second_round_on(do, contributions):
-    initial = contributions[0].weights
+    initial = contributions[0].weights_digest
     first, _ = do(initial_weights=initial)
     second, _ = do(name="round-0002", round=2, initial_weights=initial)
     assert "previous" not in first.candidates
@@ -316,7 +316,7 @@ def test_every_aggregator_makes_a_round(do, aggregator):
 
 
 @pytest.fixture(scope="module")
-def three(blobs_dir) -> tuple[str, tuple[JobContribution, ...]]:
+def three(blobs_dir) -> tuple[str, tuple[Contribution, ...]]:
     """What three agents started from, and what each has made of it with its own third of the digits."""
     start = build_model(RUN, seed=derive_seed(RUN.seed, "initial_weights"))
     write_state_dict(start.state_dict(), blobs_dir / "new")
@@ -329,20 +329,16 @@ def three(blobs_dir) -> tuple[str, tuple[JobContribution, ...]]:
         write_state_dict(model.state_dict(), blobs_dir / "new")
         weights = put_blob(blobs_dir / "new", blobs_dir)
         shards = (put_shard(third, blobs_dir),)
-        made.append(
-            JobContribution(
-                agent_id=agent_id, weights=weights, shards=shards, num_examples=599, initial_weights=digest
-            )
-        )
+        made.append(Contribution(agent_id, weights, shards, 599, initial_weights=digest))
     return digest, tuple(made)
 
 
-def with_factor(item: JobContribution, factor: float, start: str, blobs_dir: Path) -> JobContribution:
+def with_factor(item: Contribution, factor: float, start: str, blobs_dir: Path) -> Contribution:
     """The same contribution, with its update multiplied."""
-    origin, weights = (read_state_dict(blob_path(blobs_dir, each)) for each in (start, item.weights))
+    origin, weights = (read_state_dict(blob_path(blobs_dir, each)) for each in (start, item.weights_digest))
     far = {name: origin[name] + factor * (tensor - origin[name]) for name, tensor in weights.items()}
     write_state_dict(far, blobs_dir / "new")
-    return item.model_copy(update={"weights": put_blob(blobs_dir / "new", blobs_dir)})
+    return replace(item, weights_digest=put_blob(blobs_dir / "new", blobs_dir))
 
 
 def test_honest_rounds_publish_the_same_bytes_with_and_without_screening(do, monkeypatch, three):
@@ -362,7 +358,7 @@ def test_update_that_goes_too_far_is_clipped_before_anything_is_made_of_it(do, b
     start, (ann, bob, cas) = three
     far = with_factor(cas, factor, start, blobs_dir)
     run = RUN.model_copy(update={"candidates": ("average",), "quarantine": "report"})
-    sent = tuple(item.model_copy(update={"shards": ()}) for item in (ann, bob, far))
+    sent = tuple(replace(item, shard_digests=()) for item in (ann, bob, far))
     result, directory = do(contributions=sent, initial_weights=start, run=run)
     assert result.error is None
     assert [agent.scale < 1 for agent in result.audit] == [False, False, True]
@@ -392,7 +388,7 @@ def test_update_that_is_rejected_leaves_neither_weights_nor_data(do, blobs_dir, 
 
 def test_without_a_common_start_the_weights_themselves_are_compared(do, blobs_dir, three):
     start, contributions = three
-    own = [item.model_copy(update={"initial_weights": None}) for item in contributions]
+    own = [replace(item, initial_digest=None) for item in contributions]
     far = with_factor(own[2], 1000.0, start, blobs_dir)
     result, _ = do(contributions=(*own[:2], far), initial_weights=start)
     assert result.error is None
@@ -405,7 +401,7 @@ def test_without_a_common_start_the_weights_themselves_are_compared(do, blobs_di
 # What travels
 
 
-def encoded_as(wire, contributions, blobs_dir) -> tuple[Base, tuple[JobContribution, ...]]:
+def encoded_as(wire, contributions, blobs_dir) -> tuple[Base, tuple[Contribution, ...]]:
     """The same contributions as their agents would send them, who have started from these weights."""
     write_state_dict(
         build_model(RUN, seed=derive_seed(RUN.seed, "initial_weights")).state_dict(), blobs_dir / "b"
@@ -413,8 +409,8 @@ def encoded_as(wire, contributions, blobs_dir) -> tuple[Base, tuple[JobContribut
     digest = put_blob(blobs_dir / "b", blobs_dir)
     base, sent = Base(blob_path(blobs_dir, digest), digest), []
     for item in contributions:
-        encode(blob_path(blobs_dir, item.weights), blobs_dir / "new", wire, base=base)
-        sent.append(item.model_copy(update={"weights": put_blob(blobs_dir / "new", blobs_dir)}))
+        encode(blob_path(blobs_dir, item.weights_digest), blobs_dir / "new", wire, base=base)
+        sent.append(replace(item, weights_digest=put_blob(blobs_dir / "new", blobs_dir)))
     return base, tuple(sent)
 
 
@@ -446,11 +442,11 @@ def test_published_is_what_the_agents_decode(do, blobs_dir, contributions, tmp_p
 @pytest.mark.parametrize("wire", ["bfloat16", "int8"])
 def test_contributions_are_decoded_before_they_are_averaged(do, blobs_dir, contributions, tmp_path, wire):
     base, sent = encoded_as(wire, contributions, blobs_dir)
-    alone = tuple(item.model_copy(update={"shards": ()}) for item in sent)  # so that nothing is fine-tuned
+    alone = tuple(replace(item, shard_digests=()) for item in sent)  # so that nothing is fine-tuned
     _, directory = do(run=with_wire(wire), contributions=alone, initial_weights=base.digest)
     paths = [tmp_path / item.agent_id for item in alone]
     for item, path in zip(alone, paths, strict=True):
-        decode(blob_path(blobs_dir, item.weights), path, base=base)
+        decode(blob_path(blobs_dir, item.weights_digest), path, base=base)
     write_state_dict(mean(paths, [900, 897]), tmp_path / "mean")
     encode(tmp_path / "mean", tmp_path / "expected", wire, base=base)
     assert directory.encoded_path.read_bytes() == (tmp_path / "expected").read_bytes()

@@ -5,11 +5,13 @@ import json
 import os
 from pathlib import Path
 
-from cloud_server.disk.tables import ContributionRow, EncodingRow
+from cloud_server.contribution import Contribution, Decision
+from cloud_server.disk.tables import EncodingRow
 from cloud_server.jobs import EncodedWeights, Job, JobDirectory, Result, Weights
 from cloud_server.store import Store
 from cloud_server.upkeep import provenance
 from common.config import RunConfig
+from common.run_state import Outcome
 
 INITIAL = b"initial weights"
 AGENT = "edge-1"
@@ -35,7 +37,7 @@ def local_of(number: int) -> bytes:
 def begin(store: Store, state_dir: Path) -> None:
     made = state_dir / "jobs/made"
     made.write_bytes(INITIAL)
-    store.adopt_blob(made, digest_of(INITIAL))
+    store.blobs.adopt(made, digest_of(INITIAL))
     store.create_run("run-1", RunConfig().model_dump_json(), digest_of(INITIAL), 0.0)
     store.join(AGENT, 0.5)
 
@@ -55,8 +57,8 @@ def contribute(store: Store, number: int, *shards: bytes) -> list[bytes]:
     for shard in sent:
         upload(store, shard, "data", number + 0.2)
     digests = tuple(map(digest_of, shards))
-    row = ContributionRow(AGENT, "accepted", weights, digests, 10, 0.9, "", "", at=number + 0.3)
-    store.record_contribution(number, row)
+    contribution = Contribution(AGENT, weights, digests, 10, accuracy_local=0.9)
+    store.record_contribution(number, Decision(AGENT, Outcome.ACCEPTED, number + 0.3, contribution))
     return sent
 
 
@@ -81,17 +83,17 @@ def publish(store: Store, state_dir: Path, number: int) -> None:
     assert row
     directory = run_job(state_dir, number, row.initial_weights)
     digest = digest_of(model_of(number))
-    store.adopt_blob(directory.weights_path, digest)
+    store.blobs.adopt(directory.weights_path, digest)
     encoding = EncodingRow(digest_of(encoded_of(number)), row.initial_weights)
-    store.adopt_blob(directory.encoded_path, encoding.digest)
+    store.blobs.adopt(directory.encoded_path, encoding.digest)
     store.record_encoding(digest, encoding)
     store.set_phase(number, "published", number + 0.9, published=digest)
     folder = state_dir / f"rounds/{number:04d}"
     folder.mkdir()
-    os.link(store.blob_path(digest), folder / "model.safetensors")
+    os.link(store.blobs.path(digest), folder / "model.safetensors")
     report = {"round": number, "outcome": "published", "weights": {"sha256": digest}}
     (folder / "report.json").write_text(json.dumps(report), "utf-8")
-    provenance.catch_up(store, state_dir)
+    provenance.add_last_round(store)
 
 
 def run_rounds(store: Store, state_dir: Path, count: int) -> None:

@@ -1,6 +1,7 @@
 """The audit, on digits: agents that have really been trained, some of them on what is wrong."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from sklearn.datasets import load_digits
 
-from cloud_server.jobs import JobContribution
+from cloud_server.contribution import Contribution
 from cloud_server.trainer.audit import Finding, audit
 from cloud_server.trainer.screening import Screening, screen
 from common.config import RunConfig, TrainingConfig
@@ -26,7 +27,7 @@ RUN = RunConfig(hidden_units=32, pretrain=TrainingConfig(epochs=5, batch_size=32
 
 
 class Agent(NamedTuple):
-    contribution: JobContribution
+    contribution: Contribution
     weights: Path
 
 
@@ -53,10 +54,10 @@ class Workshop:
         }
         write_state_dict(state_dict, self._folder / "new")
         write_shard(self._folder / "shard", shard)
-        contribution = JobContribution(
+        contribution = Contribution(
             agent_id=agent_id,
-            weights=(weights := self._put("new")).name,
-            shards=(self._put("shard").name,),
+            weights_digest=(weights := self._put("new")).name,
+            shard_digests=(self._put("shard").name,),
             num_examples=len(shard.labels),
         )
         return Agent(contribution, weights)
@@ -200,8 +201,7 @@ def test_agents_without_shards_help_to_judge_the_others(
     workshop: Workshop, honest: list[Agent], part_of: Callable[..., Shard]
 ) -> None:
     silent = [
-        agent._replace(contribution=agent.contribution.model_copy(update={"shards": ()}))
-        for agent in honest[3:]
+        agent._replace(contribution=replace(agent.contribution, shard_digests=())) for agent in honest[3:]
     ]
     bad = workshop.agent(1, flipped(part_of(1)))
     findings = workshop.findings([bad, *honest[1:3], *silent])

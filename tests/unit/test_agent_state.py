@@ -5,7 +5,8 @@ import pytest
 import torch
 
 import edge_agent.local
-from cloud_server.jobs import JobContribution, blob_path
+from cloud_server.contribution import Contribution
+from cloud_server.state_dir import blob_path
 from cloud_server.trainer.finetune import combine
 from common.config import RunConfig, TrainingConfig
 from common.errors import DivergedError, UsageError
@@ -318,9 +319,7 @@ def test_agent_does_not_train_on_what_the_cloud_holds_back(
         target = blob_path(tmp_path / "blobs", blob.digest)
         target.parent.mkdir(parents=True)
         path.rename(target)
-    contribution = JobContribution(
-        agent_id=disk.agent_id, weights="", shards=shards, num_examples=local.num_examples
-    )
+    contribution = Contribution(disk.agent_id, "", shards, local.num_examples)
     combined = combine(RUN, [contribution], tmp_path / "blobs")
     assert torch.equal(trained_on["images"], combined.train.images)
     assert torch.equal(trained_on["labels"], combined.train.labels)

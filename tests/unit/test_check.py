@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from cloud_server.__main__ import main
-from cloud_server.commands import check
+from cloud_server.disk.lock import unused
 from cloud_server.disk.tables import MIGRATIONS
+from cloud_server.state_dir import StateDir
 from cloud_server.store import Store
 from cloud_server.upkeep.retention import clean_up
 from common.errors import UsageError
@@ -38,7 +39,7 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("template") / "state"
     with closing(Store(path)) as store:
         run_rounds(store, path, 3)
-        clean_up(store, path, keep_rounds=2, keep_partial_seconds=1e9, now=10.0)
+        clean_up(store, keep_rounds=2, keep_partial_seconds=1e9, now=10.0)
         contribute(store, 4)
         upload(store, EXTRA, "data", 11.0)
         store.partial_path(AGENT, "a" * 64).write_bytes(b"half")
@@ -305,7 +306,7 @@ def test_running_server_is_named(state_dir: Path, capsys: pytest.CaptureFixture[
 def test_running_check_is_named_to_a_server(state_dir: Path) -> None:
     (state_dir / "lock").write_text("99999999 of-the-last-server\n")
     with (
-        check._unused(state_dir),
+        unused(StateDir(state_dir)),
         pytest.raises(UsageError, match=rf"process {os.getpid()} \(cloud-server check\) uses"),
     ):
         Store(state_dir)

@@ -11,7 +11,8 @@ from safetensors.numpy import load_file
 from sklearn.datasets import load_digits
 from torch import Tensor
 
-from cloud_server.jobs import JobContribution, blob_path
+from cloud_server.contribution import Contribution
+from cloud_server.state_dir import blob_path
 from cloud_server.trainer.finetune import Examples, combine, fine_tune, soft_labels
 from common.config import FineTuneConfig, RunConfig
 from common.models import build_model
@@ -170,7 +171,7 @@ def test_combined_data_is_that_of_each_shard_in_turn_split_as_the_agent_splits_i
     contributions, rest, held_out = [], [], []
     for agent_id, bounds in agents.items():
         shards = tuple(put_shard(images[begin:end], labels[begin:end], tmp_path) for begin, end in bounds)
-        contributions.append(JobContribution(agent_id=agent_id, weights="", shards=shards, num_examples=1))
+        contributions.append(Contribution(agent_id, "", shards, 1))
         for begin, end in bounds:
             seed = derive_seed(RUN.seed, "cloud_holdout", agent_id)
             train_on, hold_back = cloud_holdout(labels[begin:end], RUN.fine_tune.holdout_fraction, seed)
@@ -191,7 +192,11 @@ def test_another_shard_moves_no_example_to_or_from_those_held_back(
     images, labels = (tensor.numpy() for tensor in examples)
     first, second = (put_shard(images[part], labels[part], tmp_path) for part in (slice(90), slice(90, 130)))
     small, grown = (
-        combine(RUN, [JobContribution(agent_id="ann", weights="", shards=shards, num_examples=1)], tmp_path)
+        combine(
+            RUN,
+            [Contribution("ann", "", shards, 1)],
+            tmp_path,
+        )
         for shards in ((first,), (first, second))
     )
     for before, after in zip(small, grown, strict=True):
@@ -200,7 +205,7 @@ def test_another_shard_moves_no_example_to_or_from_those_held_back(
 
 
 def test_without_shards_there_is_no_data(tmp_path: Path) -> None:
-    alone = JobContribution(agent_id="ann", weights="", shards=(), num_examples=5)
+    alone = Contribution("ann", "", (), 5)
     for part in combine(RUN, [alone], tmp_path):
         assert part.images.shape == (0, 1, 8, 8)
         assert (part.images.dtype, part.labels.dtype) == (torch.uint8, torch.int64)

@@ -26,18 +26,22 @@ from typing import Any
 import pytest
 
 from cloud_server import store as store_module
+from cloud_server.contribution import Contribution, Decision, Rejection
 from cloud_server.disk.failures import storage_errors
-from cloud_server.disk.tables import AgentRow, ContributionRow, ReportRow, RoundRow, RunRow
-from cloud_server.jobs import blob_path
-from cloud_server.round import Phase
+from cloud_server.disk.tables import AgentRow, ReportRow, RoundRow, RunRow
+from cloud_server.state_dir import blob_path
 from cloud_server.store import Store
 from common.errors import NotFoundError, Reason, StorageError, UsageError
+from common.run_state import Outcome, Phase
 
 MEMORY = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # where fsync costs nothing
 UPLOADED, TRAINED = b"an upload" * 1000, b"a global model" * 1000
 DIGEST, TRAINED_DIGEST = (hashlib.sha256(content).hexdigest() for content in (UPLOADED, TRAINED))
-CONTRIBUTION = ContributionRow(
-    "a", "accepted", DIGEST, ("b" * 64, "c" * 64), 600, 0.1 + 0.2, "", "", 12.5, "e" * 64
+CONTRIBUTION = Decision(
+    "a",
+    Outcome.ACCEPTED,
+    12.5,
+    Contribution("a", DIGEST, ("b" * 64, "c" * 64), 600, "e" * 64, accuracy_local=0.1 + 0.2, num_shared=540),
 )
 REPORT = ReportRow("a", 0.91, None, 0.96, 120, True, "", 99.5, 0.1 + 0.7)
 
@@ -149,14 +153,15 @@ def test_phase_of_an_unknown_round_is_refused(run_store):
 
 
 def test_contributions_come_back_as_they_were_in_agent_id_order(run_store):
-    late = ContributionRow("b", "late", "d" * 64, (), 1, None, "", "", 13.0)
+    late = Decision("b", Outcome.LATE, 13.0, why=Rejection(Reason.ROUND_CLOSED, ""))
     run_store.record_contribution(1, late)
     run_store.record_contribution(1, CONTRIBUTION)
     assert run_store.contributions(1) == [CONTRIBUTION, late]
 
 
 def test_last_record_of_an_agent_and_round_stands(run_store):
-    rejected = replace(CONTRIBUTION, outcome="rejected", reason="non_finite", message="NaN in fc.weight")
+    why = Rejection(Reason.NON_FINITE, "NaN in fc.weight")
+    rejected = Decision("a", Outcome.REJECTED, 12.5, why=why)
     run_store.record_contribution(1, rejected)
     assert run_store.contributions(1) == [rejected]
     run_store.record_contribution(1, CONTRIBUTION)
@@ -183,15 +188,19 @@ def test_reports_come_back_as_they_were_and_the_last_one_stands(run_store):
 
 
 def test_blob_lies_under_its_first_two_digits(store, state_dir):
-    assert store.blob_path("ab" * 32) == state_dir / "blobs" / "ab" / ("ab" * 32)
-    assert store.blob_path("ab" * 32) == blob_path(state_dir / "blobs", "ab" * 32)
+    assert store.blobs.path("ab" * 32) == state_dir / "blobs" / "ab" / ("ab" * 32)
+    assert store.blobs.path("ab" * 32) == blob_path(state_dir / "blobs", "ab" * 32)
 
 
 @pytest.mark.parametrize(
     "digest", ["", "a" * 63, "a" * 65, "A" * 64, "g" * 64, "a" * 64 + "\n", "../" * 21 + "x", "\u0661" * 64]
 )
 def test_what_is_no_digest_never_becomes_a_path(run_store, digest):
-    for path_of in (run_store.blob_path, run_store.blob_size, lambda text: run_store.partial_path("a", text)):
+    for path_of in (
+        run_store.blobs.path,
+        run_store.blobs.size,
+        lambda text: run_store.partial_path("a", text),
+    ):
         with pytest.raises(ValueError, match="no digest"):
             path_of(digest)
 
@@ -207,11 +216,11 @@ def test_agent_that_never_joined_cannot_upload(run_store):
 
 
 def test_committed_upload_is_an_immutable_blob(run_store):
-    assert run_store.blob_size(DIGEST) is None
+    assert run_store.blobs.size(DIGEST) is None
     run_store.commit_upload("a", DIGEST, "weights", 12.0)
-    blob = run_store.blob_path(DIGEST)
+    blob = run_store.blobs.path(DIGEST)
     assert blob.read_bytes() == UPLOADED
-    assert run_store.blob_size(DIGEST) == len(UPLOADED)
+    assert run_store.blobs.size(DIGEST) == len(UPLOADED)
     assert stat.S_IMODE(blob.stat().st_mode) == 0o444
     assert not run_store.partial_path("a", DIGEST).exists()
 
@@ -225,7 +234,7 @@ def test_upload_is_that_of_its_agent_and_kind_only(run_store):
 
 def test_record_without_its_blob_is_no_upload(run_store):
     run_store.commit_upload("a", DIGEST, "weights", 12.0)
-    run_store.blob_path(DIGEST).unlink()
+    run_store.blobs.path(DIGEST).unlink()
     assert not run_store.has_upload("a", DIGEST, "weights")
 
 
@@ -235,7 +244,7 @@ def test_same_bytes_from_two_agents_are_one_blob_and_two_uploads(run_store):
     run_store.commit_upload("b", DIGEST, "weights", 13.0)
     assert run_store.has_upload("a", DIGEST, "weights")
     assert run_store.has_upload("b", DIGEST, "weights")
-    assert run_store.blob_path(DIGEST).read_bytes() == UPLOADED
+    assert run_store.blobs.path(DIGEST).read_bytes() == UPLOADED
     assert not run_store.partial_path("b", DIGEST).exists()
 
 
@@ -256,14 +265,14 @@ def test_trained_file_becomes_a_blob_once(run_store, state_dir):
     trained = state_dir / "jobs" / "model.safetensors"
     trained.write_bytes(TRAINED)
     for _ in range(2):  # the second as after a restart
-        run_store.adopt_blob(trained, TRAINED_DIGEST)
-    assert run_store.blob_path(TRAINED_DIGEST).read_bytes() == TRAINED
+        run_store.blobs.adopt(trained, TRAINED_DIGEST)
+    assert run_store.blobs.path(TRAINED_DIGEST).read_bytes() == TRAINED
     assert not trained.exists()
 
 
 def test_missing_trained_file_is_refused(run_store, state_dir):
     with pytest.raises(NotFoundError, match=TRAINED_DIGEST):
-        run_store.adopt_blob(state_dir / "jobs" / "model.safetensors", TRAINED_DIGEST)
+        run_store.blobs.adopt(state_dir / "jobs" / "model.safetensors", TRAINED_DIGEST)
 
 
 # Durable before acknowledged
@@ -364,10 +373,12 @@ def check_consistent(store: Store, state_dir: Path) -> None:
     assert {name: hashlib.sha256(content).hexdigest() for name, content in blobs.items()} == {
         name: name for name in blobs
     }
-    needed = [row.weights for row in store.contributions(1)] + [row.published for row in store.rounds()]
+    needed = [each.contribution.weights_digest for each in store.contributions(1)] + [
+        row.published for row in store.rounds()
+    ]
     assert set(filter(None, needed)) <= set(blobs)
     partial = store.partial_path("a", DIGEST)
-    assert (partial if partial.exists() else store.blob_path(DIGEST)).read_bytes() == UPLOADED
+    assert (partial if partial.exists() else store.blobs.path(DIGEST)).read_bytes() == UPLOADED
 
 
 # A disk that takes nothing more
@@ -401,14 +412,14 @@ def test_upload_that_the_disk_refused_can_be_committed_later(run_store, monkeypa
     assert not run_store.has_upload("a", DIGEST, "weights")
     run_store.commit_upload("a", DIGEST, "weights", 13.0)
     assert run_store.has_upload("a", DIGEST, "weights")
-    assert run_store.blob_path(DIGEST).read_bytes() == UPLOADED
+    assert run_store.blobs.path(DIGEST).read_bytes() == UPLOADED
 
 
 def test_full_disk_under_the_database_leaves_it_as_it_was(run_store):
     database = run_store._database
     num_pages = database.execute("PRAGMA page_count").fetchone()["page_count"]
     database.execute(f"PRAGMA max_page_count = {num_pages}")
-    big = replace(CONTRIBUTION, message="x" * 100_000)
+    big = replace(CONTRIBUTION, why=Rejection(Reason.QUARANTINED, "x" * 100_000))
     with pytest.raises(StorageError, match="full"):
         run_store.record_contribution(1, big)
     assert run_store.contributions(1) == []
@@ -512,7 +523,7 @@ def test_contributions_of_an_older_program_started_from_nobody_knows_what(state_
         2, "INSERT INTO contributions VALUES (1, 'a', 'accepted', 'd', '[\"s\"]', 600, 0.5, '', '', 12.5)"
     )
     with closing(Store(state_dir)) as upgraded:
-        known = ContributionRow("a", "accepted", "d", ("s",), 600, 0.5, "", "", 12.5, initial_weights=None)
+        known = Decision("a", Outcome.ACCEPTED, 12.5, Contribution("a", "d", ("s",), 600, None))
         assert upgraded.contributions(1) == [known]
         upgraded.record_contribution(1, CONTRIBUTION)
         assert upgraded.contributions(1) == [CONTRIBUTION]
@@ -585,7 +596,7 @@ def take_in(store: Store, state_dir: Path) -> Iterator[None]:
     yield
     store.record_contribution(1, CONTRIBUTION)
     yield
-    store.adopt_blob(state_dir / "jobs" / "model.safetensors", TRAINED_DIGEST)
+    store.blobs.adopt(state_dir / "jobs" / "model.safetensors", TRAINED_DIGEST)
     store.set_phase(1, "published", 20.0, published=TRAINED_DIGEST)
     yield
 
