@@ -2,6 +2,7 @@
 
 import shutil
 import signal
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from tests.integration.test_forgetting import check_forgotten, provenance
 from tests.processes import Cluster, cluster_in, until
 
 pytestmark = pytest.mark.timeout(300)
+
+Case = tuple[Any, ...]
 
 FINISH_SECONDS = 240.0
 
@@ -62,6 +65,30 @@ CASES = [(point, COUNTS.get(point, 1)) for point in Point if point not in ELSEWH
     (Point.SERVER_REPORT_WRITTEN, NUM_ROUNDS * (1 + len(AGENTS))),  # the very last one
 ]
 
+# `make test` does one case of each kind: what dies, in a transfer or at a durable step.
+OF_EACH_KIND = (
+    (Point.SERVER_CHUNK_STORED, 2),
+    (Point.SERVER_PHASE_RECORDED, 3),
+    (Point.TRAINER_TENSOR_AVERAGED, 2),
+    (Point.AGENT_CHUNK_SENT, 2),
+    (Point.AGENT_CONTRIBUTED, 1),
+)
+OF_EACH_KIND_WITH_INT8 = ((Point.AGENT_ENCODED, 2), (Point.SERVER_ENCODED_MODEL_ADOPTED, 2))
+
+
+def others_soak(cases: Iterable[Case], at_once: Iterable[Case]) -> list[Any]:
+    """Mark the cases that are left for `make soak`.
+
+    Args:
+        at_once: the cases that `make test` does.
+    """
+    cases, at_once = list(cases), list(at_once)
+    assert set(at_once) <= set(cases)
+    return [
+        pytest.param(*case, marks=() if case in at_once else pytest.mark.soak, id="-".join(map(str, case)))
+        for case in cases
+    ]
+
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
@@ -84,14 +111,14 @@ def digests_of_undisturbed_run(
         return digests
 
 
-@pytest.mark.parametrize(("point", "count"), CASES)
+@pytest.mark.parametrize(("point", "count"), others_soak(CASES, OF_EACH_KIND))
 def test_killed_at_any_point_the_run_publishes_the_same(
     undisturbed: list[str], cluster: Cluster, tmp_path: Path, point: Point, count: int
 ) -> None:
     assert digests_of_killed_run(cluster, SETTINGS, point, count, tmp_path / "died") == undisturbed
 
 
-@pytest.mark.parametrize(("point", "count"), WITH_INT8)
+@pytest.mark.parametrize(("point", "count"), others_soak(WITH_INT8, OF_EACH_KIND_WITH_INT8))
 def test_killed_at_any_point_differences_come_to_the_same(
     undisturbed_int8: list[str], cluster: Cluster, tmp_path: Path, point: Point, count: int
 ) -> None:
@@ -130,7 +157,7 @@ def adapting(tmp_path_factory: pytest.TempPathFactory) -> tuple[Agents, str, Blo
         return agents, who, blob_of(cluster.folder / who / "model.safetensors")
 
 
-@pytest.mark.parametrize("point", WHILE_ADAPTING)
+@pytest.mark.parametrize("point", others_soak(zip(WHILE_ADAPTING, strict=True), [(Point.AGENT_ADAPTED,)]))
 def test_killed_while_it_adapts_an_agent_uses_the_same_model(
     adapting: tuple[Agents, str, Blob], cluster: Cluster, tmp_path: Path, point: Point
 ) -> None:
@@ -163,7 +190,9 @@ def restored(finished: Path, cluster: Cluster) -> Cluster:
     return cluster
 
 
-@pytest.mark.parametrize("point", FORGETTING)
+@pytest.mark.parametrize(
+    "point", others_soak(zip(FORGETTING, strict=True), [(Point.SERVER_AGENT_BLOBS_REMOVED,)])
+)
 def test_forgetting_that_was_killed_is_done_by_the_same_command_again(
     restored: Cluster, tmp_path: Path, point: Point
 ) -> None:
@@ -176,7 +205,9 @@ def test_forgetting_that_was_killed_is_done_by_the_same_command_again(
     assert main(["check", str(restored.state_dir)]) == 0
 
 
-@pytest.mark.parametrize("point", FORGETTING[1:])
+@pytest.mark.parametrize(
+    "point", others_soak(zip(FORGETTING[1:], strict=True), [(Point.SERVER_AGENT_RECORDS_REMOVED,)])
+)
 def test_forgetting_that_a_server_was_killed_at_is_done_by_the_next(
     restored: Cluster, tmp_path: Path, point: Point
 ) -> None:
