@@ -2,13 +2,15 @@
 
 import json
 import os
+import random
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +80,7 @@ class Command:
 
     def terminate(self) -> int:
         self.process.terminate()
-        return self.wait(15)
+        return self.wait()
 
     def kill(self) -> None:
         """SIGKILL the process alone: what it started must notice by itself."""
@@ -102,6 +104,14 @@ def until(condition: Callable[[], Any], command: Command, seconds: float = WAIT_
             what = "ended" if ended else f"nothing came in {seconds} s"
             raise AssertionError(f"{what}; its output:\n{command.output}")
         time.sleep(0.02)
+
+
+def free_port() -> int:
+    """Return a port that nothing listens on, and that the system gives to nobody who asks for any."""
+    while True:
+        port = random.SystemRandom().randrange(10_000, 30_000)
+        with suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
 
 
 def enroll(tls_folder: Path, agent_folder: Path, agent_id: str) -> Identity:

@@ -11,8 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from common.faults import Point
-from tests.integration.test_round import free_port
-from tests.processes import Cluster, Command
+from tests.processes import Cluster, Command, free_port
 from tests.zygote import TRAINER_NAME
 
 AGENTS = ("edge-1", "edge-2")
