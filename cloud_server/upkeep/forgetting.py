@@ -6,9 +6,9 @@
    server that has STATE, or else by the command itself; if that dies half way, the next server or the same
    command again goes on with it, and each step may be taken again.
 3. Work on a round that counts the agent is broken off; the trainer begins anew without it.
-4. The records go, in one transaction (`forgotten.py`). It keeps under the pseudonym, by digest, what the agent
-   contributed to published models, and notes which blobs nobody else names: the agent's weights and shards,
-   and a model made of them that was never published.
+4. The records go, in one transaction (`forgotten.py`). It keeps under the pseudonym, by digest, what the
+   agent contributed to published models, and notes which blobs nobody else names: the agent's weights and
+   shards, and a model made of them that was never published.
 5. Then files go: those blobs, begun uploads, the unfinished job. What names the agent in job and report files
    is taken out, and `provenance.jsonl` is written anew, with the pseudonym in the agent's place.
 6. The id is struck from the intent, and what SQLite has deleted from its log.

@@ -1,4 +1,4 @@
-"""What is removed of an agent, what stays, and that it may die anywhere; the state is written out by hand."""
+"""What forgetting removes and keeps, and that it may die anywhere; the state is written out by hand."""
 
 import json
 import os
@@ -50,7 +50,7 @@ def upload(store: Store, agent_id: str, content: bytes, kind: str) -> str:
 
 
 def contribute_other(store: Store, number: int, outcome: Outcome = Outcome.ACCEPTED) -> None:
-    """The other's weights; a shard of its own, and the one that AGENT has as well."""
+    """Have the other contribute weights, a shard of its own, and the one that AGENT has as well."""
     weights = upload(store, OTHER, f"weights of the other {number}".encode(), "weights")
     shards = tuple(upload(store, OTHER, content, "data") for content in (SECRET, SHARD))
     contribution = Contribution(OTHER, weights, shards, 10, accuracy_local=0.9)
@@ -72,7 +72,7 @@ def store(state_dir: Path) -> Iterator[Store]:
 
 
 def make(store: Store, state_dir: Path) -> None:
-    """Two published rounds, the first of them with both agents; a third one at whose job the trainer was."""
+    """Make two published rounds, the first with both agents, and a third that the trainer has worked on."""
     begin(store, state_dir)
     assert store.join(OTHER, 0.6) == 2
     for number in (1, 2):
@@ -96,7 +96,8 @@ def make(store: Store, state_dir: Path) -> None:
     )
     directory.write_job(work)
     directory.write_result(jobs.Result(weights=jobs.Weights(sha256=digest_of(model_of(3)), bytes=1)))
-    store.blobs.adopt(directory.weights_path, digest_of(model_of(3)))  # made of the other, not published yet
+    # This model was made of the other's weights, too, and is not published yet.
+    store.blobs.adopt(directory.weights_path, digest_of(model_of(3)))
 
 
 def forget(store: Store, state_dir: Path, agent_id: str = OTHER) -> str:
@@ -174,7 +175,7 @@ def test_agent_that_nobody_knows_cannot_be_forgotten(store: Store, state_dir: Pa
     with pytest.raises(NotFoundError):
         forgotten.ask_to_forget(store, "nobody", NOW)
     forget(store, state_dir)
-    with pytest.raises(NotFoundError):  # any more
+    with pytest.raises(NotFoundError):
         forgotten.ask_to_forget(store, OTHER, NOW)
 
 
@@ -183,7 +184,7 @@ def test_asking_twice_is_asking_once(store: Store) -> None:
 
 
 def test_agent_whose_weights_were_published_as_they_are_leaves_them(store: Store, state_dir: Path) -> None:
-    """The best agent's, say: the model is the same blob."""
+    """Keep a blob that is the model as well, as where the best agent's weights are published."""
     (weights,) = (
         each.contribution.weights_digest for each in store.contributions(1) if each.agent_id == OTHER
     )
