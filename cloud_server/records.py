@@ -1,4 +1,7 @@
-"""Round and run as records and as jobs: round.py, store.py and jobs.py do not know each other."""
+"""Round and run, translated into records and into jobs.
+
+round.py, store.py and jobs.py do not know each other; here they meet.
+"""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -10,9 +13,18 @@ from cloud_server.contribution import Decision, Rejection
 from cloud_server.disk.tables import RoundRow
 from cloud_server.jobs import AgentAudit, Job, Result, job_name
 from cloud_server.round import Policy, Round
+from cloud_server.store import Store
 from common.config import RunConfig
 from common.errors import Reason
 from common.run_state import Outcome, Phase
+
+
+def recorded_round(store: Store, run: RunConfig, policy: Policy) -> Round:
+    """Return the last round on record."""
+    row = store.last_round()
+    assert row is not None
+    is_independent = run.initial_weights == "independent" and not store.has_published()
+    return round_from(row, store.contributions(row.number), policy, may_be_independent=is_independent)
 
 
 def round_from(
@@ -43,12 +55,12 @@ def round_from(
 
 
 def initialise_job(run: RunConfig, device: str) -> Job:
-    """Before the first round: the run's initial weights."""
+    """Return the job that makes the run's initial weights, before the first round."""
     return Job(kind="initialise", name="initialise", round=0, run=run, device=device, initial_weights=None)
 
 
 def round_job(round_: Round, run: RunConfig, device: str) -> Job:
-    """What the trainer has to do for a round that has closed."""
+    """Return the job that makes the global model of a round that has closed."""
     return Job(
         kind="round",
         name=job_name(round_.number),
@@ -61,7 +73,7 @@ def round_job(round_: Round, run: RunConfig, device: str) -> Job:
 
 
 def left_out(result: Result, run: RunConfig) -> dict[str, Rejection]:
-    """The contributions that the trainer has left out, by agent id, and what to tell their agents."""
+    """Return why contributions were left out of the model, by agent id, in words for their agents."""
     return {
         agent.agent_id: Rejection(agent.left_out, _message(agent, run))
         for agent in result.audit
@@ -82,7 +94,10 @@ def _message(agent: AgentAudit, run: RunConfig) -> str:
 
 
 def first_difference(recorded_json: str, run: RunConfig) -> str:
-    """`"run.model: mlp there, resnet50 here"`, or nothing; a key that is new since has its default."""
+    """Return how a recorded configuration differs: `"run.model: mlp there, resnet50 here"`, or nothing.
+
+    A key that is new since it was recorded counts with its default.
+    """
     try:
         recorded = RunConfig.model_validate_json(recorded_json)
     except ValidationError:

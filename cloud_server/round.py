@@ -5,8 +5,8 @@
                         └───────────────┴───────────────┘  the trainer's job is run again
     any phase that is not over ──▶ FAILED
 
-Nothing here reads a clock, a disk or a network: whoever owns the round passes the time in, stores the
-round that a method returns, and only then acts on it. A round is never changed, only followed by another.
+Nothing here reads a clock, a disk or a network: the ledger passes the time in, records the round that a
+method returns, and only then acts on it. A round is never changed, only followed by another.
 """
 
 from collections.abc import Mapping
@@ -30,12 +30,16 @@ OVER = tuple(phase for phase, following in TRANSITIONS.items() if not following)
 
 @dataclass(frozen=True)
 class Policy:
-    """When a round closes."""
+    """The rule by which a round closes."""
 
-    min_agents: int  # enough, once the deadline has passed
-    max_agents: int  # enough at any time
-    deadline_seconds: float | None  # after the round opened; None: it waits for max_agents
-    on_too_few: Literal["wait", "fail"] = "wait"  # fewer than min_agents at the deadline
+    # So many contributions close the round once the deadline has passed.
+    min_agents: int
+    # So many contributions close the round at any time.
+    max_agents: int
+    # The deadline, counted from the opening; None: the round waits for max_agents.
+    deadline_seconds: float | None
+    # What happens when fewer than min_agents have contributed at the deadline.
+    on_too_few: Literal["wait", "fail"] = "wait"
 
 
 @dataclass(frozen=True)
@@ -46,18 +50,28 @@ class Round:
         ValueError: PUBLISHED without a global model, or a global model in another phase.
     """
 
-    number: int  # from 1 on
+    # Rounds are numbered from 1 on.
+    number: int
     policy: Policy
-    opened_at: float  # seconds since the epoch
-    initial_weights: str  # digest of what the agents start from
-    may_be_independent: bool = False  # or from weights of their own
+    # When the round opened, in seconds since the epoch.
+    opened_at: float
+    # The digest of the weights that the agents start from.
+    initial_weights: str
+    # True where agents may also start from weights of their own.
+    may_be_independent: bool = False
     phase: Phase = Phase.COLLECTING
-    contributions: Mapping[str, Contribution] = field(default_factory=dict)  # the accepted, by agent id
-    rejections: Mapping[str, Rejection] = field(default_factory=dict)  # by agent id
-    late: frozenset[str] = frozenset()  # agent ids
-    left_out: Mapping[str, Rejection] = field(default_factory=dict)  # of `contributions`, from the model
-    published: str | None = None  # digest of the global model
-    failure: str = ""  # why it failed, in one line
+    # The accepted contributions, by agent id.
+    contributions: Mapping[str, Contribution] = field(default_factory=dict)
+    # Why contributions were refused, by agent id.
+    rejections: Mapping[str, Rejection] = field(default_factory=dict)
+    # The ids of agents that came too late.
+    late: frozenset[str] = frozenset()
+    # Why accepted contributions are no part of the model, by agent id.
+    left_out: Mapping[str, Rejection] = field(default_factory=dict)
+    # The digest of the global model.
+    published: str | None = None
+    # Why the round failed, in one line.
+    failure: str = ""
 
     def __post_init__(self) -> None:
         if (self.phase is Phase.PUBLISHED) != (self.published is not None):
@@ -65,28 +79,29 @@ class Round:
 
     @property
     def counted(self) -> frozenset[str]:
-        """The agents whose contributions are in the global model, once it is published."""
+        """Return the agents whose contributions are in the global model, once it is published."""
         return frozenset(self.contributions) - frozenset(self.left_out)
 
     @property
     def is_over(self) -> bool:
+        """Return True if the round was published or has failed."""
         return self.phase in OVER
 
     @property
     def deadline_at(self) -> float | None:
-        """Seconds since the epoch; None when the round waits for `max_agents`."""
+        """Return the deadline in seconds since the epoch; None when the round waits for `max_agents`."""
         seconds = self.policy.deadline_seconds
         return None if seconds is None else self.opened_at + seconds
 
     def contribute(self, contribution: Contribution) -> tuple["Round", Outcome]:
-        """The round with this contribution in it, or remembered as late once it has closed or is full.
+        """Return the round with this contribution in it, or with its agent late if it has closed or is full.
 
         The same contribution again changes nothing and is accepted in any phase. The caller ticks next:
-        this may have been the last one that the round waited for.
+        this may have been the last contribution that the round waited for.
 
         Raises:
             ConflictError: a different contribution of this agent has been accepted.
-            InvalidError: its pre-training did not start from this round's initial weights.
+            InvalidError: the pre-training did not start from this round's initial weights.
         """
         agent_id = contribution.agent_id
         standing = self.contributions.get(agent_id)
@@ -107,13 +122,13 @@ class Round:
         return replace(self, rejections=others, contributions=contributions), Outcome.ACCEPTED
 
     def reject(self, agent_id: str, reason: Reason, message: str) -> "Round":
-        """The round with this agent's refusal, unless it has closed or a contribution of the agent stands."""
+        """Return the round with this refusal, unless it has closed or a contribution of the agent stands."""
         if self.phase is not Phase.COLLECTING or agent_id in self.contributions:
             return self
         return replace(self, rejections={**self.rejections, agent_id: Rejection(reason, message)})
 
     def without(self, agent_id: str) -> "Round":
-        """The round as if this agent had never been heard of."""
+        """Return the round as if this agent had never been heard of."""
         if self.outcome_of(agent_id) is None:
             return self
         return replace(
@@ -125,7 +140,7 @@ class Round:
         )
 
     def outcome_of(self, agent_id: str) -> Outcome | None:
-        """None: nothing has come from this agent yet."""
+        """Return how the agent's part in the round stands; None: nothing has come from it yet."""
         if agent_id in self.contributions:
             return Outcome.ACCEPTED
         if agent_id in self.rejections:
@@ -133,7 +148,7 @@ class Round:
         return Outcome.LATE if agent_id in self.late else None
 
     def tick(self, now: float) -> "Round":
-        """The round as the policy wants it at `now` (seconds since the epoch): closed, failed or as it is."""
+        """Return the round as the policy wants it at `now` (seconds since the epoch)."""
         if self.phase is not Phase.COLLECTING:
             return self
         num_accepted = len(self.contributions)
@@ -148,19 +163,20 @@ class Round:
         return self
 
     def advance(self, phase: Phase) -> "Round":
-        """The round in this phase; raises ValueError where TRANSITIONS has no such step."""
+        """Return the round in this phase; raise ValueError where TRANSITIONS has no such step."""
         return self._enter(phase)
 
     def publish(self, weights: str, left_out: Mapping[str, Rejection] | None = None) -> "Round":
-        """The round over, with the digest of its global model; raises ValueError like `advance`.
+        """Return the round over, with the digest of its global model; raise ValueError like `advance`.
 
         Args:
-            left_out: the accepted contributions that the model has nothing of, and why, by agent id.
+            weights: the digest of the global model.
+            left_out: why accepted contributions are no part of the model, by agent id.
         """
         return self._enter(Phase.PUBLISHED, published=weights, left_out=left_out or {})
 
     def fail(self, reason: str) -> "Round":
-        """The round over without a model; raises ValueError like `advance`."""
+        """Return the round over without a model; raise ValueError like `advance`."""
         return self._enter(Phase.FAILED, failure=reason)
 
     def _check_initial_weights(self, digest: str | None) -> None:

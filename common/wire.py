@@ -35,7 +35,7 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import Field, ValidationError, model_validator
 
-from common.config import FrozenModel, Wire
+from common.config import FrozenModel, RunConfig, Wire
 from common.errors import InvalidError, Reason, RunError, UsageError
 from common.files import replacing
 from common.schema import Header, Schema, TensorSpec, check_finite, check_weights, parse_header, read_header
@@ -75,6 +75,21 @@ class Encoding(FrozenModel):
         if (self.wire == "int8") != (self.base is not None):
             raise ValueError("int8 has a base, and nothing else has one")
         return self
+
+
+def contributed_wires(run: RunConfig) -> tuple[Wire, ...]:
+    """Return the encodings in which a run's contributions may arrive, the run's own first.
+
+    Weights that an agent has drawn itself have no base in common with the server, so that no differences
+    can be taken of them.
+    """
+    without_base = (wire_of(run.wire, None),) if run.initial_weights == "independent" else ()
+    return tuple(dict.fromkeys((run.wire, *without_base)))
+
+
+def needs_base(run: RunConfig) -> bool:
+    """Return True if a run's weights travel as differences from a base."""
+    return run.wire == "int8"
 
 
 def wire_of(wire: Wire, base: object | None) -> Wire:

@@ -1,4 +1,4 @@
-"""What is left of a round: its report file."""
+"""The report file of a round: how it is made, written, and read back."""
 
 import asyncio
 import json
@@ -18,12 +18,12 @@ from common.faults import Point, crash_point
 from common.files import replacing
 from common.run_state import Outcome, Phase
 
-# What a report has from the trainer's result as it is, where there is any.
+# These fields are copied from the trainer's result, where there is one.
 _MEASURED = (
     "candidates", "start", "soup", "published", "accuracy_fine_tuned", "accuracy_published",
     "audit", "audit_note",
 )  # fmt: skip
-# The trainer's part of a round, under the names of its own clock.
+# The trainer measures these parts of a round, under these names.
 _TRAINER_SECONDS = ("audit", "aggregate", "fine_tune", "evaluate")
 
 
@@ -31,15 +31,17 @@ class Reports:
     """The report files of a run's rounds, `STATE/rounds/0001/report.json`."""
 
     def __init__(self, run: RunConfig, store: Store) -> None:
-        self.lock = asyncio.Lock()  # held by whoever writes a report, or removes what it is made from
+        # Held to write a report, and to remove what reports are made from; the second of the three locks.
+        self.lock = asyncio.Lock()
         self._run = run
         self._store = store
 
     async def write(self, number: int) -> None:
-        """Write the report of a round that is over, or write it anew: it has to tell something else now."""
+        """Write the report of a round that is over, from what is on record now."""
 
         async def locked() -> None:
-            async with self.lock:  # let go between two tries: nobody waits here for a full disk
+            # The lock is let go between two tries, so that nobody waits for a full disk while holding it.
+            async with self.lock:
                 with storage_errors():
                     await asyncio.to_thread(self._write, number)
 
@@ -47,7 +49,7 @@ class Reports:
         crash_point(Point.SERVER_REPORT_WRITTEN)
 
     def result_of(self, number: int) -> Result | None:
-        """What the trainer found in a round, as far as it is still known."""
+        """Return what the trainer found in a round; None: that is not known any more."""
         result = round_job(self._store.state_dir, number).read_result()
         return result or read_result(self._store.state_dir.round(number))
 
@@ -55,7 +57,8 @@ class Reports:
         row = self._store.round(number)
         assert row is not None
         if row.retired:
-            return  # what its report was made from is gone
+            # What the report was made from is gone.
+            return
         weights = self._store.blobs.path(row.published) if row.published else None
         report = build(
             self._run,
@@ -79,7 +82,7 @@ def build(
     *,
     weights_bytes: int | None,
 ) -> dict[str, Any]:
-    """The report of one round that has ended; what was not measured is absent."""
+    """Return the report of a round that has ended; what was not measured is absent."""
     report: dict[str, Any] = {
         "round": row.number,
         "outcome": "published" if row.published else "failed",
@@ -115,7 +118,7 @@ def build(
 
 
 def write(report: Mapping[str, Any], folder: Path, weights: Path | None) -> None:
-    """Leave `report.json`, and `model.safetensors` as a second name of the published blob."""
+    """Write `report.json`, and `model.safetensors` as a second name of the published blob."""
     folder.mkdir(parents=True, exist_ok=True)
     model = folder / "model.safetensors"
     if weights and not model.exists():
@@ -125,7 +128,7 @@ def write(report: Mapping[str, Any], folder: Path, weights: Path | None) -> None
 
 
 def read_result(folder: Path) -> Result | None:
-    """What a written report still tells of a job whose own files are gone."""
+    """Return what a written report tells of a job whose own files are gone; None: nothing."""
     try:
         report = json.loads((folder / "report.json").read_text("utf-8"))
         kept = {name: report[name] for name in (*_MEASURED, "seconds") if name in report}
@@ -136,7 +139,7 @@ def read_result(folder: Path) -> Result | None:
 
 
 def stages(result: Result) -> dict[str, float]:
-    """The accuracies of a round by stage, those that were measured.
+    """Return the accuracies of a round by stage, those that were measured.
 
     A stage is one of CANDIDATES, "fine_tuned" or "published".
     """
@@ -159,7 +162,7 @@ def _without_name(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _vanished(row: RoundRow, decisions: Sequence[Decision], members: Sequence[AgentRow]) -> list[str]:
-    """Agents that had joined before the round closed, and of which it heard nothing."""
+    """Return the agents that had joined before the round closed, and of which it heard nothing."""
     heard = {each.agent_id for each in decisions}
     closed_at = row.phase_times.get(Phase.AGGREGATING.value, math.inf)
     return sorted(
@@ -178,7 +181,8 @@ def _agents(decisions: Sequence[Decision], agent_reports: Sequence[ReportRow]) -
             "agent_id": item.agent_id,
             "num_examples": item.num_examples,
             "num_shared": item.num_shared,
-            "initial_weights": item.initial_digest,  # null: its own
+            # null: the agent started from weights of its own.
+            "initial_weights": item.initial_digest,
         }
         if decision.why:
             agent["left_out"] = decision.why._asdict()

@@ -20,8 +20,9 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from cloud_server.door.authority import Authority
-from cloud_server.servicer import GrpcServer
+from cloud_server.server import GrpcServer
 from common import rpc, tls
+from common.background import beside
 from common.config import PROTOCOL_VERSION
 from common.errors import (
     ConflictError,
@@ -95,8 +96,9 @@ async def serving(
         server = GrpcServer(here.metrics, authority, max_connections=512, calls_per_second=calls_per_second)
         served = Served(folder, here, authority, clock)
         served.address = f"127.0.0.1:{server.bind('127.0.0.1', 0)}"
-        await server.start(here.coordinator)
+        await server.start(here.desk)
         stack.push_async_callback(server.stop, 0)
+        await stack.enter_async_context(beside(server.guard()))
         yield served
 
 

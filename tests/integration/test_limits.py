@@ -10,7 +10,7 @@ import grpc
 import numpy as np
 import pytest
 
-from cloud_server import coordinator
+from cloud_server.upkeep import caretaker
 from common import rpc
 from common.errors import BudgetError, BusyError, Reason
 from common.pb import ecavg_pb2 as pb
@@ -59,7 +59,7 @@ async def test_agent_over_its_budget_is_told_what_to_do_and_others_go_on(tmp_pat
             assert refused.value.reason is Reason.AGENT_BUDGET
             await client.upload(*shard(tmp_path, 3, 100), "data", ignore)  # there is room for a small one
             await another.upload(*shard(tmp_path, 2), "data", ignore)
-        status = await served.here.coordinator.status()
+        status = await served.here.standing.status()
         states = {agent["agent_id"]: agent["outcome"] for agent in status["agents"]}
         assert states == {"hoarder": "rejected", "other": None}
 
@@ -73,10 +73,10 @@ async def test_what_was_contributed_does_not_count(tmp_path: Path) -> None:
         for path, blob in shards:
             await client.upload(path, blob, "data", ignore)
         contribution = await served.here.contribution_of("edge-1")
-        start = contribution.initial_weights
+        start = contribution.initial_digest
         verdict = await client.contribute(
             1,
-            weights=Blob(contribution.weights, 0),
+            weights=Blob(contribution.weights_digest, 0),
             shards=[blob for _, blob in shards],
             num_examples=2000,
             accuracy_local=None,
@@ -107,7 +107,7 @@ async def test_streams_count_as_what_they_have_declared(tmp_path: Path) -> None:
             assert {task.result() for task in done} == {grpc.StatusCode.RESOURCE_EXHAUSTED}
             for call, _ in calls:
                 call.cancel()
-            await until(lambda: not served.here.coordinator._uploads._active)
+            await until(lambda: not served.here.coordinator._uploads.active)
 
 
 async def test_all_agents_together_have_a_budget_for_the_round(tmp_path: Path) -> None:
@@ -137,7 +137,7 @@ async def test_ordinary_agent_with_many_shards_meets_no_limit(tmp_path: Path) ->
 async def test_upload_that_was_given_up_is_freed_though_the_round_stays_open(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(coordinator, "CLEAN_UP_SECONDS", 0.1)
+    monkeypatch.setattr(caretaker, "CLEAN_UP_SECONDS", 0.1)
     async with serving(tmp_path, keep_partial_seconds=0.5) as served:
         identity = await served.enroll("edge-1")
         async with member(served, identity), stub_with(served.address, identity.material) as stub:

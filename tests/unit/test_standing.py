@@ -47,6 +47,7 @@ class Viewed:
             reports=Reports(RunConfig(), store),
             metrics=self.metrics,
             on_change=self.displayed.append,
+            clock=lambda: 10.0,
         )
 
     def show(self, changed: Round) -> None:
@@ -70,7 +71,7 @@ def viewed(store: Store, tmp_path: Path) -> Viewed:
 async def test_page_shows_candidates_and_start_of_each_published_round(store: Store, tmp_path: Path) -> None:
     run_rounds(store, tmp_path, 2)
     JobDirectory(tmp_path / "jobs/round-0002").write_result(RESULT)
-    status = await Viewed(store, tmp_path).standing.status(now=10.0)
+    status = await Viewed(store, tmp_path).standing.status()
     first, second = status["rounds"]
     assert (first["round"], first["start"], first["accuracy_start"]) == (1, None, None)
     assert second == {
@@ -94,7 +95,7 @@ async def test_page_shows_candidates_and_start_of_each_published_round(store: St
 async def test_page_of_a_round_that_failed_shows_why(viewed: Viewed, store: Store) -> None:
     store.set_phase(1, "failed", 2.5, failure="it went wrong")
     viewed.show(viewed.round.fail("it went wrong"))
-    status = await viewed.standing.status(now=10.0)
+    status = await viewed.standing.status()
     (failed,) = status["rounds"]
     assert (failed["failure"], failed["candidates"], failed["start"]) == ("it went wrong", {}, None)
     assert status["phases"] == [{"phase": "collecting", "seconds": 2.5}, {"phase": "failed", "seconds": 0.0}]
@@ -147,7 +148,7 @@ async def test_watchers_do_not_hear_of_who_comes_and_goes(viewed: Viewed) -> Non
         other = viewed.standing.watch("edge-2")
         await anext(other)
         await other.aclose()
-        viewed.standing.look_again()  # as after a report
+        viewed.standing.note_change()  # as after a report
         await asyncio.sleep(0)
     assert not following.done()
     viewed.standing.show_progress(WorkProgress(1, 2))
@@ -167,9 +168,9 @@ async def test_page_that_is_made_while_somebody_is_forgotten_is_not_remembered(
         return RESULT
 
     monkeypatch.setattr(Reports, "result_of", result_of)
-    (seen,) = (await viewed.standing.status(now=10.0))["rounds"]
+    (seen,) = (await viewed.standing.status())["rounds"]
     assert seen["flagged"] == ["edge-3"]
-    (now,) = (await viewed.standing.status(now=10.0))["rounds"]
+    (now,) = (await viewed.standing.status())["rounds"]
     assert not now["flagged"]
 
 
@@ -252,7 +253,7 @@ async def test_page_shows_what_the_audit_says_of_each_agent(store: Store, tmp_pa
     flagged = RESULT.audit[1].model_copy(update={"agent_id": AGENT})
     result = RESULT.model_copy(update={"audit": (flagged,)})
     JobDirectory(tmp_path / "jobs/round-0001").write_result(result)
-    first, second = (await Viewed(store, tmp_path).standing.status(now=10.0))["agents"]
+    first, second = (await Viewed(store, tmp_path).standing.status())["agents"]
     assert first["audit"] == {
         "norm_ratio": 4.5,
         "is_clipped": True,
