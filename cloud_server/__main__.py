@@ -168,11 +168,14 @@ async def open_service(
 
     Raises:
         UsageError: the directory holds another run, or the run's model cannot be built.
-        RunError: the trainer could not make the initial weights, or provenance.jsonl is damaged.
+        RunError: the trainer could not make the initial weights.
     """
+    import asyncio
+
     from cloud_server import records
     from cloud_server.coordinator import Coordinator
     from cloud_server.desk import Desk
+    from cloud_server.disk.failures import when_disk_allows
     from cloud_server.intake.uploads import Uploads
     from cloud_server.ledger import Ledger
     from cloud_server.round import Policy
@@ -181,6 +184,7 @@ async def open_service(
     from cloud_server.showing.reports import Reports
     from cloud_server.showing.standing import Standing
     from cloud_server.training.runner import JobRunner
+    from cloud_server.upkeep import provenance
     from cloud_server.upkeep.caretaker import Caretaker
     from cloud_server.upkeep.eraser import Eraser
     from common.wire import contributed_wires
@@ -259,7 +263,7 @@ async def open_service(
         metrics=metrics,
         clock=clock,
     )
-    await caretaker.write_provenance()
+    await when_disk_allows(lambda: asyncio.to_thread(provenance.write, store))
     await caretaker.clean_up()
     return Service(coordinator, desk, ledger, standing)
 

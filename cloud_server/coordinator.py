@@ -133,7 +133,7 @@ class Coordinator:
     async def _end_round(self) -> None:
         """Write the report, and give up what is too old."""
         ended = self._ledger.round
-        await self._caretaker.add_provenance()
+        await self._caretaker.note_provenance()
         await self._reports.write(ended.number)
         self._metrics.count_round(ended.phase.value)
         log.info("round_ended", round=ended.number, outcome=ended.phase.value, reason=ended.failure or None)

@@ -39,6 +39,7 @@ ROOMS = (
             "metrics",
             "round",
             "store",
+            "disk",
             "config",
         ),
     ),
@@ -136,7 +137,7 @@ ROOMS = (
         ("contribution", "state_dir"),
     ),
     Room("contribution", "one agent's part in a round", ()),
-    Room("disk", "the ground floor: database, tables, blobs, the lock, full disks", ("state_dir",)),
+    Room("disk", "the ground floor: database, tables, blobs, full disks", ("state_dir",)),
     Room("config", "the server's configuration keys", ("state_dir",)),
     Room("state_dir", "the paths of a state directory", ()),
 )

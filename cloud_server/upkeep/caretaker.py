@@ -18,7 +18,7 @@ from cloud_server.showing.standing import Standing
 from cloud_server.store import Store
 from cloud_server.upkeep import provenance, retention
 from cloud_server.upkeep.eraser import Eraser
-from common.errors import RunError, StorageError
+from common.errors import StorageError
 
 FORGET_POLL_SECONDS = 0.5
 # The longest time between two clean-ups while a round collects.
@@ -90,20 +90,14 @@ class Caretaker:
             active=active,
         )
 
-    async def write_provenance(self) -> None:
-        """Have provenance.jsonl say all that the records do, whatever it says now."""
-        await self._note_provenance(provenance.write)
+    async def note_provenance(self) -> None:
+        """Have provenance.jsonl tell of the last published model."""
 
-    async def add_provenance(self) -> None:
-        """Add a line for the model that was published last."""
-        await self._note_provenance(provenance.add_last_round)
-
-    async def _note_provenance(self, note: Callable[[Store], None]) -> None:
-        async def locked() -> None:
+        async def note() -> None:
             async with self._reports.lock:
-                await asyncio.to_thread(note, self._store)
+                await asyncio.to_thread(provenance.add_last_round, self._store)
 
-        await when_disk_allows(locked)
+        await when_disk_allows(note)
 
     # ------------------------------------------------------------------ who is forgotten
 
@@ -113,7 +107,7 @@ class Caretaker:
             try:
                 for row in await self._eraser.waiting():
                     await self._forget(row)
-            except (OSError, StorageError, RunError, sqlite3.Error) as error:
+            except (OSError, StorageError, sqlite3.Error) as error:
                 log.error("forgetting_failed", reason=str(error))
             except Exception:
                 # It is tried again: a deletion that was promised must not end in silence.

@@ -10,7 +10,8 @@ from cloud_server.disk.failures import when_disk_allows
 from cloud_server.disk.tables import ForgettingRow
 from cloud_server.store import Store
 from cloud_server.training.runner import JobRunner
-from cloud_server.upkeep import forgetting, forgotten
+from cloud_server.upkeep import forgetting
+from cloud_server.upkeep.forgotten import to_forget
 
 log = structlog.get_logger()
 
@@ -29,7 +30,7 @@ class Eraser:
 
     async def waiting(self) -> list[ForgettingRow]:
         """Return the agents that are to be forgotten, and are not yet."""
-        return await asyncio.to_thread(forgotten.to_forget, self._store)
+        return await asyncio.to_thread(to_forget, self._store)
 
     async def finish(self) -> None:
         """Erase what the last life of this server had begun to forget, before anybody is served."""
