@@ -82,13 +82,13 @@ def run_job(state_dir: Path, number: int, start: str) -> JobDirectory:
 def publish(store: Store, state_dir: Path, number: int) -> None:
     row = store.round(number)
     assert row
-    directory = run_job(state_dir, number, row.initial_weights)
+    directory = run_job(state_dir, number, row.initial_digest)
     digest = digest_of(model_of(number))
     store.blobs.adopt(directory.weights_path, digest)
-    encoding = EncodingRow(digest_of(encoded_of(number)), row.initial_weights)
+    encoding = EncodingRow(digest_of(encoded_of(number)), row.initial_digest)
     store.blobs.adopt(directory.encoded_path, encoding.digest)
     store.record_encoding(digest, encoding)
-    store.set_phase(number, "published", number + 0.9, published=digest)
+    store.set_phase(number, "published", number + 0.9, published_digest=digest)
     folder = state_dir / f"rounds/{number:04d}"
     folder.mkdir()
     os.link(store.blobs.path(digest), folder / "model.safetensors")

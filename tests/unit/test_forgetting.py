@@ -157,7 +157,7 @@ def test_a_model_that_has_nothing_of_it_had_not_used_its_data(tmp_path: Path) ->
         contribute(store, 1)
         contribute_other(store, 1)
         why = {OTHER: ("quarantined", "its labels contradict those of the others")}
-        store.set_phase(1, "published", 1.9, published=digest_of(INITIAL), left_out=why)
+        store.set_phase(1, "published", 1.9, published_digest=digest_of(INITIAL), left_out=why)
         entry = json.loads(next(provenance.lines(store)))
         assert [item["agent_id"] for item in entry["contributions"]] == [AGENT]
         pseudonym = forget(store, tmp_path)
@@ -188,7 +188,7 @@ def test_agent_whose_weights_were_published_as_they_are_leaves_them(store: Store
     (weights,) = (
         each.contribution.weights_digest for each in store.contributions(1) if each.agent_id == OTHER
     )
-    store.set_phase(1, "published", 2.0, published=weights)
+    store.set_phase(1, "published", 2.0, published_digest=weights)
     (state_dir / "provenance.jsonl").unlink()
     forget(store, state_dir)
     assert weights in blobs(state_dir)
@@ -454,7 +454,7 @@ def test_who_was_forgotten_by_an_older_program_is_known_without_digests(
         older.setattr(store_module, "MIGRATIONS", store_module.MIGRATIONS[:6])
         with closing(Store(state_dir)) as store:
             begin(store, state_dir)
-            store.set_phase(1, "published", 2.0, published=digest_of(INITIAL))
+            store.set_phase(1, "published", 2.0, published_digest=digest_of(INITIAL))
             with store.transaction() as database:
                 models = json.dumps([[1, digest_of(INITIAL)]])
                 database.execute("INSERT INTO forgettings VALUES ('x', NULL, NULL, ?, 3.0, 4.0)", (models,))

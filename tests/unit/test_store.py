@@ -112,7 +112,7 @@ def test_round_opens_collecting(store):
 def test_round_number_is_taken_once(run_store):
     with pytest.raises(sqlite3.IntegrityError):
         run_store.open_round(1, "f" * 64, 20.0)
-    assert [row.initial_weights for row in run_store.rounds()] == ["0" * 64]
+    assert [row.initial_digest for row in run_store.rounds()] == ["0" * 64]
 
 
 def test_phase_times_are_those_of_the_first_entry(run_store):
@@ -125,10 +125,10 @@ def test_phase_times_are_those_of_the_first_entry(run_store):
 
 
 def test_rounds_end_published_or_failed(run_store):
-    run_store.set_phase(1, "published", 20.0, published="e" * 64)
+    run_store.set_phase(1, "published", 20.0, published_digest="e" * 64)
     run_store.open_round(2, "e" * 64, 21.0)
     run_store.set_phase(2, "failed", 22.0, failure="out of memory")
-    assert [(row.number, row.phase, row.published, row.failure) for row in run_store.rounds()] == [
+    assert [(row.number, row.phase, row.published_digest, row.failure) for row in run_store.rounds()] == [
         (1, "published", "e" * 64, ""),
         (2, "failed", None, "out of memory"),
     ]
@@ -139,7 +139,7 @@ def test_run_has_published_from_its_first_model_on(run_store):
     run_store.set_phase(1, "failed", 20.0, failure="out of memory")
     run_store.open_round(2, "0" * 64, 21.0)
     assert not run_store.has_published()
-    run_store.set_phase(2, "published", 22.0, published="e" * 64)
+    run_store.set_phase(2, "published", 22.0, published_digest="e" * 64)
     run_store.open_round(3, "e" * 64, 23.0)
     assert run_store.has_published()
 
@@ -283,7 +283,7 @@ def test_missing_trained_file_is_refused(run_store, state_dir):
 def test_everything_is_there_after_a_restart(run_store, state_dir):
     run_store.commit_upload("a", DIGEST, "weights", 12.0)
     run_store.record_contribution(1, CONTRIBUTION)
-    run_store.set_phase(1, "published", 20.0, published="e" * 64)
+    run_store.set_phase(1, "published", 20.0, published_digest="e" * 64)
     run_store.record_report(1, REPORT)
     before = everything(run_store)
     run_store.close()
@@ -355,7 +355,7 @@ def check_survivor(state_dir: Path) -> int:
         done = [
             store.has_upload("a", DIGEST, "weights"),
             store.contributions(1) == [CONTRIBUTION],
-            store.round(1).published == TRAINED_DIGEST,
+            store.round(1).published_digest == TRAINED_DIGEST,
         ]
         assert done == sorted(done, reverse=True)
         assert sum(done) >= num_acknowledged
@@ -363,7 +363,7 @@ def check_survivor(state_dir: Path) -> int:
             pass
         check_consistent(store, state_dir)
         assert store.has_upload("a", DIGEST, "weights")
-        assert store.round(1).published == TRAINED_DIGEST
+        assert store.round(1).published_digest == TRAINED_DIGEST
         # What is left over is at most a second name of the blob.
         left_over = (state_dir / "partial").iterdir()
         assert {path.read_bytes() for path in left_over} <= {UPLOADED}
@@ -376,7 +376,7 @@ def check_consistent(store: Store, state_dir: Path) -> None:
         name: name for name in blobs
     }
     needed = [each.contribution.weights_digest for each in store.contributions(1)] + [
-        row.published for row in store.rounds()
+        row.published_digest for row in store.rounds()
     ]
     assert set(filter(None, needed)) <= set(blobs)
     partial = store.partial_path("a", DIGEST)
@@ -600,7 +600,7 @@ def take_in(store: Store, state_dir: Path) -> Iterator[None]:
     store.record_contribution(1, CONTRIBUTION)
     yield
     store.blobs.adopt(state_dir / "jobs" / "model.safetensors", TRAINED_DIGEST)
-    store.set_phase(1, "published", 20.0, published=TRAINED_DIGEST)
+    store.set_phase(1, "published", 20.0, published_digest=TRAINED_DIGEST)
     yield
 
 
