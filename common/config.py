@@ -102,7 +102,6 @@ class FineTuneConfig(TrainingConfig):
     """The cloud's training on the combined data."""
 
     holdout_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1  # of each shard, never trained on
-    distill: Annotated[float, Field(ge=0, le=1)] = 0.0  # part of the loss that is learning from the ensemble
     class_balanced: bool = False  # draw every class equally often
 
 
