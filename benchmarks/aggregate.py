@@ -78,7 +78,7 @@ def _write(model: nn.Module, folder: Path, num_agents: int) -> list[Path]:
 def _measure(
     aggregator: str, model: nn.Module, paths: Sequence[Path], repeats: int, num_bytes: int
 ) -> dict[str, dict[str, float]]:
-    run = RunConfig(aggregator=aggregator, trim_fraction=0.25)  # type: ignore[arg-type]
+    run = RunConfig(aggregator=aggregator, trim_fraction=0.25)
     compared = [name for name, _ in model.named_parameters()]
     coefficients = [float(index + 1) for index in range(len(paths))]
     ours, bare, memory = [], [], []

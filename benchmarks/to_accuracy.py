@@ -26,7 +26,7 @@ from benchmarks.train import Case, Pictures, train_step
 from common.config import RunConfig, TrainingConfig
 from common.models import build_model
 from common.shards import Shard
-from common.training import StepReport, evaluate, select_device, train
+from common.training import Examples, Recipe, StepReport, choose_precision, evaluate, select_device, train
 from edge_agent.image_folder import FileSplit, list_image_folder
 
 SEED = 0
@@ -140,7 +140,9 @@ def _read(files: FileSplit, num_images: int, run: RunConfig) -> Shard:
 
 
 def _ours(case: Case, watch: _Watch) -> Reached:
-    model = copy.deepcopy(case.model)
+    model, examples = copy.deepcopy(case.model), Examples(case.images, case.labels)
+    precision = choose_precision(model, examples, case.config, spec=case.spec, device=case.device)
+    recipe = Recipe(case.config, case.spec, SEED, precision)
     steps_per_epoch = -(-len(case.images) // case.config.batch_size)
     due = iter(range(steps_per_epoch, case.config.epochs * steps_per_epoch + 1, steps_per_epoch))
     next_due = next(due)
@@ -153,10 +155,7 @@ def _ours(case: Case, watch: _Watch) -> Reached:
             next_due = next(due)
 
     try:
-        train(
-            model, case.images, case.labels, case.config,
-            spec=case.spec, device=case.device, seed=SEED, on_step=on_step,
-        )  # fmt: skip
+        train(model, examples, recipe, device=case.device, on_step=on_step)
     except _Done as done:
         return done.reached
     raise AssertionError("the last report is of the last step")

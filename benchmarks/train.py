@@ -29,7 +29,7 @@ from torchvision import transforms
 from benchmarks import figures
 from common.config import DATASETS, DatasetSpec, RunConfig, TrainingConfig
 from common.models import build_model
-from common.training import select_device, train
+from common.training import Examples, Recipe, choose_precision, select_device, train
 
 SEED = 0
 
@@ -164,16 +164,10 @@ def _measure(case: Case, repeats: int) -> dict[str, Any]:
 
 
 def _train_ours(case: Case) -> None:
-    train(
-        copy.deepcopy(case.model),
-        case.images,
-        case.labels,
-        case.config,
-        spec=case.spec,
-        device=case.device,
-        seed=SEED,
-        on_step=lambda _: None,
-    )
+    examples = Examples(case.images, case.labels)
+    precision = choose_precision(case.model, examples, case.config, spec=case.spec, device=case.device)
+    recipe = Recipe(case.config, case.spec, SEED, precision)
+    train(copy.deepcopy(case.model), examples, recipe, device=case.device, on_step=lambda _: None)
 
 
 def _train_bare(case: Case) -> None:

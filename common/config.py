@@ -151,8 +151,6 @@ class FineTuneConfig(TrainingConfig):
     The cloud measures accuracy on these images.
     """
 
-    distill: Annotated[float, Field(ge=0, le=1)] = 0.0  # part of the loss that is learning from the ensemble
-
     class_balanced: bool = False
     """Draw every class equally often."""
 

@@ -51,12 +51,12 @@ def table(name: str) -> str:
     for key, field in keys.model_fields.items():
         if key not in inherited and not isinstance(field.default, BaseModel):
             meaning, default = _meaning_and_default(field)
-            names = f"`{key}`<br>{_reached_by(key, field, prefix, place)}"
+            names = f"`{key}`<br>{_reached_by(key, prefix, place)}"
             lines.append(f"| {names} | {_type(field)} | {default} | {meaning} |")
     return "\n".join(lines)
 
 
-def _reached_by(key: str, field: FieldInfo, prefix: str, place: str) -> str:
+def _reached_by(key: str, prefix: str, place: str) -> str:
     variable = f"`{prefix}{(place + key).replace('.', '__').upper()}`"
     if place:
         return f"`--set {place}{key}=…`<br>{variable}"

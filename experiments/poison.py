@@ -271,6 +271,7 @@ def _measure(cell: Cell, network: Any, contributions: Sequence[Any], variant: Va
     from common.training import predict
     from common.weights import load_into
     from experiments import data
+    from experiments.round import round_job
 
     run, blobs = cell.run_of(variant), network.cloud.blobs
     accepted, refused = [], []
@@ -292,28 +293,17 @@ def _measure(cell: Cell, network: Any, contributions: Sequence[Any], variant: Va
         )
         return float((clean == labels).mean()), float((patched == TARGET).mean())
 
-    average: list[float] = []
-
-    def on_candidate(name: str, model: Any) -> None:
-        if name == "average":
-            average.append(shares(model)[0])
-
-    result = network.cloud.publish(
-        run,
-        1,
-        network.start(None),
-        accepted,
-        on_candidate,
-        lambda phase, *of: show(f"{variant.name}: {phase}", *of),
-    )
+    job = round_job(run, 1, network.start(None), accepted)
+    result = network.cloud.publish(job, lambda phase, *of: show(f"{variant.name}: {phase}", *of))
     if not result.weights:
         raise RunError(f"{variant.name} published nothing")
+    ((average, _),) = (shares(made.model) for made in network.cloud.candidates(job, result, ("average",)))
     model = build_model(run, seed=0)
     load_into(model, blobs.get(result.weights.sha256))
     accuracy, success = shares(model)
     return {
         "accuracy": accuracy,
-        "average": average[0],
+        "average": average,
         "success": success,
         "start": result.start,
         "refused": refused,

@@ -4,7 +4,7 @@ What is done here is what `edge_agent/agent.py` and `cloud_server/coordinator.py
 """
 
 import os
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -17,10 +17,10 @@ from cloud_server.contribution import Contribution
 from cloud_server.jobs import Job, JobDirectory, Progress, Result
 from cloud_server.state_dir import StateDir, blob_path
 from cloud_server.trainer.group import Group
-from cloud_server.trainer.pipeline import RoundJob, run_job
-from cloud_server.trainer.selection import OnCandidate
+from cloud_server.trainer.pipeline import RoundPipeline
+from cloud_server.trainer.work import run_job
 from common.checkpoint import CHECKPOINT_SECONDS
-from common.config import RunConfig
+from common.config import CandidateName, RunConfig
 from common.errors import RunError
 from common.models import build_model
 from common.training import StepReport, derive_seed, evaluate
@@ -32,6 +32,7 @@ from edge_agent.local import LocalModels
 from edge_agent.partition import Partition
 from edge_agent.state import AgentState, Report
 from experiments import data
+from experiments.candidates import Made, make_candidates, make_weighed
 from experiments.tasks import Setting
 
 OnProgress = Callable[[str, int, int], None]  # what, done, of
@@ -145,6 +146,23 @@ class Edge:
         return evaluate(model, images, labels, spec=self.run.spec, device=self.device).correct.numpy()
 
 
+def round_job(run: RunConfig, number: int, initial: str | None, contributions: Sequence[Contribution]) -> Job:
+    """Describe a round to the trainer.
+
+    Args:
+        initial: digest of the weights that the agents have started from; None: weights of their own.
+    """
+    return Job(
+        kind="round",
+        name="round",
+        round=number,
+        run=run,
+        device="auto",
+        initial_weights=initial,
+        contributions=tuple(contributions),
+    )
+
+
 class Cloud:
     """The server's part: the jobs of a run, one after the other."""
 
@@ -177,38 +195,28 @@ class Cloud:
         path.unlink()
         return digest
 
-    def publish(
-        self,
-        run: RunConfig,
-        number: int,
-        initial: str | None,
-        contributions: Sequence[Contribution],
-        on_candidate: OnCandidate,
-        on_progress: OnProgress,
-    ) -> Result:
-        """Do the round's job; the model that it makes becomes a blob.
-
-        Args:
-            initial: digest of what the agents have started from; None: weights of their own.
-        """
-        job = Job(
-            kind="round",
-            name="round",
-            round=number,
-            run=run,
-            device="auto",
-            initial_weights=initial,
-            contributions=tuple(contributions),
-        )
-        directory = _ShownDirectory(self._state_dir.job("round"), on_progress)
+    def publish(self, job: Job, on_progress: OnProgress) -> Result:
+        """Do the round's job, and keep the model that it makes as a blob."""
+        directory = _ShownDirectory(self._round_path, on_progress)
         directory.write_job(job)
         directory.discard_output()
-        result = RoundJob(
-            job, directory, self.blobs.path, self._device, Group(), on_candidate=on_candidate
-        ).run()
+        result = RoundPipeline(job, directory, self.blobs.path, self._device, Group()).run()
         self.blobs.put(directory.weights_path)
         directory.remove()
         return result
+
+    def candidates(self, job: Job, result: Result, names: Sequence[CandidateName]) -> Iterator[Made]:
+        """Make these candidates of a job that is done again."""
+        return make_candidates(job, result, self.blobs.path, self._device, names)
+
+    def weighed(self, job: Job, result: Result) -> Iterator[Made]:
+        """Make all candidates of a job that is done again, and last its fine-tuned model."""
+        precision_path = JobDirectory(self._round_path).precision_path
+        return make_weighed(job, result, self.blobs.path, self._device, precision_path)
+
+    @property
+    def _round_path(self) -> Path:
+        return self._state_dir.job("round")
 
 
 @dataclass(frozen=True)

@@ -67,8 +67,6 @@ VARIANTS: Mapping[str, Variant] = {
     "greedy_soup": Variant("greedy soup, aligned", {"candidates": ("greedy_soup",)}),
     "best_agent": Variant("best agent", {"candidates": ("best_agent",)}),
     DEFAULT: Variant("best of all (the default)", {}, is_received=True),
-    "distill_0.3": Variant("best of all, distill 0.3", {"fine_tune": {"distill": 0.3}}),
-    "distill_0.5": Variant("best of all, distill 0.5", {"fine_tune": {"distill": 0.5}}),
     "rounds": Variant("best of all, shorter rounds", {}, is_split=True, is_received=True),
 }
 

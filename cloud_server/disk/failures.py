@@ -11,11 +11,13 @@ from typing import TypeVar
 import structlog
 
 from common.errors import StorageError
+from common.files import error_number, is_full
 
 # Between two tries.
 STORAGE_RETRY_SECONDS = 2.0
 
-_STORAGE_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO}
+# Besides a full disk, one that an operator has to see to: read-only, out of bounds, or failing.
+_NEEDS_OPERATOR = {errno.EROFS, errno.EACCES, errno.EIO}
 _STORAGE_SQLITE_CODES = {
     sqlite3.SQLITE_FULL,
     sqlite3.SQLITE_READONLY,
@@ -34,8 +36,9 @@ def storage_errors() -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in _STORAGE_ERRNOS:
-            raise _storage_error(os.strerror(error.errno)) from error
+        number = error_number(error)
+        if number is not None and (is_full(error) or number in _NEEDS_OPERATOR):
+            raise _storage_error(os.strerror(number)) from error
         raise
     except sqlite3.OperationalError as error:
         primary_code = getattr(error, "sqlite_errorcode", 0) & 0xFF

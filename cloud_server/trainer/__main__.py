@@ -116,7 +116,7 @@ def _work(state_dir: StateDir, device: str) -> NoReturn:
     import torch
 
     from cloud_server.trainer.group import Group
-    from cloud_server.trainer.pipeline import run_job
+    from cloud_server.trainer.work import run_job
     from common.training import make_deterministic
 
     make_deterministic()

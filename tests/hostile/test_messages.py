@@ -313,7 +313,7 @@ def test_any_upload_is_answered_or_refused_with_a_reason(server: Target) -> None
 @pytest.mark.parametrize("service", ["grpc.health.v1.Health/Check", "grpc.health.v1.Health/Watch"])
 def test_rubbish_is_refused_by_other_services_too(target: Target, attacker: Agent, service: str) -> None:
     call = attacker.channel.unary_stream if service.endswith("Watch") else attacker.channel.unary_unary
-    refused = refusal_of(lambda: list(call(f"/{service}")(b"\xff\xff", timeout=10)))
+    refused = refusal_of(lambda: list(call(f"/{service}")(b"\xff\xff", timeout=10)))  # type: ignore[call-arg]
     assert refused.reason is Reason.MALFORMED_REQUEST
 
 

@@ -130,7 +130,7 @@ async def stub_with(address: str, material: tls.TlsMaterial | None) -> AsyncIter
     try:
         yield pb_grpc.ECAvgStub(channel)
     finally:
-        await channel.close()
+        await channel.close()  # type: ignore[call-arg]
 
 
 async def refusal_of(call: Any) -> Refusal:
@@ -326,7 +326,7 @@ async def test_holder_of_a_token_may_enroll_and_nothing_else(served: Served, tmp
     ]
     for call in calls:
         assert isinstance(await refusal_of(call), ForbiddenError)
-    await channel.close()
+    await channel.close()  # type: ignore[call-arg]
 
 
 async def test_agent_cannot_enroll_others(served: Served) -> None:

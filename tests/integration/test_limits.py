@@ -239,4 +239,4 @@ async def test_health_of_the_server_can_be_watched(served: Any) -> None:
     call: AsyncIterator[Any] = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
     reply = await anext(aiter(call))
     assert reply.status == health_pb2.HealthCheckResponse.SERVING
-    await channel.close()
+    await channel.close()  # type: ignore[call-arg]

@@ -1,5 +1,6 @@
 """The trainer on real digits: its jobs in this process, and itself as a process that is killed."""
 
+import errno
 import hashlib
 import os
 import signal
@@ -14,13 +15,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors import SafetensorError
 from sklearn.datasets import load_digits
 
 from cloud_server.contribution import Contribution
 from cloud_server.jobs import Job, JobDirectory, Result
 from cloud_server.state_dir import blob_path
 from cloud_server.trainer import __main__ as trainer_main
-from cloud_server.trainer import pipeline
+from cloud_server.trainer import pipeline, work
 from cloud_server.trainer.aggregation import mean
 from cloud_server.trainer.finetune import CombinedData, combine
 from cloud_server.trainer.group import Group
@@ -29,11 +31,12 @@ from common.errors import Reason
 from common.models import build_model
 from common.schema import read_header
 from common.shards import Shard, write_shard
-from common.training import derive_seed, evaluate, train
+from common.training import Examples, derive_seed, evaluate, train
 from common.transfer import blob_of
 from common.weights import read_state_dict, write_state_dict
 from common.wire import Base, decode, encode, encoding_of
 from tests.processes import ROOT, until
+from tests.recipes import recipe_of
 
 RUN = RunConfig(hidden_units=32, fine_tune=FineTuneConfig(epochs=3, batch_size=64, learning_rate=0.05))
 ENDLESS = RUN.model_copy(update={"fine_tune": RUN.fine_tune.model_copy(update={"epochs": 100_000})})
@@ -77,7 +80,7 @@ def contributions(blobs_dir) -> tuple[Contribution, ...]:
     for agent_id, half in zip(AGENTS, halves, strict=True):
         model = build_model(RUN, seed=derive_seed(RUN.seed, "initial_weights"))
         images, labels = torch.from_numpy(half.images), torch.from_numpy(half.labels)
-        train(model, images, labels, RUN.pretrain, spec=RUN.spec, device=CPU, seed=1)
+        train(model, Examples(images, labels), recipe_of(RUN, seed=1), device=CPU)
         write_state_dict(model.state_dict(), blobs_dir / "new")
         weights = put_blob(blobs_dir / "new", blobs_dir)
         shards = (put_shard(half, blobs_dir),)
@@ -92,7 +95,7 @@ def do(tmp_path, blobs_dir, contributions):
     def do(**fields) -> tuple[Result, JobDirectory]:
         directory = JobDirectory(tmp_path / "jobs" / fields.get("name", "round-0001"))
         directory.write_job(job(**{"contributions": contributions, **fields}))
-        pipeline.run_job(directory, blobs_dir=blobs_dir, device_name="cpu", group=Group())
+        work.run_job(directory, blobs_dir=blobs_dir, device_name="cpu", group=Group())
         return directory.read_result(), directory
 
     return do
@@ -269,6 +272,18 @@ def test_bad_jobs_fail_with_one_line(do, changes, kind, message):
     assert message in result.error.message
 
 
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS])
+def test_a_disk_that_takes_no_weights_is_waited_for_and_costs_no_attempt(do, monkeypatch, number):
+    def fail(*_, **__):
+        raise SafetensorError(f"I/O error: {os.strerror(number)} (os error {number})")
+
+    monkeypatch.setattr("common.weights.save_file", fail)
+    result, directory = do()
+    assert result.error.kind == "storage"
+    assert os.strerror(number) in result.error.message
+    assert not directory.weights_path.exists()
+
+
 def test_a_fine_tune_that_makes_it_worse_is_not_published(do, monkeypatch):
     monkeypatch.setattr(pipeline, "fine_tune", lambda model, *_, **__: model[1].weight.data.fill_(np.inf))
     result, directory = do()
@@ -285,16 +300,6 @@ def test_a_model_that_is_not_finite_is_not_published(do, monkeypatch, blobs_dir,
     assert "1.weight" in result.error.message
     assert "run.fine_tune.learning_rate" in result.error.message
     assert not directory.weights_path.exists()
-
-
-def test_learning_from_the_ensemble_changes_the_model_and_nothing_else(do):
-    alone, _ = do()
-    run = RUN.model_copy(update={"fine_tune": RUN.fine_tune.model_copy(update={"distill": 0.5})})
-    together, _ = do(name="distilled", run=run)
-    assert together.error is None
-    assert together.candidates == alone.candidates
-    assert together.weights != alone.weights
-    assert together.accuracy_fine_tuned > 0.9
 
 
 def test_the_previous_global_model_is_a_candidate_from_the_second_round_on(do, contributions):
@@ -325,11 +330,11 @@ def three(blobs_dir) -> tuple[str, tuple[Contribution, ...]]:
         third = part(digits(), slice(index, None, 3))
         model = build_model(RUN, seed=derive_seed(RUN.seed, "initial_weights"))
         images, labels = torch.from_numpy(third.images.copy()), torch.from_numpy(third.labels.copy())
-        train(model, images, labels, RUN.pretrain, spec=RUN.spec, device=CPU, seed=index)
+        train(model, Examples(images, labels), recipe_of(RUN, seed=index), device=CPU)
         write_state_dict(model.state_dict(), blobs_dir / "new")
         weights = put_blob(blobs_dir / "new", blobs_dir)
         shards = (put_shard(third, blobs_dir),)
-        made.append(Contribution(agent_id, weights, shards, 599, initial_weights=digest))
+        made.append(Contribution(agent_id, weights, shards, 599, initial_digest=digest))
     return digest, tuple(made)
 
 
@@ -362,7 +367,9 @@ def test_update_that_goes_too_far_is_clipped_before_anything_is_made_of_it(do, b
     result, directory = do(contributions=sent, initial_weights=start, run=run)
     assert result.error is None
     assert [agent.scale < 1 for agent in result.audit] == [False, False, True]
-    paths = [blob_path(blobs_dir, each) for each in (start, ann.weights, bob.weights, far.weights)]
+    paths = [
+        blob_path(blobs_dir, each) for each in (start, *(item.weights_digest for item in (ann, bob, far)))
+    ]
     origin, *tensors = ([*read_state_dict(path).values()] for path in paths)
     flat = [
         np.concatenate([(b - a).double().numpy().ravel() for a, b in zip(origin, each, strict=True)])
@@ -393,7 +400,7 @@ def test_without_a_common_start_the_weights_themselves_are_compared(do, blobs_di
     result, _ = do(contributions=(*own[:2], far), initial_weights=start)
     assert result.error is None
     assert [agent.scale < 1 for agent in result.audit] == [False, False, True]
-    tensors = read_state_dict(blob_path(blobs_dir, own[0].weights)).values()
+    tensors = read_state_dict(blob_path(blobs_dir, own[0].weights_digest)).values()
     norm = float(np.linalg.norm(np.concatenate([tensor.double().numpy().ravel() for tensor in tensors])))
     assert result.audit[0].update_norm == pytest.approx(norm)
 
@@ -507,7 +514,7 @@ def test_weights_that_int8_cannot_name_are_bad_configuration(do, monkeypatch):
         def state_dict(self, *_, **__):
             return {"weight": torch.ones(2), "weight.scale": self.weight.scale}
 
-    monkeypatch.setattr(pipeline, "initial_model", lambda _: Scaled())
+    monkeypatch.setattr(work, "initial_model", lambda _: Scaled())
     result, _ = do(kind="initialise", name="i", round=0, contributions=(), run=with_wire("int8"))
     assert result.error.kind == "usage"
     assert "'weight.scale' has the name that int8 needs" in result.error.message
@@ -526,7 +533,7 @@ def test_a_broken_gpu_ends_the_process_after_its_result(do, monkeypatch, tmp_pat
 def test_a_damaged_job_fails(tmp_path):
     directory = JobDirectory(tmp_path)
     (tmp_path / "job.json").write_text("{")
-    pipeline.run_job(directory, blobs_dir=tmp_path, device_name="cpu", group=Group())
+    work.run_job(directory, blobs_dir=tmp_path, device_name="cpu", group=Group())
     assert "damaged" in directory.read_result().error.message
 
 
@@ -615,22 +622,20 @@ def test_a_job_that_was_stopped_is_done_again_with_the_same_bytes(state_dir, con
 
 def test_two_ranks_under_torchrun_train_together_and_leave_with_their_server(state_dir, contributions, three):
     launcher = ("torch.distributed.run", "--nproc-per-node", "2", "--standalone", "-m")
-    teaching = RUN.fine_tune.model_copy(update={"distill": 0.5})  # every rank reads what the agents sent
     with trainer_in(state_dir, *launcher) as trainer:
         initialise = ask(state_dir, job((), kind="initialise", name="initialise", round=0))
         assert trainer.result_of(initialise).error is None
         result = trainer.result_of(ask(state_dir, job(contributions)))
         assert result.error is None
         assert result.accuracy_published > 0.9
-        taught = RUN.model_copy(update={"wire": "bfloat16", "fine_tune": teaching})
         _, sent = encoded_as("bfloat16", contributions, state_dir / "blobs")
-        result = trainer.result_of(ask(state_dir, job(sent, run=taught, name="encoded")))
+        result = trainer.result_of(ask(state_dir, job(sent, run=with_wire("bfloat16"), name="encoded")))
         assert result.error is None
         assert result.encoded
         start, honest = three  # one of which is clipped: every rank has to know
         far = with_factor(honest[2], 1000.0, start, state_dir / "blobs")
-        fields = {"run": RUN.model_copy(update={"fine_tune": teaching}), "initial_weights": start}
-        result = trainer.result_of(ask(state_dir, job((*honest[:2], far), name="screened", **fields)))
+        screened = job((*honest[:2], far), name="screened", initial_weights=start)
+        result = trainer.result_of(ask(state_dir, screened))
         assert result.error is None
         assert [agent.scale < 1 for agent in result.audit] == [False, False, True]
         until(lambda: trainer.output.count("job_done") == 8, trainer)  # four jobs on two ranks

@@ -54,7 +54,7 @@ class Stream:
 
 def refusal(code: grpc.StatusCode, reason: Reason | None) -> grpc.aio.AioRpcError:
     trailing = grpc.aio.Metadata((rpc.REASON_KEY, reason.value)) if reason else grpc.aio.Metadata()
-    return grpc.aio.AioRpcError(code, grpc.aio.Metadata(), trailing, "refused")
+    return grpc.aio.AioRpcError(code, grpc.aio.Metadata(), trailing, "refused")  # type: ignore[call-arg]
 
 
 BROKEN = refusal(grpc.StatusCode.UNAVAILABLE, None)

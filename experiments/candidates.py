@@ -1,0 +1,150 @@
+"""The models that a round's job has weighed, made again from what the agents sent.
+
+The product's trainer keeps the model that it publishes, and only the accuracies of the others. An experiment
+wants to measure all of them on its test set. It makes them with the trainer's own functions, from the same
+files, so that they are the same models: bit for bit on the CPU.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from cloud_server.jobs import Job, JobDirectory, Result
+from cloud_server.state_dir import blob_path
+from cloud_server.trainer.finetune import combine, fine_tune
+from cloud_server.trainer.members import Member, all_hold_base, base_of, common_start, members_of
+from cloud_server.trainer.norms import clip
+from cloud_server.trainer.output import write_model
+from cloud_server.trainer.screening import Screening, clipped_path
+from cloud_server.trainer.selection import Selection
+from common.config import CandidateName
+from common.errors import InvalidError, RunError
+from common.models import build_model
+from common.weights import load_into
+from common.wire import decode, wire_of
+
+
+class Made(NamedTuple):
+    """One of the models."""
+
+    name: str  # of the candidate, or "fine_tuned"
+    model: nn.Module  # the same object each time, with other weights
+
+
+def make_candidates(
+    job: Job, result: Result, blobs_dir: Path, device: torch.device, names: Sequence[CandidateName]
+) -> Iterator[Made]:
+    """Make these candidates of a round that is done, one after the other.
+
+    Args:
+        result: what the trainer has found: which agents were left out, and whose updates were clipped.
+    """
+    with TemporaryDirectory() as scratch:
+        yield from _Again(job, result, blobs_dir, device, Path(scratch)).candidates(names)
+
+
+def make_weighed(
+    job: Job, result: Result, blobs_dir: Path, device: torch.device, precision_path: Path
+) -> Iterator[Made]:
+    """Make all candidates of a round that is done, and last the fine-tuned model, if there is one.
+
+    Args:
+        result: see `make_candidates`.
+        precision_path: the file that keeps the trainer's choice of the precision.
+    """
+    # The start is no candidate of the run where none of the run's can be made.
+    names = dict.fromkeys([*job.run.candidates, result.start])
+    with TemporaryDirectory() as scratch:
+        again = _Again(job, result, blobs_dir, device, Path(scratch))
+        yield from again.candidates([name for name in names if name])
+        yield from again.fine_tuned(precision_path)
+
+
+class _Again:
+    """A round's job, done a second time."""
+
+    def __init__(
+        self, job: Job, result: Result, blobs_dir: Path, device: torch.device, scratch: Path
+    ) -> None:
+        self._job = job
+        self._run = job.run
+        self._result = result
+        self._blobs_dir = blobs_dir
+        self._device = device
+        self._scratch = scratch
+        self._model = build_model(job.run, seed=job.run.seed)
+        self._sent = members_of(job, blobs_dir, scratch)
+        self._members = self._screened()
+        contributions = [member.contribution for member in self._members]
+        self._data = combine(job.run, contributions, blobs_dir)
+
+    def candidates(self, names: Sequence[str]) -> Iterator[Made]:
+        """Make the candidates with these names, without those that cannot be made."""
+        for name in names:
+            selection = self._selection(name)
+            selection.run()
+            if selection.take_best().name == name:
+                yield Made(name, self._model)
+
+    def fine_tuned(self, precision_path: Path) -> Iterator[Made]:
+        """Make the fine-tuned model, as it would be sent; none where no agent has shared data."""
+        if not len(self._data.train.labels):
+            return
+        if self._result.published == "fine_tuned" and self._result.weights:
+            load_into(self._model, blob_path(self._blobs_dir, self._result.weights.sha256))
+        else:
+            selection = self._selection(self._result.start)
+            selection.run()
+            selection.take_best()
+            fine_tune(
+                self._model,
+                self._data.train,
+                self._run,
+                round_number=self._job.round,
+                device=self._device,
+                precision_path=precision_path,
+            )
+            # Weights that are not finite cannot be sent, and are measured as they are.
+            with suppress(RunError, InvalidError):
+                self._send()
+        yield Made("fine_tuned", self._model)
+
+    def _selection(self, name: str | None) -> Selection:
+        """Prepare to make this candidate alone: it is the best one then, however good it is."""
+        previous = self._job.initial_weights if self._job.round > 1 else None
+        return Selection(
+            self._model,
+            self._run.model_copy(update={"candidates": (name,)}),
+            self._members,
+            blob_path(self._blobs_dir, previous) if previous else None,
+            self._data,
+            device=self._device,
+            scratch=self._scratch,
+        )
+
+    def _screened(self) -> list[Member]:
+        """Decode all weights, clip those that the trainer has clipped, and return whom it has kept."""
+        if self._run.wire != "float32":
+            for member in self._sent:
+                decode(member.sent_path, member.weights_path, base=base_of(self._job, self._blobs_dir))
+        if not self._result.audit:
+            return self._sent
+        start = common_start(self._sent)
+        base_path = blob_path(self._blobs_dir, start) if start else None
+        for member, agent in zip(self._sent, self._result.audit, strict=True):
+            if agent.scale < 1:
+                clip(member.weights_path, base_path, agent.scale, clipped_path(self._scratch, member))
+        return Screening(agents=self._result.audit).kept(self._sent, self._scratch)
+
+    def _send(self) -> None:
+        """Give the model the weights that would arrive at the agents."""
+        holds_base = all_hold_base(self._sent, self._run)
+        base = base_of(self._job, self._blobs_dir) if holds_base else None
+        directory = JobDirectory(self._scratch)
+        with directory.scratch():
+            write_model(self._model, directory, wire_of(self._run.wire, base), base)
