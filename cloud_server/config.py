@@ -27,7 +27,7 @@ class ServerConfig(ProcessConfig):
     """Address of the status page and `/metrics`."""
 
     http_token_file: Path | None = None
-    """Bearer token of the status page and `/metrics` (default: `STATE/http-token` beyond loopback, none on it)
+    """Bearer token of the page and `/metrics` (default: `STATE/http-token` beyond loopback, none on it)
 
     The file is made if need be. Beyond loopback a token is always asked for.
     """
