@@ -197,7 +197,7 @@ class Coordinator:
             await self._adopt(job, result)
             await self._advance_to(Phase.EVALUATING)
         await self._ledger.transition(ended)
-        if self._ledger.round.published:
+        if self._ledger.round.published_digest:
             self._metrics.set_accuracies(stages(result))
             # An agent may have been forgotten since.
             here = [agent for agent in result.audit if self._ledger.has_joined(agent.agent_id)]

@@ -194,7 +194,7 @@ class Desk:
         """
         self._ledger.check_joined(agent_id)
         round_row = await asyncio.to_thread(self._store.round, number)
-        if round_row is None or round_row.published is None:
+        if round_row is None or round_row.published_digest is None:
             raise NotFoundError(f"round {number} has published no model", Reason.MALFORMED_REQUEST)
         row = replace(row, at=self._clock())
 

@@ -115,7 +115,7 @@ class Ledger:
                 updated.phase.value,
                 self._clock(),
                 failure=updated.failure,
-                published=updated.published,
+                published_digest=updated.published_digest,
                 left_out={
                     agent_id: (why.reason.value, why.message) for agent_id, why in updated.left_out.items()
                 },
@@ -131,7 +131,7 @@ class Ledger:
 
         async def open_round() -> None:
             number = self._round.number + 1
-            start = self._round.published or self._round.initial_weights
+            start = self._round.published_digest or self._round.initial_digest
             await asyncio.to_thread(self._store.open_round, number, start, self._clock())
             crash_point(Point.SERVER_ROUND_OPENED)
             self.believe(records.recorded_round(self._store, self._run.config, self.policy))

@@ -40,7 +40,7 @@ def round_from(
         number=row.number,
         policy=policy,
         opened_at=row.opened_at,
-        initial_weights=row.initial_weights,
+        initial_digest=row.initial_digest,
         may_be_independent=may_be_independent,
         phase=Phase(row.phase),
         contributions={each.agent_id: each.contribution for each in accepted if each.contribution},
@@ -49,7 +49,7 @@ def round_from(
         },
         late=frozenset(each.agent_id for each in decisions if each.outcome is Outcome.LATE),
         left_out={each.agent_id: each.why for each in accepted if each.why},
-        published=row.published,
+        published_digest=row.published_digest,
         failure=row.failure,
     )
 
@@ -67,7 +67,7 @@ def round_job(round_: Round, run: RunConfig, device: str) -> Job:
         round=round_.number,
         run=run,
         device=device,
-        initial_weights=round_.initial_weights,
+        initial_weights=round_.initial_digest,
         contributions=tuple(contribution for _, contribution in sorted(round_.contributions.items())),
     )
 

@@ -56,7 +56,7 @@ class Round:
     # When the round opened, in seconds since the epoch.
     opened_at: float
     # The digest of the weights that the agents start from.
-    initial_weights: str
+    initial_digest: str
     # True where agents may also start from weights of their own.
     may_be_independent: bool = False
     phase: Phase = Phase.COLLECTING
@@ -69,13 +69,15 @@ class Round:
     # Why accepted contributions are no part of the model, by agent id.
     left_out: Mapping[str, Rejection] = field(default_factory=dict)
     # The digest of the global model.
-    published: str | None = None
+    published_digest: str | None = None
     # Why the round failed, in one line.
     failure: str = ""
 
     def __post_init__(self) -> None:
-        if (self.phase is Phase.PUBLISHED) != (self.published is not None):
-            raise ValueError(f"round {self.number} is {self.phase} with the global model {self.published}")
+        if (self.phase is Phase.PUBLISHED) != (self.published_digest is not None):
+            raise ValueError(
+                f"round {self.number} is {self.phase} with the global model {self.published_digest}"
+            )
 
     @property
     def counted(self) -> frozenset[str]:
@@ -173,19 +175,19 @@ class Round:
             weights: the digest of the global model.
             left_out: why accepted contributions are no part of the model, by agent id.
         """
-        return self._enter(Phase.PUBLISHED, published=weights, left_out=left_out or {})
+        return self._enter(Phase.PUBLISHED, published_digest=weights, left_out=left_out or {})
 
     def fail(self, reason: str) -> "Round":
         """Return the round over without a model; raise ValueError like `advance`."""
         return self._enter(Phase.FAILED, failure=reason)
 
     def _check_initial_weights(self, digest: str | None) -> None:
-        if digest == self.initial_weights or (digest is None and self.may_be_independent):
+        if digest == self.initial_digest or (digest is None and self.may_be_independent):
             return
         start = f"from {digest[:16]}…" if digest else "from weights of the agent's own"
         raise InvalidError(
             f"pre-training started {start}, and that of round {self.number} starts from"
-            f" {self.initial_weights[:16]}…: download these initial weights, and train again",
+            f" {self.initial_digest[:16]}…: download these initial weights, and train again",
             Reason.INITIAL_WEIGHTS,
         )
 

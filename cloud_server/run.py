@@ -48,7 +48,7 @@ async def open_run(config: ServerConfig, store: Store, jobs: JobRunner, clock: C
     assert row is not None
     first = await asyncio.to_thread(store.round, 1)
     assert first is not None
-    header = schema.read_header(store.blobs.path(first.initial_weights))
+    header = schema.read_header(store.blobs.path(first.initial_digest))
     return Run(row.run_id, config.run, header.schema)
 
 

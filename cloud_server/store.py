@@ -155,19 +155,19 @@ class Store:
         now: float,
         *,
         failure: str = "",
-        published: str | None = None,
+        published_digest: str | None = None,
         left_out: Mapping[str, tuple[str, str]] | None = None,
     ) -> None:
         """Record that a round entered a phase, and how the round ended if it did.
 
         Args:
-            published: the digest of the published model.
+            published_digest: the digest of the published model.
             left_out: reason and message of the accepted contributions that were not used, by agent id.
         """
         with self.transaction() as database:
             database.execute(
                 "UPDATE rounds SET phase = ?, failure = ?, published = ? WHERE number = ?",
-                (phase, failure, published, number),
+                (phase, failure, published_digest, number),
             )
             database.executemany(
                 "UPDATE contributions SET reason = ?, message = ? WHERE round = ? AND agent_id = ?",
@@ -197,13 +197,7 @@ class Store:
 
     def _read_rounds(self, query: str, *values: object) -> list[RoundRow]:
         with self._lock:
-            return [
-                RoundRow(
-                    **{**row, "retired": bool(row["retired"]), "without_data": bool(row["without_data"])},
-                    phase_times=self._phase_times(row["number"]),
-                )
-                for row in self.read(query, *values)
-            ]
+            return [_round(row, self._phase_times(row["number"])) for row in self.read(query, *values)]
 
     def _phase_times(self, number: int) -> dict[str, float]:
         history = self.read("SELECT phase, at FROM phase_history WHERE round = ? ORDER BY entry", number)
@@ -393,6 +387,20 @@ def _insert_round(database: sqlite3.Connection, number: int, initial_digest: str
 
 def _append_phase(database: sqlite3.Connection, number: int, phase: str, now: float) -> None:
     database.execute("INSERT INTO phase_history (round, phase, at) VALUES (?, ?, ?)", (number, phase, now))
+
+
+def _round(row: Mapping[str, Any], phase_times: dict[str, float]) -> RoundRow:
+    return RoundRow(
+        number=row["number"],
+        phase=row["phase"],
+        initial_digest=row["initial_weights"],
+        published_digest=row["published"],
+        failure=row["failure"],
+        opened_at=row["opened_at"],
+        phase_times=phase_times,
+        retired=bool(row["retired"]),
+        without_data=bool(row["without_data"]),
+    )
 
 
 def _decision(row: Mapping[str, Any]) -> Decision:

@@ -2,13 +2,15 @@
 
 import json
 import os
+import random
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,29 +18,48 @@ from cloud_server.door.authority import Authority
 from cloud_server.state_dir import StateDir
 from common import tls
 from edge_agent.identity import Identity, find
+from tests.zygote import IS_COLD, the_zygote
 
 ROOT = Path(__file__).parent.parent
 WAIT_SECONDS = 60.0
 
 
 class Command:
-    """One `cloud-server` or `edge-agent`, its output in files."""
+    """One `cloud-server` or `edge-agent`, its output in files.
+
+    Args:
+        forked: from a process that has imported what it needs already.
+    """
 
     process: Any  # a subprocess.Popen, or what does as well
 
     def __init__(
-        self, module: str, *args: object, folder: Path, env: dict[str, str] | None = None, cwd: Path = ROOT
+        self,
+        module: str,
+        *args: object,
+        folder: Path,
+        env: Mapping[str, str] | None = None,
+        cwd: Path = ROOT,
+        forked: bool = False,
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.output_path = folder / f"{module}.{time.monotonic_ns()}.log"
+        self.output_path.touch()
+        words = list(map(str, args))
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
+        if forked:
+            self.process = the_zygote().start(
+                module, words, output=self.output_path, env=environment, cwd=cwd
+            )
+            return
         with self.output_path.open("wb") as output:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", module, *map(str, args)],
+                [sys.executable, "-m", module, *words],
                 cwd=cwd,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})},
+                env=environment,
                 start_new_session=True,
             )
 
@@ -59,7 +80,7 @@ class Command:
 
     def terminate(self) -> int:
         self.process.terminate()
-        return self.wait(15)
+        return self.wait()
 
     def kill(self) -> None:
         """SIGKILL the process alone: what it started must notice by itself."""
@@ -83,6 +104,14 @@ def until(condition: Callable[[], Any], command: Command, seconds: float = WAIT_
             what = "ended" if ended else f"nothing came in {seconds} s"
             raise AssertionError(f"{what}; its output:\n{command.output}")
         time.sleep(0.02)
+
+
+def free_port() -> int:
+    """Return a port that nothing listens on, and that the system gives to nobody who asks for any."""
+    while True:
+        port = random.SystemRandom().randrange(10_000, 30_000)
+        with suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
 
 
 def enroll(tls_folder: Path, agent_folder: Path, agent_id: str) -> Identity:
@@ -110,7 +139,7 @@ class Cluster:
         self.http_port = 0
         self._commands: list[Command] = []
 
-    def server(self, *args: object, env: dict[str, str] | None = None, ready: bool = True) -> Command:
+    def server(self, *args: object, env: Mapping[str, str] | None = None, ready: bool = True) -> Command:
         """Start the server, on the ports that it had before if it is not the first time."""
         command = self._start(
             "cloud_server", "--host", "127.0.0.1", "--port", self.port, "--http-port", self.http_port,
@@ -121,19 +150,21 @@ class Cluster:
             self.port, self.http_port = int(match[1]), int(match[2])
         return command
 
-    def agent(self, name: str, *args: object, env: dict[str, str] | None = None) -> Command:
+    def agent(
+        self, name: str, *args: object, env: Mapping[str, str] | None = None, forked: bool = not IS_COLD
+    ) -> Command:
         """Start an agent, enrolled unless it needs not be."""
-        if "--insecure" not in args:
+        if not {"--insecure", "--join-token-file"} & set(args):
             self.enroll(name)
         return self._start(
             "edge_agent", "--server", f"127.0.0.1:{self.port}", "--agent-id", name,
-            "--state-dir", self.folder / name, *args, folder=self.folder, env=env,
+            "--state-dir", self.folder / name, *args, folder=self.folder, env=env, forked=forked,
         )  # fmt: skip
 
     def enroll(self, name: str) -> Identity:
         return enroll(StateDir(self.state_dir).tls, self.folder / name, name)
 
-    def forget(self, name: str, env: dict[str, str] | None = None) -> Command:
+    def forget(self, name: str, env: Mapping[str, str] | None = None) -> Command:
         """Start `cloud-server forget`, which ends when the agent is forgotten."""
         where = ("--state-dir", self.state_dir)
         return self._start("cloud_server", "forget", name, *where, folder=self.folder, env=env)
@@ -151,15 +182,20 @@ class Cluster:
         report: dict[str, Any] = json.loads(path.read_text("utf-8"))
         return report
 
-    def _start(self, module: str, *args: object, folder: Path, env: dict[str, str] | None) -> Command:
-        return self.adopt(Command(module, *args, folder=folder / "logs", env=env))
-
-    def adopt(self, command: Command) -> Command:
-        """See to it that the command does not outlive the cluster."""
+    def _start(
+        self,
+        module: str,
+        *args: object,
+        folder: Path,
+        env: Mapping[str, str] | None,
+        forked: bool = not IS_COLD,
+    ) -> Command:
+        command = Command(module, *args, folder=folder / "logs", env=env, forked=forked)
         self._commands.append(command)
         return command
 
     def close(self) -> None:
+        """End every command: none outlives the cluster."""
         for command in self._commands:
             command.close()
 

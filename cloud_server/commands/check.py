@@ -131,7 +131,7 @@ class Check:
         yield from self._order(rounds)
         for row in rounds:
             if not row.retired or row is rounds[0]:
-                yield from self._blob(row.initial_weights, f"record of round {row.number}", "initial weights")
+                yield from self._blob(row.initial_digest, f"record of round {row.number}", "initial weights")
             if not row.retired:
                 yield from self._kept_round(records, row)
             if row.phase in OVER:
@@ -204,7 +204,7 @@ class Check:
             where = f"record of round {after.number}"
             if before.phase not in OVER:
                 yield Problem(where, f"round {before.number} before it is not over", _RESTORE_DATABASE)
-            elif after.initial_weights != (before.published or before.initial_weights):
+            elif after.initial_digest != (before.published_digest or before.initial_digest):
                 what = f"it does not start from what round {before.number} left"
                 yield Problem(where, what, _RESTORE_DATABASE)
 
@@ -214,16 +214,18 @@ class Check:
             yield Problem(where, f"its phase {row.phase!r} is none", _RESTORE_DATABASE)
         elif row.phase not in row.phase_times:
             yield Problem(where, f"it is {row.phase}, and its history has no such phase", _RESTORE_DATABASE)
-        if (row.published is not None) != (row.phase == Phase.PUBLISHED):
-            yield Problem(where, f"it is {row.phase}, with published {row.published}", _RESTORE_DATABASE)
-        if row.published:
-            yield from self._blob(row.published, where, "published model")
-        for digest in (row.initial_weights, row.published):
+        if (row.published_digest is not None) != (row.phase == Phase.PUBLISHED):
+            yield Problem(
+                where, f"it is {row.phase}, with published {row.published_digest}", _RESTORE_DATABASE
+            )
+        if row.published_digest:
+            yield from self._blob(row.published_digest, where, "published model")
+        for digest in (row.initial_digest, row.published_digest):
             if digest and (encoding := records.encoding(digest)):
                 yield from self._blob(encoding.digest, where, "encoded model")
         decisions = records.contributions(row.number)
         accepted = [decision.contribution for decision in decisions if decision.contribution]
-        if row.published and not accepted and row.number not in self._used_by_forgotten:
+        if row.published_digest and not accepted and row.number not in self._used_by_forgotten:
             yield Problem(where, "it is published, of no contribution", _RESTORE_DATABASE)
         for item in accepted:
             shards = () if row.without_data else item.shard_digests
@@ -249,13 +251,13 @@ class Check:
         if report is None:
             yield Problem(where, "is no JSON", _RESTORE)
             return
-        outcome = Phase.PUBLISHED if row.published else Phase.FAILED
+        outcome = Phase.PUBLISHED if row.published_digest else Phase.FAILED
         if (report.get("round"), report.get("outcome")) != (row.number, outcome):
             yield Problem(where, f"is not of round {row.number}, {outcome}", _RESTORE)
-        elif row.published and _digest_in(report) not in (row.published, None):
+        elif row.published_digest and _digest_in(report) not in (row.published_digest, None):
             yield Problem(where, "names another model than the record", _RESTORE)
-        if row.published and not row.retired:
-            yield from self._model(self._state_dir.model(row.number), row.published)
+        if row.published_digest and not row.retired:
+            yield from self._model(self._state_dir.model(row.number), row.published_digest)
 
     def _provenance(self, records: Store) -> Iterator[Problem]:
         """Compare the file with what the records say.
@@ -306,7 +308,7 @@ class Check:
                 yield Problem(where, "there is no record of its round", _REMOVE)
         for row in rounds.values():
             result = results.get(row.number)
-            if row.published and not row.retired and _made(result) != row.published:
+            if row.published_digest and not row.retired and _made(result) != row.published_digest:
                 what = "is not of the published model" if result else "is missing"
                 where = self._where(jobs.round_job(self._state_dir, row.number).path)
                 remedy = f"{_RESTORE}; the round's report.json stays as it is"

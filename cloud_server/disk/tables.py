@@ -157,9 +157,9 @@ class RoundRow:
     number: int
     phase: str
     # The digest of the weights that the agents' pre-training starts from.
-    initial_weights: str
+    initial_digest: str
     # The digest of the global model, once there is one.
-    published: str | None
+    published_digest: str | None
     failure: str
     opened_at: float
     # When each phase was entered first.

@@ -59,7 +59,7 @@ class Reports:
         if row.retired:
             # What the report was made from is gone.
             return
-        weights = self._store.blobs.path(row.published) if row.published else None
+        weights = self._store.blobs.path(row.published_digest) if row.published_digest else None
         report = build(
             self._run,
             row,
@@ -85,7 +85,7 @@ def build(
     """Return the report of a round that has ended; what was not measured is absent."""
     report: dict[str, Any] = {
         "round": row.number,
-        "outcome": "published" if row.published else "failed",
+        "outcome": "published" if row.published_digest else "failed",
         "model": run.model,
         "dataset": run.dataset,
         "num_shared": sum(each.contribution.num_shared for each in decisions if each.contribution),
@@ -104,12 +104,12 @@ def build(
     times = row.phase_times
     if Phase.AGGREGATING.value in times:
         seconds["collect"] = times[Phase.AGGREGATING.value] - row.opened_at
-    if result and row.published:
+    if result and row.published_digest:
         measured = result.model_dump(mode="json", include=set(_MEASURED)) | {
             "classes": _classes(result, run.class_names)
         }
         report |= {name: value for name, value in measured.items() if value not in (None, {}, [], "")}
-        report["weights"] = {"sha256": row.published, "bytes": weights_bytes}
+        report["weights"] = {"sha256": row.published_digest, "bytes": weights_bytes}
         seconds |= {name: result.seconds[name] for name in _TRAINER_SECONDS if name in result.seconds}
         if result.finished_at is not None:
             seconds["publish"] = max(0.0, times[Phase.PUBLISHED.value] - result.finished_at)

@@ -84,12 +84,12 @@ class Standing:
         """Show the round as it is on record now."""
         if current.phase is not self._round.phase:
             self._progress = None
-        if current.initial_weights != self._initial_weights.digest:
-            self._initial_weights = self._blob(current.initial_weights)
-            self._initial_encoded = self._encoded(current.initial_weights)
+        if current.initial_digest != self._initial_weights.digest:
+            self._initial_weights = self._blob(current.initial_digest)
+            self._initial_encoded = self._encoded(current.initial_digest)
         self._round = current
         self._note_end(current)
-        if current.published:
+        if current.published_digest:
             self._counted |= dict.fromkeys(current.counted, current.number)
             self._left_out |= {
                 agent_id: LeftOut(current.number, *why) for agent_id, why in current.left_out.items()
@@ -189,7 +189,7 @@ class Standing:
         if num_forgotten == self._num_forgotten:
             self._results = results
         num_accepted = await asyncio.to_thread(self._store.num_accepted)
-        last_published = max((row.number for row in rows if row.published), default=0)
+        last_published = max((row.number for row in rows if row.published_digest), default=0)
         reported = {row.agent_id: row for row in await asyncio.to_thread(self._store.reports, last_published)}
         current, progress, here = self._round, self._progress, self._presence.here
         audited = results.get(last_published, Result()).audit
@@ -228,9 +228,9 @@ class Standing:
             self.note_change()
 
     def _note_end(self, ended: Round | RoundRow) -> None:
-        if ended.published:
+        if ended.published_digest:
             self._latest_model = PublishedModel(
-                ended.number, self._blob(ended.published), self._encoded(ended.published)
+                ended.number, self._blob(ended.published_digest), self._encoded(ended.published_digest)
             )
         if ended.failure:
             self._last_failure = (ended.number, ended.failure)
@@ -245,7 +245,7 @@ class Standing:
         return Encoded(self._blob(encoding.digest), encoding.base)
 
     def _results_of(self, rows: Sequence[RoundRow]) -> dict[int, Result]:
-        known = {row.number: self._results.get(row.number) for row in rows if row.published}
+        known = {row.number: self._results.get(row.number) for row in rows if row.published_digest}
         read = {number: result or self._reports.result_of(number) for number, result in known.items()}
         return {number: result for number, result in read.items() if result}
 

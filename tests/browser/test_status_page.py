@@ -15,6 +15,7 @@ import pytest
 from cloud_server.jobs import JobDirectory, Result
 from cloud_server.store import Store
 from common.telemetry import make_app, make_registry, serve_http
+from tests.conftest import need
 from tests.unit.states import run_rounds
 from tests.unit.test_reports import RESULT
 from tests.unit.test_standing import Viewed
@@ -22,7 +23,10 @@ from tests.unit.test_standing import Viewed
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), "")
 MARKUP = "<img src=x onerror=\"document.title='markup'\">"
 
-pytestmark = pytest.mark.skipif(not BROWSER, reason="there is no browser")
+
+@pytest.fixture(autouse=True)
+def _browser() -> None:
+    need("browser", BROWSER, "chromium")
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 import asyncio
 import signal
 import threading
-import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
@@ -485,13 +484,6 @@ async def test_data_on_their_way_do_not_keep_an_agent_that_leaves(tmp_path: Path
     training.let_go()
 
 
-def seconds_to_end(process: Any, number: signal.Signals) -> float:
-    started = time.monotonic()
-    process.process.send_signal(number)
-    assert process.wait(20) == 0
-    return time.monotonic() - started
-
-
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_one_signal_ends_an_agent_that_trains_and_one_that_loads(
     cluster: Cluster, number: signal.Signals
@@ -502,7 +494,8 @@ def test_one_signal_ends_an_agent_that_trains_and_one_that_loads(
     loads.wait_for("endless data source")
     trains.wait_for("round 1: pre-training")
     for agent in (trains, loads):
-        assert seconds_to_end(agent, number) < 2
+        agent.process.send_signal(number)  # by itself, neither would ever end
+        assert agent.wait() == 0
         assert "Traceback" not in agent.output
     # The lock was kept until the process was gone, and is free now.
     AgentState(cluster.folder / "edge-1", "edge-1").close()

@@ -43,7 +43,7 @@ from edge_agent.client import CloudClient
 from edge_agent.enrolment import Enrolment, enroll
 from edge_agent.identity import Identity, find
 from edge_agent.metrics import AgentMetrics
-from tests.processes import ROOT, Cluster
+from tests.processes import ROOT, WAIT_SECONDS, Cluster
 from tests.unit.test_coordinator import World, world
 
 HOUR = 3600.0
@@ -150,7 +150,7 @@ async def drain(states: AsyncIterator[Any]) -> None:
         pass
 
 
-async def until(condition: Callable[[], Any], seconds: float = 20.0) -> None:
+async def until(condition: Callable[[], Any], seconds: float = WAIT_SECONDS) -> None:
     async with asyncio.timeout(seconds):
         while not condition():  # noqa: ASYNC110  it is gRPC's threads that change it
             await asyncio.sleep(0.01)
@@ -427,7 +427,7 @@ async def test_revoked_agent_is_cut_off_at_once(served: Served, tmp_path: Path) 
             elsewhere.revoke_agent("edge-1")
         with pytest.raises(ForbiddenError, match="agent edge-1 has been revoked"):
             await client.join()
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(WAIT_SECONDS):
             with pytest.raises(ForbiddenError, match="agent edge-1 has been revoked"):
                 await watched
             assert (await refusal_of(uploading)).reason is Reason.REVOKED
@@ -464,7 +464,8 @@ def test_what_does_not_exist_cannot_be_revoked(tmp_path: Path) -> None:
 async def test_agent_renews_its_certificate_and_the_upload_under_way_goes_on(
     served: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tls, "AGENT_LIFETIME", timedelta(seconds=4))
+    monkeypatch.setattr(tls, "AGENT_LIFETIME", timedelta(seconds=55))
+    monkeypatch.setattr(Identity, "renews_at", property(lambda _: datetime.now(UTC)))
     identity = await served.enroll("edge-1")
     first, ends_at = identity.material.certificate, identity.ends_at
     path, blob = shard(tmp_path)

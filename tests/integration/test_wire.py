@@ -55,7 +55,7 @@ def has_reports(cluster: Cluster, number: int = NUM_ROUNDS, count: int = 2) -> b
 
 
 def num_bytes(cluster: Cluster, metric: str, kind: str) -> float:
-    with urllib.request.urlopen(f"http://127.0.0.1:{cluster.http_port}/metrics", timeout=5) as reply:
+    with urllib.request.urlopen(f"http://127.0.0.1:{cluster.http_port}/metrics", timeout=30) as reply:
         found = re.search(rf'^{metric}{{kind="{kind}"}} (.*)$', reply.read().decode(), re.MULTILINE)
     assert found
     return float(found[1])

@@ -15,7 +15,8 @@ from common.run_state import Outcome
 
 INITIAL = b"initial weights"
 AGENT = "edge-1"
-SHARD = b"shard"  # the same in every round
+# The same shard is contributed in every round.
+SHARD = b"shard"
 
 
 def digest_of(content: bytes) -> str:
@@ -50,7 +51,7 @@ def upload(store: Store, content: bytes, kind: str, now: float) -> str:
 
 
 def contribute(store: Store, number: int, *shards: bytes) -> list[bytes]:
-    """At second `number` of the run; what is there is not sent again. Returns the shards that were sent."""
+    """Have AGENT contribute at second `number` of the run; return the shards that it had to send."""
     shards = shards or (SHARD,)
     weights = upload(store, local_of(number), "weights", number + 0.1)
     sent = [shard for shard in shards if not store.has_upload(AGENT, digest_of(shard), "data")]
@@ -81,13 +82,13 @@ def run_job(state_dir: Path, number: int, start: str) -> JobDirectory:
 def publish(store: Store, state_dir: Path, number: int) -> None:
     row = store.round(number)
     assert row
-    directory = run_job(state_dir, number, row.initial_weights)
+    directory = run_job(state_dir, number, row.initial_digest)
     digest = digest_of(model_of(number))
     store.blobs.adopt(directory.weights_path, digest)
-    encoding = EncodingRow(digest_of(encoded_of(number)), row.initial_weights)
+    encoding = EncodingRow(digest_of(encoded_of(number)), row.initial_digest)
     store.blobs.adopt(directory.encoded_path, encoding.digest)
     store.record_encoding(digest, encoding)
-    store.set_phase(number, "published", number + 0.9, published=digest)
+    store.set_phase(number, "published", number + 0.9, published_digest=digest)
     folder = state_dir / f"rounds/{number:04d}"
     folder.mkdir()
     os.link(store.blobs.path(digest), folder / "model.safetensors")
@@ -97,7 +98,7 @@ def publish(store: Store, state_dir: Path, number: int) -> None:
 
 
 def run_rounds(store: Store, state_dir: Path, count: int) -> None:
-    """So many published rounds, and the next one open."""
+    """Publish so many rounds, and open the next one."""
     begin(store, state_dir)
     for number in range(1, count + 1):
         contribute(store, number)

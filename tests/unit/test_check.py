@@ -35,7 +35,7 @@ EXTRA = b"not contributed yet"
 
 @pytest.fixture(scope="module")
 def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three rounds over, the first retired; the fourth has one contribution, and uploads are under way."""
+    """Return a state with three rounds over, the first of them retired, and a fourth that collects."""
     path = tmp_path_factory.mktemp("template") / "state"
     with closing(Store(path)) as store:
         run_rounds(store, path, 3)
@@ -83,9 +83,9 @@ def test_new_state_passes(tmp_path: Path) -> None:
 
 
 def test_last_round_may_be_without_its_report(state_dir: Path) -> None:
-    sql(state_dir, "DELETE FROM contributions WHERE round = 4")
-    sql(state_dir, "DELETE FROM phase_history WHERE round = 4")
-    sql(state_dir, "DELETE FROM rounds WHERE number = 4")  # as before it opened
+    # Round 4 has not been opened yet.
+    for table, column in {"contributions": "round", "phase_history": "round", "rounds": "number"}.items():
+        sql(state_dir, f"DELETE FROM {table} WHERE {column} = 4")
     shutil.rmtree(state_dir / "rounds/0003")
     assert main(["check", str(state_dir)]) == 0
 

@@ -468,7 +468,7 @@ async def test_contribution_from_other_initial_weights_is_rejected_and_a_better_
         assert (await here.desk.contribute("a", 1, contribution)).outcome is Outcome.ACCEPTED
         await here.until(lambda: here.standing.state_for().round == 2)
         (agent,) = here.report()["agents"]
-        assert agent["initial_weights"] == here.store.round(1).initial_weights
+        assert agent["initial_weights"] == here.store.round(1).initial_digest
 
 
 async def test_differences_from_other_weights_are_rejected_and_better_ones_accepted(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What is removed of an agent, what stays, and that it may die anywhere; the state is written out by hand."""
+"""What forgetting removes and keeps, and that it may die anywhere; the state is written out by hand."""
 
 import json
 import os
@@ -50,7 +50,7 @@ def upload(store: Store, agent_id: str, content: bytes, kind: str) -> str:
 
 
 def contribute_other(store: Store, number: int, outcome: Outcome = Outcome.ACCEPTED) -> None:
-    """The other's weights; a shard of its own, and the one that AGENT has as well."""
+    """Have the other contribute weights, a shard of its own, and the one that AGENT has as well."""
     weights = upload(store, OTHER, f"weights of the other {number}".encode(), "weights")
     shards = tuple(upload(store, OTHER, content, "data") for content in (SECRET, SHARD))
     contribution = Contribution(OTHER, weights, shards, 10, accuracy_local=0.9)
@@ -72,7 +72,7 @@ def store(state_dir: Path) -> Iterator[Store]:
 
 
 def make(store: Store, state_dir: Path) -> None:
-    """Two published rounds, the first of them with both agents; a third one at whose job the trainer was."""
+    """Make two published rounds, the first with both agents, and a third that the trainer has worked on."""
     begin(store, state_dir)
     assert store.join(OTHER, 0.6) == 2
     for number in (1, 2):
@@ -96,7 +96,8 @@ def make(store: Store, state_dir: Path) -> None:
     )
     directory.write_job(work)
     directory.write_result(jobs.Result(weights=jobs.Weights(sha256=digest_of(model_of(3)), bytes=1)))
-    store.blobs.adopt(directory.weights_path, digest_of(model_of(3)))  # made of the other, not published yet
+    # This model was made of the other's weights, too, and is not published yet.
+    store.blobs.adopt(directory.weights_path, digest_of(model_of(3)))
 
 
 def forget(store: Store, state_dir: Path, agent_id: str = OTHER) -> str:
@@ -156,7 +157,7 @@ def test_a_model_that_has_nothing_of_it_had_not_used_its_data(tmp_path: Path) ->
         contribute(store, 1)
         contribute_other(store, 1)
         why = {OTHER: ("quarantined", "its labels contradict those of the others")}
-        store.set_phase(1, "published", 1.9, published=digest_of(INITIAL), left_out=why)
+        store.set_phase(1, "published", 1.9, published_digest=digest_of(INITIAL), left_out=why)
         entry = json.loads(next(provenance.lines(store)))
         assert [item["agent_id"] for item in entry["contributions"]] == [AGENT]
         pseudonym = forget(store, tmp_path)
@@ -174,7 +175,7 @@ def test_agent_that_nobody_knows_cannot_be_forgotten(store: Store, state_dir: Pa
     with pytest.raises(NotFoundError):
         forgotten.ask_to_forget(store, "nobody", NOW)
     forget(store, state_dir)
-    with pytest.raises(NotFoundError):  # any more
+    with pytest.raises(NotFoundError):
         forgotten.ask_to_forget(store, OTHER, NOW)
 
 
@@ -183,11 +184,11 @@ def test_asking_twice_is_asking_once(store: Store) -> None:
 
 
 def test_agent_whose_weights_were_published_as_they_are_leaves_them(store: Store, state_dir: Path) -> None:
-    """The best agent's, say: the model is the same blob."""
+    """Keep a blob that is the model as well, as where the best agent's weights are published."""
     (weights,) = (
         each.contribution.weights_digest for each in store.contributions(1) if each.agent_id == OTHER
     )
-    store.set_phase(1, "published", 2.0, published=weights)
+    store.set_phase(1, "published", 2.0, published_digest=weights)
     (state_dir / "provenance.jsonl").unlink()
     forget(store, state_dir)
     assert weights in blobs(state_dir)
@@ -453,7 +454,7 @@ def test_who_was_forgotten_by_an_older_program_is_known_without_digests(
         older.setattr(store_module, "MIGRATIONS", store_module.MIGRATIONS[:6])
         with closing(Store(state_dir)) as store:
             begin(store, state_dir)
-            store.set_phase(1, "published", 2.0, published=digest_of(INITIAL))
+            store.set_phase(1, "published", 2.0, published_digest=digest_of(INITIAL))
             with store.transaction() as database:
                 models = json.dumps([[1, digest_of(INITIAL)]])
                 database.execute("INSERT INTO forgettings VALUES ('x', NULL, NULL, ?, 3.0, 4.0)", (models,))

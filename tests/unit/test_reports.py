@@ -78,7 +78,7 @@ async def test_report_says_what_the_audit_found_and_whose_contribution_was_left_
 ) -> None:
     published = digest_of(model_of(1))
     left_out = {AGENT: ("quarantined", "its labels")}
-    store.set_phase(1, "published", 2.0, published=published, left_out=left_out)
+    store.set_phase(1, "published", 2.0, published_digest=published, left_out=left_out)
     report = await report_of(RESULT, store, tmp_path)
     assert report["agents"][0]["left_out"] == {"reason": "quarantined", "message": "its labels"}
     first, second = report["audit"]

@@ -1,4 +1,4 @@
-"""What is kept, what goes, and that a clean-up may die anywhere; the state is written out by hand."""
+"""What a clean-up keeps and removes, and that it may die anywhere; the state is written out by hand."""
 
 import errno
 import os
@@ -39,7 +39,8 @@ from tests.unit.states import (
 )
 
 WEEK = 7 * 24 * 3600.0
-NOW = time.time()  # the rounds' own times are near zero: only files are young
+# The rounds' own times are near zero: only files are young.
+NOW = time.time()
 
 
 @pytest.fixture
@@ -137,7 +138,7 @@ def test_an_old_shard_can_be_sent_again(store: Store, state_dir: Path) -> None:
 def test_shards_that_are_contributed_again_and_again_are_sent_once(
     store: Store, state_dir: Path, keep_rounds: int
 ) -> None:
-    """Each round brings a shard more; the first is made anew at last."""
+    """Contribute a shard more in each round, and another first one in the last rounds."""
     begin(store, state_dir)
     shards: list[bytes] = []
     for number in range(1, 9):
@@ -171,7 +172,8 @@ def test_data_kept_for_a_round_go_when_it_is_over(store: Store, state_dir: Path,
     for path in (begun, active):
         path.write_bytes(b"half")
     clean_up(store, state_dir, retain_data="round", now=NOW)
-    assert digest_of(SHARD) in blobs(state_dir)  # it is not over yet
+    # The round is not over yet.
+    assert digest_of(SHARD) in blobs(state_dir)
     publish(store, state_dir, 1) if is_published else store.set_phase(1, "failed", 1.5, failure="why")
     (state_dir / "jobs/round-0001/scratch").mkdir(parents=True, exist_ok=True)
     clean_up(store, state_dir, retain_data="round", now=time.time() + 1, active=[active])
@@ -190,7 +192,8 @@ def test_data_of_an_open_round_stay_whatever_the_clock_says(store: Store, state_
     run_rounds(store, state_dir, 1)
     upload(store, b"left of round 1", "data", 1.5)
     contribute(store, 2, b"of round 2")
-    upload(store, b"of round 2", "data", -5.0)  # after the clock was set back
+    # It comes after the clock was set back.
+    upload(store, b"of round 2", "data", -5.0)
     upload(store, b"to be contributed", "data", 2.5)
     clean_up(store, state_dir, retain_data="round")
     data = {digest_of(SHARD), *map(digest_of, (b"left of round 1", b"of round 2", b"to be contributed"))}
@@ -230,7 +233,8 @@ def test_upload_for_a_contribution_to_come_stays_though_an_old_round_named_it(
     store: Store, state_dir: Path
 ) -> None:
     run_rounds(store, state_dir, 5)
-    upload(store, local_of(1), "weights", 9.0)  # again, after round 1
+    # It has been uploaded before, for round 1.
+    upload(store, local_of(1), "weights", 9.0)
     clean_up(store, state_dir, keep=5.0)
     assert store.has_upload(AGENT, digest_of(local_of(1)), "weights")
 
@@ -357,7 +361,7 @@ class Killed(BaseException):
 
 
 def dying_at(monkeypatch: pytest.MonkeyPatch, steps: int, changes: list[tuple[object, str]]) -> None:
-    """Die at the so-maniest change on the disk: before it where the number is odd, after it where even."""
+    """Die at the change on the disk with this number: before it where `steps` is odd, after it where even."""
     left = steps
 
     def dying(function):

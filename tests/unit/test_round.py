@@ -36,10 +36,10 @@ def round_of(*agent_ids: str, policy: Policy = POLICY, phase: Phase = Phase.COLL
         number=1,
         policy=policy,
         opened_at=OPENED_AT,
-        initial_weights=INITIAL,
+        initial_digest=INITIAL,
         phase=phase,
         contributions={agent_id: contribution(agent_id) for agent_id in agent_ids},
-        published="f" * 64 if phase is Phase.PUBLISHED else None,
+        published_digest="f" * 64 if phase is Phase.PUBLISHED else None,
         failure="out of memory" if phase is Phase.FAILED else "",
     )
 
@@ -221,7 +221,7 @@ def test_life_of_a_round():
         "PUBLISHED",
     ]
     assert [each.is_over for each in phases] == [False, False, False, False, True]
-    assert phases[-1].published == "e" * 64
+    assert phases[-1].published_digest == "e" * 64
 
 
 @pytest.mark.parametrize("phase", Phase)
@@ -316,7 +316,7 @@ class Run(RuleBasedStateMachine):
     def contribute(self, agent_id: str, weights: str, crash: Crash) -> None:
         self.join(agent_id)
         offered = contribution(
-            agent_id, weights_digest=weights * 64, initial_digest=self.round.initial_weights
+            agent_id, weights_digest=weights * 64, initial_digest=self.round.initial_digest
         )
         try:
             updated, outcome = self.round.contribute(offered)
@@ -374,7 +374,7 @@ class Run(RuleBasedStateMachine):
     @precondition(lambda self: self.round.is_over)
     @rule()
     def next_round(self) -> None:
-        start = self.round.published or self.round.initial_weights
+        start = self.round.published_digest or self.round.initial_digest
         self.store.open_round(self.round.number + 1, start, self.now)
         self.round = self.remembered_round()
 
@@ -399,7 +399,7 @@ class Run(RuleBasedStateMachine):
     @invariant()
     def what_is_left_out_does_not_count(self) -> None:
         counted = self.store.counted_rounds()
-        for agent_id in self.round.contributions if self.round.published else ():
+        for agent_id in self.round.contributions if self.round.published_digest else ():
             assert (counted.get(agent_id) == self.round.number) == (agent_id in self.round.counted)
 
     @invariant()
@@ -413,7 +413,7 @@ class Run(RuleBasedStateMachine):
         for number, published in self.published.items():
             row = self.store.round(number)
             assert row is not None
-            assert (row.phase, row.published) == ("published", published.weights)
+            assert (row.phase, row.published_digest) == ("published", published.weights)
             assert accepted(self.store, number) == published.contributions
 
     @invariant()
@@ -439,14 +439,14 @@ class Run(RuleBasedStateMachine):
                 updated.phase,
                 self.now,
                 failure=updated.failure,
-                published=updated.published,
+                published_digest=updated.published_digest,
                 left_out={
                     agent_id: (why.reason.value, why.message) for agent_id, why in updated.left_out.items()
                 },
             )
-            if updated.published:
+            if updated.published_digest:
                 contributions = accepted(self.store, updated.number)
-                self.published[updated.number] = Published(updated.published, contributions)
+                self.published[updated.number] = Published(updated.published_digest, contributions)
         if crash is Crash.NEVER:
             self.round = updated
         else:

@@ -241,7 +241,7 @@ async def test_what_was_left_out_is_known_after_a_restart_and_news_for_one_round
     run_rounds(store, tmp_path, 1)
     contribute(store, 2)
     published, left_out = digest_of(model_of(1)), {AGENT: ("quarantined", "its labels")}
-    store.set_phase(2, "published", 2.9, published=published, left_out=left_out)
+    store.set_phase(2, "published", 2.9, published_digest=published, left_out=left_out)
     for number, expected in ((2, LEFT_OUT), (3, LEFT_OUT), (4, None)):
         state = Viewed(store, tmp_path).standing.state_for(AGENT)
         assert (state.round, state.counted_round, state.left_out) == (number, 1, expected)

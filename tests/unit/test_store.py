@@ -34,7 +34,8 @@ from cloud_server.store import Store
 from common.errors import NotFoundError, Reason, StorageError, UsageError
 from common.run_state import Outcome, Phase
 
-MEMORY = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # where fsync costs nothing
+# There fsync costs nothing.
+MEMORY = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
 UPLOADED, TRAINED = b"an upload" * 1000, b"a global model" * 1000
 DIGEST, TRAINED_DIGEST = (hashlib.sha256(content).hexdigest() for content in (UPLOADED, TRAINED))
 CONTRIBUTION = Decision(
@@ -60,7 +61,7 @@ def store(state_dir: Path) -> Iterator[Store]:
 
 @pytest.fixture
 def run_store(store: Store) -> Store:
-    """A store with an open round, the agents "a" and "b", and a whole upload of "a"."""
+    """Return a store with an open round, the agents "a" and "b", and a whole upload of "a"."""
     populate(store)
     return store
 
@@ -111,7 +112,7 @@ def test_round_opens_collecting(store):
 def test_round_number_is_taken_once(run_store):
     with pytest.raises(sqlite3.IntegrityError):
         run_store.open_round(1, "f" * 64, 20.0)
-    assert [row.initial_weights for row in run_store.rounds()] == ["0" * 64]
+    assert [row.initial_digest for row in run_store.rounds()] == ["0" * 64]
 
 
 def test_phase_times_are_those_of_the_first_entry(run_store):
@@ -124,10 +125,10 @@ def test_phase_times_are_those_of_the_first_entry(run_store):
 
 
 def test_rounds_end_published_or_failed(run_store):
-    run_store.set_phase(1, "published", 20.0, published="e" * 64)
+    run_store.set_phase(1, "published", 20.0, published_digest="e" * 64)
     run_store.open_round(2, "e" * 64, 21.0)
     run_store.set_phase(2, "failed", 22.0, failure="out of memory")
-    assert [(row.number, row.phase, row.published, row.failure) for row in run_store.rounds()] == [
+    assert [(row.number, row.phase, row.published_digest, row.failure) for row in run_store.rounds()] == [
         (1, "published", "e" * 64, ""),
         (2, "failed", None, "out of memory"),
     ]
@@ -138,7 +139,7 @@ def test_run_has_published_from_its_first_model_on(run_store):
     run_store.set_phase(1, "failed", 20.0, failure="out of memory")
     run_store.open_round(2, "0" * 64, 21.0)
     assert not run_store.has_published()
-    run_store.set_phase(2, "published", 22.0, published="e" * 64)
+    run_store.set_phase(2, "published", 22.0, published_digest="e" * 64)
     run_store.open_round(3, "e" * 64, 23.0)
     assert run_store.has_published()
 
@@ -264,7 +265,8 @@ def test_commit_of_nothing_is_refused_and_leaves_no_record(run_store):
 def test_trained_file_becomes_a_blob_once(run_store, state_dir):
     trained = state_dir / "jobs" / "model.safetensors"
     trained.write_bytes(TRAINED)
-    for _ in range(2):  # the second as after a restart
+    # The second time is as after a restart.
+    for _ in range(2):
         run_store.blobs.adopt(trained, TRAINED_DIGEST)
     assert run_store.blobs.path(TRAINED_DIGEST).read_bytes() == TRAINED
     assert not trained.exists()
@@ -281,7 +283,7 @@ def test_missing_trained_file_is_refused(run_store, state_dir):
 def test_everything_is_there_after_a_restart(run_store, state_dir):
     run_store.commit_upload("a", DIGEST, "weights", 12.0)
     run_store.record_contribution(1, CONTRIBUTION)
-    run_store.set_phase(1, "published", 20.0, published="e" * 64)
+    run_store.set_phase(1, "published", 20.0, published_digest="e" * 64)
     run_store.record_report(1, REPORT)
     before = everything(run_store)
     run_store.close()
@@ -296,7 +298,8 @@ def everything(store: Store) -> list[Any]:
 
 def test_commits_of_the_database_wait_for_the_disk(store):
     assert store._database.execute("PRAGMA journal_mode").fetchone() == {"journal_mode": "wal"}
-    assert store._database.execute("PRAGMA synchronous").fetchone() == {"synchronous": 2}  # FULL
+    # 2 is FULL.
+    assert store._database.execute("PRAGMA synchronous").fetchone() == {"synchronous": 2}
 
 
 def test_upload_is_recorded_only_when_its_blob_is_on_disk(run_store, monkeypatch):
@@ -317,19 +320,17 @@ def test_upload_is_recorded_only_when_its_blob_is_on_disk(run_store, monkeypatch
     run_store._database.set_trace_callback(lambda statement: steps.append(statement.split()[0]))
     run_store.commit_upload("a", DIGEST, "weights", 12.0)
     run_store._database.set_trace_callback(None)
-    assert (
-        steps
-        == [
-            "SELECT",  # the slot, for the path
-            ("fsync", "partial", f"1-{DIGEST}"),
-            ("link", f"1-{DIGEST}", DIGEST),
-            ("fsync", "blobs", DIGEST[:2]),
-            ("fsync", "state", "blobs"),
-            "BEGIN",
-            "INSERT",
-            "COMMIT",
-        ]
-    )
+    assert steps == [
+        # The slot is read, for the path.
+        "SELECT",
+        ("fsync", "partial", f"1-{DIGEST}"),
+        ("link", f"1-{DIGEST}", DIGEST),
+        ("fsync", "blobs", DIGEST[:2]),
+        ("fsync", "state", "blobs"),
+        "BEGIN",
+        "INSERT",
+        "COMMIT",
+    ]
 
 
 def test_kill_at_any_step_loses_and_breaks_nothing(tmp_path, state_dir):
@@ -347,14 +348,14 @@ def test_kill_at_any_step_loses_and_breaks_nothing(tmp_path, state_dir):
 
 
 def check_survivor(state_dir: Path) -> int:
-    """How many of the steps in `take_in` were acknowledged, once all that must hold has been checked."""
+    """Check all that must hold; return how many of the steps in `take_in` were acknowledged."""
     num_acknowledged = (state_dir / "acknowledged").read_bytes().count(b"\n")
     with closing(Store(state_dir)) as store:
         check_consistent(store, state_dir)
         done = [
             store.has_upload("a", DIGEST, "weights"),
             store.contributions(1) == [CONTRIBUTION],
-            store.round(1).published == TRAINED_DIGEST,
+            store.round(1).published_digest == TRAINED_DIGEST,
         ]
         assert done == sorted(done, reverse=True)
         assert sum(done) >= num_acknowledged
@@ -362,8 +363,9 @@ def check_survivor(state_dir: Path) -> int:
             pass
         check_consistent(store, state_dir)
         assert store.has_upload("a", DIGEST, "weights")
-        assert store.round(1).published == TRAINED_DIGEST
-        left_over = (state_dir / "partial").iterdir()  # at most a second name of the blob
+        assert store.round(1).published_digest == TRAINED_DIGEST
+        # What is left over is at most a second name of the blob.
+        left_over = (state_dir / "partial").iterdir()
         assert {path.read_bytes() for path in left_over} <= {UPLOADED}
     return num_acknowledged
 
@@ -374,7 +376,7 @@ def check_consistent(store: Store, state_dir: Path) -> None:
         name: name for name in blobs
     }
     needed = [each.contribution.weights_digest for each in store.contributions(1)] + [
-        row.published for row in store.rounds()
+        row.published_digest for row in store.rounds()
     ]
     assert set(filter(None, needed)) <= set(blobs)
     partial = store.partial_path("a", DIGEST)
@@ -498,14 +500,15 @@ def test_database_of_an_older_program_is_upgraded_with_its_records(run_store, st
     run_store.close()
     upgrade = "ALTER TABLE agents ADD COLUMN colour TEXT DEFAULT 'blue'; UPDATE agents SET slot = slot + 100"
     monkeypatch.setattr(store_module, "MIGRATIONS", (*store_module.MIGRATIONS, upgrade))
-    for _ in range(2):  # applied once
+    # The upgrade is applied once.
+    for _ in range(2):
         with closing(Store(state_dir)) as upgraded:
             assert [row.slot for row in upgraded.agents()] == [101, 102]
 
 
 @pytest.fixture
 def left_by_older_program(state_dir, monkeypatch):
-    """Leaves a database of so many migrations, in which a statement has been executed."""
+    """Return what leaves a database of so many migrations, in which a statement has been executed."""
 
     def left_by_older_program(num_migrations: int, statement: str) -> None:
         with monkeypatch.context() as older:
@@ -558,7 +561,7 @@ def hold(state_dir: Path) -> None:
 
 
 def die_at_each_step(state_dir: Path, results: Path) -> None:
-    """Goes through `take_in` on copies of a state directory, killed one step later on each."""
+    """Go through `take_in` on copies of a state directory, killed one step later on each."""
     for step in itertools.count():
         copy = results / f"{step:04d}"
         shutil.copytree(state_dir, copy)
@@ -573,7 +576,7 @@ def die_at_each_step(state_dir: Path, results: Path) -> None:
 
 
 def take_in_and_die(state_dir: Path, step: int) -> None:
-    """A step ends wherever Python calls into C, so also between any two system calls of the store."""
+    """Die at a step: one ends wherever Python calls into C, so also between any two system calls."""
     steps = itertools.count()
 
     def kill_in_time(_frame: FrameType, event: str, _argument: Any) -> None:
@@ -590,14 +593,14 @@ def take_in_and_die(state_dir: Path, step: int) -> None:
 
 
 def take_in(store: Store, state_dir: Path) -> Iterator[None]:
-    """What a round leaves in the store; each step is acknowledged where it yields."""
+    """Put into the store what a round leaves there; each step is acknowledged where this yields."""
     if not store.has_upload("a", DIGEST, "weights"):
         store.commit_upload("a", DIGEST, "weights", 12.0)
     yield
     store.record_contribution(1, CONTRIBUTION)
     yield
     store.blobs.adopt(state_dir / "jobs" / "model.safetensors", TRAINED_DIGEST)
-    store.set_phase(1, "published", 20.0, published=TRAINED_DIGEST)
+    store.set_phase(1, "published", 20.0, published_digest=TRAINED_DIGEST)
     yield
 
 
