@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help install demo test coverage check soak fuzz bench bench-peers format proto clean
+.PHONY: help install demo test coverage check soak fuzz bench bench-peers docs format proto clean
 
 help:
 	@echo "make demo    one round of handwritten digits: a server and two agents on this machine"
@@ -14,6 +14,7 @@ help:
 	@echo "make soak    every case that make test leaves, and 200 random kills (half an hour)"
 	@echo "make fuzz    coverage-guided fuzzing of what strangers' bytes meet (FUZZ_SECONDS=600 each)"
 	@echo "make bench   speed, memory and bytes (minutes); make bench-peers: the same rounds on Flower and NVFlare"
+	@echo "make docs    write the tables of docs/configuration.md from the code"
 	@echo "make format  rewrite the code in the house style"
 	@echo "make proto   generate common/pb from proto/"
 	@echo "make clean   remove everything that was made"
@@ -80,6 +81,9 @@ bench-peers: $(READY)
 	$(BIN)/python -m benchmarks.peers.nvflare --agents 2 --model resnet50 --rounds 6
 	$(BIN)/python -m benchmarks.peers.flower --agents 2 --model tiny --rounds 5
 	$(BIN)/python -m benchmarks.peers.flower --agents 2 --model resnet50 --rounds 3
+
+docs: $(READY)
+	$(BIN)/python -m docs.generate
 
 format: $(READY)
 	$(BIN)/ruff check --fix .

@@ -185,11 +185,18 @@ def test_commands_about_tokens_and_agents_need_no_grpc() -> None:
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
 
-@pytest.mark.parametrize("document", ["README.md", "SECURITY.md"])
+@pytest.mark.parametrize("document", ["SECURITY.md", "docs/survives.md"])
+def test_promises_name_tests(document: str) -> None:
+    assert re.search(r"`test_\w+`", (ROOT / document).read_text("utf-8"))
+
+
+@pytest.mark.parametrize(
+    "document",
+    ["README.md", "SECURITY.md", *(str(page.relative_to(ROOT)) for page in (ROOT / "docs").rglob("*.md"))],
+)
 def test_every_test_that_a_promise_names_exists(document: str) -> None:
     named = set(re.findall(r"`(test_\w+)`", (ROOT / document).read_text("utf-8")))
     sources = "".join(path.read_text("utf-8") for path in (ROOT / "tests").rglob("test_*.py"))
-    assert named
     assert named <= set(re.findall(r"def (test_\w+)", sources))
 
 

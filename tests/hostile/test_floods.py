@@ -284,8 +284,7 @@ def test_calls_without_pause_are_refused_and_others_are_answered(strict: Target)
         for thread in threads:
             thread.join()
     assert reasons <= {Reason.CALL_RATE, Reason.OPEN_CALLS}
-    until(lambda: is_served(attacker))  # a few calls are earned again
-    assert attacker.query("0" * 64, "data") == (0, False)
+    until(lambda: is_served(attacker))  # calls are earned again
 
 
 # The HTTP port
