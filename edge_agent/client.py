@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import aclosing, asynccontextmanager, contextmanager
 from datetime import UTC, datetime
+from enum import Enum
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, NoReturn, TypeVar
 
@@ -31,6 +32,7 @@ from common.faults import Point, crash_point
 from common.files import sync
 from common.pb import ecavg_pb2 as pb
 from common.pb import ecavg_pb2_grpc as pb_grpc
+from common.run_state import LeftOut, Outcome, Phase, PublishedModel, RunState, Verdict, WorkProgress
 from common.tls import TlsMaterial
 from common.transfer import DIGEST, Blob, Encoded, Receiver, WriteBehind, chunks_of
 from edge_agent.identity import Identity, explain
@@ -48,6 +50,7 @@ MAX_DAMAGED = 3  # the same file does not match its digest so often: it is the f
 
 _KINDS = {"weights": pb.BLOB_KIND_WEIGHTS, "data": pb.BLOB_KIND_DATA}
 _T = TypeVar("_T")
+_E = TypeVar("_E", bound=Enum)
 
 log = structlog.get_logger()
 
@@ -67,34 +70,6 @@ class Joined(NamedTuple):
     run: RunConfig
     slot: int  # from 1 on
     num_partitions: int
-
-
-class RunState(NamedTuple):
-    """The whole state of the run at one moment."""
-
-    round: int
-    phase: str  # "collecting" … "published", "failed"
-    initial_weights: Blob
-    initial_encoded: Encoded | None  # None: they travel as they are
-    outcome: str  # of this agent's contribution: "accepted", "rejected", "late" or ""
-    done: int  # of the cloud's work in this phase
-    total: int
-    latest_round: int  # that published a model; 0: none yet
-    latest_weights: Blob
-    latest_encoded: Encoded | None
-    counted_round: int  # the last one whose model has a contribution of this agent in it; 0: none has
-    failed_round: int  # the last round that failed; 0: none has
-    failure: str  # why it did
-    run_over: bool
-    left_out_round: int = 0  # this or the one before, if its model has nothing of what this agent sent
-    left_out: str = ""  # why
-
-
-class Verdict(NamedTuple):
-    """How a contribution ended."""
-
-    outcome: str
-    message: str
 
 
 class CloudClient:
@@ -218,7 +193,10 @@ class CloudClient:
             initial_weights_digest=initial_weights,
         )
         reply = await self._unary("Contribute", request)
-        return Verdict(_name(pb.Outcome, reply.outcome, "OUTCOME_"), rpc.plain(reply.message))
+        outcome = _member(Outcome, pb.Outcome, reply.outcome)
+        if outcome is None:
+            _strange("an answer without an outcome")
+        return Verdict(outcome, _member(Reason, pb.Reason, reply.reason), rpc.plain(reply.message))
 
     async def download(self, blob: Blob, path: Path, on_bytes: OnBytes) -> None:
         """Fetch a blob to `path`, where it appears whole, checked and durable.
@@ -460,24 +438,38 @@ def _run_config(run_json: str) -> RunConfig:
 
 
 def _run_state(event: pb.WatchEvent) -> RunState:
+    phase = _member(Phase, pb.Phase, event.phase)
+    if phase is None:
+        _strange("a state without a phase")
     return RunState(
         round=event.round,
-        phase=_name(pb.Phase, event.phase, "PHASE_"),
+        phase=phase,
         initial_weights=_blob(event.initial_weights),
         initial_encoded=_encoded(event, "initial_encoded"),
-        outcome=_name(pb.Outcome, event.outcome, "OUTCOME_"),
-        done=event.progress.done,
-        total=event.progress.total,
-        latest_round=event.latest_model.round,
-        latest_weights=_blob(event.latest_model.weights),
-        latest_encoded=_encoded(event.latest_model, "encoded"),
-        counted_round=event.counted_round,
-        left_out_round=event.left_out.round,
-        left_out=rpc.plain(event.left_out.message),
+        outcome=_member(Outcome, pb.Outcome, event.outcome),
+        progress=_progress(event.progress) if event.HasField("progress") else None,
+        latest_model=_published(event.latest_model) if event.latest_model.round else None,
         failed_round=event.failed_round,
         failure=rpc.plain(event.failure),
         run_over=event.run_over,
+        num_contributions=event.num_contributions,
+        max_contributions=event.max_contributions,
+        counted_round=event.counted_round,
+        left_out=_left_out(event.left_out) if event.left_out.round else None,
     )
+
+
+def _progress(message: pb.Progress) -> WorkProgress:
+    return WorkProgress(message.done, message.total, message.loss if message.HasField("loss") else None)
+
+
+def _published(message: pb.PublishedModel) -> PublishedModel:
+    return PublishedModel(message.round, _blob(message.weights), _encoded(message, "encoded"))
+
+
+def _left_out(message: pb.LeftOut) -> LeftOut:
+    reason = _member(Reason, pb.Reason, message.reason) or Reason.INTERNAL
+    return LeftOut(message.round, reason, rpc.plain(message.message))
 
 
 def _blob(message: pb.Blob) -> Blob:
@@ -498,11 +490,11 @@ def _encoded(message: Any, field: str) -> Encoded | None:
     return Encoded(_blob(encoded.blob), _digest(encoded.base_digest) or None)
 
 
-def _name(enum: Any, value: int, prefix: str) -> str:
-    """`PHASE_COLLECTING` → "collecting"; the unspecified value is ""."""
-    if value not in enum.values():
-        _strange(f"{prefix}{value}")
-    return enum.Name(value).removeprefix(prefix).lower() if value else ""
+def _member(ours: type[_E], theirs: Any, value: int) -> _E | None:
+    """Return our enum member of the same name, `PHASE_COLLECTING` → Phase.COLLECTING; None: unspecified."""
+    if value not in theirs.values():
+        _strange(f"{ours.__name__.upper()}_{value}")
+    return ours[theirs.Name(value).removeprefix(f"{ours.__name__.upper()}_")] if value else None
 
 
 def _strange(what: str) -> NoReturn:

@@ -162,6 +162,8 @@ def _run_command(start: list[str], output: str, env: Mapping[str, str], cwd: str
     os.environ.clear()
     os.environ.update(env)
     os.chdir(cwd)
+    # Python itself reads this variable only when it starts.
+    sys.path[1:1] = filter(None, env.get("PYTHONPATH", "").split(os.pathsep))
     module, *args = start
     _arm()
     if module.startswith("cloud_server") and args[:1] != ["forget"]:

@@ -14,9 +14,10 @@ import pytest
 
 from cloud_server import servicer
 from common import rpc
+from common.run_state import Outcome, RunState
 from common.shards import Shard, write_shard
 from common.transfer import CHUNK_BYTES, Blob, blob_of
-from edge_agent.client import CloudClient, RunState
+from edge_agent.client import CloudClient
 from edge_agent.identity import Identity
 from edge_agent.metrics import AgentMetrics
 from tests.faults import impatient_server
@@ -339,7 +340,7 @@ async def test_watch_misses_nothing_while_it_is_cut_off(cluster: ImpatientCluste
             )  # fmt: skip
         assert not again.done()
         proxy.is_down = False
-        assert (before.outcome, (await again).outcome) == ("", "accepted")
+        assert (before.outcome, (await again).outcome) == (None, Outcome.ACCEPTED)
         await watch.aclose()
 
 

@@ -26,9 +26,10 @@ from common.errors import (
 )
 from common.pb import ecavg_pb2 as pb
 from common.pb import ecavg_pb2_grpc as pb_grpc
+from common.run_state import RunState, Verdict
 from common.shards import Shard, write_shard
 from common.transfer import Blob, blob_of
-from edge_agent.client import CloudClient, Joined, Kind, RunState, Verdict
+from edge_agent.client import CloudClient, Joined, Kind
 from edge_agent.metrics import AgentMetrics
 from tests.processes import WAIT_SECONDS, Cluster, cluster_in
 

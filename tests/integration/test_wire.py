@@ -13,10 +13,11 @@ from typing import Any
 import pytest
 
 from common.faults import Point
+from common.run_state import RunState
 from common.schema import read_header
 from common.transfer import blob_of
 from common.wire import Base, decode, encoding_of
-from edge_agent.client import CloudClient, RunState
+from edge_agent.client import CloudClient
 from edge_agent.metrics import AgentMetrics
 from tests.processes import Cluster, Command, until
 
