@@ -6,8 +6,8 @@ The bare loop has float32 images in memory, normalised once, in a new order in e
 as torchvision makes it with cross-entropy and SGD, in the same precision as our loop. It reports and augments
 nothing. Our loop is compared with it on the same model, data and optimizer, without augmentation.
 The usual loop has a DataLoader with one worker for each core, which makes PIL images and applies RandomCrop,
-RandomHorizontalFlip, ToTensor and Normalize of torchvision, in float32. Our loop is compared with it while our
-loop crops and flips, too. The loops take turns, and each run of ours is compared with the run next to it.
+RandomHorizontalFlip, ToTensor and Normalize of torchvision, in float32. For the comparison with it, our loop
+crops and flips, too. The loops take turns, and each run of ours is compared with the run next to it.
 """
 
 import argparse
