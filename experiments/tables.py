@@ -144,9 +144,9 @@ def _verdicts(seeds: Sequence[Record]) -> Iterable[str]:
 
 
 def parts(groups: Groups) -> Record:
-    """Return for each setting, variant and seed the accuracies of three models.
+    """Return the accuracies of the start, the fine-tuned and the published model, by setting and variant.
 
-    The three are the start, the fine-tuned and the published model of the last round.
+    A variant has one record for each seed, with the accuracies of the variant's last round.
     """
     return {
         name: {

@@ -292,7 +292,7 @@ async def test_contribution_that_the_server_has_nothing_of_is_made_again_once_th
     events = iter((started.send, forget, started.send, lambda: started.send(over=True)))
 
     def then_go_on(state: RunState) -> bool:
-        """The next event comes when the agent has nothing to do."""
+        """Give the next event when the agent has nothing to do."""
         is_idle = agent._loading.done() and not is_called_for(state)
         if is_idle:
             next(events)()
