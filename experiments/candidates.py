@@ -1,8 +1,8 @@
-"""The models that a round's job has weighed, made again from what the agents sent.
+"""The candidates and the fine-tuned model of a round, made again from the agents' contributions.
 
-The product's trainer keeps the model that it publishes, and only the accuracies of the others. An experiment
-wants to measure all of them on its test set. It makes them with the trainer's own functions, from the same
-files, so that they are the same models: bit for bit on the CPU.
+The product's trainer keeps only the model that it publishes, and the accuracies of the other models. An
+experiment measures all models on its test set. The experiment makes the models again with the trainer's own
+functions from the same files, so that they are the same models, on the CPU bit for bit.
 """
 
 from collections.abc import Iterator, Sequence
@@ -30,19 +30,21 @@ from common.wire import decode, wire_of
 
 
 class Made(NamedTuple):
-    """One of the models."""
+    """A model that has been made again, and its name."""
 
-    name: str  # of the candidate, or "fine_tuned"
-    model: nn.Module  # the same object each time, with other weights
+    # The name of the candidate, or "fine_tuned".
+    name: str
+    # The same object each time, with other weights.
+    model: nn.Module
 
 
 def make_candidates(
     job: Job, result: Result, blobs_dir: Path, device: torch.device, names: Sequence[CandidateName]
 ) -> Iterator[Made]:
-    """Make these candidates of a round that is done, one after the other.
+    """Make these candidates of a finished round, one after the other.
 
     Args:
-        result: what the trainer has found: which agents were left out, and whose updates were clipped.
+        result: the trainer's result, which says which agents were left out and whose updates were clipped.
     """
     with TemporaryDirectory() as scratch:
         yield from _Again(job, result, blobs_dir, device, Path(scratch)).candidates(names)
@@ -51,13 +53,13 @@ def make_candidates(
 def make_weighed(
     job: Job, result: Result, blobs_dir: Path, device: torch.device, precision_path: Path
 ) -> Iterator[Made]:
-    """Make all candidates of a round that is done, and last the fine-tuned model, if there is one.
+    """Make all candidates of a finished round, and last the fine-tuned model, if there is one.
 
     Args:
-        result: see `make_candidates`.
-        precision_path: the file that keeps the trainer's choice of the precision.
+        result: the trainer's result, as for `make_candidates`.
+        precision_path: the file with the trainer's choice of the precision.
     """
-    # The start is no candidate of the run where none of the run's can be made.
+    # If none of the run's candidates can be made, the trainer starts from a model that is none of them.
     names = dict.fromkeys([*job.run.candidates, result.start])
     with TemporaryDirectory() as scratch:
         again = _Again(job, result, blobs_dir, device, Path(scratch))
@@ -66,7 +68,7 @@ def make_weighed(
 
 
 class _Again:
-    """A round's job, done a second time."""
+    """A second execution of a round's job, which makes the models that are asked for."""
 
     def __init__(
         self, job: Job, result: Result, blobs_dir: Path, device: torch.device, scratch: Path
@@ -84,7 +86,7 @@ class _Again:
         self._data = combine(job.run, contributions, blobs_dir)
 
     def candidates(self, names: Sequence[str]) -> Iterator[Made]:
-        """Make the candidates with these names, without those that cannot be made."""
+        """Make the candidates with these names; leave out candidates that cannot be made."""
         for name in names:
             selection = self._selection(name)
             selection.run()
@@ -92,7 +94,7 @@ class _Again:
                 yield Made(name, self._model)
 
     def fine_tuned(self, precision_path: Path) -> Iterator[Made]:
-        """Make the fine-tuned model, as it would be sent; none where no agent has shared data."""
+        """Make the fine-tuned model as it would be sent; make none if no agent has shared data."""
         if not len(self._data.train.labels):
             return
         if self._result.published == "fine_tuned" and self._result.weights:
@@ -109,13 +111,13 @@ class _Again:
                 device=self._device,
                 precision_path=precision_path,
             )
-            # Weights that are not finite cannot be sent, and are measured as they are.
+            # Weights that are not finite cannot be sent. Such a model is measured as it is.
             with suppress(RunError, InvalidError):
                 self._send()
         yield Made("fine_tuned", self._model)
 
     def _selection(self, name: str | None) -> Selection:
-        """Prepare to make this candidate alone: it is the best one then, however good it is."""
+        """Return a selection with this candidate alone, which makes the candidate the best one."""
         previous = self._job.initial_weights if self._job.round > 1 else None
         return Selection(
             self._model,
@@ -128,7 +130,7 @@ class _Again:
         )
 
     def _screened(self) -> list[Member]:
-        """Decode all weights, clip those that the trainer has clipped, and return whom it has kept."""
+        """Decode all weights, clip the same updates as the trainer, and return the members that it kept."""
         if self._run.wire != "float32":
             for member in self._sent:
                 decode(member.sent_path, member.weights_path, base=base_of(self._job, self._blobs_dir))
@@ -142,7 +144,7 @@ class _Again:
         return Screening(agents=self._result.audit).kept(self._sent, self._scratch)
 
     def _send(self) -> None:
-        """Give the model the weights that would arrive at the agents."""
+        """Load the weights that would arrive at the agents, after encoding and decoding, into the model."""
         holds_base = all_hold_base(self._sent, self._run)
         base = base_of(self._job, self._blobs_dir) if holds_base else None
         directory = JobDirectory(self._scratch)

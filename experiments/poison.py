@@ -1,9 +1,9 @@
-"""What poisoned agents do to the published model, and what clipping, robust aggregation and quarantine save.
+"""The harm of poisoned agents to the published model, with clipping, robust aggregation and quarantine.
 
     python -m experiments.poison --task mnist --data-dir DIR --seeds 3
 
-Of 5 agents one is poisoned, of 10 two. Honest agents pre-train once for all variants; everything is done by
-the product's own code, in this process. What is stopped goes on where it was when it is started again.
+One of 5 agents is poisoned, or two of 10. Honest agents pre-train once for all variants. The product's own
+code does everything in this process. A command that was stopped goes on from there when it is started again.
 """
 
 import argparse
@@ -26,12 +26,15 @@ from experiments import command
 from experiments.command import console, write_text
 from experiments.tasks import TASKS, Setting
 
-CASES = ((5, 1), (10, 2))  # agents in all, and how many of them are poisoned
+# The number of agents, and the number of poisoned agents among them.
+CASES = ((5, 1), (10, 2))
 EXAMPLES_PER_AGENT = {"digits": 130, "mnist": 2_000, "cifar10": 1_000}
 TEST_EXAMPLES = {"digits": 1_000, "mnist": 10_000, "cifar10": 2_000}
 FACTOR = 1_000.0
-TARGET = 0  # what a backdoor makes of every image
-PATCH = 8  # the patch takes this part of the image's height and width, in its last corner
+# A backdoor makes the model predict this class for every image with the patch.
+TARGET = 0
+# The patch covers 1/PATCH of the image's height and width, in the lower right corner.
+PATCH = 8
 
 AGGREGATORS = ("mean", "trimmed_mean", "median", "geometric_median")
 DEFENCES: Mapping[str, Mapping[str, Any]] = {
@@ -41,16 +44,19 @@ DEFENCES: Mapping[str, Mapping[str, Any]] = {
     "both": {"quarantine": "exclude"},
 }
 
-Record = dict[str, Any]  # as it is in a JSON file
+# The content of a JSON file.
+Record = dict[str, Any]
 
 
 class Attack(NamedTuple):
-    """What poisoned agents do. Their data are poisoned before they train, their weights afterwards."""
+    """An attack of poisoned agents, on their data before they train, or on their weights afterwards."""
 
     label: str
-    factor: float = 1.0  # of the update
+    # The update is multiplied by this factor.
+    factor: float = 1.0
     flips_labels: bool = False
-    patched: float = 0.0  # share of the images that get the patch and the target's label
+    # This share of the images gets the patch and the target's label.
+    patched: float = 0.0
 
 
 ATTACKS: Mapping[str, Attack] = {
@@ -65,7 +71,7 @@ ATTACKS: Mapping[str, Attack] = {
 
 
 class Variant(NamedTuple):
-    """One round."""
+    """The attack, aggregator and defence of one round."""
 
     attack: str
     aggregator: str
@@ -80,7 +86,7 @@ VARIANTS = [Variant(*names) for names in product(ATTACKS, AGGREGATORS, DEFENCES)
 
 
 class Cell(NamedTuple):
-    """One seed of one case, and where what is known of it is kept."""
+    """One seed of one case, and the folder that keeps the records known so far."""
 
     setting: Setting
     num_poisoned: int
@@ -88,7 +94,7 @@ class Cell(NamedTuple):
 
     @property
     def known(self) -> dict[str, Record]:
-        """By the variant's name."""
+        """Return the records made with the present settings, by the variant's name."""
         try:
             text = (self.path / "records.json").read_text("utf-8")
         except FileNotFoundError:
@@ -139,7 +145,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _cells(arguments: argparse.Namespace) -> dict[str, list[Cell]]:
-    """One for each seed of each case.
+    """Return the cells of each case, one for each seed, by the case's name.
 
     Raises:
         UsageError: the configuration or the data are not usable.
@@ -169,7 +175,7 @@ def _run(arguments: argparse.Namespace, seed: int) -> RunConfig:
     return command.run_config(run, arguments.set)
 
 
-# ---------------------------------------------------------------------- the work
+# ---------------------------------------------------------------------- measuring
 
 
 def _work(cells: Sequence[Cell]) -> None:
@@ -187,7 +193,7 @@ def _work(cells: Sequence[Cell]) -> None:
 
 
 def _do(cell: Cell, show: Callable[[str, int, int], None]) -> Iterator[Variant]:
-    """Every variant that is missing, as soon as its record is kept."""
+    """Measure every variant that is missing, and yield each variant when its record is kept."""
     import torch
 
     from experiments.round import Network
@@ -208,7 +214,7 @@ def _do(cell: Cell, show: Callable[[str, int, int], None]) -> Iterator[Variant]:
 
 
 def _poisoned(cell: Cell, network: Any, honest: Sequence[Any], name: str, show: Any) -> list[Any]:
-    """What the poisoned agents contribute."""
+    """Make and return the contributions of the poisoned agents."""
     from edge_agent.state import AgentState
 
     attack, made = ATTACKS[name], []
@@ -238,7 +244,7 @@ def _poisoned_data(attack: Attack, train: Shard, num_classes: int, index: int) -
 
 
 def _patched(images: np.ndarray) -> np.ndarray:
-    """With a white patch; uint8 [N, C, H, W]."""
+    """Return a copy of the images with a white patch; uint8 [N, C, H, W]."""
     patched = images.copy()
     height, width = images.shape[2:]
     patched[:, :, height - max(2, height // PATCH) :, width - max(2, width // PATCH) :] = 255
@@ -246,7 +252,7 @@ def _patched(images: np.ndarray) -> np.ndarray:
 
 
 def _with_factor(cell: Cell, network: Any, item: Any, factor: float) -> Any:
-    """The contribution with its update multiplied."""
+    """Return the contribution with its update multiplied by the factor."""
     from common.weights import read_state_dict, write_state_dict
 
     blobs, path = network.cloud.blobs, cell.path / "new.safetensors"
@@ -263,7 +269,7 @@ def _with_factor(cell: Cell, network: Any, item: Any, factor: float) -> Any:
 
 
 def _measure(cell: Cell, network: Any, contributions: Sequence[Any], variant: Variant, show: Any) -> Record:
-    """One round, as the server would do it: what its gate refuses takes no part."""
+    """Do one round as the server would, without the contributions that the gate refuses, and measure it."""
     import torch
 
     from common.models import build_model
@@ -284,7 +290,10 @@ def _measure(cell: Cell, network: Any, contributions: Sequence[Any], variant: Va
     images, labels = data.examples("test")
 
     def shares(model: Any) -> tuple[float, float]:
-        """Right about the test images; and, of those of other classes, taken in by the patch."""
+        """Return the share of correct predictions, and the share of images on which the patch works.
+
+        The patch is put on the test images of the other classes. It works if the prediction is the target.
+        """
         clean, patched = (
             predict(model, torch.from_numpy(each), spec=run.spec, device=torch.device("cpu"))
             .argmax(1)
@@ -315,7 +324,7 @@ def _measure(cell: Cell, network: Any, contributions: Sequence[Any], variant: Va
     }
 
 
-# ---------------------------------------------------------------------- what is left of it
+# ---------------------------------------------------------------------- writing the tables
 
 
 def _write(arguments: argparse.Namespace, cases: Mapping[str, Sequence[Cell]]) -> None:
@@ -356,10 +365,11 @@ def _write(arguments: argparse.Namespace, cases: Mapping[str, Sequence[Cell]]) -
 
 
 def in_words(figures: Mapping[str, Sequence[Mapping[str, Record]]], num_poisoned: Mapping[str, int]) -> str:
-    """The tables of all cases.
+    """Return the tables of all cases as Markdown.
 
     Args:
-        figures: of each case, seed by seed, the records by the variant's name.
+        figures: for each case and each of its seeds, the records by the variant's name.
+        num_poisoned: for each case, the number of poisoned agents.
     """
     parts = []
     for case, seeds in figures.items():
@@ -389,7 +399,10 @@ def _grid(seeds: Sequence[Mapping[str, Record]], field: str, attacks: Any) -> st
 
 
 def _noticed(seeds: Sequence[Mapping[str, Record]], num_poisoned: int) -> str:
-    """Of the poisoned and of the honest agents of all seeds; with every defence, by the mean."""
+    """Return a table of how many poisoned and honest agents of all seeds were noticed.
+
+    The figures are those of the aggregator "mean" with the defence "both".
+    """
     from experiments.round import agent_ids
     from experiments.tables import grid
 

@@ -1,6 +1,7 @@
 """A round in this process: the product's own agents and trainer, with files in place of the network.
 
-What is done here is what `edge_agent/agent.py` and `cloud_server/coordinator.py` have done, in their order.
+The functions here call the same parts as `edge_agent/agent.py` and `cloud_server/coordinator.py`, in the same
+order.
 """
 
 import os
@@ -35,31 +36,35 @@ from experiments import data
 from experiments.candidates import Made, make_candidates, make_weighed
 from experiments.tasks import Setting
 
-OnProgress = Callable[[str, int, int], None]  # what, done, of
+# The arguments are a name for the work, the number of steps done, and the number of all steps.
+OnProgress = Callable[[str, int, int], None]
 
 
 class Received(NamedTuple):
-    """What became of a published model on one device."""
+    """The decision of one agent about a published model."""
 
     report: Report
-    weights: Path  # of the model in use at the end; a file that the next one overwrites
-    accuracy: float  # of that model on the agent's own held-out data
-    comparison: Comparison  # of the model in use before, and at the end
+    # The weights of the model in use in the end. The next decision may overwrite this file.
+    weights: Path
+    # The accuracy of the model in use in the end, on the agent's own held-out data.
+    accuracy: float
+    # The comparison of the model in use before with the model in use in the end.
+    comparison: Comparison
 
 
 def agent_ids(count: int) -> list[str]:
-    """In the order of their partitions."""
+    """Return the ids of `count` agents, in the order of their partitions."""
     return [f"edge-{number:02}" for number in range(1, count + 1)]
 
 
 class Blobs:
-    """Files by digest, as on the server."""
+    """A folder of files named by their digest, as on the server."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def put(self, source: Path) -> Blob:
-        """A second name for the file, which must never be written again."""
+        """Store the file as a blob by a hard link; the file must never be written to again."""
         blob = blob_of(source)
         target = self.get(blob.digest)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -78,7 +83,7 @@ class Blobs:
 
 @dataclass(frozen=True)
 class Edge:
-    """One agent: its data, what it keeps on disk, and the product's code on both."""
+    """One agent: its data, its state on disk, and the product's code that works on both."""
 
     run: RunConfig
     data: AgentData
@@ -96,7 +101,7 @@ class Edge:
     def contribute(
         self, number: int, initial: str | None, blobs: Blobs, on_progress: OnProgress
     ) -> Contribution:
-        """Pre-train, unless that is done already, and hand weights and data in."""
+        """Pre-train, unless that is done already, and store the weights and the shards as blobs."""
         trained = self.disk.progress.trained
         if not trained or (trained.round, trained.initial_weights) != (number, initial):
             what = f"{self.agent_id} pre-trains"
@@ -122,7 +127,7 @@ class Edge:
         )
 
     def receive(self, number: int, weights: Path, on_progress: OnProgress) -> Received:
-        """Decide about a published model as the run's `apply` says; it is not used yet."""
+        """Decide about a published model as the run's `apply` says, without using the model yet."""
 
         def show(step: StepReport) -> None:
             on_progress(f"{self.agent_id} adapts", step.step, step.num_steps)
@@ -135,11 +140,11 @@ class Edge:
         return Received(report, in_use, float(after.mean()), compare(before, after))
 
     def apply(self, weights: Path, received: Received) -> None:
-        """Use the model from now on, if that was decided."""
+        """Use the model from now on, if the agent has decided so."""
         self.models.apply(weights, received.report, lambda _: None)
 
     def _predictions(self, weights: Path) -> np.ndarray:
-        """bool [N], whether these weights are right about each of the agent's held-out examples."""
+        """Return for each of the agent's held-out examples if these weights are right about it; bool [N]."""
         model = build_model(self.run, seed=0)
         load_into(model, weights)
         images, labels = (torch.from_numpy(array) for array in self.data.held_out)
@@ -147,10 +152,11 @@ class Edge:
 
 
 def round_job(run: RunConfig, number: int, initial: str | None, contributions: Sequence[Contribution]) -> Job:
-    """Describe a round to the trainer.
+    """Return the trainer's job for a round.
 
     Args:
-        initial: digest of the weights that the agents have started from; None: weights of their own.
+        initial: the digest of the weights that the agents started from; None if each agent started from
+            weights of its own.
     """
     return Job(
         kind="round",
@@ -164,7 +170,7 @@ def round_job(run: RunConfig, number: int, initial: str | None, contributions: S
 
 
 class Cloud:
-    """The server's part: the jobs of a run, one after the other."""
+    """The server's part of the rounds: the jobs of a run, one after the other."""
 
     def __init__(self, path: Path, device: torch.device) -> None:
         self._path = path
@@ -173,7 +179,7 @@ class Cloud:
         self.blobs = Blobs(self._state_dir.blobs)
 
     def initial_weights(self, run: RunConfig) -> str:
-        """The digest of what the agents' first pre-training starts from."""
+        """Make the weights that the agents' first pre-training starts from, and return their digest."""
         directory = JobDirectory(self._state_dir.job("initialise"))
         directory.write_job(
             Job(kind="initialise", name="initialise", round=0, run=run, device="auto", initial_weights=None)
@@ -188,7 +194,7 @@ class Cloud:
         return digest
 
     def random_weights(self, run: RunConfig) -> str:
-        """The digest of weights that nobody has trained."""
+        """Make random weights, which nobody has trained, and return their digest."""
         path = self._path / "random.safetensors"
         write_state_dict(build_model(run, seed=derive_seed(run.seed, "random_start")).state_dict(), path)
         digest = self.blobs.put(path).digest
@@ -196,7 +202,7 @@ class Cloud:
         return digest
 
     def publish(self, job: Job, on_progress: OnProgress) -> Result:
-        """Do the round's job, and keep the model that it makes as a blob."""
+        """Do the round's job, and store the published model as a blob."""
         directory = _ShownDirectory(self._round_path, on_progress)
         directory.write_job(job)
         directory.discard_output()
@@ -206,11 +212,11 @@ class Cloud:
         return result
 
     def candidates(self, job: Job, result: Result, names: Sequence[CandidateName]) -> Iterator[Made]:
-        """Make these candidates of a job that is done again."""
+        """Make these candidates of a finished job again."""
         return make_candidates(job, result, self.blobs.path, self._device, names)
 
     def weighed(self, job: Job, result: Result) -> Iterator[Made]:
-        """Make all candidates of a job that is done again, and last its fine-tuned model."""
+        """Make all candidates of a finished job again, and last its fine-tuned model."""
         precision_path = JobDirectory(self._round_path).precision_path
         return make_weighed(job, result, self.blobs.path, self._device, precision_path)
 
@@ -230,7 +236,7 @@ class _ShownDirectory(JobDirectory):
 
 
 class Network:
-    """The agents of a setting and their cloud, from whose folder on disk a broken-off run goes on."""
+    """The agents of a setting and their cloud, with a folder from which a stopped experiment goes on."""
 
     def __init__(self, setting: Setting, path: Path, device: torch.device, on_progress: OnProgress) -> None:
         data.choose(setting.data, setting.num_examples, setting.num_test, setting.run.seed)
@@ -259,10 +265,10 @@ class Network:
             edge.disk.close()
 
     def contribute(self, run: RunConfig, number: int, latest: str | None) -> list[Contribution]:
-        """All agents pre-train for a round.
+        """Let all agents pre-train for a round, and return their contributions.
 
         Args:
-            latest: digest of the latest published model.
+            latest: the digest of the latest published model; None before the first one.
         """
         initial = self.start(latest)
         return [
@@ -271,7 +277,11 @@ class Network:
         ]
 
     def start(self, latest: str | None) -> str | None:
-        """The digest of what a round starts from; None: each agent's own weights."""
+        """Return the digest of the weights that a round starts from; None for each agent's own weights.
+
+        Args:
+            latest: the digest of the latest published model; None before the first one.
+        """
         return latest or (None if self._run.initial_weights == "independent" else self._initial_weights)
 
     @cached_property

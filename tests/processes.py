@@ -1,4 +1,4 @@
-"""Real servers and agents as processes of their own, for tests; none is left behind."""
+"""Real servers and agents for tests, as processes of their own, all of which end with the test."""
 
 import json
 import os
@@ -25,13 +25,14 @@ WAIT_SECONDS = 60.0
 
 
 class Command:
-    """One `cloud-server` or `edge-agent`, its output in files.
+    """A process of `cloud-server` or `edge-agent`, whose output goes to a file.
 
     Args:
-        forked: from a process that has imported what it needs already.
+        forked: True to fork the process from a process that has imported the modules already.
     """
 
-    process: Any  # a subprocess.Popen, or what does as well
+    # A subprocess.Popen, or a tests.zygote.ForkedProcess.
+    process: Any
 
     def __init__(
         self,
@@ -68,14 +69,14 @@ class Command:
         return self.output_path.read_text("utf-8")
 
     def wait(self, seconds: float = WAIT_SECONDS) -> int:
-        """Its exit code."""
+        """Wait for the end of the process, and return its exit code."""
         try:
             return self.process.wait(seconds)
         except subprocess.TimeoutExpired:
             raise AssertionError(f"still running after {seconds} s:\n{self.output}") from None
 
     def wait_for(self, pattern: str, seconds: float = WAIT_SECONDS) -> re.Match[str]:
-        """The first match of `pattern` in its output."""
+        """Wait until `pattern` matches in the process's output, and return the first match."""
         return until(lambda: re.search(pattern, self.output), self, seconds)
 
     def terminate(self) -> int:
@@ -83,7 +84,7 @@ class Command:
         return self.wait()
 
     def kill(self) -> None:
-        """SIGKILL the process alone: what it started must notice by itself."""
+        """Send SIGKILL to the process alone; processes that it started must notice its end by themselves."""
         self.process.kill()
         self.process.wait()
 
@@ -94,7 +95,11 @@ class Command:
 
 
 def until(condition: Callable[[], Any], command: Command, seconds: float = WAIT_SECONDS) -> Any:
-    """The condition's value once it is true, as long as the command runs or has just ended."""
+    """Wait until the condition's value is true, and return the value.
+
+    Raises:
+        AssertionError: the command ended, or the time is over, and the condition is still not true.
+    """
     deadline = time.monotonic() + seconds
     while True:
         ended = command.process.poll() is not None
@@ -107,7 +112,7 @@ def until(condition: Callable[[], Any], command: Command, seconds: float = WAIT_
 
 
 def free_port() -> int:
-    """Return a port that nothing listens on, and that the system gives to nobody who asks for any."""
+    """Return a port that nothing listens on, outside the range from which the system gives ports itself."""
     while True:
         port = random.SystemRandom().randrange(10_000, 30_000)
         with suppress(OSError), socket.create_server(("127.0.0.1", port)):
@@ -115,7 +120,7 @@ def free_port() -> int:
 
 
 def enroll(tls_folder: Path, agent_folder: Path, agent_id: str) -> Identity:
-    """What `edge-agent enroll` does, without a server: also before there is one."""
+    """Enroll an agent as `edge-agent enroll` does, but without a server, which need not have started yet."""
     if identity := find(agent_folder / "tls"):
         return identity
     key = tls.new_key()
@@ -130,7 +135,7 @@ def enroll(tls_folder: Path, agent_folder: Path, agent_id: str) -> Identity:
 
 
 class Cluster:
-    """A server and its agents below one folder."""
+    """A server and its agents, with all their files below one folder."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -140,7 +145,7 @@ class Cluster:
         self._commands: list[Command] = []
 
     def server(self, *args: object, env: Mapping[str, str] | None = None, ready: bool = True) -> Command:
-        """Start the server, on the ports that it had before if it is not the first time."""
+        """Start the server; a later start uses the ports of the first start again."""
         command = self._start(
             "cloud_server", "--host", "127.0.0.1", "--port", self.port, "--http-port", self.http_port,
             "--state-dir", self.state_dir, *args, folder=self.folder, env=env,
@@ -153,7 +158,7 @@ class Cluster:
     def agent(
         self, name: str, *args: object, env: Mapping[str, str] | None = None, forked: bool = not IS_COLD
     ) -> Command:
-        """Start an agent, enrolled unless it needs not be."""
+        """Start an agent; enroll it first, unless it does not need to be or enrolls itself."""
         if not {"--insecure", "--join-token-file"} & set(args):
             self.enroll(name)
         return self._start(
@@ -165,12 +170,12 @@ class Cluster:
         return enroll(StateDir(self.state_dir).tls, self.folder / name, name)
 
     def forget(self, name: str, env: Mapping[str, str] | None = None) -> Command:
-        """Start `cloud-server forget`, which ends when the agent is forgotten."""
+        """Start `cloud-server forget`, which ends after the server has forgotten the agent."""
         where = ("--state-dir", self.state_dir)
         return self._start("cloud_server", "forget", name, *where, folder=self.folder, env=env)
 
     def join_token(self, uses: int) -> Path:
-        """A file with a token that is always the same one."""
+        """Return the path of a file with a join token; every call returns the same token."""
         file = self.folder / "join-token"
         if not file.exists():
             with closing(Authority(StateDir(self.state_dir).tls)) as authority:
@@ -195,7 +200,7 @@ class Cluster:
         return command
 
     def close(self) -> None:
-        """End every command: none outlives the cluster."""
+        """Kill every command that still runs, so that none outlives the cluster."""
         for command in self._commands:
             command.close()
 

@@ -1,9 +1,9 @@
-"""The rooms of the server, and who may lean on whom.
+"""The rooms of the server, and the rooms that each may import.
 
-`python -m tests.rooms` prints the drawing that stands in ARCHITECTURE.md.
+`python -m tests.rooms` prints the drawing of ARCHITECTURE.md.
 
-A room is a module or a folder of cloud_server/. Rooms stand in the order of the arrows: each leans only on
-rooms below it.
+A room is a module or a folder of cloud_server/. The rooms are listed in the order of the arrows: each room
+imports only rooms below it.
 """
 
 from typing import NamedTuple
@@ -12,7 +12,7 @@ BEGIN, END = "<!-- rooms:begin -->", "<!-- rooms:end -->"
 
 
 class Room(NamedTuple):
-    """One room: what it is for, and the rooms that it may import."""
+    """One room, with its purpose and the rooms that it may import."""
 
     name: str
     purpose: str

@@ -1,8 +1,9 @@
-"""Starts servers, trainers and agents by forking a process that has imported what they need already.
+"""The zygote: a process that has imported all modules, and from which the tests fork other processes.
 
-Importing PyTorch is nearly all of what a short run costs, and the tests start hundreds of processes. Each is
-a process of its own all the same: with its own session, its own output, and killed by SIGKILL like any other.
-With `ECAVG_TESTS_COLD=1`, as in `make soak`, nothing is forked: every process is started as users start it.
+The tests start hundreds of servers, trainers and agents, and the import of PyTorch takes nearly all of the
+time of a short run. Each forked process is still a process of its own, with its own session and its own
+output, and SIGKILL ends it like any other process. With `ECAVG_TESTS_COLD=1`, as in `make soak`, nothing is
+forked, and every process is started as users start it.
 """
 
 import asyncio
@@ -30,13 +31,16 @@ from typing import Any, BinaryIO, NoReturn
 ROOT = Path(__file__).parents[1]
 POLL_SECONDS = 0.01
 IS_COLD = os.environ.get("ECAVG_TESTS_COLD", "") not in ("", "0")
-LARGE = ("sklearn.datasets", "tests.faults.runs", "tests.integration.sources")  # what agents import by name
-TRAINER_NAME = "ecavg-trainer"  # at most 15 bytes: proc(5), comm
-_PR_SET_CHILD_SUBREAPER = 36  # prctl(2)
+# Agents import these modules by name, so the zygote imports them, too.
+LARGE = ("sklearn.datasets", "tests.faults.runs", "tests.integration.sources")
+# The kernel allows at most 15 bytes for the name of a process: proc(5), comm.
+TRAINER_NAME = "ecavg-trainer"
+# The option's number is that of prctl(2).
+_PR_SET_CHILD_SUBREAPER = 36
 
 
 class Zygote:
-    """The process that forks."""
+    """The process from which the others are forked, as the tests see it."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -52,7 +56,7 @@ class Zygote:
     def start(
         self, module: str, args: Sequence[str], *, output: Path, env: Mapping[str, str], cwd: Path
     ) -> "ForkedProcess":
-        """Start `python -m module args`, with this environment and no other."""
+        """Start `python -m module args` with this environment, and nothing of the zygote's own."""
         pid = self.ask(start=[module, *args], output=str(output), env=dict(env), cwd=str(cwd))
         return ForkedProcess(self, pid)
 
@@ -73,7 +77,7 @@ class Zygote:
 
 
 class ForkedProcess:
-    """As much of `subprocess.Popen` as tests use."""
+    """A forked process, with the part of `subprocess.Popen` that tests use."""
 
     def __init__(self, zygote: Zygote, pid: int) -> None:
         self.pid = pid
@@ -106,7 +110,7 @@ class ForkedProcess:
 
 @functools.cache
 def the_zygote() -> Zygote:
-    """Return the one of this test process."""
+    """Return the zygote of this test process; the first call starts it."""
     zygote = Zygote()
     atexit.register(zygote.close)
     return zygote
@@ -116,7 +120,10 @@ def the_zygote() -> Zygote:
 
 
 def serve() -> None:
-    """Answer requests from stdin until it ends; what still runs then is killed by whoever started it."""
+    """Answer requests from stdin until stdin ends.
+
+    The tests that started the forked processes must kill those that still run then.
+    """
     for package in ("common", "edge_agent", "cloud_server"):
         for module in pkgutil.walk_packages([str(ROOT / package)], f"{package}."):
             if not module.name.endswith(".__main__"):
@@ -124,7 +131,9 @@ def serve() -> None:
     for name in LARGE:
         importlib.import_module(name)
     gc.collect()
-    gc.freeze()  # or each process would copy what all have in common when it first looks through it
+    # A garbage collection writes to the objects that it looks through, so that each forked process would copy
+    # the memory that all of them share. Frozen objects are left out of collections.
+    gc.freeze()
 
     for line in sys.stdin:
         request = json.loads(line)
@@ -137,7 +146,11 @@ def serve() -> None:
 
 
 def fork(body: Callable[[], int]) -> int:
-    """Return the id of a new process, which ends with the exit code that the body returns."""
+    """Fork a process that does the body and ends with the exit code that the body returns.
+
+    Returns:
+        The id of the new process.
+    """
     pid = os.fork()
     if pid:
         return pid
@@ -172,14 +185,14 @@ def _run_command(start: list[str], output: str, env: Mapping[str, str], cwd: str
 
 
 def _arm() -> None:
-    """Read again what `common.faults` has read when it was imported."""
+    """Read the environment variable again that `common.faults` has read when it was imported."""
     from common import faults
 
     faults._armed = faults._Armed(os.environ.get("ECAVG_CRASH_AT", ""))
 
 
 def _run_module(module: str, args: Sequence[str]) -> int:
-    """Do what `python -m module args` does."""
+    """Run a module as `python -m module args` does, and return the exit code 0."""
     sys.argv = [module, *args]
     runpy.run_module(module, run_name="__main__", alter_sys=True)
     return 0
@@ -189,10 +202,11 @@ def _run_module(module: str, args: Sequence[str]) -> int:
 
 
 class _Nursery:
-    """A child of the server from which its trainers are forked.
+    """A child of the server from which the server's trainers are forked.
 
-    The server itself, which has threads, must not fork. A trainer is forked twice, so that it becomes the
-    server's own child when the process in between has ended: the server is told of its end by the kernel.
+    The server itself must not fork, because it has threads. A trainer is forked twice. When the process in
+    between has ended, the trainer becomes the server's own child, so that the kernel tells the server of the
+    trainer's end.
     """
 
     def __init__(self) -> None:
@@ -211,7 +225,7 @@ class _Nursery:
     async def start(
         self, *command: str, stdin: BinaryIO, stdout: BinaryIO, stderr: BinaryIO, process_group: int
     ) -> "_Trainer":
-        """Take the place of `asyncio.create_subprocess_exec`."""
+        """Start a trainer, in place of `asyncio.create_subprocess_exec`."""
         assert (command[1:3], process_group) == (("-m", "cloud_server.trainer"), 0)
         files = [each.fileno() for each in (stdin, stdout, stderr)]
         socket.send_fds(self._line, [json.dumps(command[2:]).encode()], files)
@@ -221,7 +235,7 @@ class _Nursery:
 
 
 class _Trainer:
-    """As much of `asyncio.subprocess.Process` as the server uses."""
+    """A trainer process, with the part of `asyncio.subprocess.Process` that the server uses."""
 
     def __init__(self, pid: int) -> None:
         self.pid = pid
@@ -244,7 +258,7 @@ class _Trainer:
 
 
 def _take_order(line: socket.socket) -> bool:
-    """Fork one trainer; return False when the server has gone."""
+    """Wait for an order, and fork one trainer; return False if the server has ended instead."""
     message, files, _, _ = socket.recv_fds(line, 1 << 16, 3)
     if not message:
         return False

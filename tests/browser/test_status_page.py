@@ -36,7 +36,7 @@ def store(tmp_path: Path) -> Iterator[Store]:
 
 
 async def show(status: dict[str, Any], tmp_path: Path) -> str:
-    """The page's markup once its script has drawn the status."""
+    """Return the page's markup after its script has drawn the status."""
 
     async def give_status() -> dict[str, Any]:
         return status
@@ -66,7 +66,7 @@ def section(markup: str, name: str) -> str:
 
 
 def rows(markup: str) -> list[str]:
-    """The text of a section's table, row by row."""
+    """Return the text of the table rows in the markup, row by row."""
     found = re.findall(r"<tr>(.*?)</tr>", markup, re.DOTALL)
     return [" ".join(html.unescape(re.sub(r"<[^>]*>", " ", row)).split()) for row in found]
 

@@ -34,7 +34,7 @@ INT8 = (*SETTINGS, "--set", 'run.wire="int8"')
 
 
 def blobs(split: str) -> tuple[np.ndarray, np.ndarray] | None:
-    """A data source that needs no large library: digit-sized noise around one image for each class."""
+    """Return data that need no large library: digit-sized noise around one image for each class."""
     if split != "train":
         return None
     chance = np.random.default_rng(0)

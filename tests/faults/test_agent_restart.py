@@ -166,7 +166,10 @@ class CloudOfManyRounds(Cloud):
         return Verdict(Outcome.LATE if outcome == "late" else Outcome.ACCEPTED)
 
     def expected(self) -> list[str]:
-        """What should have been sent, with what was lost of the last contribution that counted."""
+        """Return the digests that should have been sent, round by round.
+
+        Each encoding adds the rounding residual of the last contribution that counted.
+        """
         base, residual, digests = Base(self.files[0], self.initial.digest), None, []
         for number, outcome in enumerate(self._outcomes, 1):
             lost, sent = self._folder / f"lost-{number}", self._folder / "expected"

@@ -147,7 +147,11 @@ Agents = list[dict[str, Any]]  # as the round's report has them
 
 @pytest.fixture(scope="module")
 def adapting(tmp_path_factory: pytest.TempPathFactory) -> tuple[Agents, str, Blob]:
-    """The agents of a run in which one adapts the global model; who that is, and the model it then uses."""
+    """Do a run in which one agent adapts the global model.
+
+    Returns:
+        The report's agents, the id of the agent that adapts, and the model that this agent then uses.
+    """
     with cluster_in(tmp_path_factory.mktemp("adapting")) as cluster:
         run = Run(cluster, ADAPTING)
         run.start()
@@ -175,7 +179,7 @@ def test_killed_while_it_adapts_an_agent_uses_the_same_model(
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run of one round."""
+    """Do a run of one round, and return its folder."""
     folder = tmp_path_factory.mktemp("finished")
     with cluster_in(folder) as cluster:
         run = Run(cluster, (*SETTINGS, "--rounds", 1))

@@ -37,7 +37,7 @@ SERVED_SECONDS = 8.0  # in which an agent that is new must have come in, whateve
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Target]:
-    """A server for few agents: so there are few connections."""
+    """Start a server for few agents, which therefore allows few connections."""
     folder = tmp_path_factory.mktemp("server")
     with target_in(folder, "--min-agents", 50, "--max-upload-bytes", 1_000_000) as target:
         yield target
@@ -70,7 +70,7 @@ def is_served(agent: Agent) -> bool:
 
 
 def counted(target: Target, sample: str) -> float:
-    """A sample of the server's metrics."""
+    """Return the value of a sample of the server's metrics."""
     address = f"http://127.0.0.1:{target.cluster.http_port}/metrics"
     with urllib.request.urlopen(address, timeout=30) as reply:
         lines = reply.read().decode("utf-8").splitlines()
@@ -200,7 +200,7 @@ def test_long_metadata_are_refused(target: Target, attacker: Agent) -> None:
 def test_compressed_messages_are_refused(
     target: Target, attacker: Agent, method: str, num_bytes: int
 ) -> None:
-    """gRPC shrinks 128 MiB of zeros to 128 KiB, which would be short enough."""
+    """Check a compressed message: 128 MiB of zeros become 128 KiB, which would be short enough."""
     zeros = bytes(num_bytes)
     requests = {
         "Upload": iter([header(zeros, "data"), pb.UploadRequest(chunk=zeros)]),
@@ -255,7 +255,7 @@ def test_bytes_sent_again_and_again_use_up_the_agents_budget(target: Target) -> 
 
 @pytest.fixture
 def strict(tmp_path: Path) -> Iterator[Target]:
-    """A server that takes so few calls of one agent that even a slow machine makes too many."""
+    """Start a server that allows one agent so few calls that even a slow machine makes too many."""
     with target_in(tmp_path, "--max-calls-per-second", 10) as target, target.unharmed():
         yield target
 

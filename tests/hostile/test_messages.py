@@ -37,7 +37,7 @@ def request_of(method: str) -> Any:
 
 
 def answer(agent: Agent, method: str, *requests: Any) -> Reason | None:
-    """What the server makes of a call, with messages or any bytes; None: it answered."""
+    """Make a call with messages or any bytes, and return the reason of the refusal; None if it succeeded."""
     found = METHODS[method]
     ways = ("stream" if way else "unary" for way in (found.client_streaming, found.server_streaming))
     make = getattr(agent.channel, "_".join(ways))

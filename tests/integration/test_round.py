@@ -17,7 +17,11 @@ QUICK = ("--set", "run.pretrain.epochs=2", "--set", "run.fine_tune.epochs=2")
 
 
 def run(cluster: Cluster, agents: list[tuple[str, str]], *server_args: object) -> str:
-    """A run with one agent for each (name, partition), started one after the other; the last digest."""
+    """Do a run with one agent for each (name, partition), started one after the other.
+
+    Returns:
+        The digest of the last published model.
+    """
     server = cluster.server("--min-agents", len(agents), *QUICK, *server_args)
     started = []
     for name, partition in agents:
@@ -128,7 +132,7 @@ def test_sigterm_stops_both_cleanly(cluster: Cluster) -> None:
 
 
 def get(url: str) -> str:
-    """The body, or nothing while the port is not open, or closes just now."""
+    """Return the body; "" while the port is not open yet, or is just being closed."""
     try:
         with urllib.request.urlopen(url, timeout=30) as reply:
             body: str = reply.read().decode()

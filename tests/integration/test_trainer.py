@@ -90,7 +90,7 @@ def contributions(blobs_dir) -> tuple[Contribution, ...]:
 
 @pytest.fixture
 def do(tmp_path, blobs_dir, contributions):
-    """Does a job in this process; the fields given take the place of an ordinary round's."""
+    """Return a function that does a job in this process; its arguments replace an ordinary round's fields."""
 
     def do(**fields) -> tuple[Result, JobDirectory]:
         directory = JobDirectory(tmp_path / "jobs" / fields.get("name", "round-0001"))
@@ -322,7 +322,7 @@ def test_every_aggregator_makes_a_round(do, aggregator):
 
 @pytest.fixture(scope="module")
 def three(blobs_dir) -> tuple[str, tuple[Contribution, ...]]:
-    """What three agents started from, and what each has made of it with its own third of the digits."""
+    """Return the initial weights' digest and three contributions, each trained on a third of the digits."""
     start = build_model(RUN, seed=derive_seed(RUN.seed, "initial_weights"))
     write_state_dict(start.state_dict(), blobs_dir / "new")
     digest, made = put_blob(blobs_dir / "new", blobs_dir), []
@@ -339,7 +339,7 @@ def three(blobs_dir) -> tuple[str, tuple[Contribution, ...]]:
 
 
 def with_factor(item: Contribution, factor: float, start: str, blobs_dir: Path) -> Contribution:
-    """The same contribution, with its update multiplied."""
+    """Return the contribution with its update multiplied by the factor."""
     origin, weights = (read_state_dict(blob_path(blobs_dir, each)) for each in (start, item.weights_digest))
     far = {name: origin[name] + factor * (tensor - origin[name]) for name, tensor in weights.items()}
     write_state_dict(far, blobs_dir / "new")
@@ -409,7 +409,7 @@ def test_without_a_common_start_the_weights_themselves_are_compared(do, blobs_di
 
 
 def encoded_as(wire, contributions, blobs_dir) -> tuple[Base, tuple[Contribution, ...]]:
-    """The same contributions as their agents would send them, who have started from these weights."""
+    """Return the base weights, and the contributions encoded as agents send them that started from these."""
     write_state_dict(
         build_model(RUN, seed=derive_seed(RUN.seed, "initial_weights")).state_dict(), blobs_dir / "b"
     )

@@ -26,7 +26,7 @@ BLOB = Blob(hashlib.sha256(CONTENT).hexdigest(), len(CONTENT))
 
 @pytest.fixture(autouse=True)
 def bounds(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """The longest that each pause might have been; none is waited for."""
+    """Replace all random pauses by no pause, and return the upper bounds that they were drawn with."""
     seen: list[float] = []
 
     def uniform(_: float, bound: float) -> float:
@@ -63,7 +63,7 @@ UNKNOWN_AGENT = refusal(grpc.StatusCode.NOT_FOUND, Reason.UNKNOWN_AGENT)
 
 
 def unary(*answers: Any) -> Callable[..., Any]:
-    """Gives these answers in turn, the last one for ever."""
+    """Return a call that gives these answers in turn, and the last answer for ever."""
     left = list(answers)
 
     async def call(*_: Any, **__: Any) -> Any:

@@ -21,7 +21,10 @@ SPREAD = {"median", "min", "max"}
 
 
 def run(module: str, *args: object) -> dict[str, Any]:
-    """The line that it prints; a process of its own, because some leave their network namespace."""
+    """Run a benchmark, and return the line of JSON that it prints.
+
+    Some benchmarks leave their network namespace, so each runs in a process of its own.
+    """
     done = subprocess.run(
         [sys.executable, "-m", f"benchmarks.{module}", *map(str, args)],
         cwd=ROOT,

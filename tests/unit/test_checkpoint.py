@@ -76,7 +76,7 @@ def run(
 
 
 def cut_in(epoch: int) -> Callable[[StepReport], None]:
-    """Stops a training of three steps an epoch in the midst of an epoch, counted from 0."""
+    """Return an `on_step` that stops a training of three steps an epoch amid this epoch, counted from 0."""
 
     def on_step(report: StepReport) -> None:
         if report.step > 3 * epoch:

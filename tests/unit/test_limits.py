@@ -201,7 +201,7 @@ async def test_number_of_files_is_bounded() -> None:
 
 
 async def least_seconds(book: Budgets) -> float:
-    """What one check takes of the event loop's thread, its files known."""
+    """Return the least seconds that one check of known files takes of the event loop's thread."""
     took = []
     for _ in range(20):
         started = time.thread_time()

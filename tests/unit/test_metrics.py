@@ -54,7 +54,7 @@ def scraped(registry: CollectorRegistry) -> dict[str, set[str]]:
 
 
 def values(registry: CollectorRegistry, name: str) -> Mapping[str, float]:
-    """The samples of a metric with one label: its value → the sample's."""
+    """Return the samples of a metric with one label, by the label's value."""
     return {
         next(iter(sample.labels.values())): sample.value
         for family in registry.collect()

@@ -102,7 +102,7 @@ def trained(
     epochs: int = 2,
     checkpoint: CheckpointFile | None = None,
 ) -> dict[str, Tensor]:
-    """What a little network with everything that has a state becomes."""
+    """Train a little network with every kind of state, and return its state_dict."""
     torch.manual_seed(0)
     model = nn.Sequential(
         nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Flatten(), nn.Dropout(0.3), nn.Linear(216, 3)

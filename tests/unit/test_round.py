@@ -31,7 +31,7 @@ def contribution(agent_id: str, **changes: Any) -> Contribution:
 
 
 def round_of(*agent_ids: str, policy: Policy = POLICY, phase: Phase = Phase.COLLECTING) -> Round:
-    """A round that these agents have contributed to."""
+    """Return a round that these agents have contributed to."""
     return Round(
         number=1,
         policy=policy,

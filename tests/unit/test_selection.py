@@ -62,7 +62,7 @@ def data() -> CombinedData:
 
 @pytest.fixture(scope="module")
 def trained(data):
-    """A model that has seen the training examples from `begin` to `end`."""
+    """Return a function that trains a model on the training examples from `begin` to `end`."""
 
     def trained(seed: int, begin: int, end: int, model: nn.Module | None = None) -> nn.Module:
         model = model or build_model(RUN, seed=seed)
@@ -75,7 +75,7 @@ def trained(data):
 
 @pytest.fixture
 def selected(tmp_path, data):
-    """Selects among models; a contribution is named a, b, … in the order given."""
+    """Return a function that selects among models; the contributions are named a, b, … in their order."""
 
     def selected(
         *models: nn.Module | dict,
@@ -115,7 +115,7 @@ def accuracy(model: nn.Module, examples: Examples) -> float:
 
 
 def shuffled(model: nn.Module, seed: int = 0) -> dict:
-    """The same function, its neurons in another order."""
+    """Return the state_dict of the same function, with the neurons in another order."""
     groups = permutation_groups(model, RUN.spec.image_shape)
     generator = torch.Generator().manual_seed(seed)
     permutations = [torch.randperm(group.size, generator=generator) for group in groups]
