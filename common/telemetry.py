@@ -94,7 +94,7 @@ def configure_logging(*, level: str = "info", as_json: bool | None = None) -> No
 
 
 class _StderrLogger:
-    """A logger that looks up sys.stderr for each line, because a live progress display replaces sys.stderr."""
+    """A logger that looks up sys.stderr for each line, because a progress display replaces sys.stderr."""
 
     def __init__(self, *_: object) -> None: ...
 
@@ -342,7 +342,7 @@ def make_app(
     page: bytes | None,
     token: str | None = None,
 ) -> Starlette:
-    """Return the application with `/api/status`, `/metrics`, `/healthz`, `/readyz`, and `/` if there is a page.
+    """Return the application: `/api/status`, `/metrics`, `/healthz`, `/readyz`, and `/` if there is a page.
 
     Args:
         registry: the metrics to show.

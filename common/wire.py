@@ -87,6 +87,11 @@ def contributed_wires(run: RunConfig) -> tuple[Wire, ...]:
     return tuple(dict.fromkeys((run.wire, *without_base)))
 
 
+def is_encoded(run: RunConfig) -> bool:
+    """Return True if a run's weights travel in another form than they are used in."""
+    return run.wire != "float32"
+
+
 def needs_base(run: RunConfig) -> bool:
     """Return True if a run's weights travel as differences from a base."""
     return run.wire == "int8"

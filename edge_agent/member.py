@@ -29,6 +29,7 @@ from common.run_state import Phase as RoundPhase
 from common.telemetry import ProgressDisplay
 from common.training import StepReport
 from common.transfer import Blob
+from common.wire import is_encoded
 from edge_agent.client import CloudClient
 from edge_agent.local import LocalModels
 from edge_agent.local_data import LocalData
@@ -174,7 +175,7 @@ class Member:
 
     async def _encoded(self, trained: Trained, state: RunState) -> tuple[Path, Blob]:
         """Return what was pre-trained as it is uploaded: the file, and its blob."""
-        if self._run.wire == "float32":
+        if not is_encoded(self._run):
             return self._disk.local_weights, trained.weights
         models = await self._data.models()
         initial_path = await self._download_initial(state)

@@ -26,7 +26,7 @@ from common.config import CandidateName
 from common.errors import InvalidError, RunError
 from common.models import build_model
 from common.weights import load_into
-from common.wire import decode, wire_of
+from common.wire import decode, is_encoded, wire_of
 
 
 class Made(NamedTuple):
@@ -131,7 +131,7 @@ class _Again:
 
     def _screened(self) -> list[Member]:
         """Decode all weights, clip the same updates as the trainer, and return the members that it kept."""
-        if self._run.wire != "float32":
+        if is_encoded(self._run):
             for member in self._sent:
                 decode(member.sent_path, member.weights_path, base=base_of(self._job, self._blobs_dir))
         if not self._result.audit:

@@ -27,6 +27,7 @@ from common.models import build_model
 from common.training import StepReport, derive_seed, evaluate
 from common.transfer import Blob, blob_of
 from common.weights import load_into, write_state_dict
+from common.wire import is_encoded
 from edge_agent.comparison import Comparison, compare
 from edge_agent.data import AgentData, load_agent_data
 from edge_agent.local import LocalModels
@@ -114,7 +115,7 @@ class Edge:
             self.disk.save(self.disk.progress.model_copy(update={"trained": trained}))
             self.disk.discard(self.disk.checkpoint)
         sent = self.disk.local_weights
-        if self.run.wire != "float32":
+        if is_encoded(self.run):
             start = blobs.get(initial) if initial else None
             self.models.encode(trained, start, counted_round=number - 1)
             sent = self.disk.encoded

@@ -10,7 +10,7 @@ from cloud_server.state_dir import blob_path
 from cloud_server.trainer.aggregation import coefficients
 from common.config import RunConfig
 from common.schema import read_header
-from common.wire import Base, encoding_of, needs_base
+from common.wire import Base, encoding_of, is_encoded, needs_base
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ def members_of(job: Job, blobs_dir: Path, scratch: Path) -> list[Member]:
     for item, coefficient in zip(contributions, weighted, strict=True):
         sent_path = blob_path(blobs_dir, item.weights_digest)
         decoded_path = scratch / f"decoded-{item.agent_id}.safetensors"
-        weights_path = sent_path if job.run.wire == "float32" else decoded_path
+        weights_path = decoded_path if is_encoded(job.run) else sent_path
         members.append(Member(item, sent_path, weights_path, coefficient))
     return members
 

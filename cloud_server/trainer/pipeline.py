@@ -25,7 +25,7 @@ from common.errors import InvalidError, RunError
 from common.faults import Point, crash_point
 from common.models import build_model
 from common.training import Evaluation, Examples, Ranks, StepReport
-from common.wire import Base, decode, wire_of
+from common.wire import Base, decode, is_encoded, wire_of
 
 log = structlog.get_logger()
 
@@ -42,7 +42,7 @@ class RoundPipeline:
         self._members = members_of(job, blobs_dir, directory.scratch_path)
         # The round's initial weights, from which differences are taken.
         self._base = base_of(job, blobs_dir)
-        self._is_encoded = job.run.wire != "float32"
+        self._is_encoded = is_encoded(job.run)
         self._directory = directory
         self._blobs_dir = blobs_dir
         self._device = device
