@@ -28,7 +28,7 @@ TABLES: dict[str, tuple[type[BaseModel], str, str]] = {
     "enroll": (EnrollConfig, AGENT_PREFIX, ""),
 }
 # The table that holds the keys which a table has from its base class.
-INHERITED = {"fine_tune": TrainingConfig, "enroll": AgentConfig}
+INHERITED: dict[str, type[BaseModel]] = {"fine_tune": TrainingConfig, "enroll": AgentConfig}
 
 _BOUNDS = {Ge: "≥ {.ge}", Gt: "> {.gt}", Le: "≤ {.le}", Lt: "< {.lt}"}
 _IN_WORDS = re.compile(r"\s*\(default: (.*)\)\.?$", re.DOTALL)
