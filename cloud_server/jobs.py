@@ -36,14 +36,14 @@ _ROUND_JOB = re.compile(r"round-(\d+)")
 _Model = TypeVar("_Model", bound=FrozenModel)
 
 
-class Weights(FrozenModel):
+class WeightsFile(FrozenModel):
     """A safetensors file of weights."""
 
     sha256: str
     bytes: int
 
 
-class EncodedWeights(Weights):
+class EncodedWeightsFile(WeightsFile):
     """The same weights, encoded (common/wire.py)."""
 
     base: str | None  # digest of the weights that differences were taken from; None: there are none
@@ -110,8 +110,8 @@ class AgentAudit(FrozenModel):
 class Result(FrozenModel):
     """How a job ended. Accuracies are of the held-out part of the combined data, None without one."""
 
-    weights: Weights | None = None  # of model.safetensors; None: see error
-    encoded: EncodedWeights | None = None  # of encoded.safetensors; None: weights travel as they are
+    weights: WeightsFile | None = None  # of model.safetensors; None: see error
+    encoded: EncodedWeightsFile | None = None  # of encoded.safetensors; None: weights travel as they are
     candidates: dict[str, float] = Field(default_factory=dict)  # accuracy of each possible start
     start: str | None = None  # the candidate that was fine-tuned
     soup: tuple[str, ...] = ()  # agent ids of the greedy soup

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from torch import nn
 
-from cloud_server.jobs import EncodedWeights, JobDirectory, Weights
+from cloud_server.jobs import EncodedWeightsFile, JobDirectory, WeightsFile
 from common.config import Wire
 from common.errors import RunError
 from common.faults import Point, crash_point
@@ -17,8 +17,8 @@ from common.wire import Base, decode, encode
 class Written(NamedTuple):
     """The files of a model."""
 
-    weights: Weights
-    encoded: EncodedWeights | None
+    weights: WeightsFile
+    encoded: EncodedWeightsFile | None
 
 
 def write_model(model: nn.Module, directory: JobDirectory, wire: Wire, base: Base | None) -> Written:
@@ -49,7 +49,7 @@ def write_model(model: nn.Module, directory: JobDirectory, wire: Wire, base: Bas
         decode(directory.encoded_path, directory.weights_path, base=base)
         load_into(model, directory.weights_path)
         described = _described(directory.encoded_path)
-        encoded = EncodedWeights(**described.model_dump(), base=base.digest if base else None)
+        encoded = EncodedWeightsFile(**described.model_dump(), base=base.digest if base else None)
     crash_point(Point.TRAINER_WEIGHTS_WRITTEN)
     return Written(_described(directory.weights_path), encoded)
 
@@ -59,6 +59,6 @@ def num_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def _described(path: Path) -> Weights:
+def _described(path: Path) -> WeightsFile:
     digest, size_bytes = blob_of(path)
-    return Weights(sha256=digest, bytes=size_bytes)
+    return WeightsFile(sha256=digest, bytes=size_bytes)
