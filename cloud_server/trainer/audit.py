@@ -108,7 +108,7 @@ def audit(
 ) -> list[Finding]:
     """Return the findings about each member.
 
-    The findings about a member without shards are empty, and so are all findings if there are too few members.
+    The findings about a member without shards are empty. All findings are empty if there are too few members.
     Every member's model is run once over the same images.
 
     Args:
