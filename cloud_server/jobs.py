@@ -306,14 +306,17 @@ class JobDirectory:
 
     @property
     def _job_path(self) -> Path:
+        """Return the path of job.json."""
         return self.path / "job.json"
 
     @property
     def _progress_path(self) -> Path:
+        """Return the path of progress.jsonl."""
         return self.path / "progress.jsonl"
 
     @property
     def _result_path(self) -> Path:
+        """Return the path of result.json."""
         return self.path / "result.json"
 
 

@@ -98,7 +98,7 @@ class Store:
             yield database
 
     def read(self, query: str, *values: object) -> list[dict[str, Any]]:
-        """Return the rows that a query finds; inside a transaction, it sees what was written so far."""
+        """Return the rows that a query finds; inside a transaction, also uncommitted ones."""
         with self._lock:
             return self._database.execute(query, values).fetchall()
 
