@@ -1,15 +1,15 @@
-"""The job directory: all that the server and the trainer say to each other, both ends of it.
+"""The job directory, by which the server and the trainer exchange everything, with the code of both ends.
 
     STATE/jobs/round-0003/
-        job.json            what to do; written by the server
-        progress.jsonl      how far it is, a line at a time; from here on written by the trainer
-        scratch/            what it needs on the way
-        encoded.safetensors the weights it made, encoded for the way to the agents; not for wire = "float32"
-        model.safetensors   the weights it made: what decoding the former gives
-        result.json         last of all: the job is over, well or badly
+        job.json            the job; the server writes this file, and the trainer writes all the others
+        progress.jsonl      the progress of the job, one line for each report
+        scratch/            intermediate files
+        encoded.safetensors the new weights, encoded for the agents; missing if wire = "float32"
+        model.safetensors   the new weights; if they are encoded, the result of decoding encoded.safetensors
+        result.json         the result or the error; this file is written last
 
-A job is pending while it has a job.json and no result.json. It may be killed at any moment: whoever
-takes it up again starts from the beginning and gets the same bytes.
+A job is pending while it has a job.json and no result.json. The trainer may be killed at any moment. The
+next trainer then starts the job from the beginning and makes the same bytes.
 """
 
 import re
@@ -28,7 +28,8 @@ from common.config import FrozenModel, RunConfig
 from common.errors import Reason, RunError
 from common.files import replacing, sync
 
-# What the audit holds against an agent: that others contradict its labels, or that its model fails.
+# The objections of the audit to an agent: "labels", the other models contradict the agent's labels; "model",
+# the agent's model fails on the images of the others.
 Flag = Literal["labels", "model"]
 
 _ROUND_JOB = re.compile(r"round-(\d+)")
@@ -36,122 +37,155 @@ _ROUND_JOB = re.compile(r"round-(\d+)")
 _Model = TypeVar("_Model", bound=FrozenModel)
 
 
-class Weights(FrozenModel):
-    """A safetensors file of weights."""
+class WeightsFile(FrozenModel):
+    """The digest and the size of a safetensors file of weights."""
 
     sha256: str
     bytes: int
 
 
-class EncodedWeights(Weights):
-    """The same weights, encoded (common/wire.py)."""
+class EncodedWeightsFile(WeightsFile):
+    """The digest and the size of a file of encoded weights (common/wire.py), and the base of the encoding."""
 
-    base: str | None  # digest of the weights that differences were taken from; None: there are none
+    # The digest of the weights from which differences were taken; None: the encoding has no differences.
+    base: str | None
 
 
 class Job(FrozenModel):
-    """What the trainer is asked to do: make the run's initial weights, or a round's global model."""
+    """A task for the trainer: to make the run's initial weights, or a round's global model."""
 
     kind: Literal["initialise", "round"]
-    name: str  # of the job's directory
-    round: int  # from 1 on; 0: initialise
+    # The name of the job's directory.
+    name: str
+    # The number of the round, from 1 on; 0 for the job that makes the initial weights.
+    round: int
     attempt: int = 1
     run: RunConfig
-    device: str  # "auto": the trainer's own
-    initial_weights: str | None  # digest; what the agents' pre-training started from
+    # The device to train on; "auto" leaves the choice to the trainer.
+    device: str
+    # The digest of the weights from which the agents' pre-training started.
+    initial_weights: str | None
     contributions: tuple[Contribution, ...] = ()
 
 
 class Progress(FrozenModel):
-    """How far the job is; the phases follow each other in this order and each appears at least once."""
+    """One report of a job's progress. The phases follow in this order, and each is reported at least once."""
 
     phase: Literal["aggregating", "fine_tuning", "evaluating"]
-    done: int  # tensors, steps or evaluations
-    total: int  # at least 1
-    loss: float | None = None  # fine_tuning: mean since the line before; None where it is not finite
+    # The number of candidates, steps or evaluations that are done.
+    done: int
+    # The number of all candidates, steps or evaluations of the phase, at least 1.
+    total: int
+    # The mean loss of the fine-tune since the previous report; None if the mean is not finite.
+    loss: float | None = None
 
 
 class JobError(FrozenModel):
-    """Why a job gave no model."""
+    """The reason why a job made no model."""
 
-    # usage: it would fail the same way again; storage: the disk takes no data now
+    # "usage": every further attempt would fail in the same way; "storage": the disk takes no data now.
     kind: Literal["usage", "out_of_memory", "storage", "failed"]
-    message: str  # one line
+    # One line for the person at the terminal.
+    message: str
 
 
 class ClassAccuracy(FrozenModel):
-    """How well the models of a round know one class, on the held-out part of the combined data."""
+    """The accuracies of a round's models on one class, in the held-out part of the combined data."""
 
     label: int
-    num_examples: int  # held out
+    # The number of held-out examples of the class.
+    num_examples: int
     accuracy_start: float
     accuracy_published: float
 
 
 class AgentAudit(FrozenModel):
-    """What a round of three agents or more has found out about one of them.
+    """The findings about one agent, in a round of three agents or more.
 
-    The shares are explained in trainer/audit.py; None: there is nothing to compare.
+    trainer/audit.py explains the shares. A share or loss is None if there is nothing to compare.
     """
 
     agent_id: str
-    update_norm: float  # Euclidean; as much as float64 can say, or more
-    norm_ratio: float | None  # to the median of the round; None: that is 0, or beyond float64
-    scale: float = 1.0  # what the update was multiplied with; below 1: it was clipped
-    label_share: float | None = None  # of its labels, what the others agree with
+    # The Euclidean norm of the update; a norm beyond float64 is recorded as the largest float64.
+    update_norm: float
+    # The norm divided by the median norm of the round; None if the median is 0 or beyond float64.
+    norm_ratio: float | None
+    # The factor by which the update was multiplied; below 1, the update was clipped.
+    scale: float = 1.0
+    # The share of the agent's labels with which the models of the others agree.
+    label_share: float | None = None
     label_share_expected: float | None = None
-    label_loss: float | None = None  # of what the others predict, nats
-    model_share: float | None = None  # of the others' examples, what its model is right about
+    # The mean cross-entropy between the others' prediction and the agent's labels, in nats.
+    label_loss: float | None = None
+    # The share of the others' examples that the agent's model classifies correctly.
+    model_share: float | None = None
     model_share_expected: float | None = None
     flags: tuple[Flag, ...] = ()
-    left_out: Reason | None = None  # LARGE_UPDATE or QUARANTINED: the round's model has nothing of it
+    # LARGE_UPDATE or QUARANTINED if the round's model was made without this agent's contribution.
+    left_out: Reason | None = None
 
 
 class Result(FrozenModel):
-    """How a job ended. Accuracies are of the held-out part of the combined data, None without one."""
+    """The outcome of a job.
 
-    weights: Weights | None = None  # of model.safetensors; None: see error
-    encoded: EncodedWeights | None = None  # of encoded.safetensors; None: weights travel as they are
-    candidates: dict[str, float] = Field(default_factory=dict)  # accuracy of each possible start
-    start: str | None = None  # the candidate that was fine-tuned
-    soup: tuple[str, ...] = ()  # agent ids of the greedy soup
+    Accuracies are measured on the held-out part of the combined data; they are None if there is no such data.
+    """
+
+    # The file model.safetensors; None if the job failed, see `error`.
+    weights: WeightsFile | None = None
+    # The file encoded.safetensors; None if the weights travel without an encoding.
+    encoded: EncodedWeightsFile | None = None
+    # The accuracy of each candidate, by name.
+    candidates: dict[str, float] = Field(default_factory=dict)
+    # The name of the candidate that was fine-tuned.
+    start: str | None = None
+    # The ids of the agents in the greedy soup.
+    soup: tuple[str, ...] = ()
     published: Literal["start", "fine_tuned"] | None = None
     accuracy_fine_tuned: float | None = None
     accuracy_published: float | None = None
-    classes: tuple[ClassAccuracy, ...] = ()  # those with examples, by label
-    audit: tuple[AgentAudit, ...] = ()  # by agent id; none of fewer than three agents
-    audit_note: str = ""  # why agents that were flagged are not left out, though they should be
-    seconds: dict[str, float] = Field(default_factory=dict)  # "audit", "aggregate", "fine_tune", "evaluate"
+    # The classes that have held-out examples, by label.
+    classes: tuple[ClassAccuracy, ...] = ()
+    # The findings about each agent, by agent id; empty in a round of fewer than three agents.
+    audit: tuple[AgentAudit, ...] = ()
+    # The reason why flagged agents are not left out, although the run leaves flagged agents out.
+    audit_note: str = ""
+    # The duration of the steps "audit", "aggregate", "fine_tune" and "evaluate".
+    seconds: dict[str, float] = Field(default_factory=dict)
     error: JobError | None = None
     num_parameters: int | None = None
-    finished_at: float | None = None  # seconds since the epoch
+    # Seconds since the epoch.
+    finished_at: float | None = None
 
 
 @dataclass(frozen=True)
 class JobDirectory:
-    """One job's directory; see the top of this file."""
+    """The directory of one job; the module's docstring lists the files in it."""
 
     path: Path
 
     @property
     def weights_path(self) -> Path:
+        """Return the path of the new weights."""
         return self.path / "model.safetensors"
 
     @property
     def precision_path(self) -> Path:
-        """Beside all jobs: in which precision this machine trains fastest."""
+        """Return the path of the file, shared by all jobs, that keeps the choice of the precision."""
         return StateDir(self.path.parents[1]).precision
 
     @property
     def encoded_path(self) -> Path:
+        """Return the path of the new weights as they are encoded for the agents."""
         return self.path / "encoded.safetensors"
 
     @property
     def scratch_path(self) -> Path:
+        """Return the path of the folder for intermediate files."""
         return self.path / "scratch"
 
     def write_job(self, job: Job) -> None:
-        """Ask for the job, also when an earlier attempt at it has ended.
+        """Make the job pending, also if an earlier attempt at the job has ended.
 
         Raises:
             OSError: the files cannot be written.
@@ -159,53 +193,61 @@ class JobDirectory:
         self.path.mkdir(parents=True, exist_ok=True)
         sync(self.path.parent)
         self._progress_path.unlink(missing_ok=True)
-        is_new_attempt = self._result_path.exists()  # otherwise a result is soon there: of this very job
+        # A result that exists now belongs to the earlier attempt. Without one, the job is pending as soon as
+        # job.json is written, and a result that appears later belongs to the new job.
+        is_new_attempt = self._result_path.exists()
         _write(self._job_path, job)
-        # Only now may it be pending: no trainer shall take up a new attempt with the old job.json.
+        # The old result is removed after the new job.json is written, so that no trainer starts the new
+        # attempt with the old job.json.
         if is_new_attempt:
             self._result_path.unlink()
 
     def withdraw(self) -> None:
-        """Ask for the job no more: no trainer takes it up again.
+        """Delete job.json, so that no trainer starts the job again.
 
         Raises:
-            OSError: the folder does not let it.
+            OSError: the file cannot be deleted.
         """
         self._job_path.unlink(missing_ok=True)
         sync(self.path)
 
     def remove(self) -> None:
-        """Remove the job; one half removed is never pending.
+        """Delete the job's directory; a job that is deleted only in part is never pending.
 
         Raises:
-            OSError: the folder does not let it.
+            OSError: a file cannot be deleted.
         """
         if not self.path.exists():
             return
-        self.withdraw()  # first: without its result it would be taken up again
+        # job.json is deleted first, because a job.json without a result would be pending.
+        self.withdraw()
         shutil.rmtree(self.path)
 
     def read_job(self) -> Job:
-        """Raises: RunError, there is no readable job."""
+        """Return the job.
+
+        Raises:
+            RunError: job.json is missing or damaged.
+        """
         job = _read(Job, self._job_path)
         if job is None:
             raise RunError(f"{self._job_path} is missing")
         return job
 
     def discard_output(self) -> None:
-        """Remove what an attempt that did not end may have left."""
+        """Delete the progress, the weights and the intermediate files of an attempt that was cut off."""
         self._progress_path.unlink(missing_ok=True)
         for path in (self.weights_path, self.encoded_path):
             path.unlink(missing_ok=True)
         self.discard_scratch()
 
     def discard_scratch(self) -> None:
-        """Remove what a trainer that was killed has left of its way."""
+        """Delete the folder for intermediate files, which a killed trainer leaves behind."""
         shutil.rmtree(self.scratch_path, ignore_errors=True)
 
     @contextmanager
     def scratch(self) -> Iterator[None]:
-        """Have an empty folder at `scratch_path`, for as long as it is needed."""
+        """Make an empty folder at `scratch_path`, and delete the folder at the end of the context."""
         self.scratch_path.mkdir()
         try:
             yield
@@ -213,14 +255,18 @@ class JobDirectory:
             self.discard_scratch()
 
     def append_progress(self, progress: Progress) -> None:
-        """Not made durable: after a crash of the machine the job starts again anyway."""
+        """Append one report to the progress file.
+
+        The line is not flushed to the disk, because the job starts again after a crash of the machine anyway.
+        """
         with self._progress_path.open("a", encoding="utf-8") as file:
             file.write(progress.model_dump_json() + "\n")
 
     def read_progress(self, offset: int) -> tuple[list[Progress], int]:
-        """The complete lines from byte `offset` on, and the offset to go on from.
+        """Return the reports in the complete lines from byte `offset` on, and the offset for the next call.
 
-        Starts again at the first line when the file was begun anew since.
+        If the file has become shorter than `offset`, a new attempt has begun the file again, and reading
+        starts at the first line.
         """
         try:
             with self._progress_path.open("rb") as file:
@@ -233,7 +279,7 @@ class JobDirectory:
         return list(_parse_progress(lines)), offset + len(lines) + len(newline)
 
     def write_result(self, result: Result) -> None:
-        """End the job; everything else must be in place.
+        """Write the result, which ends the job; all other files of the job must be complete.
 
         Raises:
             OSError: the file cannot be written.
@@ -241,32 +287,41 @@ class JobDirectory:
         _write(self._result_path, result)
 
     def read_result(self) -> Result | None:
-        """None while the job is pending. Raises: RunError, the file is damaged."""
+        """Return the result; None while the job is pending.
+
+        Raises:
+            RunError: the file is damaged.
+        """
         return _read(Result, self._result_path)
 
     @property
     def is_begun(self) -> bool:
+        """Return True if the job was asked for and not withdrawn."""
         return self._job_path.exists()
 
     @property
     def is_pending(self) -> bool:
+        """Return True if the job was asked for and has no result yet."""
         return not self._result_path.exists() and self._job_path.exists()
 
     @property
     def _job_path(self) -> Path:
+        """Return the path of job.json."""
         return self.path / "job.json"
 
     @property
     def _progress_path(self) -> Path:
+        """Return the path of progress.jsonl."""
         return self.path / "progress.jsonl"
 
     @property
     def _result_path(self) -> Path:
+        """Return the path of result.json."""
         return self.path / "result.json"
 
 
 def job_name(number: int) -> str:
-    """Of the directory of a round's job."""
+    """Return the name of a round's job and of the job's directory."""
     return f"round-{number:04d}"
 
 
@@ -276,14 +331,14 @@ def round_job(state_dir: StateDir, number: int) -> JobDirectory:
 
 
 def round_jobs(state_dir: StateDir) -> Iterator[tuple[int, JobDirectory]]:
-    """Yield the rounds whose jobs are on the disk, in no order, each with its job."""
+    """Yield the number and the job directory of each round that has a job directory, in no fixed order."""
     for path in list(state_dir.jobs.glob("round-*")):
         if match := _ROUND_JOB.fullmatch(path.name):
             yield int(match[1]), JobDirectory(path)
 
 
 def pending_jobs(jobs_dir: Path) -> list[JobDirectory]:
-    """The jobs that wait to be done, or to be done again, by name; none when there is no such folder."""
+    """Return the directories of the pending jobs, sorted by name; there are none without the folder."""
     try:
         paths = sorted(jobs_dir.iterdir())
     except FileNotFoundError:
@@ -292,11 +347,17 @@ def pending_jobs(jobs_dir: Path) -> list[JobDirectory]:
 
 
 def _write(path: Path, model: FrozenModel) -> None:
+    """Write the record as JSON, replacing the file in one step."""
     with replacing(path) as partial:
         partial.write_text(model.model_dump_json(indent=2) + "\n", "utf-8")
 
 
 def _read(model: type[_Model], path: Path) -> _Model | None:
+    """Return the record in the JSON file; None if there is no file.
+
+    Raises:
+        RunError: the file is damaged.
+    """
     try:
         return model.model_validate_json(path.read_bytes())
     except FileNotFoundError:
@@ -306,8 +367,10 @@ def _read(model: type[_Model], path: Path) -> _Model | None:
 
 
 def _parse_progress(lines: bytes) -> Iterator[Progress]:
+    """Yield the report of each line that can be read."""
     for line in lines.splitlines():
         try:
             yield Progress.model_validate_json(line)
         except ValidationError:
-            continue  # the file was begun anew and has grown past the offset: a part of a line
+            # The file was begun again and has grown past the offset, so that this is a part of a line.
+            continue

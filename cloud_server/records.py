@@ -1,6 +1,6 @@
-"""Round and run, translated into records and into jobs.
+"""The translation of rounds and runs into records and jobs, and back.
 
-round.py, store.py and jobs.py do not know each other; here they meet.
+round.py, store.py and jobs.py do not import each other; this module imports all three.
 """
 
 import json
@@ -34,7 +34,7 @@ def round_from(
     *,
     may_be_independent: bool = False,
 ) -> Round:
-    """Return the round as the store remembers it."""
+    """Return the round that the records of the store describe."""
     accepted = [decision for decision in decisions if decision.outcome is Outcome.ACCEPTED]
     return Round(
         number=row.number,
@@ -73,7 +73,7 @@ def round_job(round_: Round, run: RunConfig, device: str) -> Job:
 
 
 def left_out(result: Result, run: RunConfig) -> dict[str, Rejection]:
-    """Return why contributions were left out of the model, by agent id, in words for their agents."""
+    """Return, by agent id, why contributions were left out of the model; the messages go to the agents."""
     return {
         agent.agent_id: Rejection(agent.left_out, _message(agent, run))
         for agent in result.audit
@@ -82,6 +82,7 @@ def left_out(result: Result, run: RunConfig) -> dict[str, Rejection]:
 
 
 def _message(agent: AgentAudit, run: RunConfig) -> str:
+    """Return the message that tells an agent why its contribution was left out, and what to do about it."""
     if agent.left_out is Reason.LARGE_UPDATE:
         ratio = f"{agent.norm_ratio:.3g} times" if agent.norm_ratio else "endlessly"
         return (
@@ -94,9 +95,10 @@ def _message(agent: AgentAudit, run: RunConfig) -> str:
 
 
 def first_difference(recorded_json: str, run: RunConfig) -> str:
-    """Return how a recorded configuration differs: `"run.model: mlp there, resnet50 here"`, or nothing.
+    """Return the first difference between the recorded and this configuration, or an empty text.
 
-    A key that is new since it was recorded counts with its default.
+    The text reads like `"run.model: mlp there, resnet50 here"`. A key that is missing in the recorded
+    configuration counts there with its default.
     """
     try:
         recorded = RunConfig.model_validate_json(recorded_json)
@@ -110,6 +112,7 @@ def first_difference(recorded_json: str, run: RunConfig) -> str:
 
 
 def _flat(table: Mapping[str, Any], prefix: str = "run") -> dict[str, Any]:
+    """Return the values of nested tables by dotted key, like `"run.fine_tune.epochs"`."""
     flat: dict[str, Any] = {}
     for key, value in table.items():
         flat |= _flat(value, f"{prefix}.{key}") if isinstance(value, dict) else {f"{prefix}.{key}": value}

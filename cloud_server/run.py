@@ -1,4 +1,4 @@
-"""The run that a state directory holds: found there, or begun."""
+"""The run in a state directory: opening it, beginning it, and adopting the models that jobs have made."""
 
 import asyncio
 import uuid
@@ -21,7 +21,7 @@ from common.transfer import to_the_end
 
 @dataclass(frozen=True)
 class Run:
-    """What does not change in the whole run."""
+    """The properties of a run that never change."""
 
     run_id: str
     config: RunConfig
@@ -30,7 +30,7 @@ class Run:
 
 
 async def open_run(config: ServerConfig, store: Store, jobs: JobRunner, clock: Callable[[], float]) -> Run:
-    """Return the run in the state directory; begin it if there is none.
+    """Return the run in the state directory; begin a run if there is none.
 
     Raises:
         UsageError: the directory holds another run, or the run's model cannot be built.
@@ -53,7 +53,7 @@ async def open_run(config: ServerConfig, store: Store, jobs: JobRunner, clock: C
 
 
 def adopt_model(store: Store, directory: JobDirectory, result: Result) -> None:
-    """Make blobs of the weights that a job has made, and of their encoding; doing it again changes nothing.
+    """Turn the weights that a job has made, and their encoding, into blobs; a second call changes nothing.
 
     Raises:
         StorageError: the disk takes no data now.
@@ -69,10 +69,15 @@ def adopt_model(store: Store, directory: JobDirectory, result: Result) -> None:
 
 
 async def _begin(config: ServerConfig, store: Store, jobs: JobRunner, clock: Callable[[], float]) -> None:
-    """Have the trainer build the model, then record the run and its first round."""
+    """Let the trainer make the initial weights, then record the run and its first round.
+
+    Raises:
+        UsageError: the run's model cannot be built.
+        RunError: the trainer could not make the initial weights.
+    """
     job = records.initialise_job(config.run, config.device)
     directory = jobs.directory(job.name)
-    # A start that failed may have left this job's folder.
+    # An earlier start that failed may have left this job's folder.
     directory.remove()
     result = await jobs.finish(job)
     if result.error or result.weights is None:

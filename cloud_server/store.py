@@ -1,10 +1,10 @@
-"""What the server must not forget: the records in SQLite, and the blobs beside them.
+"""The durable state of the server: the records in SQLite, and the blobs beside the database.
 
-The store knows the run, its agents, rounds, contributions, reports, uploads and encodings; the rules in
+The store knows the run, its agents, rounds, contributions, reports, uploads and encodings. The rules in
 `upkeep/` have records of their own, which they read and write by `read` and `transaction`.
 
-What a method has done is on disk when it returns: it survives the process, and the machine's power.
-Where that takes several steps, each one leaves a state from which the whole can be done again.
+When a method returns, its effect is on the disk and survives a crash of the process or the machine. A method
+of several steps can be called again after a crash between any two of the steps.
 """
 
 import json
@@ -35,30 +35,32 @@ from common.faults import Point, crash_point
 from common.files import sync
 from common.run_state import Outcome, Phase
 
-# What is on record of a contribution of which nothing was kept.
+# The values that are recorded for a decision that keeps no contribution.
 _NOTHING = Contribution("", "", (), 0)
 
 
 class Store:
     """The state directory of one server; every method may be called from any thread.
 
-    Besides what each method says, those that write raise StorageError while the disk is full, read-only or
-    failing, and sqlite3.IntegrityError for a round or an agent that was never recorded.
+    Every method that writes raises StorageError while the disk is full, read-only or failing, and
+    sqlite3.IntegrityError for a round or an agent that was never recorded.
 
     Attributes:
-        state_dir: where everything is.
+        state_dir: the paths in the state directory.
         blobs: the files of weights and shards.
     """
 
     def __init__(self, path: Path, *, as_guest: bool = False) -> None:
-        """Open the state directory at `path`, made if need be.
+        """Open the state directory at `path`; create the directory if it is missing.
 
         Args:
-            as_guest: open it beside the server that has it; what is asked of it here, that server does.
+            path: the path of the state directory.
+            as_guest: open the directory without its lock, beside the server that holds the lock. A guest
+                leaves requests in the records, and the server carries them out.
 
         Raises:
-            InUseError: another server has it.
-            UsageError: it is not usable.
+            InUseError: another server holds the lock of the directory.
+            UsageError: the directory cannot be used.
         """
         self.state_dir = StateDir(path)
         self._lock = RLock()
@@ -79,38 +81,45 @@ class Store:
             self._resources = resources.pop_all()
 
     def close(self) -> None:
-        """Give the state directory back; harmless when done twice."""
+        """Close the database and release the lock; a second call does nothing."""
         with self._lock:
             self._resources.close()
 
-    # SQL, also for the rules in upkeep/
+    # These two methods run SQL, also for the rules in upkeep/.
 
     @contextmanager
     def transaction(self) -> Iterator[sqlite3.Connection]:
-        """Write records, all or none, durable when this ends; nobody else reads or writes meanwhile."""
+        """Return a context in which to write records: all of them become durable at its end, or none.
+
+        No other thread reads or writes records during the context.
+        """
         with self._lock, storage_errors(), self._database as database:
             database.execute("BEGIN IMMEDIATE")
             yield database
 
     def read(self, query: str, *values: object) -> list[dict[str, Any]]:
-        """Return the rows that a query finds; inside a transaction, those that it has written so far."""
+        """Return the rows that a query finds; inside a transaction, also uncommitted ones."""
         with self._lock:
             return self._database.execute(query, values).fetchall()
 
     def empty_log(self) -> None:
-        """Have the write-ahead log forget what was deleted."""
+        """Empty the write-ahead log, in which deleted records would remain readable."""
         with self._lock:
             empty_log(self._database)
 
     # The run and its agents
 
     def run(self) -> RunRow | None:
-        """Return the run, once there is one."""
+        """Return the run; None if there is no run yet."""
         rows = self.read("SELECT run_id, config_json, created_at FROM run")
         return RunRow(**rows[0]) if rows else None
 
     def create_run(self, run_id: str, config_json: str, initial_digest: str, now: float) -> None:
-        """Record the run and its first round together; sqlite3.IntegrityError if there is a run."""
+        """Record the run and its first round in one step.
+
+        Raises:
+            sqlite3.IntegrityError: there is a run already.
+        """
         with self.transaction() as database:
             database.execute(
                 "INSERT INTO run (run_id, config_json, created_at) VALUES (?, ?, ?)",
@@ -119,7 +128,7 @@ class Store:
             _insert_round(database, 1, initial_digest, now)
 
     def join(self, agent_id: str, now: float) -> int:
-        """Return the agent's slot, from 1 on: at first the next free one, and ever after the same."""
+        """Return the agent's slot, from 1 on; the first call gives the agent the next free slot."""
         with self.transaction() as database:
             database.execute(
                 "INSERT OR IGNORE INTO agents (agent_id, slot, joined_at)"
@@ -129,7 +138,11 @@ class Store:
             return self.slot(agent_id)
 
     def slot(self, agent_id: str) -> int:
-        """Return the slot that the agent has; NotFoundError if it never joined."""
+        """Return the agent's slot.
+
+        Raises:
+            NotFoundError: the agent never joined.
+        """
         rows = self.read("SELECT slot FROM agents WHERE agent_id = ?", agent_id)
         if not rows:
             raise NotFoundError(f"agent {agent_id} has not joined this run: join first", Reason.UNKNOWN_AGENT)
@@ -137,14 +150,18 @@ class Store:
         return slot
 
     def agents(self) -> list[AgentRow]:
-        """Return every agent that ever joined and is not forgotten, by slot."""
+        """Return every agent that has joined and was not forgotten since, sorted by slot."""
         rows = self.read("SELECT agent_id, slot, joined_at FROM agents ORDER BY slot")
         return [AgentRow(**row) for row in rows]
 
     # Rounds
 
     def open_round(self, number: int, initial_digest: str, now: float) -> None:
-        """Record a new round, collecting; sqlite3.IntegrityError if the number is taken."""
+        """Record a new round, in the phase COLLECTING.
+
+        Raises:
+            sqlite3.IntegrityError: the number is taken.
+        """
         with self.transaction() as database:
             _insert_round(database, number, initial_digest, now)
 
@@ -158,11 +175,15 @@ class Store:
         published_digest: str | None = None,
         left_out: Mapping[str, tuple[str, str]] | None = None,
     ) -> None:
-        """Record that a round entered a phase, and how the round ended if it did.
+        """Record that a round has entered a phase, and the outcome if the round has ended.
 
         Args:
+            number: the number of the round.
+            phase: the new phase.
+            now: seconds since the epoch.
+            failure: the reason why the round failed.
             published_digest: the digest of the published model.
-            left_out: reason and message of the accepted contributions that were not used, by agent id.
+            left_out: the reason and the message for each accepted, but unused contribution, by agent id.
         """
         with self.transaction() as database:
             database.execute(
@@ -176,13 +197,13 @@ class Store:
             _append_phase(database, number, phase, now)
 
     def rounds(self, *, last: int = -1) -> list[RoundRow]:
-        """Return every round, or so many of the last ones, by number."""
+        """Return the last `last` rounds, sorted by number; by default every round."""
         return self._read_rounds(
             "SELECT * FROM (SELECT * FROM rounds ORDER BY number DESC LIMIT ?) ORDER BY number", last
         )
 
     def last_round(self) -> RoundRow | None:
-        """Return the round with the highest number."""
+        """Return the round with the highest number; None if there is no round."""
         rounds = self._read_rounds("SELECT * FROM rounds ORDER BY number DESC LIMIT 1")
         return rounds[0] if rounds else None
 
@@ -191,22 +212,24 @@ class Store:
         return bool(self.read("SELECT 1 FROM rounds WHERE published IS NOT NULL LIMIT 1"))
 
     def round(self, number: int) -> RoundRow | None:
-        """Return the round with this number."""
+        """Return the round with this number; None if there is no such round."""
         rounds = self._read_rounds("SELECT * FROM rounds WHERE number = ?", number)
         return rounds[0] if rounds else None
 
     def _read_rounds(self, query: str, *values: object) -> list[RoundRow]:
+        """Return the rounds that the query finds, each with the times of its phases."""
         with self._lock:
             return [_round(row, self._phase_times(row["number"])) for row in self.read(query, *values)]
 
     def _phase_times(self, number: int) -> dict[str, float]:
+        """Return the time at which the round first entered each phase, by phase."""
         history = self.read("SELECT phase, at FROM phase_history WHERE round = ? ORDER BY entry", number)
         return {row["phase"]: row["at"] for row in reversed(history)}
 
     # Contributions and reports
 
     def record_contribution(self, number: int, decision: Decision) -> None:
-        """Record how an agent's part in a round ended; the last record for an agent and round stands."""
+        """Record the decision on an agent's contribution to a round, in place of an earlier decision."""
         contribution = decision.contribution or _NOTHING
         reason, message = decision.why or ("", "")
         with self.transaction() as database:
@@ -231,19 +254,19 @@ class Store:
             )
 
     def contributions(self, number: int) -> list[Decision]:
-        """Return how every agent's part in a round ended, in agent-id order."""
+        """Return the decision on every agent's contribution to a round, in agent-id order."""
         rows = self.read("SELECT * FROM contributions WHERE round = ? ORDER BY agent_id", number)
         return [_decision(row) for row in rows]
 
     def num_accepted(self) -> dict[int, int]:
-        """Return how many contributions each round has accepted, of the rounds that have any."""
+        """Return the number of accepted contributions, by round; rounds without any are left out."""
         rows = self.read(
             "SELECT round, count(*) AS number FROM contributions WHERE outcome = 'accepted' GROUP BY round"
         )
         return {row["round"]: row["number"] for row in rows}
 
     def counted_rounds(self) -> dict[str, int]:
-        """Return the last published round that counted a contribution of an agent, by agent id."""
+        """Return, by agent id, the last published round that used a contribution of the agent."""
         rows = self.read(
             "SELECT agent_id, max(round) AS round FROM contributions JOIN rounds ON number = round"
             " WHERE outcome = 'accepted' AND reason = '' AND published IS NOT NULL GROUP BY agent_id"
@@ -251,8 +274,8 @@ class Store:
         return {row["agent_id"]: row["round"] for row in rows}
 
     def last_left_out(self) -> dict[str, tuple[int, str, str]]:
-        """Return each agent's last accepted contribution that was not used: its round, reason and message."""
-        # Reason and message are those of the row that has the maximum, as SQLite promises.
+        """Return, by agent id, the round, reason and message of the last accepted contribution not used."""
+        # SQLite guarantees that reason and message come from the row that has the maximum.
         rows = self.read(
             "SELECT agent_id, max(round) AS round, reason, message FROM contributions"
             " WHERE outcome = 'accepted' AND reason != '' GROUP BY agent_id"
@@ -260,7 +283,7 @@ class Store:
         return {row["agent_id"]: (row["round"], row["reason"], row["message"]) for row in rows}
 
     def record_report(self, number: int, report: ReportRow) -> bool:
-        """Record what became of a round's model on a device; the last report of an agent stands.
+        """Record an agent's report on a round's model, in place of an earlier report of the agent.
 
         Returns:
             True if this is the agent's first report on that model.
@@ -290,7 +313,7 @@ class Store:
     # Uploads
 
     def partial_path(self, agent_id: str, digest: str) -> Path:
-        """Return where this agent's upload grows.
+        """Return the path of the file to which this agent's upload is appended.
 
         Raises:
             NotFoundError: the agent never joined.
@@ -299,9 +322,13 @@ class Store:
         return self.blobs.partial_path(self.slot(agent_id), digest)
 
     def commit_upload(self, agent_id: str, digest: str, kind: str, now: float) -> None:
-        """Make a whole, checked upload a blob, then record whose it is; NotFoundError without an upload."""
+        """Turn a complete, checked upload into a blob, and record the agent as its owner.
+
+        Raises:
+            NotFoundError: there is no such upload.
+        """
         partial = self.partial_path(agent_id, digest)
-        # Under the lock, so that no blob is removed between the file and its record.
+        # The lock keeps the blob from being removed before its record is written.
         with self._lock:
             self.blobs.link(partial, digest)
             crash_point(Point.SERVER_BLOB_LINKED)
@@ -326,14 +353,14 @@ class Store:
         return bool(recorded) and self.blobs.path(digest).exists()
 
     def uploads(self) -> list[UploadRow]:
-        """Return every upload that was committed and not given up since."""
+        """Return the record of every committed upload."""
         rows = self.read("SELECT agent_id, digest, kind, at FROM uploads ORDER BY agent_id, digest, kind")
         return [UploadRow(**row) for row in rows]
 
     def unused_sizes(self, agent_id: str) -> dict[str, int]:
-        """Return the bytes, by digest, of what an agent has here and no kept round of its uses.
+        """Return the sizes in bytes, by digest, of the agent's uploads that no kept contribution uses.
 
-        Uploads count whether they are half sent or whole.
+        A kept contribution is one of this agent's, in a round that is not retired. Partial uploads count too.
 
         Raises:
             NotFoundError: the agent never joined.
@@ -351,7 +378,7 @@ class Store:
     # Encodings
 
     def record_encoding(self, weights_digest: str, encoding: EncodingRow) -> None:
-        """Record what weights also travel as; both are blobs. The last record for the weights stands."""
+        """Record the encoding of weights, in place of an earlier record; weights and encoding are blobs."""
         with self.transaction() as database:
             database.execute(
                 "INSERT OR REPLACE INTO encodings (weights, digest, base) VALUES (?, ?, ?)",
@@ -359,14 +386,14 @@ class Store:
             )
 
     def encoding(self, weights_digest: str) -> EncodingRow | None:
-        """Return what the weights also travel as, if anything."""
+        """Return the encoding of the weights; None if the weights have no encoding."""
         rows = self.read("SELECT digest, base FROM encodings WHERE weights = ?", weights_digest)
         return EncodingRow(**rows[0]) if rows else None
 
     def is_public(self, digest: str) -> bool:
-        """Return True if agents may read the blob, and it is still stored.
+        """Return True if agents may read the blob and the blob is stored.
 
-        Public are each round's initial weights and published model, and what either is encoded as.
+        The public blobs are each round's initial weights and published model, and the encodings of both.
         """
         named = self.read(
             "WITH asked AS (SELECT ? AS digest UNION SELECT weights FROM encodings WHERE digest = ?)"
@@ -378,6 +405,7 @@ class Store:
 
 
 def _insert_round(database: sqlite3.Connection, number: int, initial_digest: str, now: float) -> None:
+    """Insert a new round, in the phase COLLECTING, and the first entry of its phase history."""
     database.execute(
         "INSERT INTO rounds (number, phase, initial_weights, opened_at) VALUES (?, ?, ?, ?)",
         (number, Phase.COLLECTING, initial_digest, now),
@@ -386,10 +414,12 @@ def _insert_round(database: sqlite3.Connection, number: int, initial_digest: str
 
 
 def _append_phase(database: sqlite3.Connection, number: int, phase: str, now: float) -> None:
+    """Append an entry to the phase history of a round."""
     database.execute("INSERT INTO phase_history (round, phase, at) VALUES (?, ?, ?)", (number, phase, now))
 
 
 def _round(row: Mapping[str, Any], phase_times: dict[str, float]) -> RoundRow:
+    """Return the round that a row of the table `rounds` describes."""
     return RoundRow(
         number=row["number"],
         phase=row["phase"],
@@ -404,6 +434,7 @@ def _round(row: Mapping[str, Any], phase_times: dict[str, float]) -> RoundRow:
 
 
 def _decision(row: Mapping[str, Any]) -> Decision:
+    """Return the decision that a row of the table `contributions` describes."""
     outcome = Outcome(row["outcome"])
     contribution = Contribution(
         agent_id=row["agent_id"],
@@ -425,12 +456,17 @@ def _decision(row: Mapping[str, Any]) -> Decision:
 
 @contextmanager
 def _database(state_dir: StateDir, *, as_guest: bool) -> Iterator[sqlite3.Connection]:
+    """Open the database, bring its tables up to date, and close the database at the end of the context.
+
+    Raises:
+        UsageError: a guest finds the tables of another version of the server.
+    """
     path = state_dir.database
     with closing(connect(path)) as database:
         if as_guest and version(database) != len(MIGRATIONS):
             raise UsageError(f"a server of another version uses {path}: stop it first")
         migrate(database, path, MIGRATIONS)
         if not as_guest:
-            # A server that was killed may have left a log.
+            # A server that was killed may have left a write-ahead log.
             empty_log(database)
         yield database

@@ -1,1 +1,1 @@
-"""The trainer: a process of its own, the only part of the server that imports torch."""
+"""The trainer, a separate process and the only part of the server that imports torch."""

@@ -1,11 +1,11 @@
-"""The trainer: does the jobs of a state directory, one after the other, until it is stopped.
+"""The trainer's command, which does the jobs of a state directory one after the other, until it is stopped.
 
-The server starts `python -m cloud_server.trainer --state-dir DIR`. With several GPUs that starts one
-rank for each, through torchrun's launcher; otherwise it works in this very process. Where one machine
-is not enough, run `torchrun --nnodes=N … -m cloud_server.trainer --state-dir DIR` on each of them,
-over a shared state directory.
+The server starts `python -m cloud_server.trainer --state-dir DIR`. On a machine with several GPUs, this
+process starts one rank for each GPU through torchrun's launcher; otherwise it does the jobs itself. To train
+on several machines, run `torchrun --nnodes=N … -m cloud_server.trainer --state-dir DIR` on each machine, with
+a state directory that all of them share.
 
-A job may be killed at any moment and done again: there is nothing to clean up before leaving.
+The trainer cleans nothing up before it exits, because a job may be killed at any moment and started again.
 """
 
 import argparse
@@ -29,16 +29,20 @@ from common.errors import UsageError
 from common.telemetry import configure_logging
 
 POLL_SECONDS = 0.025
-MAX_RESTARTS = 3  # of a group of ranks; then the launcher leaves as well, and the server starts it anew
+# The launcher starts a failed group of ranks so many times again. Then the launcher exits as well, and the
+# server starts a new trainer.
+MAX_RESTARTS = 3
 
 log = structlog.get_logger()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Run the trainer and return the exit code of the process."""
     arguments = _parser().parse_args(argv)
-    # By default signals end the process even while it waits inside PyTorch; Python's handler could not.
+    # The default action of a signal ends the process even inside a call of PyTorch. Python's handler would
+    # only run after that call.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    threading.Thread(target=_leave_with_server, daemon=True).start()
+    threading.Thread(target=_exit_with_server, daemon=True).start()
     configure_logging()
     try:
         if "RANK" not in os.environ and (num_ranks := _num_gpus(arguments.device)) > 1:
@@ -50,6 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m cloud_server.trainer",
         description="Do the training of a cloud-server. The server starts this by itself;"
@@ -64,10 +69,12 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _leave_with_server() -> None:
-    """Wait for the end of stdin, whose other end the server holds, and end this process there.
+def _exit_with_server() -> None:
+    """Wait for the end of stdin, and then exit from the process.
 
-    A terminal or /dev/null, as under a torchrun started by hand, is held by nobody.
+    The server holds the other end of stdin, so that stdin ends with the server. If stdin is neither a pipe
+    nor a socket, as under a torchrun that was started by hand, then no server holds it, and the function
+    returns.
     """
     stdin = sys.__stdin__
     if stdin is None:
@@ -80,14 +87,14 @@ def _leave_with_server() -> None:
 
 
 def _num_gpus(device: str) -> int:
-    """How many GPUs `device` stands for."""
+    """Return the number of devices that `device` stands for: all GPUs of the machine, or one device."""
     import torch
 
     return torch.cuda.device_count() if device in ("auto", "cuda") else 1
 
 
 def _launch(num_ranks: int, arguments: argparse.Namespace) -> int:
-    """Run one rank on each GPU, all of them again when one of them fails."""
+    """Run one rank on each GPU, and return the exit code; if one rank fails, all ranks are started again."""
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -111,8 +118,8 @@ def _launch(num_ranks: int, arguments: argparse.Namespace) -> int:
 
 
 def _work(state_dir: StateDir, device: str) -> NoReturn:
-    """Do every job that turns up, as one rank of a group or alone."""
-    # Importing PyTorch takes seconds: after the command line is known to be right.
+    """Do every job that becomes pending, as one rank of a group or alone."""
+    # Importing PyTorch takes seconds, and an error in the command line should be reported without that delay.
     import torch
 
     from cloud_server.trainer.group import Group
@@ -121,9 +128,13 @@ def _work(state_dir: StateDir, device: str) -> NoReturn:
 
     make_deterministic()
     group = Group.join(device)
-    with contextlib.suppress(UsageError):  # the first job will say that there is no such device
-        torch.zeros(1, device=group.device(device))  # the first use of a GPU takes seconds, too
-    gc.freeze()  # what PyTorch's import has made stays; looking through it after each job takes 0.2 s
+    # The first use of a GPU takes seconds, which are spent here instead of in the first job. If there is no
+    # such device, the first job reports the error.
+    with contextlib.suppress(UsageError):
+        torch.zeros(1, device=group.device(device))
+    # The objects that importing PyTorch has made are never freed. Without this call the garbage collection
+    # after each job would look through all of them, which takes 0.2 s.
+    gc.freeze()
     log.info("trainer_ready", rank=group.rank, world_size=group.world_size)
     while True:
         name = group.share(_next_job(state_dir.jobs) if group.rank == 0 else "")
@@ -132,7 +143,7 @@ def _work(state_dir: StateDir, device: str) -> NoReturn:
 
 
 def _next_job(jobs_dir: Path) -> str:
-    """The name of the first pending job, as soon as there is one."""
+    """Wait until a job is pending, and return the name of the first pending job."""
     while not (pending := pending_jobs(jobs_dir)):
         time.sleep(POLL_SECONDS)
     return pending[0].path.name

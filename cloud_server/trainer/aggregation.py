@@ -1,10 +1,11 @@
-"""Aggregation: one set of weights from those of all agents, in memory that their number does not change.
+"""Aggregation: the combination of all agents' weights into one state_dict.
 
-Every aggregator walks the tensors in pieces that stay in a processor's cache: a piece of every
-contribution is read, in the order given, and reduced to the piece of the result. The mean adds them up one
-by one; what has to see all values of a coordinate stacks them first, in shorter pieces the more there are,
-and sorts them by whole rows, which processors do in vectors. The files are read rather than mapped, because
-mapped pages count as the trainer's memory.
+The number of agents does not change the memory that aggregation takes. Every aggregator walks through the
+tensors in pieces that fit into a processor's cache. It reads the same piece of every contribution, in the
+order given, and reduces these pieces to that piece of the result. The mean adds the pieces up one by one. The
+aggregators that need all values of a coordinate at once stack the pieces first. The more contributions there
+are, the shorter these pieces. The stack is sorted by whole rows, because processors do that with vector
+instructions. The files are read instead of mapped, because mapped pages count as the trainer's memory.
 """
 
 import math
@@ -23,17 +24,21 @@ from common.errors import RunError
 from common.schema import TensorSpec, read_header
 from common.weights import StateDict
 
-# The largest that PyTorch adds in one thread: waking others for it costs more than it saves, and on a
-# busy machine many times more.
+# The largest piece that PyTorch adds up in one thread. For longer pieces PyTorch would wake other threads,
+# which costs more than it saves, and many times more on a busy machine.
 PIECE_ELEMENTS = 1 << 15
-STACK_ELEMENTS = 1 << 18  # of all contributions together, in float64 at most: 2 MiB
-# Of one contribution: shorter ones would cost more to find than to read. So that beyond 256 contributions
-# each takes 8 KiB more.
+# The size of a stack of pieces, of all contributions together: at most 2 MiB, in float64.
+STACK_ELEMENTS = 1 << 18
+# The least length of one contribution's piece in a stack. Finding a shorter piece in its file would cost more
+# than reading it. Beyond 256 contributions, a stack therefore grows by 8 KiB for each contribution.
 MIN_STACKED_ELEMENTS = 1 << 10
 
-SMOOTHING = 1e-6  # of the geometric median, as a part of the median distance to it
-LEAST_DISTANCE = 1e-150  # one over it, and over its square, is still a number
-TOLERANCE = 1e-12  # its weights are found when none changes by more than this part of itself
+# The least distance that the geometric median distinguishes, as a part of the median distance to it.
+SMOOTHING = 1e-6
+# The least distance whose reciprocal, and the reciprocal of its square, are finite.
+LEAST_DISTANCE = 1e-150
+# The weights of the geometric median are found when no weight changes by more than this part of itself.
+TOLERANCE = 1e-12
 MAX_ITERATIONS = 1000
 
 _TORCH_DTYPES = {
@@ -43,20 +48,22 @@ _TORCH_DTYPES = {
     "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
 
-OnTensor = Callable[[int, int], None]  # told how many tensors, of how many, are done
+# A callback that gets the number of tensors that are done, and the number of all tensors.
+OnTensor = Callable[[int, int], None]
 FloatArray = npt.NDArray[np.floating[Any]]
 
-# The values [n] of one piece, of every contribution in turn, each gone when the next is asked for.
+# The same piece of every contribution in turn, each with the values [n]. The values of the next contribution
+# overwrite those of the previous one.
 Piece = Iterable[Tensor]
-# Fills the result, float64 [n], given as zeros.
+# A function that reduces a piece to the result, which is float64 [n] and filled with zeros at first.
 Reducer = Callable[[Piece, Tensor], None]
 
 
 def coefficients(num_examples: Sequence[int], weights: Literal["examples", "uniform"]) -> list[float]:
-    """What each contribution counts in the mean, as a multiple of one example or one agent.
+    """Return the coefficient of each contribution in the mean, as a multiple of one example or one agent.
 
     Raises:
-        RunError: there is nothing to weight by.
+        RunError: the mean is weighted by examples, and no contribution has any.
     """
     counts = [1.0 if weights == "uniform" else float(number) for number in num_examples]
     if sum(counts) <= 0:
@@ -72,21 +79,22 @@ def aggregate(
     compared: Collection[str],
     on_tensor: OnTensor = lambda *_: None,
 ) -> StateDict:
-    """What the run's aggregator makes of safetensors files with equal names, shapes and dtypes.
+    """Aggregate safetensors files with equal names, shapes and dtypes by the run's aggregator.
 
-    Every aggregator computes in float64, and every tensor keeps its dtype: floating-point results are
-    rounded to it, those of integers and bools are rounded half to even.
+    Every aggregator computes in float64, and every tensor keeps its dtype. Floating-point results are rounded
+    to that dtype; the results of integers and bools are rounded half to even.
 
     Args:
-        paths: in agent-id order: the order of a sum shows in its last bits.
+        paths: the files in agent-id order, because the order of a sum changes its last bits.
         coefficients: one for each path, not negative; only their ratios matter.
+        run: the configuration of the run.
         compared: the names of the model's parameters, see `geometric_median`.
-        on_tensor: told how many tensors, of how many, are done.
+        on_tensor: a callback that gets the numbers of done tensors and of all tensors.
 
     Raises:
-        RunError: the files differ, or do not hold what their headers say.
-        InvalidError: one is no safetensors file.
-        OSError: one cannot be read.
+        RunError: the files differ in names, shapes or dtypes, or a file contradicts its header.
+        InvalidError: a file is not a safetensors file.
+        OSError: a file cannot be read.
     """
     match run.aggregator:
         case "mean":
@@ -102,7 +110,7 @@ def aggregate(
 def mean(
     paths: Sequence[Path], coefficients: Sequence[float], *, on_tensor: OnTensor = lambda *_: None
 ) -> StateDict:
-    """The weighted mean Σ cᵢ·xᵢ / Σ cᵢ (FedAvg, arXiv 1602.05629, algorithm 1); see `aggregate`."""
+    """Return the weighted mean Σ cᵢ·xᵢ / Σ cᵢ (FedAvg, arXiv 1602.05629, algorithm 1); see `aggregate`."""
     total = sum(coefficients)
 
     def reduce(piece: Piece, result: Tensor) -> None:
@@ -116,23 +124,25 @@ def mean(
 def trimmed_mean(
     paths: Sequence[Path], trim_fraction: float, *, on_tensor: OnTensor = lambda *_: None
 ) -> StateDict:
-    """The mean of what is left of each coordinate without its smallest and largest values; see `aggregate`.
+    """Return the mean of each coordinate without its smallest and largest values; see `aggregate`.
 
     Of K values the ⌊trim_fraction·K⌋ smallest and as many largest are dropped (Yin et al., arXiv 1803.01498,
-    definition 2). The coefficients play no part: a contribution that claims many examples counts once.
-    With fewer than 1/trim_fraction contributions nothing is dropped.
+    definition 2). There are no coefficients: a contribution that claims many examples counts once. With fewer
+    than 1/trim_fraction contributions no value is dropped.
 
     Args:
+        paths: the files in agent-id order.
         trim_fraction: from 0 to less than 0.5.
+        on_tensor: a callback that gets the numbers of done tensors and of all tensors.
     """
-    # As it was written: 0.29·100 is less than 29 in floating point.
+    # The fraction is taken as its decimal digits say, because 0.29·100 is less than 29 in floating point.
     return _trimmed_mean(paths, math.floor(Fraction(str(trim_fraction)) * len(paths)), on_tensor)
 
 
 def median(paths: Sequence[Path], *, on_tensor: OnTensor = lambda *_: None) -> StateDict:
-    """The median of each coordinate, of an even number the mean of the two in the middle; see `aggregate`.
+    """Return the median of each coordinate (Yin et al., arXiv 1803.01498, definition 1); see `aggregate`.
 
-    (Yin et al., arXiv 1803.01498, definition 1.) The coefficients play no part.
+    The median of an even number of values is the mean of the two in the middle. There are no coefficients.
     """
     return _trimmed_mean(paths, (len(paths) - 1) // 2, on_tensor)
 
@@ -144,21 +154,25 @@ def geometric_median(
     compared: Collection[str],
     on_tensor: OnTensor = lambda *_: None,
 ) -> StateDict:
-    """The weighted mean with the weights of the geometric median; see `aggregate`.
+    """Return the geometric median of the contributions; see `aggregate`.
 
-    That is the point z with the least Σ cᵢ·‖xᵢ - z‖ (RFA, Pillutla et al., arXiv 1912.13445), which no
-    minority can move far. A contribution with more than half of the sum of the coefficients, as one of two
-    with more examples than the other, is itself the geometric median.
+    The geometric median is the point z with the least Σ cᵢ·‖xᵢ - z‖ (RFA, Pillutla et al., arXiv 1912.13445).
+    No minority can move this point far. If one contribution has more than half of the sum of the
+    coefficients, then this contribution is the geometric median: the larger one of two, for example.
 
-    The files are read twice, once for the distances and once for the mean.
+    The geometric median is a weighted mean of the contributions. The files are read twice, once to find the
+    weights of this mean from the distances, and once to compute the mean.
 
     Args:
-        compared: the names of the tensors in which distances are measured, those that are not floating
-            point left out: the model's parameters. Running statistics are in the units of activations
-            (variances in their square), so that large ones would outvote all weights.
+        paths: the files in agent-id order.
+        coefficients: one for each path, not negative; only their ratios matter.
+        compared: the names of the tensors in which distances are measured, which are the model's parameters.
+            Tensors that are not floating point do not count. Running statistics are not compared, because
+            they are in the units of activations, or in their square, and could outvote all weights.
+        on_tensor: a callback that gets the numbers of done tensors and of all tensors.
 
     Raises:
-        RunError: also when distances are beyond what float64 holds.
+        RunError: as in `aggregate`, or a distance is beyond float64.
     """
     contributions, factors = Contributions(paths), np.asarray(coefficients, np.float64)
     schema = contributions.schema
@@ -176,7 +190,7 @@ def geometric_median(
 
 
 class Contributions:
-    """Safetensors files with equal names, shapes and dtypes, read side by side."""
+    """Safetensors files with equal names, shapes and dtypes, which are read side by side."""
 
     def __init__(self, paths: Sequence[Path]) -> None:
         headers = [read_header(path) for path in paths]
@@ -186,13 +200,14 @@ class Contributions:
         self._files = list(zip(paths, headers, strict=True))
 
     def pieces(self, name: str, max_elements: int) -> Iterator[tuple[int, Piece]]:
-        """One piece of a tensor after the other, and where in the tensor it begins."""
+        """Yield the pieces of a tensor in order, each with the index of its first element in the tensor."""
         dtype, num_elements = torch_dtype(self.schema[name]), math.prod(self.schema[name].shape)
         buffer = torch.empty(min(max_elements, num_elements), dtype=dtype)
         for begin in range(0, num_elements, max_elements):
             yield begin, self._piece(name, begin, buffer[: num_elements - begin])
 
     def _piece(self, name: str, begin: int, values: Tensor) -> Iterator[Tensor]:
+        """Read one piece of each contribution in turn into `values`, and yield `values` each time."""
         data = values.view(torch.uint8).numpy().data
         for path, header in self._files:
             with path.open("rb") as file:
@@ -205,7 +220,7 @@ class Contributions:
 def _reduce(
     contributions: Contributions, max_elements: int, reduce: Reducer, on_tensor: OnTensor
 ) -> StateDict:
-    """Every tensor, reduced piece by piece."""
+    """Return the state_dict of all tensors, each reduced piece by piece."""
     reduced: StateDict = {}
     for name, spec in contributions.schema.items():
         tensor = reduced[name] = torch.empty(spec.shape, dtype=torch_dtype(spec))
@@ -215,14 +230,14 @@ def _reduce(
             target = flat[begin : begin + max_elements]
             result = buffer[: len(target)].zero_()
             reduce(piece, result)
-            # Casting to an integer would cut off instead of rounding.
+            # The cast to an integer dtype would cut the fraction off, so the result is rounded before.
             target.copy_(result if target.is_floating_point() else result.round_())
         on_tensor(len(reduced), len(contributions.schema))
     return reduced
 
 
 def _trimmed_mean(paths: Sequence[Path], num_dropped: int, on_tensor: OnTensor) -> StateDict:
-    """The mean of each coordinate without so many values at either end: down to the median."""
+    """Return the mean of each coordinate without its `num_dropped` smallest and as many largest values."""
     kept = range(num_dropped, len(paths) - num_dropped)
     scratch = _scratch(len(paths))
 
@@ -237,16 +252,19 @@ def _trimmed_mean(paths: Sequence[Path], num_dropped: int, on_tensor: OnTensor) 
 
 
 def _scratch(num_contributions: int) -> Tensor:
-    """Where pieces of all contributions are stacked: float64 [K, n], n being how long these pieces are."""
+    """Return the memory for stacks of pieces: float64 [K, n], with the length n of a contribution's piece."""
     num_elements = min(PIECE_ELEMENTS, max(STACK_ELEMENTS // num_contributions, MIN_STACKED_ELEMENTS))
     return torch.empty(num_contributions, num_elements, dtype=torch.float64)
 
 
 def _stacked(piece: Piece, scratch: Tensor, dtype: torch.dtype | None = None) -> FloatArray:
-    """The values of all contributions, [K, n], in the scratch memory.
+    """Return the values of all contributions as one array [K, n], which lies in the scratch memory.
 
     Args:
-        dtype: None: float32 where that holds the values exactly, as of floats it does, or else float64.
+        piece: the same piece of every contribution.
+        scratch: the memory from `_scratch`.
+        dtype: the dtype of the array. None takes float32 for floating-point values that float32 holds
+            exactly, and float64 for all other values.
     """
     stack = scratch
     for index, values in enumerate(piece):
@@ -259,12 +277,14 @@ def _stacked(piece: Piece, scratch: Tensor, dtype: torch.dtype | None = None) ->
 
 
 def _centred_gram(stack: FloatArray, coefficients: FloatArray) -> FloatArray:
-    """The inner products [K, K] of the contributions' differences to the one nearest to all others.
+    """Return the inner products [K, K] of the contributions' differences to the most central contribution.
 
-    The stack [K, n] is overwritten.
+    The most central contribution is the one with the least sum of distances to the others. The function
+    overwrites the stack [K, n].
 
-    Distances follow from inner products of differences to whatever point. But next to one that lies far
-    from the others, as a far outlier does, these would all have the same leading digits and lose their own.
+    The distances between contributions follow from the inner products of their differences to any one point.
+    But if that point were a far outlier, all differences would have the same leading digits, and rounding
+    would destroy the digits in which they differ.
     """
     nearest = np.argmin(_distances(stack @ stack.T) @ coefficients)
     stack -= stack[nearest].copy()
@@ -272,32 +292,37 @@ def _centred_gram(stack: FloatArray, coefficients: FloatArray) -> FloatArray:
 
 
 def _distances(gram: FloatArray) -> FloatArray:
-    """Those between all pairs, [K, K]: ‖xᵢ - xⱼ‖² = ‖xᵢ‖² + ‖xⱼ‖² - 2·xᵢ·xⱼ."""
+    """Return the distances of all pairs, [K, K], from ‖xᵢ - xⱼ‖² = ‖xᵢ‖² + ‖xⱼ‖² - 2·xᵢ·xⱼ."""
     squares = gram.diagonal()
     return _root(squares[:, None] + squares - 2 * gram)
 
 
 def _root(squares: FloatArray) -> FloatArray:
-    """The square root, of 0 where rounding left less than that."""
+    """Return the square roots; a square that rounding has made negative counts as 0."""
     return np.asarray(np.sqrt(np.maximum(squares, 0)))
 
 
 def _geometric_median_weights(gram: FloatArray, coefficients: FloatArray) -> FloatArray:
-    """The weights of the contributions, with sum 1, whose mean is their geometric median.
+    """Return the weights, with sum 1, by which the mean of the contributions is their geometric median.
 
-    The smoothed Weiszfeld algorithm (arXiv 1912.13445): each iterate is the mean weighted by coefficients
-    over distances to the iterate before, beginning with the mean; so its weights are all that is needed of
-    it, and with them the inner products give all distances. A distance below the smoothing counts as that,
-    since an iterate at a contribution would stay there. The smoothing follows the median distance, because
-    any measure with a far outlier in it would drown all other distances.
+    The function runs the smoothed Weiszfeld algorithm (arXiv 1912.13445), which begins with the mean. Each
+    iterate is a weighted mean of the contributions; a weight is the coefficient of the contribution divided
+    by its distance to the previous iterate. So an iterate is known by its weights, and the inner products
+    give all distances to it.
+
+    A distance below the smoothing counts as the smoothing, because otherwise an iterate that meets a
+    contribution would stay there. The smoothing is a part of the median distance, because a far outlier would
+    dominate every other measure, such as the mean distance.
 
     Args:
-        gram: the inner products [K, K] of the contributions' differences to some point near most of them.
+        gram: the inner products [K, K] of the contributions' differences to a point near most of them.
+        coefficients: the coefficients of the contributions, [K].
     """
     weights: FloatArray = coefficients / coefficients.sum()
     for _ in range(MAX_ITERATIONS):
         products = gram @ weights
-        distances = _root(gram.diagonal() - 2 * products + weights @ products)  # ‖xᵢ - Σ wⱼ·xⱼ‖
+        # These are the distances ‖xᵢ - Σ wⱼ·xⱼ‖ to the iterate.
+        distances = _root(gram.diagonal() - 2 * products + weights @ products)
         smoothing = max(SMOOTHING * _weighted_median(distances, coefficients), LEAST_DISTANCE)
         previous, weights = weights, coefficients / np.maximum(distances, smoothing)
         weights /= weights.sum()
@@ -307,12 +332,12 @@ def _geometric_median_weights(gram: FloatArray, coefficients: FloatArray) -> Flo
 
 
 def _weighted_median(values: FloatArray, coefficients: FloatArray) -> float:
-    """The least value that, with all smaller ones, has at least half of the sum of the coefficients."""
+    """Return the least value that, with all smaller ones, has at least half of all coefficients' sum."""
     order = values.argsort()
     held = coefficients[order].cumsum()
     return float(values[order][np.searchsorted(held, held[-1] / 2)])
 
 
 def torch_dtype(spec: TensorSpec) -> torch.dtype:
-    """PyTorch's name for it."""
+    """Return the PyTorch dtype of a tensor in a safetensors file."""
     return _TORCH_DTYPES[spec.dtype]

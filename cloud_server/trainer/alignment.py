@@ -1,9 +1,10 @@
-"""Alignment: the same neurons in the same places, before networks are averaged.
+"""Alignment: the permutation of neurons so that corresponding neurons are averaged with each other.
 
-Networks that learned the same from different initial weights differ above all in the order of their
-neurons, and the mean of two different orders is neither. Weight matching (Git Re-Basin, arXiv 2209.04836,
-algorithm 1) looks for the order in which one network's weights are nearest to another's: group by group, a
-linear assignment that takes the other groups as they are, until none of them gets any better.
+Networks that learned the same function from different initial weights differ above all in the order of their
+neurons, and the mean of networks in different orders is not a useful network. Weight matching (Git Re-Basin,
+arXiv 2209.04836, algorithm 1) looks for the order of neurons in which one network's weights are nearest to
+another's. The algorithm solves a linear assignment for one group after the other, while all other groups stay
+as they are, until no group gets better.
 """
 
 from collections.abc import Mapping, Sequence
@@ -25,7 +26,7 @@ from cloud_server.trainer.permutations import (
 from common.training import derive_seed
 from common.weights import StateDict, read_state_dict
 
-# A gain below this part of what a group could be worth is rounding of float32.
+# A gain below this part of the largest possible gain of a group is a rounding error of float32.
 MIN_GAIN = 1e-6
 
 
@@ -37,21 +38,23 @@ def align(
     seed: int,
     start: Sequence[Permutation] | None = None,
 ) -> list[Permutation]:
-    """The permutations, one for each group, that bring the neurons of `other` into the reference's order.
+    """Return, for each group, the permutation that brings the neurons of `other` into the reference's order.
 
-    They maximise the inner product of all tensors, which minimises the distance: locally, since finding
-    the best for all groups together is hard. Descent begins twice, from the order as it is (right for
-    networks that have not moved far from common weights) and from one that is matched layer by layer from
-    the inputs on (which recovers an order that has nothing to do with the reference's); the nearer wins.
+    The permutations maximise the inner product of all tensors, and so minimise the distance. They are a local
+    optimum, because finding the best permutations of all groups together is hard. The search runs from two
+    starts, and the nearer result wins. The first start is the order as it is, which suits networks that have
+    not moved far from common weights. The second start is matched layer by layer from the inputs on, which
+    recovers an order that is unrelated to the reference's.
 
-    Running statistics are permuted, but are not compared: they follow from the weights, are in the units of
-    activations (variances in their square), so that large ones would outvote all weights, and are computed
-    anew after averaging.
+    Running statistics are permuted, but not compared. They are in the units of activations, or in their
+    square, and could outvote all weights; besides, they are computed anew after averaging.
 
     Args:
-        reference, other: with the names and shapes of the groups; any floating-point dtype.
-        seed: of the order in which the groups are visited.
-        start: where to begin instead.
+        reference: a state_dict with the tensors of the groups, in any floating-point dtype.
+        other: a state_dict with the same names and shapes.
+        groups: the permutation groups of the model.
+        seed: the seed of the order in which the groups are visited.
+        start: the permutations to start from, instead of the two starts.
     """
     wanted, given = _compared(groups, reference), _compared(groups, other)
     if start is not None:
@@ -69,15 +72,21 @@ def _descend(
     start: Sequence[Permutation],
     seed: int,
 ) -> tuple[list[Permutation], float]:
-    """Visit the groups in random order until none of them gets any better; also the similarity then."""
+    """Improve the groups in random order until none gets better.
+
+    Returns:
+        The permutations, one for each group, and the similarity that they give.
+    """
     permutations = list(start)
     current = _copy(given)
     for group, permutation in zip(groups, permutations, strict=True):
         _permute(group, permutation, current)
-    # The groups whose costs a group's permutation changes: itself where it is on two axes of a tensor.
+    # For each group, the groups whose costs change with its permutation. A group that is on two axes of one
+    # tensor is a neighbour of itself.
     neighbours = [set().union(*crossings) for crossings in _crossings(groups)]
     generator = np.random.default_rng(seed)
-    stale = set(range(len(groups)))  # may get better
+    # The groups that may still get better.
+    stale = set(range(len(groups)))
     while stale:
         for number in generator.permutation(sorted(stale)).tolist():
             stale.discard(number)
@@ -88,7 +97,8 @@ def _descend(
             is_on_two_axes = number in neighbours[number]
             before = _similarity(wanted, current) if is_on_two_axes else 0.0
             _permute(group, improvement, current)
-            # The costs took the other axis for settled, so that the step may have been a wrong one.
+            # The assignment has ignored that this group moves the other axis of the tensor, too. If the step
+            # has made the similarity no better, it is taken back.
             if is_on_two_axes and _similarity(wanted, current) - before <= MIN_GAIN * abs(before):
                 _permute(group, torch.argsort(improvement), current)
                 continue
@@ -100,7 +110,10 @@ def _descend(
 def _from_the_inputs(
     groups: Sequence[PermutationGroup], wanted: StateDict, given: StateDict
 ) -> list[Permutation]:
-    """Match the groups in the order of the graph, by what depends on no group that is still to come."""
+    """Return permutations that match the groups in the order of the graph.
+
+    Each group is matched only by the places that no later group permutes.
+    """
     permutations: list[Permutation] = []
     current = _copy(given)
     for number, (group, crossings) in enumerate(zip(groups, _crossings(groups), strict=True)):
@@ -122,24 +135,27 @@ def align_all(
     *,
     seed: int,
 ) -> list[list[Permutation]]:
-    """For each contribution the permutations that bring all of them into the order of the first.
+    """Return, for each contribution, the permutations that bring its neurons into the order of the first one.
 
-    Each is matched to the mean of those before it, then, until nothing changes, to the mean of all others
-    (MergeMany of Git Re-Basin, algorithm 3, in a fixed order). In memory are at most the compared tensors
-    of the mean, and one contribution.
+    In the first pass, each contribution is matched to the mean of those before it. In further passes, each is
+    matched to the mean of all others, until no permutation changes (MergeMany of Git Re-Basin, algorithm 3,
+    in a fixed order). The memory holds at most the compared tensors of the mean, and one contribution.
 
     Args:
         contributions: state_dicts or safetensors files, in agent-id order.
-        coefficients: of the mean that will be made of them.
+        coefficients: the coefficients of the contributions in the mean that will be made of them.
+        groups: the permutation groups of the model.
+        seed: the seed of the order in which the groups are visited.
 
     Raises:
-        RunError, OSError: a file cannot be read.
+        RunError: a file does not hold weights.
+        OSError: a file cannot be read.
     """
     aligned = [[torch.arange(group.size) for group in groups] for _ in contributions]
     total = _scaled(_compared(groups, _load(contributions[0])), coefficients[0])
     is_settled, number_of_pass = False, 0
     while not is_settled:
-        # Two are done after one pass: the first has no other but the second.
+        # Two contributions are aligned after one pass, because the second is matched to the first only.
         is_settled = number_of_pass > 0 or len(contributions) <= 2
         for index in range(1, len(contributions)):
             state_dict, coefficient = _load(contributions[index]), coefficients[index]
@@ -157,36 +173,44 @@ def align_all(
 
 
 def _load(contribution: Path | Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Return the state_dict of a contribution; a path is read."""
     return read_state_dict(contribution) if isinstance(contribution, Path) else contribution
 
 
 def _scaled(state_dict: Mapping[str, Tensor], coefficient: float) -> StateDict:
+    """Return the tensors, each multiplied by the coefficient."""
     return {name: tensor * coefficient for name, tensor in state_dict.items()}
 
 
 def _add(total: StateDict, state_dict: Mapping[str, Tensor], coefficient: float) -> None:
+    """Add the tensors of the state_dict, multiplied by the coefficient, to those of the total in place."""
     for name, tensor in total.items():
         tensor.add_(state_dict[name], alpha=coefficient)
 
 
 def _compared(groups: Sequence[PermutationGroup], state_dict: Mapping[str, Tensor]) -> StateDict:
-    """The tensors that are compared, in float32."""
+    """Return the tensors that are compared, in float32: those in places of groups, without statistics."""
     places = [place for group in groups for place in group.places if not place.is_statistic]
     return {place.tensor: state_dict[place.tensor].float() for place in places}
 
 
 def _copy(compared: StateDict) -> StateDict:
+    """Return copies of the tensors."""
     return {name: tensor.clone() for name, tensor in compared.items()}
 
 
 def _permute(group: PermutationGroup, permutation: Permutation, compared: StateDict) -> None:
+    """Permute the neurons of the group in the compared tensors, in place."""
     for place in group.places:
         if place.tensor in compared:
             permute_in_place(place, permutation, compared[place.tensor])
 
 
 def _crossings(groups: Sequence[PermutationGroup]) -> list[list[set[int]]]:
-    """For each place of each group the groups on another axis of its tensor: they change what it holds."""
+    """Return, for each place of each group, the numbers of the groups that permute the same elements.
+
+    Such a group has a place on another axis of the same tensor.
+    """
     by_tensor: dict[str, list[tuple[int, Place]]] = {}
     for number, group in enumerate(groups):
         for place in group.places:
@@ -201,6 +225,7 @@ def _crossings(groups: Sequence[PermutationGroup]) -> list[list[set[int]]]:
 
 
 def _do_cross(first: Place, second: Place) -> bool:
+    """Return True if two places of one tensor are on different axes and share elements."""
     if first.axis == second.axis:
         return False
     limited, whole = (first, second) if second.rows is None else (second, first)
@@ -216,7 +241,7 @@ def _improvement(
     wanted: StateDict,
     current: StateDict,
 ) -> Permutation | None:
-    """The best permutation of the group's neurons while all others stay; None if none is better."""
+    """Return the best permutation of the group's neurons while all others stay; None if none is better."""
     similarity = torch.zeros(group.size, group.size)
     for place in places:
         if not place.is_statistic:
@@ -229,5 +254,5 @@ def _improvement(
 
 
 def _similarity(first: StateDict, second: StateDict) -> float:
-    """The inner product of all tensors, summed over tensors in float64."""
+    """Return the inner product of the two state_dicts, summed over tensors in float64."""
     return sum(float(torch.dot(tensor.flatten(), second[name].flatten())) for name, tensor in first.items())

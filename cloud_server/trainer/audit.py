@@ -1,19 +1,23 @@
-"""The audit: whose labels the others' models contradict, and whose model fails on the others' images.
+"""The audit, which finds agents whose labels or whose model contradict the other agents.
 
-It has to tell poison from specialists. Agents differ in which classes they have, and how many of each. So
-everything is compared class by class: images of one class are much alike, whoever took them, and an agent
-whose classes nobody else knows is compared with nothing, and not held guilty of that.
+The audit must tell poisoned contributions from those of specialists, because agents differ in the classes
+that they have and in the number of examples of each class. All comparisons are therefore made class by class.
+Images of one class are much alike, whichever agent took them. An agent whose classes no other agent has is
+compared with nothing, and is not flagged for that.
 
-- labels: the share of an agent's labels that the others agree with, as the mean of what their models
-  predict. To be expected is the share of the others' own labels of the same classes that this very
-  ensemble agrees with; only of examples that nobody has trained on, which it cannot know by heart.
-- model: the share of the others' held-out examples that an agent's model is right about, each class taken
-  as often as the agent has it itself. To be expected is the median over the agents. One that has far fewer
-  examples than the others is not judged by this: in a few steps, nobody learns much.
+- labels: the share of an agent's labels with which the other agents' models agree; these models vote by the
+  mean of their predictions. The expected share is the share of the others' own labels, of the same classes,
+  with which the same vote agrees. It counts only examples that no agent has trained on, because the models
+  may know the other examples by heart.
+- model: the share of the others' held-out examples that an agent's model classifies correctly. Each class
+  counts as often as it occurs in the agent's own data. The expected share is the median over the agents. An
+  agent with far fewer examples than the others is not judged by its model, because a model learns little in
+  few steps.
 
-An agent is flagged if what was found falls short of what was to be expected by more than a part of that
-(more than three deviations of the agents, where these vary so much) and by three standard errors besides:
-few examples prove nothing. All of this holds for honest agents in the majority, also within a class.
+An agent is flagged if the found share is too far below the expected share. A difference is too large if it
+exceeds the sum of two bounds. The first bound is a fixed part of the expected share, or three deviations of
+the agents if these are larger. The second bound is three standard errors, because few examples prove little.
+The audit relies on a majority of honest agents, also among the agents that have a class.
 
 Shape suffixes: K agents, N examples of all of them, C classes.
 """
@@ -37,18 +41,25 @@ from common.shards import Shard, cloud_holdout, gather, read_shard
 from common.training import derive_seed, predict
 from common.weights import load_into
 
-MIN_AGENTS = 3  # of two that contradict each other, nobody knows which one is right
+# If only two agents contradict each other, nothing shows which one is right.
+MIN_AGENTS = 3
 
-MAX_EXAMPLES = 200  # of one agent: three standard errors of a share are then a tenth at most
-MAX_EXAMPLES_IN_ALL = 4_000  # each model sees all of them: with many agents, fewer of each
-MAX_PREDICTIONS = 1 << 24  # K·N·C, all held at once: 64 MiB
+# The most examples of one agent; with so many, three standard errors of a share are a tenth at most.
+MAX_EXAMPLES = 200
+# The most examples of all agents together, because each model is run over all of them.
+MAX_EXAMPLES_IN_ALL = 4_000
+# The most predicted probabilities, K·N·C, which are all in memory at once: 64 MiB.
+MAX_PREDICTIONS = 1 << 24
 
-# Parts of what was to be expected. Labels vary by chance alone; models also by how long they were trained.
+# The margins are parts of the expected share. The label share varies by chance only; the model share varies
+# with the length of the training, too, and so has a larger margin.
 LABEL_MARGIN = 0.25
 MODEL_MARGIN = 0.5
-FAR_FEWER = 0.25  # of the median number of examples
+# An agent with less than this part of the median number of examples is not judged by its model.
+FAR_FEWER = 0.25
 NUM_DEVIATIONS = 3
-DEVIATION = 1.4826  # of a normal distribution, in median absolute deviations
+# The standard deviation of a normal distribution, in median absolute deviations.
+DEVIATION = 1.4826
 NUM_ERRORS = 3
 
 Booleans = npt.NDArray[np.bool_]
@@ -57,29 +68,34 @@ Integers = npt.NDArray[np.int64]
 
 
 class Share(NamedTuple):
-    """A share that was counted, and the one that was to be expected."""
+    """A share that was found, and the share that was expected."""
 
     found: float
     expected: float
-    error: float  # standard error of their difference
+    # The standard error of the difference between both.
+    error: float
 
 
 class Finding(NamedTuple):
-    """What the audit says of one agent; None: there is nothing to compare."""
+    """The audit's findings about one agent; a field is None if there is nothing to compare."""
 
     labels: Share | None
-    label_loss: float | None  # mean cross-entropy of the others' prediction to the agent's labels, nats
+    # The mean cross-entropy between the others' prediction and the agent's labels, in nats.
+    label_loss: float | None
     model: Share | None
     flags: tuple[Flag, ...]
 
 
 class _Sample(NamedTuple):
-    """Examples of all agents."""
+    """The examples of all agents that the audit uses."""
 
-    images: Tensor  # uint8 [N, channels, height, width]
+    # uint8 [N, channels, height, width].
+    images: Tensor
     labels_N: Integers
-    owner_N: Integers  # number of the agent
-    held_out_N: Booleans  # nobody has trained on it
+    # The number of the agent that has the example.
+    owner_N: Integers
+    # True for the examples that no agent has trained on.
+    held_out_N: Booleans
 
 
 def audit(
@@ -90,15 +106,20 @@ def audit(
     run: RunConfig,
     device: torch.device,
 ) -> list[Finding]:
-    """Return what is to be said of each member: nothing of one without shards, or among too few.
+    """Return the findings about each member.
 
-    Every member's model is run over the same images, once.
+    The findings about a member without shards are empty. All findings are empty if there are too few members.
+    Every member's model is run once over the same images.
 
     Args:
         model: a model of the run's structure; it is left with the weights of the last member.
+        members: the members of the round, in agent-id order.
+        blobs_dir: the directory of the blobs.
+        run: the configuration of the run.
+        device: the device on which the models are run.
 
     Raises:
-        RunError: weights are not the model's.
+        RunError: the weights of a member do not fit the model.
         OSError: a file cannot be read.
     """
     nothing = [Finding(None, None, None, ()) for _ in members]
@@ -132,12 +153,13 @@ def audit(
 
 
 def _flags(has_bad_labels: bool, has_bad_model: bool) -> tuple[Flag, ...]:
+    """Return the flags of an agent."""
     found: dict[Flag, bool] = {"labels": has_bad_labels, "model": has_bad_model}
     return tuple(flag for flag, is_raised in found.items() if is_raised)
 
 
 def _draw(run: RunConfig, contributions: Sequence[Contribution], blobs_dir: Path) -> _Sample:
-    """Some examples of each agent: held-out ones, and where these are too few, others as well."""
+    """Return some examples of each agent: held-out ones, and if these are too few, others as well."""
     num_agents = len(contributions)
     most = min(
         MAX_EXAMPLES,
@@ -165,13 +187,17 @@ def _draw(run: RunConfig, contributions: Sequence[Contribution], blobs_dir: Path
 
 
 def _is_held_out(shard: Shard, fraction: float, seed: int) -> Booleans:
-    """Of each example, whether nobody has trained on it."""
+    """Return True for each example of the shard that is held out, so that no agent has trained on it."""
     _, held_out = cloud_holdout(shard.labels, fraction, seed)
     return np.isin(np.arange(len(shard.labels)), held_out)
 
 
 def _choose(is_held_out: Sequence[Booleans], most: int, seed: int) -> list[Booleans]:
-    """So many examples of an agent's shards at most, the held-out ones first, else at random."""
+    """Choose at most `most` examples from an agent's shards at random, the held-out ones first.
+
+    Returns:
+        For each shard, True for the examples that are chosen.
+    """
     every = np.concatenate([np.zeros(0, bool), *is_held_out])
     order = np.random.Generator(np.random.PCG64(seed)).permutation(len(every))
     first = order[np.argsort(~every[order], kind="stable")]
@@ -184,17 +210,21 @@ def _choose(is_held_out: Sequence[Booleans], most: int, seed: int) -> list[Boole
 def _predictions(
     model: nn.Module, weights_paths: Sequence[Path], images: Tensor, run: RunConfig, device: torch.device
 ) -> npt.NDArray[np.float32]:
-    """What each agent's model makes of the images: [K, N, C], distributions over the classes."""
+    """Return each agent's predictions for the images: [K, N, C], distributions over the classes."""
     p_KNC = np.empty((len(weights_paths), len(images), run.spec.num_classes), np.float32)
     for path, p_NC in zip(weights_paths, p_KNC, strict=True):
         load_into(model, path)
         p_NC[:] = predict(model, images, spec=run.spec, device=device).softmax(1).numpy()
-        p_NC[~np.isfinite(p_NC).all(1)] = 1 / run.spec.num_classes  # of weights too large to compute with
+        # Weights that are too large to compute with give predictions that are not finite.
+        p_NC[~np.isfinite(p_NC).all(1)] = 1 / run.spec.num_classes
     return p_KNC
 
 
 def _label_share(agrees_N: Booleans, labels_N: Integers, own_N: Booleans, theirs_N: Booleans) -> Share | None:
-    """Of the agent's own labels, those that the others agree with; expected by what they say of theirs."""
+    """Return the share of the agent's own labels with which the others agree; None without common classes.
+
+    The expected share is the share of the others' own labels of the same classes with which the others agree.
+    """
     own_C, own_yes_C = _counts(agrees_N, labels_N, own_N)
     theirs_C, theirs_yes_C = _counts(agrees_N, labels_N, theirs_N)
     weight_C = _weights(own_C, theirs_C)
@@ -209,7 +239,11 @@ def _label_share(agrees_N: Booleans, labels_N: Integers, own_N: Booleans, theirs
 
 
 def _model_share(right_N: Booleans, labels_N: Integers, own_N: Booleans, theirs_N: Booleans) -> Share | None:
-    """Of the others' examples, those that the agent's model is right about; nothing is expected yet."""
+    """Return the share of the others' examples that the agent's model classifies correctly.
+
+    The share is None if no other agent has held-out examples of the agent's classes. The expected share is
+    left at 0; `_expecting_the_median` sets it.
+    """
     own_C, _ = _counts(right_N, labels_N, own_N)
     theirs_C, right_C = _counts(right_N, labels_N, theirs_N)
     weight_C = _weights(own_C, theirs_C)
@@ -220,16 +254,18 @@ def _model_share(right_N: Booleans, labels_N: Integers, own_N: Booleans, theirs_
 
 
 def _expecting_the_median(shares: Sequence[Share | None]) -> list[Share | None]:
+    """Return the shares with the median of all found shares as the expected share of each."""
     known = [share.found for share in shares if share]
     return [share and share._replace(expected=median(known)) for share in shares]
 
 
 def _fall_short(shares: Sequence[Share | None], margin: float) -> list[bool]:
-    """Of each agent, whether it falls short of what was to be expected by more than can be chance."""
+    """Return, for each agent, True if its share is further below the expected share than chance explains."""
     known = [share.expected - share.found for share in shares if share]
     if not known:
         return [False for _ in shares]
-    # Of agents that all fall short alike, none is strange; but nobody has to do better than expected.
+    # If most agents fall short by the same amount, then this amount is not held against anyone. If most
+    # agents do better than expected, then the others need not do so, too.
     usual = max(0.0, median(known))
     spread = NUM_DEVIATIONS * DEVIATION * median(abs(each - median(known)) for each in known)
     return [
@@ -241,7 +277,7 @@ def _fall_short(shares: Sequence[Share | None], margin: float) -> list[bool]:
 
 
 def _loss(p_NC: Floats, labels_N: Integers) -> float | None:
-    """Mean cross-entropy, nats."""
+    """Return the mean cross-entropy between predictions and labels, in nats; None if there are no labels."""
     if not len(labels_N):
         return None
     p_N = p_NC[np.arange(len(labels_N)), labels_N]
@@ -249,7 +285,7 @@ def _loss(p_NC: Floats, labels_N: Integers) -> float | None:
 
 
 def _counts(is_yes_N: Booleans, labels_N: Integers, chosen_N: Booleans) -> tuple[Floats, Floats]:
-    """Of each class, how many of the chosen examples have it, and of how many of these it is so."""
+    """Return, for each class, the number of chosen examples, and of those for which `is_yes_N` is true."""
     num_classes = int(labels_N.max()) + 1
     count_C = np.bincount(labels_N[chosen_N], minlength=num_classes)
     yes_C = np.bincount(labels_N[chosen_N & is_yes_N], minlength=num_classes)
@@ -257,16 +293,23 @@ def _counts(is_yes_N: Booleans, labels_N: Integers, chosen_N: Booleans) -> tuple
 
 
 def _weights(own_C: Floats, theirs_C: Floats) -> Floats | None:
-    """How often the agent has each class, of those that others have as well; None: there is none."""
+    """Return the frequency of each class in the agent's examples, among the classes that others have, too.
+
+    The result is None if there are no such classes.
+    """
     weight_C = np.where(theirs_C > 0, own_C, 0)
     return weight_C / weight_C.sum() if weight_C.any() else None
 
 
 def _ratio(part_C: Floats, whole_C: Floats) -> Floats:
+    """Return the quotient for each class; the quotient of an empty class is 0."""
     return np.asarray(part_C / np.maximum(whole_C, 1))
 
 
 def _variance(yes_C: Floats, count_C: Floats) -> Floats:
-    """Of each share that was counted; by Laplace's rule, so that one of one is not certain."""
+    """Return the variance of each class's share of yes.
+
+    The share is estimated by Laplace's rule, so that one yes out of one example is not taken as certain.
+    """
     p_C = (yes_C + 1) / (count_C + 2)
     return np.asarray(p_C * (1 - p_C) / np.maximum(count_C, 1))

@@ -1,4 +1,4 @@
-"""Fine-tuning: the averaged model, trained on the data of all agents together.
+"""Fine-tuning, the training of the chosen candidate on the combined data of all agents.
 
 Shapes: N images, C channels, H height, W width.
 """
@@ -28,19 +28,19 @@ from common.training import (
 
 
 class CombinedData(NamedTuple):
-    """What all agents uploaded; either part may be empty."""
+    """The examples that all agents have uploaded; either part may be empty."""
 
     train: Examples
     held_out: Examples
 
 
 def combine(run: RunConfig, contributions: Sequence[Contribution], blobs_dir: Path) -> CombinedData:
-    """Read the shards of all contributions, in the order given, and hold a part of each shard back.
+    """Read the shards of all contributions, in the order given, and hold out a part of each shard.
 
-    A shard's examples are held back alike in every round, whoever else takes part in it.
+    The same examples of a shard are held out in every round, whichever other agents take part.
 
     Raises:
-        InvalidError: a blob is no shard.
+        InvalidError: a blob is not a shard.
         OSError: a blob cannot be read.
     """
     train_parts: list[tuple[Shard, np.ndarray]] = []
@@ -66,10 +66,17 @@ def fine_tune(
     on_step: OnStep | None = None,
     ranks: Ranks = ALONE,
 ) -> None:
-    """Train the model in place; the arguments and what is raised are those of common.training.
+    """Train the model in place on the examples; see `common.training.train` for arguments and exceptions.
 
     Args:
-        precision_path: the file that keeps the choice of the precision.
+        model: the model, with the weights from which the fine-tune starts.
+        examples: the training part of the combined data.
+        run: the configuration of the run.
+        round_number: the number of the round, from which the seed is derived.
+        device: the device to train on.
+        precision_path: the file that keeps the choice of the precision; None keeps it nowhere.
+        on_step: a callback for reports on the training.
+        ranks: this process's place among the ranks.
     """
     config = run.fine_tune
     kept_at = precision_path if ranks == ALONE else None
@@ -80,5 +87,6 @@ def fine_tune(
 
 
 def _examples(run: RunConfig, parts: Sequence[tuple[Shard, np.ndarray]]) -> Examples:
+    """Return the chosen examples of each shard, as tensors."""
     images, labels = gather(parts, run.spec.image_shape)
     return Examples(torch.from_numpy(images), torch.from_numpy(labels))

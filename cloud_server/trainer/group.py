@@ -1,4 +1,4 @@
-"""The trainer's ranks: one process alone, or the members of a group that torchrun started."""
+"""The ranks of the trainer: a single process, or the processes of a group that torchrun started."""
 
 import os
 from collections.abc import Mapping
@@ -10,8 +10,8 @@ import torch.distributed as dist
 
 from common.training import select_device
 
-# A rank waits for the next job, or for rank 0 to average, within a collective: for as long as it
-# takes. A peer that dies is noticed by its broken connection, not by this.
+# A rank waits within a collective for the next job, or until rank 0 has averaged, which may take any time.
+# The death of another rank shows by its broken connection, so that no time-out is needed.
 _TIMEOUT = timedelta(days=365)
 
 
@@ -20,14 +20,15 @@ class Group(NamedTuple):
 
     rank: int = 0
     world_size: int = 1
-    local_rank: int = 0  # among the ranks of this machine: the number of its GPU
+    # The rank among the ranks of this machine, which is the number of the rank's GPU.
+    local_rank: int = 0
 
     @classmethod
     def join(cls, device_name: str, environ: Mapping[str, str] = os.environ) -> Self:
-        """Meet the other ranks, where torchrun's variables say that there are some.
+        """Join the other ranks, if torchrun's variables in the environment say that there are any.
 
         Raises:
-            UsageError: no such device here.
+            UsageError: this machine has no such device.
         """
         if int(environ.get("WORLD_SIZE", "1")) == 1:
             return cls()
@@ -35,16 +36,16 @@ class Group(NamedTuple):
         device = group.device(device_name)
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        # Gloo beside NCCL: a rank that waits inside NCCL keeps its GPU busy.
+        # Tensors on the CPU go through Gloo, because a rank that waits inside NCCL keeps its GPU busy.
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=_TIMEOUT)
         return group
 
     def device(self, name: str) -> torch.device:
-        """The device of this name; within a group, every rank has its own GPU.
+        """Return the device of this name; within a group, every rank has its own GPU.
 
         Raises:
-            UsageError: no such device here.
+            UsageError: this machine has no such device.
         """
         device = select_device(name)
         if self.world_size > 1 and device.type == "cuda":
@@ -52,7 +53,7 @@ class Group(NamedTuple):
         return device
 
     def share(self, text: str) -> str:
-        """Rank 0's text, on every rank; the others wait here until it comes."""
+        """Return the text that rank 0 gives, on every rank; the other ranks wait here for rank 0."""
         if self.world_size == 1:
             return text
         encoded = torch.tensor(list(text.encode()), dtype=torch.uint8)

@@ -1,4 +1,4 @@
-"""What the run begins with: its model, with the weights that `run.initial_weights` asks for."""
+"""The initial model of a run: the run's network with the weights that `run.initial_weights` asks for."""
 
 import errno
 import hashlib
@@ -21,27 +21,32 @@ from common.schema import check_finite, read_header
 from common.training import derive_seed
 from common.weights import StateDict, load_into
 
-IDLE_SECONDS = 30.0  # a download is given up when nothing has come for so long
+# A download fails when no data has arrived for so long.
+IDLE_SECONDS = 30.0
 
-# DenseNets were published when names of modules could have a dot: norm.1 is called norm1 now.
+# The weights of DenseNets were published when names of modules could have a dot: norm.1 is called norm1 now.
 _OLD_DENSENET_NAME = re.compile(r"(denselayer\d+\.(?:norm|conv))\.([12]\.)")
 
 log = structlog.get_logger()
 
 
 def initial_model(run: RunConfig) -> nn.Module:
-    """The run's model on the CPU, with the weights that the run begins with.
+    """Return the run's model on the CPU, with the run's initial weights.
 
-    - "shared" and "independent": drawn under the run's seed; of the latter, agents use the schema only.
-    - "pretrained": those that torchvision publishes for ImageNet, except in layers of another shape:
-      the last one (the run's classes), and the stem where `small_images` makes it smaller. These are
-      drawn. Images are normalised by the run's `mean` and `std`, not by ImageNet's.
-    - a safetensors file, relative to the working directory, with every tensor of the run's model.
+    The values of `run.initial_weights` mean:
+
+    - "shared" and "independent": the weights are drawn at random under the run's seed. With "independent",
+      agents use only the schema of these weights.
+    - "pretrained": the weights are those that torchvision publishes for ImageNet. Layers of another shape are
+      drawn at random: the last layer, for the run's classes, and the stem if `small_images` makes it smaller.
+      Images are normalised by the run's `mean` and `std`, not by ImageNet's.
+    - a path of a safetensors file, relative to the working directory: the weights are those in the file,
+      which must have every tensor of the run's model.
 
     Raises:
-        UsageError: the model cannot be built, or the weights cannot be had or do not fit it.
-        RunError: the download is broken.
-        OSError: there is no room for the download.
+        UsageError: the model cannot be built, or the weights cannot be obtained or do not fit the model.
+        RunError: the downloaded file is broken.
+        OSError: the disk has no room for the download.
     """
     model = build_model(run, seed=derive_seed(run.seed, "initial_weights"))
     if run.initial_weights == "pretrained":
@@ -52,6 +57,11 @@ def initial_model(run: RunConfig) -> nn.Module:
 
 
 def _load_file(model: nn.Module, path: Path, run: RunConfig) -> None:
+    """Load the weights in a safetensors file into the model.
+
+    Raises:
+        UsageError: the file cannot be read, is not valid, or does not fit the model.
+    """
     try:
         check_finite(path, read_header(path))
         load_into(model, path)
@@ -65,7 +75,13 @@ def _load_file(model: nn.Module, path: Path, run: RunConfig) -> None:
 
 
 def _load_published(model: nn.Module, run: RunConfig) -> None:
-    """Take what fits; what does not may only be in the last layer and a smaller stem."""
+    """Load the published weights into the model, except for layers that have another shape in the run.
+
+    Raises:
+        UsageError: a layer does not fit that is neither the last layer nor the stem for small images.
+        RunError: the downloaded file is broken.
+        OSError: the disk has no room for the download.
+    """
     published = _fetch(_published_for(run.model))
     for name in list(published):
         published[_OLD_DENSENET_NAME.sub(r"\1\2", name)] = published.pop(name)
@@ -75,9 +91,11 @@ def _load_published(model: nn.Module, run: RunConfig) -> None:
     }
     for name in list(published):
         if _layer(name) in changed:
-            del published[name]  # in place: the version of the format is an attribute of the dict
+            # The dict is changed in place, because the version of its format is an attribute of the dict.
+            del published[name]
 
-    drawn, ignored = model.load_state_dict(published, strict=False)  # knows the names of older versions
+    # load_state_dict also knows the names that older versions of PyTorch gave to tensors.
+    drawn, ignored = model.load_state_dict(published, strict=False)
     may_be_drawn = {_layer(next(reversed(own)))}
     if run.small_images:
         may_be_drawn.add(_layer(next(iter(own))))
@@ -91,13 +109,18 @@ def _load_published(model: nn.Module, run: RunConfig) -> None:
 
 
 def _layer(name: str) -> str:
-    """The module that a tensor belongs to."""
+    """Return the name of the module that has the tensor."""
     return name.rpartition(".")[0]
 
 
 def _published_for(model_name: str) -> Any:
-    """The weights that torchvision recommends, a member of its WeightsEnum."""
-    import torchvision  # here, for it takes as long as importing PyTorch
+    """Return the weights that torchvision recommends for the model, a member of its WeightsEnum.
+
+    Raises:
+        UsageError: torchvision publishes no weights for the model.
+    """
+    # torchvision is imported only here, because its import takes as long as that of PyTorch.
+    import torchvision
 
     try:
         return torchvision.models.get_model_weights(model_name).DEFAULT
@@ -109,29 +132,42 @@ def _published_for(model_name: str) -> Any:
 
 
 def _fetch(weights: Any) -> StateDict:
-    """Published weights, downloaded unless they have been before."""
+    """Return the published weights; download the file unless it is there already.
+
+    Raises:
+        UsageError: the file cannot be downloaded, or an earlier download has a wrong digest.
+        RunError: the downloaded file is broken.
+        OSError: the disk has no room for the download.
+    """
     name = weights.url.rpartition("/")[2]
     path = Path(torch.hub.get_dir(), "checkpoints", name)
     if path.exists():
-        _check_digest(path)  # PyTorch does so only when it downloads
+        # PyTorch checks the digest only when it downloads the file.
+        _check_digest(path)
     try:
         with _giving_up_when_idle():
             state_dict: StateDict = weights.get_state_dict(progress=False, check_hash=True, weights_only=True)
     except (OSError, HTTPException) as error:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise  # not for good
+            # A full disk is a passing condition, for which the job is tried again.
+            raise
         raise UsageError(
             f"run.initial_weights: cannot fetch {weights.url} ({error}): download it into {path.parent},"
             " or give a safetensors file"
         ) from error
-    except Exception as error:  # whatever a broken file can do to its reader
+    except Exception as error:
+        # A broken file can make its reader raise any exception.
         reason = str(error).partition("\n")[0]
         raise RunError(f"cannot load {weights.url}: {reason}") from error
     return state_dict
 
 
 def _check_digest(path: Path) -> None:
-    """Check that a file has the SHA-256 that its name, `resnet50-11ad3fa6.pth`, begins to tell."""
+    """Check that a file's SHA-256 begins with the digits in its name, which is like `resnet50-11ad3fa6.pth`.
+
+    Raises:
+        UsageError: the file has another SHA-256.
+    """
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     told = re.search(r"-([0-9a-f]{8,64})\.", path.name)
@@ -144,7 +180,7 @@ def _check_digest(path: Path) -> None:
 
 @contextmanager
 def _giving_up_when_idle() -> Iterator[None]:
-    """Have connections that are opened in the meantime fail when they are silent for IDLE_SECONDS."""
+    """Let connections that are opened during the context fail when no data arrives for IDLE_SECONDS."""
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(IDLE_SECONDS)
     try:

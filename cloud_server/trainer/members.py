@@ -1,4 +1,4 @@
-"""The members of a round: the agents whose contributions its model is made of."""
+"""The members of a round, which are the agents whose contributions make the round's model."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,11 +18,11 @@ class Member:
     """One agent's part in the round's model."""
 
     contribution: Contribution
-    # The file of weights that the agent has sent, encoded as the run's `wire` says.
+    # The file of the weights that the agent has sent, in the encoding of the run's `wire`.
     sent_path: Path
-    # The file of weights that the model is made of: decoded, and clipped or aligned where that was done.
+    # The file of the weights from which the model is made: decoded, and clipped or aligned if necessary.
     weights_path: Path
-    # What the weights count in a mean, as a multiple of one example or one agent.
+    # The coefficient of the weights in a mean, as a multiple of one example or one agent.
     coefficient: float
 
     @property
@@ -32,13 +32,15 @@ class Member:
 
 
 def members_of(job: Job, blobs_dir: Path, scratch: Path) -> list[Member]:
-    """Return a round's members in agent-id order, so that results do not depend on who came first.
+    """Return a round's members in agent-id order, so that results do not depend on the order of arrival.
 
     Args:
-        scratch: the folder where weights that travelled encoded will be decoded to.
+        job: the job of the round.
+        blobs_dir: the directory of the blobs.
+        scratch: the folder to which encoded weights will be decoded.
 
     Raises:
-        RunError: there is nothing to weight the contributions by.
+        RunError: the mean is weighted by examples, and no contribution has any.
     """
     contributions = sorted(job.contributions, key=lambda contribution: contribution.agent_id)
     weighted = coefficients([item.num_examples for item in contributions], job.run.weights)
@@ -52,19 +54,22 @@ def members_of(job: Job, blobs_dir: Path, scratch: Path) -> list[Member]:
 
 
 def common_start(members: Sequence[Member]) -> str | None:
-    """Return the digest of the weights that every member started from; None: there are no such weights."""
+    """Return the digest of the weights from which every member started; None if members differ in that."""
     starts = {member.contribution.initial_digest for member in members}
     return starts.pop() if len(starts) == 1 else None
 
 
 def base_of(job: Job, blobs_dir: Path) -> Base | None:
-    """Return the base of differences in a round: its initial weights."""
+    """Return the base of a round's differences, which are its initial weights; None if it has none."""
     digest = job.initial_weights
     return Base(blob_path(blobs_dir, digest), digest) if digest else None
 
 
 def all_hold_base(members: Sequence[Member], run: RunConfig) -> bool:
-    """Return True if every member holds the base of differences, as one that has sent some does."""
+    """Return True if every member has the base of the round's differences.
+
+    A member that has sent differences from the base must have it.
+    """
     return needs_base(run) and all(
         encoding_of(read_header(member.sent_path)).wire == run.wire for member in members
     )

@@ -1,10 +1,11 @@
-"""How far each agent's update goes, and what is done about one that goes too far.
+"""The norms of the agents' updates, and the clipping of updates whose norm is too large.
 
-An update is what an agent sends minus what the round started from. Its norm is the Euclidean one over all
-floating-point tensors but BatchNorm's running statistics, which are in the units of activations. Clipping
-leaves its direction and bounds what one agent can do (Sun et al., Can You Really Backdoor Federated
-Learning?, arXiv 1911.07963); the bound follows the median of the round, since nobody knows beforehand how
-far a round's training goes, and a minority cannot move the median out of the range of the others.
+An update is the difference between the weights that an agent sends and the weights from which the round
+started. The norm of an update is its Euclidean norm over all floating-point tensors except BatchNorm's
+running statistics, which are in the units of activations. Clipping shortens an update without changing its
+direction, which bounds the influence of one agent (Sun et al., Can You Really Backdoor Federated Learning?,
+arXiv 1911.07963). The bound is a multiple of the round's median norm, because the length of a round's updates
+is not known beforehand. A minority of agents cannot move the median out of the range of the others.
 """
 
 import math
@@ -21,19 +22,18 @@ from common.wire import is_statistic
 
 
 def update_norms(paths: Sequence[Path], base: Path | None) -> list[float]:
-    """The norm of each update, in float64, in memory that neither files nor tensors change.
+    """Return the norm of each update in float64; infinity stands for a norm that is beyond float64.
+
+    The memory that the function takes depends neither on the number of files nor on their size.
 
     Args:
         paths: safetensors files with equal names, shapes and dtypes.
-        base: one more of them, what all have started from; None: they have nothing in common, so these are
-            the norms of the weights themselves.
-
-    Returns:
-        Infinity where the norm is beyond float64.
+        base: the file of the weights from which all agents started. If it is None, the agents have no common
+            start, and the norms are those of the weights themselves.
 
     Raises:
-        RunError: the files differ, or do not hold what their headers say.
-        OSError: one cannot be read.
+        RunError: the files differ in names, shapes or dtypes, or a file contradicts its header.
+        OSError: a file cannot be read.
     """
     files = Contributions([*([base] if base else []), *paths])
     norms = [0.0] * len(paths)
@@ -49,27 +49,33 @@ def update_norms(paths: Sequence[Path], base: Path | None) -> list[float]:
 
 
 def scales(norms: Sequence[float], max_norm_ratio: float) -> list[float]:
-    """What each update is to be multiplied with, 1 at most, so that none goes too far.
+    """Return the factor for each update, at most 1, with which no update exceeds the largest allowed norm.
 
     Args:
-        norms: of three agents or more: of fewer, the median is no witness.
-        max_norm_ratio: the largest norm allowed, as a multiple of the median; 0: any is.
+        norms: the norms of three agents or more, because the median of fewer norms proves nothing.
+        max_norm_ratio: the largest allowed norm, as a multiple of the median; 0 allows every norm.
     """
     limit = max_norm_ratio * median(norms)
     return [limit / norm if max_norm_ratio and norm > limit else 1.0 for norm in norms]
 
 
 def clip(weights: Path, base: Path | None, scale: float, target: Path) -> None:
-    """Write what an agent would have sent, had its update been `scale` times as long; one model is in memory.
+    """Write the weights that the agent would have sent if its update had been `scale` times as long.
 
-    All floating-point tensors go from the base's to the agent's by this part of the way, computed in
-    float64. The running statistics do so with the weights that they belong to: left as they are, those of
-    one agent could still be as large as it likes, in a mean with the others'. A part of the way between two
-    variances is none below zero. Integers are the agent's.
+    Each floating-point tensor is interpolated between the base and the agent's weights, in float64. Running
+    statistics are interpolated, too, although they do not count in the norm: otherwise an agent could send
+    statistics of any size, which would dominate the mean with the others'. An interpolated variance is never
+    below zero. Integers are taken from the agent. The memory holds one model.
+
+    Args:
+        weights: the file of the weights that the agent has sent.
+        base: the file of the weights from which the agents started; None stands for zeros.
+        scale: the factor for the update, from 0 to 1.
+        target: the file to write.
 
     Raises:
-        RunError: as update_norms.
-        OSError: one cannot be read or written.
+        RunError: the files differ in names, shapes or dtypes, or a file contradicts its header.
+        OSError: a file cannot be read or written.
     """
     files = Contributions([*([base] if base else []), weights])
     clipped: StateDict = {}
@@ -79,14 +85,14 @@ def clip(weights: Path, base: Path | None, scale: float, target: Path) -> None:
             values = iter(piece)
             start = next(values).to(torch.float64, copy=True) if base else torch.zeros(1, dtype=torch.float64)
             own = next(values)
-            # Not start + scale * (own - start): that difference may be infinite.
+            # The formula is not start + scale * (own - start), because that difference may be infinite.
             part = own.double() * scale + start * (1 - scale) if own.is_floating_point() else own
             tensor.view(-1)[begin : begin + len(own)] = part
     write_state_dict(clipped, target)
 
 
 def _norm(values: Tensor) -> float:
-    """The Euclidean norm, float64, also where the squares are beyond it."""
+    """Return the Euclidean norm in float64, also if the sum of squares is beyond float64."""
     norm = float(torch.linalg.vector_norm(values))
     if math.isfinite(norm):
         return norm

@@ -1,11 +1,11 @@
-"""The files of a model that the trainer has made, as agents will have it."""
+"""The output of the trainer: the files of a new model, with the weights as agents will decode them."""
 
 from pathlib import Path
 from typing import NamedTuple
 
 from torch import nn
 
-from cloud_server.jobs import EncodedWeights, JobDirectory, Weights
+from cloud_server.jobs import EncodedWeightsFile, JobDirectory, WeightsFile
 from common.config import Wire
 from common.errors import RunError
 from common.faults import Point, crash_point
@@ -15,21 +15,28 @@ from common.wire import Base, decode, encode
 
 
 class Written(NamedTuple):
-    """The files of a model."""
+    """The files of a new model."""
 
-    weights: Weights
-    encoded: EncodedWeights | None
+    weights: WeightsFile
+    encoded: EncodedWeightsFile | None
 
 
 def write_model(model: nn.Module, directory: JobDirectory, wire: Wire, base: Base | None) -> Written:
     """Write the model's weights, and their encoding, to the job's directory.
 
-    Weights that travel encoded lose something on the way. So they are encoded first, and what decoding gives
-    is the model: it is written, and loaded into `model`.
+    An encoding rounds the weights. The weights are therefore encoded first, and the result of decoding is
+    written as the new model, and loaded into `model`.
 
-    What rounding takes away is not fed back in the next round, as agents do it with theirs. What they send
-    becomes a part of a mean, and what it has lost is nowhere else. Here a whole model is sent, and the next
-    round's pre-training and fine-tune begin with the weights that have arrived: what is lost is learned anew.
+    The trainer does not add the rounding residual to the next round's weights, as agents do with theirs. An
+    agent's weights become a part of a mean, and what rounding has removed is in no other file. The trainer
+    sends a whole model. The next round's pre-training and fine-tune start from the rounded weights, and so
+    learn again what rounding has removed.
+
+    Args:
+        model: the new model.
+        directory: the directory of the job; encoding needs its folder for intermediate files.
+        wire: the encoding in which the weights travel.
+        base: the base of differences, for an encoding that has differences.
 
     Raises:
         RunError: a tensor is not finite.
@@ -49,7 +56,7 @@ def write_model(model: nn.Module, directory: JobDirectory, wire: Wire, base: Bas
         decode(directory.encoded_path, directory.weights_path, base=base)
         load_into(model, directory.weights_path)
         described = _described(directory.encoded_path)
-        encoded = EncodedWeights(**described.model_dump(), base=base.digest if base else None)
+        encoded = EncodedWeightsFile(**described.model_dump(), base=base.digest if base else None)
     crash_point(Point.TRAINER_WEIGHTS_WRITTEN)
     return Written(_described(directory.weights_path), encoded)
 
@@ -59,6 +66,7 @@ def num_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def _described(path: Path) -> Weights:
+def _described(path: Path) -> WeightsFile:
+    """Return the digest and the size of a file of weights."""
     digest, size_bytes = blob_of(path)
-    return Weights(sha256=digest, bytes=size_bytes)
+    return WeightsFile(sha256=digest, bytes=size_bytes)

@@ -1,18 +1,18 @@
-"""Permutation groups: which neurons of a network may change places, and everything that moves with them.
+"""Permutation groups: neurons of a network that may change places, and the parts of tensors that move too.
 
-They are found by running the model's graph (torch.fx, in eval mode) once. Beside each value two tensors of
-its shape travel through the graph: `units` says which neuron an element belongs to, `positions` where within
-that neuron (pixel, image of the batch) it is; in the whole graph these two determine the value. Operations
-that only move elements (flatten, chunk, cat, permute …) are applied to all three. Every other operation
-makes new units and writes down
+The groups are found by one run of the model's graph (torch.fx, in eval mode). Together with each value, two
+tensors of the same shape pass through the graph. `units` holds the neuron to which each element belongs, and
+`positions` the place of the element within its neuron (pixel, image of the batch). In the whole graph, unit
+and position together determine the value. Operations that only move elements (flatten, chunk, cat, permute …)
+are applied to all three tensors. Every other operation makes new units and records
 
-- ties: a new unit moves together with the units that it is computed from, channel by channel;
-- uses: where an operation meets a unit, above all at which index of which tensor.
+- ties: a new unit moves together with the units from which it is computed, channel by channel;
+- uses: an operation meets a unit, above all at some index of some tensor.
 
-Tied units form a slot. Slots met by the same uses are interchangeable, and make a group. What a slot needs
-to be swapped with another is so checked on every element, and nothing is assumed about architectures: an
-operation that is not known ties its inputs and outputs to FIXED, which never moves, as do the model's
-inputs and outputs.
+Tied units form a slot. Slots that are met by the same uses are interchangeable, and make a group. This
+checks on every element whether a slot can be swapped with another, and assumes nothing about architectures.
+Some units are tied to FIXED, which never moves: the inputs and outputs of an operation that is not known, and
+the inputs and outputs of the model.
 """
 
 import math
@@ -33,50 +33,53 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from common.weights import StateDict
 
-Permutation = Tensor  # int64 [size]: the neuron that was in place permutation[i] goes to place i
+# int64 [size]: the neuron in place permutation[i] goes to place i.
+Permutation = Tensor
 
-FIXED = 0  # the unit that is in its place for ever
+# The unit that never moves.
+FIXED = 0
 
 
 class NotTraceable(Exception):
-    """The model's graph cannot be found, or it leaves out a part of the model."""
+    """The error that a model's graph cannot be traced, or leaves out a part of the model."""
 
 
 class Place(NamedTuple):
-    """Where the neurons of a group are along one axis of one tensor of the state_dict.
-
-    `indices` is int64 [repeats, size], column i is neuron i: one row for most, H*W rows after the
-    flattening of a convolution's output, arbitrary offsets within a concatenation. `rows` limits the place
-    to a part of axis 0: the input channels of one group of a grouped convolution.
-    """
+    """The indices of a group's neurons along one axis of one tensor of the state_dict."""
 
     tensor: str
     axis: int
+    # int64 [repeats, size]; column i has the indices of neuron i. Most places have one row. After the
+    # flattening of a convolution's output there are H*W rows. In a concatenation the indices begin at any
+    # offset.
     indices: Tensor
+    # The part of axis 0 to which the place is limited, for the input channels of one group of a grouped
+    # convolution.
     rows: tuple[int, int] | None
-    is_statistic: bool  # a buffer: it follows from the weights
+    # True for a buffer, whose values follow from the weights.
+    is_statistic: bool
 
 
 class PermutationGroup(NamedTuple):
-    """`size` interchangeable neurons or channels: one permutation moves all places at once."""
+    """A group of `size` interchangeable neurons or channels, which are permuted in all places at once."""
 
     size: int
     places: tuple[Place, ...]
 
 
 def permutation_groups(model: nn.Module, image_shape: Sequence[int]) -> list[PermutationGroup]:
-    """The groups of the model, in the order of its graph.
+    """Return the groups of the model, in the order of its graph.
 
-    Any permutation of any group leaves the model's outputs as they are. Not all that could be permuted is
-    found: where it is not plain that a permutation is sound, the neurons stay where they are.
+    No permutation of any group changes the model's outputs. The groups may be incomplete: neurons are left
+    out if it is not certain that permuting them is sound.
 
     Args:
-        model: left as it was; its values do not matter.
-        image_shape: [C, H, W] of the images that it takes.
+        model: the model, which stays as it is; the values of its tensors do not matter.
+        image_shape: the shape [C, H, W] of the model's input images.
 
     Raises:
-        NotTraceable: torch.fx cannot trace it, or parameters take no part in its graph, so that nobody
-            knows what they expect of the others.
+        NotTraceable: torch.fx cannot trace the model, or a parameter takes no part in the graph, so that it
+            is unknown how the parameter depends on the order of neurons.
     """
     was_training = {module: module.training for module in model.modules()}
     try:
@@ -85,7 +88,8 @@ def permutation_groups(model: nn.Module, image_shape: Sequence[int]) -> list[Per
         images = torch.zeros(2, *image_shape, dtype=example.dtype, device=example.device)
         with torch.no_grad():
             flow.run(images)
-    except Exception as error:  # tracing and running somebody's model may raise anything
+    except Exception as error:
+        # Tracing and running a user's model can raise any exception.
         raise NotTraceable(next(iter(str(error).splitlines()), "") or type(error).__name__) from error
     finally:
         for module, training in was_training.items():
@@ -99,7 +103,7 @@ def permutation_groups(model: nn.Module, image_shape: Sequence[int]) -> list[Per
 def apply(
     groups: Sequence[PermutationGroup], permutations: Sequence[Permutation], state_dict: Mapping[str, Tensor]
 ) -> StateDict:
-    """The same network with its neurons in another order; tensors that stay as they are are not copied."""
+    """Return the state_dict with its neurons permuted; tensors that do not change are not copied."""
     moving = {
         place.tensor
         for group, permutation in zip(groups, permutations, strict=True)
@@ -115,24 +119,27 @@ def apply(
 
 
 def permute_in_place(place: Place, permutation: Permutation, tensor: Tensor) -> None:
-    """Permute the tensor along the place, and nowhere else."""
+    """Permute the neurons of the place in the tensor, in place; all other elements stay."""
     part = _rows(tensor, place)
     moved = part.index_select(place.axis, place.indices[:, permutation].flatten())
     part.index_copy_(place.axis, place.indices.flatten(), moved)
 
 
 def as_matrix(place: Place, tensor: Tensor) -> Tensor:
-    """All that the tensor holds of each neuron: [size, elements of a neuron], a copy."""
+    """Return a copy of the elements of each neuron in the tensor: [size, elements of a neuron]."""
     part = _rows(tensor, place)
     picked = part.index_select(place.axis, place.indices.t().flatten()).movedim(place.axis, 0)
     return picked.reshape(place.indices.shape[1], -1)
 
 
 def _rows(tensor: Tensor, place: Place) -> Tensor:
+    """Return the part of the tensor to which the place is limited, as a view."""
     return tensor if place.rows is None else tensor[place.rows[0] : place.rows[1]]
 
 
 class _Target(NamedTuple):
+    """One axis of one tensor, or of some rows of the tensor, where operations meet units."""
+
     tensor: str
     axis: int
     rows: tuple[int, int] | None = None
@@ -140,19 +147,25 @@ class _Target(NamedTuple):
 
 
 class _Use(NamedTuple):
-    """An operation meets units[i] at index i of each target; kinds[i] tells apart what it does there."""
+    """One use of units: an operation meets units[i] at index i of each target.
+
+    Units of different kinds, kinds[i], are treated in different ways, and cannot change places.
+    """
 
     targets: tuple[_Target, ...]
-    units: Tensor  # int64 [n]
-    kinds: Tensor  # int64 [n]
+    # int64 [n].
+    units: Tensor
+    # int64 [n].
+    kinds: Tensor
 
 
 class _Ledger:
-    """Units, ties and uses as they are written down, and the groups that follow from them."""
+    """The record of all units, ties and uses, and the groups that follow from them."""
 
     def __init__(self) -> None:
         self._num_units = 1
-        self._block_starts = [0]  # a block: the units that one operation made
+        # The first unit of each block; a block is the units that one operation has made.
+        self._block_starts = [0]
         self._ties: list[tuple[Tensor, Tensor]] = []
         self._uses: list[_Use] = []
         self._units_at: dict[_Target, Tensor] = {}
@@ -160,7 +173,7 @@ class _Ledger:
         self._frozen: set[str] = set()
 
     def new_block(self, size: int, targets: Sequence[_Target] = (), kinds: Tensor | None = None) -> Tensor:
-        """Units that an operation makes, whose parameters for them are the targets."""
+        """Return new units, made by an operation whose parameters for these units are the targets."""
         units = torch.arange(self._num_units, self._num_units + size)
         self._block_starts.append(self._num_units)
         self._num_units += size
@@ -168,29 +181,39 @@ class _Ledger:
         return units
 
     def use(self, units: Tensor, targets: Sequence[_Target] = (), kinds: Tensor | None = None) -> None:
+        """Record a use of the units; without `kinds`, all units are of the same kind."""
         self._uses.append(_Use(tuple(targets), units, torch.zeros_like(units) if kinds is None else kinds))
         for target in targets:
-            # A tensor that is used twice can be permuted only in one way.
+            # If a tensor is used twice, both uses must be permuted in the same way.
             self.tie(units, self._units_at.setdefault(target, units))
 
     def tie(self, units: Tensor, others: Tensor) -> None:
+        """Record that units[i] and others[i] move together."""
         self._ties.append((units, others))
 
     def fix(self, units: Tensor) -> None:
+        """Record that the units never move."""
         unique = torch.unique(units)
         self.tie(unique, torch.full_like(unique, FIXED))
 
     def freeze(self, tensor: str) -> None:
-        """Permute no axis of it, whatever is written down."""
+        """Record that the tensor must not be permuted on any axis."""
         self._frozen.add(tensor)
 
     def used_as(self, tensor: str, way: object) -> None:
-        """Freeze a tensor that is used in different ways: its uses say nothing about each other."""
+        """Record the way in which an operation uses the tensor; freeze a tensor that is used in several ways.
+
+        A tensor that is used in several ways may need a different permutation for each of them.
+        """
         if self._ways.setdefault(tensor, way) != way:
             self.freeze(tensor)
 
     def groups(self, names: Mapping[str, Sequence[str]]) -> list[PermutationGroup]:
-        """The groups, each target under all the names of its tensor."""
+        """Return the groups, in which a tensor with several names has a place under each name.
+
+        Args:
+            names: all names of each tensor, by its first name.
+        """
         for use in self._uses:
             if any(target.tensor in self._frozen for target in use.targets):
                 self.fix(use.units)
@@ -209,10 +232,10 @@ class _Ledger:
         return groups
 
     def _slots(self) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]]:
-        """Of every slot that can move: the uses that meet it, their keys (sorted), the indices there.
+        """Yield, for every slot that can move, the uses that meet it, their sorted keys and the indices.
 
-        A key says which use, what it does there, and to which of the tied units. A slot that has the same
-        key twice stays fixed: in an exchange it would not be known which index goes to which.
+        A key identifies the use, the kind, and the block of the unit that is met. A slot that has the same
+        key twice is left out, because it is unknown which index of one slot corresponds to which of another.
         """
         slots = self._slot_of_units()
         units = np.concatenate([use.units.numpy() for use in self._uses])
@@ -231,6 +254,7 @@ class _Ledger:
                 yield uses[piece], keys[piece], indices[piece]
 
     def _slot_of_units(self) -> NDArray[np.int64]:
+        """Return the number of each unit's slot; a slot is a connected component of the ties."""
         first, second = (torch.cat(ends).numpy() for ends in zip(*self._ties, strict=True))
         shape = (self._num_units, self._num_units)
         graph = coo_array((np.ones(len(first), dtype=np.int8), (first, second)), shape=shape)
@@ -239,7 +263,7 @@ class _Ledger:
     def _places(
         self, uses: NDArray[np.int64], indices: NDArray[np.int64], names: Mapping[str, Sequence[str]]
     ) -> tuple[Place, ...]:
-        """From indices [uses, size] to places; none where neurons would overlap in a tensor."""
+        """Return the places for the indices [uses, size]; none if neurons overlap in a tensor."""
         found: dict[_Target, dict[bytes, NDArray[np.int64]]] = {}
         for use, row in zip(uses, indices, strict=True):
             for target in self._uses[use].targets:
@@ -256,7 +280,7 @@ class _Ledger:
 
 @dataclass(frozen=True, eq=False)
 class _Flow:
-    """A tensor in the graph, and of each of its elements the unit and the position (int64, its shape)."""
+    """A tensor in the graph, with the unit and the position of each element (int64, of the same shape)."""
 
     value: Tensor
     units: Tensor
@@ -264,18 +288,25 @@ class _Flow:
 
 
 class _Reading(NamedTuple):
-    """What lies along an axis. Equal kinds: the same positions, so that exchanging units exchanges all."""
+    """The units along one axis of a flow, and the kind of each.
 
-    units: Tensor  # int64 [size of the axis]
+    Two indices have the same kind if their elements have the same positions. Swapping the units then swaps
+    the elements.
+    """
+
+    # int64 [size of the axis].
+    units: Tensor
+    # int64 [size of the axis].
     kinds: Tensor
 
     @property
     def is_plain(self) -> bool:
+        """Return True if all indices are of the same kind."""
         return not self.kinds.any()
 
 
 def _read(flow: _Flow, axis: int) -> _Reading | None:
-    """None where the units along the axis are not the same everywhere else."""
+    """Return the units along the axis; None if they differ between the indices of the other axes."""
     units = flow.units.movedim(axis, -1).reshape(-1, flow.units.shape[axis])
     if (units != units[:1]).any():
         return None
@@ -288,7 +319,7 @@ def _read(flow: _Flow, axis: int) -> _Reading | None:
 
 
 def _flow_along(value: Tensor, units: Tensor, axis: int) -> _Flow:
-    """A value whose units lie along the axis."""
+    """Return the flow of a value with units[i] at index i of the axis."""
     axis %= value.ndim
     along = [1] * value.ndim
     along[axis] = -1
@@ -298,18 +329,20 @@ def _flow_along(value: Tensor, units: Tensor, axis: int) -> _Flow:
 
 
 def _fixed(value: Tensor) -> _Flow:
+    """Return the flow of a value whose elements never move."""
     zeros = torch.zeros(1, dtype=torch.int64).expand(value.shape)
     return _Flow(value, zeros, zeros)
 
 
 class _FlowThrough(fx.Interpreter):
-    """Runs the graph on flows."""
+    """The interpreter that runs the graph on flows instead of tensors."""
 
     def __init__(self, graph: fx.GraphModule, model: nn.Module) -> None:
         super().__init__(graph)
         self.ledger = _Ledger()
         self.names: dict[str, list[str]] = {}
-        self.seen: set[int] = set()  # tensors that took part
+        # The ids of the tensors that have taken part in the graph.
+        self.seen: set[int] = set()
         self._name_of: dict[int, str] = {}
         self._parameters = {id(parameter) for parameter in model.parameters()}
         for name, tensor in model.state_dict(keep_vars=True).items():
@@ -317,10 +350,12 @@ class _FlowThrough(fx.Interpreter):
             self.names.setdefault(first, []).append(name)
 
     def placeholder(self, target: Any, args: Any, kwargs: Any) -> Any:
+        """Return an input of the model, as a flow whose elements never move."""
         value = super().placeholder(target, args, kwargs)
         return _fixed(value) if isinstance(value, Tensor) else value
 
     def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
+        """Return an attribute; a tensor with one axis longer than 1 has units along this axis."""
         value = super().get_attr(target, args, kwargs)
         if not isinstance(value, Tensor):
             return value
@@ -333,19 +368,24 @@ class _FlowThrough(fx.Interpreter):
         return _flow_along(value, units, axes[0])
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        """Call a function by the rule for the function."""
         return self._call(_FUNCTIONS.get(target), target, args, kwargs)
 
     def call_method(self, target: Any, args: Any, kwargs: Any) -> Any:
+        """Call a method of a tensor by the rule for the method's name."""
+
         def method(subject: Any, *args: Any, **kwargs: Any) -> Any:
             return getattr(subject, target)(*args, **kwargs)
 
         return self._call(_METHODS.get(target), method, args, kwargs)
 
     def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
+        """Call a module by the rule for its type."""
         module: Any = self.fetch_attr(target)
         tensors = [*module.parameters(), *module.buffers()]
         self.seen.update(map(id, tensors))
-        # The type itself: whoever made a subclass or put in a hook did so to change what happens.
+        # The rule is looked up by the exact type, because a subclass may compute something else. A hook may
+        # do so, too.
         rule = _MODULES.get(type(module))
         is_hooked = module._forward_hooks or module._forward_pre_hooks
         if rule is None or is_hooked or any(id(tensor) not in self._name_of for tensor in tensors):
@@ -354,10 +394,12 @@ class _FlowThrough(fx.Interpreter):
         return self._call(rule, module, args, kwargs)
 
     def output(self, target: Any, args: Any, kwargs: Any) -> Any:
+        """Return the output of the model, and fix its units."""
         self._fix(_flows_in(args))
         return super().output(target, args, kwargs)
 
     def _call(self, rule: "_Rule | None", function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Return the result of a call by its rule; fix all units that a call without a rule meets."""
         flows = _flows_in((args, kwargs))
         if any(flow.value.shape != flow.units.shape for flow in flows):
             raise NotTraceable("a tensor changes its shape in place")
@@ -369,10 +411,12 @@ class _FlowThrough(fx.Interpreter):
         return result
 
     def _fix(self, flows: Sequence[_Flow]) -> None:
+        """Record that the units of the flows never move."""
         for flow in flows:
             self.ledger.fix(flow.units)
 
     def _freeze(self, tensors: Sequence[Tensor]) -> None:
+        """Record that those tensors that are in the state_dict must not be permuted."""
         for tensor in tensors:
             if id(tensor) in self._name_of:
                 self.ledger.freeze(self._name_of[id(tensor)])
@@ -380,6 +424,7 @@ class _FlowThrough(fx.Interpreter):
     def targets(
         self, tensors: Sequence[Tensor | None], axis: int, rows: tuple[int, int] | None = None
     ) -> list[_Target]:
+        """Return the targets for one axis of each tensor; None among the tensors is left out."""
         return [
             _Target(self._name_of[id(tensor)], axis, rows, id(tensor) not in self._parameters)
             for tensor in tensors
@@ -387,38 +432,43 @@ class _FlowThrough(fx.Interpreter):
         ]
 
     def weight_used_as(self, weight: Tensor, way: object) -> None:
+        """Record the way in which an operation uses the weight."""
         self.ledger.used_as(self._name_of[id(weight)], way)
 
 
 class _Call(NamedTuple):
-    """One node of the graph: the call with flows among its arguments, and what it gave."""
+    """One node of the graph: a call with flows among its arguments, and the value that it returned."""
 
     run: _FlowThrough
-    function: Any  # for a module: the module itself
+    # The function that is called; for a module, the module itself.
+    function: Any
     args: Any
     kwargs: Any
     flows: list[_Flow]
     value: Any
 
 
-# What becomes of the units; None: this call is not understood, so that all that it meets has to stay fixed.
+# A function that returns the result of a call with its units. None means that the rule does not cover this
+# call, and that all units that the call meets must be fixed.
 _Rule = Callable[[_Call], Any]
 
 
 def _flows_in(tree: Any) -> list[_Flow]:
+    """Return the flows among nested arguments."""
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, _Flow)]
 
 
 def _run(function: Callable[..., Any], args: Any, kwargs: Any, part: str) -> Any:
-    """Call the function on one of the parts of its flows."""
+    """Call the function with each flow replaced by one of its parts: "value", "units" or "positions"."""
     args, kwargs = tree_map_only(_Flow, lambda flow: getattr(flow, part), (args, kwargs))
     return function(*args, **kwargs)
 
 
 def _move(call: _Call) -> Any:
-    """Elements go elsewhere, or nowhere, but do not change."""
+    """Apply an operation that moves or drops elements, but does not change them."""
+    # If a flow is among the other arguments, then the moves depend on values.
     if _flows_in((call.args[1:], call.kwargs)):
-        return None  # where they go depends on values
+        return None
     args = tree_map_only(_Flow, _contiguous, call.args)
     units = _run(call.function, args, call.kwargs, "units")
     positions = _run(call.function, args, call.kwargs, "positions")
@@ -426,16 +476,17 @@ def _move(call: _Call) -> Any:
         return _Flow(call.value, units, positions)
     if isinstance(call.value, tuple | list) and all(isinstance(item, Tensor) for item in call.value):
         return tuple(map(_Flow, call.value, units, positions))
-    return call.value  # a size, say
+    # The result is no tensor, but a size, for example.
+    return call.value
 
 
 def _contiguous(flow: _Flow) -> _Flow:
-    """What can be a view of the value must be possible with the rest."""
+    """Return the flow with contiguous units and positions, of which every view is possible."""
     return _Flow(flow.value, flow.units.contiguous(), flow.positions.contiguous())
 
 
 def _elementwise(call: _Call) -> _Flow | None:
-    """Each element depends on those in the same place of all operands, after broadcasting."""
+    """Apply an operation whose result depends, element by element, on the operands after broadcasting."""
     value, flows = call.value, call.flows
     if not isinstance(value, Tensor) or value.ndim == 0:
         return None
@@ -449,12 +500,13 @@ def _elementwise(call: _Call) -> _Flow | None:
 
 
 def _operands_along(axis: int, shape: torch.Size, flows: Sequence[_Flow]) -> list[Tensor] | None:
-    """The units of the operands along the axis; None unless all of them have theirs there."""
+    """Return the units of the operands along the axis; None unless all operands have their units there."""
     vectors = []
     for flow in flows:
         size = ([1] * (len(shape) - flow.value.ndim) + list(flow.value.shape))[axis]
         if size == 1 and not flow.units.any():
-            continue  # one value for the whole axis, and the same for ever: nothing to move along with
+            # The operand has one value for the whole axis, which never moves.
+            continue
         units, positions = flow.units.broadcast_to(shape), flow.positions.broadcast_to(shape)
         reading = _read(_Flow(flow.value, units, positions), axis)
         if reading is None or not reading.is_plain:
@@ -470,12 +522,14 @@ def _channelwise(
     parameters: Sequence[Tensor | None] = (),
     kinds: Tensor | None = None,
 ) -> _Flow:
-    """Along the axis each output depends on the inputs with its own index, and on them alone.
+    """Apply an operation in which each output along the axis depends only on the inputs at the same index.
 
     Args:
+        call: the call of the operation.
+        axis: the axis along which the units lie.
         operands: the units along the axis of each operand.
-        parameters: tensors whose axis 0 goes with the axis.
-        kinds: outputs of different kinds cannot change places.
+        parameters: the tensors whose axis 0 corresponds to the axis.
+        kinds: the kind of each output; outputs of different kinds cannot change places.
     """
     if not any(units.any() for units in operands):
         return _fixed(call.value)
@@ -487,7 +541,10 @@ def _channelwise(
 
 
 def _renewed(call: _Call, flow: _Flow) -> _Flow:
-    """Each output depends on one input, wherever its units are: a channel that was flattened, say."""
+    """Apply an operation whose outputs depend on one input each, wherever the units lie.
+
+    The units may lie across several axes or indices, as after the flattening of channels.
+    """
     old, inverse = torch.unique(flow.units, return_inverse=True)
     new = call.run.ledger.new_block(len(old))
     call.run.ledger.use(old)
@@ -496,6 +553,8 @@ def _renewed(call: _Call, flow: _Flow) -> _Flow:
 
 
 def _pooling(num_dims: int) -> _Rule:
+    """Return the rule for pooling over so many dimensions, in which each channel depends on itself only."""
+
     def rule(call: _Call) -> _Flow | None:
         if len(call.flows) != 1 or not isinstance(call.value, Tensor) or call.value.ndim != num_dims + 2:
             return None
@@ -508,7 +567,7 @@ def _pooling(num_dims: int) -> _Rule:
 
 
 def _reduction(call: _Call) -> _Flow | None:
-    """The mean, sum … over axes other than that of the units."""
+    """Apply a mean, sum or maximum over axes other than the axis of the units."""
     dims = call.kwargs.get("dim", call.args[1] if len(call.args) > 1 else None)
     if len(call.flows) != 1 or dims is None or not isinstance(call.value, Tensor):
         return None
@@ -524,22 +583,25 @@ def _reduction(call: _Call) -> _Flow | None:
 
 
 def _batch_norm(call: _Call) -> _Flow | None:
+    """Apply a BatchNorm, which has parameters and running statistics for each channel."""
     norm = call.function
     return _per_channel(call, 1, [norm.weight, norm.bias, norm.running_mean, norm.running_var])
 
 
 def _layer_norm(call: _Call) -> _Flow | None:
+    """Apply a LayerNorm over the last axis; one over several axes has no rule."""
     norm = call.function
     return _per_channel(call, -1, [norm.weight, norm.bias]) if len(norm.normalized_shape) == 1 else None
 
 
 def _prelu(call: _Call) -> _Flow | None:
+    """Apply a PReLU, which has one parameter for all channels or one for each channel."""
     weight = call.function.weight
     return _elementwise(call) if weight.numel() == 1 else _per_channel(call, 1, [weight])
 
 
 def _per_channel(call: _Call, axis: int, parameters: Sequence[Tensor | None]) -> _Flow | None:
-    """Treats all along the axis alike, but for parameters of each."""
+    """Apply an operation that treats all indices of the axis alike, except for parameters of each index."""
     (flow,) = call.flows
     reading = _read(flow, axis)
     if reading is None:
@@ -548,13 +610,17 @@ def _per_channel(call: _Call, axis: int, parameters: Sequence[Tensor | None]) ->
         return _channelwise(call, axis, [reading.units], parameters)
     marks = torch.stack([flow.units.flatten(), flow.positions.flatten()])
     if torch.unique(marks, dim=1).shape != marks.shape:
-        return None  # copies of one element would have different parameters
+        # The copies of one element would have different parameters.
+        return None
     call.run.ledger.use(reading.units, call.run.targets(parameters, 0), reading.kinds)
     return _renewed(call, flow)
 
 
 def _group_norm(call: _Call) -> _Flow | None:
-    """Channels may change places within their group: its mean and variance stay the same."""
+    """Apply a GroupNorm, whose channels may change places within their group.
+
+    Such a permutation does not change the mean and the variance of the group.
+    """
     norm, (flow,) = call.function, call.flows
     reading = _read(flow, 1)
     if reading is None or not reading.is_plain:
@@ -564,7 +630,10 @@ def _group_norm(call: _Call) -> _Flow | None:
 
 
 def _functional_layer_norm(call: _Call) -> _Flow | None:
-    """(input, normalized_shape, weight, bias): the input's last axis goes with axis 0 of the others."""
+    """Apply layer_norm(input, normalized_shape, weight, bias) over the last axis of the input.
+
+    The last axis of the input corresponds to axis 0 of weight and bias.
+    """
     if len(call.args) < 2 or len(call.args[1]) != 1:
         return None
     readings = [_read(flow, -1) for flow in call.flows]
@@ -574,6 +643,7 @@ def _functional_layer_norm(call: _Call) -> _Flow | None:
 
 
 def _linear(call: _Call) -> _Flow | None:
+    """Apply a linear layer, which uses units along the last axis and makes new ones."""
     layer, (flow,) = call.function, call.flows
     reading = _read(flow, -1)
     if reading is None:
@@ -584,6 +654,7 @@ def _linear(call: _Call) -> _Flow | None:
 
 
 def _convolution(call: _Call) -> _Flow | None:
+    """Apply a convolution, which uses channels and makes new ones; a depthwise one keeps the channels."""
     layer, (flow,) = call.function, call.flows
     reading = _read(flow, 1)
     if reading is None or not reading.is_plain or flow.value.ndim != layer.weight.ndim:
@@ -592,7 +663,7 @@ def _convolution(call: _Call) -> _Flow | None:
     run.weight_used_as(layer.weight, ("convolution", num_groups))
     if num_groups == layer.in_channels == layer.out_channels and num_groups > 1:
         return _channelwise(call, 1, [reading.units], [layer.weight, layer.bias])
-    # In a grouped one channels may change places within their group, among the inputs and the outputs.
+    # In a grouped convolution, input channels may change places within their group, and so may the outputs.
     group_of_output = torch.arange(layer.out_channels) // (layer.out_channels // num_groups)
     for number, units in enumerate(reading.units.chunk(num_groups)):
         outputs = (group_of_output == number).nonzero().flatten()
@@ -602,7 +673,7 @@ def _convolution(call: _Call) -> _Flow | None:
 
 
 def _outputs(call: _Call, axis: int, kinds: Tensor) -> _Flow:
-    """New neurons, each with its own weights."""
+    """Return the output of a layer as new units along the axis, each with its own weights."""
     if len(kinds) == 1:
         return _fixed(call.value)
     targets = call.run.targets([call.function.weight, call.function.bias], 0)

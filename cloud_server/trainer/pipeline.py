@@ -1,4 +1,4 @@
-"""The steps of a round: screen → select the start → fine-tune → publish the better one of the two."""
+"""The steps of a round: screen → select the start → fine-tune → publish the better one of both models."""
 
 import time
 from collections.abc import Iterator
@@ -31,16 +31,16 @@ log = structlog.get_logger()
 
 
 class RoundPipeline:
-    """The work on one round, step by step; within a group, every rank has one."""
+    """The work on one round, step by step; within a group, every rank has a pipeline of its own."""
 
     def __init__(
         self, job: Job, directory: JobDirectory, blobs_dir: Path, device: torch.device, group: Group
     ) -> None:
         self._job = job
         self._run = job.run
-        # All members of the round; those that are screened out leave this list.
+        # The members of the round; screening removes some of them from this list.
         self._members = members_of(job, blobs_dir, directory.scratch_path)
-        # The round's initial weights, from which differences are taken.
+        # The round's initial weights, which are the base of differences.
         self._base = base_of(job, blobs_dir)
         self._is_encoded = is_encoded(job.run)
         self._directory = directory
@@ -52,13 +52,17 @@ class RoundPipeline:
         self._seconds: dict[str, float] = {}
 
     def run(self) -> Result:
-        """Return the result; it means something on rank 0 only, which also writes the weights."""
+        """Make the round's model and return the result.
+
+        Only rank 0 writes the weights; the results of the other ranks are empty.
+        """
         if not self._is_first:
             return self._make_model()
         with self._directory.scratch():
             return self._make_model()
 
     def _make_model(self) -> Result:
+        """Do the steps of the round in order; on rank 0, the folder for intermediate files must exist."""
         model = _network(self._run)
         self._tell("aggregating", 0, 1)
         with self._timed("aggregate"):
@@ -84,7 +88,7 @@ class RoundPipeline:
     # ------------------------------------------------------------------ the steps
 
     def _decode(self) -> None:
-        """Decode what the agents have sent into files; the other ranks wait for them."""
+        """Decode the weights that the agents have sent; the other ranks wait until rank 0 has done it."""
         if not self._is_encoded:
             return
         if self._is_first:
@@ -93,7 +97,7 @@ class RoundPipeline:
         self._group.share("decoded")
 
     def _screen(self, model: nn.Module) -> None:
-        """Keep the members that the model shall be made of, with the weights that each of them gives."""
+        """Screen the members, and keep those from which the model is made, some with clipped weights."""
         if len(self._members) < MIN_AGENTS:
             return
         scratch = self._directory.scratch_path
@@ -114,7 +118,7 @@ class RoundPipeline:
         self._members = self._screening.kept(self._members, scratch)
 
     def _select(self, model: nn.Module, data: CombinedData) -> Selection:
-        """Make and measure the candidates on rank 0; the fine-tune gives the other ranks the start."""
+        """Make and measure the candidates on rank 0; the fine-tune sends the start to the other ranks."""
         previous = None
         if self._job.initial_weights and self._job.round > 1:
             previous = blob_path(self._blobs_dir, self._job.initial_weights)
@@ -132,6 +136,7 @@ class RoundPipeline:
         return selection
 
     def _fine_tune(self, model: nn.Module, examples: Examples) -> None:
+        """Fine-tune the model in place, if there are examples."""
         if not len(examples.labels):
             # No agent has shared any data.
             return
@@ -150,12 +155,13 @@ class RoundPipeline:
     def _publish(
         self, model: nn.Module, data: CombinedData, selection: Selection, start: Best, base: Base | None
     ) -> Result:
-        """Write the better one of start and fine-tuned model, and return what was found about both."""
+        """Write the better one of start and fine-tuned model, and return the result with both accuracies."""
         written, fine_tuned = None, None
         if len(data.train.labels):
             if self._is_encoded:
-                # It is encoded before it is measured, so that it is measured as the agents will have it.
-                # A model that is not finite will lose, or the error comes up again below.
+                # The model is encoded before it is measured, so that the accuracy is that of the model which
+                # the agents will have. A model that is not finite cannot be encoded. Either the start is
+                # better, or the same error is raised below.
                 with suppress(RunError, InvalidError):
                     written = self._write(model, base)
             fine_tuned = selection.offer("fine_tuned")
@@ -163,7 +169,7 @@ class RoundPipeline:
         if not written or published.name != "fine_tuned":
             written = self._write(model, base)
             if written.encoded:
-                # What the agents will have is not quite the model that was measured.
+                # Encoding has rounded the model since it was measured, so it is measured again.
                 published = published._replace(evaluation=selection.measure())
         log.info("selected", start=start.name, published=published.name, accuracies=selection.accuracies)
         return Result(
@@ -184,9 +190,11 @@ class RoundPipeline:
     # ------------------------------------------------------------------ small parts
 
     def _write(self, model: nn.Module, base: Base | None) -> Written:
+        """Write the files of the model."""
         return write_model(model, self._directory, wire_of(self._run.wire, base), base)
 
     def _tell_step(self, report: StepReport) -> None:
+        """Report a step of the fine-tune as progress."""
         self._tell("fine_tuning", report.step, report.num_steps, report.loss)
         crash_point(Point.TRAINER_STEP_DONE)
 
@@ -197,11 +205,13 @@ class RoundPipeline:
         total: int,
         loss: float | None = None,
     ) -> None:
+        """Report progress, on rank 0 only."""
         if self._is_first:
             self._directory.append_progress(Progress(phase=phase, done=done, total=total, loss=loss))
 
     @contextmanager
     def _timed(self, what: str) -> Iterator[None]:
+        """Add the duration of the context to the seconds of the step `what`."""
         started = time.perf_counter()
         yield
         self._seconds[what] = self._seconds.get(what, 0.0) + time.perf_counter() - started
@@ -209,14 +219,14 @@ class RoundPipeline:
 
 @lru_cache(maxsize=1)
 def _network(run: RunConfig) -> nn.Module:
-    """Return the run's model, built once for all rounds: a model is its state_dict, and that is replaced."""
+    """Return the run's network, which is built once for all rounds; every round loads its own weights."""
     return build_model(run, seed=run.seed)
 
 
 def _by_class(
     labels: Tensor, start: Evaluation | None, published: Evaluation | None
 ) -> tuple[ClassAccuracy, ...]:
-    """Return how well each class among the labels (int64 [N]) is known, before and after."""
+    """Return the accuracies of start and published model for each class among the labels, int64 [N]."""
     if start is None or published is None:
         return ()
     counts = torch.bincount(labels)

@@ -1,7 +1,7 @@
-"""Screening: the contributions that a round's model is made of, and the weights that each of them gives.
+"""Screening: the choice of the contributions from which a round's model is made, and the clipping of weights.
 
-First the norms of the updates are compared (norms.py); then those that are left are audited (audit.py), with
-the weights as they will be used.
+The norms of the updates are compared first (norms.py). The remaining contributions are then audited
+(audit.py), with the weights as the model will use them.
 """
 
 import math
@@ -23,15 +23,15 @@ from common.errors import Reason
 
 
 class Screening(FrozenModel):
-    """What was found and decided about the members of a round."""
+    """The findings and decisions about the members of a round."""
 
-    # One for each member, in the same order.
+    # The findings and decisions about each member, in the order of the members.
     agents: tuple[AgentAudit, ...] = ()
-    # Why flagged agents are not left out, though they should be.
+    # The reason why flagged agents are not left out, although the run leaves flagged agents out.
     note: str = ""
 
     def kept(self, members: Sequence[Member], scratch: Path) -> list[Member]:
-        """Return the members that the model is made of, with the weights that they give."""
+        """Return the members from which the model is made; clipped members have their clipped weights."""
         return [
             replace(member, weights_path=clipped_path(scratch, member)) if agent.scale < 1 else member
             for member, agent in zip(members, self.agents, strict=True)
@@ -40,7 +40,7 @@ class Screening(FrozenModel):
 
 
 def clipped_path(scratch: Path, member: Member) -> Path:
-    """Return where a member's clipped weights are."""
+    """Return the path of a member's clipped weights."""
     return scratch / f"clipped-{member.agent_id}.safetensors"
 
 
@@ -54,15 +54,19 @@ def screen(
     device: torch.device,
     scratch: Path,
 ) -> Screening:
-    """Look at the members' contributions, and write the clipped weights to `scratch`.
+    """Screen the members' contributions, and write clipped weights to `scratch`.
 
     Args:
-        model: a model of the run's structure; it is left with any weights.
-        members: MIN_AGENTS of them or more.
-        base_path: the weights that all have started from; None: there are no such weights.
+        model: a model of the run's structure, whose weights are overwritten.
+        members: the members of the round, at least MIN_AGENTS of them.
+        base_path: the file of the weights from which all members started; None if they differ in that.
+        blobs_dir: the directory of the blobs.
+        run: the configuration of the run.
+        device: the device on which the models are run.
+        scratch: an existing folder for clipped weights.
 
     Raises:
-        RunError: weights differ from each other in more than their values.
+        RunError: the members' weights differ in names, shapes or dtypes.
         OSError: a file cannot be read or written.
     """
     norms = update_norms([member.weights_path for member in members], base_path)
@@ -80,7 +84,10 @@ def screen(
 
 
 def _quarantined(agents: Sequence[AgentAudit], num_left: int, run: RunConfig) -> Screening:
-    """Leave the flagged agents out where the run wants that, unless they are half of all or more."""
+    """Return the screening in which flagged agents are left out, if the run is configured to do so.
+
+    No agent is left out if half of the agents or more are flagged.
+    """
     num_flagged = sum(bool(agent.flags) for agent in agents)
     if run.quarantine != "exclude":
         return Screening(agents=tuple(agents))
@@ -97,14 +104,14 @@ def _quarantined(agents: Sequence[AgentAudit], num_left: int, run: RunConfig) ->
 
 
 def _measured(members: Sequence[Member], norms: Sequence[float], run: RunConfig) -> list[AgentAudit]:
-    """Return the norms of the members' updates, and what follows from them."""
+    """Return the findings and decisions that follow from the norms of the members' updates."""
     middle, agents = median(norms), []
     for member, norm, scale in zip(members, norms, scales(norms, run.max_norm_ratio), strict=True):
         is_rejected = scale < 1 and run.on_large_update == "reject"
         agents.append(
             AgentAudit(
                 agent_id=member.agent_id,
-                # JSON has no infinity.
+                # The largest float64 stands for infinity, because JSON has no infinity.
                 update_norm=min(norm, sys.float_info.max),
                 norm_ratio=min(norm / middle, sys.float_info.max) if 0 < middle < math.inf else None,
                 scale=1.0 if is_rejected else scale,
@@ -115,6 +122,7 @@ def _measured(members: Sequence[Member], norms: Sequence[float], run: RunConfig)
 
 
 def _with_finding(agent: AgentAudit, finding: Finding) -> AgentAudit:
+    """Return the record of the agent with the audit's finding added."""
     labels, model = finding.labels, finding.model
     return agent.model_copy(
         update={

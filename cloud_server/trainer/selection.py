@@ -1,15 +1,15 @@
-"""Selection: the models that a fine-tune may start from, and which of them does best on held-out data.
+"""Selection: the candidates for the start of a fine-tune, and the choice of the best one on held-out data.
 
 The candidates of a round (run.candidates):
 
 - average: the agents' weights, aggregated as they are;
 - aligned: the same, with every agent's neurons in the order of the first (alignment.py);
-- greedy_soup: the aligned weights of those agents that make the mean better, beginning with the best
-  one (Wortsman et al., arXiv 2203.05482, recipe 1);
-- best_agent: the weights of one agent, as they are;
-- previous: what the round started from, from the second round on.
+- greedy_soup: the mean of the aligned weights of some agents; beginning with the best agent, each further
+  agent is added if that makes the mean no worse (Wortsman et al., arXiv 2203.05482, recipe 1);
+- best_agent: the weights of the best agent, as they are;
+- previous: the weights from which the round started, from the second round on.
 
-No agent has trained on the held-out data: see common/shards.py.
+No agent has trained on the held-out data, see common/shards.py.
 """
 
 from collections.abc import Callable, Sequence
@@ -31,6 +31,7 @@ from common.config import RunConfig
 from common.training import Evaluation, derive_seed, evaluate, recompute_statistics
 from common.weights import StateDict, copy_into, load_into, read_state_dict, write_state_dict
 
+# A callback that gets the number of tensors that are done, and the number of all tensors.
 OnTensor = Callable[[int, int], None]
 
 log = structlog.get_logger()
@@ -41,18 +42,22 @@ class Best(NamedTuple):
 
     name: str
     state_dict: StateDict
-    evaluation: Evaluation | None  # None: there is no data to measure it on
+    # The evaluation on held-out data; None if there is no such data.
+    evaluation: Evaluation | None
 
 
 class Selection:
-    """Makes the candidates, one at a time, and keeps the best of all models that it has measured.
+    """The maker of the candidates, which keeps the best of all models that it has measured.
 
     Args:
-        model: of the run's structure, left with any weights; where it is when candidates are made.
-        members: in agent-id order.
-        previous: the weights that the round started from; None in the first round.
+        model: a model of the run's structure, into which each candidate is loaded in turn.
+        run: the configuration of the run.
+        members: the members of the round, in agent-id order.
+        previous: the file of the weights from which the round started; None in the first round.
+        data: the combined data of the members.
+        device: the device on which candidates are measured.
         scratch: an existing folder for aligned weights.
-        on_tensor: told how many tensors of one aggregation, of how many, are done.
+        on_tensor: a callback that gets the numbers of done tensors and of all tensors of an aggregation.
     """
 
     def __init__(
@@ -67,8 +72,10 @@ class Selection:
         scratch: Path,
         on_tensor: OnTensor = lambda *_: None,
     ) -> None:
-        self.accuracies: dict[str, float] = {}  # of the candidates that were measured
-        self.soup: tuple[str, ...] = ()  # agent ids, the best one first
+        # The accuracy of each candidate that was measured, by name.
+        self.accuracies: dict[str, float] = {}
+        # The ids of the agents in the greedy soup, the best agent first.
+        self.soup: tuple[str, ...] = ()
         self.best: Best | None = None
         self._model = model
         self._run = run
@@ -81,13 +88,13 @@ class Selection:
         self._measured: dict[tuple[str, tuple[Path, ...]], Evaluation | None] = {}
 
     def run(self, on_progress: Callable[[int, int], None] = lambda *_: None) -> None:
-        """Make and measure all candidates; where nobody shared data, the first that can be made is the best.
+        """Make and measure all candidates; without held-out data, the first that can be made is the best.
 
         Args:
-            on_progress: told how many candidates, of how many, are done.
+            on_progress: a callback that gets the numbers of done candidates and of all candidates.
 
         Raises:
-            RunError: a contribution is not what it should be.
+            RunError: the contributions cannot be aggregated.
             OSError: a file cannot be read or written.
         """
         make = {
@@ -101,24 +108,25 @@ class Selection:
         for done, name in enumerate(names, 1):
             make[name]()
             on_progress(done, len(names))
-        if self.best is None:  # alignment alone was asked for, and cannot be done
+        # None of the candidates could be made, for example because the model cannot be aligned.
+        if self.best is None:
             self._make_average()
 
     def offer(self, name: str) -> Evaluation | None:
-        """Measure the model as it is, and keep it if it is the best so far, or if nobody can tell."""
+        """Measure the model as it is, and keep it if it is the best so far, or if there is no data."""
         evaluation = self.measure()
         if evaluation is None or self._is_best(evaluation):
             self._keep(name, evaluation)
         return evaluation
 
     def measure(self) -> Evaluation | None:
-        """How good the model is as it is; None: there is no data to measure it on."""
+        """Evaluate the model as it is on held-out data; return None if there is no such data."""
         if not len(self._data.held_out.labels):
             return None
         return evaluate(self._model, *self._data.held_out, spec=self._run.spec, device=self._device)
 
     def take_best(self) -> Best:
-        """The best model so far, which is also what the model is left as."""
+        """Return the best model so far, and load its weights into the model."""
         assert self.best is not None
         copy_into(self._model, self.best.state_dict)
         return self.best
@@ -126,14 +134,16 @@ class Selection:
     # ------------------------------------------------------------------ the candidates
 
     def _make_average(self) -> None:
+        """Aggregate the weights as they are."""
         self._offer_aggregate("average", self._members, self._run.aggregator)
 
     def _make_aligned(self) -> None:
+        """Aggregate the aligned weights, if they can be aligned."""
         if self._aligned:
             self._offer_aggregate("aligned", self._aligned, self._run.aggregator)
 
     def _make_greedy_soup(self) -> None:
-        """Only where there are some to choose among, and something to choose by."""
+        """Make the greedy soup, if there are several members and held-out data to choose them by."""
         if len(self._members) < 2 or not len(self._data.held_out.labels):
             return
         soup = self._best_first[:1]
@@ -144,24 +154,28 @@ class Selection:
         self._offer_aggregate("greedy_soup", self._chosen(soup), "mean")
 
     def _make_best_agent(self) -> None:
+        """Take the weights of the best agent, if there is held-out data to choose it by."""
         if len(self._data.held_out.labels):
             self._offer_aggregate("best_agent", self._chosen(self._best_first[:1]), "mean")
 
     def _make_previous(self) -> None:
-        """Only where it can be measured: unmeasured it would come before an average of this round."""
+        """Measure the weights from which the round started, if there are any and there is held-out data.
+
+        Without held-out data the first candidate wins, and this one must not win over the round's average.
+        """
         if self._previous and len(self._data.held_out.labels):
             load_into(self._model, self._previous)
             self._announce("previous", self.measure())
 
     @cached_property
     def _best_first(self) -> list[int]:
-        """The agents by their own accuracy."""
+        """Return the numbers of the agents, sorted by the accuracy of their weights, the best one first."""
         every = range(len(self._members))
         return sorted(every, key=lambda agent: self._accuracy_of([agent]), reverse=True)
 
     @cached_property
     def _aligned(self) -> list[Member] | None:
-        """The contributions with their neurons in the order of the first; None: nothing to align."""
+        """Return the members with their neurons in the order of the first; None if they cannot be aligned."""
         if len(self._members) < 2:
             return None
         try:
@@ -189,7 +203,7 @@ class Selection:
     # ------------------------------------------------------------------ measuring and keeping
 
     def _offer_aggregate(self, name: str, members: Sequence[Member], aggregator: str) -> None:
-        """One aggregate may be a candidate under several names: it is measured once."""
+        """Make an aggregate a candidate under this name; an aggregate with several names is measured once."""
         key = _key(members, aggregator)
         is_known = key in self._measured
         if not is_known or self._is_best(self._measured[key]):
@@ -199,12 +213,12 @@ class Selection:
         self._announce(name, self._measured[key])
 
     def _chosen(self, agents: Sequence[int]) -> list[Member]:
-        """What these make a mean of: one alone has nobody to be aligned with."""
+        """Return the members with these numbers: aligned ones for a mean of several, else as they are."""
         members = self._aligned if self._aligned and len(agents) > 1 else self._members
         return [members[agent] for agent in agents]
 
     def _accuracy_of(self, agents: Sequence[int]) -> float:
-        """Of their mean, on held-out data, which there must be."""
+        """Return the accuracy of the mean of these agents on held-out data; there must be such data."""
         members = self._chosen(agents)
         key = _key(members, "mean")
         if key not in self._measured:
@@ -215,11 +229,12 @@ class Selection:
         return evaluation.accuracy
 
     def _fill(self, members: Sequence[Member], aggregator: str) -> None:
-        """Load the model with the members' aggregate; a single one stays as it is."""
+        """Load the aggregate of the members into the model; a single member's weights stay as they are."""
         if len(members) == 1:
             load_into(self._model, members[0].weights_path)
             return
-        members = sorted(members, key=lambda member: member.agent_id)  # the order shows in the last bits
+        # The order of a sum changes its last bits.
+        members = sorted(members, key=lambda member: member.agent_id)
         state_dict = aggregate(
             [member.weights_path for member in members],
             [member.coefficient for member in members],
@@ -238,17 +253,22 @@ class Selection:
             )
 
     def _is_best(self, evaluation: Evaluation | None) -> bool:
+        """Return True if a model with this evaluation is better than the best model so far."""
         if self.best is None:
             return True
         known = self.best.evaluation
         return bool(evaluation and known and _rank(evaluation) > _rank(known))
 
     def _keep(self, name: str, evaluation: Evaluation | None) -> None:
+        """Keep a copy of the model as the best model so far."""
         copies = {key: tensor.detach().cpu().clone() for key, tensor in self._model.state_dict().items()}
         self.best = Best(name, copies, evaluation)
 
     def _announce(self, name: str, evaluation: Evaluation | None) -> None:
-        """Note a candidate's accuracy, and keep the model, which is this candidate, if it is the best."""
+        """Record a candidate's accuracy, and keep the candidate if it is the best so far.
+
+        If it is the best, then the model must hold its weights.
+        """
         if self._is_best(evaluation):
             self._keep(name, evaluation)
         if evaluation:
@@ -256,10 +276,11 @@ class Selection:
 
 
 def _rank(evaluation: Evaluation) -> tuple[float, float]:
-    """More is better; the loss decides between equal accuracies."""
+    """Return the rank of an evaluation, where more is better; the loss decides between equal accuracies."""
     return evaluation.accuracy, -evaluation.loss
 
 
 def _key(members: Sequence[Member], aggregator: str) -> tuple[str, tuple[Path, ...]]:
+    """Return a key for the aggregate of the members; for a single member, the aggregator does not matter."""
     paths = tuple(sorted(member.weights_path for member in members))
     return ("" if len(paths) == 1 else aggregator), paths

@@ -1,4 +1,4 @@
-"""One job of the trainer, from job.json to result.json."""
+"""The work on one job of the trainer, from job.json to result.json."""
 
 import errno
 import gc
@@ -22,17 +22,21 @@ log = structlog.get_logger()
 
 
 def run_job(directory: JobDirectory, *, blobs_dir: Path, device_name: str, group: Group) -> None:
-    """Do the job and write its result; an error is a result, too.
+    """Do the job and write its result; an error is written as a result, too.
 
-    Within a group every rank calls this, and rank 0 writes. But whichever rank fails writes why, and
-    raises: the other ranks may be waiting for it in the middle of a step, so that only a new group can go on.
+    Within a group every rank calls this function, and rank 0 writes the result. A rank that fails writes the
+    error itself, and raises it. The other ranks may then be waiting for the failed rank in the middle of a
+    step, so that only a new group of ranks can do the next job.
 
     Args:
-        device_name: where to train when the job leaves it open.
+        directory: the directory of the job.
+        blobs_dir: the directory of the blobs.
+        device_name: the device to train on if the job leaves the choice to the trainer.
+        group: this process's place among the ranks.
 
     Raises:
         OSError: the result cannot be written.
-        Exception: what went wrong, when this process cannot do another job.
+        Exception: the error of the job, if this process cannot do another job after it.
     """
     with structlog.contextvars.bound_contextvars(job=directory.path.name, rank=group.rank):
         try:
@@ -42,11 +46,11 @@ def run_job(directory: JobDirectory, *, blobs_dir: Path, device_name: str, group
                 crash_point(Point.TRAINER_RESULT_WRITTEN)
             log.info("job_done", seconds=result.seconds, accuracy=result.accuracy_published)
         except Exception as error:
-            # Model and data are the user's, so anything can be raised.
+            # Model and data are the user's, so that a job can raise any exception.
             log.exception("job_failed")
             if directory.read_result() is None:
                 directory.write_result(Result(error=_describe(error)))
-            # After a CUDA error (other than out of memory) nothing works on that GPU any more.
+            # After a CUDA error other than a lack of memory, this process cannot use the GPU any more.
             if group.world_size > 1 or isinstance(error, torch.AcceleratorError):
                 raise
     gc.collect()
@@ -54,6 +58,7 @@ def run_job(directory: JobDirectory, *, blobs_dir: Path, device_name: str, group
 
 
 def _do(directory: JobDirectory, blobs_dir: Path, device_name: str, group: Group) -> Result:
+    """Do the job and return its result."""
     job = directory.read_job()
     device = group.device(device_name if job.device == "auto" else job.device)
     log.info("job_started", round=job.round, attempt=job.attempt, device=str(device))
@@ -66,19 +71,19 @@ def _do(directory: JobDirectory, blobs_dir: Path, device_name: str, group: Group
 
 
 def _initialise(job: Job, directory: JobDirectory, group: Group) -> Result:
-    """Write the run's initial weights."""
+    """Make and write the run's initial weights, on rank 0 only."""
     if group.rank != 0:
         return Result()
     model = initial_model(job.run)
     with directory.scratch():
         written = write_model(model, directory, wire_of(job.run.wire, None), None)
-    # A schema that cannot be encoded is refused now: once agents have joined it would be too late.
+    # A schema that cannot be encoded is refused here, because after agents have joined it would be too late.
     wire_schema(read_header(directory.weights_path).schema, job.run.wire)
     return Result(weights=written.weights, encoded=written.encoded, num_parameters=num_parameters(model))
 
 
 def _describe(error: Exception) -> JobError:
-    """Return the error in one line, for whoever waits for the model; the log has the rest."""
+    """Return the description of an error, in one line, for the server; the log has the traceback."""
     text = str(error).partition("\n")[0]
     if isinstance(error, UsageError):
         return JobError(kind="usage", message=text)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from cloud_server.contribution import Contribution, Decision
 from cloud_server.disk.tables import EncodingRow
-from cloud_server.jobs import EncodedWeights, Job, JobDirectory, Result, Weights
+from cloud_server.jobs import EncodedWeightsFile, Job, JobDirectory, Result, WeightsFile
 from cloud_server.store import Store
 from cloud_server.upkeep import provenance
 from common.config import RunConfig
@@ -71,8 +71,10 @@ def run_job(state_dir: Path, number: int, start: str) -> JobDirectory:
     )
     directory.weights_path.write_bytes(model_of(number))
     directory.encoded_path.write_bytes(encoded_of(number))
-    weights = Weights(sha256=digest_of(model_of(number)), bytes=len(model_of(number)))
-    encoded = EncodedWeights(sha256=digest_of(encoded_of(number)), bytes=len(encoded_of(number)), base=start)
+    weights = WeightsFile(sha256=digest_of(model_of(number)), bytes=len(model_of(number)))
+    encoded = EncodedWeightsFile(
+        sha256=digest_of(encoded_of(number)), bytes=len(encoded_of(number)), base=start
+    )
     directory.write_result(
         Result(weights=weights, encoded=encoded, candidates={"average": 0.8}, accuracy_published=0.9)
     )

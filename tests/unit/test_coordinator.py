@@ -27,7 +27,7 @@ from cloud_server.jobs import (
     JobError,
     Progress,
     Result,
-    Weights,
+    WeightsFile,
     pending_jobs,
 )
 from cloud_server.ledger import Ledger
@@ -111,7 +111,9 @@ class PlayedTrainer:
 def model_in(directory: JobDirectory, seed: int) -> Result:
     digest = write_weights(directory.weights_path, seed)
     size = directory.weights_path.stat().st_size
-    return Result(weights=Weights(sha256=digest, bytes=size), candidates={"average": 0.5}, start="average")
+    return Result(
+        weights=WeightsFile(sha256=digest, bytes=size), candidates={"average": 0.5}, start="average"
+    )
 
 
 def write_weights(path: Path, seed: int) -> str:

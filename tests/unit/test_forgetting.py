@@ -95,7 +95,7 @@ def make(store: Store, state_dir: Path) -> None:
         update={"contributions": tuple(Contribution(name, "0" * 64, (), 1) for name in (AGENT, OTHER))}
     )
     directory.write_job(work)
-    directory.write_result(jobs.Result(weights=jobs.Weights(sha256=digest_of(model_of(3)), bytes=1)))
+    directory.write_result(jobs.Result(weights=jobs.WeightsFile(sha256=digest_of(model_of(3)), bytes=1)))
     # This model was made of the other's weights, too, and is not published yet.
     store.blobs.adopt(directory.weights_path, digest_of(model_of(3)))
 
@@ -208,7 +208,7 @@ def test_job_that_does_not_count_it_is_left_alone(store: Store, state_dir: Path)
     directory = JobDirectory(state_dir / "jobs/round-0003")
     job = directory.read_job()
     directory.write_job(job.model_copy(update={"contributions": job.contributions[:1]}))
-    directory.write_result(jobs.Result(weights=jobs.Weights(sha256=digest_of(model_of(3)), bytes=1)))
+    directory.write_result(jobs.Result(weights=jobs.WeightsFile(sha256=digest_of(model_of(3)), bytes=1)))
     forget(store, state_dir)
     assert directory.read_result()
     assert blobs(state_dir) == expected_blobs() | {digest_of(model_of(3))}

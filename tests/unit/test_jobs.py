@@ -10,7 +10,7 @@ from cloud_server.jobs import (
     JobError,
     Progress,
     Result,
-    Weights,
+    WeightsFile,
     pending_jobs,
 )
 from common.config import RunConfig
@@ -28,7 +28,7 @@ JOB = Job(
     contributions=(Contribution("a", DIGEST, (DIGEST,), 7),),
 )
 RESULT = Result(
-    weights=Weights(sha256=DIGEST, bytes=1),
+    weights=WeightsFile(sha256=DIGEST, bytes=1),
     candidates={"average": 0.5},
     start="average",
     accuracy_fine_tuned=0.75,
