@@ -1,13 +1,13 @@
-"""What both sides must agree on."""
+"""The code that the edge agent and the cloud server share."""
 
 import os
 
-# PyTorch's threads wait for each other after every operation. By default they wait busily, and when
-# several agents, or an agent and a trainer, share the cores, a step of a small model takes a hundred
-# times as long as it should (measured: 400 steps of an MLP, two processes on two busy cores: 141 s,
-# and 1.2 s with this). OpenMP reads it when PyTorch is imported, so it must be set before that.
+# PyTorch's threads wait for each other after every operation. By default the threads wait in a busy loop.
+# When several processes share the cores, a step of a small model then takes a hundred times as long:
+# 400 steps of an MLP, in two processes on two busy cores, took 141 s by default and 1.2 s with this setting.
+# OpenMP reads the variable when PyTorch is imported, so the variable must be set before that import.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-# gRPC writes a line to stderr, past our log, for every handshake that fails and every call that it cannot
-# read: whoever reaches the port could fill a disk with them. What concerns us it raises.
+# gRPC would write one line to stderr, past our log, for every failed handshake and every unreadable call.
+# Anyone who reaches the port could fill a disk with such lines. The errors that matter to us are raised.
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")

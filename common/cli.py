@@ -1,4 +1,4 @@
-"""What the two commands have in common: flags, one-line errors, exit codes, signals."""
+"""The parts that both commands share: flags, one-line errors, exit codes and signals."""
 
 import argparse
 import asyncio
@@ -22,8 +22,10 @@ from common.errors import ECAvgError, UsageError, one_line
 
 Config = TypeVar("Config", bound=ProcessConfig)
 
-BUSY_SECONDS = 0.3  # a thread that has not ended by then has something long to do
-_M_ARENA_MAX = -8  # mallopt(3)
+# A thread that is still alive after this time is taken to be busy for long.
+BUSY_SECONDS = 0.3
+# The number of the parameter M_ARENA_MAX of mallopt(3).
+_M_ARENA_MAX = -8
 
 
 def parse_command_line(
@@ -34,13 +36,17 @@ def parse_command_line(
     *,
     default_preset: str | None = None,
 ) -> Config:
-    """The configuration that preset, file, environment and flags add up to.
+    """Return the configuration that results from preset, file, environment and flags, where the later win.
 
     Args:
-        default_preset: its presence gives the command a `--preset`.
+        parser: the parser of the command, to which this function adds the flags.
+        config_class: the class of the configuration.
+        env_prefix: the prefix of the environment variables that count.
+        argv: the arguments of the command; None takes those of this process.
+        default_preset: the preset to start from. A command without it has no flag `--preset`.
 
     Raises:
-        UsageError: naming what is wrong; argparse itself exits with 2 on an unknown flag.
+        UsageError: a value, key or file is wrong. For an unknown flag, argparse itself exits with code 2.
     """
     add_flags(parser, config_class, default_preset)
     flags = vars(parser.parse_args(argv))
@@ -59,7 +65,7 @@ def parse_command_line(
 def add_flags(
     parser: argparse.ArgumentParser, config_class: type[ProcessConfig], default_preset: str | None
 ) -> None:
-    """One flag for each key at the top of the configuration; `--set` reaches the tables below."""
+    """Add one flag for each key at the top of the configuration, and `--set` for the keys of its tables."""
     config_help = "TOML file with any of these keys"
     if default_preset:
         text = f"a complete configuration to start from (default: {default_preset})"
@@ -85,12 +91,15 @@ def add_flags(
 
 
 def run(command: str, body: Callable[[], Coroutine[Any, Any, int]]) -> int:
-    """Run a command's coroutine to its exit code; SIGINT and SIGTERM cancel it, and that is a clean stop.
+    """Run a command's coroutine and return its exit code.
 
-    When the coroutine has ended, nothing is waited for that still works in a thread. After a signal the
-    process ends at once: every file is whole at every moment, and taking PyTorch apart takes seconds.
+    SIGINT and SIGTERM cancel the coroutine, which counts as a clean stop with exit code 0.
+
+    When the coroutine has ended, the process does not wait for threads that are still busy. After a signal
+    the process exits at once: every file is complete at every moment, and an orderly end of PyTorch would
+    take seconds.
     """
-    _share_arenas()
+    _limit_arenas()
     try:
         return asyncio.run(_to_exit_code(command, body))
     except KeyboardInterrupt:
@@ -98,20 +107,25 @@ def run(command: str, body: Callable[[], Coroutine[Any, Any, int]]) -> int:
 
 
 def fail(command: str, error: Exception) -> int:
-    """One line on stderr; the traceback is in the log at debug level, once there is a log."""
-    structlog = sys.modules.get("structlog")  # `--help` and configuration errors do without it
+    """Print the error as one line on stderr, and return the exit code.
+
+    The traceback goes to the log at debug level, if the log is configured already.
+    """
+    # `--help` and configuration errors come before the import of structlog, which is slow.
+    structlog = sys.modules.get("structlog")
     if structlog and structlog.is_configured():
         structlog.get_logger().debug("failed", exc_info=error)
-    print(f"{command}: {one_line(_in_one_line(error))}", file=sys.stderr)  # noqa: T201
+    print(f"{command}: {one_line(_describe(error))}", file=sys.stderr)  # noqa: T201
     return error.exit_code if isinstance(error, ECAvgError) else 1
 
 
 def warn(command: str, text: str) -> None:
-    """One line on stderr that nobody overlooks."""
+    """Print a warning as one line on stderr."""
     print(f"{command}: WARNING: {text}", file=sys.stderr, flush=True)  # noqa: T201
 
 
-def _in_one_line(error: Exception) -> str:
+def _describe(error: Exception) -> str:
+    """Return the message for the user: an ECAvgError's own, or one made from the kind of the error."""
     if isinstance(error, ECAvgError):
         return str(error)
     if isinstance(error, OSError) and error.strerror:
@@ -122,17 +136,19 @@ def _in_one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {text}; a fault of this program: --log-level debug shows more"
 
 
-def _share_arenas() -> None:
-    """Have all threads take memory from the same two arenas.
+def _limit_arenas() -> None:
+    """Make all threads allocate their memory from the same two arenas of glibc.
 
-    glibc gives every thread one of its own, and what the chunks of a transfer have taken there stays there:
-    with eight agents at a server that was a third of its memory. Other C libraries have no arenas.
+    By default glibc gives every thread an arena of its own, which keeps the memory that the chunks of a
+    transfer have used. In a server with eight agents this was a third of the memory. Other C libraries have
+    no arenas, and the function then does nothing.
     """
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).mallopt(_M_ARENA_MAX, 2)
 
 
 async def _to_exit_code(command: str, body: Callable[[], Coroutine[Any, Any, int]]) -> int:
+    """Run the coroutine, turn an error into its exit code, and do not wait for busy threads."""
     pool = ThreadPoolExecutor(thread_name_prefix="asyncio")
     asyncio.get_running_loop().set_default_executor(pool)
     try:
@@ -140,35 +156,41 @@ async def _to_exit_code(command: str, body: Callable[[], Coroutine[Any, Any, int
     except Exception as error:
         code = fail(command, error)
     pool.shutdown(wait=False, cancel_futures=True)
-    _leave_if_busy(code)
+    _exit_if_threads_are_busy(code)
     return code
 
 
-def _leave_if_busy(code: int) -> None:
-    """End the process here if a thread still works: asyncio, and then Python, would wait for it."""
+def _exit_if_threads_are_busy(code: int) -> None:
+    """Exit from the process if a thread is still busy, because asyncio and Python would wait for the thread.
+
+    The threads have BUSY_SECONDS together to end by themselves.
+    """
     deadline = time.monotonic() + BUSY_SECONDS
     for thread in threading.enumerate():
         if thread is threading.current_thread() or thread.daemon:
             continue
         thread.join(max(0.0, deadline - time.monotonic()))
         if thread.is_alive():
-            _leave(code)
+            _exit_now(code)
 
 
-def _leave(code: int) -> NoReturn:
+def _exit_now(code: int) -> NoReturn:
+    """Exit from the process without waiting for threads or running exit handlers."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
 
 
 async def _until_signalled(body: Callable[[], Coroutine[Any, Any, int]]) -> int:
+    """Run the coroutine to its result; exit from the process if SIGINT or SIGTERM cancels the coroutine."""
     task = asyncio.ensure_future(body())
     loop = asyncio.get_running_loop()
     stopped = False
 
     def stop() -> None:
         nonlocal stopped
-        if stopped:  # asked twice: do not wait for anything
+        # With a second signal the user asks for an end without any clean-up.
+        if stopped:
             os._exit(1)
         stopped = True
         task.cancel()
@@ -179,12 +201,18 @@ async def _until_signalled(body: Callable[[], Coroutine[Any, Any, int]]) -> int:
         return await task
     except asyncio.CancelledError:
         if stopped:
-            _leave(0)
+            _exit_now(0)
         raise
 
 
 def _parse_assignments(assignments: Sequence[str]) -> dict[str, Any]:
-    """`["run.seed=3"]` → `{"run": {"seed": 3}}`; values are TOML, anything else is a string."""
+    """Return the values of `--set` as nested tables: `["run.seed=3"]` becomes `{"run": {"seed": 3}}`.
+
+    A value is read as TOML. A text that is not valid TOML is taken as a string.
+
+    Raises:
+        UsageError: an assignment is not of the form KEY=VALUE.
+    """
     merged: dict[str, Any] = {}
     for assignment in assignments:
         key, equals, text = assignment.partition("=")

@@ -1,7 +1,7 @@
-"""From a model's name to the model, checked against the run's dataset.
+"""Construction of a run's model from its name, with a check that the model fits the run's dataset.
 
-torchvision is imported where it is needed: that takes as long as importing PyTorch itself, and an mlp
-does without it.
+The functions that need torchvision import it themselves. The import takes as long as the import of
+PyTorch, and the model "mlp" does not need torchvision.
 """
 
 import importlib
@@ -17,7 +17,8 @@ from common.errors import UsageError
 _NO_AUXILIARY_HEADS = {"aux_logits": False, "init_weights": True}
 _OPTIONS: dict[str, dict[str, Any]] = {"googlenet": _NO_AUXILIARY_HEADS, "inception_v3": _NO_AUXILIARY_HEADS}
 
-# Families that halve the image one layer after the other, never in two branches at once, at their start.
+# The models of these families start with layers that halve the image one after the other, never in two
+# parallel branches. `_widen` relies on this order.
 _WIDENABLE = (
     "densenet", "efficientnet", "googlenet", "mnasnet", "mobilenet",
     "resnet", "resnext", "shufflenet", "squeezenet", "wide_resnet",
@@ -25,7 +26,7 @@ _WIDENABLE = (
 
 
 def model_names() -> list[str]:
-    """The names that `build_model` knows by itself."""
+    """Return the model names that `build_model` accepts besides `package.module:factory`."""
     import torchvision
 
     return ["mlp", *torchvision.models.list_models(module=torchvision.models)]
@@ -34,15 +35,15 @@ def model_names() -> list[str]:
 def build_model(run: RunConfig, *, seed: int, allowed_factories: Collection[str] | None = None) -> nn.Module:
     """Build the run's model on the CPU with float32 weights drawn under `seed`.
 
-    The global random state is left as it was.
+    The function leaves the global random state unchanged.
 
     Args:
-        run: names the model, and the dataset that it must fit.
-        seed: the same seed gives the same weights, bit by bit.
-        allowed_factories: the user's own factories that may be imported; None: any.
+        run: the configuration that names the model and the dataset.
+        seed: the seed of the weights; the same seed gives the same weights, bit by bit.
+        allowed_factories: the user's own factories that may be imported; None allows any factory.
 
     Raises:
-        UsageError: unknown or forbidden model, or one that does not fit the dataset.
+        UsageError: the model is unknown or not allowed, or does not fit the dataset.
     """
     make = _builder(run, allowed_factories)
     with torch.random.fork_rng(devices=[]):
@@ -53,7 +54,10 @@ def build_model(run: RunConfig, *, seed: int, allowed_factories: Collection[str]
 
 
 def _builder(run: RunConfig, allowed_factories: Collection[str] | None) -> Callable[[RunConfig], nn.Module]:
-    """What makes the run's model; imported before the seed is set, for an import may draw numbers, too."""
+    """Return the function that makes the run's model, with its module imported.
+
+    `build_model` calls this function before setting the seed, because an import may draw random numbers.
+    """
     if run.model == "mlp":
         return _mlp
     if ":" in run.model:
@@ -68,18 +72,21 @@ def _builder(run: RunConfig, allowed_factories: Collection[str] | None) -> Calla
 
 
 def check_model(model: nn.Module, run: RunConfig) -> None:
-    """Check that the model maps the dataset's images to one output for each of its classes.
+    """Check that the model maps images [2, C, H, W] of the dataset to outputs [2, num_classes].
 
     Raises:
-        UsageError: naming the model, what it gives, and what the dataset wants.
+        UsageError: the model does not; the message names the found and the expected shape.
     """
     num_classes, image_shape = run.spec.num_classes, run.spec.image_shape
     dataset = f"dataset {run.dataset!r} with {num_classes} classes and images of {list(image_shape)}"
     was_training = model.training
     try:
-        with torch.no_grad():  # not inference_mode: lazy modules make their parameters here
+        # Lazy modules create their parameters in this call. In inference_mode the parameters would be
+        # inference tensors, which cannot be trained.
+        with torch.no_grad():
             outputs = model.eval()(torch.zeros(2, *image_shape))
-    except Exception as error:  # a model may raise anything at an image that it was not made for
+    # A model may raise any error for an image of a size that the model was not made for.
+    except Exception as error:
         raise UsageError(f"model {run.model!r} cannot take {dataset}: {_first_line(error)}") from error
     finally:
         model.train(was_training)
@@ -92,10 +99,14 @@ def check_model(model: nn.Module, run: RunConfig) -> None:
 
 
 def import_factory(name: str, allowed_factories: Collection[str] | None) -> Callable[..., Any]:
-    """Import the user's own `package.module:factory`; None allows any name.
+    """Import and return the user's own factory.
+
+    Args:
+        name: the factory as `package.module:factory`.
+        allowed_factories: the names that may be imported; None allows any name.
 
     Raises:
-        UsageError: not allowed here, or it cannot be imported.
+        UsageError: the name is not allowed here, or cannot be imported, or is not callable.
     """
     if allowed_factories is not None and name not in allowed_factories:
         raise UsageError(
@@ -105,7 +116,8 @@ def import_factory(name: str, allowed_factories: Collection[str] | None) -> Call
     module_name, _, attribute = name.partition(":")
     try:
         factory = getattr(importlib.import_module(module_name), attribute)
-    except Exception as error:  # importing runs the user's code, which may raise anything
+    # The import runs the user's code, which may raise any error.
+    except Exception as error:
         raise UsageError(
             f"cannot import the factory {name!r} (is its folder on PYTHONPATH?): {_first_line(error)}"
         ) from error
@@ -116,7 +128,7 @@ def import_factory(name: str, allowed_factories: Collection[str] | None) -> Call
 
 def _mlp(run: RunConfig) -> nn.Module:
     channels, height, width = run.spec.image_shape
-    _no_small_images(run)
+    _refuse_small_images(run)
     return nn.Sequential(
         nn.Flatten(),
         nn.Linear(channels * height * width, run.hidden_units),
@@ -126,10 +138,11 @@ def _mlp(run: RunConfig) -> nn.Module:
 
 
 def _call_factory(factory: Callable[..., Any], run: RunConfig) -> nn.Module:
-    _no_small_images(run)
+    _refuse_small_images(run)
     try:
         model = factory(num_classes=run.spec.num_classes, image_shape=run.spec.image_shape)
-    except Exception as error:  # the user's code may raise anything
+    # The factory is the user's code, which may raise any error.
+    except Exception as error:
         raise UsageError(f"the factory {run.model!r} failed: {_first_line(error)}") from error
     if not isinstance(model, nn.Module):
         raise UsageError(f"the factory {run.model!r} returned no torch.nn.Module")
@@ -140,7 +153,7 @@ def _torchvision_model(run: RunConfig) -> nn.Module:
     import torchvision
 
     if not run.model.startswith(_WIDENABLE):
-        _no_small_images(run)
+        _refuse_small_images(run)
     model: nn.Module = torchvision.models.get_model(
         run.model, weights=None, num_classes=run.spec.num_classes, **_OPTIONS.get(run.model, {})
     )
@@ -149,15 +162,18 @@ def _torchvision_model(run: RunConfig) -> nn.Module:
     return model
 
 
-def _no_small_images(run: RunConfig) -> None:
+def _refuse_small_images(run: RunConfig) -> None:
+    """Raise UsageError if the run sets `small_images`, which only some torchvision models support."""
     if run.small_images:
         raise UsageError(f"small_images is not defined for model {run.model!r}: leave it out")
 
 
 def _widen(model: nn.Module) -> None:
-    """Take out the first two halvings, meant for 224x224 images: they leave a 32x32 one hardly a pixel.
+    """Remove the first two layers that halve the image.
 
-    For ResNets this is the stem of He et al. (arXiv 1512.03385, section 4.2): 3x3, stride 1, no pooling.
+    These layers are meant for images of 224x224 pixels, and would leave hardly a pixel of a 32x32 image.
+    For ResNets the result is the stem of He et al. (arXiv 1512.03385, section 4.2): a 3x3 convolution with
+    stride 1, and no pooling.
     """
     for name, layer in [item for item in model.named_modules() if _halves(item[1])][:2]:
         if not isinstance(layer, nn.Conv2d):
@@ -173,7 +189,7 @@ def _halves(layer: nn.Module) -> bool:
 
 
 def _narrow(wide: nn.Conv2d) -> nn.Conv2d:
-    """A 3x3 convolution with stride 1 in place of the 7x7 one."""
+    """Return a 3x3 convolution with stride 1 that replaces the 7x7 convolution `wide`."""
     bias = wide.bias is not None
     conv = nn.Conv2d(wide.in_channels, wide.out_channels, kernel_size=3, padding=1, bias=bias)
     nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")

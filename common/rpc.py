@@ -1,4 +1,4 @@
-"""gRPC as both sides use it: options, the table of errors and statuses, and how a call is tried again."""
+"""The gRPC code of both sides: options, credentials, the table of errors and statuses, and retries."""
 
 import asyncio
 import random
@@ -36,28 +36,38 @@ from common.errors import (
 )
 from common.tls import SERVER_NAME, TlsMaterial
 
-AGENT_ID_KEY = "ecavg-agent-id"  # request metadata: who is calling, over plaintext
-REASON_KEY = "ecavg-reason"  # trailing metadata: why the server refused
+# The key of the request metadata that names the calling agent over plaintext.
+AGENT_ID_KEY = "ecavg-agent-id"
+# The key of the trailing metadata that holds the Reason of a refusal.
+REASON_KEY = "ecavg-reason"
 
-MAX_MESSAGE_BYTES = 1024 * 1024 + 64 * 1024  # a chunk and its framing; nothing larger ever travels
+# The largest message is a chunk of 1 MiB and its framing.
+MAX_MESSAGE_BYTES = 1024 * 1024 + 64 * 1024
 
-# A peer that vanished without a word is noticed within the sum of the two.
-KEEPALIVE_SECONDS = 20.0  # of silence, then the peer is asked for a sign of life
-KEEPALIVE_TIMEOUT_SECONDS = 60.0  # for that sign; on a slow link it queues behind megabytes of data
+# After KEEPALIVE_SECONDS of silence the peer is pinged, and has KEEPALIVE_TIMEOUT_SECONDS to answer. A peer
+# that has vanished is therefore noticed within the sum of the two. The time-out is long because on a slow
+# link the answer queues behind megabytes of data.
+KEEPALIVE_SECONDS = 20.0
+KEEPALIVE_TIMEOUT_SECONDS = 60.0
 
-# How much of a stream may be under way unasked for, besides the message that is being read. By itself gRPC
-# takes up to 16 MiB for each stream: half a gigabyte, at a server that 32 agents send to at once.
-SERVER_WINDOW_BYTES = 256 * 1024  # 5 MB/s for each agent over a link with a round trip of 100 ms
+# These windows bound the bytes of a stream that are under way, besides the message that is being read.
+# By default gRPC allows up to 16 MiB for each stream, which is half a gigabyte at a server with 32 agents.
+# With a window and a chunk of 256 KiB each, an agent reaches 5 MB/s over a round trip of 100 ms.
+SERVER_WINDOW_BYTES = 256 * 1024
 CHANNEL_WINDOW_BYTES = 1024 * 1024
 
-# What a connection may cost that brings nothing; see also cloud_server/door/connections.py.
-HANDSHAKE_SECONDS = 10.0  # TLS and the first frames; an agent gives up sooner on dead servers only
-MAX_STREAMS = 16  # at once on one connection: more wait their turn at the agent
+# The limits below bound the cost of a useless connection; see also cloud_server/door/connections.py.
+# HANDSHAKE_SECONDS covers TLS and the first frames of HTTP/2.
+HANDSHAKE_SECONDS = 10.0
+# One connection may have so many open streams. The agent's gRPC queues the calls beyond that number.
+MAX_STREAMS = 16
 MAX_METADATA_BYTES = 8 * 1024
-MESSAGE_SECONDS = 30.0  # until the message of a call that has one only is there
+# The only message of a call that does not stream must arrive within this time.
+MESSAGE_SECONDS = 30.0
 
-FIRST_PAUSE_SECONDS = 0.2  # the longest pause after a first failure
-MAX_PAUSE_SECONDS = 15.0  # the longest pause after any
+# FIRST_PAUSE_SECONDS bounds the pause after a first failure, MAX_PAUSE_SECONDS the pause after any failure.
+FIRST_PAUSE_SECONDS = 0.2
+MAX_PAUSE_SECONDS = 15.0
 
 MAX_TEXT_CHARACTERS = 500
 
@@ -67,62 +77,73 @@ log = structlog.get_logger()
 
 
 def channel_options() -> Options:
-    """What an agent's channel needs."""
+    """Return the gRPC options of an agent's channel."""
     return [
         *_common_options(CHANNEL_WINDOW_BYTES),
-        # The retries below pace the attempts; the channel must not sit out a longer pause of its own.
+        # `retrying` below paces the attempts. The channel must not add a longer pause of its own.
         ("grpc.initial_reconnect_backoff_ms", 100),
         ("grpc.max_reconnect_backoff_ms", 5_000),
-        # In truth how long one attempt may take: a slow link needs its time.
+        # In spite of its name, this option sets how long one attempt may take; a slow link needs the time.
         ("grpc.min_reconnect_backoff_ms", 10_000),
     ]
 
 
 def server_options(max_connections: int) -> Options:
-    """What the server needs to go with it."""
+    """Return the gRPC options of the server, which match those of `channel_options`."""
     return [
         *_common_options(SERVER_WINDOW_BYTES),
-        # Agents ask as often as we do; more than twice that counts as abuse and ends the connection.
+        # Agents ping once in KEEPALIVE_SECONDS. More than twice as often counts as abuse, and ends the
+        # connection.
         ("grpc.http2.min_ping_interval_without_data_ms", int(KEEPALIVE_SECONDS * 500)),
-        # Linux would let a second server share the port in silence.
+        # Without this option, Linux lets a second server share the port, and nobody notices.
         ("grpc.so_reuseport", 0),
         ("grpc.max_allowed_incoming_connections", max_connections),
         ("grpc.server_handshake_timeout_ms", int(HANDSHAKE_SECONDS * 1000)),
         ("grpc.max_concurrent_streams", MAX_STREAMS),
         ("grpc.max_metadata_size", MAX_METADATA_BYTES),
         ("grpc.absolute_max_metadata_size", 2 * MAX_METADATA_BYTES),
-        # Nobody of ours compresses. Not every gRPC holds what comes out against the limit for messages.
-        ("grpc.compression_enabled_algorithms_bitset", 1),  # bit 0: as it is
+        # Agents do not compress, and not every version of gRPC checks the decompressed message against the
+        # size limit. Bit 0 stands for "no compression", the only algorithm that is allowed here.
+        ("grpc.compression_enabled_algorithms_bitset", 1),
     ]
 
 
 def _common_options(window_bytes: int) -> Options:
+    """Return the options that the channel and the server share."""
     return [
-        ("grpc.http2.bdp_probe", 0),  # it is what makes windows grow
+        # The probe for the bandwidth-delay product would make the windows grow.
+        ("grpc.http2.bdp_probe", 0),
         ("grpc.http2.lookahead_bytes", window_bytes),
         ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
         ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
         ("grpc.keepalive_time_ms", int(KEEPALIVE_SECONDS * 1000)),
         ("grpc.keepalive_timeout_ms", int(KEEPALIVE_TIMEOUT_SECONDS * 1000)),
-        # By default gRPC stops asking on a connection without data, as one with an idle Watch is.
+        # By default gRPC stops pinging on a connection without data. The connection of an idle Watch has
+        # no data.
         ("grpc.http2.max_pings_without_data", 0),
-        # The answer to a ping has a time-out of its own; without data it is the only one that works.
+        # The answer to a ping has a time-out of its own, the only one that counts on a connection without
+        # data.
         ("grpc.http2.ping_timeout_ms", int(KEEPALIVE_TIMEOUT_SECONDS * 1000)),
     ]
 
 
 def server_credentials(material: Callable[[], TlsMaterial]) -> grpc.ServerCredentials:
-    """Mutual TLS; `material` is asked before every handshake, from a thread of gRPC's."""
+    """Return credentials for mutual TLS.
+
+    Args:
+        material: returns the server's keys and roots; called before every handshake, in a thread of gRPC.
+    """
     current = material()
 
     def configuration() -> Any:
         return grpc.ssl_server_certificate_configuration([(current.key, current.certificate)], current.roots)
 
-    def news() -> Any:
+    def changed_configuration() -> Any:
         nonlocal current
         try:
             latest = material()
-        except Exception:  # what there was is better than no handshake at all
+        # A handshake with the previous material is better than no handshake.
+        except Exception:
             log.exception("certificates_not_read")
             return None
         if latest == current:
@@ -130,11 +151,18 @@ def server_credentials(material: Callable[[], TlsMaterial]) -> grpc.ServerCreden
         current = latest
         return configuration()
 
-    return grpc.dynamic_ssl_server_credentials(configuration(), news, require_client_authentication=True)
+    return grpc.dynamic_ssl_server_credentials(
+        configuration(), changed_configuration, require_client_authentication=True
+    )
 
 
 def channel(address: str, material: TlsMaterial | None) -> grpc.aio.Channel:
-    """A connection to our server, wherever it is; None: in plaintext."""
+    """Return a channel to the server at `address`, which connects with its first call.
+
+    Args:
+        address: the server as "HOST:PORT". TLS does not check the host, because a server may move.
+        material: the agent's key, its certificate and the root to trust; None stands for plaintext.
+    """
     options = channel_options()
     if material is None:
         return grpc.aio.insecure_channel(address, options=options)
@@ -157,8 +185,8 @@ STATUS: dict[type[Refusal], grpc.StatusCode] = {
     UnavailableError: grpc.StatusCode.UNAVAILABLE,
     Refusal: grpc.StatusCode.INTERNAL,
 }
-# Where several share a status, the reason tells; without one it is the first.
-_ERROR = {status: error for error, status in reversed(STATUS.items())}
+# Where several errors share a status, this table has the first of them, and the reason tells them apart.
+_ERROR_OF_STATUS = {status: error for error, status in reversed(STATUS.items())}
 _ERROR_OF_REASON: dict[Reason, type[Refusal]] = {
     Reason.AGENT_BUDGET: BudgetError,
     Reason.ROUND_BUDGET: BudgetError,
@@ -167,12 +195,13 @@ _ERROR_OF_REASON: dict[Reason, type[Refusal]] = {
     Reason.OPEN_CALLS: BusyError,
 }
 
-# What waiting may cure. OffsetError and CorruptError are cured by asking where to go on.
+# A later attempt may succeed after these errors. After OffsetError and CorruptError, the attempt first
+# queries the offset to continue from.
 _RETRIED = (UnavailableError, StorageError, BusyError, OffsetError, CorruptError)
 
 
 def error_from(rpc_error: grpc.aio.AioRpcError) -> Refusal:
-    """The error that the server raised, or UnavailableError where no server answered."""
+    """Return the error that the server raised, or an UnavailableError if no ECAvg server answered."""
     trailing: Any = rpc_error.trailing_metadata() or ()
     metadata = dict(iter(trailing))
     details = plain(rpc_error.details() or rpc_error.code().name)
@@ -181,36 +210,42 @@ def error_from(rpc_error: grpc.aio.AioRpcError) -> Refusal:
     except ValueError:
         if rpc_error.code() == grpc.StatusCode.UNIMPLEMENTED:
             return InvalidError("no ECAvg server of this version answers there", Reason.PROTOCOL_MISMATCH)
-        # Proxies and broken connections end calls with almost any status; only our server gives reasons.
+        # Proxies and broken connections end calls with almost any status, but only our server gives a reason.
         if rpc_error.code() != grpc.StatusCode.UNAVAILABLE:
             details = f"the connection broke off ({details})"
         return UnavailableError(details)
-    error = _ERROR_OF_REASON.get(reason) or _ERROR.get(rpc_error.code(), Refusal)
+    error = _ERROR_OF_REASON.get(reason) or _ERROR_OF_STATUS.get(rpc_error.code(), Refusal)
     return error(details, reason)
 
 
 def is_retried(error: BaseException) -> bool:
-    """Whether waiting may cure it; so it may where our server failed inside (INTERNAL)."""
+    """Return True if a later attempt may succeed.
+
+    A fault inside the server (INTERNAL, a plain Refusal) is retried, too.
+    """
     return isinstance(error, _RETRIED) or type(error) is Refusal
 
 
 def plain(text: str) -> str:
-    """A stranger's text as one short line that can neither forge a log entry nor steer a terminal."""
+    """Return a stranger's text as one line of at most MAX_TEXT_CHARACTERS that is safe to print and log."""
     return one_line(text[:MAX_TEXT_CHARACTERS])
 
 
 class Backoff:
-    """Random pauses whose bound doubles with each failure ("full jitter"), up to MAX_PAUSE_SECONDS."""
+    """A sequence of random pauses whose bound doubles with each failure, up to MAX_PAUSE_SECONDS.
+
+    The method is "full jitter": each pause is drawn uniformly between zero and the bound.
+    """
 
     def __init__(self) -> None:
         self._num_failures = 0
 
     def reset(self) -> None:
-        """Something was achieved: the next failure is a first one."""
+        """Start again with the shortest bound, after some progress."""
         self._num_failures = 0
 
     def __call__(self, _: object = None) -> float:
-        """The next pause in seconds."""
+        """Return the next pause in seconds."""
         bound = FIRST_PAUSE_SECONDS * 2.0 ** min(self._num_failures, 32)
         self._num_failures += 1
         return random.uniform(0, min(bound, MAX_PAUSE_SECONDS))
@@ -221,12 +256,12 @@ def retrying(
     backoff: Backoff | None = None,
     stop: StopBaseT = stop_never,
 ) -> AsyncRetrying:
-    """Try again what is_retried(), with pauses between.
+    """Return a retry loop that repeats an attempt after each error for which `is_retried` is true.
 
     Args:
         on_retry: called before each pause with the error and the pause in seconds.
-        backoff: for whoever can tell progress from failure; by default every attempt is a failure.
-        stop: when to raise the last error instead; by default never.
+        backoff: the pauses, for a caller that resets them after progress; by default the bound keeps growing.
+        stop: the condition to give up and raise the last error; by default the loop never gives up.
     """
 
     async def before_sleep(state: RetryCallState) -> None:
@@ -245,30 +280,44 @@ def retrying(
 
 
 class ObserveCall(Protocol):
-    def __call__(
-        self, service: str, method: str, code: str, seconds: float, refusal: Reason | None
-    ) -> None: ...
+    """The type of a function that measures a call; called once, at the end of each call."""
+
+    def __call__(self, service: str, method: str, code: str, seconds: float, refusal: Reason | None) -> None:
+        """Record one finished call.
+
+        Args:
+            service: the name of the gRPC service.
+            method: the name of the method, without the service.
+            code: the name of the status, for example "OK".
+            seconds: the duration of the call.
+            refusal: the reason if the call was refused.
+        """
 
 
 class Peer(NamedTuple):
-    """Who calls, as far as the transport tells."""
+    """The identity of a caller, as far as the transport shows it."""
 
-    certificate: bytes | None  # PEM, verified with our roots; None: plaintext
-    claimed_id: str  # what the metadata say; worth something only on a server that asks for no more
-    address: str = ""  # of the connection, as gRPC writes it: "ipv4:192.0.2.1:50000"
+    certificate: bytes | None
+    """The caller's certificate, PEM, verified with the server's roots; None over plaintext."""
+    claimed_id: str
+    """The agent id in the metadata, which counts only on a server without TLS."""
+    address: str = ""
+    """The address of the connection, as gRPC writes it: "ipv4:192.0.2.1:50000"."""
 
 
 class Admit(Protocol):
-    """Entered for the time of each call; raises a Refusal for who may not make it.
+    """The type of a context manager that is open for the time of each call.
 
-    It may also turn the CancelledError of a call that it has cut off into a Refusal.
+    The context manager raises a Refusal if the caller may not make the call. It may also cancel the call,
+    and turn the CancelledError into a Refusal.
     """
 
-    def __call__(self, method: str, peer: Peer) -> AbstractContextManager[None]: ...
+    def __call__(self, method: str, peer: Peer) -> AbstractContextManager[None]:
+        """Return the context manager for one call of `method` by `peer`."""
 
 
 class RefusingInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
-    """The one place that turns errors into statuses, asks who is calling, and measures every call."""
+    """The one place that turns errors into statuses, checks the caller, and measures every call."""
 
     def __init__(self, observe: ObserveCall, admit: Admit) -> None:
         self._observe = observe
@@ -279,8 +328,10 @@ class RefusingInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
         handler_call_details: grpc.HandlerCallDetails,
     ) -> Any:
+        """Return a handler that runs the method's own handler inside the guard."""
         handler = await continuation(handler_call_details)
-        if handler is None:  # no such method: gRPC answers UNIMPLEMENTED itself
+        # Without a handler there is no such method, and gRPC itself answers UNIMPLEMENTED.
+        if handler is None:
             return handler
         _, service, method = handler_call_details.method.split("/")
         kinds = (handler.unary_unary, handler.stream_unary, handler.unary_stream, handler.stream_stream)
@@ -288,43 +339,46 @@ class RefusingInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
 
         decode = handler.request_deserializer
 
-        # A call counts from its head on, not from its first message, which may never come: so to gRPC
-        # every method is one that takes a stream. On the wire that is the same.
-        async def requested(messages: AsyncIterator[bytes]) -> Any:
+        # A call must count from its start on, not from its first message, which may never arrive. Therefore
+        # every method is declared to gRPC as one that takes a stream; on the wire there is no difference.
+        async def read_request(messages: AsyncIterator[bytes]) -> Any:
             if handler.request_streaming:
-                return _decoded_stream(messages, decode)
-            return _decoded(await _only(messages), decode)
+                return _decode_stream(messages, decode)
+            return _decode(await _read_single_message(messages), decode)
 
         async def reply(messages: Any, context: Any) -> Any:
             async with self._guard(service, method, context):
-                return await call(await requested(messages), context)
+                return await call(await read_request(messages), context)
 
         async def stream(messages: Any, context: Any) -> AsyncIterator[Any]:
             async with self._guard(service, method, context):
-                answer = call(await requested(messages), context)
+                answer = call(await read_request(messages), context)
                 if isinstance(answer, AsyncIterator):
                     async for message in answer:
                         yield message
-                else:  # gRPC's own health service writes to the context instead
+                # gRPC's own health service is a coroutine that writes its messages to the context.
+                else:
                     await answer
 
-        make = (
+        make_handler = (
             grpc.stream_stream_rpc_method_handler
             if handler.response_streaming
             else grpc.stream_unary_rpc_method_handler
         )
-        return make(
+        return make_handler(
             stream if handler.response_streaming else reply,
-            request_deserializer=None,  # in the guard, so that rubbish is refused as anything else is
+            # The request is decoded inside the guard, which refuses an undecodable request like any other.
+            request_deserializer=None,
             response_serializer=handler.response_serializer,
         )
 
     @asynccontextmanager
     async def _guard(self, service: str, method: str, context: Any) -> AsyncIterator[None]:
+        """Admit the caller, abort the call with the status of an error, and measure the call."""
         started = time.perf_counter()
         code, reason = grpc.StatusCode.OK, None
         try:
-            with self._admit(method, _peer(context)):
+            with self._admit(method, _peer_of(context)):
                 yield
         except Refusal as refusal:
             code, reason = STATUS[type(refusal)], refusal.reason
@@ -344,30 +398,33 @@ class RefusingInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
             self._observe(service, method, code.name, time.perf_counter() - started, reason)
 
 
-def _decoded(request: bytes, decode: Callable[[bytes], Any]) -> Any:
+def _decode(request: bytes, decode: Callable[[bytes], Any]) -> Any:
+    """Return the decoded request, or raise InvalidError."""
     try:
         return decode(request)
     except DecodeError as error:
         raise InvalidError("the request is not the message that this call takes") from error
 
 
-async def _decoded_stream(
+async def _decode_stream(
     requests: AsyncIterator[bytes], decode: Callable[[bytes], Any]
 ) -> AsyncIterator[Any]:
     async for request in requests:
-        yield _decoded(request, decode)
+        yield _decode(request, decode)
 
 
 async def _abort(context: Any, code: grpc.StatusCode, text: str, reason: Reason) -> None:
+    """Abort the call with the status, the text and the reason; always raises."""
     try:
         await context.abort(code, text, ((REASON_KEY, reason.value),))
     except grpc.aio.AbortError:
         raise
-    except grpc.aio.BaseError:  # gRPC has ended the call itself, over a message that is too long
+    # gRPC itself has already ended the call, because a message was too long.
+    except grpc.aio.BaseError:
         raise asyncio.CancelledError from None
 
 
-def _peer(context: Any) -> Peer:
+def _peer_of(context: Any) -> Peer:
     certificates = context.auth_context().get("x509_pem_cert")
     claimed_id = dict(context.invocation_metadata() or ()).get(AGENT_ID_KEY, "")
     return Peer(
@@ -377,8 +434,13 @@ def _peer(context: Any) -> Peer:
     )
 
 
-async def _only(messages: AsyncIterator[bytes]) -> bytes:
-    """The message of a call that has one."""
+async def _read_single_message(messages: AsyncIterator[bytes]) -> bytes:
+    """Return the only message of a call that does not stream.
+
+    Raises:
+        UnavailableError: no message arrived within MESSAGE_SECONDS.
+        InvalidError: the call ended without a message.
+    """
     try:
         async with asyncio.timeout(MESSAGE_SECONDS):
             async for message in messages:

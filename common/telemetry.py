@@ -1,4 +1,4 @@
-"""What an operator sees of a process: its log, its progress, its metrics and its status page."""
+"""The log, the progress display, the metrics and the HTTP endpoints of a process."""
 
 import asyncio
 import base64
@@ -36,15 +36,22 @@ from common.errors import UsageError, one_line
 from common.files import replacing
 
 LOG_LEVELS = ("debug", "info", "warning", "error")
-LOGGED_PROGRESS_SECONDS = 5.0  # the shortest time between two "progress" events of one label
-KEPT_LABELS = 32  # a process that runs for ever has ever new labels: old ones are forgotten
-STANDSTILL_SECONDS = 1.0  # a bar that has not moved for so long makes room for a new one
-HTTP_CONNECTIONS = 128  # at once; for one more the oldest makes room
-REQUEST_SECONDS = 10.0  # in which a connection must come to another request
+# Two "progress" events of one label are at least so far apart.
+LOGGED_PROGRESS_SECONDS = 5.0
+# A long-running process uses ever new labels. Only the state of the latest labels is kept.
+KEPT_LABELS = 32
+# When a new bar begins, a bar that has not moved for this time becomes a finished line.
+STANDSTILL_SECONDS = 1.0
+# The HTTP server has at most so many open connections. For a new one beyond, it closes the oldest.
+HTTP_CONNECTIONS = 128
+# A connection that does not begin another request within this time is closed.
+REQUEST_SECONDS = 10.0
 MAX_REQUEST_HEAD_BYTES = 16 * 1024
-STOP_SECONDS = 2  # how long a response in flight may take when the HTTP server stops
+# When the HTTP server stops, a response in flight may take this time.
+STOP_SECONDS = 2
 
-MIN_TOKEN_LENGTH = 16  # of the HTTP endpoints' token
+# The token of the HTTP endpoints has at least so many characters.
+MIN_TOKEN_LENGTH = 16
 
 _Endpoint = Callable[[Request], Awaitable[Response]]
 _T = TypeVar("_T")
@@ -54,16 +61,18 @@ _T = TypeVar("_T")
 
 
 def configure_logging(*, level: str = "info", as_json: bool | None = None) -> None:
-    """Log to stderr: one event name plus fields, UTC time, whatever `structlog.contextvars` binds.
+    """Set up the log, which goes to stderr.
 
-    Libraries that log through `logging`, and Python's own warnings, appear in it from "warning" on.
+    Each line has an event name, its fields, the UTC time and the fields that `structlog.contextvars` binds.
+    The log also shows Python's warnings, and what libraries log through `logging` from "warning" on.
 
     Args:
         level: the lowest of LOG_LEVELS that is shown.
-        as_json: one JSON object a line; None: yes unless stderr is a terminal.
+        as_json: True for one JSON object per line, False for lines to read at a terminal. None stands for
+            JSON unless stderr is a terminal.
 
     Raises:
-        UsageError: unknown level.
+        UsageError: the level is unknown.
     """
     if level not in LOG_LEVELS:
         raise UsageError(f"unknown log level {level!r}: choose {', '.join(LOG_LEVELS)}")
@@ -85,11 +94,12 @@ def configure_logging(*, level: str = "info", as_json: bool | None = None) -> No
 
 
 class _StderrLogger:
-    """Writes to whatever sys.stderr is at that moment: a progress display replaces it while it is shown."""
+    """A logger that looks up sys.stderr for each line, because a live progress display replaces it."""
 
     def __init__(self, *_: object) -> None: ...
 
     def msg(self, line: str) -> None:
+        """Write the line to stderr."""
         sys.stderr.write(line + "\n")
         sys.stderr.flush()
 
@@ -97,9 +107,10 @@ class _StderrLogger:
 
 
 class _ToStructlog(logging.Handler):
-    """Passes a library's log record on as a structlog event."""
+    """A handler that passes the log records of libraries on to structlog."""
 
     def emit(self, record: logging.LogRecord) -> None:
+        """Log the record as a structlog event."""
         try:
             structlog.get_logger().log(
                 record.levelno, record.getMessage(), logger=record.name, exc_info=record.exc_info
@@ -113,34 +124,38 @@ def _json_renderers() -> list[Any]:
 
 
 def _console_renderers() -> list[Any]:
-    renderer = structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty(), exception_formatter=_show_traceback)
-    return [_in_one_line, renderer]
+    renderer = structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty(), exception_formatter=_write_traceback)
+    return [_make_printable, renderer]
 
 
-def _in_one_line(_: Any, __: str, event: Any) -> Any:
-    """What strangers wrote must not command the terminal; JSON has escapes for it."""
+def _make_printable(_: Any, __: str, event: Any) -> Any:
+    """Replace the unprintable characters in a log event, because a stranger's text could control a terminal.
+
+    The JSON renderer does not need this function, because JSON escapes such characters.
+    """
     return {key: one_line(value) if isinstance(value, str) else value for key, value in event.items()}
 
 
-def _show_traceback(stream: TextIO, error: Any) -> None:
-    """Without the local variables of every frame, which are structlog's default."""
+def _write_traceback(stream: TextIO, error: Any) -> None:
+    """Write a traceback without the local variables of each frame, which structlog shows by default."""
     lines = io.StringIO()
     structlog.dev.plain_traceback(lines, error)
     stream.write("\n".join(one_line(line) for line in lines.getvalue().split("\n")))
 
 
 def _to_json(value: Any, **options: Any) -> str:
-    """Strict JSON: what is not a finite number becomes null, as JSON has no word for it."""
-    return json.dumps(_finite(value), allow_nan=False, **options)
+    """Return strict JSON, in which null replaces NaN and the infinities."""
+    return json.dumps(_without_non_finite(value), allow_nan=False, **options)
 
 
-def _finite(value: Any) -> Any:
+def _without_non_finite(value: Any) -> Any:
+    """Return the value with None in the place of each NaN and infinity, at any depth."""
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: _without_non_finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
+        return [_without_non_finite(item) for item in value]
     return value
 
 
@@ -148,25 +163,31 @@ def _finite(value: Any) -> Any:
 
 
 class ProgressDisplay(Protocol):
-    """Shows how far each labelled piece of work is, at the terminal or in the log; for any thread."""
+    """A display of the progress of each labelled piece of work, at the terminal or in the log.
+
+    Any thread may call the methods.
+    """
 
     def update(self, label: str, done: float, total: float, detail: str = "") -> None:
-        """`done` of `total` units of `label` are finished; all of them when they are equal."""
+        """Show that `done` of `total` units of `label` are finished, and beside them the text `detail`.
+
+        The work is finished when `done` equals `total`.
+        """
 
     def message(self, text: str) -> None:
-        """Say one line that stays."""
+        """Print one line that stays on the terminal."""
 
     def close(self) -> None:
-        """Leave the terminal as it was; harmless when done twice."""
+        """Restore the terminal; a second call does nothing."""
 
 
 def progress_display() -> ProgressDisplay:
-    """Bars when stderr is a terminal, otherwise "progress" events in the log."""
+    """Return a display with bars if stderr is a terminal, otherwise one that logs "progress" events."""
     return _ProgressBars() if sys.stderr.isatty() else _ProgressLog()
 
 
-class _Recent(dict[str, _T]):
-    """Keeps the KEPT_LABELS labels that were set last."""
+class _LatestLabels(dict[str, _T]):
+    """A dict that keeps only the KEPT_LABELS labels that were set last."""
 
     def __setitem__(self, label: str, value: _T) -> None:
         self.pop(label, None)
@@ -176,8 +197,9 @@ class _Recent(dict[str, _T]):
 
 
 class _ProgressBars:
-    """A live bar for each label that is under way; one that is finished, or stood still when
-    another began, stays behind as a line above.
+    """A display with one live bar for each label under way.
+
+    A bar that is finished, or stands still when another bar begins, becomes a line above the live bars.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -190,75 +212,88 @@ class _ProgressBars:
             TextColumn("{task.fields[detail]}", markup=False),
             console=Console(stderr=True),
         )
-        self._bars: dict[str, tuple[TaskID, float]] = {}  # and when it last moved
-        self._latest: dict[str, tuple[float, float]] = _Recent()
+        # The time beside each bar is that of its last movement.
+        self._bars: dict[str, tuple[TaskID, float]] = {}
+        self._latest: dict[str, tuple[float, float]] = _LatestLabels()
         self._lock = threading.Lock()
 
     def update(self, label: str, done: float, total: float, detail: str = "") -> None:
+        """Move the label's bar, and turn the bar into a line when the work is finished."""
         with self._lock:
+            # A repeated update would print a finished bar twice.
             if self._latest.get(label) == (done, total):
-                return  # news that is no news would print a finished bar twice
+                return
             self._latest[label] = (done, total)
-            self._draw(label, done, total, detail)
+            self._move_bar(label, done, total, detail)
             if done >= total:
-                self._leave_behind(label)
+                self._turn_into_line(label)
 
-    def _draw(self, label: str, done: float, total: float, detail: str) -> None:
+    def _move_bar(self, label: str, done: float, total: float, detail: str) -> None:
+        """Draw the label's bar; a new bar first ends the bars that stand still."""
         now = self._clock()
         if label in self._bars:
             task_id, _ = self._bars[label]
         else:
-            for other in [name for name, (_, at) in self._bars.items() if now - at >= STANDSTILL_SECONDS]:
-                self._leave_behind(other)
+            for other in [
+                name for name, (_, moved_at) in self._bars.items() if now - moved_at >= STANDSTILL_SECONDS
+            ]:
+                self._turn_into_line(other)
             self._progress.start()
             task_id = self._progress.add_task(label, total=total, detail=detail)
         self._progress.update(task_id, completed=done, total=total, detail=detail)
         self._bars[label] = (task_id, now)
 
-    def _leave_behind(self, label: str) -> None:
+    def _turn_into_line(self, label: str) -> None:
+        """Print the bar as it is now as a line above the live bars, and remove it from them."""
         task_id, _ = self._bars.pop(label)
         bar = [task for task in self._progress.tasks if task.id == task_id]
         self._progress.console.print(self._progress.make_tasks_table(bar))
         self._progress.remove_task(task_id)
 
     def message(self, text: str) -> None:
+        """Print one line above the bars."""
         self._progress.console.print(one_line(text), markup=False, highlight=False, soft_wrap=True)
 
     def close(self) -> None:
+        """End the live display."""
         self._progress.stop()
 
 
 class _ProgressLog:
-    """An event for each label at once, then every few seconds, and when it is finished."""
+    """A display that logs an event for a label at once, then every few seconds, and when it is finished."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._log = structlog.get_logger()
-        self._latest: dict[str, tuple[float, float]] = _Recent()
-        self._logged_at: dict[str, float] = _Recent()
+        self._latest: dict[str, tuple[float, float]] = _LatestLabels()
+        self._logged_at: dict[str, float] = _LatestLabels()
 
     def update(self, label: str, done: float, total: float, detail: str = "") -> None:
+        """Log the progress, if the work is finished or the label's last event is long enough ago."""
         if self._latest.get(label) == (done, total):
             return
         self._latest[label] = (done, total)
         now = self._clock()
-        due = now - self._logged_at.get(label, -math.inf) >= LOGGED_PROGRESS_SECONDS
-        if due or done >= total:
+        is_due = now - self._logged_at.get(label, -math.inf) >= LOGGED_PROGRESS_SECONDS
+        if is_due or done >= total:
             self._logged_at[label] = now
             self._log.info("progress", label=label, done=done, total=total, detail=detail)
 
     def message(self, text: str) -> None:
+        """Log the text as an event "message"."""
         self._log.info("message", text=text)
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Do nothing, because a log needs no end."""
 
 
 # --- metrics -----------------------------------------------------------------------------------------
 
 
 def make_registry() -> CollectorRegistry:
-    """A registry of this process's own, which already tells its CPU seconds, memory and open files."""
-    disable_created_metrics()  # type: ignore[no-untyped-call]  # would add a series to each counter
+    """Return a registry with the standard metrics of this process: CPU seconds, memory and open files."""
+    # Without this call, each counter would have a second series with the time of its creation.
+    disable_created_metrics()  # type: ignore[no-untyped-call]
     registry = CollectorRegistry()
     ProcessCollector(registry=registry)
     PlatformCollector(registry=registry)
@@ -269,14 +304,18 @@ def make_registry() -> CollectorRegistry:
 
 
 def http_token(host: str, file: Path | None, default: Path) -> str | None:
-    """What callers of the HTTP endpoints have to show: nothing on loopback, unless there is a file.
+    """Return the token that callers of the HTTP endpoints must show, or None if no token is needed.
+
+    A token is needed if a file is configured, or if the endpoints listen beyond the loopback interface. A
+    file that does not exist is created with a new token.
 
     Args:
-        file: where the token is, or is put when there is none yet.
-        default: the file beyond loopback.
+        host: the address on which the HTTP endpoints listen.
+        file: the configured file with the token; None if there is none.
+        default: the file that is used if none is configured and `host` is not loopback.
 
     Raises:
-        UsageError: the file cannot be used.
+        UsageError: the file cannot be read or written, or its token is too short.
     """
     path = file or (None if is_loopback(host) else default)
     if path is None:
@@ -303,18 +342,21 @@ def make_app(
     page: bytes | None,
     token: str | None = None,
 ) -> Starlette:
-    """`/api/status`, `/metrics`, `/healthz`, `/readyz`, and `/` where there is a page.
+    """Return an application with `/api/status`, `/metrics`, `/healthz`, `/readyz`, and the page on `/`.
 
     Args:
-        ready: whether `/readyz` answers 200; until then 503.
-        status: the JSON behind the page; called for each request, on the event loop.
-        page: an HTML file whose script and style are inline; the browser will run no others.
-        token: who does not show it is told whether the process is alive and ready, and no more.
+        registry: the metrics to show.
+        ready: returns True once `/readyz` should answer 200; before that `/readyz` answers 503.
+        status: returns the object that `/api/status` sends as JSON; called for each request, on the event
+            loop.
+        page: an HTML file with inline script and style; the browser runs no other scripts. Without a page,
+            nothing is served on `/`.
+        token: the token for all paths but `/healthz` and `/readyz`; None leaves all paths open.
     """
 
     def guarded(path: str, endpoint: _Endpoint) -> Route:
         async def guard(request: Request) -> Response:
-            if token is None or _shows(request, token):
+            if token is None or _carries(request, token):
                 return await endpoint(request)
             text = "show the token: as the password, or with `Authorization: Bearer …`\n"
             return PlainTextResponse(text, 401, {"WWW-Authenticate": 'Basic realm="ECAvg"'})
@@ -343,12 +385,16 @@ def make_app(
         Route("/readyz", readyz),
     ]
     if page is not None:
-        routes.append(guarded("/", _page(page)))
+        routes.append(guarded("/", _page_endpoint(page)))
     return Starlette(routes=routes)
 
 
-def _shows(request: Request, token: str) -> bool:
-    """Bearer for programs; Basic, with any name, for browsers, which ask for it by themselves."""
+def _carries(request: Request, token: str) -> bool:
+    """Return True if the request's Authorization header has the token.
+
+    Programs send the scheme Bearer. Browsers ask their user for a name and a password, and send the scheme
+    Basic; the token is the password, and any name will do.
+    """
     scheme, _, value = request.headers.get("authorization", "").partition(" ")
     if scheme.lower() == "basic":
         try:
@@ -358,7 +404,8 @@ def _shows(request: Request, token: str) -> bool:
     return scheme.lower() in ("basic", "bearer") and hmac.compare_digest(value.encode(), token.encode())
 
 
-def _page(page: bytes) -> _Endpoint:
+def _page_endpoint(page: bytes) -> _Endpoint:
+    """Return an endpoint that answers with the page."""
     headers = {
         "Content-Security-Policy": _content_security_policy(page),
         "X-Content-Type-Options": "nosniff",
@@ -373,7 +420,10 @@ def _page(page: bytes) -> _Endpoint:
 
 
 def _content_security_policy(page: bytes) -> str:
-    """Only the page's own inline script and style, by digest (W3C Content Security Policy Level 3)."""
+    """Return a policy that allows only the page's own inline script and style, by their digests.
+
+    Source: W3C Content Security Policy Level 3.
+    """
 
     def digests(tag: bytes) -> str:
         bodies = re.findall(rb"<%b>(.*?)</%b>" % (tag, tag), page, re.DOTALL)
@@ -387,38 +437,44 @@ def _content_security_policy(page: bytes) -> str:
 
 
 class _BoundedProtocol(H11Protocol):
-    """uvicorn's, but neither many connections nor slow ones keep others out.
+    """The HTTP protocol of uvicorn, with limits so that many or slow connections do not keep others out.
 
-    uvicorn itself waits for ever for the rest of a request, and for whoever does not read the answer.
+    uvicorn itself waits for ever for the rest of a request, and for a caller that does not read the answer.
     """
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Begin to watch the connection, and close the oldest connection if there are too many."""
         super().connection_made(transport)
         self._since = self.loop.time()
-        self._seen: object = None  # the request that was the latest one at the last look
-        self._next_look = self.loop.call_later(REQUEST_SECONDS, self._look)
+        self._last_request: object = None
+        self._next_check = self.loop.call_later(REQUEST_SECONDS, self._check_progress)
         if len(self.connections) > HTTP_CONNECTIONS:
             oldest = min(self.connections, key=lambda each: getattr(each, "_since", 0.0))
-            self.connections.discard(oldest)  # now: it ends only later, and others come before that
+            # `abort` ends the connection only later. Without this line, a connection that arrives in between
+            # would find the same oldest one.
+            self.connections.discard(oldest)
             oldest.transport.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._next_look.cancel()
+        """Cease to watch the connection."""
+        self._next_check.cancel()
         super().connection_lost(exc)
 
-    def _look(self) -> None:
-        if self.cycle is self._seen:
+    def _check_progress(self) -> None:
+        """Close the connection if it has begun no other request since the last check."""
+        if self.cycle is self._last_request:
             self.transport.abort()
             return
-        self._seen = self.cycle
-        self._next_look = self.loop.call_later(REQUEST_SECONDS, self._look)
+        self._last_request = self.cycle
+        self._next_check = self.loop.call_later(REQUEST_SECONDS, self._check_progress)
 
 
 class _QuietServer(uvicorn.Server):
-    """uvicorn without signal handlers: the process that embeds it has its own."""
+    """A uvicorn server without signal handlers, because the process has its own."""
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
+        """Leave the signal handlers of the process unchanged."""
         yield
 
 
@@ -431,16 +487,21 @@ class HttpServer:
         self._task = asyncio.create_task(server.serve(sockets=[listener]))
 
     async def stop(self) -> None:
-        """Close the port, after the responses in flight or STOP_SECONDS."""
+        """Close the port; responses in flight have STOP_SECONDS to end."""
         self._server.should_exit = True
         await self._task
 
 
 async def serve_http(app: Starlette, *, host: str, port: int) -> HttpServer:
-    """Serve `app`; connections are accepted from the moment this returns. Port 0 picks a free one.
+    """Serve `app` on a port, which accepts connections from the moment when this function returns.
+
+    Args:
+        app: the application to serve.
+        host: the address to listen on.
+        port: the port to listen on; 0 picks a free one.
 
     Raises:
-        UsageError: the address cannot be listened on.
+        UsageError: the server cannot listen on the address and port.
     """
     listener = _listen(host, port)
     config = uvicorn.Config(
@@ -459,6 +520,7 @@ async def serve_http(app: Starlette, *, host: str, port: int) -> HttpServer:
 
 
 def _listen(host: str, port: int) -> socket.socket:
+    """Return a socket that listens on the address and port, or raise UsageError."""
     listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -1,13 +1,14 @@
-"""Keys, certificates and join tokens: what both sides must agree on. ECDSA P-256, X.509, PEM throughout.
+"""Keys, certificates and join tokens of both sides. All keys are ECDSA P-256, all certificates X.509 in PEM.
 
-Three kinds of certificate are verified with one of two kinds of root:
+There are two kinds of root certificate, which sign three kinds of certificate:
 
-    CA, long-lived             signs the one server (SERVER_NAME) and every agent (common name: its id)
-    root of a join token       signs whoever enrolls with the token, and is thrown away with it
+    the CA of a server         signs the server (SERVER_NAME) and every agent (common name: the agent id)
+    the root of a join token   signs a device that enrolls with the token; the server drops it with the token
 
 A join token is `ecavg1.` and base64url(SHA-256 of the CA's certificate ‖ 32 secret bytes). Both sides derive
-a key from the secret; the server keeps its public half as a root. So the secret never travels, nothing that
-is stored on the server can be used, and only holders of a live token come through the handshake.
+the same key from the secret. The server keeps only the public half of that key, as a root certificate.
+Therefore the secret never travels after the token has been handed over, the files of the server do not
+contain a usable token, and only the holder of a live token passes the TLS handshake.
 """
 
 import base64
@@ -38,18 +39,22 @@ from common.config import AGENT_ID_PATTERN
 from common.errors import InvalidError, UsageError
 from common.files import replacing
 
-SERVER_NAME = "server.ecavg"  # fixed: a device needs neither DNS nor a server that keeps its address
+# The name is fixed, so that an agent recognises the server without DNS and at any address.
+SERVER_NAME = "server.ecavg"
 
 CA_LIFETIME = timedelta(days=30 * 365)
 SERVER_LIFETIME = timedelta(days=365)
 AGENT_LIFETIME = timedelta(days=90)
-CLOCK_SKEW = timedelta(days=1)  # by which a device's clock may be behind the server's
+# A device's clock may be behind the server's clock by this much.
+CLOCK_SKEW = timedelta(days=1)
 
 _TOKEN = re.compile(r"ecavg1\.([A-Za-z0-9_-]{86})")
 _TOKEN_PURPOSE = b"ecavg join token 1"
 _CURVE = ec.SECP256R1()
-_CURVE_ORDER = 0xFFFFFFFF00000000FFFFFFFFFFFFFFFFBCE6FAADA7179E84F3B9CAC2FC632551  # FIPS 186-4, D.1.2.3
-# A token's end is the server's to decide; a device may not know the date yet.
+# Source: FIPS 186-4, section D.1.2.3.
+_CURVE_ORDER = 0xFFFFFFFF00000000FFFFFFFFFFFFFFFFBCE6FAADA7179E84F3B9CAC2FC632551
+# The server decides when a token expires. The certificates of a token are always valid, because the clock of
+# a device may still be wrong when the device enrolls.
 _ANY_TIME = datetime(2000, 1, 1, tzinfo=UTC), datetime(9999, 12, 31, tzinfo=UTC)
 
 Key = ec.EllipticCurvePrivateKey
@@ -58,94 +63,111 @@ Certificate = x509.Certificate
 
 
 class TlsMaterial(NamedTuple):
-    """What one side of a connection shows and believes; PEM."""
+    """The key, the certificate and the trusted roots of one side of a connection, all in PEM."""
 
     key: bytes
     certificate: bytes
-    roots: bytes  # what the other side's certificate must be issued by
+    roots: bytes
+    """One of these root certificates must have issued the other side's certificate."""
 
 
 class JoinToken(NamedTuple):
-    """What lets a device enroll, and tells it which server to believe."""
+    """A token that lets a device enroll, and identifies the server that the device may trust."""
 
-    fingerprint: bytes  # SHA-256 of the CA's certificate, DER
-    secret: bytes  # 32
+    fingerprint: bytes
+    """The SHA-256 digest of the CA's certificate in DER, 32 bytes."""
+    secret: bytes
+    """32 random bytes."""
 
     @classmethod
     def new(cls, ca: Certificate) -> "JoinToken":
+        """Return a token with a new secret for the server with this CA."""
         return cls(fingerprint(ca), secrets.token_bytes(32))
 
     @classmethod
     def parse(cls, text: str) -> "JoinToken":
-        """Raises UsageError."""
+        """Return the token that is written as `text`.
+
+        Raises:
+            UsageError: the text is not a join token.
+        """
         match = _TOKEN.fullmatch(text.strip())
         if not match:
             raise UsageError(
                 "this is no join token: it is one word, ecavg1.…, as the cloud-server printed it"
             )
-        both = base64.urlsafe_b64decode(match[1] + "==")
-        return cls(both[:32], both[32:])
+        decoded = base64.urlsafe_b64decode(match[1] + "==")
+        return cls(decoded[:32], decoded[32:])
 
     def __str__(self) -> str:
         return "ecavg1." + base64.urlsafe_b64encode(self.fingerprint + self.secret).decode().rstrip("=")
 
     @property
     def key(self) -> Key:
-        """48 bytes of HKDF make the bias of the reduction negligible (FIPS 186-4, B.4.1)."""
-        wide = HKDF(hashes.SHA256(), 48, salt=None, info=_TOKEN_PURPOSE).derive(self.secret)
-        return ec.derive_private_key(int.from_bytes(wide) % (_CURVE_ORDER - 1) + 1, _CURVE)
+        """The private key that is derived from the secret (FIPS 186-4, section B.4.1)."""
+        # 48 bytes, 16 more than the order has, make the bias of the reduction negligible.
+        derived = HKDF(hashes.SHA256(), 48, salt=None, info=_TOKEN_PURPOSE).derive(self.secret)
+        return ec.derive_private_key(int.from_bytes(derived) % (_CURVE_ORDER - 1) + 1, _CURVE)
 
     @property
     def token_id(self) -> str:
-        """Its name in lists; tells nothing of the secret."""
+        """The name of the token in lists, 16 hex digits that do not reveal the secret."""
         return key_digest(self.key.public_key())[:16]
 
     def root(self) -> Certificate:
-        """What the server keeps."""
+        """Return the root certificate of the token, which the server keeps."""
         name = _token_name(self.token_id)
-        return _sign(name, self.key.public_key(), name, self.key, _ANY_TIME, *_as_authority())
+        return _sign(name, self.key.public_key(), name, self.key, _ANY_TIME, *_authority_extensions())
 
     def leaf(self, key: Key) -> Certificate:
-        """What the enrolling device shows; `key` is its own."""
-        purpose = _as_leaf(ExtendedKeyUsageOID.CLIENT_AUTH, x509.UniformResourceIdentifier("ecavg:token"))
+        """Return the certificate that a device shows while it enrolls.
+
+        Args:
+            key: the device's own key.
+        """
+        purpose = _leaf_extensions(
+            ExtendedKeyUsageOID.CLIENT_AUTH, x509.UniformResourceIdentifier("ecavg:token")
+        )
         return _sign("token", key.public_key(), _token_name(self.token_id), self.key, _ANY_TIME, *purpose)
 
 
 def new_key() -> Key:
+    """Return a new random private key."""
     return ec.generate_private_key(_CURVE)
 
 
 def make_ca(key: Key, now: datetime) -> Certificate:
-    """A CA of its own name, so that errors tell two servers apart."""
+    """Return a CA certificate with a random name, so that error messages tell two servers apart."""
     name = f"ECAvg CA {secrets.token_hex(4)}"
-    return _sign(name, key.public_key(), name, key, _lifetime(now, CA_LIFETIME), *_as_authority())
+    return _sign(name, key.public_key(), name, key, _lifetime(now, CA_LIFETIME), *_authority_extensions())
 
 
 def make_server_certificate(ca: Certificate, ca_key: Key, key: PublicKey, now: datetime) -> Certificate:
-    """Of the one server that this CA vouches for."""
-    purpose = _as_leaf(ExtendedKeyUsageOID.SERVER_AUTH, x509.DNSName(SERVER_NAME))
+    """Return the certificate of the one server of this CA."""
+    purpose = _leaf_extensions(ExtendedKeyUsageOID.SERVER_AUTH, x509.DNSName(SERVER_NAME))
     return _sign(SERVER_NAME, key, ca, ca_key, _lifetime(now, SERVER_LIFETIME), *purpose)
 
 
 def make_agent_certificate(
     ca: Certificate, ca_key: Key, key: PublicKey, agent_id: str, now: datetime
 ) -> Certificate:
-    """Of an agent. It names no host, so that nobody can take it for the server's."""
-    purpose = _as_leaf(ExtendedKeyUsageOID.CLIENT_AUTH, x509.UniformResourceIdentifier("ecavg:agent"))
+    """Return an agent's certificate, which names no host and therefore cannot pass for the server's."""
+    purpose = _leaf_extensions(ExtendedKeyUsageOID.CLIENT_AUTH, x509.UniformResourceIdentifier("ecavg:agent"))
     return _sign(agent_id, key, ca, ca_key, _lifetime(now, AGENT_LIFETIME), *purpose)
 
 
 def make_request(key: Key, agent_id: str) -> bytes:
-    """A PKCS#10 request, DER."""
+    """Return a request for an agent's certificate: PKCS#10 in DER."""
     request = x509.CertificateSigningRequestBuilder().subject_name(_name(agent_id))
     return request.sign(key, hashes.SHA256()).public_bytes(Encoding.DER)
 
 
 def read_request(request: bytes) -> tuple[str, PublicKey]:
-    """Agent id and key of a PKCS#10 request.
+    """Return the agent id and the public key of a PKCS#10 request in DER.
 
     Raises:
-        InvalidError: it is none, is not signed with its own key, or has another kind of key or name.
+        InvalidError: the bytes are not a request, the request is not signed with its own key, the key is not
+            ECDSA P-256, or the common name is not an agent id.
     """
     try:
         csr = x509.load_der_x509_csr(request)
@@ -161,7 +183,7 @@ def read_request(request: bytes) -> tuple[str, PublicKey]:
 
 
 def is_issued_by(certificate: Certificate, issuer: Certificate) -> bool:
-    """Directly, signature included."""
+    """Return True if `issuer` has directly issued the certificate, with a valid signature."""
     try:
         certificate.verify_directly_issued_by(issuer)
     except (ValueError, TypeError, InvalidSignature, UnsupportedAlgorithm):
@@ -170,32 +192,37 @@ def is_issued_by(certificate: Certificate, issuer: Certificate) -> bool:
 
 
 def fingerprint(certificate: Certificate) -> bytes:
-    """SHA-256 of the DER."""
+    """Return the SHA-256 digest of the certificate in DER, 32 bytes."""
     return certificate.fingerprint(hashes.SHA256())
 
 
 def token_id_of(certificate: Certificate) -> str | None:
-    """Of which join token it says that it comes; to be held against the token's root."""
+    """Return the id of the join token that the certificate names as its issuer, or None.
+
+    The name proves nothing: the caller must check the certificate against the root of that token.
+    """
     kind, _, token_id = _common_name_of(certificate.issuer).partition(" ")
     return token_id if kind == "token" else None
 
 
 def renewal_time(certificate: Certificate) -> datetime:
-    """When a third of its lifetime is left."""
+    """Return the time at which the certificate should be renewed: a third of its lifetime is then left."""
     starts, ends = certificate.not_valid_before_utc, certificate.not_valid_after_utc
     return ends - (ends - starts) / 3
 
 
 def common_name(named: Certificate | x509.CertificateSigningRequest) -> str:
+    """Return the common name of the subject, or "" unless there is exactly one."""
     return _common_name_of(named.subject)
 
 
 def key_digest(key: PublicKey) -> str:
-    """SHA-256 of the SubjectPublicKeyInfo, hexadecimal."""
+    """Return the SHA-256 digest of the key's SubjectPublicKeyInfo in DER, hexadecimal."""
     return hashlib.sha256(key.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)).hexdigest()
 
 
 def is_key_of(key: Key, certificate: Certificate) -> bool:
+    """Return True if the certificate is for the public half of this key."""
     try:
         return key.public_key() == certificate.public_key()
     except (ValueError, UnsupportedAlgorithm):
@@ -205,26 +232,41 @@ def is_key_of(key: Key, certificate: Certificate) -> bool:
 # --- files -------------------------------------------------------------------------------------------
 
 
-def pem(thing: Key | Certificate) -> bytes:
-    if isinstance(thing, Certificate):
-        return thing.public_bytes(Encoding.PEM)
-    return thing.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+def pem(key_or_certificate: Key | Certificate) -> bytes:
+    """Return a certificate, or a private key without encryption, in PEM."""
+    if isinstance(key_or_certificate, Certificate):
+        return key_or_certificate.public_bytes(Encoding.PEM)
+    return key_or_certificate.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
 
 
 def load_certificate(content: bytes) -> Certificate:
-    """The first one of a PEM file; ValueError."""
+    """Return the first certificate in the content of a PEM file.
+
+    Raises:
+        ValueError: the content has no readable certificate.
+    """
     return x509.load_pem_x509_certificate(content)
 
 
 def read_certificates(path: Path) -> list[Certificate]:
-    """In the order of the file. Raises FileNotFoundError, and UsageError for what is no certificate."""
-    with _readable(path):
+    """Return the certificates in a PEM file, in the order of the file.
+
+    Raises:
+        FileNotFoundError: the file does not exist.
+        UsageError: the file does not contain readable certificates.
+    """
+    with _unreadable_is_usage_error(path):
         return x509.load_pem_x509_certificates(path.read_bytes())
 
 
 def read_key(path: Path) -> Key:
-    """Raises FileNotFoundError, and UsageError for what is no ECDSA P-256 key."""
-    with _readable(path):
+    """Return the private key in a PEM file.
+
+    Raises:
+        FileNotFoundError: the file does not exist.
+        UsageError: the file does not contain a readable ECDSA P-256 key.
+    """
+    with _unreadable_is_usage_error(path):
         key = load_pem_private_key(path.read_bytes(), password=None)
         if not isinstance(key, Key) or not isinstance(key.curve, ec.SECP256R1):
             raise ValueError("not an ECDSA P-256 key")
@@ -232,6 +274,11 @@ def read_key(path: Path) -> Key:
 
 
 def read_or_make_key(path: Path) -> Key:
+    """Return the private key in a PEM file; write a new key to the file if it does not exist.
+
+    Raises:
+        UsageError: the file does not contain a readable ECDSA P-256 key.
+    """
     try:
         return read_key(path)
     except FileNotFoundError:
@@ -241,23 +288,25 @@ def read_or_make_key(path: Path) -> Key:
 
 
 def write_private(path: Path, content: bytes) -> None:
-    """The whole file or none, mode 0600."""
+    """Write a file with mode 0600 atomically: a reader never sees an incomplete file."""
     with replacing(path, mode=0o600) as partial:
         partial.write_bytes(content)
 
 
 def make_private_folder(path: Path) -> None:
-    """Mode 0700; its parents are made as usual."""
+    """Make a folder with mode 0700, and its missing parents with the default mode."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.mkdir(mode=0o700, exist_ok=True)
-    path.chmod(0o700)  # also one that was made with other rights
+    # The folder may have existed with another mode.
+    path.chmod(0o700)
 
 
 # --- how certificates are made -----------------------------------------------------------------------
 
 
 @contextmanager
-def _readable(path: Path) -> Iterator[None]:
+def _unreadable_is_usage_error(path: Path) -> Iterator[None]:
+    """Turn the errors for unreadable content of the file at `path` into UsageError."""
     try:
         yield
     except (ValueError, TypeError) as error:
@@ -272,10 +321,22 @@ def _sign(
     validity: tuple[datetime, datetime],
     *extensions: tuple[x509.ExtensionType, bool],
 ) -> Certificate:
+    """Return a certificate with a random serial number, signed with SHA-256.
+
+    Args:
+        subject: the common name of the holder.
+        key: the public key of the holder.
+        issuer: the certificate of the issuer, or the common name if there is no certificate of the issuer.
+        issuer_key: the private key of the issuer.
+        validity: the first and the last moment at which the certificate is valid.
+        extensions: the extensions besides the two key identifiers, each with True if it is critical.
+    """
     starts, ends = validity
     if isinstance(issuer, str):
         issuer_name, authority = _name(issuer), _key_identifier(issuer_key.public_key())
-    else:  # what is verified with a certificate carries its names to the letter, and ends with it
+    # Verification compares the issuer's names byte by byte. It also refuses a certificate whose issuer has
+    # expired, so the new certificate ends no later than the issuer's.
+    else:
         issuer_name, authority = issuer.subject, _key_identifier_of(issuer)
         ends = min(ends, issuer.not_valid_after_utc)
     builder = (
@@ -301,6 +362,7 @@ def _key_identifier(key: PublicKey) -> x509.SubjectKeyIdentifier:
 
 
 def _key_identifier_of(issuer: Certificate) -> x509.SubjectKeyIdentifier:
+    """Return the key identifier in the certificate, or the usual one if the certificate has none."""
     try:
         return issuer.extensions.get_extension_for_class(x509.SubjectKeyIdentifier).value
     except x509.ExtensionNotFound:
@@ -309,13 +371,15 @@ def _key_identifier_of(issuer: Certificate) -> x509.SubjectKeyIdentifier:
         return _key_identifier(key)
 
 
-def _as_authority() -> tuple[tuple[x509.ExtensionType, bool], ...]:
+def _authority_extensions() -> tuple[tuple[x509.ExtensionType, bool], ...]:
+    """Return the extensions of a root certificate, which may sign leaf certificates only."""
     return (x509.BasicConstraints(ca=True, path_length=0), True), (_usage(signs_certificates=True), True)
 
 
-def _as_leaf(
+def _leaf_extensions(
     purpose: x509.ObjectIdentifier, name: x509.GeneralName
 ) -> tuple[tuple[x509.ExtensionType, bool], ...]:
+    """Return the extensions of a certificate that may not sign others and serves this purpose only."""
     return (
         (x509.BasicConstraints(ca=False, path_length=None), True),
         (_usage(signs_certificates=False), True),
@@ -325,6 +389,7 @@ def _as_leaf(
 
 
 def _usage(*, signs_certificates: bool) -> x509.KeyUsage:
+    """Return the key usage for signing certificates, or else for signing TLS handshakes."""
     return x509.KeyUsage(
         digital_signature=not signs_certificates,
         key_cert_sign=signs_certificates,
@@ -339,6 +404,7 @@ def _usage(*, signs_certificates: bool) -> x509.KeyUsage:
 
 
 def _lifetime(now: datetime, length: timedelta) -> tuple[datetime, datetime]:
+    """Return the first and the last moment of a validity that begins CLOCK_SKEW before now."""
     return now - min(CLOCK_SKEW, length), now + length
 
 
@@ -351,5 +417,6 @@ def _name(common: str) -> x509.Name:
 
 
 def _common_name_of(name: x509.Name) -> str:
+    """Return the common name, or "" unless there is exactly one."""
     values = [attribute.value for attribute in name.get_attributes_for_oid(NameOID.COMMON_NAME)]
     return str(values[0]) if len(values) == 1 else ""

@@ -1,7 +1,7 @@
-"""Bytes ↔ chunks: a blob on its way, with its offset, its byte budget and its SHA-256.
+"""The transfer of a blob in chunks, with its offset, its byte budget and its SHA-256 digest.
 
-What is not async blocks on the disk: callers on an event loop use a thread. Going there and back for each
-chunk takes longer than to write it, so several chunks go together.
+The functions that are not async block on the disk, so a caller on an event loop runs them in a thread. A
+switch to a thread and back takes longer than the writing of a chunk, so several chunks are written together.
 """
 
 import asyncio
@@ -17,43 +17,52 @@ from common.errors import CorruptError, InvalidError, OffsetError, Reason
 
 CHUNK_BYTES = 256 * 1024
 MAX_CHUNK_BYTES = 1024 * 1024
-_FLUSH_BYTES = 8 * 1024 * 1024  # are given to the disk at a time, while the next ones arrive
-_CHUNKS_AT_ONCE = 2  # waiting to be written: the memory of every stream
+# The system is asked to write so many bytes to the disk at a time, while the next bytes arrive.
+_FLUSH_BYTES = 8 * 1024 * 1024
+# So many chunks may wait for the writing thread. Every stream needs memory for them.
+_CHUNKS_AT_ONCE = 2
 
-DIGEST = re.compile(r"[0-9a-f]{64}")  # SHA-256, hexadecimal, as it is named everywhere
+# A digest is a SHA-256 in 64 lower-case hex digits, everywhere in the project.
+DIGEST = re.compile(r"[0-9a-f]{64}")
 
 _T = TypeVar("_T")
 
 
 class Blob(NamedTuple):
-    """A file as it is named on the wire."""
+    """The digest and the size of a file, which name the file on the wire."""
 
-    digest: str  # SHA-256, hexadecimal
+    digest: str
+    """The SHA-256 digest, hexadecimal."""
     size_bytes: int
 
 
 def checked_digest(text: str) -> str:
-    """The text, before it becomes the name of a file; ValueError unless it is a digest."""
+    """Return the text unchanged, if it is a digest and therefore safe as the name of a file.
+
+    Raises:
+        ValueError: the text is not a digest.
+    """
     if not DIGEST.fullmatch(text):
         raise ValueError(f"{text[:80]!r} is no digest: 64 lower-case hex digits")
     return text
 
 
 def blob_of(path: Path) -> Blob:
-    """The digest and size of the file at `path`."""
+    """Return the digest and the size of the file at `path`."""
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
         return Blob(digest, file.tell())
 
 
 async def chunks_of(path: Path, offset: int) -> AsyncIterator[bytes]:
-    """The file from `offset` on, in pieces of at most CHUNK_BYTES; one piece is in memory at a time.
+    """Yield the file from `offset` on in chunks of at most CHUNK_BYTES, one of them in memory at a time.
 
-    What the system has in memory is read right here: going to a thread and back would take longer. Only
-    what has to come from the disk is waited for in one.
+    Bytes that the system holds in memory are read on the event loop, because a switch to a thread and back
+    would take longer. Only bytes that must come from the disk are read in a thread.
 
     Raises:
         OffsetError: `offset` is beyond the end of the file.
+        OSError: the file cannot be read.
     """
     with await asyncio.to_thread(path.open, "rb", buffering=0) as file:
         descriptor = file.fileno()
@@ -69,22 +78,24 @@ async def chunks_of(path: Path, offset: int) -> AsyncIterator[bytes]:
 
 
 def _read_from_memory(descriptor: int, offset: int) -> bytes:
-    """Up to CHUNK_BYTES, if they can be had without waiting for the disk; else nothing."""
+    """Return up to CHUNK_BYTES that the system holds in memory; b"" if the read would wait for the disk."""
     if not hasattr(os, "RWF_NOWAIT"):
         return b""
     buffer = bytearray(CHUNK_BYTES)
     try:
         num_bytes = os.preadv(descriptor, [buffer], offset, os.RWF_NOWAIT)
-    except OSError:  # not in memory, or no such reads on this file system; a real trouble shows again
+    # The bytes are not in memory, or the file system does not support such reads. The caller then reads in
+    # the usual way, and meets any real error again.
+    except OSError:
         return b""
     return bytes(memoryview(buffer)[:num_bytes])
 
 
 async def to_the_end(work: Awaitable[_T]) -> _T:
-    """Await it, and return only once it is done, cancelled or not.
+    """Await the work, and do not return before the work is done, even if the caller is cancelled.
 
-    A broken connection cancels the call that it carried; what was being written goes on in its thread,
-    and memory must come to agree with the disk all the same.
+    A broken connection cancels the call that it carried. A write in a thread goes on regardless, and the
+    state in memory must agree with the disk in the end.
     """
     task = asyncio.ensure_future(work)
     try:
@@ -94,15 +105,18 @@ async def to_the_end(work: Awaitable[_T]) -> _T:
             with suppress(asyncio.CancelledError):
                 await asyncio.wait([task])
         if not task.cancelled():
-            task.exception()  # nobody is left to tell
+            # The caller is gone. asyncio would warn of an exception that nobody has retrieved.
+            task.exception()
         raise
 
 
 class WriteBehind:
-    """Writes chunks in a thread, in their order, while the next ones arrive; a few of them wait at most.
+    """A queue that writes chunks in a thread, in their order, while the next chunks arrive.
+
+    At most a few chunks wait in the queue; `put` waits while the queue is full.
 
     Args:
-        write: may raise; what waits is dropped then.
+        write: writes one chunk. If it raises, the waiting chunks are dropped.
     """
 
     def __init__(self, write: Callable[[bytes], None]) -> None:
@@ -111,32 +125,35 @@ class WriteBehind:
         self._writing: asyncio.Task[None] | None = None
 
     async def put(self, chunk: bytes) -> None:
-        """Have the chunk written soon; raises what writing an earlier one has raised."""
+        """Queue the chunk to be written; raise the error of an earlier write, if there was one."""
         self._waiting.append(chunk)
         if self._writing and (self._writing.done() or len(self._waiting) >= _CHUNKS_AT_ONCE):
-            await self._settle()
+            await self._finish_writing()
         if not self._writing:
-            self._begin()
+            self._start_writing()
 
     async def flush(self) -> None:
-        """Return once everything is written; raises what writing it has raised."""
+        """Return when all chunks are written; raise the error of a write, if there was one."""
         while self._writing or self._waiting:
             if not self._writing:
-                self._begin()
-            await self._settle()
+                self._start_writing()
+            await self._finish_writing()
 
     async def close(self) -> None:
-        """Write what has arrived, as far as that goes. Afterwards the thread is out of the file."""
-        with suppress(Exception):  # whoever cared has called flush
+        """Write the remaining chunks if possible; afterwards no thread uses the file any more."""
+        # A caller that needs to know of errors has called `flush` before.
+        with suppress(Exception):
             await to_the_end(self.flush())
 
-    def _begin(self) -> None:
+    def _start_writing(self) -> None:
         chunks, self._waiting = self._waiting, []
         self._writing = asyncio.ensure_future(asyncio.to_thread(self._write_all, chunks))
 
-    async def _settle(self) -> None:
+    async def _finish_writing(self) -> None:
+        """Wait for the thread, and raise the error of its write, if there was one."""
         assert self._writing
-        await asyncio.wait([self._writing])  # cancelled, we leave the thread alone
+        # If the caller is cancelled here, the thread goes on, and `_writing` still refers to it.
+        await asyncio.wait([self._writing])
         writing, self._writing = self._writing, None
         try:
             writing.result()
@@ -150,16 +167,17 @@ class WriteBehind:
 
 
 class Receiver:
-    """The receiving end of one blob: appends to a partial file, and goes on where that file ends.
+    """The receiving end of one blob, which appends to a partial file and continues where that file ends.
 
-    To open one reads nothing of the file, so that anybody may as often as connections break: what an earlier
-    attempt stored is hashed by `finish`, once all of it has been sent.
+    The constructor does not read the file, so that a reconnecting sender costs nothing. The bytes that an
+    earlier attempt has stored are hashed by `finish`, after the last byte has arrived.
 
     Args:
-        path: the partial file; what it already holds counts as received.
-        blob: what is to be received.
-        gate: given the first bytes, more and more, until it says True, before any byte is stored; it raises
-            if the blob must not be stored. Bytes that an earlier attempt stored have passed it.
+        path: the partial file; the bytes that it already holds count as received.
+        blob: the digest and the size of the blob to receive.
+        gate: a check of the beginning of the blob, before any byte is stored. It is called with the bytes
+            received so far, again and again with more of them, until it returns True. It raises if the blob
+            must not be stored. The bytes that an earlier attempt has stored have passed the gate before.
     """
 
     def __init__(
@@ -171,20 +189,23 @@ class Receiver:
         self.received_bytes = self._flushed_bytes = self._file.tell()
         self._hash = None if self.received_bytes else hashlib.sha256()
         self._gate = None if self.received_bytes else gate
-        self._held = bytearray()  # waits for the gate; grows in place, however small the chunks
+        # These bytes wait for the gate. A bytearray grows in place, so that many small chunks cost no copies.
+        self._gated = bytearray()
         self.is_discarded = False
 
     def close(self) -> None:
-        """What was received stays; where that is nothing, nothing does."""
+        """Close the partial file, and delete the file if it is empty."""
         if not self._file.closed and not os.fstat(self._file.fileno()).st_size:
             self._path.unlink(missing_ok=True)
         self._file.close()
 
     def write(self, chunk: bytes) -> None:
-        """Append a chunk.
+        """Append a chunk to the partial file, or hold it back until the gate lets the blob pass.
 
         Raises:
-            InvalidError: more bytes than declared, or an oversized chunk; or what the gate raises.
+            InvalidError: the chunk is over MAX_CHUNK_BYTES, or more bytes than declared have arrived. The
+                gate raises errors of its own.
+            OSError: the file cannot be written.
         """
         if len(chunk) > MAX_CHUNK_BYTES:
             raise InvalidError(f"a chunk has {len(chunk)} bytes, at most {MAX_CHUNK_BYTES} are allowed")
@@ -194,22 +215,24 @@ class Receiver:
                 f"more than the declared {self.blob.size_bytes} bytes arrived", Reason.SIZE_MISMATCH
             )
         if self._gate:
-            self._held += chunk
-            if not self._gate(self._held):
+            self._gated += chunk
+            if not self._gate(self._gated):
                 return
-            chunk, self._held, self._gate = bytes(self._held), bytearray(), None
+            chunk, self._gated, self._gate = bytes(self._gated), bytearray(), None
         if self._hash:
             self._hash.update(chunk)
-        while chunk:  # a raw file may write less than it was given
+        # An unbuffered file may write fewer bytes than it is given.
+        while chunk:
             chunk = chunk[self._file.write(chunk) :]
         self._begin_flush()
 
     def finish(self) -> None:
-        """Make the partial file durable once it is whole and right.
+        """Check that the partial file is the whole blob, and make the file durable.
 
         Raises:
             InvalidError: bytes are missing.
-            CorruptError: the bytes are not the digest's; the partial file is gone.
+            CorruptError: the bytes do not have the blob's digest; the partial file is deleted.
+            OSError: the file cannot be made durable; the partial file is deleted.
         """
         if self.received_bytes < self.blob.size_bytes or self._gate:
             raise InvalidError(
@@ -222,19 +245,20 @@ class Receiver:
             raise CorruptError("the bytes received do not match their SHA-256 digest; send them again")
         try:
             os.fsync(self._file.fileno())
+        # After a failed fsync nobody knows what the disk holds, and a second fsync would not report it.
         except OSError:
-            self.discard()  # what the disk has is unknown, and a retry would not tell
+            self.discard()
             raise
 
     def discard(self) -> None:
-        """Forget what was received: it must not be stored."""
+        """Delete the partial file, because its bytes must not be stored."""
         self.is_discarded = True
         self._path.unlink(missing_ok=True)
 
     def _begin_flush(self) -> None:
-        """Have the disk begin with what was written, so that little is left for `finish` to wait for.
+        """Make the system begin to write to the disk, so that `finish` has little left to wait for.
 
-        Linux takes this advice for a request to write (PostgreSQL uses it so); it waits for nothing.
+        Linux begins to write when it gets this advice, and does not wait; PostgreSQL uses the same method.
         """
         num_bytes = self._file.tell() - self._flushed_bytes
         if num_bytes >= _FLUSH_BYTES and hasattr(os, "posix_fadvise"):
