@@ -4,15 +4,17 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help install demo test check soak fuzz bench bench-peers format proto clean
+.PHONY: help install demo test coverage check soak fuzz bench bench-peers docs format proto clean
 
 help:
 	@echo "make demo    one round of handwritten digits: a server and two agents on this machine"
-	@echo "make test    all tests"
+	@echo "make test    the tests: of many cases of a kind, one"
+	@echo "make coverage  how much of the code the tests in this process reach"
 	@echo "make check   style, types, house rules, and what bandit and pip-audit say"
-	@echo "make soak    200 random kills of server, trainer and agents (a quarter of an hour)"
+	@echo "make soak    every case that make test leaves, and 200 random kills (half an hour)"
 	@echo "make fuzz    coverage-guided fuzzing of what strangers' bytes meet (FUZZ_SECONDS=600 each)"
 	@echo "make bench   speed, memory and bytes (minutes); make bench-peers: the same rounds on Flower and NVFlare"
+	@echo "make docs    write the tables of docs/configuration.md from the code"
 	@echo "make format  rewrite the code in the house style"
 	@echo "make proto   generate common/pb from proto/"
 	@echo "make clean   remove everything that was made"
@@ -30,6 +32,10 @@ demo: $(READY)
 test: $(READY)
 	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
+# By itself, because the tracer makes the tests a good deal slower. Of other processes nothing is counted.
+coverage: $(READY)
+	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal --cov --cov-report=term tests/unit tests/integration
+
 check: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -37,7 +43,11 @@ check: $(READY)
 	$(BIN)/python -m bandit --quiet --configfile pyproject.toml --recursive common edge_agent cloud_server
 	@$(BIN)/python -m tests.hostile.audit
 
+# Every server and trainer is started as users start it: in `make test` they are forked from one that is warm.
+soak: export ECAVG_TESTS_COLD := 1
 soak: $(READY)
+	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal --soak -m "soak or hypothesis"
+	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal tests/integration tests/hostile tests/faults
 	$(BIN)/python -m tests.faults.soak
 
 # What is new goes to .fuzz/, and what fails to .fuzz/TARGET-crash-…: copy that to tests/fuzz/corpus/TARGET.
@@ -71,6 +81,9 @@ bench-peers: $(READY)
 	$(BIN)/python -m benchmarks.peers.nvflare --agents 2 --model resnet50 --rounds 6
 	$(BIN)/python -m benchmarks.peers.flower --agents 2 --model tiny --rounds 5
 	$(BIN)/python -m benchmarks.peers.flower --agents 2 --model resnet50 --rounds 3
+
+docs: $(READY)
+	$(BIN)/python -m docs.generate
 
 format: $(READY)
 	$(BIN)/ruff check --fix .

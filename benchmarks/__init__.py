@@ -1,1 +1,1 @@
-"""Speed, memory and bytes against the limits and the peers; each command prints one JSON line."""
+"""Benchmarks of speed, memory and bytes on the wire; each command prints its figures as one line of JSON."""

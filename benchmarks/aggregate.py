@@ -1,10 +1,10 @@
-"""Our aggregators, against a bare in-place addition of the same bytes in memory-mapped files.
+"""The speed of our aggregators, compared with a bare addition of the same bytes in memory-mapped files.
 
     python -m benchmarks.aggregate --model resnet50 --agents 4 --repeats 3
 
-Bare: one float32 sum in memory, to which PyTorch adds file after file as fast as it can: no mean, no
-float64, no checks. All take turns, and each of ours is held against the bare one just before it. The files
-are in the page cache, for both.
+The bare addition keeps one float32 sum in memory, to which PyTorch adds file after file as fast as it can.
+It takes no mean, does not use float64, and checks nothing. The bare addition and our aggregators take turns,
+and each run of ours is compared with the bare run just before it. The files are in the page cache for both.
 """
 
 import argparse
@@ -64,7 +64,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def _write(model: nn.Module, folder: Path, num_agents: int) -> list[Path]:
-    """One file for each agent, all different."""
+    """Write one file of weights for each agent, all of them different, and return the paths."""
     paths = []
     for index in range(num_agents):
         with torch.no_grad():
@@ -78,7 +78,7 @@ def _write(model: nn.Module, folder: Path, num_agents: int) -> list[Path]:
 def _measure(
     aggregator: str, model: nn.Module, paths: Sequence[Path], repeats: int, num_bytes: int
 ) -> dict[str, dict[str, float]]:
-    run = RunConfig(aggregator=aggregator, trim_fraction=0.25)  # type: ignore[arg-type]
+    run = RunConfig(aggregator=aggregator, trim_fraction=0.25)
     compared = [name for name, _ in model.named_parameters()]
     coefficients = [float(index + 1) for index in range(len(paths))]
     ours, bare, memory = [], [], []
@@ -86,7 +86,8 @@ def _measure(
         bare_taken = _taken(lambda: _add(paths))
         before = reset_peak()
         our_taken = _taken(lambda: aggregate(paths, coefficients, run, compared=compared))
-        if index:  # the first pair is a warm-up
+        # The first pair is a warm-up.
+        if index:
             bare.append(bare_taken)
             ours.append(our_taken)
             memory.append((peak_bytes() - before) / num_bytes)
@@ -95,23 +96,24 @@ def _measure(
         "ours_seconds": figures.spread(our_seconds),
         "bare_seconds": figures.spread(bare_seconds),
         "speed": figures.ratios(bare_seconds, our_seconds),
-        "speed_cpu": figures.ratios(bare_cpu, our_cpu),  # of the processor: what a busy machine disturbs less
+        # Processor time is disturbed less by other work on the machine than wall time.
+        "speed_cpu": figures.ratios(bare_cpu, our_cpu),
         "memory_in_models": figures.spread(memory),
     }
 
 
 def _add(paths: Sequence[Path]) -> None:
-    """The sum of the data of all files, read as float32 whatever it is."""
+    """Add up the data of all files, read as float32 whatever their type."""
     start = read_header(paths[0]).data_start
     total = torch.zeros((paths[0].stat().st_size - start) // 4)
     for path in paths:
-        # Copy on write, and nothing is written: PyTorch warns of memory that is read-only.
+        # PyTorch warns of read-only memory. Mode "c" is copy on write, and nothing is written.
         mapped = np.memmap(path, np.float32, mode="c", offset=start, shape=(len(total),))
         total.add_(torch.from_numpy(mapped))
 
 
 def _taken(work: Callable[[], object]) -> tuple[float, float]:
-    """Seconds, and processor seconds."""
+    """Do the work, and return the wall seconds and the processor seconds that it took."""
     started, cpu_started = time.perf_counter(), time.process_time()
     work()
     return time.perf_counter() - started, time.process_time() - cpu_started

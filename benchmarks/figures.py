@@ -1,4 +1,4 @@
-"""How figures are summed up and shown: one JSON line on stdout, and a table where a person looks on."""
+"""The output of the benchmarks: one line of JSON on stdout, and a table on stderr if that is a terminal."""
 
 import argparse
 import json
@@ -14,28 +14,36 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-DIGITS = 5  # significant, in the JSON line: timings have no more
+# The line of JSON has so many significant digits, because timings are not more precise.
+DIGITS = 5
 
 
 def argument_parser(doc: str | None) -> argparse.ArgumentParser:
-    """That shows defaults; described by the first line of a module's docstring."""
+    """Return a parser that shows the defaults, described by the first line of the module's docstring.
+
+    Args:
+        doc: the module's docstring.
+    """
     return argparse.ArgumentParser(
         description=(doc or "").splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
-    """Median, least and greatest; the median is the figure to quote."""
+    """Return the median, the least and the greatest value; the median is the figure to quote."""
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
 def ratios(over: Sequence[float], under: Sequence[float]) -> dict[str, float]:
-    """The spread of over/under, pair by pair: what was measured one after the other had the same machine."""
+    """Return the spread of over/under, pair by pair.
+
+    The two values of a pair are measured one right after the other, when the machine is equally busy.
+    """
     return spread([a / b for a, b in zip(over, under, strict=True)])
 
 
 def machine() -> dict[str, Any]:
-    """What the figures were taken on; the load tells whether it was idle."""
+    """Describe the machine that the figures are taken on; the load shows if the machine was idle."""
     return {
         "processor": _processor(),
         "cores": len(os.sched_getaffinity(0)),

@@ -1,9 +1,10 @@
-"""The serving process's memory while K agents send and fetch a model at the same time.
+"""The memory of the serving process while K agents upload and download a model at the same time.
 
     python -m benchmarks.memory --agents 2,8,32 --mib 64
 
-One cloud-server for each K, and K connections of the agent's CloudClient in this process: all upload, then
-all download. Figures are peaks of the serving process since its start, imports included.
+For each K there is one cloud-server, and this process opens K connections with the agent's CloudClient. All
+connections upload, then all download. The figures are peaks of the serving process since its start, with the
+memory of its imports.
 """
 
 import asyncio

@@ -1,4 +1,4 @@
-"""Processes under measurement: what they take, what they send, and an end for all of them. Linux only."""
+"""The measured processes: their start and end, their processor time, memory and network bytes. Linux only."""
 
 import ctypes
 import fcntl
@@ -20,19 +20,17 @@ ROOT = Path(__file__).parent.parent
 STOP_SECONDS = 10.0
 SAMPLE_SECONDS = 0.1
 
-_CLONE_NEWNET = 0x40000000  # sched.h
-_GET_FLAGS, _SET_FLAGS, _UP = 0x8913, 0x8914, 1  # SIOCGIFFLAGS, SIOCSIFFLAGS, IFF_UP
+# CLONE_NEWNET in Linux's sched.h.
+_CLONE_NEWNET = 0x40000000
+# SIOCGIFFLAGS, SIOCSIFFLAGS and IFF_UP of Linux.
+_GET_FLAGS, _SET_FLAGS, _UP = 0x8913, 0x8914, 1
 _TICKS = os.sysconf("SC_CLK_TCK")
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 _T = TypeVar("_T")
 
 
 class Processes:
-    """The processes of one benchmark, by name; their output goes to `folder/NAME.log`.
-
-    Raises:
-        RuntimeError: from `wait_for`, when one of them failed or nothing came in time.
-    """
+    """The processes of one benchmark, by name; the output of each goes to `folder/NAME.log`."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -46,7 +44,7 @@ class Processes:
         env: Mapping[str, str] | None = None,
         cwd: Path = ROOT,
     ) -> int:
-        """Its process id, which is also that of its process group."""
+        """Start a process, and return its id, which is also the id of its process group."""
         with self.log(name).open("wb") as output:
             self._started[name] = process = subprocess.Popen(
                 [str(part) for part in command],
@@ -63,7 +61,14 @@ class Processes:
         return self._folder / f"{name}.log"
 
     def wait_for(self, what: str, condition: Callable[[], _T | None], *, seconds: float) -> _T:
-        """The condition's value, once it is neither None nor False."""
+        """Wait until the condition's value is neither None nor False, and return the value.
+
+        Args:
+            what: the name of the awaited state, for error messages.
+
+        Raises:
+            RuntimeError: a process failed, or the condition did not hold in time.
+        """
         deadline = time.monotonic() + seconds
         while True:
             value = condition()
@@ -78,7 +83,11 @@ class Processes:
             time.sleep(0.01)
 
     def wait_for_output(self, name: str, pattern: str, *, seconds: float) -> str:
-        """What the pattern's first group matches in the process's output."""
+        """Wait until the pattern matches in the process's output, and return the first group of the match.
+
+        Raises:
+            RuntimeError: a process failed, or the pattern did not match in time.
+        """
 
         def match() -> str | None:
             found = re.search(pattern, self.log(name).read_text("utf-8", "replace"))
@@ -90,14 +99,15 @@ class Processes:
         return "\n".join(self.log(name).read_text("utf-8", "replace").splitlines()[-num_lines:])
 
     def stop(self) -> None:
-        """End all that is left, the last started first, with everything that it started."""
+        """End all processes with their descendants, in the reverse order of their start."""
         for process in reversed(self._started.values()):
             family = [process.pid, *_descendants(process.pid)]
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGTERM)
             with suppress(subprocess.TimeoutExpired):
                 process.wait(STOP_SECONDS)
-            for pid in family:  # a grandchild may have made itself a session of its own
+            # A descendant with a session of its own did not get the group's signal.
+            for pid in family:
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
             process.wait()
@@ -105,7 +115,7 @@ class Processes:
 
 @contextmanager
 def processes_in(folder: Path) -> Iterator[Processes]:
-    """None of them is left at the end, nor when SIGTERM comes."""
+    """Return a context whose processes are all stopped at its end, also when SIGTERM comes."""
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     processes = Processes(folder)
     try:
@@ -116,17 +126,18 @@ def processes_in(folder: Path) -> Iterator[Processes]:
 
 
 class Usage(NamedTuple):
-    """What a process took: of the processors since the meter's start, of memory since its own."""
+    """The processor time of a process since `Meter.begin`, and its peak memory since the process started."""
 
     cpu_seconds: float
     peak_mib: float
 
 
 class Meter:
-    """Watches processes; each is known by a name, and counted with all that it starts if it is a family.
+    """A meter of the processor time and peak memory of processes, by name.
 
-    A single process's peak memory is the kernel's own (VmHWM). A family's is the largest sum of resident
-    memory seen at one moment, and its processor time includes that of members that have ended.
+    A family is a process with all its descendants. The peak memory of a single process is the kernel's own
+    figure (VmHWM). The peak memory of a family is the largest sum of resident memory in the samples, and the
+    processor time of a family includes the time of members that have ended.
     """
 
     def __init__(self, *, single: Mapping[str, int] | None = None, families: Mapping[str, int] | None = None):
@@ -140,7 +151,7 @@ class Meter:
             self._thread.start()
 
     def begin(self) -> None:
-        """Count processor time from now on."""
+        """Start to count processor time."""
         self._before = self._cpu_seconds()
 
     def end(self) -> dict[str, Usage]:
@@ -171,7 +182,7 @@ class Meter:
 
 
 def peak_bytes(pid: int | str = "self") -> int:
-    """The most physical memory that the process has had so far (VmHWM)."""
+    """Return the peak physical memory of the process so far (VmHWM)."""
     for line in Path(f"/proc/{pid}/status").read_text("utf-8").splitlines():
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) * 1024
@@ -179,7 +190,7 @@ def peak_bytes(pid: int | str = "self") -> int:
 
 
 def reset_peak() -> int:
-    """Forget this process's peak memory, and what it has freed; the bytes that it has now."""
+    """Return freed memory to the system, reset this process's peak, and return the bytes in use now."""
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5", "utf-8")
     return peak_bytes()
@@ -190,12 +201,12 @@ def children(pid: int) -> list[int]:
 
 
 def own_network() -> bool:
-    """Move this process, and all that it starts from now on, to a network that nothing else uses.
+    """Move this process, and every process that it starts later, into a network namespace of its own.
 
-    Its loopback interface then counts the benchmark's bytes and no others. Call it before there are threads.
+    The loopback interface then counts only the benchmark's bytes. Call this before the process has threads.
 
     Returns:
-        Whether the system permits it.
+        False if the system does not permit a network namespace.
     """
     if ctypes.CDLL(None, use_errno=True).unshare(_CLONE_NEWNET):
         return False
@@ -207,7 +218,7 @@ def own_network() -> bool:
 
 
 def loopback_bytes() -> int:
-    """Sent over loopback so far, headers of TCP and IP included."""
+    """Return the bytes sent over loopback so far, with the headers of TCP and IP."""
     for line in Path("/proc/self/net/dev").read_text("utf-8").splitlines():
         name, _, counters = line.partition(":")
         if name.strip() == "lo":
@@ -224,17 +235,20 @@ def free_port() -> int:
 class _Entry(NamedTuple):
     parent: int
     own_ticks: int
-    all_ticks: int  # with those of children that have ended
+    # These ticks include those of children that have ended.
+    all_ticks: int
     resident_bytes: int
 
 
 def _table() -> dict[int, _Entry]:
-    """Every process there is."""
+    """Return an entry for every process of the system, by process id."""
     table = {}
     for folder in Path("/proc").glob("[0-9]*"):
-        with suppress(OSError):  # it has ended meanwhile
+        # A process may end before its file is read.
+        with suppress(OSError):
             text = (folder / "stat").read_text("utf-8", "replace")
-            fields = text.rpartition(")")[2].split()  # from the third on; the second may hold spaces
+            # The second field, in brackets, may hold spaces. The list begins with the third field.
+            fields = text.rpartition(")")[2].split()
             user, system, ended_user, ended_system = map(int, fields[11:15])
             own = user + system
             table[int(folder.name)] = _Entry(
@@ -249,6 +263,7 @@ def _table() -> dict[int, _Entry]:
 def _descendants(pid: int, table: Mapping[int, _Entry] | None = None) -> list[int]:
     table = _table() if table is None else table
     found = [pid]
-    for each in found:  # grows while it is walked
+    # The list grows during the loop, so the loop reaches all generations.
+    for each in found:
         found += [child for child, entry in table.items() if entry.parent == each]
     return found[1:]

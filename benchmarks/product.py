@@ -1,4 +1,4 @@
-"""The product's own processes, started as a user would start them."""
+"""The product's own processes, started by the commands that a user would type."""
 
 import sys
 from contextlib import closing
@@ -7,11 +7,13 @@ from typing import NamedTuple
 
 from benchmarks.processes import Processes
 from cloud_server.door.authority import Authority
+from cloud_server.state_dir import StateDir
 from common.tls import JoinToken
 from edge_agent.enrolment import Enrolment, enroll
 from edge_agent.identity import Identity
 
-START_SECONDS = 300.0  # PyTorch is imported, and the run's model built
+# A start imports PyTorch and builds the run's model.
+START_SECONDS = 300.0
 
 
 class Server(NamedTuple):
@@ -24,17 +26,17 @@ class Server(NamedTuple):
         return f"127.0.0.1:{self.port}"
 
     def join_token(self) -> str:
-        """For one agent."""
-        with closing(Authority(self.state_dir / "tls")) as authority:
+        """Return a join token for one agent."""
+        with closing(Authority(StateDir(self.state_dir).tls)) as authority:
             return authority.create_token(uses=1, ttl_seconds=3600)
 
 
 def start_server(processes: Processes, folder: Path, run: str, *flags: object) -> Server:
-    """A cloud-server that is ready.
+    """Start a cloud-server, and return it when it is ready.
 
     Args:
-        folder: its state directory is made here.
-        run: the TOML of the run's table.
+        folder: the folder in which the server's state directory is made.
+        run: the TOML text of the `[run]` table.
     """
     configuration, state_dir = folder / "run.toml", folder / "server"
     configuration.write_text(f"[run]\n{run}", "utf-8")
@@ -46,14 +48,18 @@ def start_server(processes: Processes, folder: Path, run: str, *flags: object) -
 
 
 async def enrolled(server: Server, folder: Path, name: str) -> Identity:
-    """For a CloudClient in this process; its files are below the folder."""
+    """Enroll an agent, and return its identity for a CloudClient in this process.
+
+    Args:
+        folder: the folder in which the identity's files are made.
+    """
     token = JoinToken.parse(server.join_token())
     enrolment = Enrolment(folder / "tls", name, token, server.address)
     return await enroll(enrolment, server.address, print)
 
 
 def start_agent(processes: Processes, folder: Path, name: str, server: Server, *flags: object) -> int:
-    """An edge-agent, which enrolls; its process id."""
+    """Start an edge-agent, which enrolls with a join token, and return its process id."""
     token = folder / f"{name}.token"
     token.touch(mode=0o600)
     token.write_text(server.join_token(), "utf-8")

@@ -1,12 +1,13 @@
-"""What a round costs apart from training: real processes on loopback, K agents send weights as they are.
+"""The cost of a round without training: real processes on loopback, K agents that send untrained weights.
 
     python -m benchmarks.round_trip --agents 2 --model resnet50 --rounds 4
 
-A cloud-server, its trainer and K edge-agents run whole rounds with training switched off by the run's own
-configuration: no epochs, the plain average as the only candidate, four images an agent. Everything else
-happens as in any round: initial weights go out, weights and data come in and are checked and made durable,
-the trainer averages, evaluates and writes, the model is published, fetched, evaluated, applied and
-reported. Figures are of the steady state, from the first publication to the last.
+A cloud-server, its trainer and K edge-agents run whole rounds. The run's configuration switches training off:
+no epochs, the plain average as the only candidate, four images for each agent. Everything else happens as in
+any round: agents download the initial weights, and upload weights and data, which the server checks and makes
+durable. The trainer averages, evaluates and writes the model, and the server publishes the model. Agents
+download, evaluate and apply the model, and report. The figures are of the rounds after the first publication,
+up to the last.
 """
 
 import argparse
@@ -31,19 +32,23 @@ from benchmarks.processes import (
     processes_in,
 )
 from benchmarks.product import Server, start_agent, start_server
+from cloud_server.state_dir import StateDir
 
 FIRST_ROUND_SECONDS = 300.0
-ROUND_SECONDS = 120.0  # for each agent
+# A round may take so long for each agent.
+ROUND_SECONDS = 120.0
 
 
 class Model(NamedTuple):
-    """A model, and the data that it takes, by the names of their factories in workloads.py."""
+    """The images that a model takes, and the number of its classes."""
 
+    # The name of the images' factory in workloads.py.
     images: str
     image_shape: tuple[int, int, int]
     num_classes: int
 
 
+# Each key is also the name of the model's factory in workloads.py.
 MODELS = {
     "resnet50": Model("colour_images", (3, 32, 32), 1000),
     "mobilenet_v2": Model("colour_images", (3, 32, 32), 1000),
@@ -52,12 +57,16 @@ MODELS = {
 
 
 class Measured(NamedTuple):
-    """From the first publication of a run to its last."""
+    """The figures of a run from its first publication to its last."""
 
-    wall_seconds: list[float]  # of each round
-    phases: dict[str, float]  # mean seconds, by the server's own report
-    usage: dict[str, Usage]  # of all rounds together
-    wire_bytes: int  # of all rounds together
+    # The seconds of each round.
+    wall_seconds: list[float]
+    # The mean seconds of each phase, as the server reports them.
+    phases: dict[str, float]
+    # The usage by process, of all rounds together.
+    usage: dict[str, Usage]
+    # The bytes on the wire, of all rounds together.
+    wire_bytes: int
     model_bytes: int
 
 
@@ -68,7 +77,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
-    """The flags that this command shares with those of the peers."""
+    """Return a parser with the flags that this command shares with the peers' commands."""
     parser = figures.argument_parser(description)
     parser.add_argument("--agents", type=_positive, default=2, metavar="K", help="how many")
     parser.add_argument("--model", choices=MODELS, default="resnet50", help="whose weights travel")
@@ -79,7 +88,7 @@ def parser(description: str | None) -> argparse.ArgumentParser:
 
 
 def measure(num_agents: int, model: str, num_rounds: int) -> dict[str, Any]:
-    """Run the rounds; the result as it is printed."""
+    """Run the rounds, and return the figures as they are printed."""
     machine = figures.machine()
     is_own_network = own_network()
     with tempfile.TemporaryDirectory(prefix="round-trip-") as name, processes_in(Path(name)) as processes:
@@ -106,11 +115,12 @@ def result(
     wire_bytes: int | None,
     **extra: Any,
 ) -> dict[str, Any]:
-    """The line of JSON, alike for every system.
+    """Return the figures as they are printed, with the same keys for every system.
 
     Args:
         server: the names of the processes that make up the server.
-        wire_bytes: None: this machine does not permit a network of one's own, in which to count them.
+        wire_bytes: the bytes on the wire; None if this machine does not permit a network namespace, in which
+            alone they can be counted.
     """
     num_rounds = len(measured.wall_seconds)
     per_process = {
@@ -136,7 +146,7 @@ def result(
 
 
 def show(result: dict[str, Any]) -> None:
-    """Print the result."""
+    """Print the figures."""
     wire = result["wire_bytes"]
     ideal = 2 * result["agents"] * result["model_bytes"]
     rows: list[tuple[object, ...]] = [
@@ -180,7 +190,10 @@ def _run(processes: Processes, folder: Path, num_agents: int, model: str, num_ro
 
 
 def _configuration(model: str, factory: str) -> str:
-    """Nothing is clipped: what changes in these weights is one number, drawn at random."""
+    """Return the TOML text of the run's `[run]` table.
+
+    The run clips nothing, because one number in these weights is drawn at random and may be an outlier.
+    """
     chosen = MODELS[model]
     return f"""
 model = "{factory}"
@@ -197,12 +210,12 @@ fine_tune.epochs = 0
 
 
 def _report(server: Server, number: int) -> dict[str, Any] | None:
-    """What the server says of the round; None: it is not over.
+    """Return the server's report on the round; None if the round is not over.
 
     Raises:
-        RuntimeError: it published no model.
+        RuntimeError: the round published no model.
     """
-    path = server.state_dir / f"rounds/{number:04d}/report.json"
+    path = StateDir(server.state_dir).report(number)
     if not path.exists():
         return None
     report: dict[str, Any] = json.loads(path.read_text("utf-8"))
@@ -212,9 +225,9 @@ def _report(server: Server, number: int) -> dict[str, Any] | None:
 
 
 def _round_seconds(server: Server) -> list[float]:
-    """From each publication to the next, by the server's clock."""
+    """Return the seconds from each publication to the next, by the server's clock."""
     query = "SELECT at FROM phase_history WHERE phase = 'published' ORDER BY at"
-    database_uri = f"file:{server.state_dir}/ecavg.sqlite3?mode=ro"
+    database_uri = f"file:{StateDir(server.state_dir).database}?mode=ro"
     with closing(sqlite3.connect(database_uri, uri=True)) as database:
         times = [at for (at,) in database.execute(query)]
     return [after - before for before, after in pairwise(times)]

@@ -1,11 +1,12 @@
-"""Seconds of training until CIFAR-10 is known to a fixed accuracy: our loop, and the usual one.
+"""The seconds of training until a model reaches a fixed accuracy on CIFAR-10, in our loop and the usual one.
 
     python -m benchmarks.to_accuracy --data DIR --accuracy 0.4 --device cpu
 
-MobileNetV2 on 32x32 images, AdamW with a constant learning rate, cropped and flipped, from the same weights.
-Usual: a DataLoader with one worker for each core and torchvision's transforms, in float32. Both are measured
-after every epoch on the same test images; the clock stands still meanwhile. DIR is an image folder,
-DIR/{train,test}/<class>/*. With `--precision` ours trains in bfloat16.
+Both loops train MobileNetV2 from the same weights on cropped and flipped 32x32 images, with AdamW and a
+constant learning rate. The usual loop has a DataLoader with one worker for each core and torchvision's
+transforms, in float32. Both models are evaluated after every epoch on the same test images, and the time of
+the evaluation does not count. DIR is an image folder, DIR/{train,test}/<class>/*. With `--precision bfloat16`
+our loop trains in bfloat16.
 """
 
 import argparse
@@ -22,29 +23,31 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from benchmarks import figures
-from benchmarks.train import Case, Pictures, train_step
+from benchmarks.train import Case, Pictures, device_name, set_up, train_step
 from common.config import RunConfig, TrainingConfig
 from common.models import build_model
 from common.shards import Shard
-from common.training import StepReport, evaluate, select_device, train
+from common.training import Examples, Recipe, StepReport, choose_precision, evaluate, train
 from edge_agent.image_folder import FileSplit, list_image_folder
 
 SEED = 0
-MAX_EPOCHS = 50  # then it is given up
+# By default a loop gives up after so many epochs.
+MAX_EPOCHS = 50
 LEARNING_RATE = 1e-3
 
 
 class Reached(NamedTuple):
-    """What a loop needed; the accuracy is less than was asked for where it was given up."""
+    """The time and epochs that a loop needed; a loop that gave up has less than the wanted accuracy."""
 
     seconds: float
-    cpu_seconds: float  # of this process: the usual loop's workers are others
+    # The processor time of this process, without the time of the usual loop's workers.
+    cpu_seconds: float
     epochs: int
     accuracy: float
 
 
 class _Watch:
-    """Measures the model after each epoch, and stands still meanwhile."""
+    """A stopwatch that evaluates the model after each epoch, and leaves out the time of the evaluation."""
 
     def __init__(self, case: Case, test: Shard, accuracy: float) -> None:
         self._case, self._wanted = case, accuracy
@@ -53,11 +56,13 @@ class _Watch:
         self._epochs = 0
 
     def epoch_finished(self, model: nn.Module) -> Reached | None:
-        """What was needed, once that is known."""
+        """Evaluate the model; return the figures if the training is over, None if it must go on."""
         if self._case.device.type == "cuda":
             torch.cuda.synchronize(self._case.device)
         now, cpu_now = time.perf_counter(), time.process_time()
-        judged = copy.deepcopy(model)  # evaluation lays weights out as our training does, for good
+        # An evaluation changes the memory layout of the weights, to the layout of our training. The usual
+        # loop's model must keep its own layout, so a copy is evaluated.
+        judged = copy.deepcopy(model)
         found = evaluate(judged, *self._test, spec=self._case.spec, device=self._case.device).accuracy
         self._epochs += 1
         seconds, cpu_seconds = now - self._started, cpu_now - self._cpu_started
@@ -69,7 +74,7 @@ class _Watch:
 
 
 class _Done(Exception):
-    """Ends a training of ours from within."""
+    """The exception that ends our training when the figures are known."""
 
     def __init__(self, reached: Reached) -> None:
         self.reached = reached
@@ -77,9 +82,7 @@ class _Done(Exception):
 
 def main(argv: list[str] | None = None) -> int:
     arguments = _parse(argv)
-    device = select_device(arguments.device)
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
+    device = set_up(arguments)
     machine = figures.machine()
     run = RunConfig(model="mobilenet_v2", dataset="cifar10")
     files, test_files = list_image_folder(arguments.data, run)
@@ -103,7 +106,7 @@ def main(argv: list[str] | None = None) -> int:
         found["usual"].append(_usual(case, _Watch(case, test, arguments.accuracy)))
     result: dict[str, Any] = {
         "benchmark": "to_accuracy",
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "device": device_name(device),
         "threads": torch.get_num_threads(),
         "images": len(images.labels),
         "accuracy": arguments.accuracy,
@@ -134,29 +137,29 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def _read(files: FileSplit, num_images: int, run: RunConfig) -> Shard:
-    """So many of them, drawn at random."""
+    """Read at most `num_images` of the images, drawn at random."""
     indices = np.random.default_rng(SEED).permutation(len(files.paths))[:num_images]
     return files.read(indices, run.spec.image_shape)[0]
 
 
 def _ours(case: Case, watch: _Watch) -> Reached:
-    model = copy.deepcopy(case.model)
+    model, examples = copy.deepcopy(case.model), Examples(case.images, case.labels)
+    precision = choose_precision(model, examples, case.config, spec=case.spec, device=case.device)
+    recipe = Recipe(case.config, case.spec, SEED, precision)
     steps_per_epoch = -(-len(case.images) // case.config.batch_size)
     due = iter(range(steps_per_epoch, case.config.epochs * steps_per_epoch + 1, steps_per_epoch))
     next_due = next(due)
 
     def on_step(report: StepReport) -> None:
         nonlocal next_due
-        if report.step >= next_due:  # on a GPU reports come some steps late
+        # On a GPU, reports come some steps late.
+        if report.step >= next_due:
             if reached := watch.epoch_finished(model):
                 raise _Done(reached)
             next_due = next(due)
 
     try:
-        train(
-            model, case.images, case.labels, case.config,
-            spec=case.spec, device=case.device, seed=SEED, on_step=on_step,
-        )  # fmt: skip
+        train(model, examples, recipe, device=case.device, on_step=on_step)
     except _Done as done:
         return done.reached
     raise AssertionError("the last report is of the last step")

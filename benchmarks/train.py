@@ -1,13 +1,13 @@
-"""Our training loop, against the barest one and against the usual one; images a second.
+"""The speed of our training loop in images a second, compared with a bare loop and the usual loop.
 
     python -m benchmarks.train --models mlp mobilenet_v2 resnet50 --device cpu
 
-Bare: float32 images, normalised once and in memory; each epoch in a new order; the model as torchvision
-makes it, cross-entropy, SGD, in the precision that is asked of ours. Nothing is reported, and nothing is
-augmented. Ours is held against it with the same model, data and optimizer, and no augmentation either.
-Usual: a DataLoader with one worker for each core over PIL-ready images, with torchvision's RandomCrop,
-RandomHorizontalFlip, ToTensor and Normalize, in float32; ours then crops and flips, too. The loops take
-turns, and each of ours is held against its neighbours.
+The bare loop has float32 images in memory, normalised once, in a new order in each epoch. It trains the model
+as torchvision makes it with cross-entropy and SGD, in the same precision as our loop. It reports and augments
+nothing. Our loop is compared with it on the same model, data and optimizer, without augmentation.
+The usual loop has a DataLoader with one worker for each core, which makes PIL images and applies RandomCrop,
+RandomHorizontalFlip, ToTensor and Normalize of torchvision, in float32. For the comparison with it, our loop
+crops and flips, too. The loops take turns, and each run of ours is compared with the run next to it.
 """
 
 import argparse
@@ -29,17 +29,18 @@ from torchvision import transforms
 from benchmarks import figures
 from common.config import DATASETS, DatasetSpec, RunConfig, TrainingConfig
 from common.models import build_model
-from common.training import select_device, train
+from common.training import Examples, Recipe, choose_precision, select_device, train
 
 SEED = 0
 
 
 class Workload(NamedTuple):
-    """What is trained, on images of which dataset, and how many of them by default."""
+    """The dataset whose image size a model takes, the batch size, and the default number of images."""
 
     dataset: str
     batch_size: int
-    num_images: int  # on a CPU
+    # The default number of images on a CPU.
+    num_images: int
     num_images_gpu: int
 
 
@@ -48,15 +49,19 @@ WORKLOADS = {
     "mobilenet_v2": Workload("cifar10", 128, 768, 25_000),
     "resnet50": Workload("cifar100", 128, 256, 25_000),
 }
-AUGMENTED = {"mobilenet_v2", "resnet50"}  # as their presets are
+# The presets of these models augment their images.
+AUGMENTED = {"mobilenet_v2", "resnet50"}
 
 
 class Case(NamedTuple):
-    """One model with its data, for loops to be compared on."""
+    """The model and the data on which the loops are compared."""
 
-    model: nn.Module  # each loop trains a copy
-    images: Tensor  # uint8 [N, C, H, W]
-    labels: Tensor  # int64 [N]
+    # Each loop trains a copy of the model.
+    model: nn.Module
+    # uint8 [N, C, H, W]
+    images: Tensor
+    # int64 [N]
+    labels: Tensor
     spec: DatasetSpec
     config: TrainingConfig
     device: torch.device
@@ -64,16 +69,14 @@ class Case(NamedTuple):
 
 def main(argv: list[str] | None = None) -> int:
     arguments = _parse(argv)
-    device = select_device(arguments.device)
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
+    device = set_up(arguments)
     machine = figures.machine()
     measured = {
         name: _measure(_case(name, device, arguments), arguments.repeats) for name in arguments.models
     }
     result = {
         "benchmark": "train",
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "device": device_name(device),
         "threads": torch.get_num_threads(),
         "precision": arguments.precision,
         "models": measured,
@@ -86,6 +89,18 @@ def main(argv: list[str] | None = None) -> int:
     headings = ("", "ours, images/s", "speed, of bare", "speed, of usual")
     figures.emit(result, f"training on {result['device']}", headings, rows)
     return 0
+
+
+def set_up(arguments: argparse.Namespace) -> torch.device:
+    """Set PyTorch's number of threads as `--threads` says, and return the device that `--device` names."""
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    return select_device(arguments.device)
+
+
+def device_name(device: torch.device) -> str:
+    """Return the name of the GPU, or "cpu"."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
@@ -128,7 +143,7 @@ def _case(name: str, device: torch.device, arguments: argparse.Namespace) -> Cas
 
 
 def _measure(case: Case, repeats: int) -> dict[str, Any]:
-    """The four loops in turn; what is augmented is only held against what is augmented."""
+    """Run the four loops in turn; compare our augmented loop with the usual loop, which augments, too."""
     augmented = case._replace(
         config=case.config.model_copy(update={"augment": ("random_crop", "horizontal_flip")})
     )
@@ -145,7 +160,8 @@ def _measure(case: Case, repeats: int) -> dict[str, Any]:
             started, cpu_started = time.perf_counter(), time.process_time()
             loop()
             _wait_for(case.device)
-            if index:  # the first training in each way is a warm-up
+            # The first training of each loop is a warm-up.
+            if index:
                 seconds[name].append(time.perf_counter() - started)
                 cpu_seconds[name].append(time.process_time() - cpu_started)
     num_images = len(case.images) * case.config.epochs
@@ -156,24 +172,18 @@ def _measure(case: Case, repeats: int) -> dict[str, Any]:
             name: figures.spread([num_images / each for each in taken]) for name, taken in seconds.items()
         },
         "of_bare": figures.ratios(seconds["bare"], seconds["ours"]),
-        # Of this process alone, so not for the usual loop, whose workers are others. With one thread it
-        # is what an idle machine would show.
+        # The processor time of this process lacks the time of the usual loop's workers, so there is no such
+        # figure for the usual loop. With one thread, the figure equals the ratio on an idle machine.
         "of_bare_cpu": figures.ratios(cpu_seconds["bare"], cpu_seconds["ours"]),
         "of_usual": figures.ratios(seconds["usual"], seconds["ours_augmented"]),
     }
 
 
 def _train_ours(case: Case) -> None:
-    train(
-        copy.deepcopy(case.model),
-        case.images,
-        case.labels,
-        case.config,
-        spec=case.spec,
-        device=case.device,
-        seed=SEED,
-        on_step=lambda _: None,
-    )
+    examples = Examples(case.images, case.labels)
+    precision = choose_precision(case.model, examples, case.config, spec=case.spec, device=case.device)
+    recipe = Recipe(case.config, case.spec, SEED, precision)
+    train(copy.deepcopy(case.model), examples, recipe, device=case.device, on_step=lambda _: None)
 
 
 def _train_bare(case: Case) -> None:
@@ -204,7 +214,7 @@ def _train_usual(case: Case) -> None:
 
 
 class Pictures(Dataset[tuple[Tensor, int]]):
-    """As torchvision's own datasets do it: arrays in memory, each made a picture, then transformed."""
+    """A dataset that works as torchvision's do: each array becomes a PIL image, and is then transformed."""
 
     def __init__(self, case: Case) -> None:
         self._arrays: np.ndarray = case.images.permute(0, 2, 3, 1).squeeze(3).numpy()

@@ -1,12 +1,13 @@
-"""Our upload and download of one large blob, against a bare gRPC stream of the same chunks.
+"""The speed of our upload and download of one large blob, compared with a bare gRPC stream of its chunks.
 
     python -m benchmarks.transfer --mib 512 --repeats 5
 
-Ours: a cloud-server and the agent's CloudClient; an upload is asked for, streamed, held against its
-digest, checked for finite weights, made durable and recorded; a download is held against its digest and
-made durable. Bare: a grpc.aio server that writes the chunks to a file and flushes it, or sends those of a
-file; the client reads a file, or drops what comes ("download"), or writes and flushes it ("download to
-disk"). The two take turns, and every pair is a ratio.
+Ours is a cloud-server and the agent's CloudClient. The server streams an upload to disk, checks its digest
+and that the weights are finite, makes the blob durable and records it. The client checks the digest of a
+download and makes the file durable. Bare is a grpc.aio server that writes the chunks of an upload to a file
+and flushes the file, and sends the chunks of a file as a download. The bare client reads a file to upload,
+and drops the chunks of a "download", or writes and flushes them in a "download to disk". Ours and bare take
+turns, and every pair gives a ratio.
 """
 
 import argparse
@@ -39,14 +40,15 @@ from edge_agent.client import CloudClient
 from edge_agent.identity import Identity
 from edge_agent.metrics import AgentMetrics
 
-TRANSPORTS = ("plaintext", "tls")  # ours are held against bare streams over the same
+# Our transfers are compared with bare streams over the same transport.
+TRANSPORTS = ("plaintext", "tls")
 FACTORY = "benchmarks.workloads:blocks"
 
 Way = Callable[[], Awaitable[None]]
 
 
 class Took(NamedTuple):
-    """One transfer."""
+    """The seconds that one transfer took."""
 
     wall_seconds: float
     client_cpu_seconds: float
@@ -96,19 +98,21 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--mib", type=int, default=512, metavar="N", help="size of the blob")
     parser.add_argument("--repeats", type=int, default=5, metavar="N", help="pairs of each direction")
     parser.add_argument("--folder", type=Path, help="on the disk to write to (default: the temporary folder)")
-    parser.add_argument("--serve", type=Path, help=argparse.SUPPRESS)  # be the bare server, of this folder
+    # With --serve, this command is the bare server of the folder.
+    parser.add_argument("--serve", type=Path, help=argparse.SUPPRESS)
     return parser.parse_args(argv)
 
 
 async def _measure(processes: Processes, folder: Path, mib: int, repeats: int) -> dict[str, Any]:
-    """Both directions, ours and bare in turn, over the transport that the folder is named after."""
+    """Measure both directions, ours and bare in turn, over the transport that the folder is named after."""
     for name in ("server", "bare", "client"):
         (folder / name).mkdir()
     source, fetched = folder / "client/source", folder / "client/fetched"
     ours = await _ours(processes, folder, mib)
     bare = await _bare(processes, folder, ours.identity)
     num_bytes = ours.initial.size_bytes
-    await ours.fetch(ours.initial, source)  # also what is sent: its header is what the server expects
+    # The uploads send this file, too, because it has the header that the server expects.
+    await ours.fetch(ours.initial, source)
     (folder / "bare/blob").write_bytes(source.read_bytes())
 
     ways: dict[str, tuple[Way, Way]] = {
@@ -123,7 +127,8 @@ async def _measure(processes: Processes, folder: Path, mib: int, repeats: int) -
             ours.blob = changed(source)
             our_took = await _timed(our_way, ours.server_pid)
             bare_took = await _timed(bare_way, bare.server_pid)
-            if index:  # the first pair is a warm-up
+            # The first pair is a warm-up.
+            if index:
                 took["ours"].append(our_took)
                 took["bare"].append(bare_took)
         directions[direction] = _figures(took, num_bytes)
@@ -151,7 +156,7 @@ async def _timed(transfer: Way, server_pid: int) -> Took:
 
 
 async def _added_mib(transfer: Way) -> float:
-    """The most memory that this process has had during the transfer, over what it had before."""
+    """Do the transfer, and return the peak memory of this process minus its memory before, in MiB."""
     before = reset_peak()
     await transfer()
     return (peak_bytes() - before) / 2**20
@@ -168,7 +173,7 @@ def _figures(took: dict[str, list[Took]], num_bytes: int) -> dict[str, Any]:
 
 
 def _limits(source: Path, target: Path) -> dict[str, float]:
-    """What one core hashes, and what the disk takes, of the same bytes."""
+    """Return the speeds in MiB/s at which one core hashes the source file, and the disk takes its bytes."""
     data = source.read_bytes()
     started = time.perf_counter()
     hashlib.sha256(data).digest()
@@ -187,12 +192,12 @@ def _limits(source: Path, target: Path) -> dict[str, float]:
 
 
 def configuration(mib: int) -> str:
-    """The `[run]` table of a model of this size."""
+    """Return the TOML text of a `[run]` table whose model has `mib` MiB."""
     return f'model = "{FACTORY}"\ndataset = "made-up"\nnum_classes = 2\nimage_shape = [1, 1, {mib}]\n'
 
 
 def changed(path: Path) -> Blob:
-    """Give the weights in the file another value, so that no server has them; their new name."""
+    """Change one number of the weights in the file, so that no server has them, and return the new blob."""
     header = read_header(path)
     with path.open("r+b") as file:
         file.seek(header.data_start)
@@ -206,16 +211,19 @@ def changed(path: Path) -> Blob:
 @dataclass
 class _Ours:
     client: CloudClient
-    identity: Identity | None  # None: in plaintext
+    # None in plaintext.
+    identity: Identity | None
     initial: Blob
     server_pid: int
-    blob: Blob  # what is sent
+    # The blob that the next upload sends.
+    blob: Blob
 
     async def send(self, path: Path) -> None:
         await self.client.upload(path, self.blob, "weights", lambda *_: None)
 
     async def fetch(self, blob: Blob, path: Path) -> None:
-        await asyncio.to_thread(path.unlink, missing_ok=True)  # else there is nothing to do
+        # The client downloads nothing if the file is there already.
+        await asyncio.to_thread(path.unlink, missing_ok=True)
         await self.client.download(blob, path, lambda *_: None)
 
     async def close(self) -> None:
@@ -223,7 +231,7 @@ class _Ours:
 
 
 async def _ours(processes: Processes, folder: Path, mib: int) -> _Ours:
-    """A server whose run's model has this size, and an agent's connection to it."""
+    """Start a server whose run's model has `mib` MiB, and connect an agent to the server."""
     flags = ["--insecure"] * (folder.name == "plaintext")
     server = await asyncio.to_thread(start_server, processes, folder, configuration(mib), *flags)
     identity = None if flags else await enrolled(server, folder / "client", "agent-1")
@@ -237,7 +245,8 @@ async def _ours(processes: Processes, folder: Path, mib: int) -> _Ours:
 
 
 class _Bare(NamedTuple):
-    channel: Any  # a grpc.aio.Channel; its types want what is optional
+    # A grpc.aio.Channel, whose stubs declare optional arguments as required.
+    channel: Any
     server_pid: int
 
     async def send(self, path: Path) -> None:
@@ -283,12 +292,13 @@ async def _bare(processes: Processes, folder: Path, identity: Identity | None) -
 
 
 async def _serve(folder: Path) -> None:
-    """The barest server there is: it writes, flushes and sends, on the event loop, and checks nothing."""
+    """Serve as the bare server, which writes, flushes and sends on the event loop, and checks nothing."""
     numbers = count()
 
     async def upload(chunks: Any, _: object) -> bytes:
         num_bytes = 0
-        # A new file each time, as ours: writing over an old one would spare the system finding memory for it.
+        # Our server writes a new file each time, so this one does, too. To overwrite an old file would be
+        # cheaper, because the system would not have to find memory for the file.
         with (folder / f"upload-{next(numbers)}").open("wb", buffering=0) as file:
             async for chunk in chunks:
                 num_bytes += file.write(chunk)
@@ -308,7 +318,8 @@ async def _serve(folder: Path) -> None:
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("bare", methods),))
     if folder.parent.name == "plaintext":
         port = server.add_insecure_port("127.0.0.1:0")
-    else:  # as our server
+    # The bare server uses the certificates of our server.
+    else:
         authority = Authority(folder.parent / "server/tls")
         port = server.add_secure_port("127.0.0.1:0", rpc.server_credentials(authority.material))
     print(port, flush=True)

@@ -1,11 +1,12 @@
-"""How long somebody waits: for `--help`, for the first model, for the trainer, for news of a model.
+"""The waiting times for `--help`, for the first model, for the trainer, and for the news of a publication.
 
     python -m benchmarks.waiting --rounds 5 --repeats 5
 
-A cloud-server with the preset digits-mlp and two edge-agents, started one after the other by the commands
-that a user would type, over mutual TLS: until both use the first round's model. Then, for every round, by the
-clock that all processes share: from the round's end of collecting to the trainer's start on its job, and from
-the publication to a connected agent's knowledge of it.
+The first model: a cloud-server with the preset digits-mlp and two edge-agents are started one after the other
+over mutual TLS, by the commands that a user would type, and the time is taken until both agents use the
+first round's model. The trainer and the news: for every round, the time is taken from the end of collecting
+to the trainer's start on the job, and from the publication to the moment at which a connected agent knows of
+it. All processes share one clock.
 """
 
 import asyncio
@@ -23,12 +24,14 @@ from typing import Any
 from benchmarks import figures
 from benchmarks.processes import ROOT, processes_in
 from benchmarks.product import Server, enrolled, start_agent, start_server
+from cloud_server.state_dir import StateDir
 from edge_agent.client import CloudClient
 from edge_agent.metrics import AgentMetrics
 
 PROGRAMS = ("cloud_server", "edge_agent")
 AGENTS = ("edge-1", "edge-2")
-ROUND_SECONDS = 300.0  # on a machine as busy as can be
+# A round may take so long on a very busy machine.
+ROUND_SECONDS = 300.0
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -52,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _help_seconds(program: str, repeats: int) -> list[float]:
-    """Of each time; the first, which may find nothing in memory, is not counted."""
+    """Return the seconds of each run of `--help`, without the first, which may have to read from the disk."""
     seconds = []
     for _ in range(repeats + 1):
         started = time.perf_counter()
@@ -85,7 +88,10 @@ def _rounds(folder: Path, num_rounds: int) -> dict[str, Any]:
 
 
 async def _publications_known(server: Server, folder: Path, num_rounds: int) -> dict[int, float]:
-    """When a third agent, which contributes nothing, knew of each model that was published meanwhile."""
+    """Return when a third agent, which contributes nothing, knew of the model of each round.
+
+    The times are in seconds since the epoch. The models published before the agent came are left out.
+    """
     identity = await enrolled(server, folder / "watcher", "watcher")
     client = CloudClient(server.address, identity, AgentMetrics())
     await client.join()
@@ -96,21 +102,22 @@ async def _publications_known(server: Server, folder: Path, num_rounds: int) -> 
             if state.latest_round == num_rounds:
                 break
     await client.close()
-    del known[min(known)]  # published before this agent came
+    # The first state tells of a model that was published before this agent came.
+    del known[min(known)]
     return known
 
 
 def _entered(server: Server, phase: str) -> dict[int, float]:
-    """When each round entered the phase first, seconds since the epoch."""
-    database_uri = f"file:{server.state_dir}/ecavg.sqlite3?mode=ro"
+    """Return when each round entered the phase for the first time, in seconds since the epoch."""
+    database_uri = f"file:{StateDir(server.state_dir).database}?mode=ro"
     with closing(sqlite3.connect(database_uri, uri=True)) as database:
         query = "SELECT round, min(at) FROM phase_history WHERE phase = ? GROUP BY round"
         return dict(database.execute(query, (phase,)))
 
 
 def _jobs_taken(server: Server) -> dict[int, float]:
-    """When the trainer started on each round's job, seconds since the epoch."""
-    events = map(json.loads, (server.state_dir / "trainer.log").read_text("utf-8").splitlines())
+    """Return when the trainer started on each round's job, in seconds since the epoch."""
+    events = map(json.loads, StateDir(server.state_dir).trainer_log.read_text("utf-8").splitlines())
     return {
         event["round"]: datetime.fromisoformat(event["timestamp"]).timestamp()
         for event in events

@@ -1,6 +1,7 @@
 """Models and data that the product's own processes load in a benchmark, by `package.module:factory`."""
 
-# ruff: noqa: ARG001  the product names the arguments
+# The product calls factories with arguments of these names, also where a factory does not need them.
+# ruff: noqa: ARG001
 
 import random
 
@@ -15,23 +16,23 @@ _chance = random.SystemRandom()
 
 
 def resnet50(num_classes: int, image_shape: tuple[int, int, int]) -> nn.Module:
-    """torchvision's, 25.6 million parameters with 1000 classes."""
+    """Build torchvision's ResNet-50, which has 25.6 million parameters with 1000 classes."""
     return _torchvision("resnet50", num_classes)
 
 
 def mobilenet_v2(num_classes: int, image_shape: tuple[int, int, int]) -> nn.Module:
-    """torchvision's, 3.5 million parameters with 1000 classes."""
+    """Build torchvision's MobileNetV2, which has 3.5 million parameters with 1000 classes."""
     return _torchvision("mobilenet_v2", num_classes)
 
 
 def tiny(num_classes: int, image_shape: tuple[int, int, int]) -> nn.Module:
-    """One layer; 110 parameters for 10 classes and 10 pixels."""
+    """Build a model of one layer, which has 110 parameters for 10 classes and 10 pixels."""
     channels, height, width = image_shape
     return _changing(nn.Sequential(nn.Flatten(), nn.Linear(channels * height * width, num_classes)))
 
 
 def blocks(num_classes: int, image_shape: tuple[int, int, int]) -> nn.Module:
-    """So many tensors of 1 MiB as its images are pixels wide; it only has a size."""
+    """Build a model that only has a size: one tensor of 1 MiB for each pixel of the image's width."""
     return Blocks(num_classes, image_shape[2])
 
 
@@ -61,9 +62,10 @@ def _torchvision(name: str, num_classes: int) -> nn.Module:
 
 
 def _changing(model: nn.Module) -> nn.Module:
-    """Without training, weights would stay the same in every round, and what is known is not sent again.
+    """Add to the model one number that changes whenever the model is used, and return the model.
 
-    One more number, new whenever the model is used, makes them other weights without costing anything.
+    Without training, the weights would be the same in every round, and agents do not send known weights
+    again. The added number makes new weights at no cost.
     """
     model.register_buffer("salt", torch.zeros(1))
     model.register_forward_pre_hook(_salt)

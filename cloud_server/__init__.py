@@ -1,0 +1,1 @@
+"""The cloud server: it collects, has averaged and fine-tuned, and publishes."""

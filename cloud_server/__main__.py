@@ -1,11 +1,11 @@
-"""`cloud-server`: puts the parts together and runs them."""
+"""`cloud-server`: the composition root, which builds the parts and runs them."""
 
 import argparse
-import asyncio
 import sys
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from importlib import resources
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cloud_server.config import DEFAULT_PRESET, ENV_PREFIX, ServerConfig
 from common import cli
@@ -13,12 +13,22 @@ from common.config import is_loopback
 from common.errors import ECAvgError, UsageError
 
 if TYPE_CHECKING:
+    from cloud_server.coordinator import Coordinator
+    from cloud_server.desk import Desk
     from cloud_server.door.authority import Authority
+    from cloud_server.ledger import Ledger
+    from cloud_server.metrics import ServerMetrics
+    from cloud_server.showing.standing import Standing
+    from cloud_server.store import Store
+    from cloud_server.training.runner import Trainer
+    from common.run_state import RunState
 
-FIRST_TOKEN_SECONDS = 24 * 3600.0  # lifetime of the token that a server prints by itself
+# How long the token is valid that a server prints by itself.
+FIRST_TOKEN_SECONDS = 24 * 3600.0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Run `cloud-server` with these arguments, and return its exit code."""
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["check"]:
         return check(argv[1:])
@@ -39,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def check(argv: Sequence[str]) -> int:
-    """0 when all is well in a state directory, 1 when anything is wrong, 2 when it cannot be checked."""
+    """Return 0 when all is well in a state directory, 1 when not, 2 when it cannot be checked."""
     from cloud_server.commands.check import main as check_state
 
     try:
@@ -49,7 +59,7 @@ def check(argv: Sequence[str]) -> int:
 
 
 def administer(argv: Sequence[str]) -> int:
-    """0, 1 when the disk takes no data, or 2 for what does not exist."""
+    """Return 0, or 1 when the disk takes no data, or 2 for what does not exist."""
     from cloud_server.commands.admin import main as do_command
 
     try:
@@ -66,15 +76,15 @@ async def serve(config: ServerConfig) -> int:
         RunError: the last round published no model.
     """
     # Imported here, so that --help and configuration errors are immediate.
-    from cloud_server.coordinator import Coordinator
     from cloud_server.door.authority import Authority
     from cloud_server.door.connections import raise_file_limit
     from cloud_server.metrics import ServerMetrics
-    from cloud_server.servicer import GrpcServer
+    from cloud_server.server import GrpcServer
     from cloud_server.showing.display import RunDisplay
     from cloud_server.store import Store
     from cloud_server.training.supervisor import TrainerProcess
     from common import telemetry
+    from common.background import beside
 
     telemetry.configure_logging(level=config.log_level)
     store = Store(config.state_dir)
@@ -83,21 +93,20 @@ async def serve(config: ServerConfig) -> int:
     metrics = ServerMetrics()
     trainer = TrainerProcess(config.state_dir, device=config.device)
     display = RunDisplay(telemetry.progress_display())
-    coordinator = Coordinator(config, store, trainer, metrics, on_change=display.show)
     server = GrpcServer(
         metrics,
         authority,
         max_connections=min(config.connections, raise_file_limit()),
         calls_per_second=config.max_calls_per_second,
     )
-    is_ready = asyncio.Event()
+    service: Service | None = None
 
     async def status() -> Mapping[str, Any]:
-        return await coordinator.status() if is_ready.is_set() else {"phase": "starting"}
+        return await service.standing.status() if service else {"phase": "starting"}
 
     app = telemetry.make_app(
         metrics.registry,
-        ready=is_ready.is_set,
+        ready=lambda: service is not None,
         status=status,
         page=resources.files("cloud_server").joinpath("web/index.html").read_bytes(),
         token=http_token,
@@ -107,9 +116,9 @@ async def serve(config: ServerConfig) -> int:
         port = server.bind(config.host, config.port)
         http = await telemetry.serve_http(app, host=config.http_host, port=config.http_port)
         await trainer.start()
-        await coordinator.start()
-        await server.start(coordinator)
-        is_ready.set()
+        opened = await open_service(config, store, trainer, metrics, on_change=display.show)
+        await server.start(opened.desk)
+        service = opened
         tell_who_may_come(config, authority)
         if http_token:
             print(f"the status page asks for the token in {config.http_token_path}")  # noqa: T201
@@ -118,9 +127,10 @@ async def serve(config: ServerConfig) -> int:
             f" status page on http://{config.http_host}:{http.port}/",
             flush=True,
         )
-        await coordinator.run()
+        async with beside(server.guard()):
+            await opened.coordinator.run()
     finally:
-        is_ready.clear()
+        service = None
         display.close()
         await server.stop(grace_seconds=1)
         if http:
@@ -132,8 +142,134 @@ async def serve(config: ServerConfig) -> int:
     return 0
 
 
+class Service(NamedTuple):
+    """The parts of an opened run that others hold on to."""
+
+    coordinator: "Coordinator"
+    desk: "Desk"
+    ledger: "Ledger"
+    standing: "Standing"
+
+
+async def open_service(
+    config: ServerConfig,
+    store: "Store",
+    trainer: "Trainer",
+    metrics: "ServerMetrics",
+    *,
+    clock: Callable[[], float] = time.time,
+    on_change: Callable[["RunState"], None] = lambda _: None,
+) -> Service:
+    """Find the run in the state directory, or begin it, and build all that serves it.
+
+    Args:
+        clock: seconds since the epoch.
+        on_change: called after every change, for a progress display.
+
+    Raises:
+        UsageError: the directory holds another run, or the run's model cannot be built.
+        RunError: the trainer could not make the initial weights.
+    """
+    import asyncio
+
+    from cloud_server import records
+    from cloud_server.coordinator import Coordinator
+    from cloud_server.desk import Desk
+    from cloud_server.disk.failures import when_disk_allows
+    from cloud_server.intake.uploads import Uploads
+    from cloud_server.ledger import Ledger
+    from cloud_server.round import Policy
+    from cloud_server.run import open_run
+    from cloud_server.showing.presence import Presence
+    from cloud_server.showing.reports import Reports
+    from cloud_server.showing.standing import Standing
+    from cloud_server.training.runner import JobRunner
+    from cloud_server.upkeep import provenance
+    from cloud_server.upkeep.caretaker import Caretaker
+    from cloud_server.upkeep.eraser import Eraser
+    from common.wire import contributed_wires
+
+    jobs = JobRunner(store.state_dir.jobs, trainer, config.max_attempts)
+    run = await open_run(config, store, jobs, clock)
+    eraser = Eraser(store, jobs, clock)
+    await eraser.finish()
+
+    policy = Policy(
+        min_agents=config.min_agents,
+        max_agents=config.agents_to_close,
+        deadline_seconds=config.deadline_seconds,
+        on_too_few=config.on_too_few,
+    )
+    current = records.recorded_round(store, run.config, policy)
+    slots = {agent.agent_id: agent.slot for agent in store.agents()}
+    reports = Reports(run.config, store)
+    presence = Presence(expected=current.contributions)
+    standing = Standing(
+        run.run_id,
+        current,
+        slots,
+        presence,
+        store=store,
+        reports=reports,
+        metrics=metrics,
+        on_change=on_change,
+        clock=clock,
+    )
+    ledger = Ledger(
+        run,
+        current,
+        slots,
+        store=store,
+        standing=standing,
+        metrics=metrics,
+        max_joined=config.joined,
+        clock=clock,
+    )
+    uploads = Uploads(
+        store,
+        weights_schema=run.weights_schema,
+        wires=contributed_wires(run.config),
+        spec=run.config.spec,
+        max_data_bytes=config.max_upload_bytes,
+        num_agents=policy.max_agents,
+        agent_bytes=config.max_agent_bytes,
+        round_bytes=config.max_round_bytes,
+        on_received=metrics.count_received,
+    )
+    desk = Desk(
+        run, ledger, uploads, store=store, reports=reports, standing=standing, metrics=metrics, clock=clock
+    )
+    caretaker = Caretaker(
+        config,
+        store,
+        ledger,
+        uploads=uploads,
+        eraser=eraser,
+        reports=reports,
+        standing=standing,
+        presence=presence,
+        clock=clock,
+    )
+    coordinator = Coordinator(
+        config,
+        ledger,
+        jobs,
+        caretaker,
+        store=store,
+        uploads=uploads,
+        reports=reports,
+        standing=standing,
+        presence=presence,
+        metrics=metrics,
+        clock=clock,
+    )
+    await when_disk_allows(lambda: asyncio.to_thread(provenance.write, store))
+    await caretaker.clean_up()
+    return Service(coordinator, desk, ledger, standing)
+
+
 def tell_who_may_come(config: ServerConfig, authority: "Authority | None") -> None:
-    """How the server can be known; and a join token, as long as no agent has enrolled."""
+    """Print the CA's fingerprint, and a join token as long as no agent has enrolled."""
     if authority is None:
         if not is_loopback(config.host):
             cli.warn(

@@ -5,6 +5,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
+from cloud_server.state_dir import StateDir
 from common.config import ProcessConfig, RunConfig
 
 ENV_PREFIX = "ECAVG_SERVER_"
@@ -16,60 +17,96 @@ Port = Annotated[int, Field(ge=0, le=65535)]
 class ServerConfig(ProcessConfig):
     """Keys at the top of a server's configuration file; each is a flag as well."""
 
-    host: str = Field("0.0.0.0", description="address that agents reach")  # noqa: S104  agents are elsewhere
-    port: Port = Field(50051, description="gRPC port; 0 picks a free one and says which")
-    http_host: str = Field("127.0.0.1", description="address of the status page and /metrics")
-    http_token_file: Path | None = Field(
-        None,
-        description="bearer token that the status page asks for; made if need be, and beyond loopback always"
-        " asked for (default there: http-token in state-dir)",
-    )
-    http_port: Port = Field(8080, description="port of the status page and /metrics; 0 picks one")
-    state_dir: Path = Field(Path("ecavg-server"), description="where everything is kept")
-    rounds: int = Field(1, ge=0, description="rounds to run; 0 runs for ever")
-    min_agents: int = Field(2, ge=1, le=100_000, description="contributions that a round needs")
-    max_agents: int | None = Field(
-        None, ge=1, le=100_000, description="contributions that close a round at once (default: min-agents)"
-    )
-    deadline_seconds: float = Field(
-        600, gt=0, description="after this long a round closes with min-agents, and the last reports are in"
-    )
-    on_too_few: Literal["wait", "fail"] = Field(
-        "wait",
-        title="wait|fail",
-        description="fewer than min-agents at the deadline: wait for more, or fail the round",
-    )
-    device: str = Field("auto", description="where to train: auto, cpu, cuda, cuda:1")
-    max_attempts: int = Field(3, ge=1, le=100, description="tries at a round's training before it fails")
-    max_upload_bytes: int = Field(8 * 2**30, ge=1, description="largest data shard taken from an agent")
-    max_agent_bytes: int | None = Field(
-        None,
-        ge=1,
-        description="what one agent may have here that no round uses, and half of what it may send in a round"
-        " (default: 4 x max-upload-bytes and weights)",
-    )
-    max_round_bytes: int | None = Field(
-        None,
-        ge=1,
-        description="what all agents together may send in a round (default: 2 x max-agent-bytes for each of"
-        " max-agents, 8 at least)",
-    )
-    max_joined: int | None = Field(
-        None, ge=1, description="agents that a run takes (default: 10 x max-agents, 10000 at least)"
-    )
-    max_connections: int | None = Field(
-        None, ge=1, description="connections from agents (default: 2 x max-agents and 128, 256 at least)"
-    )
-    max_calls_per_second: float = Field(200, gt=0, description="calls of one agent, in the long run")
-    keep_rounds: int = Field(10, ge=1, description="rounds over whose models and uploads are kept")
-    keep_partial_seconds: float = Field(
-        7 * 24 * 3600, gt=0, description="how long uploads are kept that were not finished or not contributed"
-    )
-    tls_dir: Path | None = Field(
-        None, description="CA, certificates, tokens and enrolled agents (default: tls in state-dir)"
-    )
-    insecure: bool = Field(False, description="plaintext: anybody may join under any name")
-    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least severe shown")
+    host: str = "0.0.0.0"  # noqa: S104  agents are elsewhere
+    """Address on which agents are answered."""
+
+    port: Port = 50051
+    """gRPC port; 0 picks a free one and says which."""
+
+    http_host: str = "127.0.0.1"
+    """Address of the status page and `/metrics`."""
+
+    http_token_file: Path | None = None
+    """Bearer token of the page and `/metrics` (default: `STATE/http-token` beyond loopback, none on it)
+
+    The file is made if need be. Beyond loopback a token is always asked for.
+    """
+
+    http_port: Port = 8080
+    """Port of the status page and `/metrics`; 0 picks one."""
+
+    state_dir: Path = Path("ecavg-server")
+    """Folder (STATE) where everything is kept; one server at a time uses it."""
+
+    rounds: int = Field(1, ge=0)
+    """Rounds to run, counted from the beginning of the run; 0 runs for ever."""
+
+    min_agents: int = Field(2, ge=1, le=100_000)
+    """Contributions that a round needs."""
+
+    max_agents: int | None = Field(None, ge=1, le=100_000)
+    """Contributions that close a round at once (default: `min_agents`)"""
+
+    deadline_seconds: float = Field(600, gt=0)
+    """After this long a round closes with `min_agents`; also how long the last reports are waited for."""
+
+    on_too_few: Literal["wait", "fail"] = Field("wait", title="wait|fail")
+    """Fewer than `min_agents` at the deadline: wait for more, or fail the round."""
+
+    device: str = "auto"
+    """Where to train: `auto`, `cpu`, `cuda`, `cuda:1`; `auto` and `cuda` take every GPU."""
+
+    max_attempts: int = Field(3, ge=1, le=100)
+    """Tries at a round's training before the round fails.
+
+    After running out of memory the next try has half the batch size.
+    """
+
+    max_upload_bytes: int = Field(8 * 2**30, ge=1)
+    """Largest data shard (one file) taken from an agent."""
+
+    max_agent_bytes: int | None = Field(None, ge=1)
+    """What one agent may have on the server that no kept round uses
+    (default: 4 x (`max_upload_bytes` and the weights))
+
+    An agent may send twice that in a round, what it sends again included.
+    """
+
+    max_round_bytes: int | None = Field(None, ge=1)
+    """What all agents together may send in a round
+    (default: 2 x `max_agent_bytes` x `max_agents`, of which at least 8 count)
+    """
+
+    max_joined: int | None = Field(None, ge=1)
+    """Agents that a run takes (default: 10 x `max_agents`, 10000 at least)"""
+
+    max_connections: int | None = Field(None, ge=1)
+    """Connections from agents at once (default: 2 x `max_agents` + 128, 256 at least)
+
+    When half of them are taken, those without a call are ended, the oldest first.
+    """
+
+    max_calls_per_second: float = Field(200, gt=0)
+    """Calls of one agent, or of all bearers of one join token, in the long run.
+
+    Ten times that may come at once. 16 calls may be open at a time.
+    """
+
+    keep_rounds: int = Field(10, ge=1)
+    """Rounds that are over whose models and uploads are kept; their reports are kept for ever."""
+
+    keep_partial_seconds: float = Field(7 * 24 * 3600, gt=0)
+    """How long uploads are kept that were not finished, or not contributed."""
+
+    tls_dir: Path | None = None
+    """CA, certificates, tokens and enrolled agents (default: `STATE/tls`)"""
+
+    insecure: bool = False
+    """Plaintext: anybody may join under any name."""
+
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    """The least severe messages that are logged: `debug`, `info`, `warning` or `error`."""
+
     run: RunConfig = RunConfig()
 
     @model_validator(mode="after")
@@ -80,12 +117,12 @@ class ServerConfig(ProcessConfig):
 
     @property
     def tls_folder(self) -> Path:
-        return self.tls_dir or self.state_dir / "tls"
+        return self.tls_dir or StateDir(self.state_dir).tls
 
     @property
     def http_token_path(self) -> Path:
         """Where the status page's token is, if it asks for one."""
-        return self.http_token_file or self.state_dir / "http-token"
+        return self.http_token_file or StateDir(self.state_dir).http_token
 
     @property
     def connections(self) -> int:

@@ -12,6 +12,7 @@ A job is pending while it has a job.json and no result.json. It may be killed at
 takes it up again starts from the beginning and gets the same bytes.
 """
 
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,13 +22,16 @@ from typing import Literal, TypeVar
 
 from pydantic import Field, ValidationError
 
+from cloud_server.contribution import Contribution
+from cloud_server.state_dir import StateDir
 from common.config import FrozenModel, RunConfig
 from common.errors import Reason, RunError
 from common.files import replacing, sync
-from common.transfer import checked_digest
 
 # What the audit holds against an agent: that others contradict its labels, or that its model fails.
 Flag = Literal["labels", "model"]
+
+_ROUND_JOB = re.compile(r"round-(\d+)")
 
 _Model = TypeVar("_Model", bound=FrozenModel)
 
@@ -45,16 +49,6 @@ class EncodedWeights(Weights):
     base: str | None  # digest of the weights that differences were taken from; None: there are none
 
 
-class JobContribution(FrozenModel):
-    """What one agent brought to the round."""
-
-    agent_id: str
-    weights: str  # digest; encoded as the run's `wire` says
-    shards: tuple[str, ...]  # digests, in the agent's order; none: it shared no data
-    num_examples: int = Field(ge=0)  # it trained on
-    initial_weights: str | None = None  # digest of what its pre-training started from; None: its own
-
-
 class Job(FrozenModel):
     """What the trainer is asked to do: make the run's initial weights, or a round's global model."""
 
@@ -65,7 +59,7 @@ class Job(FrozenModel):
     run: RunConfig
     device: str  # "auto": the trainer's own
     initial_weights: str | None  # digest; what the agents' pre-training started from
-    contributions: tuple[JobContribution, ...] = ()
+    contributions: tuple[Contribution, ...] = ()
 
 
 class Progress(FrozenModel):
@@ -146,7 +140,7 @@ class JobDirectory:
     @property
     def precision_path(self) -> Path:
         """Beside all jobs: in which precision this machine trains fastest."""
-        return self.path.parents[1] / "precision.json"
+        return StateDir(self.path.parents[1]).precision
 
     @property
     def encoded_path(self) -> Path:
@@ -276,6 +270,18 @@ def job_name(number: int) -> str:
     return f"round-{number:04d}"
 
 
+def round_job(state_dir: StateDir, number: int) -> JobDirectory:
+    """Return the directory of a round's job."""
+    return JobDirectory(state_dir.job(job_name(number)))
+
+
+def round_jobs(state_dir: StateDir) -> Iterator[tuple[int, JobDirectory]]:
+    """Yield the rounds whose jobs are on the disk, in no order, each with its job."""
+    for path in list(state_dir.jobs.glob("round-*")):
+        if match := _ROUND_JOB.fullmatch(path.name):
+            yield int(match[1]), JobDirectory(path)
+
+
 def pending_jobs(jobs_dir: Path) -> list[JobDirectory]:
     """The jobs that wait to be done, or to be done again, by name; none when there is no such folder."""
     try:
@@ -283,11 +289,6 @@ def pending_jobs(jobs_dir: Path) -> list[JobDirectory]:
     except FileNotFoundError:
         return []
     return [directory for directory in map(JobDirectory, paths) if directory.is_pending]
-
-
-def blob_path(blobs_dir: Path, digest: str) -> Path:
-    """Where the blob with this digest is kept; ValueError unless it is 64 lower-case hex digits."""
-    return blobs_dir / checked_digest(digest)[:2] / digest
 
 
 def _write(path: Path, model: FrozenModel) -> None:

@@ -1,8 +1,7 @@
-"""What the server counts and measures, under the names of the contract (Prometheus).
+"""The metrics of a server, under the names of the contract (Prometheus).
 
-Labels only ever take the values of the constants and enums named here, and of the RPCs and status
-codes that the server has; or the ids of one round's agents, `max_agents` at most: the number of series is
-bounded.
+Labels only take the values of the constants and enums named here, of the RPCs and status codes that the
+server has, and of the ids of one round's agents, `max_agents` at most. So the number of series is bounded.
 """
 
 import time
@@ -12,15 +11,16 @@ from contextlib import suppress
 from prometheus_client import Counter, Gauge, Histogram
 
 from cloud_server.jobs import AgentAudit
-from cloud_server.round import OVER, Outcome, Phase
+from cloud_server.round import OVER
 from common.errors import Reason
+from common.run_state import Outcome, Phase
 from common.telemetry import make_registry
 
 RECEIVED_KINDS = ("weights", "data")
 SENT_KINDS = ("model",)
-# From milliseconds (digits) to hours (collecting, a long fine-tune).
+# Phases take from milliseconds (digits) to hours (collecting, a long fine-tune).
 PHASE_SECONDS = (0.1, 0.3, 1, 3, 10, 30, 60, 180, 600, 1800, 3600, 10800, 36000)
-# From milliseconds (a small call) to hours (a Watch stays open for as long as the run).
+# Calls take from milliseconds to hours: a Watch stays open for as long as the run.
 RPC_SECONDS = (0.001, 0.005, 0.02, 0.1, 0.5, 2, 10, 60, 300, 1800, 10800)
 
 
@@ -30,7 +30,8 @@ class ServerMetrics:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self.registry = registry = make_registry()
         self._clock = clock
-        self._current: tuple[int, Phase, float] | None = None  # round, its phase, since when
+        # The round, its phase, and since when it has been in that phase.
+        self._current: tuple[int, Phase, float] | None = None
         self._rounds = Counter(
             "ecavg_server_rounds_total", "Rounds that ended, by how.", ["outcome"], registry=registry
         )
@@ -105,7 +106,7 @@ class ServerMetrics:
         self._start_at_zero()
 
     def _start_at_zero(self) -> None:
-        """A counter that first appears at 1 hides its first increase from `rate()`."""
+        """Show counters at 0: one that first appears at 1 hides its first increase from `rate()`."""
         for phase in OVER:
             self.count_round(phase, 0)
         for outcome in Outcome:
@@ -121,7 +122,7 @@ class ServerMetrics:
         self.set_agents(watching=0, contributed=0, away=0)
 
     def set_phase(self, number: int, phase: str) -> None:
-        """Where the run is; told again while nothing has changed, it does nothing."""
+        """Show which round is in which phase; doing it again while nothing has changed has no effect."""
         if self._current and self._current[:2] == (number, phase):
             return
         now = self._clock()
@@ -134,18 +135,19 @@ class ServerMetrics:
             self._phase.labels(each).set(each == phase)
 
     def set_agents(self, *, watching: int, contributed: int, away: int) -> None:
+        """Show how many agents are connected, have contributed, or are away."""
         self._agents.labels("watching").set(watching)
         self._agents.labels("contributed").set(contributed)
         self._agents.labels("away").set(away)
 
     def set_accuracies(self, ratios: Mapping[str, float]) -> None:
-        """What a published round has of `reports.stages`, 0 to 1; nothing stays of the round before."""
+        """Show a published round's accuracies by stage, 0 to 1; those of the round before go."""
         self._accuracy.clear()
         for stage, ratio in ratios.items():
             self._accuracy.labels(stage).set(ratio)
 
     def set_audit(self, audit: Sequence[AgentAudit]) -> None:
-        """What a published round has found out about its agents; nothing stays of the round before."""
+        """Show a published round's findings about its agents; those of the round before go."""
         self._flagged.clear()
         self._norm_ratio.clear()
         for agent in audit:
@@ -154,37 +156,40 @@ class ServerMetrics:
                 self._norm_ratio.labels(agent.agent_id).set(agent.norm_ratio)
 
     def forget(self, agent_id: str) -> None:
-        """No series has this agent's id any more."""
+        """Remove every series that has this agent's id."""
         for gauge in (self._flagged, self._norm_ratio):
-            with suppress(KeyError):  # as of an agent that the last round has not heard of
+            with suppress(KeyError):
+                # There is no series of an agent that the last round has not heard of.
                 gauge.remove(agent_id)
 
     def count_round(self, outcome: str, num_rounds: int = 1) -> None:
-        """`outcome` is the phase that it ended in: "published" or "failed"."""
+        """Count a round that has ended in this phase, "published" or "failed"."""
         self._rounds.labels(outcome).inc(num_rounds)
 
     def count_contribution(self, outcome: str, num_contributions: int = 1) -> None:
+        """Count a contribution by its outcome."""
         self._contributions.labels(outcome).inc(num_contributions)
 
     def count_report(self, applied: bool, num_reports: int = 1) -> None:
-        """The first report of an agent on a round."""
+        """Count an agent's first report on a round, by whether it uses the model."""
         self._reports.labels(str(applied).lower()).inc(num_reports)
 
     def count_received(self, kind: str, num_bytes: int) -> None:
-        """`kind` is one of RECEIVED_KINDS."""
+        """Count received bytes; `kind` is one of RECEIVED_KINDS."""
         self._received.labels(kind).inc(num_bytes)
 
     def count_sent(self, kind: str, num_bytes: int) -> None:
-        """`kind` is one of SENT_KINDS."""
+        """Count sent bytes; `kind` is one of SENT_KINDS."""
         self._sent.labels(kind).inc(num_bytes)
 
     def count_connections_ended(self, num_connections: int) -> None:
+        """Count connections that were ended to make room."""
         self._connections_ended.inc(num_connections)
 
     def observe_rpc(
         self, service: str, method: str, code: str, seconds: float, refusal: Reason | None = None
     ) -> None:
-        """One RPC has ended; `method` is one that this server has, `code` its status's name, as "OK"."""
+        """Count an RPC that has ended; `code` is the name of its status, as "OK"."""
         if refusal:
             self._refusals.labels(refusal.value).inc()
         self._handled.labels(service, method, code).inc()

@@ -1,4 +1,7 @@
-"""Round and run as records and as jobs: round.py, store.py and jobs.py do not know each other."""
+"""Round and run, translated into records and into jobs.
+
+round.py, store.py and jobs.py do not know each other; here they meet.
+"""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -6,128 +9,71 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from cloud_server.disk.tables import ContributionRow, RoundRow
-from cloud_server.jobs import AgentAudit, Job, JobContribution, Result, job_name
-from cloud_server.round import Contribution, Outcome, Phase, Policy, Rejection, Round
+from cloud_server.contribution import Decision, Rejection
+from cloud_server.disk.tables import RoundRow
+from cloud_server.jobs import AgentAudit, Job, Result, job_name
+from cloud_server.round import Policy, Round
+from cloud_server.store import Store
 from common.config import RunConfig
 from common.errors import Reason
+from common.run_state import Outcome, Phase
+
+
+def recorded_round(store: Store, run: RunConfig, policy: Policy) -> Round:
+    """Return the last round on record."""
+    row = store.last_round()
+    assert row is not None
+    is_independent = run.initial_weights == "independent" and not store.has_published()
+    return round_from(row, store.contributions(row.number), policy, may_be_independent=is_independent)
 
 
 def round_from(
     row: RoundRow,
-    contributions: Sequence[ContributionRow],
+    decisions: Sequence[Decision],
     policy: Policy,
     *,
     may_be_independent: bool = False,
 ) -> Round:
-    """The round as the store remembers it."""
-    by_outcome: dict[str, list[ContributionRow]] = {outcome.value: [] for outcome in Outcome}
-    for contribution in contributions:
-        by_outcome[contribution.outcome].append(contribution)
+    """Return the round as the store remembers it."""
+    accepted = [decision for decision in decisions if decision.outcome is Outcome.ACCEPTED]
     return Round(
         number=row.number,
         policy=policy,
         opened_at=row.opened_at,
-        initial_weights=row.initial_weights,
+        initial_digest=row.initial_digest,
         may_be_independent=may_be_independent,
         phase=Phase(row.phase),
-        contributions={
-            item.agent_id: Contribution(
-                agent_id=item.agent_id,
-                weights=item.weights,
-                shards=item.shards,
-                num_examples=item.num_examples,
-                initial_weights=item.initial_weights,
-                accuracy_local=item.accuracy_local,
-                num_shared=item.num_shared,
-            )
-            for item in by_outcome[Outcome.ACCEPTED.value]
-        },
+        contributions={each.agent_id: each.contribution for each in accepted if each.contribution},
         rejections={
-            item.agent_id: Rejection(Reason(item.reason), item.message)
-            for item in by_outcome[Outcome.REJECTED.value]
+            each.agent_id: each.why for each in decisions if each.outcome is Outcome.REJECTED and each.why
         },
-        late=frozenset(item.agent_id for item in by_outcome[Outcome.LATE.value]),
-        left_out={
-            item.agent_id: Rejection(Reason(item.reason), item.message)
-            for item in by_outcome[Outcome.ACCEPTED.value]
-            if item.reason
-        },
-        published=row.published,
+        late=frozenset(each.agent_id for each in decisions if each.outcome is Outcome.LATE),
+        left_out={each.agent_id: each.why for each in accepted if each.why},
+        published_digest=row.published_digest,
         failure=row.failure,
     )
 
 
-def accepted_row(contribution: Contribution, now: float) -> ContributionRow:
-    """An accepted contribution; `now` in seconds since the epoch."""
-    return ContributionRow(
-        agent_id=contribution.agent_id,
-        outcome=Outcome.ACCEPTED.value,
-        weights=contribution.weights,
-        shards=contribution.shards,
-        num_examples=contribution.num_examples,
-        initial_weights=contribution.initial_weights,
-        accuracy_local=contribution.accuracy_local,
-        num_shared=contribution.num_shared,
-        reason="",
-        message="",
-        at=now,
-    )
-
-
-def late_row(agent_id: str, now: float) -> ContributionRow:
-    """One that came too late, of which nothing is kept: nobody has looked whether what it names is here."""
-    return _row_of_none(agent_id, Outcome.LATE, Rejection(Reason.ROUND_CLOSED, ""), now)
-
-
-def rejection_row(agent_id: str, rejection: Rejection, now: float) -> ContributionRow:
-    """A refused one, of which nothing has been kept."""
-    return _row_of_none(agent_id, Outcome.REJECTED, rejection, now)
-
-
-def _row_of_none(agent_id: str, outcome: Outcome, why: Rejection, now: float) -> ContributionRow:
-    return ContributionRow(
-        agent_id=agent_id,
-        outcome=outcome.value,
-        weights="",
-        shards=(),
-        num_examples=0,
-        accuracy_local=None,
-        reason=why.reason.value,
-        message=why.message,
-        at=now,
-    )
-
-
 def initialise_job(run: RunConfig, device: str) -> Job:
-    """Before the first round: the run's initial weights."""
+    """Return the job that makes the run's initial weights, before the first round."""
     return Job(kind="initialise", name="initialise", round=0, run=run, device=device, initial_weights=None)
 
 
 def round_job(round_: Round, run: RunConfig, device: str) -> Job:
-    """What the trainer has to do for a round that has closed."""
+    """Return the job that makes the global model of a round that has closed."""
     return Job(
         kind="round",
         name=job_name(round_.number),
         round=round_.number,
         run=run,
         device=device,
-        initial_weights=round_.initial_weights,
-        contributions=tuple(
-            JobContribution(
-                agent_id=agent_id,
-                weights=contribution.weights,
-                shards=contribution.shards,
-                num_examples=contribution.num_examples,
-                initial_weights=contribution.initial_weights,
-            )
-            for agent_id, contribution in sorted(round_.contributions.items())
-        ),
+        initial_weights=round_.initial_digest,
+        contributions=tuple(contribution for _, contribution in sorted(round_.contributions.items())),
     )
 
 
 def left_out(result: Result, run: RunConfig) -> dict[str, Rejection]:
-    """The contributions that the trainer has left out, by agent id, and what to tell their agents."""
+    """Return why contributions were left out of the model, by agent id, in words for their agents."""
     return {
         agent.agent_id: Rejection(agent.left_out, _message(agent, run))
         for agent in result.audit
@@ -148,7 +94,10 @@ def _message(agent: AgentAudit, run: RunConfig) -> str:
 
 
 def first_difference(recorded_json: str, run: RunConfig) -> str:
-    """`"run.model: mlp there, resnet50 here"`, or nothing; a key that is new since has its default."""
+    """Return how a recorded configuration differs: `"run.model: mlp there, resnet50 here"`, or nothing.
+
+    A key that is new since it was recorded counts with its default.
+    """
     try:
         recorded = RunConfig.model_validate_json(recorded_json)
     except ValidationError:

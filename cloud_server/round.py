@@ -5,28 +5,17 @@
                         └───────────────┴───────────────┘  the trainer's job is run again
     any phase that is not over ──▶ FAILED
 
-Nothing here reads a clock, a disk or a network: whoever owns the round passes the time in, stores the
-round that a method returns, and only then acts on it. A round is never changed, only followed by another.
+Nothing here reads a clock, a disk or a network: the ledger passes the time in, records the round that a
+method returns, and only then acts on it. A round is never changed, only followed by another.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from enum import StrEnum
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
+from cloud_server.contribution import Contribution, Rejection
 from common.errors import ConflictError, InvalidError, Reason
-
-
-class Phase(StrEnum):
-    """How far a round is."""
-
-    COLLECTING = "collecting"  # agents pre-train, upload and contribute
-    AGGREGATING = "aggregating"  # the contributed weights are being averaged
-    FINE_TUNING = "fine_tuning"  # the average is being trained on the combined data
-    EVALUATING = "evaluating"  # the result is being measured on held-out data
-    PUBLISHED = "published"  # over: the global model is there for every agent
-    FAILED = "failed"  # over: it ended without a model, `failure` says why
-
+from common.run_state import Outcome, Phase
 
 TRANSITIONS: Mapping[Phase, frozenset[Phase]] = {
     Phase.COLLECTING: frozenset({Phase.AGGREGATING, Phase.FAILED}),
@@ -39,43 +28,18 @@ TRANSITIONS: Mapping[Phase, frozenset[Phase]] = {
 OVER = tuple(phase for phase, following in TRANSITIONS.items() if not following)
 
 
-class Outcome(StrEnum):
-    """How an agent's contribution to a round ended: exactly one of these."""
-
-    ACCEPTED = "accepted"  # part of the round
-    REJECTED = "rejected"  # refused, and why; a better one may follow while the round collects
-    LATE = "late"  # the round had closed; the next one is open to this agent
-
-
 @dataclass(frozen=True)
 class Policy:
-    """When a round closes."""
+    """The rule by which a round closes."""
 
-    min_agents: int  # enough, once the deadline has passed
-    max_agents: int  # enough at any time
-    deadline_seconds: float | None  # after the round opened; None: it waits for max_agents
-    on_too_few: Literal["wait", "fail"] = "wait"  # fewer than min_agents at the deadline
-
-
-@dataclass(frozen=True)
-class Contribution:
-    """What one agent commits in a round; the digests name blobs that are stored and checked."""
-
-    agent_id: str
-    weights: str  # digest
-    shards: tuple[str, ...]  # digests
-    num_examples: int
-    initial_weights: str | None  # digest of what pre-training started from; None: the agent's own
-    # Figures for the report, not part of what is averaged: they do not make a contribution another one.
-    accuracy_local: float | None = field(compare=False)
-    num_shared: int = field(default=0, compare=False)  # examples in the shards
-
-
-class Rejection(NamedTuple):
-    """Why a contribution was refused, or left out, and what its agent can do about it."""
-
-    reason: Reason
-    message: str
+    # So many contributions close the round once the deadline has passed.
+    min_agents: int
+    # So many contributions close the round at any time.
+    max_agents: int
+    # The deadline, counted from the opening; None: the round waits for max_agents.
+    deadline_seconds: float | None
+    # What happens when fewer than min_agents have contributed at the deadline.
+    on_too_few: Literal["wait", "fail"] = "wait"
 
 
 @dataclass(frozen=True)
@@ -86,47 +50,60 @@ class Round:
         ValueError: PUBLISHED without a global model, or a global model in another phase.
     """
 
-    number: int  # from 1 on
+    # Rounds are numbered from 1 on.
+    number: int
     policy: Policy
-    opened_at: float  # seconds since the epoch
-    initial_weights: str  # digest of what the agents start from
-    may_be_independent: bool = False  # or from weights of their own
+    # When the round opened, in seconds since the epoch.
+    opened_at: float
+    # The digest of the weights that the agents start from.
+    initial_digest: str
+    # True where agents may also start from weights of their own.
+    may_be_independent: bool = False
     phase: Phase = Phase.COLLECTING
-    contributions: Mapping[str, Contribution] = field(default_factory=dict)  # the accepted, by agent id
-    rejections: Mapping[str, Rejection] = field(default_factory=dict)  # by agent id
-    late: frozenset[str] = frozenset()  # agent ids
-    left_out: Mapping[str, Rejection] = field(default_factory=dict)  # of `contributions`, from the model
-    published: str | None = None  # digest of the global model
-    failure: str = ""  # why it failed, in one line
+    # The accepted contributions, by agent id.
+    contributions: Mapping[str, Contribution] = field(default_factory=dict)
+    # Why contributions were refused, by agent id.
+    rejections: Mapping[str, Rejection] = field(default_factory=dict)
+    # The ids of agents that came too late.
+    late: frozenset[str] = frozenset()
+    # Why accepted contributions are no part of the model, by agent id.
+    left_out: Mapping[str, Rejection] = field(default_factory=dict)
+    # The digest of the global model.
+    published_digest: str | None = None
+    # Why the round failed, in one line.
+    failure: str = ""
 
     def __post_init__(self) -> None:
-        if (self.phase is Phase.PUBLISHED) != (self.published is not None):
-            raise ValueError(f"round {self.number} is {self.phase} with the global model {self.published}")
+        if (self.phase is Phase.PUBLISHED) != (self.published_digest is not None):
+            raise ValueError(
+                f"round {self.number} is {self.phase} with the global model {self.published_digest}"
+            )
 
     @property
     def counted(self) -> frozenset[str]:
-        """The agents whose contributions are in the global model, once it is published."""
+        """Return the agents whose contributions are in the global model, once it is published."""
         return frozenset(self.contributions) - frozenset(self.left_out)
 
     @property
     def is_over(self) -> bool:
+        """Return True if the round was published or has failed."""
         return self.phase in OVER
 
     @property
     def deadline_at(self) -> float | None:
-        """Seconds since the epoch; None when the round waits for `max_agents`."""
+        """Return the deadline in seconds since the epoch; None when the round waits for `max_agents`."""
         seconds = self.policy.deadline_seconds
         return None if seconds is None else self.opened_at + seconds
 
     def contribute(self, contribution: Contribution) -> tuple["Round", Outcome]:
-        """The round with this contribution in it, or remembered as late once it has closed or is full.
+        """Return the round with this contribution in it, or with its agent late if it has closed or is full.
 
         The same contribution again changes nothing and is accepted in any phase. The caller ticks next:
-        this may have been the last one that the round waited for.
+        this may have been the last contribution that the round waited for.
 
         Raises:
             ConflictError: a different contribution of this agent has been accepted.
-            InvalidError: its pre-training did not start from this round's initial weights.
+            InvalidError: the pre-training did not start from this round's initial weights.
         """
         agent_id = contribution.agent_id
         standing = self.contributions.get(agent_id)
@@ -142,18 +119,18 @@ class Round:
         is_full = len(self.contributions) >= self.policy.max_agents
         if is_full or self.phase is not Phase.COLLECTING:
             return replace(self, rejections=others, late=self.late | {agent_id}), Outcome.LATE
-        self._check_initial_weights(contribution.initial_weights)
+        self._check_initial_weights(contribution.initial_digest)
         contributions = {**self.contributions, agent_id: contribution}
         return replace(self, rejections=others, contributions=contributions), Outcome.ACCEPTED
 
     def reject(self, agent_id: str, reason: Reason, message: str) -> "Round":
-        """The round with this agent's refusal, unless it has closed or a contribution of the agent stands."""
+        """Return the round with this refusal, unless it has closed or a contribution of the agent stands."""
         if self.phase is not Phase.COLLECTING or agent_id in self.contributions:
             return self
         return replace(self, rejections={**self.rejections, agent_id: Rejection(reason, message)})
 
     def without(self, agent_id: str) -> "Round":
-        """The round as if this agent had never been heard of."""
+        """Return the round as if this agent had never been heard of."""
         if self.outcome_of(agent_id) is None:
             return self
         return replace(
@@ -165,7 +142,7 @@ class Round:
         )
 
     def outcome_of(self, agent_id: str) -> Outcome | None:
-        """None: nothing has come from this agent yet."""
+        """Return how the agent's part in the round stands; None: nothing has come from it yet."""
         if agent_id in self.contributions:
             return Outcome.ACCEPTED
         if agent_id in self.rejections:
@@ -173,7 +150,7 @@ class Round:
         return Outcome.LATE if agent_id in self.late else None
 
     def tick(self, now: float) -> "Round":
-        """The round as the policy wants it at `now` (seconds since the epoch): closed, failed or as it is."""
+        """Return the round as the policy wants it at `now` (seconds since the epoch)."""
         if self.phase is not Phase.COLLECTING:
             return self
         num_accepted = len(self.contributions)
@@ -188,28 +165,29 @@ class Round:
         return self
 
     def advance(self, phase: Phase) -> "Round":
-        """The round in this phase; raises ValueError where TRANSITIONS has no such step."""
+        """Return the round in this phase; raise ValueError where TRANSITIONS has no such step."""
         return self._enter(phase)
 
     def publish(self, weights: str, left_out: Mapping[str, Rejection] | None = None) -> "Round":
-        """The round over, with the digest of its global model; raises ValueError like `advance`.
+        """Return the round over, with the digest of its global model; raise ValueError like `advance`.
 
         Args:
-            left_out: the accepted contributions that the model has nothing of, and why, by agent id.
+            weights: the digest of the global model.
+            left_out: why accepted contributions are no part of the model, by agent id.
         """
-        return self._enter(Phase.PUBLISHED, published=weights, left_out=left_out or {})
+        return self._enter(Phase.PUBLISHED, published_digest=weights, left_out=left_out or {})
 
     def fail(self, reason: str) -> "Round":
-        """The round over without a model; raises ValueError like `advance`."""
+        """Return the round over without a model; raise ValueError like `advance`."""
         return self._enter(Phase.FAILED, failure=reason)
 
     def _check_initial_weights(self, digest: str | None) -> None:
-        if digest == self.initial_weights or (digest is None and self.may_be_independent):
+        if digest == self.initial_digest or (digest is None and self.may_be_independent):
             return
         start = f"from {digest[:16]}…" if digest else "from weights of the agent's own"
         raise InvalidError(
             f"pre-training started {start}, and that of round {self.number} starts from"
-            f" {self.initial_weights[:16]}…: download these initial weights, and train again",
+            f" {self.initial_digest[:16]}…: download these initial weights, and train again",
             Reason.INITIAL_WEIGHTS,
         )
 

@@ -1,36 +1,31 @@
-"""protobuf ↔ domain: translates, decides nothing. Errors become statuses in common/rpc.py."""
+"""The service of the wire contract, translated: protobuf ↔ domain.
+
+Nothing is decided here; errors become statuses in common/rpc.py.
+"""
 
 import asyncio
 from collections.abc import AsyncIterator
 from typing import Any
 
-import grpc
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
-
-from cloud_server.coordinator import Coordinator, Verdict
+from cloud_server.contribution import Contribution
+from cloud_server.desk import Desk
 from cloud_server.disk.tables import ReportRow
-from cloud_server.door.admission import Admission, calling_agent, token_in_use
+from cloud_server.door.admission import calling_agent, token_in_use
 from cloud_server.door.authority import Authority
-from cloud_server.door.connections import Connections
-from cloud_server.door.limits import CallLimits
-from cloud_server.metrics import ServerMetrics
-from cloud_server.round import Contribution, Outcome, Phase
-from cloud_server.showing.standing import RunState
 from common import rpc
 from common.config import PROTOCOL_VERSION
-from common.errors import InvalidError, Reason, UnavailableError, UsageError
+from common.errors import InvalidError, Reason, UnavailableError
 from common.faults import Point, crash_point
 from common.pb import ecavg_pb2 as pb
 from common.pb import ecavg_pb2_grpc as pb_grpc
-from common.transfer import DIGEST, Blob, chunks_of
-from common.wire import Encoded
+from common.run_state import Outcome, Phase, RunState, Verdict
+from common.transfer import DIGEST, Blob, Encoded, chunks_of
 
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["ECAvg"].full_name
 
-IDLE_SECONDS = 120.0  # a stream that brings nothing for this long is given up; a slow one never is
+# A stream that brings nothing for so long is given up; a slow one never is.
+IDLE_SECONDS = 120.0
 
-MAX_CALLS_PER_CONNECTION = 4  # on average over all; the rest are turned away before anyone looks at them
 _MAX_SHARDS = 10_000
 _MAX_EXAMPLES = 2**40
 
@@ -43,18 +38,23 @@ _KINDS = {pb.BLOB_KIND_WEIGHTS: "weights", pb.BLOB_KIND_DATA: "data"}
 class ECAvgServicer(pb_grpc.ECAvgServicer):
     """The service of proto/common/pb/ecavg.proto."""
 
-    def __init__(self, coordinator: Coordinator, authority: Authority | None) -> None:
-        self._coordinator = coordinator
+    def __init__(self, desk: Desk, authority: Authority | None) -> None:
+        self._desk = desk
         self._authority = authority
 
+    def add_to(self, server: Any) -> None:
+        """Have a gRPC server answer the service's calls by this object."""
+        pb_grpc.add_ECAvgServicer_to_server(self, server)  # type: ignore[no-untyped-call]
+
     async def Join(self, request: pb.JoinRequest, _: Any) -> pb.JoinReply:
+        """Answer Join: who the agent is in this run."""
         if request.protocol_version != PROTOCOL_VERSION:
             raise InvalidError(
                 f"the agent speaks protocol {request.protocol_version}, this server {PROTOCOL_VERSION};"
                 " install the same version on both",
                 Reason.PROTOCOL_MISMATCH,
             )
-        joined = await self._coordinator.join(calling_agent())
+        joined = await self._desk.join(calling_agent())
         return pb.JoinReply(
             run_id=joined.run_id,
             run_json=joined.run.model_dump_json(),
@@ -63,25 +63,26 @@ class ECAvgServicer(pb_grpc.ECAvgServicer):
         )
 
     async def Watch(self, _: pb.WatchRequest, __: Any) -> AsyncIterator[pb.WatchEvent]:
-        async for state in self._coordinator.watch(calling_agent()):
+        """Answer Watch: the state of the run, after each change."""
+        async for state in self._desk.watch(calling_agent()):
             yield _event(state)
 
     async def QueryUpload(self, request: pb.QueryUploadRequest, _: Any) -> pb.QueryUploadReply:
-        received_bytes, complete = await self._coordinator.query_upload(
+        """Answer QueryUpload: from which byte an upload goes on."""
+        received_bytes, complete = await self._desk.query_upload(
             calling_agent(), _kind(request.kind), _digest(request.digest)
         )
         return pb.QueryUploadReply(received_bytes=received_bytes, complete=complete)
 
     async def Upload(self, request_iterator: Any, _: Any) -> pb.UploadReply:
+        """Answer Upload: take in a blob, chunk by chunk."""
         messages = aiter(request_iterator)
         first = await _next(messages)
         if first is None or first.WhichOneof("part") != "header":
             raise InvalidError("the first message of an upload must be its header")
         header = first.header
         blob = Blob(_digest(header.digest), header.size_bytes)
-        async with self._coordinator.receive(
-            calling_agent(), _kind(header.kind), blob, header.offset
-        ) as upload:
+        async with self._desk.receive(calling_agent(), _kind(header.kind), blob, header.offset) as upload:
             while (message := await _next(messages)) is not None:
                 if message.WhichOneof("part") != "chunk":
                     raise InvalidError("after its header an upload has chunks only")
@@ -89,23 +90,27 @@ class ECAvgServicer(pb_grpc.ECAvgServicer):
         return pb.UploadReply(received_bytes=blob.size_bytes)
 
     async def Contribute(self, request: pb.ContributeRequest, _: Any) -> pb.ContributeReply:
-        verdict = await self._coordinator.contribute(
+        """Answer Contribute: commit uploaded blobs to a round."""
+        verdict = await self._desk.contribute(
             calling_agent(), request.round, _contribution(calling_agent(), request)
         )
         return _reply(verdict)
 
     async def Download(self, request: pb.DownloadRequest, _: Any) -> AsyncIterator[pb.DownloadReply]:
-        path = await self._coordinator.readable_blob(calling_agent(), _digest(request.digest))
+        """Answer Download: send a blob, chunk by chunk."""
+        path = await self._desk.readable_blob(calling_agent(), _digest(request.digest))
         size_bytes = path.stat().st_size
         async for chunk in chunks_of(path, request.offset):
             yield pb.DownloadReply(chunk=chunk, size_bytes=size_bytes)
             crash_point(Point.SERVER_CHUNK_SENT)
-            self._coordinator.count_sent(len(chunk))
+            self._desk.count_sent(len(chunk))
             size_bytes = 0
-        if size_bytes:  # nothing is left to send; say so with the size
+        # Where nothing is left to send, the size alone says so.
+        if size_bytes:
             yield pb.DownloadReply(size_bytes=size_bytes)
 
     async def Report(self, request: pb.ReportRequest, _: Any) -> pb.ReportReply:
+        """Answer Report: keep what became of a model on a device."""
         row = ReportRow(
             agent_id=calling_agent(),
             accuracy_local=_ratio(request, "accuracy_local"),
@@ -115,17 +120,20 @@ class ECAvgServicer(pb_grpc.ECAvgServicer):
             num_held_out=_count(request.num_held_out),
             applied=request.applied,
             reason=rpc.plain(request.reason),
-            at=0.0,  # the coordinator's clock
+            # The desk's clock says when.
+            at=0.0,
         )
-        await self._coordinator.report(calling_agent(), request.round, row)
+        await self._desk.report(calling_agent(), request.round, row)
         return pb.ReportReply()
 
     async def Enroll(self, request: pb.EnrollRequest, _: Any) -> pb.EnrollReply:
+        """Answer Enroll: certify a new agent's key."""
         authority = self._tls()
         certificate = await asyncio.to_thread(authority.enroll, token_in_use(), request.request)
         return pb.EnrollReply(certificate=certificate, ca_certificate=authority.ca_certificate)
 
     async def Renew(self, request: pb.RenewRequest, _: Any) -> pb.RenewReply:
+        """Answer Renew: certify a known agent's key again."""
         certificate = await asyncio.to_thread(self._tls().renew, calling_agent(), request.request)
         return pb.RenewReply(certificate=certificate)
 
@@ -133,81 +141,6 @@ class ECAvgServicer(pb_grpc.ECAvgServicer):
         if self._authority is None:
             raise InvalidError("this server speaks plaintext (--insecure): there is nothing to enroll for")
         return self._authority
-
-
-class GrpcServer:
-    """The gRPC server with our service, health checking and reflection.
-
-    Args:
-        authority: None: it speaks plaintext.
-        max_connections: as many as there may be.
-        calls_per_second: of one agent, or the bearers of one token, in the long run.
-    """
-
-    def __init__(
-        self,
-        metrics: ServerMetrics,
-        authority: Authority | None,
-        *,
-        max_connections: int,
-        calls_per_second: float,
-    ) -> None:
-        self._metrics = metrics
-        self._authority = authority
-        self._max_connections = max_connections
-        self._admission = Admission(authority, CallLimits(calls_per_second))
-        self._server = grpc.aio.server(
-            interceptors=[rpc.RefusingInterceptor(metrics.observe_rpc, self._admission)],
-            options=rpc.server_options(max_connections),
-            maximum_concurrent_rpcs=MAX_CALLS_PER_CONNECTION * max_connections,
-        )
-        self._port = 0
-        self._guards: list[asyncio.Task[None]] = []
-        self._health: Any = health.aio.HealthServicer()  # type: ignore[attr-defined]
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        reflection.enable_server_reflection(
-            (SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server
-        )
-
-    def bind(self, host: str, port: int) -> int:
-        """Take the port, before anything slow is done; calls are answered from start() on.
-
-        Raises:
-            UsageError: the address cannot be listened on.
-        """
-        address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-        try:
-            if self._authority is None:
-                self._port = self._server.add_insecure_port(address)
-            else:
-                credentials = rpc.server_credentials(self._authority.material)
-                self._port = self._server.add_secure_port(address, credentials)
-            return self._port
-        except RuntimeError as error:
-            raise UsageError(
-                f"cannot listen on {address}: is it in use? choose another --host or --port,"
-                " or --port 0 for a free one"
-            ) from error
-
-    async def start(self, coordinator: Coordinator) -> None:
-        pb_grpc.add_ECAvgServicer_to_server(ECAvgServicer(coordinator, self._authority), self._server)  # type: ignore[no-untyped-call]
-        for service in (SERVICE_NAME, ""):
-            await self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
-        await self._server.start()
-        connections = Connections(
-            self._port,
-            self._max_connections,
-            lambda: self._admission.addresses_in_use,
-            self._metrics.count_connections_ended,
-        )
-        for guard in (self._admission.cut_off_revoked(), connections.keep_room()):
-            self._guards.append(asyncio.create_task(guard))
-
-    async def stop(self, grace_seconds: float) -> None:
-        for guard in self._guards:
-            guard.cancel()
-        await self._health.enter_graceful_shutdown()
-        await self._server.stop(grace_seconds)
 
 
 async def _next(messages: AsyncIterator[pb.UploadRequest]) -> pb.UploadRequest | None:
@@ -231,7 +164,7 @@ def _kind(kind: Any) -> str:
 
 
 def _ratio(message: Any, field: str) -> float | None:
-    """An accuracy, or None where an optional one is absent."""
+    """Return an accuracy, or None where an optional one is absent."""
     if message.DESCRIPTOR.fields_by_name[field].has_presence and not message.HasField(field):
         return None
     value = float(getattr(message, field))
@@ -255,10 +188,10 @@ def _contribution(agent_id: str, request: pb.ContributeRequest) -> Contribution:
         raise InvalidError("a contribution names the same shard twice")
     return Contribution(
         agent_id=agent_id,
-        weights=_digest(request.weights_digest),
-        shards=tuple(_digest(digest) for digest in request.shard_digests),
+        weights_digest=_digest(request.weights_digest),
+        shard_digests=tuple(_digest(digest) for digest in request.shard_digests),
         num_examples=_count(request.num_examples),
-        initial_weights=_digest(request.initial_weights_digest) if request.initial_weights_digest else None,
+        initial_digest=_digest(request.initial_weights_digest) if request.initial_weights_digest else None,
         accuracy_local=_ratio(request, "accuracy_local"),
     )
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from pydantic import BaseModel
+from pydantic.fields import FieldInfo
 
 from common.config import ProcessConfig, deep_merge, load
 from common.errors import ECAvgError, UsageError, one_line
@@ -68,18 +69,16 @@ def add_flags(
     """Add one flag for each key at the top of the configuration, and `--set` for the keys of its tables."""
     config_help = "TOML file with any of these keys"
     if default_preset:
-        text = f"a complete configuration to start from (default: {default_preset})"
+        text = f"A complete configuration to start from (default: {default_preset})"
         parser.add_argument("--preset", metavar="NAME", default=default_preset, help=text)
         config_help += " and of [run], laid over the preset"
     parser.add_argument("--config", metavar="FILE", type=Path, help=config_help)
     for name, field in config_class.model_fields.items():
         if isinstance(field.default, BaseModel):
-            text = f"set any key of a table, for example {name}.seed=3; repeatable"
+            text = f"Set any key of a table, for example {name}.seed=3; repeatable"
             parser.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help=text)
             continue
-        text = (field.description or "").replace("%", "%%")
-        if not (field.is_required() or field.default in (None, "", ()) or isinstance(field.default, bool)):
-            text += f" (default: {field.default})"
+        text = _help_of(field)
         options: dict[str, Any] = {"dest": name, "default": argparse.SUPPRESS, "help": text}
         flag = f"--{name.replace('_', '-')}"
         if isinstance(field.default, bool):
@@ -88,6 +87,15 @@ def add_flags(
             parser.add_argument(flag, action="append", metavar="NAME", **options)
         else:
             parser.add_argument(flag, metavar=field.title or name.split("_")[-1].upper(), **options)
+
+
+def _help_of(field: FieldInfo) -> str:
+    """Return the first paragraph of a key's description, in one line, and its default."""
+    paragraph = " ".join((field.description or "").partition("\n\n")[0].split())
+    text = paragraph.removesuffix(".").replace("`", "").replace("%", "%%")
+    if not (field.is_required() or field.default in (None, "", ()) or isinstance(field.default, bool)):
+        text += f" (default: {field.default})"
+    return text
 
 
 def run(command: str, body: Callable[[], Coroutine[Any, Any, int]]) -> int:

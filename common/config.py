@@ -75,21 +75,65 @@ class FrozenModel(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class TrainingConfig(FrozenModel):
+class DocumentedModel(FrozenModel):
+    """Base of every class of configuration keys.
+
+    The docstring below a key is its description. The first paragraph is what `--help` shows, and all of
+    it stands in docs/configuration.md. "(default: …)" at the end of the first paragraph says in words
+    what a default of None means.
+    """
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
+
+class TrainingConfig(DocumentedModel):
     """One training: the agents' pre-training, or the cloud's fine-tuning."""
 
     epochs: Annotated[int, Field(ge=0, le=100_000)] = 5
+    """Passes over the images; 0 skips the training."""
+
     batch_size: Annotated[int, Field(ge=1, le=1_000_000)] = 64
+    """Images in one step."""
+
     optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
+    """The optimizer."""
+
     learning_rate: Annotated[float, Field(gt=0, le=1e3)] = 0.05
-    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9  # sgd only
-    nesterov: bool = False  # sgd only
+    """The highest learning rate; `schedule` says how it changes."""
+
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """Momentum of `sgd`; the other optimizers do not use it."""
+
+    nesterov: bool = False
+    """Use Nesterov's momentum with `sgd`; it needs a `momentum` above 0."""
+
     weight_decay: Annotated[float, Field(ge=0, le=1)] = 0.0
-    schedule: Literal["constant", "cosine", "one-cycle"] = "cosine"  # of the learning rate, step by step
+    """Weight decay of the optimizer."""
+
+    schedule: Literal["constant", "cosine", "one-cycle"] = "cosine"
+    """How the learning rate changes, step by step.
+
+    `"constant"` keeps it, `"cosine"` lowers it to 0, and `"one-cycle"` raises it linearly over the first
+    quarter and lowers it linearly after that.
+    """
+
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of each label that is spread evenly over all classes."""
+
     augment: tuple[Literal["horizontal_flip", "random_crop"], ...] = ()
-    # "auto": bfloat16 where it is faster: on GPUs that have it, and on CPUs by measurement, once
+    """How images are changed at random while a model is trained on them.
+
+    `"random_crop"` pads by 4 pixels before it crops.
+    """
+
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """The precision in which a model is trained.
+
+    `"auto"` takes the faster one. A GPU that has bfloat16 uses it. On a CPU that has it, a long training
+    times a few steps of each, once. The decision stays in `STATE/precision.json`, so that a training that
+    is done again gives the same bytes. Two devices may decide differently, so choose `"float32"` to
+    compare digests. Accuracy is always measured in float32.
+    """
 
     @model_validator(mode="after")
     def _nesterov_needs_momentum(self) -> Self:
@@ -101,44 +145,141 @@ class TrainingConfig(FrozenModel):
 class FineTuneConfig(TrainingConfig):
     """The cloud's training on the combined data."""
 
-    holdout_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1  # of each shard, never trained on
-    distill: Annotated[float, Field(ge=0, le=1)] = 0.0  # part of the loss that is learning from the ensemble
-    class_balanced: bool = False  # draw every class equally often
+    holdout_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    """Share of each uploaded shard on which nobody trains, neither the agent nor the cloud.
+
+    The cloud measures accuracy on these images.
+    """
+
+    class_balanced: bool = False
+    """Draw every class equally often."""
 
 
-class RunConfig(FrozenModel):
+class RunConfig(DocumentedModel):
     """What the whole run does: the server's `[run]` table, sent to every agent."""
 
-    model: Name = "mlp"  # "mlp", a torchvision.models name, or the user's "package.module:factory"
-    hidden_units: Annotated[int, Field(ge=1, le=1_000_000)] = 128  # of the mlp
-    small_images: bool = False  # the stride-1 stem that 32x32 images want
-    dataset: Name = "digits"  # a name in DATASETS, or any other with num_classes and image_shape
-    num_classes: Annotated[int, Field(ge=2, le=1_000_000)] | None = None  # None: the dataset's
-    image_shape: tuple[Pixels, Pixels, Pixels] | None = None  # channels, height, width; None: the dataset's
-    class_names: tuple[Name, ...] = ()  # folder names, label 0 first; empty: folders in sorted order
-    mean: tuple[FiniteFloat, ...] | None = None  # per channel, of pixels scaled to 0..1; None: the dataset's
+    model: Name = "mlp"
+    """The model: `"mlp"`, a name of `torchvision.models`, or your own `"package.module:factory"`.
+
+    `"mlp"` has one hidden layer. Of torchvision, the classification models can be used.
+    """
+
+    hidden_units: Annotated[int, Field(ge=1, le=1_000_000)] = 128
+    """Units in the hidden layer of `mlp`."""
+
+    small_images: bool = False
+    """Leave out the first two halvings of a torchvision network, which are meant for 224x224 images."""
+
+    dataset: Name = "digits"
+    """The dataset: `"digits"`, `"mnist"`, `"fashion-mnist"`, `"cifar10"`, `"cifar100"`, or your own.
+
+    Any other name describes your own data, together with `num_classes` and `image_shape`.
+    """
+
+    num_classes: Annotated[int, Field(ge=2, le=1_000_000)] | None = None
+    """Number of classes (default: the dataset's)"""
+
+    image_shape: tuple[Pixels, Pixels, Pixels] | None = None
+    """`[channels, height, width]` that all images are brought to (default: the dataset's)"""
+
+    class_names: tuple[Name, ...] = ()
+    """Folder names of an image folder, label 0 first; if empty, the folders in sorted order."""
+
+    mean: tuple[FiniteFloat, ...] | None = None
+    """Mean of each channel, of pixels scaled to 0..1 (default: the dataset's, or 0.5)"""
+
     std: tuple[FiniteFloat, ...] | None = None
+    """Standard deviation of each channel, of pixels scaled to 0..1 (default: the dataset's, or 0.25)"""
+
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    partition_by: Name = "iid"  # "iid", "dirichlet:ALPHA" or "classes:K"
-    num_partitions: Annotated[int, Field(ge=1)] | None = None  # None: the server's max_agents
-    holdout_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1  # of the images, kept on the device
-    # "shared" (drawn by the server), "independent" (each agent draws its own), "pretrained" (torchvision's
-    # published weights under a new last layer), or a safetensors file on the server
+    """The seed from which everything follows that chance decides."""
+
+    partition_by: Name = "iid"
+    """How a shared dataset is dealt out: `"iid"`, `"dirichlet:ALPHA"` or `"classes:K"`.
+
+    `"iid"` makes the parts alike, `"dirichlet:0.5"` draws each part's share of each class at random, and
+    `"classes:2"` gives each part two classes.
+    """
+
+    num_partitions: Annotated[int, Field(ge=1)] | None = None
+    """Number of parts in which a shared dataset is dealt out (default: `max_agents`)"""
+
+    holdout_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    """About this share of an agent's images is held out on the device, where the source has no test split."""
+
     initial_weights: Name = "shared"
+    """The weights that round 1 starts from: `"shared"`, `"independent"`, `"pretrained"`, or a file.
+
+    `"shared"`: the server draws them. `"independent"`: each agent draws its own. `"pretrained"`:
+    torchvision's published weights under a new last layer. A file is one of the server's,
+    `"my.safetensors"`. Later rounds start from the global model.
+    """
+
     aggregator: Literal["mean", "trimmed_mean", "median", "geometric_median"] = "mean"
-    trim_fraction: Annotated[float, Field(ge=0, lt=0.5)] = 0.2  # at each end, rounded down
-    weights: Literal["examples", "uniform"] = "examples"  # in mean and geometric_median
-    max_norm_ratio: Annotated[float, Field(ge=0, le=1e6)] = 3.0  # of an update to the round's median; 0: any
+    """How the values of several agents become one."""
+
+    trim_fraction: Annotated[float, Field(ge=0, lt=0.5)] = 0.2
+    """Share of the agents that `trimmed_mean` leaves out at each end.
+
+    The number is rounded down, so 0.2 leaves nobody out where there are fewer than 5 agents.
+    """
+
+    weights: Literal["examples", "uniform"] = "examples"
+    """How much an agent counts in `mean` and `geometric_median`.
+
+    `"examples"`: by its number of examples. `"uniform"`: all count the same.
+    """
+
+    max_norm_ratio: Annotated[float, Field(ge=0, le=1e6)] = 3.0
+    """How large an agent's update may be, as a multiple of the round's median.
+
+    The value is 1 or more, or 0 for no limit.
+    """
+
     on_large_update: Literal["clip", "reject"] = "clip"
-    quarantine: Literal["report", "exclude"] = "report"  # whom the audit has flagged
+    """What happens to an update that is too large.
+
+    `"clip"` makes it as large as allowed. `"reject"` leaves the agent's weights and images out of the round.
+    """
+
+    quarantine: Literal["report", "exclude"] = "report"
+    """What happens to agents that the audit flags.
+
+    `"report"` names them. `"exclude"` also leaves their weights and images out of the round.
+    """
+
     candidates: tuple[CandidateName, ...] = CANDIDATES
-    recompute_statistics: bool = True  # BatchNorm's, on the combined data, after any averaging
+    """What the fine-tune may start from; where two do equally well, the first is taken."""
+
+    recompute_statistics: bool = True
+    """After any averaging, compute BatchNorm's running statistics anew on the uploaded images."""
+
     wire: Wire = "float32"
-    # "round": the server deletes uploaded images when their round is over; "run": it keeps them, so that
-    # they travel once, as long as it keeps the rounds that used them
+    """How weights travel, both ways.
+
+    `"float32"`: as they are. `"bfloat16"`: in half the bytes. `"int8"`: in a quarter.
+    """
+
     retain_data: Literal["round", "run"] = "run"
+    """How long the server keeps uploaded images.
+
+    `"round"`: they are deleted as soon as their round is over, published or failed, and sent again for
+    the next. `"run"`: they travel once and stay as long as the rounds that used them (`keep_rounds`).
+    """
+
     apply: Literal["if-not-worse", "always"] = "if-not-worse"
-    adapt_epochs: Annotated[int, Field(ge=0, le=100_000)] = 1  # of a global model that does worse; 0: never
+    """When an agent uses the global model.
+
+    `"if-not-worse"`: unless it does worse on the agent's held-out images by more than one standard error.
+    """
+
+    adapt_epochs: Annotated[int, Field(ge=0, le=100_000)] = 1
+    """Epochs of local adaptation of a global model that does worse; 0 for none.
+
+    With `apply = "if-not-worse"`, a global model that does worse is trained for so many epochs on the
+    agent's own images, by `[run.pretrain]`, and compared again.
+    """
+
     pretrain: TrainingConfig = TrainingConfig()
     fine_tune: FineTuneConfig = FineTuneConfig()
 
@@ -215,7 +356,7 @@ class RunConfig(FrozenModel):
 MAX_QUOTED_CHARACTERS = 500  # of what the user has written, in an error
 
 
-class ProcessConfig(FrozenModel):
+class ProcessConfig(DocumentedModel):
     """Base of the two processes' configurations."""
 
 

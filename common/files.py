@@ -1,13 +1,32 @@
-"""Files that are there whole or not at all."""
+"""Files that are there whole or not at all, and what a disk says that takes no more."""
 
 import errno
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-_NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)  # FAT, some network disks
+# A disk without room, and a user whose quota is used up: deleting files cures both.
+_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
+# FAT and some network disks have no links.
+_NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
+# Libraries written in Rust, such as safetensors, give the error number in the text of their own errors.
+_IN_WORDS = re.compile(r"\(os error (\d+)\)")
+
+
+def is_full(error: BaseException) -> bool:
+    """Return True if the error says that the disk, or the quota on it, has no room left."""
+    return error_number(error) in _FULL
+
+
+def error_number(error: BaseException) -> int | None:
+    """Return the number (see `errno`) of the system's error that `error` is or tells of; None: of none."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno
+    found = _IN_WORDS.search(str(error))
+    return int(found[1]) if found else None
 
 
 @contextmanager

@@ -94,7 +94,7 @@ def configure_logging(*, level: str = "info", as_json: bool | None = None) -> No
 
 
 class _StderrLogger:
-    """A logger that looks up sys.stderr for each line, because a live progress display replaces it."""
+    """A logger that looks up sys.stderr for each line, because a progress display replaces sys.stderr."""
 
     def __init__(self, *_: object) -> None: ...
 
@@ -342,15 +342,14 @@ def make_app(
     page: bytes | None,
     token: str | None = None,
 ) -> Starlette:
-    """Return an application with `/api/status`, `/metrics`, `/healthz`, `/readyz`, and the page on `/`.
+    """Return the application: `/api/status`, `/metrics`, `/healthz`, `/readyz`, and `/` if there is a page.
 
     Args:
         registry: the metrics to show.
         ready: returns True once `/readyz` should answer 200; before that `/readyz` answers 503.
         status: returns the object that `/api/status` sends as JSON; called for each request, on the event
             loop.
-        page: an HTML file with inline script and style; the browser runs no other scripts. Without a page,
-            nothing is served on `/`.
+        page: an HTML file with inline script and style; the browser runs no other scripts. None for no page.
         token: the token for all paths but `/healthz` and `/readyz`; None leaves all paths open.
     """
 

@@ -44,6 +44,44 @@ class StepReport(NamedTuple):
 OnStep = Callable[[StepReport], None]
 
 
+class Examples(NamedTuple):
+    """Images and what they show."""
+
+    images: Tensor  # uint8 [N, C, H, W]
+    labels: Tensor  # int64 [N]
+
+
+class Recipe(NamedTuple):
+    """All that decides what becomes of given weights and examples."""
+
+    config: TrainingConfig
+    spec: DatasetSpec
+    seed: int
+    # What the training computes in. `config.precision` is what was asked for: see `choose_precision`.
+    precision: Precision
+    # Each epoch of N images is made by `batches.balanced_order`, instead of showing each image once.
+    class_balanced: bool = False
+
+
+class Ranks(NamedTuple):
+    """The processes of the default process group that train one model together."""
+
+    rank: int  # of this process
+    world_size: int
+
+
+# There is no process group.
+ALONE = Ranks(0, 1)
+
+
+class CheckpointFile(NamedTuple):
+    """Where the last finished epoch of a training is kept."""
+
+    path: Path
+    # At least so much time is between two checkpoints, and before the first.
+    seconds: float = CHECKPOINT_SECONDS
+
+
 class Evaluation(NamedTuple):
     """How well a model does on a data set."""
 
@@ -87,45 +125,70 @@ def make_deterministic() -> None:
     torch.backends.cudnn.benchmark = False
 
 
-def train(
+def choose_precision(
     model: nn.Module,
-    images: Tensor,
-    labels: Tensor,
+    examples: Examples,
     config: TrainingConfig,
     *,
     spec: DatasetSpec,
     device: torch.device,
-    seed: int,
+    kept_at: Path | None = None,
+) -> Precision:
+    """Return what the training shall compute in; `config.precision` may leave it open.
+
+    Left open, the precision is bfloat16 on GPUs that have it. On CPUs steps with copies of the model are
+    timed, once; the global random state is left as it was.
+
+    Args:
+        model: what shall be trained; it is not changed.
+        kept_at: the file that keeps what was found out about this CPU, for as long as the same training may
+            be done again; None: the precision is float32 on CPUs. Ranks that train together would have to
+            agree, so they give None.
+
+    Raises:
+        UsageError: steps are timed, and there are too few images, or too small batches, for this model.
+    """
+    if config.precision != "auto":
+        return config.precision
+    if not has_bfloat16(device):
+        return "float32"
+    if device.type == "cuda":
+        return "bfloat16"
+    if kept_at is None or not len(examples.labels):
+        return "float32"
+    data = DeviceData(examples.images, spec, device, [examples.labels])
+    batch_size = min(len(data), config.batch_size)
+
+    def rehearse(precision: Precision) -> Callable[[], object]:
+        recipe = Recipe(config, spec, seed=0, precision=precision)
+        return _Training(copy.deepcopy(model), data, recipe, None, ALONE).rehearsal()
+
+    subject = describe(model, data.image_shape, batch_size)
+    num_steps = config.epochs * math.ceil(len(data) / batch_size)
+    with torch.random.fork_rng(devices=[]):
+        return decide(kept_at, subject, num_steps, rehearse)
+
+
+def train(
+    model: nn.Module,
+    examples: Examples,
+    recipe: Recipe,
+    *,
+    device: torch.device,
     on_step: OnStep | None = None,
-    rank: int = 0,
-    world_size: int = 1,
-    checkpoint: Path | None = None,
-    checkpoint_seconds: float = CHECKPOINT_SECONDS,
-    precision_file: Path | None = None,
-    soft_labels: Tensor | None = None,
-    distill: float = 0.0,
-    class_balanced: bool = False,
+    ranks: Ranks = ALONE,
+    checkpoint: CheckpointFile | None = None,
 ) -> float:
     """Train the model, which is left on `device`; the global random state is left as it was.
 
+    The same recipe, weights and examples give the same weights, bit by bit, on the CPU.
+
     Args:
-        images: uint8 [N, C, H, W].
-        labels: int64 [N].
-        seed: the same seed, weights and data give the same weights, bit by bit, on the CPU.
         on_step: called about ten times a second at most, and after the last step; may raise to stop.
-        rank: of this process in the default process group; each takes its part of every batch.
-        world_size: of that group; 1: there is none.
-        checkpoint: a file that keeps the last finished epoch. If it is there, and of a training with the
-            same config, spec, seed, weights and data, that one is gone on with; on the CPU it ends with
-            the same bits as if it had never stopped. The caller removes it when the result is safe.
-        checkpoint_seconds: least time between two checkpoints, and before the first.
-        precision_file: keeps what precision = "auto" has found out about this CPU, for as long as the same
-            training may be done again; None: it is float32 there.
-        soft_labels: float32 [N, K], probabilities: what teachers make of each image. On every rank.
-        distill: 0 to 1, how much of the loss is the cross-entropy to the soft labels; the rest is the one
-            to the labels. FedDF (arXiv 2006.07242) takes the divergence from the teachers instead: that
-            is less by their entropy, a constant, so the gradients are the same.
-        class_balanced: make each epoch of N images by `batches.balanced_order`, instead of showing each once.
+        ranks: the processes that train together; each takes its part of every batch.
+        checkpoint: keeps the last finished epoch. If the file is there, and of a training with the same
+            recipe, weights and examples, that training is gone on with; on the CPU it ends with the same
+            bits as if it had never stopped. The caller removes the file when the result is safe.
 
     Returns:
         The mean loss of the last epoch, over all ranks; NaN when there is no epoch.
@@ -135,30 +198,21 @@ def train(
         DivergedError: the loss is not finite any more.
         ValueError: arguments that do not go together.
     """
-    if (distill > 0) != (soft_labels is not None):
-        raise ValueError("soft labels and distill above 0 are given together, or neither")
-    if checkpoint and (world_size > 1 or distill or class_balanced):
+    if checkpoint and (ranks.world_size > 1 or recipe.class_balanced):
         raise ValueError("only a plain training in one process can be kept in a checkpoint")
-    if config.epochs == 0:
+    num_epochs = recipe.config.epochs
+    if num_epochs == 0:
         return math.nan
-    data = DeviceData(images, spec, device, [labels] if soft_labels is None else [labels, soft_labels])
-    balanced = labels.cpu() if class_balanced else None
+    data = DeviceData(examples.images, recipe.spec, device, [examples.labels])
+    balanced = examples.labels.cpu() if recipe.class_balanced else None
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-
-        def prepare(model: nn.Module, precision: Precision) -> _Training:
-            return _Training(
-                model, data, config, seed, on_step, rank, world_size, distill, balanced, precision
-            )
-
-        precision = _precision(model, data, config, world_size, precision_file, prepare)
-        training = prepare(model, precision)
+        training = _Training(model, data, recipe, on_step, ranks, balanced)
         kept = None
         if checkpoint:
-            settings = (config.model_dump(mode="json"), precision, spec, seed)
-            identity = fingerprint(settings, model, images, labels)
-            kept = Checkpoints(checkpoint, identity, model, training.optimizer, checkpoint_seconds)
+            identity = _identity(recipe, model, examples)
+            kept = Checkpoints(checkpoint.path, identity, model, training.optimizer, checkpoint.seconds)
         finished = kept.restore() if kept else Finished()
-        for epoch in range(finished.num_epochs, config.epochs):
+        for epoch in range(finished.num_epochs, num_epochs):
             loss = training.run_epoch(epoch)
             if not math.isfinite(loss):
                 raise DivergedError(
@@ -167,7 +221,8 @@ def train(
             finished = Finished(num_epochs=epoch + 1, loss=loss)
             if kept:
                 kept.epoch_finished(finished)
-    model.zero_grad()  # gives the gradients' memory back
+    # The gradients' memory is given back.
+    model.zero_grad()
     return finished.loss
 
 
@@ -297,27 +352,26 @@ class _Training:
         self,
         model: nn.Module,
         data: DeviceData,
-        config: TrainingConfig,
-        seed: int,
+        recipe: Recipe,
         on_step: OnStep | None,
-        rank: int,
-        world_size: int,
-        distill: float,
-        balanced_N: Tensor | None,  # the labels by which to balance
-        precision: Precision,
+        ranks: Ranks,
+        # The labels by which to balance; None: each image is shown once.
+        balanced_N: Tensor | None = None,
     ) -> None:
-        self._data, self._config, self._seed = data, config, seed
-        self._rank, self._world_size = rank, world_size
-        self._distill, self._balanced_N = distill, balanced_N
-        smallest = world_size * (2 if _batch_norms(model) else 1)  # one image alone may have no variance
-        self._batches = batch_bounds(len(data), config.batch_size, smallest)
-        self._num_steps = config.epochs * len(self._batches)
+        self._data, self._balanced_N = data, balanced_N
+        self._config, self._seed = recipe.config, recipe.seed
+        self._rank, self._world_size = ranks
+        # One image alone may have no variance.
+        smallest = ranks.world_size * (2 if _batch_norms(model) else 1)
+        self._batches = batch_bounds(len(data), self._config.batch_size, smallest)
+        self._num_steps = self._config.epochs * len(self._batches)
         self._reports = _Reports(on_step, self._num_steps)
-        self._autocast = torch.autocast(data.device.type, torch.bfloat16, enabled=precision == "bfloat16")
+        is_coarse = recipe.precision == "bfloat16"
+        self._autocast = torch.autocast(data.device.type, torch.bfloat16, enabled=is_coarse)
         self._memory_format = _place(model, data.device)
-        self.optimizer = _make_optimizer(model, config)
+        self.optimizer = _make_optimizer(model, self._config)
         self._model = model.train()
-        if world_size > 1:
+        if ranks.world_size > 1:
             device_ids = [data.device] if data.device.type == "cuda" else None
             self._model = DistributedDataParallel(model, device_ids)
 
@@ -352,51 +406,27 @@ class _Training:
         factor = learning_rate_factor(self._config.schedule, step, self._num_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = self._config.learning_rate * factor
-        x_BCHW, *targets = draws.take(self._data, mine, self._config.augment)
+        x_BCHW, y_B = draws.take(self._data, mine, self._config.augment)
         x_BCHW = x_BCHW.contiguous(memory_format=self._memory_format)
         with self._autocast:
-            loss_sum = self._loss_sum(self._model(x_BCHW), *targets)
+            loss_sum = self._loss_sum(self._model(x_BCHW), y_B)
         self.optimizer.zero_grad()
         # DistributedDataParallel averages over ranks: times world_size it is the mean over the batch.
         (loss_sum * (self._world_size / batch_size)).backward()  # type: ignore[no-untyped-call]
         self.optimizer.step()
         return loss_sum.detach()
 
-    def _loss_sum(self, logits_BK: Tensor, y_B: Tensor, soft_BK: Tensor | None = None) -> Tensor:
-        logits_BK = logits_BK.float()  # bfloat16 has three digits: too few for log-probabilities
+    def _loss_sum(self, logits_BK: Tensor, y_B: Tensor) -> Tensor:
+        # The three digits of bfloat16 are too few for log-probabilities.
+        logits_BK = logits_BK.float()
         smoothing = self._config.label_smoothing
-        loss = F.cross_entropy(logits_BK, y_B, reduction="sum", label_smoothing=smoothing)
-        if soft_BK is None:
-            return loss
-        soft_loss = F.cross_entropy(logits_BK, soft_BK, reduction="sum")
-        return (1 - self._distill) * loss + self._distill * soft_loss
+        return F.cross_entropy(logits_BK, y_B, reduction="sum", label_smoothing=smoothing)
 
 
-def _precision(
-    model: nn.Module,
-    data: DeviceData,
-    config: TrainingConfig,
-    world_size: int,
-    path: Path | None,
-    prepare: Callable[[nn.Module, Precision], "_Training"],
-) -> Precision:
-    """What the training computes in; on a CPU it may be measured with copies of the model, kept at `path`."""
-    if config.precision != "auto":
-        return config.precision
-    if not has_bfloat16(data.device):
-        return "float32"
-    if data.device.type == "cuda":
-        return "bfloat16"
-    if path is None or world_size > 1:  # ranks would have to agree
-        return "float32"
-    batch_size = min(len(data), config.batch_size)
-    num_steps = config.epochs * math.ceil(len(data) / batch_size)
-    return decide(
-        path,
-        describe(model, data.image_shape, batch_size),
-        num_steps,
-        lambda precision: prepare(copy.deepcopy(model), precision).rehearsal(),
-    )
+def _identity(recipe: Recipe, model: nn.Module, examples: Examples) -> str:
+    """Return the fingerprint of a training, by which its checkpoint is known."""
+    settings = (recipe.config.model_dump(mode="json"), recipe.precision, recipe.spec, recipe.seed)
+    return fingerprint(settings, model, *examples)
 
 
 def _place(model: nn.Module, device: torch.device) -> torch.memory_format:

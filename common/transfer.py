@@ -36,6 +36,14 @@ class Blob(NamedTuple):
     size_bytes: int
 
 
+class Encoded(NamedTuple):
+    """Weights in fewer bytes than they have: the encoded file, and the base that decoding takes."""
+
+    blob: Blob
+    # The digest of the base; None: decoding takes no base.
+    base: str | None
+
+
 def checked_digest(text: str) -> str:
     """Return the text unchanged, if it is a digest and therefore safe as the name of a file.
 

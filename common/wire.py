@@ -35,11 +35,11 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import Field, ValidationError, model_validator
 
-from common.config import FrozenModel, Wire
+from common.config import FrozenModel, RunConfig, Wire
 from common.errors import InvalidError, Reason, RunError, UsageError
 from common.files import replacing
 from common.schema import Header, Schema, TensorSpec, check_finite, check_weights, parse_header, read_header
-from common.transfer import DIGEST, Blob
+from common.transfer import DIGEST
 
 PIECE_ELEMENTS = 1 << 15  # of a file held at once, or one channel if that is longer: stays in the cache
 
@@ -63,13 +63,6 @@ class Base(NamedTuple):
     digest: str  # of the file; the caller has checked it
 
 
-class Encoded(NamedTuple):
-    """Weights of ours as they are offered for the way: the encoded file, and what it takes to decode it."""
-
-    blob: Blob
-    base: str | None  # digest; None: it takes no base
-
-
 class Encoding(FrozenModel):
     """How a file is encoded, as its metadata say."""
 
@@ -82,6 +75,26 @@ class Encoding(FrozenModel):
         if (self.wire == "int8") != (self.base is not None):
             raise ValueError("int8 has a base, and nothing else has one")
         return self
+
+
+def contributed_wires(run: RunConfig) -> tuple[Wire, ...]:
+    """Return the encodings in which a run's contributions may arrive, the run's own first.
+
+    Weights that an agent has drawn itself have no base in common with the server, so that no differences
+    can be taken of them.
+    """
+    without_base = (wire_of(run.wire, None),) if run.initial_weights == "independent" else ()
+    return tuple(dict.fromkeys((run.wire, *without_base)))
+
+
+def is_encoded(run: RunConfig) -> bool:
+    """Return True if a run's weights travel in another form than they are used in."""
+    return run.wire != "float32"
+
+
+def needs_base(run: RunConfig) -> bool:
+    """Return True if a run's weights travel as differences from a base."""
+    return run.wire == "int8"
 
 
 def wire_of(wire: Wire, base: object | None) -> Wire:

@@ -1,4 +1,4 @@
-"""The cloud as the agent sees it: every call is tried again until it is answered, transfers resume."""
+"""The server as the agent sees it: every call is tried again until it is answered, transfers resume."""
 
 import asyncio
 import math
@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import aclosing, asynccontextmanager, contextmanager
 from datetime import UTC, datetime
+from enum import Enum
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, NoReturn, TypeVar
 
@@ -31,30 +32,37 @@ from common.faults import Point, crash_point
 from common.files import sync
 from common.pb import ecavg_pb2 as pb
 from common.pb import ecavg_pb2_grpc as pb_grpc
+from common.run_state import LeftOut, Outcome, Phase, PublishedModel, RunState, Verdict, WorkProgress
 from common.tls import TlsMaterial
-from common.transfer import DIGEST, Blob, Receiver, WriteBehind, chunks_of
-from common.wire import Encoded
+from common.transfer import DIGEST, Blob, Encoded, Receiver, WriteBehind, chunks_of
 from edge_agent.identity import Identity, explain
 from edge_agent.metrics import AgentMetrics
 from edge_agent.state import Report
 
 Kind = Literal["weights", "data"]
-OnBytes = Callable[[int, int], None]  # bytes done, bytes in all
+# Called with the bytes done and the bytes in all.
+OnBytes = Callable[[int, int], None]
 
-CALL_SECONDS = 60.0  # for an answer to a small call
-STEADY_SECONDS = 10.0  # a Watch that lasted for so long was a good one
-RENEWAL_POLL_SECONDS = 3600.0  # wall clocks jump, and devices sleep: so often we look again
-MIN_RENEWAL_SECONDS = 60.0  # between two renewals, should a clock be wrong
-MAX_DAMAGED = 3  # the same file does not match its digest so often: it is the file, not the network
+# A small call is answered within this time, or tried again.
+CALL_SECONDS = 60.0
+# A Watch that lasted for so long was a good one: the next pause is a short one again.
+STEADY_SECONDS = 10.0
+# Wall clocks jump, and devices sleep, so the time of the renewal is looked at so often.
+RENEWAL_POLL_SECONDS = 3600.0
+# So much time passes between two renewals at least, should a clock be wrong.
+MIN_RENEWAL_SECONDS = 60.0
+# Where a file does not match its digest so often, the file is damaged, not the network.
+MAX_DAMAGED = 3
 
 _KINDS = {"weights": pb.BLOB_KIND_WEIGHTS, "data": pb.BLOB_KIND_DATA}
 _T = TypeVar("_T")
+_E = TypeVar("_E", bound=Enum)
 
 log = structlog.get_logger()
 
 
 class UnknownAgentError(ECAvgError):
-    """The server does not know this agent: it has begun another run, which is to be joined anew."""
+    """The server does not know this agent: it has begun another run, which the agent has to join."""
 
 
 class _ReplacedError(Exception):
@@ -66,47 +74,20 @@ class Joined(NamedTuple):
 
     run_id: str
     run: RunConfig
-    slot: int  # from 1 on
+    # Slots are numbered from 1 on.
+    slot: int
     num_partitions: int
-
-
-class RunState(NamedTuple):
-    """The whole state of the run at one moment."""
-
-    round: int
-    phase: str  # "collecting" … "published", "failed"
-    initial_weights: Blob
-    initial_encoded: Encoded | None  # None: they travel as they are
-    outcome: str  # of this agent's contribution: "accepted", "rejected", "late" or ""
-    done: int  # of the cloud's work in this phase
-    total: int
-    latest_round: int  # that published a model; 0: none yet
-    latest_weights: Blob
-    latest_encoded: Encoded | None
-    counted_round: int  # the last one whose model has a contribution of this agent in it; 0: none has
-    failed_round: int  # the last round that failed; 0: none has
-    failure: str  # why it did
-    run_over: bool
-    left_out_round: int = 0  # this or the one before, if its model has nothing of what this agent sent
-    left_out: str = ""  # why
-
-
-class Verdict(NamedTuple):
-    """How a contribution ended."""
-
-    outcome: str
-    message: str
 
 
 class CloudClient:
     """One agent's connection to the cloud server.
 
-    Every method may raise UnknownAgentError. `patience_seconds` is how long a call is tried again without
-    a word from the server until it raises what it last failed with.
+    Every method may raise UnknownAgentError. A call is tried again for `patience_seconds` without a word from
+    the server; then it raises the error of the last try.
 
     Args:
-        caller: who this is; a name only: in plaintext.
-        on_waiting: told once when the server is out of reach, and why; and with "" when it is back.
+        caller: who calls; a name alone means plaintext.
+        on_waiting: called once with the reason when the server is out of reach, and with "" when it is back.
     """
 
     patience_seconds = math.inf
@@ -123,13 +104,17 @@ class CloudClient:
         self._metadata = ((rpc.AGENT_ID_KEY, caller),) if isinstance(caller, str) else ()
         self._metrics = metrics
         self._on_waiting = on_waiting
-        self._trouble = ""  # that has been told of; "": the server is there
+        # The trouble that was told last; "": the server is there.
+        self._trouble = ""
         self._heard_at = -math.inf
-        self._watching: Any = None  # the open Watch
-        self._num_calls: Counter[grpc.aio.Channel] = Counter()  # under way on each connection
+        # The open Watch.
+        self._watching: Any = None
+        # How many calls are under way on each connection.
+        self._num_calls: Counter[grpc.aio.Channel] = Counter()
         self._connect()
 
     async def close(self) -> None:
+        """End all connections."""
         for channel in {self._channel, *self._num_calls}:
             await channel.close(None)
 
@@ -145,18 +130,20 @@ class CloudClient:
                 await asyncio.to_thread(self._identity.renew, reply.certificate)
                 self._reconnect()
                 log.info("certificate_renewed", ends=self._identity.ends_at.isoformat())
-            except (ECAvgError, OSError) as error:  # there is time enough to try again
+            except (ECAvgError, OSError) as error:
+                # There is time enough to try again.
                 log.warning("certificate_not_renewed", reason=str(error))
             await asyncio.sleep(MIN_RENEWAL_SECONDS)
 
     async def join(self) -> Joined:
+        """Join the server's run."""
         reply = await self._unary("Join", pb.JoinRequest(protocol_version=PROTOCOL_VERSION))
         if not (reply.slot and reply.num_partitions):
             _strange("a slot or a number of partitions that is 0")
         return Joined(reply.run_id, _run_config(reply.run_json), reply.slot, reply.num_partitions)
 
     async def watch(self) -> AsyncIterator[RunState]:
-        """The state of the run whenever it changes, across reconnections, until the run is over."""
+        """Yield the state of the run whenever it changes, across reconnections, until the run is over."""
         backoff, is_over = rpc.Backoff(), False
         while not is_over:
             opened_at = time.monotonic()
@@ -166,7 +153,7 @@ class CloudClient:
                         self._heard()
                         is_over = event.run_over
                         yield _run_state(event)
-                # Once the run is over we wait for this end: the server then knows that we have heard it.
+                # Once the run is over, this end is waited for: it tells the server that the agent has heard.
                 if not is_over:
                     raise UnavailableError("the server ended the stream")
             except _ReplacedError:
@@ -210,6 +197,11 @@ class CloudClient:
         accuracy_local: float | None,
         initial_weights: str | None,
     ) -> Verdict:
+        """Commit uploaded blobs to round `number`.
+
+        Args:
+            initial_weights: digest of what pre-training started from; None: the agent's own.
+        """
         request = pb.ContributeRequest(
             round=number,
             weights_digest=weights.digest,
@@ -219,7 +211,10 @@ class CloudClient:
             initial_weights_digest=initial_weights,
         )
         reply = await self._unary("Contribute", request)
-        return Verdict(_name(pb.Outcome, reply.outcome, "OUTCOME_"), rpc.plain(reply.message))
+        outcome = _member(Outcome, pb.Outcome, reply.outcome)
+        if outcome is None:
+            _strange("an answer without an outcome")
+        return Verdict(outcome, _member(Reason, pb.Reason, reply.reason), rpc.plain(reply.message))
 
     async def download(self, blob: Blob, path: Path, on_bytes: OnBytes) -> None:
         """Fetch a blob to `path`, where it appears whole, checked and durable.
@@ -238,6 +233,7 @@ class CloudClient:
         await asyncio.to_thread(sync, path.parent)
 
     async def report(self, report: Report) -> None:
+        """Report what became of a global model on this device."""
         # The server knows the initial weights from the contribution.
         fields = report.model_dump(exclude={"initial_weights"})
         await self._unary("Report", pb.ReportRequest(**fields))
@@ -249,14 +245,14 @@ class CloudClient:
         self._stub = pb_grpc.ECAvgStub(self._channel)  # type: ignore[no-untyped-call]
 
     def _reconnect(self) -> None:
-        """Go over to a new connection: transfers end on the old one, Watch begins anew."""
+        """Open a new connection: transfers end on the old one, and Watch begins anew."""
         self._connect()
         if self._watching:
             self._watching.cancel()
 
     @asynccontextmanager
     async def _line(self) -> AsyncIterator[Any]:
-        """The stub to make a call with; its connection stays until the call is over."""
+        """Yield the stub to make a call with; its connection stays until the call is over."""
         channel, stub = self._channel, self._stub
         self._num_calls[channel] += 1
         try:
@@ -281,7 +277,7 @@ class CloudClient:
         return reply
 
     async def _watch_once(self) -> AsyncGenerator[pb.WatchEvent, None]:
-        """Over one connection; _ReplacedError when that has been replaced."""
+        """Yield the events of one connection; raise _ReplacedError when that has been replaced."""
         async with self._line() as stub:
             call = self._watching = stub.Watch(pb.WatchRequest(), metadata=self._metadata)
             try:
@@ -307,7 +303,7 @@ class CloudClient:
     ) -> None:
         sent = header.offset
         try:
-            # Not as an iterator: where reading the file fails, gRPC would cancel us instead of saying so.
+            # Not as an iterator: where reading the file fails, gRPC would cancel this task and not say why.
             await _translated(call.write(pb.UploadRequest(header=header)))
             async for chunk in chunks_of(path, sent):
                 await _translated(call.write(pb.UploadRequest(chunk=chunk)))
@@ -317,7 +313,8 @@ class CloudClient:
                 on_bytes(sent, header.size_bytes)
             await _translated(call.done_writing())
         except asyncio.InvalidStateError:
-            pass  # the server has ended the call; its status says why
+            # The server has ended the call; its status says why.
+            pass
         except BaseException:
             call.cancel()
             raise
@@ -370,10 +367,10 @@ class CloudClient:
 
 
 class _Fate:
-    """How a transfer fares: what gets on is tried again soon, and what comes out wrong not for ever.
+    """The rule by which a transfer is tried again: soon while it gets on, and not for ever while it fails.
 
     Args:
-        verdict: what it means when it came out wrong MAX_DAMAGED times.
+        verdict: begins the message after MAX_DAMAGED failures.
     """
 
     def __init__(self, verdict: str = "") -> None:
@@ -383,6 +380,7 @@ class _Fate:
         self._num_damaged = 0
 
     def reached(self, num_bytes: int) -> None:
+        """Note how far the transfer is."""
         if num_bytes > self._furthest:
             self._furthest = num_bytes
             self.backoff.reset()
@@ -401,7 +399,7 @@ class _Fate:
 
 
 class Certified(NamedTuple):
-    """What a server answers to whom it enrolls; certificates in PEM."""
+    """The certificates, in PEM, that a server sends to a device that it has enrolled."""
 
     certificate: bytes
     ca_certificate: bytes
@@ -411,8 +409,8 @@ async def ask_for_certificate(server: str, material: TlsMaterial, request: bytes
     """Enroll, in one attempt.
 
     Args:
-        material: a join token's.
-        request: PKCS#10, DER.
+        material: the key and certificate of a join token.
+        request: the request for a certificate, PKCS#10 in DER.
 
     Raises:
         Refusal: the server says no; UnavailableError: it cannot be reached, or ends the handshake.
@@ -427,7 +425,7 @@ async def ask_for_certificate(server: str, material: TlsMaterial, request: bytes
 
 
 async def _translated(call: Awaitable[_T]) -> _T:
-    """The answer, with the server's refusal as the error that it raised."""
+    """Return the answer; raise the server's refusal as the error that the server has raised."""
     try:
         return await call
     except grpc.aio.AioRpcError as error:
@@ -435,7 +433,7 @@ async def _translated(call: Awaitable[_T]) -> _T:
 
 
 async def _answered(call: Any) -> AsyncIterator[Any]:
-    """The messages of a stream, with a refusal as its error. A dead peer is found by keepalive."""
+    """Yield the messages of a stream; raise a refusal as its error. Keepalive finds a dead peer."""
     try:
         async for message in call:
             yield message
@@ -461,24 +459,38 @@ def _run_config(run_json: str) -> RunConfig:
 
 
 def _run_state(event: pb.WatchEvent) -> RunState:
+    phase = _member(Phase, pb.Phase, event.phase)
+    if phase is None:
+        _strange("a state without a phase")
     return RunState(
         round=event.round,
-        phase=_name(pb.Phase, event.phase, "PHASE_"),
+        phase=phase,
         initial_weights=_blob(event.initial_weights),
         initial_encoded=_encoded(event, "initial_encoded"),
-        outcome=_name(pb.Outcome, event.outcome, "OUTCOME_"),
-        done=event.progress.done,
-        total=event.progress.total,
-        latest_round=event.latest_model.round,
-        latest_weights=_blob(event.latest_model.weights),
-        latest_encoded=_encoded(event.latest_model, "encoded"),
-        counted_round=event.counted_round,
-        left_out_round=event.left_out.round,
-        left_out=rpc.plain(event.left_out.message),
+        outcome=_member(Outcome, pb.Outcome, event.outcome),
+        progress=_progress(event.progress) if event.HasField("progress") else None,
+        latest_model=_published(event.latest_model) if event.latest_model.round else None,
         failed_round=event.failed_round,
         failure=rpc.plain(event.failure),
         run_over=event.run_over,
+        num_contributions=event.num_contributions,
+        max_contributions=event.max_contributions,
+        counted_round=event.counted_round,
+        left_out=_left_out(event.left_out) if event.left_out.round else None,
     )
+
+
+def _progress(message: pb.Progress) -> WorkProgress:
+    return WorkProgress(message.done, message.total, message.loss if message.HasField("loss") else None)
+
+
+def _published(message: pb.PublishedModel) -> PublishedModel:
+    return PublishedModel(message.round, _blob(message.weights), _encoded(message, "encoded"))
+
+
+def _left_out(message: pb.LeftOut) -> LeftOut:
+    reason = _member(Reason, pb.Reason, message.reason) or Reason.INTERNAL
+    return LeftOut(message.round, reason, rpc.plain(message.message))
 
 
 def _blob(message: pb.Blob) -> Blob:
@@ -486,7 +498,7 @@ def _blob(message: pb.Blob) -> Blob:
 
 
 def _digest(text: str) -> str:
-    """It becomes the name of a file here; "" is that of none."""
+    """Return the digest, which becomes the name of a file here; "" stands for no digest."""
     if text and not DIGEST.fullmatch(text):
         _strange("a digest that is none")
     return text
@@ -499,11 +511,11 @@ def _encoded(message: Any, field: str) -> Encoded | None:
     return Encoded(_blob(encoded.blob), _digest(encoded.base_digest) or None)
 
 
-def _name(enum: Any, value: int, prefix: str) -> str:
-    """`PHASE_COLLECTING` → "collecting"; the unspecified value is ""."""
-    if value not in enum.values():
-        _strange(f"{prefix}{value}")
-    return enum.Name(value).removeprefix(prefix).lower() if value else ""
+def _member(ours: type[_E], theirs: Any, value: int) -> _E | None:
+    """Return our enum member of the same name, `PHASE_COLLECTING` → Phase.COLLECTING; None: unspecified."""
+    if value not in theirs.values():
+        _strange(f"{ours.__name__.upper()}_{value}")
+    return ours[theirs.Name(value).removeprefix(f"{ours.__name__.upper()}_")] if value else None
 
 
 def _strange(what: str) -> NoReturn:

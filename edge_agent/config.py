@@ -19,49 +19,70 @@ Port = Annotated[int, Field(ge=0, le=65535)]
 class AgentConfig(ProcessConfig):
     """Keys of an agent's configuration file; each is a flag as well."""
 
-    server: str = Field(title="HOST:PORT", description="where the cloud-server listens (required)")
-    agent_id: str | None = Field(
-        None, description="this device's name in the run (default: made from the host name, and kept)"
-    )
-    data: str | None = Field(
-        None,
-        title="SOURCE",
-        description="digits, mnist, fashion-mnist, cifar10, cifar100, an image folder"
-        " (DIR/{train,test}/<class>/*) or package.module:factory (default: the run's dataset)",
-    )
-    data_dir: Path | None = Field(
-        None, description="where named datasets are, or are downloaded to (default: ~/.cache/ecavg)"
-    )
-    share_data: str = Field(
-        "all",
-        title="all|FRACTION|none",
-        description="how many of the images to train on are uploaded; what is not shared never leaves",
-    )
-    partition: str | None = Field(
-        None, title="I/N", description="take part I of N of the data (default: by the server's slot)"
-    )
-    state_dir: Path | None = Field(
-        None, description="where model, report and progress are kept (default: ecavg-agent-ID or ecavg-agent)"
-    )
-    device: str = Field("auto", description="where to train: auto, cpu, cuda, cuda:1")
-    checkpoint_seconds: float = Field(
-        5, ge=0, description="least time between two checkpoints of pre-training, taken after an epoch"
-    )
-    metrics_host: str = Field("127.0.0.1", description="address of /metrics and the health checks")
-    metrics_token_file: Path | None = Field(
-        None,
-        description="bearer token that /metrics asks for; made if need be, and beyond loopback always"
-        " asked for (default there: metrics-token in state-dir)",
-    )
-    metrics_port: Port | None = Field(None, description="port of /metrics; 0 picks one (default: none)")
-    allow_factory: tuple[str, ...] = Field(
-        (), description="package.module:factory that the server may name as its model; repeatable"
-    )
-    join_token_file: Path | None = Field(
-        None, description="join token to enroll with at the start, if this agent has not enrolled"
-    )
-    insecure: bool = Field(False, description="plaintext, with a server that has --insecure as well")
-    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least severe shown")
+    server: str = Field(title="HOST:PORT")
+    """Where the cloud-server listens (required)."""
+
+    agent_id: str | None = None
+    """This device's name in the run (default: made from the host name, and kept)"""
+
+    data: str | None = Field(None, title="SOURCE")
+    """The images (default: the run's dataset)
+
+    `digits`, `mnist`, `fashion-mnist`, `cifar10`, `cifar100`, an image folder
+    (`DIR/{train,test}/<class>/*`) or `package.module:factory`.
+    """
+
+    data_dir: Path | None = None
+    """Where named datasets are, or are downloaded to (default: `~/.cache/ecavg`)
+
+    A folder that is given must exist.
+    """
+
+    share_data: str = Field("all", title="all|FRACTION|none")
+    """How many of the images to train on are uploaded; what is not shared never leaves the device."""
+
+    partition: str | None = Field(None, title="I/N")
+    """Take part I of N of the data (default: by the server's slot)
+
+    With `data`, the default is all of it.
+    """
+
+    state_dir: Path | None = None
+    """Where model, report and progress are kept (default: `ecavg-agent-ID`, or `ecavg-agent` without an id)
+
+    One agent at a time uses the folder (STATE). Without an `agent_id` the next free one of
+    `ecavg-agent-2`, … is taken.
+    """
+
+    device: str = "auto"
+    """Where to train: `auto`, `cpu`, `cuda`, `cuda:1`; `auto` is the first GPU, or the CPU."""
+
+    checkpoint_seconds: float = Field(5, ge=0)
+    """Least time between two checkpoints of pre-training, which are taken after an epoch."""
+
+    metrics_host: str = "127.0.0.1"
+    """Address of `/metrics` and the health checks."""
+
+    metrics_token_file: Path | None = None
+    """Bearer token of `/metrics` (default: `STATE/metrics-token` beyond loopback, none on it)
+
+    The file is made if need be. Beyond loopback a token is always asked for.
+    """
+
+    metrics_port: Port | None = None
+    """Port of `/metrics`; 0 picks one (default: none, and no HTTP server)"""
+
+    allow_factory: tuple[str, ...] = ()
+    """`package.module:factory` that the server may name as its model; repeatable."""
+
+    join_token_file: Path | None = None
+    """Join token to enroll with at the start, if this agent has not enrolled."""
+
+    insecure: bool = False
+    """Plaintext, with a server that has `insecure` as well."""
+
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    """The least severe messages that are logged: `debug`, `info`, `warning` or `error`."""
 
     @field_validator("server")
     @classmethod
@@ -118,7 +139,8 @@ class AgentConfig(ProcessConfig):
 class EnrollConfig(AgentConfig):
     """The same, and what only `edge-agent enroll` takes."""
 
-    token: str | None = Field(None, description="join token, as the cloud-server printed it")
+    token: str | None = None
+    """Join token, as the cloud-server printed it."""
 
 
 def check_source(source: str) -> None:

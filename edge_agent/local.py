@@ -22,7 +22,15 @@ from common.files import link, replacing
 from common.models import build_model
 from common.schema import most_file_bytes
 from common.shards import Shard, cloud_holdout, gather, read_shard
-from common.training import Evaluation, OnStep, derive_seed
+from common.training import (
+    CheckpointFile,
+    Evaluation,
+    Examples,
+    OnStep,
+    Recipe,
+    choose_precision,
+    derive_seed,
+)
 from common.transfer import Blob, blob_of
 from common.weights import load_into, write_state_dict
 from common.wire import Base, encode, wire_of
@@ -261,19 +269,18 @@ class LocalModels:
         holdout_seed = derive_seed(self._run.seed, "cloud_holdout", self._disk.agent_id)
         parts = [(shard, cloud_holdout(shard.labels, fraction, holdout_seed)[0]) for shard in self._shared]
         parts += [(shard, np.arange(len(shard.labels))) for shard in self._private]
-        images, labels = map(torch.from_numpy, gather(parts, self._run.spec.image_shape))
+        examples = Examples(*map(torch.from_numpy, gather(parts, self._run.spec.image_shape)))
+        spec, device = self._run.spec, self._device
+        kept_at = self._disk.precision
+        precision = choose_precision(model, examples, config, spec=spec, device=device, kept_at=kept_at)
+        seed = derive_seed(self._run.seed, stream, number, self._disk.agent_id)
         training.train(
             model,
-            images,
-            labels,
-            config,
-            spec=self._run.spec,
-            device=self._device,
-            seed=derive_seed(self._run.seed, stream, number, self._disk.agent_id),
+            examples,
+            Recipe(config, spec, seed, precision),
+            device=device,
             on_step=on_step,
-            checkpoint=self._disk.checkpoint,
-            checkpoint_seconds=self._checkpoint_seconds,
-            precision_file=self._disk.precision,
+            checkpoint=CheckpointFile(self._disk.checkpoint, self._checkpoint_seconds),
         )
 
     def _objection(self, before: Evaluation | None, after: Evaluation) -> str:

@@ -1,34 +1,37 @@
-"""The latest state of the run, for the one who waits for it to call for something."""
+"""The latest state of the run, and waiting for a state that calls for something."""
 
 import asyncio
 from collections.abc import Callable, Coroutine
 from typing import Any
 
-from edge_agent.client import RunState
+from common.run_state import RunState
 
 
 class News:
-    """Where states come in, and where they are waited for."""
+    """The place where states come in, and where they are waited for."""
 
     def __init__(self) -> None:
-        self.latest: RunState | None = None  # None: nothing has been heard of the run yet
+        # None: nothing has been heard of the run yet.
+        self.latest: RunState | None = None
         self._changed = asyncio.Event()
 
     @property
     def is_over(self) -> bool:
+        """Return True if the run is known to be over."""
         return self.latest is not None and self.latest.run_over
 
     def tell(self, state: RunState) -> None:
+        """Make this the latest state."""
         self.latest = state
         self.look_again()
 
     def look_again(self) -> None:
-        """Have everyone who waits ask anew whether the latest state is the awaited one."""
+        """Have everyone who waits ask again whether the latest state is the awaited one."""
         self._changed.set()
         self._changed = asyncio.Event()
 
     async def next(self, is_awaited: Callable[[RunState], bool]) -> RunState:
-        """The first state from now on that is awaited; states that were passed over are not seen."""
+        """Return the first state from now on that is awaited; states may be passed over unseen."""
         while True:
             changed = self._changed
             if self.latest and is_awaited(self.latest):
@@ -36,7 +39,7 @@ class News:
             await changed.wait()
 
     async def while_run_lasts(self, work: Coroutine[Any, Any, None]) -> None:
-        """Do it, or leave it undone when the run ends."""
+        """Await the work, or leave it undone when the run ends."""
         working = asyncio.create_task(work)
         ending = asyncio.create_task(self.next(lambda state: state.run_over))
         try:

@@ -1,14 +1,13 @@
 """Where an agent does what blocks: in one thread, one thing after the other, and when there is room."""
 
 import asyncio
-import errno
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
+from common.files import is_full
 from common.rpc import Backoff
 
-_FULL = (errno.ENOSPC, errno.EDQUOT)
 _T = TypeVar("_T")
 
 
@@ -52,9 +51,3 @@ class Worker:
         if is_waiting != self._is_waiting:
             self._is_waiting = is_waiting
             self._say(text)
-
-
-def is_full(error: OSError) -> bool:
-    """Whether room on the disk would cure the error."""
-    in_words = (f"(os error {number})" in str(error) for number in _FULL)  # as safetensors says it
-    return error.errno in _FULL or any(in_words)

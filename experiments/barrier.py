@@ -1,7 +1,7 @@
-"""The loss barrier: how the loss rises and falls along the line between two networks' weights.
+"""The loss barrier: the test loss along the line between the weights of two networks.
 
-(Frankle et al., arXiv 1912.05671, section 2; with BatchNorm's statistics recomputed at each point of the
-line, as in REPAIR, arXiv 2211.08403.)
+The measurement follows Frankle et al., arXiv 1912.05671, section 2. BatchNorm's statistics are recomputed at
+each point of the line, as in REPAIR, arXiv 2211.08403.
 """
 
 import tempfile
@@ -21,7 +21,8 @@ from common.weights import copy_into, read_state_dict, write_state_dict
 from experiments import data
 
 NUM_POINTS = 11
-NUM_IMAGES = 2000  # at most, of each split
+# At most so many images of each split are used.
+NUM_IMAGES = 2000
 
 
 def measure(
@@ -31,15 +32,16 @@ def measure(
     device: torch.device,
     on_progress: Callable[[str, int, int], None],
 ) -> dict[str, list[float]]:
-    """The test loss (mean cross-entropy, nats) along the line between two networks.
+    """Measure the test loss (mean cross-entropy, nats) along the line between two networks.
 
     Args:
-        ends: safetensors files.
-        folder: of the data, see data.py.
+        ends: the safetensors files of the two networks.
+        folder: the folder with the data, see data.py.
 
     Returns:
-        "place": 0 to 1; "as_they_are" and "aligned": the loss there, before the second network's neurons
-        are brought into the order of the first one's, and after.
+        "place" has the places on the line, from 0 to 1. "as_they_are" has the losses at these places between
+        the networks as they are, and "aligned" the losses after the second network's neurons have been
+        brought into the order of the first network's.
     """
     model = build_model(run, seed=0)
     groups = permutation_groups(model, run.spec.image_shape)

@@ -1,7 +1,7 @@
-"""One cell of an experiment: the rounds of one seed and setting, in as many variants as are asked for.
+"""One cell of an experiment: the rounds of one seed and setting, in all variants that are asked for.
 
-Agents pre-train once for all variants. What is measured of a variant is kept in a file of its own, so that
-whoever is stopped goes on behind the last one that was finished.
+Agents pre-train once for all variants. The figures of each variant are kept in a file of their own, so that
+an experiment that was stopped goes on after the last finished variant.
 """
 
 import hashlib
@@ -18,7 +18,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from cloud_server.jobs import JobContribution
+from cloud_server.contribution import Contribution
+from cloud_server.jobs import Job, Result
 from common.config import RunConfig
 from common.errors import RunError
 from common.files import replacing
@@ -28,26 +29,30 @@ from common.weights import load_into
 from common.wire import Base, decode
 from edge_agent.state import Report
 from experiments import barrier, data
-from experiments.round import Edge, Network, OnProgress, Received
+from experiments.round import Edge, Network, OnProgress, Received, round_job
 from experiments.tasks import DEFAULT, VARIANTS, Setting, Variant
 
-Record = dict[str, Any]  # as it is in a JSON file
+# The content of a JSON file.
+Record = dict[str, Any]
 
 
 class Cell(NamedTuple):
-    """What is to be found out about one setting, and where what is known is kept."""
+    """The measurements wanted for one setting, and the folder that keeps the figures known so far."""
 
     setting: Setting
-    variants: Sequence[str]  # names in VARIANTS
+    # Names in VARIANTS.
+    variants: Sequence[str]
     path: Path
     device: str = "cpu"
-    num_rounds: int = 2  # of the variants that are split over several
+    # The number of rounds of the variants that are split over several rounds.
+    num_rounds: int = 2
     with_barrier: bool = False
-    keep_weights: bool = True  # for variants that may be asked for later
+    # Variants that are asked for later need the pre-trained weights.
+    keep_weights: bool = True
 
     @property
     def missing(self) -> list[str]:
-        """The variants that are still to be done."""
+        """Return the variants without a record."""
         return [name for name in self.variants if self.record(name) is None]
 
     @property
@@ -63,7 +68,7 @@ class Cell(NamedTuple):
         return _read(self.path / "barrier.json")
 
     def record(self, name: str) -> Record | None:
-        """What was measured of a variant; None: nothing yet, or with other settings."""
+        """Return the record of a variant; None if there is none, or only one with other settings."""
         record = _read(self.path / f"{name}.json")
         return record if record and record["identity"] == self._identity(name) else None
 
@@ -84,23 +89,24 @@ class Cell(NamedTuple):
 
 
 def run(cell: Cell, on_progress: OnProgress) -> None:
-    """Do what is missing in the cell.
+    """Measure the variants, and the loss barrier, that are missing in the cell.
 
     Raises:
-        UsageError: the data do not suffice, or another process is at this cell.
+        UsageError: there are too few data, or another process is working on this cell.
     """
     if not cell.is_done:
         _Run(cell, on_progress).run()
 
 
 class _Run:
-    """A cell under way."""
+    """The work on one cell, from the pre-training to the records."""
 
     def __init__(self, cell: Cell, on_progress: OnProgress) -> None:
         self._cell = cell
         self._setting = cell.setting
         self._device = select_device(cell.device)
         self._on_progress = on_progress
+        self._weighed_seconds = 0.0
         self._network = self._open_network("network")
         self._test = _TestSet(cell.setting.run, self._device, cell.path / "measured.json")
 
@@ -116,20 +122,25 @@ class _Run:
         if not self._cell.keep_weights:
             shutil.rmtree(self._cell.path / "network")
 
-    def _measure(self, name: str, contributions: Sequence[JobContribution]) -> Record:
-        """A variant's rounds."""
+    def _measure(self, name: str, contributions: Sequence[Contribution]) -> Record:
+        """Do a variant's rounds, and return the record."""
         variant, started = VARIANTS[name], time.perf_counter()
+        self._weighed_seconds = 0.0
         if variant.is_split:
             rounds = self._several_rounds(variant, self._cell.rounds_of(name))
         else:
             rounds = [self._one_round(variant, contributions)]
-        seconds = {"all": time.perf_counter() - started}
+        # The time in which all models are made again and measured is not part of the variant's own time.
+        seconds = {"all": time.perf_counter() - started - self._weighed_seconds}
         if not variant.is_split:
             seconds["pretrain"] = self._pretrain_seconds
         return {"rounds": rounds, "seconds": seconds}
 
     def _as_by_default(self, name: str) -> Record | None:
-        """The default's record, where it started from this variant's only candidate: the rest is the same."""
+        """Return the default's record, if the default started from this variant's only candidate; else None.
+
+        The rest of the round is the same for both, so that the variant need not be measured.
+        """
         variant, default = VARIANTS[name], self._cell.record(DEFAULT)
         if default is None or variant.changes.keys() != {"candidates"} or variant.is_received:
             return None
@@ -145,20 +156,24 @@ class _Run:
 
     # ------------------------------------------------------------------ rounds
 
-    def _one_round(self, variant: Variant, contributions: Sequence[JobContribution]) -> Record:
-        """Of the agents that have pre-trained for all variants."""
+    def _one_round(self, variant: Variant, contributions: Sequence[Contribution]) -> Record:
+        """Do a round with the agents that have pre-trained for all variants, and return the record."""
         network, pretrained = self._network, contributions
         if variant.is_random:
             random = network.cloud.random_weights(self._setting.run)
-            contributions = [item.model_copy(update={"weights": random}) for item in contributions]
+            contributions = [replace(item, weights_digest=random) for item in contributions]
         run = self._setting.run_of(variant)
         record, _ = self._publish(variant, run, 1, None, network, contributions)
-        needed = {digest for item in pretrained for digest in (item.weights, *item.shards)}
-        network.cloud.blobs.discard_all_but(needed | {network.start(None) or ""})  # models are large
+        needed = {digest for item in pretrained for digest in item.blob_digests}
+        # Models are large, so the models of this variant are deleted.
+        network.cloud.blobs.discard_all_but(needed | {network.start(None) or ""})
         return record
 
     def _several_rounds(self, variant: Variant, num_rounds: int) -> list[Record]:
-        """With agents of their own, who begin afresh: what they pre-train depends on the rounds before."""
+        """Do the rounds with new agents, and return the record of each round.
+
+        The pre-training of a round depends on the rounds before, so the shared pre-training cannot be used.
+        """
         shutil.rmtree(self._cell.path / "rounds", ignore_errors=True)
         rounds, latest = [], None
         with closing(self._open_network("rounds")) as network:
@@ -177,23 +192,24 @@ class _Run:
         number: int,
         latest: str | None,
         network: Network,
-        contributions: Sequence[JobContribution],
+        contributions: Sequence[Contribution],
     ) -> tuple[Record, str]:
-        """The cloud's part of a round, and the agents' after it; also the published digest."""
-        models: dict[str, Record] = {}  # candidates, and "fine_tuned", on the common test set
+        """Do the cloud's part of a round, and the agents' part after it.
 
-        def on_candidate(name: str, model: nn.Module) -> None:
-            models[name] = self._test.measure(model)
-
+        Returns:
+            The record of the round, and the digest of the published weights.
+        """
         blobs, start = network.cloud.blobs, network.start(latest)
-        sent = [blobs.get(item.weights) for item in contributions]
+        sent = [blobs.get(item.weights_digest) for item in contributions]
         base = Base(blobs.get(start), start) if start else None
         local = [self._measure_sent(path, base) for path in sent]
         show = _prefixed(variant.label, self._on_progress)
-        result = network.cloud.publish(run, number, start, contributions, on_candidate, show)
+        job = round_job(run, number, start, contributions)
+        result = network.cloud.publish(job, show)
         if result.weights is None or result.start is None:
             raise RunError(f"round {number} of {variant.label} published nothing")
         published = blobs.get(result.weights.sha256)
+        models = self._measure_weighed(network, job, result)
         edges = network.edges if variant.is_received else ()
         record = {
             "local": local,
@@ -216,10 +232,21 @@ class _Run:
         }
         return record, result.weights.sha256
 
-    def _receive(self, edge: Edge, number: int, published: Path, *, is_applied: bool) -> Record:
-        """What an agent is left with if it uses the published model always, and if its gate decides.
+    def _measure_weighed(self, network: Network, job: Job, result: Result) -> Record:
+        """Measure the candidates and the fine-tuned model on the common test set."""
+        started = time.perf_counter()
+        models = {name: self._test.measure(model) for name, model in network.cloud.weighed(job, result)}
+        self._weighed_seconds += time.perf_counter() - started
+        return models
 
-        Accuracies: `own_…` on its own held-out data, `test_…` on the common test set.
+    def _receive(self, edge: Edge, number: int, published: Path, *, is_applied: bool) -> Record:
+        """Measure the model that an agent ends up with, without its gate and with its gate.
+
+        Without its gate, the agent always applies the published model.
+
+        Returns:
+            A record, in which "gate" has the figures with the agent's gate, if the run has one. Accuracies
+            `own_…` are on the agent's own held-out data, accuracies `test_…` on the common test set.
         """
         before = self._test.measure_file(edge.disk.model)
         always = replace(edge, run=edge.run.model_copy(update={"apply": "always"}))
@@ -241,7 +268,7 @@ class _Run:
         return record
 
     def _after(self, received: Received) -> Record:
-        """Of the model in use at the end."""
+        """Return the figures of the model that the agent uses in the end."""
         return {
             "own_after": received.accuracy,
             "test_after": self._test.measure_file(received.weights)["accuracy"],
@@ -250,7 +277,7 @@ class _Run:
         }
 
     def _measure_sent(self, path: Path, base: Base | None) -> Record:
-        """Weights as the cloud has them."""
+        """Measure the weights as the cloud decodes them."""
         decoded = self._cell.path / "decoded.safetensors"
         decode(path, decoded, base=base)
         measured = self._test.measure_file(decoded)
@@ -261,7 +288,10 @@ class _Run:
         return Network(self._setting, self._cell.path / name, self._device, self._on_progress)
 
     def _note_pretrain_seconds(self, seconds: float) -> None:
-        """Wall seconds; of the life in which it was done, where there are several."""
+        """Note the wall seconds of the pre-training, once.
+
+        When a stopped experiment goes on, the seconds noted before stand, because the pre-training is done.
+        """
         path = self._cell.path / "pretrain.json"
         known = _read(path)
         self._pretrain_seconds = known["seconds"] if known else seconds
@@ -270,7 +300,7 @@ class _Run:
 
 
 class _TestSet:
-    """The common test set; the same weights are measured once, also over several lives of an experiment."""
+    """The common test set, on which the same weights are measured once, even if an experiment restarts."""
 
     def __init__(self, run: RunConfig, device: torch.device, path: Path) -> None:
         images, labels = data.examples("test")
@@ -282,7 +312,7 @@ class _TestSet:
         self._model = build_model(run, seed=0)
 
     def measure(self, model: nn.Module) -> Record:
-        """Accuracy (0 to 1) and loss (mean cross-entropy, nats) of a model, and the digest of its weights."""
+        """Return a model's accuracy (0 to 1), its loss (mean cross-entropy, nats) and its weights' digest."""
         digest = _digest(model)
         if digest not in self._known:
             found = evaluate(model, *self._examples, spec=self._run.spec, device=self._device)
@@ -302,7 +332,7 @@ def _taken(report: Report) -> str:
 
 
 def _digest(model: nn.Module) -> str:
-    """SHA-256 of the model's state_dict."""
+    """Return the SHA-256 digest of the model's state_dict."""
     hashed = hashlib.sha256()
     for name, tensor in model.state_dict().items():
         hashed.update(name.encode())

@@ -1,4 +1,4 @@
-"""What the experiments' commands have in common: options, how they end, and how they are written down."""
+"""The parts that the experiments' commands share: options, exit codes, and the text of a command."""
 
 import argparse
 import os
@@ -19,8 +19,9 @@ console = Console()
 
 
 def set_up_process() -> None:
-    """One thread, the same bits again and again, and of what the product logs only what went wrong."""
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # before PyTorch is imported
+    """Set this process to one thread, deterministic results, and the product's log to warnings and errors."""
+    # PyTorch reads the variable when it is imported.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
     from common.telemetry import configure_logging
     from common.training import make_deterministic
 
@@ -29,7 +30,7 @@ def set_up_process() -> None:
 
 
 def exit_code_of(name: str, work: Callable[[], None]) -> int:
-    """Do the work; what stops it is said in one line."""
+    """Do the work, and return the exit code; an error is printed in one line."""
     set_up_process()
     try:
         work()
@@ -43,7 +44,7 @@ def exit_code_of(name: str, work: Callable[[], None]) -> int:
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Those that every command has: data, seeds, settings, and where things are kept."""
+    """Add the options that every command has: data, seeds, settings, and folders."""
     add = parser.add_argument
     add("--data-dir", type=Path, metavar="DIR", help="where the dataset is, as for edge-agent")
     add("--seeds", type=int, default=3, metavar="N", help="how many (default: 3)")
@@ -55,10 +56,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run_config(run: Mapping[str, Any], assignments: Sequence[str]) -> RunConfig:
-    """A `[run]` table with what `--set` changes in it.
+    """Return the configuration of a `[run]` table with the changes of `--set`.
 
     Raises:
-        UsageError: it is not TOML, or no configuration.
+        UsageError: a change is not TOML, or the changed table is not valid.
     """
     for assignment in assignments:
         try:
@@ -72,7 +73,7 @@ def run_config(run: Mapping[str, Any], assignments: Sequence[str]) -> RunConfig:
 
 
 def progress_bars() -> Progress:
-    """Bars with how much is done, and since when."""
+    """Return progress bars that show the count of finished steps and the elapsed time."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     return Progress(*columns, console=console)
 
@@ -80,7 +81,10 @@ def progress_bars() -> Progress:
 def in_words(
     module: str, arguments: argparse.Namespace, names: Sequence[str], defaults: Mapping[str, Any]
 ) -> str:
-    """The command that makes these figures, wherever data and results are; what is default is left out."""
+    """Return the command that makes these figures, without options that have their default.
+
+    The folders of this machine do not appear in the command.
+    """
     words = ["python", "-m", module, "--data-dir", "DIR"]
     for name in names:
         value = getattr(arguments, name)
@@ -92,6 +96,6 @@ def in_words(
 
 
 def write_text(path: Path, text: str) -> None:
-    """The whole file, or none of it."""
+    """Write the file atomically."""
     with replacing(path) as partial:
         partial.write_text(text + "\n", "utf-8")

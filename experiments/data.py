@@ -1,7 +1,7 @@
-"""The data of an experiment: a dataset decoded once, and a part of it drawn anew for each seed.
+"""The data of an experiment: a dataset that is decoded once, of which each seed draws a part of its own.
 
-Agents read it through their ordinary `--data package.module:factory`, in this process as on the network.
-What the factory gives is said in the environment, which processes inherit.
+Agents read the data through their ordinary `--data package.module:factory`, in this process and on the
+network. An environment variable, which child processes inherit, says which part the factory returns.
 """
 
 import hashlib
@@ -19,11 +19,12 @@ from edge_agent.data import ArraySplit, open_source
 
 FACTORY = "experiments.data:examples"
 _VARIABLE = "EXPERIMENT_DATA"
-_TEST_FRACTION = 0.25  # of a dataset that has no test split of its own
+# If a dataset has no test split, this fraction of its train split is held out as one.
+_TEST_FRACTION = 0.25
 
 
 def prepare(run: RunConfig, data_dir: Path | None, work_dir: Path) -> Path:
-    """The folder with the run's dataset as arrays, `{train,test}-{images,labels}.npy`.
+    """Write the run's dataset as arrays, `{train,test}-{images,labels}.npy`, and return their folder.
 
     Raises:
         UsageError: the dataset cannot be read.
@@ -50,29 +51,29 @@ def prepare(run: RunConfig, data_dir: Path | None, work_dir: Path) -> Path:
 
 
 def read(folder: Path, name: str) -> Shard:
-    """The "train" or the "test" split, mapped from its files."""
+    """Return the "train" or the "test" split, memory-mapped from its files."""
     return Shard(*(np.load(folder / f"{name}-{kind}.npy", mmap_mode="r") for kind in Shard._fields))
 
 
 def choose(folder: Path, num_examples: int, num_test: int, seed: int) -> None:
-    """Say what the factory gives in this process, and in those that it starts: a random part of each split.
+    """Choose a random part of each split, which the factory returns in this process and its children.
 
     Args:
-        num_examples: at most, of the train split; others with each seed.
-        num_test: at most, of the test split; always the same.
+        num_examples: the number of train examples at most, which differ from seed to seed.
+        num_test: the number of test examples at most, which are always the same.
     """
     parts = {"train": [num_examples, seed], "test": [num_test, 0]}
     os.environ[_VARIABLE] = json.dumps({"folder": str(folder.resolve()), **parts})
 
 
 def examples(name: str) -> Shard:
-    """The factory: what was chosen of the "train" or the "test" split."""
+    """Return the chosen part of the "train" or the "test" split; this is the factory that agents call."""
     choice = json.loads(os.environ[_VARIABLE])
     return sample(read(Path(choice["folder"]), name), *choice[name])
 
 
 def sample(shard: Shard, count: int, seed: int) -> Shard:
-    """So many of the examples at most, drawn at random, in their old order."""
+    """Return at most `count` of the examples, drawn at random, in their order in the shard."""
     generator = np.random.Generator(np.random.PCG64(derive_seed(seed, "examples")))
     chosen = np.sort(generator.permutation(len(shard.labels))[:count])
     return Shard(shard.images[chosen], shard.labels[chosen])

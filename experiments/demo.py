@@ -1,7 +1,7 @@
 """`make demo`: one real cloud-server, two real edge-agents, one round of handwritten digits.
 
-Everything is a process of its own on loopback, started by the commands that a user would type. What they
-leave behind is in the folder `.demo`.
+Server and agents are processes of their own on loopback, started by the commands that a user would type. They
+leave their files in the folder `.demo`.
 """
 
 import argparse
@@ -24,6 +24,7 @@ from rich.status import Status
 from rich.table import Table
 
 from cloud_server.door.authority import Authority
+from cloud_server.state_dir import StateDir
 
 FOLDER = Path(".demo")
 AGENTS = ("edge-1", "edge-2")
@@ -34,10 +35,10 @@ console = Console()
 
 
 class Stop:
-    """Notes that the user, or whoever started us, wants an end.
+    """A note that SIGINT or SIGTERM has come, which the demo checks between two steps.
 
-    The signals are looked at between two steps only: in the middle of one, a process that has just been
-    started would be left behind, and so would all of them if a second Ctrl-C ended the clean-up.
+    If a signal ended the demo in the middle of a step, a process that has just been started would be left
+    behind. If a second Ctrl-C ended the clean-up, all processes would be left behind.
     """
 
     def __init__(self) -> None:
@@ -68,7 +69,7 @@ def main() -> int:
     except RuntimeError as error:
         console.print(f"demo: {error}", markup=False)
         return 1
-    report = json.loads((FOLDER / "server/rounds/0001/report.json").read_text("utf-8"))
+    report = json.loads((StateDir(FOLDER / "server").report(1)).read_text("utf-8"))
     show(report)
     console.print(
         f"one round of {report['model']} on {report['dataset']} in {time.monotonic() - started:.1f} s;"
@@ -78,11 +79,11 @@ def main() -> int:
 
 
 def run_round(status: Status, stop: Stop) -> None:
-    """Start the three processes and wait until they are done.
+    """Start the three processes, and wait until all of them have ended.
 
     Raises:
-        RuntimeError: one of them failed, or took too long.
-        KeyboardInterrupt: a stop is wanted.
+        RuntimeError: a process failed, or took too long.
+        KeyboardInterrupt: SIGINT or SIGTERM has come.
     """
     port, http_port = free_ports(2)
     token = join_token(FOLDER / "server", uses=len(AGENTS))
@@ -111,8 +112,12 @@ def run_round(status: Status, stop: Stop) -> None:
 
 
 def join_token(state_dir: Path, uses: int) -> Path:
-    """A file with a join token of the server that has, or will have, this state directory."""
-    with closing(Authority(state_dir / "tls")) as authority:
+    """Write a join token to a file, and return the file's path.
+
+    Args:
+        state_dir: the state directory of the server, which need not have been started yet.
+    """
+    with closing(Authority(StateDir(state_dir).tls)) as authority:
         token = authority.create_token(uses, ttl_seconds=3600)
     file = state_dir / "join-token"
     file.touch(mode=0o600)
@@ -122,7 +127,7 @@ def join_token(state_dir: Path, uses: int) -> Path:
 
 @contextmanager
 def running(commands: dict[str, list[str]]) -> Iterator[dict[str, subprocess.Popen[bytes]]]:
-    """The commands as processes, of which none is left at the end."""
+    """Start the commands as processes, and end all of them when the context ends."""
     processes: dict[str, subprocess.Popen[bytes]] = {}
     try:
         for name, command in commands.items():
@@ -143,7 +148,7 @@ def running(commands: dict[str, list[str]]) -> Iterator[dict[str, subprocess.Pop
 
 
 def describe(http_port: int) -> str:
-    """One line about where the run is."""
+    """Return one line about the state of the run, as the server's status page has it."""
     try:
         with urllib.request.urlopen(f"http://127.0.0.1:{http_port}/api/status", timeout=1) as reply:
             state: dict[str, Any] = json.load(reply)
@@ -161,7 +166,7 @@ def describe(http_port: int) -> str:
 
 
 def show(report: dict[str, Any]) -> None:
-    """The before and after table."""
+    """Print the table of the accuracies before and after the round."""
     table = Table(title="accuracy on held-out data")
     for heading in ("", "before", "after"):
         table.add_column(heading, justify="left" if not heading else "right")
@@ -175,7 +180,7 @@ def show(report: dict[str, Any]) -> None:
 
 
 def figure(accuracy: float | None) -> str:
-    """As the table shows it; an agent that was cut off has reported none."""
+    """Format the accuracy for the table; an agent that lost its connection has reported no accuracy."""
     return "-" if accuracy is None else f"{accuracy:.4f}"
 
 

@@ -1,4 +1,4 @@
-"""One round with a real server and real agents, beside the same round without a network."""
+"""A comparison of one round of real processes with the same round in one process, without a network."""
 
 import json
 import shutil
@@ -10,6 +10,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from cloud_server.state_dir import StateDir
 from common.config import RunConfig
 from common.errors import RunError
 from experiments import data
@@ -24,11 +25,14 @@ _POLL_SECONDS = 0.2
 
 
 def compare(cell: Cell, folder: Path, on_state: Callable[[str], None] = lambda _: None) -> str:
-    """Do the cell's round with processes; whether the published models are the same, and all figures.
+    """Do the cell's round with real processes, and compare the published models and all figures.
 
     Args:
-        folder: for what the processes leave behind; replaced.
-        on_state: told now and then where the run is.
+        folder: the folder for the processes' files; an old folder is replaced.
+        on_state: called now and then with one line about the state of the run.
+
+    Returns:
+        The comparison as Markdown.
 
     Raises:
         RunError: a process failed.
@@ -38,14 +42,14 @@ def compare(cell: Cell, folder: Path, on_state: Callable[[str], None] = lambda _
     run = setting.run_of(VARIANTS[DEFAULT])
     data.choose(setting.data, setting.num_examples, setting.num_test, run.seed)
     _run_round(setting, run, cell.device, folder, on_state)
-    report = json.loads((folder / "server/rounds/0001/report.json").read_text("utf-8"))
+    report = json.loads((StateDir(folder / "server").report(1)).read_text("utf-8"))
     return _in_words(setting, here["rounds"][0], report)
 
 
 def _run_round(
     setting: Setting, run: RunConfig, device: str, folder: Path, on_state: Callable[[str], None]
 ) -> None:
-    """Start the processes, and wait until they are done; none is left behind."""
+    """Start the processes, and wait until all of them have ended; on an error, end them."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     (folder / "run.toml").write_text(_toml(run), "utf-8")
@@ -82,13 +86,14 @@ def _run_round(
 
 
 def _toml(run: RunConfig) -> str:
-    """The `[run]` table as a configuration file."""
+    """Return the `[run]` table as the text of a configuration file."""
     values: dict[str, Any] = run.model_dump(mode="json", exclude_none=True)
     tables = {f"run.{name}": values.pop(name) for name in ("pretrain", "fine_tune")}
     lines = []
     for name, table in {"run": values, **tables}.items():
         lines += [f"[{name}]", *(f"{key} = {json.dumps(value)}" for key, value in table.items())]
-    return "\n".join(lines) + "\n"  # of such values, JSON is TOML
+    # The JSON of such values is also valid TOML.
+    return "\n".join(lines) + "\n"
 
 
 def _in_words(setting: Setting, here: Record, report: Record) -> str:

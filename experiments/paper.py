@@ -1,9 +1,9 @@
-"""The paper's three results, what each part adds to them, and whether any device ends up worse.
+"""The experiments on the paper's three results, on the gain of each part, and on devices that end up worse.
 
     python -m experiments.paper --task mnist --data-dir DIR --seeds 5 --table claims
 
-Everything is done by the product's own code, in this process; `--networked` does one round with real
-processes as well, and compares. What is stopped goes on where it was when it is started again.
+The product's own code does everything in this process. With `--networked`, one round is also done with real
+processes, and the two are compared. A command that was stopped goes on from there when it is started again.
 """
 
 import argparse
@@ -26,11 +26,12 @@ from experiments.tasks import TASKS, VARIANTS, Setting
 if TYPE_CHECKING:
     from experiments.cell import Cell
 
-ALL = 1_000_000_000  # examples: as many as there are
+# This limit on the number of examples means all of them.
+ALL = 1_000_000_000
 
 
 class Defaults(NamedTuple):
-    """What a table is made of where the command line does not say."""
+    """The values of a table's options that the command line does not give."""
 
     initial_weights: str
     partition_by: str
@@ -53,10 +54,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run_table(arguments: argparse.Namespace) -> None:
-    """Do what is missing, then write the table.
+    """Measure the missing figures, then write the table.
 
     Raises:
-        UsageError: something that was asked for cannot be had.
+        UsageError: an option asks for something impossible, such as more examples than there are.
     """
     from experiments import data, networked
 
@@ -110,7 +111,7 @@ def _run(arguments: argparse.Namespace, changes: Mapping[str, Any]) -> RunConfig
 
 
 def _groups(arguments: argparse.Namespace, folder: Path) -> dict[str, list["Cell"]]:
-    """The cells of each setting, one for each seed."""
+    """Return the cells of each setting, one for each seed, by the setting's name."""
     from experiments import data
     from experiments.cell import Cell
 
@@ -148,7 +149,7 @@ def _groups(arguments: argparse.Namespace, folder: Path) -> dict[str, list["Cell
     return groups
 
 
-# ---------------------------------------------------------------------- the work
+# ---------------------------------------------------------------------- measuring
 
 
 def _work(cells: Sequence["Cell"], num_jobs: int) -> None:
@@ -185,7 +186,7 @@ def _work(cells: Sequence["Cell"], num_jobs: int) -> None:
 
 
 def _run_cell(each: "Cell") -> float:
-    """In a process of its own; the seconds it took."""
+    """Measure the cell, and return the seconds that it took; this runs in a process of its own."""
     from experiments import cell
 
     started = time.monotonic()
@@ -193,7 +194,7 @@ def _run_cell(each: "Cell") -> float:
     return time.monotonic() - started
 
 
-# ---------------------------------------------------------------------- what is left of it
+# ---------------------------------------------------------------------- writing the table
 
 
 def _write(arguments: argparse.Namespace, groups: Mapping[str, Sequence["Cell"]]) -> None:

@@ -1,4 +1,4 @@
-"""The plots of the tables, as SVG; the same figures give the same bytes."""
+"""The plots of the tables, as SVG files; the same figures give the same bytes."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -16,7 +16,8 @@ from experiments.tasks import VARIANTS
 mpl.use("svg")
 mpl.rcParams.update(
     {
-        "svg.hashsalt": "ecavg",  # ids that are not drawn at random
+        # With a salt, the ids in the file are not drawn at random.
+        "svg.hashsalt": "ecavg",
         "svg.fonttype": "none",
         "font.size": 9,
         "axes.spines.top": False,
@@ -61,7 +62,7 @@ def transfer(figures: Figures) -> dict[str, Figure]:
 
 
 def _panels(groups: Figures, draw: Any, y_label: str) -> Figure:
-    """One plot beside the other, one for each setting."""
+    """Draw a panel for each setting, side by side."""
     plot = Figure(figsize=(5.2 * len(groups), 3.4))
     axes = plot.subplots(1, len(groups), squeeze=False, sharey=True)[0]
     for axis, (name, group) in zip(axes, groups.items(), strict=True):
@@ -101,8 +102,9 @@ def _parts(axis: Axes, group: Any) -> None:
     names = list(group["variants"])
     for place, seeds in enumerate(group["variants"].values()):
         for key, colour in (("start", "0.6"), ("fine_tuned", "tab:blue")):
+            # Random weights have an accuracy far below all others, which would squeeze the scale.
             if key == "start" and VARIANTS[names[place]].is_random:
-                continue  # far from everything else
+                continue
             values = [seed[key] for seed in seeds]
             axis.errorbar(
                 fmean(values), place, xerr=pstdev(values), marker="o", color=colour, capsize=3,
@@ -130,9 +132,9 @@ def _transfer(axis: Axes, group: Any) -> None:
 
 
 def _changes(group: Any, variant: str) -> Iterator[tuple[int, float, str]]:
-    """For each agent the setting's place, the change by the model that it takes, and how it takes that.
+    """Yield for each agent the place of its setting, the change of its accuracy, and the model that it takes.
 
-    Where it keeps its own, the change is the one that the gate has spared it.
+    For an agent that keeps its own model, the change is the one that the gate has prevented.
     """
     for place, seeds in enumerate(group.values()):
         for seed in seeds:

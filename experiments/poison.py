@@ -1,9 +1,9 @@
-"""What poisoned agents do to the published model, and what clipping, robust aggregation and quarantine save.
+"""The harm of poisoned agents to the published model, with clipping, robust aggregation and quarantine.
 
     python -m experiments.poison --task mnist --data-dir DIR --seeds 3
 
-Of 5 agents one is poisoned, of 10 two. Honest agents pre-train once for all variants; everything is done by
-the product's own code, in this process. What is stopped goes on where it was when it is started again.
+One of 5 agents is poisoned, or two of 10. Honest agents pre-train once for all variants. The product's own
+code does everything in this process. A command that was stopped goes on from there when it is started again.
 """
 
 import argparse
@@ -26,12 +26,15 @@ from experiments import command
 from experiments.command import console, write_text
 from experiments.tasks import TASKS, Setting
 
-CASES = ((5, 1), (10, 2))  # agents in all, and how many of them are poisoned
+# The number of agents, and the number of poisoned agents among them.
+CASES = ((5, 1), (10, 2))
 EXAMPLES_PER_AGENT = {"digits": 130, "mnist": 2_000, "cifar10": 1_000}
 TEST_EXAMPLES = {"digits": 1_000, "mnist": 10_000, "cifar10": 2_000}
 FACTOR = 1_000.0
-TARGET = 0  # what a backdoor makes of every image
-PATCH = 8  # the patch takes this part of the image's height and width, in its last corner
+# A backdoor makes the model predict this class for every image with the patch.
+TARGET = 0
+# The patch covers 1/PATCH of the image's height and width, in the lower right corner.
+PATCH = 8
 
 AGGREGATORS = ("mean", "trimmed_mean", "median", "geometric_median")
 DEFENCES: Mapping[str, Mapping[str, Any]] = {
@@ -41,16 +44,19 @@ DEFENCES: Mapping[str, Mapping[str, Any]] = {
     "both": {"quarantine": "exclude"},
 }
 
-Record = dict[str, Any]  # as it is in a JSON file
+# The content of a JSON file.
+Record = dict[str, Any]
 
 
 class Attack(NamedTuple):
-    """What poisoned agents do. Their data are poisoned before they train, their weights afterwards."""
+    """An attack of poisoned agents, on their data before they train, or on their weights afterwards."""
 
     label: str
-    factor: float = 1.0  # of the update
+    # The update is multiplied by this factor.
+    factor: float = 1.0
     flips_labels: bool = False
-    patched: float = 0.0  # share of the images that get the patch and the target's label
+    # This share of the images gets the patch and the target's label.
+    patched: float = 0.0
 
 
 ATTACKS: Mapping[str, Attack] = {
@@ -65,7 +71,7 @@ ATTACKS: Mapping[str, Attack] = {
 
 
 class Variant(NamedTuple):
-    """One round."""
+    """The attack, aggregator and defence of one round."""
 
     attack: str
     aggregator: str
@@ -80,7 +86,7 @@ VARIANTS = [Variant(*names) for names in product(ATTACKS, AGGREGATORS, DEFENCES)
 
 
 class Cell(NamedTuple):
-    """One seed of one case, and where what is known of it is kept."""
+    """One seed of one case, and the folder that keeps the records known so far."""
 
     setting: Setting
     num_poisoned: int
@@ -88,7 +94,7 @@ class Cell(NamedTuple):
 
     @property
     def known(self) -> dict[str, Record]:
-        """By the variant's name."""
+        """Return the records made with the present settings, by the variant's name."""
         try:
             text = (self.path / "records.json").read_text("utf-8")
         except FileNotFoundError:
@@ -139,7 +145,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _cells(arguments: argparse.Namespace) -> dict[str, list[Cell]]:
-    """One for each seed of each case.
+    """Return the cells of each case, one for each seed, by the case's name.
 
     Raises:
         UsageError: the configuration or the data are not usable.
@@ -169,7 +175,7 @@ def _run(arguments: argparse.Namespace, seed: int) -> RunConfig:
     return command.run_config(run, arguments.set)
 
 
-# ---------------------------------------------------------------------- the work
+# ---------------------------------------------------------------------- measuring
 
 
 def _work(cells: Sequence[Cell]) -> None:
@@ -187,7 +193,7 @@ def _work(cells: Sequence[Cell]) -> None:
 
 
 def _do(cell: Cell, show: Callable[[str, int, int], None]) -> Iterator[Variant]:
-    """Every variant that is missing, as soon as its record is kept."""
+    """Measure every variant that is missing, and yield each variant when its record is kept."""
     import torch
 
     from experiments.round import Network
@@ -195,20 +201,20 @@ def _do(cell: Cell, show: Callable[[str, int, int], None]) -> Iterator[Variant]:
     network = Network(cell.setting, cell.path / "network", torch.device("cpu"), show)
     with closing(network):
         honest = network.contribute(cell.setting.run, 1, None)
-        kept = {digest for item in honest for digest in (item.weights, *item.shards)} | {network.start(None)}
+        kept = {digest for item in honest for digest in item.blob_digests} | {network.start(None)}
         poisoned: dict[str, list[Any]] = {}
         for variant in cell.missing:
             if variant.attack not in poisoned:
                 poisoned = {variant.attack: _poisoned(cell, network, honest, variant.attack, show)}
             bad = poisoned[variant.attack]
             cell.keep(variant, _measure(cell, network, [*bad, *honest[len(bad) :]], variant, show))
-            bad_digests = {digest for item in bad for digest in (item.weights, *item.shards)}
+            bad_digests = {digest for item in bad for digest in item.blob_digests}
             network.cloud.blobs.discard_all_but({*filter(None, kept), *bad_digests})
             yield variant
 
 
 def _poisoned(cell: Cell, network: Any, honest: Sequence[Any], name: str, show: Any) -> list[Any]:
-    """What the poisoned agents contribute."""
+    """Make and return the contributions of the poisoned agents."""
     from edge_agent.state import AgentState
 
     attack, made = ATTACKS[name], []
@@ -238,7 +244,7 @@ def _poisoned_data(attack: Attack, train: Shard, num_classes: int, index: int) -
 
 
 def _patched(images: np.ndarray) -> np.ndarray:
-    """With a white patch; uint8 [N, C, H, W]."""
+    """Return a copy of the images with a white patch; uint8 [N, C, H, W]."""
     patched = images.copy()
     height, width = images.shape[2:]
     patched[:, :, height - max(2, height // PATCH) :, width - max(2, width // PATCH) :] = 255
@@ -246,22 +252,24 @@ def _patched(images: np.ndarray) -> np.ndarray:
 
 
 def _with_factor(cell: Cell, network: Any, item: Any, factor: float) -> Any:
-    """The contribution with its update multiplied."""
+    """Return the contribution with its update multiplied by the factor."""
     from common.weights import read_state_dict, write_state_dict
 
     blobs, path = network.cloud.blobs, cell.path / "new.safetensors"
-    start, weights = (read_state_dict(blobs.get(digest)) for digest in (network.start(None), item.weights))
+    start, weights = (
+        read_state_dict(blobs.get(digest)) for digest in (network.start(None), item.weights_digest)
+    )
     for name, tensor in weights.items():
         if tensor.is_floating_point():
             weights[name] = (start[name] + factor * (tensor - start[name])).to(tensor.dtype)
     write_state_dict(weights, path)
     digest = blobs.put(path).digest
     path.unlink()
-    return item.model_copy(update={"weights": digest})
+    return replace(item, weights_digest=digest)
 
 
 def _measure(cell: Cell, network: Any, contributions: Sequence[Any], variant: Variant, show: Any) -> Record:
-    """One round, as the server would do it: what its gate refuses takes no part."""
+    """Do one round as the server would, without the contributions that the gate refuses, and measure it."""
     import torch
 
     from common.models import build_model
@@ -269,19 +277,23 @@ def _measure(cell: Cell, network: Any, contributions: Sequence[Any], variant: Va
     from common.training import predict
     from common.weights import load_into
     from experiments import data
+    from experiments.round import round_job
 
     run, blobs = cell.run_of(variant), network.cloud.blobs
     accepted, refused = [], []
     for item in contributions:
         try:
-            check_finite(blobs.get(item.weights), read_header(blobs.get(item.weights)))
+            check_finite(blobs.get(item.weights_digest), read_header(blobs.get(item.weights_digest)))
             accepted.append(item)
         except InvalidError as error:
             refused.append({"agent_id": item.agent_id, "reason": error.reason.value})
     images, labels = data.examples("test")
 
     def shares(model: Any) -> tuple[float, float]:
-        """Right about the test images; and, of those of other classes, taken in by the patch."""
+        """Return the share of correct predictions, and the share of images on which the patch works.
+
+        The patch is put on the test images of the other classes. It works if the prediction is the target.
+        """
         clean, patched = (
             predict(model, torch.from_numpy(each), spec=run.spec, device=torch.device("cpu"))
             .argmax(1)
@@ -290,28 +302,17 @@ def _measure(cell: Cell, network: Any, contributions: Sequence[Any], variant: Va
         )
         return float((clean == labels).mean()), float((patched == TARGET).mean())
 
-    average: list[float] = []
-
-    def on_candidate(name: str, model: Any) -> None:
-        if name == "average":
-            average.append(shares(model)[0])
-
-    result = network.cloud.publish(
-        run,
-        1,
-        network.start(None),
-        accepted,
-        on_candidate,
-        lambda phase, *of: show(f"{variant.name}: {phase}", *of),
-    )
+    job = round_job(run, 1, network.start(None), accepted)
+    result = network.cloud.publish(job, lambda phase, *of: show(f"{variant.name}: {phase}", *of))
     if not result.weights:
         raise RunError(f"{variant.name} published nothing")
+    ((average, _),) = (shares(made.model) for made in network.cloud.candidates(job, result, ("average",)))
     model = build_model(run, seed=0)
     load_into(model, blobs.get(result.weights.sha256))
     accuracy, success = shares(model)
     return {
         "accuracy": accuracy,
-        "average": average[0],
+        "average": average,
         "success": success,
         "start": result.start,
         "refused": refused,
@@ -323,7 +324,7 @@ def _measure(cell: Cell, network: Any, contributions: Sequence[Any], variant: Va
     }
 
 
-# ---------------------------------------------------------------------- what is left of it
+# ---------------------------------------------------------------------- writing the tables
 
 
 def _write(arguments: argparse.Namespace, cases: Mapping[str, Sequence[Cell]]) -> None:
@@ -364,10 +365,11 @@ def _write(arguments: argparse.Namespace, cases: Mapping[str, Sequence[Cell]]) -
 
 
 def in_words(figures: Mapping[str, Sequence[Mapping[str, Record]]], num_poisoned: Mapping[str, int]) -> str:
-    """The tables of all cases.
+    """Return the tables of all cases as Markdown.
 
     Args:
-        figures: of each case, seed by seed, the records by the variant's name.
+        figures: for each case and each of its seeds, the records by the variant's name.
+        num_poisoned: for each case, the number of poisoned agents.
     """
     parts = []
     for case, seeds in figures.items():
@@ -397,7 +399,10 @@ def _grid(seeds: Sequence[Mapping[str, Record]], field: str, attacks: Any) -> st
 
 
 def _noticed(seeds: Sequence[Mapping[str, Record]], num_poisoned: int) -> str:
-    """Of the poisoned and of the honest agents of all seeds; with every defence, by the mean."""
+    """Return a table of how many poisoned and honest agents of all seeds were noticed.
+
+    The figures are those of the aggregator "mean" with the defence "both".
+    """
     from experiments.round import agent_ids
     from experiments.tables import grid
 

@@ -1,10 +1,11 @@
 """A round in this process: the product's own agents and trainer, with files in place of the network.
 
-What is done here is what `edge_agent/agent.py` and `cloud_server/coordinator.py` have done, in their order.
+The functions here call the same parts as `edge_agent/agent.py` and `cloud_server/coordinator.py`, in the same
+order.
 """
 
 import os
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -13,50 +14,58 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from cloud_server.jobs import Job, JobContribution, JobDirectory, Progress, Result, blob_path
+from cloud_server.contribution import Contribution
+from cloud_server.jobs import Job, JobDirectory, Progress, Result
+from cloud_server.state_dir import StateDir, blob_path
 from cloud_server.trainer.group import Group
-from cloud_server.trainer.pipeline import RoundJob, run_job
-from cloud_server.trainer.selection import OnCandidate
+from cloud_server.trainer.pipeline import RoundPipeline
+from cloud_server.trainer.work import run_job
 from common.checkpoint import CHECKPOINT_SECONDS
-from common.config import RunConfig
+from common.config import CandidateName, RunConfig
 from common.errors import RunError
 from common.models import build_model
 from common.training import StepReport, derive_seed, evaluate
 from common.transfer import Blob, blob_of
 from common.weights import load_into, write_state_dict
+from common.wire import is_encoded
 from edge_agent.comparison import Comparison, compare
 from edge_agent.data import AgentData, load_agent_data
 from edge_agent.local import LocalModels
 from edge_agent.partition import Partition
 from edge_agent.state import AgentState, Report
 from experiments import data
+from experiments.candidates import Made, make_candidates, make_weighed
 from experiments.tasks import Setting
 
-OnProgress = Callable[[str, int, int], None]  # what, done, of
+# The arguments are a name for the work, the number of steps done, and the number of all steps.
+OnProgress = Callable[[str, int, int], None]
 
 
 class Received(NamedTuple):
-    """What became of a published model on one device."""
+    """The decision of one agent about a published model."""
 
     report: Report
-    weights: Path  # of the model in use at the end; a file that the next one overwrites
-    accuracy: float  # of that model on the agent's own held-out data
-    comparison: Comparison  # of the model in use before, and at the end
+    # The weights of the model in use in the end. The next decision may overwrite this file.
+    weights: Path
+    # The accuracy of the model in use in the end, on the agent's own held-out data.
+    accuracy: float
+    # The comparison of the model in use before with the model in use in the end.
+    comparison: Comparison
 
 
 def agent_ids(count: int) -> list[str]:
-    """In the order of their partitions."""
+    """Return the ids of `count` agents, in the order of their partitions."""
     return [f"edge-{number:02}" for number in range(1, count + 1)]
 
 
 class Blobs:
-    """Files by digest, as on the server."""
+    """A folder of files named by their digest, as on the server."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def put(self, source: Path) -> Blob:
-        """A second name for the file, which must never be written again."""
+        """Store the file as a blob by a hard link; the file must never be written to again."""
         blob = blob_of(source)
         target = self.get(blob.digest)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -75,7 +84,7 @@ class Blobs:
 
 @dataclass(frozen=True)
 class Edge:
-    """One agent: its data, what it keeps on disk, and the product's code on both."""
+    """One agent: its data, its state on disk, and the product's code that works on both."""
 
     run: RunConfig
     data: AgentData
@@ -92,8 +101,8 @@ class Edge:
 
     def contribute(
         self, number: int, initial: str | None, blobs: Blobs, on_progress: OnProgress
-    ) -> JobContribution:
-        """Pre-train, unless that is done already, and hand weights and data in."""
+    ) -> Contribution:
+        """Pre-train, unless that is done already, and store the weights and the shards as blobs."""
         trained = self.disk.progress.trained
         if not trained or (trained.round, trained.initial_weights) != (number, initial):
             what = f"{self.agent_id} pre-trains"
@@ -106,20 +115,20 @@ class Edge:
             self.disk.save(self.disk.progress.model_copy(update={"trained": trained}))
             self.disk.discard(self.disk.checkpoint)
         sent = self.disk.local_weights
-        if self.run.wire != "float32":
+        if is_encoded(self.run):
             start = blobs.get(initial) if initial else None
             self.models.encode(trained, start, counted_round=number - 1)
             sent = self.disk.encoded
-        return JobContribution(
+        return Contribution(
             agent_id=self.agent_id,
-            weights=blobs.put(sent).digest,
-            shards=tuple(blobs.put(path).digest for path in self.models.shards),
+            weights_digest=blobs.put(sent).digest,
+            shard_digests=tuple(blobs.put(path).digest for path in self.models.shards),
             num_examples=self.models.num_examples,
-            initial_weights=initial,
+            initial_digest=initial,
         )
 
     def receive(self, number: int, weights: Path, on_progress: OnProgress) -> Received:
-        """Decide about a published model as the run's `apply` says; it is not used yet."""
+        """Decide about a published model as the run's `apply` says, without using the model yet."""
 
         def show(step: StepReport) -> None:
             on_progress(f"{self.agent_id} adapts", step.step, step.num_steps)
@@ -132,28 +141,47 @@ class Edge:
         return Received(report, in_use, float(after.mean()), compare(before, after))
 
     def apply(self, weights: Path, received: Received) -> None:
-        """Use the model from now on, if that was decided."""
+        """Use the model from now on, if the agent has decided so."""
         self.models.apply(weights, received.report, lambda _: None)
 
     def _predictions(self, weights: Path) -> np.ndarray:
-        """bool [N], whether these weights are right about each of the agent's held-out examples."""
+        """Return for each of the agent's held-out examples if these weights are right about it; bool [N]."""
         model = build_model(self.run, seed=0)
         load_into(model, weights)
         images, labels = (torch.from_numpy(array) for array in self.data.held_out)
         return evaluate(model, images, labels, spec=self.run.spec, device=self.device).correct.numpy()
 
 
+def round_job(run: RunConfig, number: int, initial: str | None, contributions: Sequence[Contribution]) -> Job:
+    """Return the trainer's job for a round.
+
+    Args:
+        initial: the digest of the weights that the agents started from; None if each agent started from
+            weights of its own.
+    """
+    return Job(
+        kind="round",
+        name="round",
+        round=number,
+        run=run,
+        device="auto",
+        initial_weights=initial,
+        contributions=tuple(contributions),
+    )
+
+
 class Cloud:
-    """The server's part: the jobs of a run, one after the other."""
+    """The server's part of the rounds: the jobs of a run, one after the other."""
 
     def __init__(self, path: Path, device: torch.device) -> None:
         self._path = path
+        self._state_dir = StateDir(path)
         self._device = device
-        self.blobs = Blobs(path / "blobs")
+        self.blobs = Blobs(self._state_dir.blobs)
 
     def initial_weights(self, run: RunConfig) -> str:
-        """The digest of what the agents' first pre-training starts from."""
-        directory = JobDirectory(self._path / "jobs" / "initialise")
+        """Make the weights that the agents' first pre-training starts from, and return their digest."""
+        directory = JobDirectory(self._state_dir.job("initialise"))
         directory.write_job(
             Job(kind="initialise", name="initialise", round=0, run=run, device="auto", initial_weights=None)
         )
@@ -167,45 +195,35 @@ class Cloud:
         return digest
 
     def random_weights(self, run: RunConfig) -> str:
-        """The digest of weights that nobody has trained."""
+        """Make random weights, which nobody has trained, and return their digest."""
         path = self._path / "random.safetensors"
         write_state_dict(build_model(run, seed=derive_seed(run.seed, "random_start")).state_dict(), path)
         digest = self.blobs.put(path).digest
         path.unlink()
         return digest
 
-    def publish(
-        self,
-        run: RunConfig,
-        number: int,
-        initial: str | None,
-        contributions: Sequence[JobContribution],
-        on_candidate: OnCandidate,
-        on_progress: OnProgress,
-    ) -> Result:
-        """Do the round's job; the model that it makes becomes a blob.
-
-        Args:
-            initial: digest of what the agents have started from; None: weights of their own.
-        """
-        job = Job(
-            kind="round",
-            name="round",
-            round=number,
-            run=run,
-            device="auto",
-            initial_weights=initial,
-            contributions=tuple(contributions),
-        )
-        directory = _ShownDirectory(self._path / "jobs" / "round", on_progress)
+    def publish(self, job: Job, on_progress: OnProgress) -> Result:
+        """Do the round's job, and store the published model as a blob."""
+        directory = _ShownDirectory(self._round_path, on_progress)
         directory.write_job(job)
         directory.discard_output()
-        result = RoundJob(
-            job, directory, self.blobs.path, self._device, Group(), on_candidate=on_candidate
-        ).run()
+        result = RoundPipeline(job, directory, self.blobs.path, self._device, Group()).run()
         self.blobs.put(directory.weights_path)
         directory.remove()
         return result
+
+    def candidates(self, job: Job, result: Result, names: Sequence[CandidateName]) -> Iterator[Made]:
+        """Make these candidates of a finished job again."""
+        return make_candidates(job, result, self.blobs.path, self._device, names)
+
+    def weighed(self, job: Job, result: Result) -> Iterator[Made]:
+        """Make all candidates of a finished job again, and last its fine-tuned model."""
+        precision_path = JobDirectory(self._round_path).precision_path
+        return make_weighed(job, result, self.blobs.path, self._device, precision_path)
+
+    @property
+    def _round_path(self) -> Path:
+        return self._state_dir.job("round")
 
 
 @dataclass(frozen=True)
@@ -219,7 +237,7 @@ class _ShownDirectory(JobDirectory):
 
 
 class Network:
-    """The agents of a setting and their cloud, from whose folder on disk a broken-off run goes on."""
+    """The agents of a setting and their cloud, with a folder from which a stopped experiment goes on."""
 
     def __init__(self, setting: Setting, path: Path, device: torch.device, on_progress: OnProgress) -> None:
         data.choose(setting.data, setting.num_examples, setting.num_test, setting.run.seed)
@@ -247,11 +265,11 @@ class Network:
         for edge in self.edges:
             edge.disk.close()
 
-    def contribute(self, run: RunConfig, number: int, latest: str | None) -> list[JobContribution]:
-        """All agents pre-train for a round.
+    def contribute(self, run: RunConfig, number: int, latest: str | None) -> list[Contribution]:
+        """Let all agents pre-train for a round, and return their contributions.
 
         Args:
-            latest: digest of the latest published model.
+            latest: the digest of the latest published model; None before the first one.
         """
         initial = self.start(latest)
         return [
@@ -260,7 +278,11 @@ class Network:
         ]
 
     def start(self, latest: str | None) -> str | None:
-        """The digest of what a round starts from; None: each agent's own weights."""
+        """Return the digest of the weights that a round starts from; None for each agent's own weights.
+
+        Args:
+            latest: the digest of the latest published model; None before the first one.
+        """
         return latest or (None if self._run.initial_weights == "independent" else self._initial_weights)
 
     @cached_property

@@ -1,4 +1,4 @@
-"""From what was measured to the figures of a table, and from those to Markdown."""
+"""The tables: the figures of a table from the cells' records, and the Markdown text from the figures."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -12,14 +12,15 @@ PARTS = tuple(VARIANTS)
 TAKES = ("as it is", "adapted", "its own")
 NAMES = {"plain_average": "the paper's", "selection": "the defaults"}
 
-Groups = Mapping[str, Sequence[Cell]]  # the seeds of each setting, by its name
+# The cells of each setting, one for each seed, by the setting's name.
+Groups = Mapping[str, Sequence[Cell]]
 
 
 # ---------------------------------------------------------------------- A. the paper's claims
 
 
 def claims(groups: Groups) -> Record:
-    """For each setting what each seed gave, stage by stage, and the loss barriers."""
+    """Return for each setting the accuracies of each seed at each stage, and the loss barriers."""
     return {
         name: {
             "seeds": [_claims_of(cell) for cell in cells],
@@ -39,7 +40,8 @@ def _claims_of(cell: Cell) -> Record:
         accuracies = {key: value["accuracy"] for key, value in record["models"].items()}
         start, fine_tuned = accuracies[record["start"]], accuracies["fine_tuned"]
         published = fine_tuned if record["published"] == "fine_tuned" else start
-        if name == "plain_average":  # the paper publishes what it fine-tuned, and every edge takes it
+        # The paper publishes the fine-tuned model in any case, and every edge uses it.
+        if name == "plain_average":
             published, after = fine_tuned, [fine_tuned for _ in record["edges"]]
         else:
             after = [left_with(edge)["test_after"] for edge in record["edges"]]
@@ -69,7 +71,7 @@ STAGES: Mapping[str, Callable[[Record, str], float | None]] = {
 
 
 def stage_values(seeds: Sequence[Record], stage: str, name: str) -> list[float]:
-    """One for each seed; none where there is no such stage."""
+    """Return the accuracy of each seed at the stage, without the seeds that lack this stage."""
     values = (STAGES[stage](seed, name) for seed in seeds)
     return [value for value in values if value is not None]
 
@@ -142,7 +144,10 @@ def _verdicts(seeds: Sequence[Record]) -> Iterable[str]:
 
 
 def parts(groups: Groups) -> Record:
-    """For each setting and variant, seed by seed: accuracy of the start, fine-tuned, published."""
+    """Return the accuracies of the start, the fine-tuned and the published model, by setting and variant.
+
+    A variant has one record for each seed, with the accuracies of the variant's last round.
+    """
     return {
         name: {
             "edges": [fmean(each["accuracy"] for each in _local(cell)) for cell in cells],
@@ -214,7 +219,7 @@ def parts_in_words(figures: Record) -> str:
 
 
 def transfer(groups: Groups) -> Record:
-    """For each setting, seed and agent: how the published models compare to its own."""
+    """Return for each setting, seed and agent how the published models compare to the agent's own model."""
     return {
         name: [
             {
@@ -233,7 +238,8 @@ def transfer_in_words(figures: Record) -> str:
     ways = [
         (variant, is_gated)
         for variant, agents in some.items()
-        for is_gated in ((False, True) if "gate" in agents[0] else (False,))  # the paper has none
+        # The paper's variant has no gate.
+        for is_gated in ((False, True) if "gate" in agents[0] else (False,))
     ]
     headings = [
         f"{NAMES.get(variant, VARIANTS[variant].label)}, {'with the gate' if is_gated else 'always applied'}"
@@ -268,10 +274,11 @@ def transfer_in_words(figures: Record) -> str:
 
 
 def left_with(agent: Record, *, is_gated: bool = True) -> Record:
-    """What an agent has in the end: `own_after`, `test_after`, and `is_worse` by more than the tolerance.
+    """Return an agent's `own_after`, `test_after`, and `is_worse`, which means by more than the tolerance.
 
     Args:
-        is_gated: let its gate decide, if it has one; otherwise it uses the published model as it is.
+        is_gated: True if the agent's gate decides, where it has one; False if the agent uses the published
+            model as it is.
     """
     return agent.get("gate", agent) if is_gated else agent
 
@@ -293,7 +300,11 @@ def _share(seeds: Sequence[Record], variant: str, takes: str) -> str:
 def _accuracies(
     figures: Record, headings: Sequence[str], ways: Sequence[tuple[str, bool]], where: str
 ) -> str:
-    """Before, and after in each way, on `where`: an agent's "own" held-out data, or the common "test" set."""
+    """Return a table of the accuracies before the round, and after it in each way.
+
+    Args:
+        where: "own" for the agents' own held-out data, "test" for the common test set.
+    """
     rows = []
     for name, seeds in figures.items():
         before = [fmean(agent[f"{where}_before"] for agent in seed["agents"][ways[0][0]]) for seed in seeds]
@@ -315,7 +326,7 @@ def _accuracies(
 
 
 def wire(groups: Groups) -> Record:
-    """For each setting, variant and wire, seed by seed: accuracies after the last round, bytes of one."""
+    """Return for each setting, variant, wire and seed the accuracies and the bytes of the last round."""
     figures: Record = {}
     for name, cells in groups.items():
         setting, _, encoding = name.rpartition(", ")
@@ -394,7 +405,7 @@ def _rounds(cell: Cell, name: str) -> list[Record]:
 
 
 def _seconds(cell: Cell, name: str) -> Record:
-    """Wall seconds of a variant by part; the agents' pre-training is shared by the variants."""
+    """Return the wall seconds of a variant by part; all variants share the agents' pre-training."""
     record = cell.record(name)
     assert record
     seconds: Record = {**record["seconds"]}
@@ -417,7 +428,7 @@ def signed(difference: float) -> str:
 
 
 def spread(values: Sequence[float], *, sign: bool = False) -> str:
-    """Mean ± standard deviation (of the sample) over seeds."""
+    """Format the mean ± standard deviation (of the sample) over seeds."""
     if not values:
         return "-"
     text = signed(fmean(values)) if sign else figure(fmean(values))
@@ -425,6 +436,6 @@ def spread(values: Sequence[float], *, sign: bool = False) -> str:
 
 
 def grid(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table."""
+    """Format a Markdown table."""
     lines = [headings, ["---"] * len(headings), *rows]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)

@@ -1,4 +1,4 @@
-"""The paper's three tasks, and what a row of our tables changes in their `[run]` table."""
+"""The paper's three tasks, and the changes that each row of our tables makes to their `[run]` table."""
 
 import hashlib
 import json
@@ -8,25 +8,31 @@ from typing import Any, NamedTuple
 
 from common.config import RunConfig, deep_merge, read_preset
 
-_FOR_FEW_EPOCHS: Mapping[str, Any] = {  # of a deep network, on a CPU
+# These settings train a deep network in few epochs, on a CPU.
+_FOR_FEW_EPOCHS: Mapping[str, Any] = {
     "batch_size": 64,
     "optimizer": "adamw",
     "learning_rate": 0.001,
     "weight_decay": 5e-4,
     "schedule": "one-cycle",
     "augment": ("random_crop", "horizontal_flip"),
-    "precision": "float32",  # the same on every machine: results are compared
+    # The precision is the same on every machine, so that results can be compared.
+    "precision": "float32",
 }
 
 
 class Task(NamedTuple):
     """A model and its data, in a size that suits a machine without a GPU."""
 
-    run: Mapping[str, Any]  # the [run] table
+    # The [run] table.
+    run: Mapping[str, Any]
     examples_per_agent: int
-    for_transfer: Mapping[str, Any]  # what table transfer, with its many settings, changes in that
-    examples_in_all: int  # in table transfer, however many agents there are
-    test_examples: int  # in table transfer; the others take all
+    # The table "transfer" makes these changes to the [run] table, because it has many settings.
+    for_transfer: Mapping[str, Any]
+    # The table "transfer" uses so many examples in all, however many agents there are.
+    examples_in_all: int
+    # The table "transfer" uses so many test examples. The other tables use all of them.
+    test_examples: int
 
 
 def _deep(model: str, dataset: str) -> dict[str, Any]:
@@ -47,13 +53,17 @@ TASKS: Mapping[str, Task] = {
 
 
 class Variant(NamedTuple):
-    """A row of the table of parts: what of the cloud's work is done, and how."""
+    """A row of the table of parts: the parts of the cloud's work that are done, and how."""
 
     label: str
-    changes: Mapping[str, Any]  # of the [run] table; nothing that the agents' pre-training depends on
-    is_random: bool = False  # the fine-tune starts from freshly drawn weights
-    is_split: bool = False  # the same epochs, spread over several rounds
-    is_received: bool = False  # it is also found out what the agents make of the published model
+    # Changes to the [run] table, of no key that the agents' pre-training depends on.
+    changes: Mapping[str, Any]
+    # True if the fine-tune starts from freshly drawn weights.
+    is_random: bool = False
+    # True if the same epochs are spread over several rounds.
+    is_split: bool = False
+    # True if the agents' decisions about the published model are measured, too.
+    is_received: bool = False
 
 
 DEFAULT = "selection"
@@ -67,8 +77,6 @@ VARIANTS: Mapping[str, Variant] = {
     "greedy_soup": Variant("greedy soup, aligned", {"candidates": ("greedy_soup",)}),
     "best_agent": Variant("best agent", {"candidates": ("best_agent",)}),
     DEFAULT: Variant("best of all (the default)", {}, is_received=True),
-    "distill_0.3": Variant("best of all, distill 0.3", {"fine_tune": {"distill": 0.3}}),
-    "distill_0.5": Variant("best of all, distill 0.5", {"fine_tune": {"distill": 0.5}}),
     "rounds": Variant("best of all, shorter rounds", {}, is_split=True, is_received=True),
 }
 
@@ -78,14 +86,17 @@ class Setting(NamedTuple):
 
     task: str
     run: RunConfig
-    data: Path  # see data.py
+    # The folder with the data, see data.py.
+    data: Path
     num_agents: int
-    num_examples: int  # of all agents together
-    num_test: int  # at most: the common test set, of which each agent holds a part for itself
+    # The number of examples of all agents together.
+    num_examples: int
+    # The common test set has at most so many examples. Each agent holds a part of it for itself.
+    num_test: int
 
     @property
     def name(self) -> str:
-        """A folder's name: what a reader wants to know first, and a digest of everything."""
+        """Return a name for a folder, made of the main facts for a reader and a digest of everything."""
         run = self.run.model_dump(mode="json", exclude=_AFTER_PRETRAINING)
         everything = [
             run,
@@ -101,7 +112,11 @@ class Setting(NamedTuple):
         return f"{self.task}-{initial}-{partition}-{sizes}-seed{self.run.seed}-{digest}"
 
     def run_of(self, variant: Variant, number: int = 1, num_rounds: int = 1) -> RunConfig:
-        """The variant's `[run]` table in one of its rounds."""
+        """Return the variant's configuration in the round with this number.
+
+        Args:
+            num_rounds: the number of rounds over which the epochs are spread.
+        """
         run = RunConfig.model_validate(deep_merge(self.run.model_dump(), variant.changes))
         trainings = {"pretrain": run.pretrain, "fine_tune": run.fine_tune}
         return run.model_copy(
@@ -112,6 +127,7 @@ class Setting(NamedTuple):
         )
 
 
+# The agents' pre-training does not depend on these keys of the [run] table.
 _AFTER_PRETRAINING = {
     "aggregator", "trim_fraction", "weights", "candidates", "recompute_statistics", "fine_tune",
     "apply", "adapt_epochs", "max_norm_ratio", "on_large_update", "quarantine",
@@ -119,5 +135,5 @@ _AFTER_PRETRAINING = {
 
 
 def _share(epochs: int, number: int, num_rounds: int) -> int:
-    """Of the epochs in all, those of one round; where they do not divide, the later ones have more."""
+    """Return one round's share of all epochs; if there is a remainder, later rounds have more epochs."""
     return epochs * number // num_rounds - epochs * (number - 1) // num_rounds

@@ -1,43 +1,66 @@
-"""Real servers and agents as processes of their own, for tests; none is left behind."""
+"""Real servers and agents for tests, as processes of their own, all of which end with the test."""
 
 import json
 import os
+import random
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from cloud_server.door.authority import Authority
+from cloud_server.state_dir import StateDir
 from common import tls
 from edge_agent.identity import Identity, find
+from tests.zygote import IS_COLD, the_zygote
 
 ROOT = Path(__file__).parent.parent
 WAIT_SECONDS = 60.0
 
 
 class Command:
-    """One `cloud-server` or `edge-agent`, its output in files."""
+    """A process of `cloud-server` or `edge-agent`, whose output goes to a file.
 
-    process: Any  # a subprocess.Popen, or what does as well
+    Args:
+        forked: True to fork the process from a process that has imported the modules already.
+    """
+
+    # A subprocess.Popen, or a tests.zygote.ForkedProcess.
+    process: Any
 
     def __init__(
-        self, module: str, *args: object, folder: Path, env: dict[str, str] | None = None, cwd: Path = ROOT
+        self,
+        module: str,
+        *args: object,
+        folder: Path,
+        env: Mapping[str, str] | None = None,
+        cwd: Path = ROOT,
+        forked: bool = False,
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.output_path = folder / f"{module}.{time.monotonic_ns()}.log"
+        self.output_path.touch()
+        words = list(map(str, args))
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
+        if forked:
+            self.process = the_zygote().start(
+                module, words, output=self.output_path, env=environment, cwd=cwd
+            )
+            return
         with self.output_path.open("wb") as output:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", module, *map(str, args)],
+                [sys.executable, "-m", module, *words],
                 cwd=cwd,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})},
+                env=environment,
                 start_new_session=True,
             )
 
@@ -46,22 +69,22 @@ class Command:
         return self.output_path.read_text("utf-8")
 
     def wait(self, seconds: float = WAIT_SECONDS) -> int:
-        """Its exit code."""
+        """Wait for the end of the process, and return its exit code."""
         try:
             return self.process.wait(seconds)
         except subprocess.TimeoutExpired:
             raise AssertionError(f"still running after {seconds} s:\n{self.output}") from None
 
     def wait_for(self, pattern: str, seconds: float = WAIT_SECONDS) -> re.Match[str]:
-        """The first match of `pattern` in its output."""
+        """Wait until `pattern` matches in the process's output, and return the first match."""
         return until(lambda: re.search(pattern, self.output), self, seconds)
 
     def terminate(self) -> int:
         self.process.terminate()
-        return self.wait(15)
+        return self.wait()
 
     def kill(self) -> None:
-        """SIGKILL the process alone: what it started must notice by itself."""
+        """Send SIGKILL to the process alone; processes that it started must notice its end by themselves."""
         self.process.kill()
         self.process.wait()
 
@@ -72,7 +95,11 @@ class Command:
 
 
 def until(condition: Callable[[], Any], command: Command, seconds: float = WAIT_SECONDS) -> Any:
-    """The condition's value once it is true, as long as the command runs or has just ended."""
+    """Wait until the condition's value is true, and return the value.
+
+    Raises:
+        AssertionError: the command ended, or the time is over, and the condition is still not true.
+    """
     deadline = time.monotonic() + seconds
     while True:
         ended = command.process.poll() is not None
@@ -84,8 +111,16 @@ def until(condition: Callable[[], Any], command: Command, seconds: float = WAIT_
         time.sleep(0.02)
 
 
+def free_port() -> int:
+    """Return a port that nothing listens on, outside the range from which the system gives ports itself."""
+    while True:
+        port = random.SystemRandom().randrange(10_000, 30_000)
+        with suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
+
+
 def enroll(tls_folder: Path, agent_folder: Path, agent_id: str) -> Identity:
-    """What `edge-agent enroll` does, without a server: also before there is one."""
+    """Enroll an agent as `edge-agent enroll` does, but without a server, which need not have started yet."""
     if identity := find(agent_folder / "tls"):
         return identity
     key = tls.new_key()
@@ -100,7 +135,7 @@ def enroll(tls_folder: Path, agent_folder: Path, agent_id: str) -> Identity:
 
 
 class Cluster:
-    """A server and its agents below one folder."""
+    """A server and its agents, with all their files below one folder."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -109,8 +144,8 @@ class Cluster:
         self.http_port = 0
         self._commands: list[Command] = []
 
-    def server(self, *args: object, env: dict[str, str] | None = None, ready: bool = True) -> Command:
-        """Start the server, on the ports that it had before if it is not the first time."""
+    def server(self, *args: object, env: Mapping[str, str] | None = None, ready: bool = True) -> Command:
+        """Start the server; a later start uses the ports of the first start again."""
         command = self._start(
             "cloud_server", "--host", "127.0.0.1", "--port", self.port, "--http-port", self.http_port,
             "--state-dir", self.state_dir, *args, folder=self.folder, env=env,
@@ -120,45 +155,52 @@ class Cluster:
             self.port, self.http_port = int(match[1]), int(match[2])
         return command
 
-    def agent(self, name: str, *args: object, env: dict[str, str] | None = None) -> Command:
-        """Start an agent, enrolled unless it needs not be."""
-        if "--insecure" not in args:
+    def agent(
+        self, name: str, *args: object, env: Mapping[str, str] | None = None, forked: bool = not IS_COLD
+    ) -> Command:
+        """Start an agent; enroll it first, unless it does not need to be or enrolls itself."""
+        if not {"--insecure", "--join-token-file"} & set(args):
             self.enroll(name)
         return self._start(
             "edge_agent", "--server", f"127.0.0.1:{self.port}", "--agent-id", name,
-            "--state-dir", self.folder / name, *args, folder=self.folder, env=env,
+            "--state-dir", self.folder / name, *args, folder=self.folder, env=env, forked=forked,
         )  # fmt: skip
 
     def enroll(self, name: str) -> Identity:
-        return enroll(self.state_dir / "tls", self.folder / name, name)
+        return enroll(StateDir(self.state_dir).tls, self.folder / name, name)
 
-    def forget(self, name: str, env: dict[str, str] | None = None) -> Command:
-        """Start `cloud-server forget`, which ends when the agent is forgotten."""
+    def forget(self, name: str, env: Mapping[str, str] | None = None) -> Command:
+        """Start `cloud-server forget`, which ends after the server has forgotten the agent."""
         where = ("--state-dir", self.state_dir)
         return self._start("cloud_server", "forget", name, *where, folder=self.folder, env=env)
 
     def join_token(self, uses: int) -> Path:
-        """A file with a token that is always the same one."""
+        """Return the path of a file with a join token; every call returns the same token."""
         file = self.folder / "join-token"
         if not file.exists():
-            with closing(Authority(self.state_dir / "tls")) as authority:
+            with closing(Authority(StateDir(self.state_dir).tls)) as authority:
                 file.write_text(authority.create_token(uses, 3600), "utf-8")
         return file
 
     def report(self, number: int = 1) -> dict[str, Any]:
-        path = self.state_dir / f"rounds/{number:04d}/report.json"
+        path = StateDir(self.state_dir).report(number)
         report: dict[str, Any] = json.loads(path.read_text("utf-8"))
         return report
 
-    def _start(self, module: str, *args: object, folder: Path, env: dict[str, str] | None) -> Command:
-        return self.adopt(Command(module, *args, folder=folder / "logs", env=env))
-
-    def adopt(self, command: Command) -> Command:
-        """See to it that the command does not outlive the cluster."""
+    def _start(
+        self,
+        module: str,
+        *args: object,
+        folder: Path,
+        env: Mapping[str, str] | None,
+        forked: bool = not IS_COLD,
+    ) -> Command:
+        command = Command(module, *args, folder=folder / "logs", env=env, forked=forked)
         self._commands.append(command)
         return command
 
     def close(self) -> None:
+        """Kill every command that still runs, so that none outlives the cluster."""
         for command in self._commands:
             command.close()
 

@@ -13,6 +13,7 @@ from google.protobuf import descriptor_pb2
 
 from common import errors, rpc
 from common.pb import ecavg_pb2 as pb
+from tests.rooms import BEGIN, END, ROOMS, drawing
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("common", "edge_agent", "cloud_server")
@@ -29,7 +30,7 @@ MAY_IMPORT_TORCH = {
 }
 MAY_IMPORT_GRPC = {
     "cloud_server/__main__.py",
-    "cloud_server/servicer.py",
+    "cloud_server/server.py",
     "common/rpc.py",
     "edge_agent/__main__.py",
     "edge_agent/client.py",
@@ -90,20 +91,47 @@ def test_imports_keep_to_the_arrows(module: str) -> None:
         assert not {name for name in imports_of(module) if name.startswith("common.pb")}
 
 
-@pytest.mark.parametrize("module", ["round", "store", "jobs"])
-def test_round_store_and_jobs_do_not_know_each_other(module: str) -> None:
-    others = {f"cloud_server.{other}" for other in ("round", "store", "jobs", "coordinator", "servicer")}
-    others.remove(f"cloud_server.{module}")
-    assert not set(imports_of(f"cloud_server/{module}.py")) & others
+def rooms_that(module: str) -> set[str]:
+    """Return the rooms of the server, other than its own, that a module of the server imports."""
+    names = {name.split(".")[1] for name in imports_of(module) if name.startswith("cloud_server.")}
+    return names - {room_of(module)}
 
 
-def test_trainer_shares_only_jobs_with_the_server() -> None:
-    for path in (ROOT / "cloud_server/trainer").glob("*.py"):
-        names = {name for name in imports_of(str(path.relative_to(ROOT))) if name.startswith("cloud_server.")}
-        strangers = {
-            name for name in names if not name.startswith(("cloud_server.jobs", "cloud_server.trainer"))
-        }
-        assert not strangers
+def room_of(module: str) -> str:
+    return module.split("/")[1].removesuffix(".py")
+
+
+@pytest.mark.parametrize("module", [name for name in own_modules() if name.startswith("cloud_server/")])
+def test_rooms_lean_on_those_that_they_may(module: str) -> None:
+    if module != "cloud_server/__init__.py":
+        allowed = {room.name: set(room.leans_on) for room in ROOMS}[room_of(module)]
+        assert rooms_that(module) <= allowed
+
+
+def test_every_arrow_between_rooms_is_used_and_goes_down() -> None:
+    used: dict[str, set[str]] = {room.name: set() for room in ROOMS}
+    for module in own_modules():
+        if module.startswith("cloud_server/") and module != "cloud_server/__init__.py":
+            used[room_of(module)] |= rooms_that(module)
+    assert used == {room.name: set(room.leans_on) for room in ROOMS}
+    order = [room.name for room in ROOMS]
+    for room in ROOMS:
+        assert {order.index(name) for name in room.leans_on} <= set(
+            range(order.index(room.name) + 1, len(order))
+        )
+
+
+def test_round_store_and_jobs_do_not_know_each_other() -> None:
+    kept_apart = {"round", "store", "jobs"}
+    for room in ROOMS:
+        if room.name in kept_apart:
+            assert not kept_apart & set(room.leans_on)
+
+
+def test_rooms_in_the_architecture_are_those_of_the_rules() -> None:
+    text = (ROOT / "ARCHITECTURE.md").read_text("utf-8")
+    drawn = text.partition(BEGIN)[2].partition(END)[0]
+    assert drawn.strip() == drawing(), "put what `python -m tests.rooms` prints between the markers"
 
 
 def calls_of(module: str) -> Iterator[str]:
@@ -131,7 +159,7 @@ def test_nothing_unpickles(module: str) -> None:
 
 def test_serving_process_does_not_import_torch() -> None:
     code = (
-        "import sys, cloud_server.servicer, cloud_server.coordinator, cloud_server.training.supervisor,"
+        "import sys, cloud_server.server, cloud_server.coordinator, cloud_server.training.supervisor,"
         " cloud_server.showing.display, cloud_server.commands.admin, cloud_server.__main__;"
         "sys.exit(1 if 'torch' in sys.modules else 0)"
     )
@@ -157,11 +185,18 @@ def test_commands_about_tokens_and_agents_need_no_grpc() -> None:
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
 
-@pytest.mark.parametrize("document", ["README.md", "SECURITY.md"])
+@pytest.mark.parametrize("document", ["SECURITY.md", "docs/survives.md"])
+def test_promises_name_tests(document: str) -> None:
+    assert re.search(r"`test_\w+`", (ROOT / document).read_text("utf-8"))
+
+
+@pytest.mark.parametrize(
+    "document",
+    ["README.md", "SECURITY.md", *(str(page.relative_to(ROOT)) for page in (ROOT / "docs").rglob("*.md"))],
+)
 def test_every_test_that_a_promise_names_exists(document: str) -> None:
     named = set(re.findall(r"`(test_\w+)`", (ROOT / document).read_text("utf-8")))
     sources = "".join(path.read_text("utf-8") for path in (ROOT / "tests").rglob("test_*.py"))
-    assert named
     assert named <= set(re.findall(r"def (test_\w+)", sources))
 
 
@@ -175,7 +210,7 @@ def test_every_refusal_has_one_status_and_status_and_reason_have_one_refusal() -
     assert set(rpc.STATUS) == set(refusals())
     for error, status in rpc.STATUS.items():
         trailing = grpc.aio.Metadata((rpc.REASON_KEY, error.default_reason.value))
-        sent = grpc.aio.AioRpcError(status, grpc.aio.Metadata(), trailing, details="no")
+        sent = grpc.aio.AioRpcError(status, grpc.aio.Metadata(), trailing, details="no")  # type: ignore[call-arg]
         assert type(rpc.error_from(sent)) is error
 
 

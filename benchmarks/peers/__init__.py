@@ -1,1 +1,1 @@
-"""The round of benchmarks/round_trip.py on other systems, each in a virtual environment of its own."""
+"""The round of benchmarks/round_trip.py on other systems, each in its own virtual environment."""

@@ -12,7 +12,7 @@ from typing import Any
 from benchmarks import figures
 from benchmarks.peers import peer
 from benchmarks.processes import free_port, own_network, processes_in
-from benchmarks.round_trip import parser, result, show
+from benchmarks.round_trip import result
 
 VERSION = "1.41.0"
 APP = Path(__file__).parent / "flower_app"
@@ -23,12 +23,11 @@ NOTES = (
 
 
 def main(argv: list[str] | None = None) -> int:
-    arguments = parser(__doc__).parse_args(argv)
-    show(measure(arguments.agents, arguments.model, arguments.rounds))
-    return 0
+    return peer.run(measure, __doc__, argv)
 
 
 def measure(num_agents: int, model: str, num_rounds: int) -> dict[str, Any]:
+    """Run the rounds on Flower, and return the figures as they are printed."""
     bin_dir = peer.install("flwr", VERSION)
     machine = figures.machine()
     is_own_network = own_network()
@@ -40,7 +39,8 @@ def measure(num_agents: int, model: str, num_rounds: int) -> dict[str, Any]:
         env = {
             "FLWR_HOME": str(folder / "home"),
             "FLWR_TELEMETRY_ENABLED": "0",
-            "PATH": f"{bin_dir}:/usr/local/bin:/usr/bin:/bin",  # where it finds the programs that it starts
+            # Flower looks here for the programs that it starts.
+            "PATH": f"{bin_dir}:/usr/local/bin:/usr/bin:/bin",
         }
         port = free_port()
         (folder / "home").mkdir()

@@ -2,8 +2,8 @@
 
     python -m benchmarks.peers.nvflare --agents 2 --model resnet50 --rounds 4
 
-PyTorch tensors are sent directly (`ExchangeFormat.PYTORCH`). PyTorch is this project's own: two gigabytes
-that need not be fetched again.
+PyTorch tensors are sent directly (`ExchangeFormat.PYTORCH`). NVFlare uses the PyTorch of this project's
+environment, so that its two gigabytes are not downloaded a second time.
 """
 
 import shutil
@@ -17,7 +17,7 @@ from typing import Any
 from benchmarks import figures
 from benchmarks.peers import peer
 from benchmarks.processes import own_network, processes_in
-from benchmarks.round_trip import parser, result, show
+from benchmarks.round_trip import result
 
 VERSION = "2.9.0"
 JOB = Path(__file__).parent / "nvflare_job"
@@ -30,16 +30,16 @@ NOTES = (
 
 
 def main(argv: list[str] | None = None) -> int:
-    arguments = parser(__doc__).parse_args(argv)
-    show(measure(arguments.agents, arguments.model, arguments.rounds))
-    return 0
+    return peer.run(measure, __doc__, argv)
 
 
 def measure(num_agents: int, model: str, num_rounds: int) -> dict[str, Any]:
+    """Run the rounds on NVFlare, and return the figures as they are printed."""
     bin_dir = peer.install("nvflare", VERSION)
     _lend_torch(bin_dir)
     machine = figures.machine()
-    is_own_network = own_network()  # its ports are fixed: nothing else can have them there
+    # NVFlare's ports are fixed. In a network of its own, no other program can hold them.
+    is_own_network = own_network()
     with tempfile.TemporaryDirectory(prefix="nvflare-") as name, processes_in(Path(name)) as processes:
         folder = Path(name)
         marks, shapes = folder / "marks", folder / "shapes.json"
@@ -57,7 +57,7 @@ def measure(num_agents: int, model: str, num_rounds: int) -> dict[str, Any]:
         job = shutil.copytree(JOB, folder / "job")
         processes.start("submit", [
             bin_dir / "python", "submit.py", "--agents", num_agents,
-            # It marks the beginnings of rounds: the last round ends where one more begins.
+            # The job marks the beginnings of rounds, so the last round ends where one more round begins.
             "--rounds", num_rounds + 1,
             "--shapes", shapes, "--marks", marks, "--startup-kit", kits / "admin@nvidia.com",
         ], env=env, cwd=job)  # fmt: skip
@@ -77,13 +77,13 @@ def measure(num_agents: int, model: str, num_rounds: int) -> dict[str, Any]:
 
 
 def _lend_torch(bin_dir: Path) -> None:
-    """Let the environment find what it lacks in this one, after its own packages."""
+    """Let NVFlare's environment import packages that it lacks, such as PyTorch, from this environment."""
     packages = bin_dir.parent / f"lib/python{sysconfig.get_python_version()}/site-packages"
     (packages / "ecavg-torch.pth").write_text(f"{sysconfig.get_path('purelib')}\n", "utf-8")
 
 
 def _provision(bin_dir: Path, folder: Path, num_agents: int, env: dict[str, str]) -> Path:
-    """Make the keys and start-up kits; the folder that holds one folder for each site."""
+    """Make the keys and start-up kits, and return the folder that holds one folder for each site."""
     workspace = folder / "poc"
     subprocess.run(
         [bin_dir / "nvflare", "poc", "prepare", "-n", str(num_agents), "--force"],

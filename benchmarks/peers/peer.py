@@ -1,23 +1,40 @@
-"""What the benchmarks of the peers have in common: a virtual environment, and rounds that mark their ends."""
+"""The parts that the peers' benchmarks share: the command, a virtual environment, and marked rounds.
+
+A peer marks its rounds by adding a line with the time to a file when a round begins or ends.
+"""
 
 import json
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 from benchmarks.processes import Meter, Processes, loopback_bytes
-from benchmarks.round_trip import MODELS, Measured
+from benchmarks.round_trip import MODELS, Measured, parser, show
 
 CACHE = Path("~/.cache/ecavg-benchmarks").expanduser()
 INSTALL_SECONDS = 900.0
 
-ROUND_SECONDS = 240.0  # for each agent: also in the first round, which starts what was not started before
+# A round may take so long for each agent. The first round also starts the processes that do not run yet.
+ROUND_SECONDS = 240.0
+
+
+def run(measure: Callable[[int, str, int], dict[str, Any]], doc: str | None, argv: list[str] | None) -> int:
+    """Run a peer's benchmark as a command, and return the exit code.
+
+    Args:
+        measure: takes the number of agents, the model and the number of rounds; returns the figures.
+        doc: the docstring of the peer's module.
+    """
+    arguments = parser(doc).parse_args(argv)
+    show(measure(arguments.agents, arguments.model, arguments.rounds))
+    return 0
 
 
 def install(package: str, version: str) -> Path:
-    """The folder `bin` of a virtual environment that has the package, made if it is not there yet."""
+    """Return the folder `bin` of a virtual environment with the package; make the environment if needed."""
     folder = CACHE / f"{package}-{version}"
     ready = folder / ".ready"
     if not ready.exists():
@@ -37,7 +54,7 @@ def install(package: str, version: str) -> Path:
 
 
 def write_shapes(model: str, path: Path) -> int:
-    """Write the shapes of the model's float32 tensors as JSON; their bytes."""
+    """Write the shapes of the model's float32 tensors as JSON, and return the bytes of these tensors."""
     from benchmarks import workloads
 
     chosen = MODELS[model]
@@ -56,11 +73,11 @@ def follow(
     num_agents: int,
     model_bytes: int,
 ) -> Measured:
-    """Measure the rounds from the end of the first to the end of the last.
+    """Measure the rounds from the end of the first round to the end of the last.
 
     Args:
-        families: process ids of what is measured, with all that these start.
-        marks: to this file the peer adds a line when the first round begins, and when a round ends.
+        families: the ids of the measured processes by name; each is measured with all its descendants.
+        marks: the file to which the peer adds a line when the first round begins, and when a round ends.
 
     Raises:
         RuntimeError: a process failed, or a round took too long.

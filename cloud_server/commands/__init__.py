@@ -1,0 +1,1 @@
+"""What an operator runs beside the server: check, token, agents, forget."""

@@ -12,10 +12,12 @@ from rich.console import Console
 from rich.table import Table
 
 from cloud_server.config import DEFAULT_PRESET, ENV_PREFIX, ServerConfig
+from cloud_server.disk.lock import InUseError
 from cloud_server.disk.tables import ForgettingRow
 from cloud_server.door.authority import Authority, EnrolledAgent, TokenRow
-from cloud_server.store import InUseError, Store
-from cloud_server.upkeep import forgetting
+from cloud_server.state_dir import StateDir
+from cloud_server.store import Store
+from cloud_server.upkeep import forgetting, forgotten
 from common.config import load
 from common.errors import NotFoundError, UsageError
 from common.faults import Point, crash_point
@@ -107,7 +109,7 @@ def _forget_agent(config: ServerConfig, arguments: argparse.Namespace) -> None:
         with _authority(config) as authority, suppress(NotFoundError):
             authority.revoke_agent(agent_id)
             is_enrolled = True
-    if (config.state_dir / "ecavg.sqlite3").exists():
+    if StateDir(config.state_dir).database.exists():
         with suppress(NotFoundError):
             _tell_forgotten(agent_id, _forget(config.state_dir, agent_id), is_enrolled=is_enrolled)
             return
@@ -125,27 +127,23 @@ def _forget(state_dir: Path, agent_id: str) -> ForgettingRow:
         try:
             with closing(Store(state_dir)) as store:
                 pseudonym = pseudonym or _ask(store, agent_id)
-                row = _row(store, pseudonym)
+                row = forgotten.forgetting_of(store, pseudonym)
                 if row.done_at is None:
-                    forgetting.forget(store, state_dir, row, time.time())
-                return _row(store, pseudonym)
+                    forgetting.forget(store, row, time.time())
+                return forgotten.forgetting_of(store, pseudonym)
         except InUseError:
             pass  # by a server, or by `cloud-server check`
         with closing(Store(state_dir, as_guest=True)) as store:
             pseudonym = pseudonym or _ask(store, agent_id)
-            if (row := _row(store, pseudonym)).done_at is not None:
+            if (row := forgotten.forgetting_of(store, pseudonym)).done_at is not None:
                 return row
         time.sleep(WAIT_SECONDS)
 
 
 def _ask(store: Store, agent_id: str) -> str:
-    pseudonym = store.ask_to_forget(agent_id, time.time())
+    pseudonym = forgotten.ask_to_forget(store, agent_id, time.time())
     crash_point(Point.SERVER_FORGETTING_ASKED)
     return pseudonym
-
-
-def _row(store: Store, pseudonym: str) -> ForgettingRow:
-    return next(row for row in store.forgettings() if row.pseudonym == pseudonym)
 
 
 def _tell_forgotten(agent_id: str, row: ForgettingRow, *, is_enrolled: bool) -> None:

@@ -1,18 +1,17 @@
-"""`cloud-server check STATE`: is all of a state directory there, and is it what it was?
+"""`cloud-server check STATE`: whether all of a state directory is there, and is what it was.
 
 Nothing in STATE is changed, so that a folder which can only be read can be checked as well. The records
 are read from a copy: SQLite writes beside a database even to read it.
 """
 
 import argparse
-import fcntl
 import json
 import re
 import shutil
 import sqlite3
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,13 +19,17 @@ from typing import Any, NamedTuple
 from pydantic import ValidationError
 
 from cloud_server import jobs
+from cloud_server.disk.lock import unused
 from cloud_server.disk.tables import MIGRATIONS, RoundRow
-from cloud_server.round import OVER, Outcome, Phase
+from cloud_server.round import OVER
+from cloud_server.state_dir import StateDir, blob_path
 from cloud_server.store import Store
 from cloud_server.upkeep import provenance
-from cloud_server.upkeep.retention import round_jobs
+from cloud_server.upkeep.forgotten import forgettings, to_forget
+from cloud_server.upkeep.retired import needed_blobs
 from common.config import RunConfig
 from common.errors import RunError, UsageError
+from common.run_state import Phase
 from common.transfer import DIGEST, blob_of
 
 _PARTIAL_NAME = re.compile(rf"(\d+)-{DIGEST.pattern}")
@@ -40,7 +43,8 @@ _REMOVE = "remove it"
 class Problem(NamedTuple):
     """One thing that is wrong."""
 
-    where: str  # path inside STATE, or the record
+    # A path inside STATE, or the record.
+    where: str
     what: str
     remedy: str
 
@@ -49,7 +53,7 @@ class Problem(NamedTuple):
 
 
 def main(argv: Sequence[str]) -> int:
-    """Print what is wrong with a state directory and a summary; 0 when nothing is, else 1.
+    """Print what is wrong with a state directory, and a summary; return 0 when nothing is, else 1.
 
     Raises:
         UsageError: there is no state directory, or a server uses it.
@@ -61,8 +65,8 @@ def main(argv: Sequence[str]) -> int:
     )
     parser.add_argument("state", metavar="STATE", type=Path, help="the server's --state-dir")
     state_dir: Path = parser.parse_args(argv).state
-    with _unused(state_dir):
-        check = Check(state_dir)
+    with unused(StateDir(state_dir)):
+        check = Check(StateDir(state_dir))
         for problem in check.problems():
             print(problem, flush=True)  # noqa: T201
     print(check.summary())  # noqa: T201
@@ -72,17 +76,20 @@ def main(argv: Sequence[str]) -> int:
 class Check:
     """One look at a whole state directory; `problems` counts as it goes, `summary` is for afterwards."""
 
-    def __init__(self, state_dir: Path) -> None:
+    def __init__(self, state_dir: StateDir) -> None:
         self.num_problems = 0
         self._state_dir = state_dir
         self._num_rounds = 0
         self._num_partials = 0
-        self._blob_bytes: dict[str, int] = {}  # of every blob that is what its name says
-        self._damaged: set[str] = set()  # reported once, however many records name them
-        self._used_by_forgotten: set[int] = set()  # rounds of which a contribution is no longer on record
+        # The size of every blob that is what its name says.
+        self._blob_bytes: dict[str, int] = {}
+        # Blobs that have been reported, which is done once, however many records name them.
+        self._damaged: set[str] = set()
+        # Rounds that have published what an agent contributed who is forgotten since.
+        self._used_by_forgotten: set[int] = set()
 
     def problems(self) -> Iterator[Problem]:
-        """Everything that is wrong.
+        """Yield everything that is wrong.
 
         Raises:
             UsageError: a newer program wrote the database.
@@ -92,6 +99,7 @@ class Check:
             yield problem
 
     def summary(self) -> str:
+        """Return what was checked and how many problems there were, in one line."""
         found = f"{self.num_problems} problem{'s' * (self.num_problems != 1)}" if self.num_problems else "ok"
         total = sum(self._blob_bytes.values())
         return (
@@ -101,28 +109,29 @@ class Check:
 
     def _all_problems(self) -> Iterator[Problem]:
         with tempfile.TemporaryDirectory(prefix="ecavg-check-") as folder:
-            copy = Path(folder) / "ecavg.sqlite3"
+            copy = StateDir(Path(folder)).database
             for suffix in ("", "-wal"):
                 with suppress(FileNotFoundError):
-                    shutil.copyfile(self._state_dir / f"ecavg.sqlite3{suffix}", f"{copy}{suffix}")
+                    shutil.copyfile(f"{self._state_dir.database}{suffix}", f"{copy}{suffix}")
             damage = list(_database(copy, self._state_dir))
             yield from damage
-            if damage:  # the records tell nothing
+            if damage:
+                # The records tell nothing.
                 yield from self._blobs(needed=None)
                 return
             with closing(Store(Path(folder))) as records:
-                yield from self._blobs(records.needed_blobs())
+                yield from self._blobs(needed_blobs(records))
                 yield from self._records(records)
 
     def _records(self, records: Store) -> Iterator[Problem]:
         rounds = records.rounds()
         self._num_rounds = len(rounds)
-        self._used_by_forgotten = {number for row in records.forgettings() for number, _ in row.models}
+        self._used_by_forgotten = {number for row in forgettings(records) for number, _ in row.models}
         yield from self._run(records, rounds)
         yield from self._order(rounds)
         for row in rounds:
             if not row.retired or row is rounds[0]:
-                yield from self._blob(row.initial_weights, f"record of round {row.number}", "initial weights")
+                yield from self._blob(row.initial_digest, f"record of round {row.number}", "initial weights")
             if not row.retired:
                 yield from self._kept_round(records, row)
             if row.phase in OVER:
@@ -135,12 +144,15 @@ class Check:
         yield from self._partials({agent.slot for agent in records.agents()})
         yield from self._provenance(records)
 
+    def _where(self, path: Path) -> str:
+        return str(path.relative_to(self._state_dir.path))
+
     # Blobs
 
     def _blobs(self, needed: set[str] | None) -> Iterator[Problem]:
-        """Every file's digest; one that no record names is no problem, a clean-up sees to it."""
-        for path in sorted((self._state_dir / "blobs").glob("*/*")):
-            where = str(path.relative_to(self._state_dir))
+        """Check every blob's digest; a blob that no record names is no problem, a clean-up sees to it."""
+        for path in sorted(self._state_dir.blobs.glob("*/*")):
+            where = self._where(path)
             if not DIGEST.fullmatch(path.name) or path.parent.name != path.name[:2]:
                 yield Problem(where, "no blob has this name", _REMOVE)
             elif damage := self._damage_of(path):
@@ -159,11 +171,13 @@ class Check:
         return ""
 
     def _blob(self, digest: str, where: str, kind: str, remedy: str = _RESTORE) -> Iterator[Problem]:
+        """Check that a blob which a record names is there."""
         if not DIGEST.fullmatch(digest):
             yield Problem(where, f"its {kind} {digest[:80]!r} is no digest", _RESTORE_DATABASE)
         elif digest not in self._blob_bytes and digest not in self._damaged:
             self._damaged.add(digest)
-            yield Problem(where, f"its {kind} blobs/{digest[:2]}/{digest} is missing", remedy)
+            path = self._where(blob_path(self._state_dir.blobs, digest))
+            yield Problem(where, f"its {kind} {path} is missing", remedy)
 
     # Records
 
@@ -181,7 +195,7 @@ class Check:
             yield Problem("record of the run", "its configuration cannot be read", _RESTORE_DATABASE)
 
     def _order(self, rounds: Sequence[RoundRow]) -> Iterator[Problem]:
-        """Rounds follow each other without a gap, each from what the one before it gave."""
+        """Check that rounds follow each other without a gap, each from what the one before it gave."""
         for number, row in enumerate(rounds, start=1):
             if row.number != number:
                 yield Problem(f"record of round {number}", "is missing", _RESTORE_DATABASE)
@@ -190,7 +204,7 @@ class Check:
             where = f"record of round {after.number}"
             if before.phase not in OVER:
                 yield Problem(where, f"round {before.number} before it is not over", _RESTORE_DATABASE)
-            elif after.initial_weights != (before.published or before.initial_weights):
+            elif after.initial_digest != (before.published_digest or before.initial_digest):
                 what = f"it does not start from what round {before.number} left"
                 yield Problem(where, what, _RESTORE_DATABASE)
 
@@ -200,88 +214,85 @@ class Check:
             yield Problem(where, f"its phase {row.phase!r} is none", _RESTORE_DATABASE)
         elif row.phase not in row.phase_times:
             yield Problem(where, f"it is {row.phase}, and its history has no such phase", _RESTORE_DATABASE)
-        if (row.published is not None) != (row.phase == Phase.PUBLISHED):
-            yield Problem(where, f"it is {row.phase}, with published {row.published}", _RESTORE_DATABASE)
-        if row.published:
-            yield from self._blob(row.published, where, "published model")
-        for weights in (row.initial_weights, row.published):
-            if weights and (encoding := records.encoding(weights)):
+        if (row.published_digest is not None) != (row.phase == Phase.PUBLISHED):
+            yield Problem(
+                where, f"it is {row.phase}, with published {row.published_digest}", _RESTORE_DATABASE
+            )
+        if row.published_digest:
+            yield from self._blob(row.published_digest, where, "published model")
+        for digest in (row.initial_digest, row.published_digest):
+            if digest and (encoding := records.encoding(digest)):
                 yield from self._blob(encoding.digest, where, "encoded model")
-        contributions = records.contributions(row.number)
-        is_counted = any(item.outcome == Outcome.ACCEPTED for item in contributions)
-        if row.published and not is_counted and row.number not in self._used_by_forgotten:
+        decisions = records.contributions(row.number)
+        accepted = [decision.contribution for decision in decisions if decision.contribution]
+        if row.published_digest and not accepted and row.number not in self._used_by_forgotten:
             yield Problem(where, "it is published, of no contribution", _RESTORE_DATABASE)
-        for item in contributions:
-            shards = () if row.without_data else item.shards
-            blobs = [(item.weights, "weights"), *((digest, "data") for digest in shards)]
-            for digest, kind in blobs if item.outcome != Outcome.REJECTED else ():
+        for item in accepted:
+            shards = () if row.without_data else item.shard_digests
+            for digest, kind in [(item.weights_digest, "weights"), *((digest, "data") for digest in shards)]:
                 contribution = f"contribution of {item.agent_id} to round {row.number}"
                 yield from self._blob(digest, contribution, kind)
 
     # What a round leaves outside the database
 
     def _left_of_round(self, row: RoundRow, *, may_be_missing: bool) -> Iterator[Problem]:
-        """The report, and the model beside it; killed before, a server writes the last one's at its start."""
-        folder = f"rounds/{row.number:04d}"
-        path = self._state_dir / folder / "report.json"
+        """Check a round's report, and the model beside it.
+
+        Args:
+            may_be_missing: a server that was killed before it wrote the report writes it at its start.
+        """
+        path = self._state_dir.report(row.number)
+        where = self._where(path)
         if not path.exists():
             if not may_be_missing:
-                yield Problem(f"{folder}/report.json", "is missing", _RESTORE)
+                yield Problem(where, "is missing", _RESTORE)
             return
         report = _json(path)
         if report is None:
-            yield Problem(f"{folder}/report.json", "is no JSON", _RESTORE)
+            yield Problem(where, "is no JSON", _RESTORE)
             return
-        outcome = Phase.PUBLISHED if row.published else Phase.FAILED
+        outcome = Phase.PUBLISHED if row.published_digest else Phase.FAILED
         if (report.get("round"), report.get("outcome")) != (row.number, outcome):
-            yield Problem(f"{folder}/report.json", f"is not of round {row.number}, {outcome}", _RESTORE)
-        elif row.published and _digest_in(report) not in (row.published, None):
-            yield Problem(f"{folder}/report.json", "names another model than the record", _RESTORE)
-        if row.published and not row.retired:
-            yield from self._model(f"{folder}/model.safetensors", row.published)
+            yield Problem(where, f"is not of round {row.number}, {outcome}", _RESTORE)
+        elif row.published_digest and _digest_in(report) not in (row.published_digest, None):
+            yield Problem(where, "names another model than the record", _RESTORE)
+        if row.published_digest and not row.retired:
+            yield from self._model(self._state_dir.model(row.number), row.published_digest)
 
     def _provenance(self, records: Store) -> Iterator[Problem]:
-        """A line for each published model that says what the records say, but of those who are forgotten."""
-        where = provenance.path_in(self._state_dir).name
-        remedy = "restore it from a backup, or remove it: the server makes it anew of the records"
-        try:
-            entries = provenance.read(self._state_dir / where)
-        except RunError:
-            yield Problem(where, "is damaged", remedy)
-            return
-        logged = [entry for entry in entries if "round" in entry]
-        forgotten = {entry["forgotten"] for entry in entries if "forgotten" in entry}
-        recorded = list(provenance.entries_from(records, 1))
-        is_late = len(recorded) == len(logged) + 1  # killed before, a server adds the last one at its start
-        for entry in logged:
-            entry["contributions"] = [
-                item for item in entry.get("contributions", ()) if item.get("agent_id") not in forgotten
-            ]
-        if logged != recorded and logged != recorded[: -1 if is_late else None]:
-            yield Problem(where, "does not say what the records say of the published models", remedy)
-        for row in records.forgettings():
-            if row.done_at is None:
-                what = "an agent is to be forgotten, and is not yet"
-                yield Problem("ecavg.sqlite3", what, "start the server, or give the same command again")
-            elif row.pseudonym not in forgotten:
-                yield Problem(where, f"does not tell of {row.pseudonym}", remedy)
+        """Compare the file with what the records say.
 
-    def _model(self, where: str, digest: str) -> Iterator[Problem]:
-        path, blob = self._state_dir / where, jobs.blob_path(self._state_dir / "blobs", digest)
+        A server that was killed before it wrote the last line writes it at its start.
+        """
+        path = self._state_dir.provenance
+        written = path.read_bytes() if path.exists() else b""
+        lines = list(provenance.lines(records))
+        is_right = b"".join(lines).startswith(written) and written.startswith(b"".join(lines[:-1]))
+        if not is_right:
+            what = "does not say what the records say of the published models"
+            yield Problem(self._where(path), what, "start the server, it is written anew")
+        for _ in to_forget(records):
+            what = "an agent is to be forgotten, and is not yet"
+            remedy = "start the server, or give the same command again"
+            yield Problem(self._state_dir.database.name, what, remedy)
+
+    def _model(self, path: Path, digest: str) -> Iterator[Problem]:
+        where, blob = self._where(path), blob_path(self._state_dir.blobs, digest)
         remedy = f"link it anew: ln -f {blob} {path}"
         if not path.exists():
             yield Problem(where, "is missing", remedy)
         elif blob.exists() and path.samefile(blob):
-            return  # checked as a blob
+            # It has been checked as a blob.
+            return
         elif blob_of(path).digest != digest:
             yield Problem(where, "is not the published model", remedy)
 
     def _jobs(self, rounds: dict[int, RoundRow]) -> Iterator[Problem]:
         results: dict[int, jobs.Result] = {}
-        for number, directory in sorted([*round_jobs(self._state_dir), (0, self._initialise())]):
-            where = str(directory.path.relative_to(self._state_dir))
+        for number, directory in sorted([*jobs.round_jobs(self._state_dir), (0, self._initialise())]):
+            where = self._where(directory.path)
             try:
-                if (directory.path / "job.json").exists():
+                if directory.is_begun:
                     directory.read_job()
                 if result := directory.read_result():
                     results[number] = result
@@ -297,46 +308,32 @@ class Check:
                 yield Problem(where, "there is no record of its round", _REMOVE)
         for row in rounds.values():
             result = results.get(row.number)
-            if row.published and not row.retired and _made(result) != row.published:
+            if row.published_digest and not row.retired and _made(result) != row.published_digest:
                 what = "is not of the published model" if result else "is missing"
-                where = f"jobs/{jobs.job_name(row.number)}/result.json"
-                yield Problem(where, what, f"{_RESTORE}; the round's report.json stays as it is")
+                where = self._where(jobs.round_job(self._state_dir, row.number).path)
+                remedy = f"{_RESTORE}; the round's report.json stays as it is"
+                yield Problem(f"{where}/result.json", what, remedy)
 
     def _initialise(self) -> jobs.JobDirectory:
-        return jobs.JobDirectory(self._state_dir / "jobs" / "initialise")
+        return jobs.JobDirectory(self._state_dir.job("initialise"))
 
     def _folders(self, numbers: set[int]) -> Iterator[Problem]:
-        for path in _entries(self._state_dir / "rounds"):
+        for path in _entries(self._state_dir.rounds):
             if not path.name.isdigit() or int(path.name) not in numbers:
-                yield Problem(f"rounds/{path.name}", "there is no record of its round", _REMOVE)
+                yield Problem(self._where(path), "there is no record of its round", _REMOVE)
 
     def _partials(self, slots: set[int]) -> Iterator[Problem]:
-        for path in _entries(self._state_dir / "partial"):
+        for path in _entries(self._state_dir.partial):
             match = _PARTIAL_NAME.fullmatch(path.name)
             if not match or int(match[1]) not in slots:
-                yield Problem(f"partial/{path.name}", "it is no agent's upload", _REMOVE)
+                yield Problem(self._where(path), "it is no agent's upload", _REMOVE)
             else:
                 self._num_partials += 1
 
 
-@contextmanager
-def _unused(state_dir: Path) -> Iterator[None]:
-    """Keep servers away; UsageError where one is at work, and where nothing ever was."""
-    lock = state_dir / "lock"
-    if not lock.is_file() or not (state_dir / "blobs").is_dir():
-        raise UsageError(f"{state_dir} is no state directory: name the one that cloud-server has")
-    with lock.open() as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = " on ".join(file.read().split())
-            raise UsageError(f"process {holder} uses state directory {state_dir}: stop it first") from None
-        yield
-
-
-def _database(copy: Path, state_dir: Path) -> Iterator[Problem]:
-    """What SQLite itself finds; UsageError for a schema that this program does not know."""
-    where = "ecavg.sqlite3"
+def _database(copy: Path, state_dir: StateDir) -> Iterator[Problem]:
+    """Yield what SQLite itself finds wrong; UsageError for a schema that this program does not know."""
+    where = state_dir.database.name
     if not copy.exists():
         yield Problem(where, "is missing", _RESTORE_DATABASE)
         return

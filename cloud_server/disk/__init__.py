@@ -1,0 +1,1 @@
+"""The ground floor: the database, its tables, blobs, and disks that take no data."""

@@ -11,10 +11,13 @@ from typing import TypeVar
 import structlog
 
 from common.errors import StorageError
+from common.files import error_number, is_full
 
-STORAGE_RETRY_SECONDS = 2.0  # between two tries
+# Between two tries.
+STORAGE_RETRY_SECONDS = 2.0
 
-_STORAGE_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO}
+# Besides a full disk, one that an operator has to see to: read-only, out of bounds, or failing.
+_NEEDS_OPERATOR = {errno.EROFS, errno.EACCES, errno.EIO}
 _STORAGE_SQLITE_CODES = {
     sqlite3.SQLITE_FULL,
     sqlite3.SQLITE_READONLY,
@@ -29,12 +32,13 @@ log = structlog.get_logger()
 
 @contextmanager
 def storage_errors() -> Iterator[None]:
-    """Turns what a full, read-only or failing disk raises into StorageError."""
+    """Turn what a full, read-only or failing disk raises into StorageError."""
     try:
         yield
     except OSError as error:
-        if error.errno in _STORAGE_ERRNOS:
-            raise _storage_error(os.strerror(error.errno)) from error
+        number = error_number(error)
+        if number is not None and (is_full(error) or number in _NEEDS_OPERATOR):
+            raise _storage_error(os.strerror(number)) from error
         raise
     except sqlite3.OperationalError as error:
         primary_code = getattr(error, "sqlite_errorcode", 0) & 0xFF
@@ -50,7 +54,7 @@ def _storage_error(what: str) -> StorageError:
 
 
 async def when_disk_allows(body: Callable[[], Awaitable[_T]]) -> _T:
-    """Do it, again and again as long as it raises StorageError: others are served meanwhile."""
+    """Run `body` again and again as long as it raises StorageError; others are served meanwhile."""
     while True:
         try:
             return await body()

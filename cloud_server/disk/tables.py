@@ -1,8 +1,9 @@
-"""The tables of ecavg.sqlite3, and their rows as `store.py` gives and takes them."""
+"""The tables of ecavg.sqlite3, and their rows as the store and the rules in upkeep/ give and take them."""
 
 from dataclasses import dataclass
 
-MIGRATIONS = (  # never edit one, add another
+# Never edit one, add another.
+MIGRATIONS = (
     """
     CREATE TABLE run (
         only INTEGER PRIMARY KEY DEFAULT 1 CHECK (only = 1),
@@ -113,77 +114,97 @@ MIGRATIONS = (  # never edit one, add another
         UNION ALL SELECT round, agent_id, value, contributions.at
             FROM contributions JOIN rounds ON number = round, json_each(shards) WHERE NOT without_data;
     """,
+    """
+    CREATE TABLE forgotten_contributions (
+        pseudonym TEXT NOT NULL REFERENCES forgettings (pseudonym),
+        round INTEGER NOT NULL REFERENCES rounds (number),
+        weights TEXT NOT NULL,
+        shards TEXT NOT NULL,
+        num_examples INTEGER NOT NULL,
+        PRIMARY KEY (pseudonym, round)
+    );
+    CREATE INDEX forgotten_contributions_by_round ON forgotten_contributions (round);
+    INSERT INTO forgotten_contributions
+        SELECT pseudonym, json_extract(value, '$[0]'), '', '[]', 0 FROM forgettings, json_each(models);
+    ALTER TABLE forgettings DROP COLUMN models;
+    """,
 )
 
 
 @dataclass(frozen=True)
 class RunRow:
+    """The run of a state directory. Times, here and below, are in seconds since the epoch."""
+
     run_id: str
     config_json: str
-    created_at: float  # like every time here: seconds since the epoch
+    created_at: float
 
 
 @dataclass(frozen=True)
 class AgentRow:
+    """An agent that has joined the run."""
+
     agent_id: str
-    slot: int  # from 1 on, in the order of joining
+    # From 1 on, in the order of joining.
+    slot: int
     joined_at: float
 
 
 @dataclass(frozen=True)
 class RoundRow:
+    """A round, and how far it has come."""
+
     number: int
     phase: str
-    initial_weights: str  # digest
-    published: str | None  # digest
+    # The digest of the weights that the agents' pre-training starts from.
+    initial_digest: str
+    # The digest of the global model, once there is one.
+    published_digest: str | None
     failure: str
     opened_at: float
-    phase_times: dict[str, float]  # when each phase was entered first
-    retired: bool = False  # its blobs have been given up; see cloud_server/upkeep/retention.py
-    without_data: bool = False  # its shards have been given up, if nothing else
+    # When each phase was entered first.
+    phase_times: dict[str, float]
+    # Whether the round's blobs have been given up; see cloud_server/upkeep/retention.py.
+    retired: bool = False
+    # Whether its shards have been given up, if nothing else.
+    without_data: bool = False
 
 
 @dataclass(frozen=True)
 class EncodingRow:
-    """How the server offers weights of its own for the way; see common/wire.py."""
+    """What weights of the server also travel as, in fewer bytes; see common/wire.py."""
 
-    digest: str  # of the encoded blob
-    base: str | None  # digest of the weights that it takes to decode it
-
-
-@dataclass(frozen=True)
-class ContributionRow:
-    agent_id: str
-    outcome: str  # "accepted", "rejected" or "late"
-    weights: str  # digest
-    shards: tuple[str, ...]  # digests
-    num_examples: int
-    accuracy_local: float | None
-    reason: str  # of a rejection; of an accepted one, why the model has nothing of it; else empty
-    message: str  # likewise
-    at: float
-    initial_weights: str | None = None  # digest; None: the agent's own, or not known
-    num_shared: int = 0  # examples in the shards
+    # The digest of the encoded blob.
+    digest: str
+    # The digest of the weights that the encoded ones are the difference from; None: they are no difference.
+    base: str | None
 
 
 @dataclass(frozen=True)
 class ReportRow:
+    """What became of a published model on one device."""
+
     agent_id: str
     accuracy_local: float | None
     accuracy_before: float | None
     accuracy_after: float
     num_held_out: int
     applied: bool
-    reason: str  # why it was not applied, else empty
+    # Why the model was not applied; empty where it was.
+    reason: str
     at: float
-    accuracy_adapted: float | None = None  # None: the model was not adapted, or that is not known
+    # None: the model was not adapted, or that is not known.
+    accuracy_adapted: float | None = None
 
 
 @dataclass(frozen=True)
 class UploadRow:
+    """A blob that an agent has uploaded, whole and checked."""
+
     agent_id: str
     digest: str
-    kind: str  # "weights" or "data"
+    # "weights" or "data".
+    kind: str
     at: float
 
 
@@ -192,8 +213,12 @@ class ForgettingRow:
     """That an agent is to be forgotten, or has been; see cloud_server/upkeep/forgetting.py."""
 
     pseudonym: str
-    agent_id: str | None  # None: it has been
-    slot: int | None  # the same
-    models: tuple[tuple[int, str], ...]  # round and digest of each published model that had used its data
+    # None: the agent has been forgotten. So too the slot.
+    agent_id: str | None
+    slot: int | None
     asked_at: float
     done_at: float | None
+    # Whether the other records still know the agent.
+    has_records: bool
+    # Round and digest of each published model that had used the agent's data.
+    models: tuple[tuple[int, str], ...]

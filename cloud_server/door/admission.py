@@ -1,12 +1,12 @@
-"""Who may make a call: decided here, once, before the servicer sees it.
+"""Admission: who may make a call is decided here, once, before the servicer sees the call.
 
 | the transport shows | may call |
 | --- | --- |
 | an agent's certificate | everything but `Enroll`, as the agent that the certificate names |
-| a join token's | `Enroll` |
-| nothing: a server with `--insecure` | everything else, as whoever the metadata name |
+| a join token's certificate | `Enroll` |
+| nothing: a server with `--insecure` | everything else, as the agent that the metadata name |
 
-And each of them only so often, and so much at a time: see cloud_server/door/limits.py.
+How often, and how much at once, each caller may call is decided in cloud_server/door/limits.py.
 """
 
 import asyncio
@@ -24,7 +24,8 @@ from common.config import AGENT_ID_PATTERN
 from common.errors import ForbiddenError, InvalidError, Reason
 from common.rpc import AGENT_ID_KEY, Peer
 
-POLL_SECONDS = 0.2  # the longest that an open stream outlives its agent's revocation
+# An open stream outlives its agent's revocation by so much at most.
+POLL_SECONDS = 0.2
 
 _ENROLL = "Enroll"
 _AGENT_ID = re.compile(AGENT_ID_PATTERN)
@@ -34,7 +35,11 @@ log = structlog.get_logger()
 
 
 def calling_agent() -> str:
-    """The agent whose call is being answered."""
+    """Return the id of the agent whose call is being answered.
+
+    Raises:
+        InvalidError: the call names no agent.
+    """
     agent_id = _CALLER.get().agent_id
     if agent_id is None:
         raise InvalidError(
@@ -45,7 +50,11 @@ def calling_agent() -> str:
 
 
 def token_in_use() -> str:
-    """The join token with which the caller enrolls."""
+    """Return the id of the join token with which the caller enrolls.
+
+    Raises:
+        ForbiddenError: the caller shows no token.
+    """
     token_id = _CALLER.get().token_id
     if token_id is None:
         raise ForbiddenError("only the holder of a join token enrolls", Reason.TOKEN)
@@ -56,8 +65,8 @@ class Admission:
     """The gate through which every call comes, and the calls that are open.
 
     Args:
-        authority: None: the server speaks plaintext, and believes what it is told.
-        limits: of each agent, and of the bearers of each join token together.
+        authority: knows who has enrolled; None: the server speaks plaintext, and believes what it is told.
+        limits: bound the calls of each agent, and those of all bearers of a join token together.
     """
 
     def __init__(self, authority: Authority | None, limits: CallLimits) -> None:
@@ -69,7 +78,13 @@ class Admission:
 
     @contextmanager
     def __call__(self, method: str, peer: Peer) -> Iterator[None]:
-        """Raises UnauthenticatedError, ForbiddenError, BusyError."""
+        """Let a call in, and count it for as long as it lasts.
+
+        Raises:
+            UnauthenticatedError: the certificate is not one of this server's.
+            ForbiddenError: the caller may not make this call.
+            BusyError: the caller calls too often, or too much at once.
+        """
         holder = self._holder(peer)
         if holder.token_id is not None and method != _ENROLL:
             raise ForbiddenError("the holder of a join token may enroll, and nothing else", Reason.TOKEN)
@@ -80,7 +95,7 @@ class Admission:
 
     @property
     def addresses_in_use(self) -> Set[str]:
-        """Of the connections that carry an open call, as gRPC writes them."""
+        """Return the addresses of the connections that carry an open call, as gRPC writes them."""
         return self._addresses.keys()
 
     async def cut_off_revoked(self) -> None:
@@ -88,7 +103,8 @@ class Admission:
         while self._authority:
             try:
                 revoked = self._authority.revoked_agents()
-            except Exception:  # new calls are refused by themselves; look again
+            except Exception:
+                # New calls are refused by themselves. The revocations are read again after a pause.
                 log.exception("revocations_not_read")
                 revoked = set()
             for agent_id in revoked & self._open.keys():
@@ -117,7 +133,7 @@ class Admission:
 
     @contextmanager
     def _counted(self, agent_id: str) -> Iterator[None]:
-        """Note the call as open; one that was cut off ends as what it is."""
+        """Note the call as open; a call that was cut off ends with the reason for that."""
         task = asyncio.current_task()
         assert task
         self._open[agent_id].add(task)

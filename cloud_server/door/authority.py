@@ -1,4 +1,4 @@
-"""Who may talk to this server: its CA, join tokens, and the agents that have enrolled.
+"""The authority of a server: its CA, its join tokens, and the agents that have enrolled.
 
     TLS/ca.pem, ca.key          the CA; put your own there before the first start, and it is used
     TLS/server.pem, server.key  the server's own certificate, made again whenever it has to be
@@ -36,7 +36,8 @@ from common.errors import (
 )
 from common.faults import Point, crash_point
 
-_MIGRATIONS = (  # never edit one, add another
+# A migration is never edited; another one is added.
+_MIGRATIONS = (
     """
     CREATE TABLE tokens (
         token_id TEXT PRIMARY KEY NOT NULL,
@@ -72,26 +73,34 @@ log = structlog.get_logger()
 
 @dataclass(frozen=True)
 class TokenRow:
+    """A join token, as it is on record."""
+
     token_id: str
     uses: int
     num_used: int
-    created_at: float  # like every time here: seconds since the epoch
+    # All times here are in seconds since the epoch.
+    created_at: float
     expires_at: float
     revoked_at: float | None
 
 
 @dataclass(frozen=True)
 class EnrolledAgent:
+    """An agent that has enrolled, as it is on record."""
+
     agent_id: str
-    key: str  # SHA-256 of the public key
-    token_id: str  # with which it enrolled
+    # The SHA-256 of the public key.
+    key: str
+    # The token with which the agent has enrolled.
+    token_id: str
     enrolled_at: float
-    expires_at: float  # of its latest certificate
+    # When the agent's latest certificate ends.
+    expires_at: float
     revoked_at: float | None
 
 
 class Holder(NamedTuple):
-    """Whoever holds a certificate that this server has verified: an agent, or a token's bearer."""
+    """The holder of a certificate that this server has verified: an agent, or a token's bearer."""
 
     agent_id: str | None
     token_id: str | None
@@ -127,23 +136,25 @@ class Authority:
             ) from error
 
     def close(self) -> None:
+        """Close the records."""
         with self._writing, self._reading:
             self._database.close()
             self._reader.close()
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of the CA's certificate, hexadecimal."""
+        """Return the SHA-256 of the CA's certificate, hexadecimal."""
         return tls.fingerprint(self._ca).hex()
 
     @cached_property
     def ca_certificate(self) -> bytes:
+        """Return the CA's certificate, PEM."""
         return tls.pem(self._ca)
 
     # What the server shows and believes
 
     def material(self) -> tls.TlsMaterial:
-        """For the next handshake: a certificate that has not ended, and the roots that count now."""
+        """Return what the next handshake takes: a certificate that has not ended, and the present roots."""
         if self._now() >= tls.renewal_time(self._server):
             with self._exclusively():
                 self._server = self._read_or_make_server_certificate()
@@ -170,7 +181,7 @@ class Authority:
         return certificate
 
     def _read_or_make_ca(self) -> tuple[tls.Certificate, tls.Key]:
-        """Made in two steps: the key, then its certificate; of a half the other half is made."""
+        """Read the CA, or make what is missing of it: first the key, then its certificate."""
         certificate_path, key_path = self._folder / "ca.pem", self._folder / "ca.key"
         if certificate_path.exists() and not key_path.exists():
             raise UsageError(f"{certificate_path} is there and {key_path} is not: put the CA's key there")
@@ -186,7 +197,10 @@ class Authority:
     # Join tokens
 
     def create_token(self, uses: int, ttl_seconds: float) -> str:
-        """A new join token. It is said here and nowhere else: only its public half is kept."""
+        """Return a new join token.
+
+        Only the public half of the token is kept: nobody can be told the token again.
+        """
         token = tls.JoinToken.new(self._ca)
         now = self._clock()
         with self._transaction() as database:
@@ -197,7 +211,7 @@ class Authority:
         return str(token)
 
     def tokens(self) -> list[TokenRow]:
-        """Every token there ever was, the latest last."""
+        """Return every token that was ever made, the latest last."""
         rows = self._read(
             "SELECT token_id, uses, created_at, expires_at, revoked_at, (SELECT count(*) FROM enrolments"
             " WHERE enrolments.token_id = tokens.token_id) AS num_used FROM tokens ORDER BY created_at"
@@ -205,13 +219,19 @@ class Authority:
         return [TokenRow(**row) for row in rows]
 
     def revoke_token(self, token_id: str) -> None:
-        """Nobody enrolls with it any more; those who have stay. NotFoundError for an unknown one."""
+        """Let nobody enroll with the token any more; agents that have enrolled with it stay.
+
+        Raises:
+            NotFoundError: there is no such token.
+        """
         self._revoke("tokens", "token_id", token_id)
 
     # Agents
 
     def enroll(self, token_id: str, request: bytes) -> bytes:
-        """The certificate of a device that holds the token, PEM; the same key again is the same enrolment.
+        """Return a certificate, PEM, for a device that holds the token.
+
+        The same key again is the same enrolment.
 
         Raises:
             ForbiddenError: the token is used up or has ended, or is older than the agent's revocation.
@@ -222,7 +242,7 @@ class Authority:
         key, now = tls.key_digest(public_key), self._clock()
         certificate = tls.make_agent_certificate(self._ca, self._ca_key, public_key, agent_id, self._now())
         with self._transaction() as database:
-            if self._admits(self._live_token(token_id, now), agent_id, key):
+            if self._costs_a_use(self._live_token(token_id, now), agent_id, key):
                 database.execute(
                     "INSERT INTO enrolments (token_id, key, agent_id, at) VALUES (?, ?, ?, ?)",
                     (token_id, key, agent_id, now),
@@ -236,7 +256,7 @@ class Authority:
         return tls.pem(certificate)
 
     def renew(self, agent_id: str, request: bytes) -> bytes:
-        """A new certificate for an agent's key, PEM; InvalidError for any other key or name."""
+        """Return a new certificate, PEM, for an agent's key; raise InvalidError for any other key or name."""
         name, public_key = tls.read_request(request)
         agent = self._agent(agent_id)
         if name != agent_id or agent is None or tls.key_digest(public_key) != agent.key:
@@ -250,22 +270,26 @@ class Authority:
         return tls.pem(certificate)
 
     def agents(self) -> list[EnrolledAgent]:
-        """Every agent that ever enrolled, by id."""
+        """Return every agent that ever enrolled, by id."""
         return [EnrolledAgent(**row) for row in self._read("SELECT * FROM agents ORDER BY agent_id")]
 
     def revoked_agents(self) -> set[str]:
-        """The ids of those that may not come in any more."""
+        """Return the ids of the agents that may not come in any more."""
         return {row["agent_id"] for row in self._read("SELECT agent_id FROM agents WHERE revoked_at NOTNULL")}
 
     def revoke_agent(self, agent_id: str) -> None:
-        """Cut it off; NotFoundError for an unknown one. A token made after this can enroll it again."""
+        """Cut the agent off; a token that is made after this can enroll it again.
+
+        Raises:
+            NotFoundError: there is no such agent.
+        """
         self._revoke("agents", "agent_id", agent_id)
 
     def holder(self, certificate: bytes) -> Holder:
-        """Whose certificate, PEM, this is.
+        """Return the holder of a certificate, PEM.
 
         Raises:
-            UnauthenticatedError: it is neither an agent's nor a token's, or has ended.
+            UnauthenticatedError: the certificate is neither an agent's nor a token's, or has ended.
             ForbiddenError: the agent has been revoked.
         """
         leaf = _parsed(certificate)
@@ -290,8 +314,8 @@ class Authority:
             raise UnauthenticatedError("the certificate has ended: enroll again with a join token")
         return Holder(agent_id, token_id=None)
 
-    def _admits(self, token: dict[str, Any], agent_id: str, key: str) -> bool:
-        """Whether the token has to pay for it: not for a key that has enrolled with it before."""
+    def _costs_a_use(self, token: dict[str, Any], agent_id: str, key: str) -> bool:
+        """Return True if this enrolment uses up one use of the token."""
         before = self._read(
             "SELECT agent_id FROM enrolments WHERE token_id = ? AND key = ?", token["token_id"], key
         )
@@ -342,7 +366,7 @@ class Authority:
                 raise NotFoundError(f"there is no {name!r}: `cloud-server {_COMMANDS[table]} list` shows all")
 
     def now(self) -> float:
-        """By the clock that decides when tokens end."""
+        """Return the seconds since the epoch, by the clock that decides when tokens end."""
         return self._clock()
 
     def _now(self) -> datetime:
@@ -350,7 +374,7 @@ class Authority:
 
     @contextmanager
     def _exclusively(self) -> Iterator[None]:
-        """Against other processes that make what is missing at the same moment."""
+        """Keep other processes from making the same missing files at the same moment."""
         with self._writing, (self._folder / "lock").open("a") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
@@ -362,13 +386,13 @@ class Authority:
             yield database
 
     def _read(self, query: str, *values: object) -> list[dict[str, Any]]:
-        """What is committed; within a transaction: what nobody else can change any more."""
+        """Return what is committed; within a transaction nobody else can change it any more."""
         with self._reading:
             return self._reader.execute(query, values).fetchall()
 
 
 def revocation(agent_id: str) -> str:
-    """What a revoked agent is told."""
+    """Return what a revoked agent is told."""
     return f"agent {agent_id} has been revoked: ask the server's operator"
 
 

@@ -1,4 +1,4 @@
-"""How much of the server one caller may use at a time: calls in a second, and calls at once."""
+"""The limits of one caller: how many calls in a second, and how many at once."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -7,23 +7,28 @@ from dataclasses import dataclass
 
 from common.errors import BusyError, Reason
 
-OPEN_CALLS = 16  # of one caller: an agent has a Watch, a transfer or two, and what a dead line has left
-BURST_SECONDS = 10.0  # a caller that was quiet may make the calls of so many seconds at once
-_KEPT_CALLERS = 4096  # that are not calling now; older ones begin anew, with a whole burst
+# One caller may have so many: an agent has a Watch, a transfer or two, and the leftovers of a dead line.
+OPEN_CALLS = 16
+# A caller that was quiet may make the calls of so many seconds at once.
+BURST_SECONDS = 10.0
+# So many quiet callers are remembered; older ones begin anew, with a whole burst.
+_KEPT_CALLERS = 4096
 
 
 @dataclass(slots=True)
 class _Caller:
-    calls: float  # that it may still make
-    at: float  # when that was so
+    # How many calls the caller may still make.
+    calls: float
+    # When `calls` was computed.
+    at: float
     num_open: int = 0
 
 
 class CallLimits:
-    """A token bucket and a number of open calls for each caller; in the event loop's thread only.
+    """A token bucket and a number of open calls for each caller; for the event loop's thread only.
 
     Args:
-        calls_per_second: in the long run.
+        calls_per_second: how often one caller may call in the long run.
         clock: seconds that only ever grow.
     """
 
@@ -57,7 +62,7 @@ class CallLimits:
             record.num_open -= 1
 
     def _record(self, caller: str) -> _Caller:
-        """The caller's, with what it has earned by now; the last one used is the last in the book."""
+        """Return the caller's record, with the calls that it has earned by now."""
         now = self._clock()
         record = self._callers.pop(caller, None) or _Caller(self._burst, now)
         record.calls = min(self._burst, record.calls + (now - record.at) * self._rate)
@@ -67,7 +72,10 @@ class CallLimits:
         return record
 
     def _forget(self) -> None:
-        """At most one caller is new at a time, so that to look at the two oldest keeps the book bounded."""
+        """Drop the oldest callers that are not calling now.
+
+        At most one caller is new at a time, so looking at the two oldest keeps the book bounded.
+        """
         for _ in range(2):
             if len(self._callers) > _KEPT_CALLERS:
                 oldest = next(iter(self._callers))

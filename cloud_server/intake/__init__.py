@@ -1,0 +1,1 @@
+"""What agents send: uploads, the gates that a blob must pass, budgets."""

@@ -1,12 +1,12 @@
-"""How many bytes agents may send, and leave here.
+"""Budgets: how many bytes agents may send, and leave on the server.
 
 | of | counts | against |
 | --- | --- | --- |
-| one agent | what it has here that no round uses, and what it has declared to be sending | `agent_bytes` |
-| one agent, in a round | what it has sent, and sent again | twice that |
+| one agent | its files here that no round uses, and the sizes of blobs that it is sending | `agent_bytes` |
+| one agent, in a round | the bytes that it has sent, repeated ones included | twice that |
 | all agents, in a round | the same of all of them | `round_bytes` |
 
-What was sent is counted in memory: a server that is started again begins anew.
+Bytes sent are counted in memory: a server that is started again counts from zero.
 """
 
 import asyncio
@@ -14,12 +14,16 @@ from collections.abc import Callable, Mapping
 
 from common.errors import BudgetError, Reason
 
-LEAST_BYTES = 4096  # that a message or file counts for: either costs more than the bytes in it
-MAX_FILES = 20_000  # of one agent that no round uses; a contribution has half of that
+# A message or a file counts for so many bytes at least: either costs more than the bytes in it.
+LEAST_BYTES = 4096
+# One agent may have so many files that no round uses; a contribution has half of that.
+MAX_FILES = 20_000
 
 
 class _Files:
-    """What an agent has here that no round uses, and its sum: it may have many, and opens many streams.
+    """One agent's files that no round uses, with a running sum of their sizes.
+
+    The sum is kept, not made anew, because an agent may have many files and opens many streams.
 
     Args:
         sizes: bytes by digest.
@@ -30,14 +34,14 @@ class _Files:
         self._num_bytes = sum(self._counted.values())
 
     def note(self, digest: str, num_bytes: int | None) -> None:
-        """As `Budgets.note_file`."""
+        """Count a file as `Budgets.note_file` does."""
         self._num_bytes -= self._counted.pop(digest, 0)
         if num_bytes is not None:
             self._counted[digest] = max(num_bytes, LEAST_BYTES)
             self._num_bytes += self._counted[digest]
 
     def with_declared(self, sizes: Mapping[str, int]) -> tuple[int, int]:
-        """How many files and bytes it would be, were these here whole."""
+        """Return how many files and bytes there would be if these were here whole."""
         num_files, num_bytes = len(self._counted), self._num_bytes
         for digest, size in sizes.items():
             num_files += digest not in self._counted
@@ -46,10 +50,12 @@ class _Files:
 
 
 class Budgets:
-    """What agents have sent in the round that is open, and have here; in the event loop's thread only.
+    """The bytes that agents have sent in the open round, and have here; for the event loop's thread only.
 
     Args:
-        unused_sizes: bytes by digest of what an agent has here and no round uses; blocks on the disk.
+        agent_bytes: what one agent may have here.
+        round_bytes: what all agents together may send in a round.
+        unused_sizes: returns the sizes of an agent's files that no round uses, by digest; reads the disk.
     """
 
     def __init__(
@@ -58,22 +64,24 @@ class Budgets:
         self._agent_bytes = agent_bytes
         self._round_bytes = round_bytes
         self._unused_sizes = unused_sizes
-        self._looking = asyncio.Lock()
-        self._files: dict[str, _Files] = {}  # of agents whose files have been looked at
-        self._notes: dict[str, dict[str, int | None]] = {}  # of one whose files are being looked at
+        self._measuring = asyncio.Lock()
+        # The files of those agents whose files have been measured.
+        self._files: dict[str, _Files] = {}
+        # What has happened to an agent's files while they are being measured.
+        self._notes: dict[str, dict[str, int | None]] = {}
         self.begin_round()
 
     def begin_round(self) -> None:
-        """Nobody has sent anything; and what an old round used, it may use no more."""
+        """Count what is sent from zero on, and drop the cached sizes: old rounds may have let files go."""
         self._sent: dict[str, int] = {}
         self._sent_by_all = 0
-        self.look_again()
+        self.forget_sizes()
 
     def spend(self, agent_id: str, num_bytes: int) -> None:
-        """Count a message.
+        """Count a message of so many bytes.
 
         Raises:
-            BudgetError: AGENT_BUDGET, ROUND_BUDGET; it counts all the same.
+            BudgetError: AGENT_BUDGET or ROUND_BUDGET; the message counts all the same.
         """
         num_bytes = max(num_bytes, LEAST_BYTES)
         self._sent[agent_id] = self._sent.get(agent_id, 0) + num_bytes
@@ -81,7 +89,7 @@ class Budgets:
         self.check_sent(agent_id)
 
     def check_sent(self, agent_id: str, num_more_bytes: int = 0) -> None:
-        """Whether the agent may send so many bytes more in this round; raises what `spend` raises."""
+        """Raise what `spend` raises, unless the agent may send so many bytes more in this round."""
         if self._sent.get(agent_id, 0) + num_more_bytes > 2 * self._agent_bytes:
             raise BudgetError(
                 f"agent {agent_id} may send {2 * self._agent_bytes} bytes in a round, and this is more: go on"
@@ -94,33 +102,34 @@ class Budgets:
                 Reason.ROUND_BUDGET,
             )
 
-    def look_again(self) -> None:
-        """Files have been removed."""
+    def forget_sizes(self) -> None:
+        """Drop the cached sizes."""
         self._files.clear()
         self._notes.clear()
 
     def note_file(self, agent_id: str, digest: str, num_bytes: int | None) -> None:
-        """So much of a blob is here now; None: it has been discarded."""
+        """Note how many bytes of a blob are here now; None: the blob has been discarded."""
         if agent_id in self._notes:
             self._notes[agent_id][digest] = num_bytes
-        elif agent_id in self._files:  # else it is found when they are looked at
+        # Files that have not been measured yet are found when they are.
+        elif agent_id in self._files:
             self._files[agent_id].note(digest, num_bytes)
 
-    def look_again_at(self, agent_id: str) -> None:
-        """Some of what the agent has here is in use now, or gone."""
+    def forget_sizes_of(self, agent_id: str) -> None:
+        """Drop the cached sizes of one agent's files."""
         self._files.pop(agent_id, None)
         self._notes.pop(agent_id, None)
 
     async def check_files(self, agent_id: str, declared: Mapping[str, int]) -> None:
-        """Hold what an agent would have here that no round uses against its budget.
+        """Check the files that an agent would have here, and that no round uses, against its budget.
 
         Args:
-            declared: bytes by digest of what it is sending, all that it has declared.
+            declared: by digest, the sizes that the agent has declared to be sending.
 
         Raises:
             BudgetError: AGENT_BUDGET.
         """
-        num_files, num_bytes = (await self._looked_at(agent_id)).with_declared(declared)
+        num_files, num_bytes = (await self._measured(agent_id)).with_declared(declared)
         if num_files > MAX_FILES:
             raise BudgetError(
                 f"{num_files} files of agent {agent_id} would wait here to be contributed, {MAX_FILES} may:"
@@ -132,13 +141,14 @@ class Budgets:
                 f" {self._agent_bytes} may: send less, or ask the server's operator to raise max_agent_bytes"
             )
 
-    async def _looked_at(self, agent_id: str) -> _Files:
-        async with self._looking:
+    async def _measured(self, agent_id: str) -> _Files:
+        async with self._measuring:
             while agent_id not in self._files:
                 notes = self._notes[agent_id] = {}
                 try:
                     found = await asyncio.to_thread(lambda: _Files(self._unused_sizes(agent_id)))
-                    is_current = self._notes.get(agent_id) is notes  # nobody asked to look again
+                    # The sizes are of use only if nobody has dropped them meanwhile.
+                    is_current = self._notes.get(agent_id) is notes
                 finally:
                     self._notes.pop(agent_id, None)
                 if is_current:

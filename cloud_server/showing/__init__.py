@@ -1,0 +1,1 @@
+"""What is seen of a run: by agents, on the status page, at the terminal, and in reports."""

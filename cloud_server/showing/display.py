@@ -1,27 +1,30 @@
 """The run as the person at the server's terminal sees it."""
 
-from cloud_server.round import Phase
-from cloud_server.showing.standing import RunState
+from common.run_state import Phase, RunState
 from common.telemetry import ProgressDisplay
 
 
 class RunDisplay:
-    """Turns states of the run into progress bars."""
+    """The progress bars that show the states of the run."""
 
     def __init__(self, display: ProgressDisplay) -> None:
         self._display = display
-        self._label = ""  # of the bar that is under way
-        self._total = 0  # what its work comes to, once it is over
+        # The label of the bar that is under way.
+        self._label = ""
+        # The total of its work.
+        self._total = 0
 
     def show(self, state: RunState) -> None:
+        """Show this state."""
         label = f"round {state.round}: "
         detail = ""
         if state.phase is Phase.COLLECTING:
             label += "contributions"
             done, total = state.num_contributions, state.max_contributions
-            self._finish_other(label, done)  # a round may close with fewer
+            # A round may close with fewer contributions than it may have.
+            self._finish_other(label, done)
         elif state.progress:
-            label += state.progress.phase.replace("_", "-")
+            label += state.phase.replace("_", "-")
             done, total = state.progress.done, state.progress.total
             self._finish_other(label, total)
             if state.progress.loss is not None:
@@ -32,10 +35,11 @@ class RunDisplay:
         self._display.update(label, done, total, detail)
 
     def close(self) -> None:
+        """Remove the bars."""
         self._display.close()
 
     def _finish_other(self, label: str, total: int) -> None:
-        """States may skip the last step of a piece of work: what has been left is done."""
+        """Fill the last bar when another piece of work begins: states may skip the last step of a piece."""
         if self._label and label != self._label:
             self._display.update(self._label, self._total, self._total)
         self._label, self._total = label, total

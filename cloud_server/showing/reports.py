@@ -1,4 +1,4 @@
-"""What is left of a round: its report file."""
+"""The report file of a round: how it is made, written, and read back."""
 
 import asyncio
 import json
@@ -8,38 +8,40 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from cloud_server.contribution import Decision
 from cloud_server.disk.failures import storage_errors, when_disk_allows
-from cloud_server.disk.tables import AgentRow, ContributionRow, ReportRow, RoundRow
-from cloud_server.jobs import JobDirectory, Result, job_name
-from cloud_server.round import Outcome, Phase
+from cloud_server.disk.tables import AgentRow, ReportRow, RoundRow
+from cloud_server.jobs import Result, round_job
 from cloud_server.store import Store
 from common.config import CANDIDATES, RunConfig
 from common.faults import Point, crash_point
 from common.files import replacing
+from common.run_state import Outcome, Phase
 
-# What a report has from the trainer's result as it is, where there is any.
+# These fields are copied from the trainer's result, where there is one.
 _MEASURED = (
     "candidates", "start", "soup", "published", "accuracy_fine_tuned", "accuracy_published",
     "audit", "audit_note",
 )  # fmt: skip
-# The trainer's part of a round, under the names of its own clock.
+# The trainer measures these parts of a round, under these names.
 _TRAINER_SECONDS = ("audit", "aggregate", "fine_tune", "evaluate")
 
 
 class Reports:
     """The report files of a run's rounds, `STATE/rounds/0001/report.json`."""
 
-    def __init__(self, state_dir: Path, run: RunConfig, store: Store) -> None:
-        self.lock = asyncio.Lock()  # held by whoever writes a report, or removes what it is made from
-        self._state_dir = state_dir
+    def __init__(self, run: RunConfig, store: Store) -> None:
+        # Held to write a report, and to remove what reports are made from; the second of the three locks.
+        self.lock = asyncio.Lock()
         self._run = run
         self._store = store
 
     async def write(self, number: int) -> None:
-        """Write the report of a round that is over, or write it anew: it has to tell something else now."""
+        """Write the report of a round that is over, from what is on record now."""
 
         async def locked() -> None:
-            async with self.lock:  # let go between two tries: nobody waits here for a full disk
+            # The lock is let go between two tries, so that nobody waits for a full disk while holding it.
+            async with self.lock:
                 with storage_errors():
                     await asyncio.to_thread(self._write, number)
 
@@ -47,16 +49,17 @@ class Reports:
         crash_point(Point.SERVER_REPORT_WRITTEN)
 
     def result_of(self, number: int) -> Result | None:
-        """What the trainer found in a round, as far as it is still known."""
-        result = JobDirectory(self._state_dir / "jobs" / job_name(number)).read_result()
-        return result or read_result(self._folder(number))
+        """Return what the trainer found in a round; None: that is not known any more."""
+        result = round_job(self._store.state_dir, number).read_result()
+        return result or read_result(self._store.state_dir.round(number))
 
     def _write(self, number: int) -> None:
         row = self._store.round(number)
         assert row is not None
         if row.retired:
-            return  # what its report was made from is gone
-        weights = self._store.blob_path(row.published) if row.published else None
+            # What the report was made from is gone.
+            return
+        weights = self._store.blobs.path(row.published_digest) if row.published_digest else None
         report = build(
             self._run,
             row,
@@ -66,37 +69,34 @@ class Reports:
             self.result_of(number),
             weights_bytes=weights.stat().st_size if weights else None,
         )
-        write(report, self._folder(number), weights)
-
-    def _folder(self, number: int) -> Path:
-        return self._state_dir / "rounds" / f"{number:04d}"
+        write(report, self._store.state_dir.round(number), weights)
 
 
 def build(
     run: RunConfig,
     row: RoundRow,
-    contributions: Sequence[ContributionRow],
+    decisions: Sequence[Decision],
     agent_reports: Sequence[ReportRow],
     members: Sequence[AgentRow],
     result: Result | None,
     *,
     weights_bytes: int | None,
 ) -> dict[str, Any]:
-    """The report of one round that has ended; what was not measured is absent."""
+    """Return the report of a round that has ended; what was not measured is absent."""
     report: dict[str, Any] = {
         "round": row.number,
-        "outcome": "published" if row.published else "failed",
+        "outcome": "published" if row.published_digest else "failed",
         "model": run.model,
         "dataset": run.dataset,
-        "num_shared": sum(item.num_shared for item in contributions if item.outcome == Outcome.ACCEPTED),
-        "agents": _agents(contributions, agent_reports),
+        "num_shared": sum(each.contribution.num_shared for each in decisions if each.contribution),
+        "agents": _agents(decisions, agent_reports),
         "rejected": [
-            {"agent_id": item.agent_id, "reason": item.reason, "message": item.message}
-            for item in contributions
-            if item.outcome == Outcome.REJECTED
+            {"agent_id": each.agent_id} | each.why._asdict()
+            for each in decisions
+            if each.outcome is Outcome.REJECTED and each.why
         ],
-        "late": [item.agent_id for item in contributions if item.outcome == Outcome.LATE],
-        "vanished": _vanished(row, contributions, members),
+        "late": [each.agent_id for each in decisions if each.outcome is Outcome.LATE],
+        "vanished": _vanished(row, decisions, members),
     }
     if row.failure:
         report["failure"] = row.failure
@@ -104,12 +104,12 @@ def build(
     times = row.phase_times
     if Phase.AGGREGATING.value in times:
         seconds["collect"] = times[Phase.AGGREGATING.value] - row.opened_at
-    if result and row.published:
+    if result and row.published_digest:
         measured = result.model_dump(mode="json", include=set(_MEASURED)) | {
             "classes": _classes(result, run.class_names)
         }
         report |= {name: value for name, value in measured.items() if value not in (None, {}, [], "")}
-        report["weights"] = {"sha256": row.published, "bytes": weights_bytes}
+        report["weights"] = {"sha256": row.published_digest, "bytes": weights_bytes}
         seconds |= {name: result.seconds[name] for name in _TRAINER_SECONDS if name in result.seconds}
         if result.finished_at is not None:
             seconds["publish"] = max(0.0, times[Phase.PUBLISHED.value] - result.finished_at)
@@ -118,7 +118,7 @@ def build(
 
 
 def write(report: Mapping[str, Any], folder: Path, weights: Path | None) -> None:
-    """Leave `report.json`, and `model.safetensors` as a second name of the published blob."""
+    """Write `report.json`, and `model.safetensors` as a second name of the published blob."""
     folder.mkdir(parents=True, exist_ok=True)
     model = folder / "model.safetensors"
     if weights and not model.exists():
@@ -128,7 +128,7 @@ def write(report: Mapping[str, Any], folder: Path, weights: Path | None) -> None
 
 
 def read_result(folder: Path) -> Result | None:
-    """What a written report still tells of a job whose own files are gone."""
+    """Return what a written report tells of a job whose own files are gone; None: nothing."""
     try:
         report = json.loads((folder / "report.json").read_text("utf-8"))
         kept = {name: report[name] for name in (*_MEASURED, "seconds") if name in report}
@@ -139,7 +139,7 @@ def read_result(folder: Path) -> Result | None:
 
 
 def stages(result: Result) -> dict[str, float]:
-    """The accuracies of a round by stage, those that were measured.
+    """Return the accuracies of a round by stage, those that were measured.
 
     A stage is one of CANDIDATES, "fine_tuned" or "published".
     """
@@ -161,33 +161,31 @@ def _without_name(fields: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in fields.items() if name != "name"}
 
 
-def _vanished(
-    row: RoundRow, contributions: Sequence[ContributionRow], members: Sequence[AgentRow]
-) -> list[str]:
-    """Agents that had joined before the round closed, and of which it heard nothing."""
-    heard = {item.agent_id for item in contributions}
+def _vanished(row: RoundRow, decisions: Sequence[Decision], members: Sequence[AgentRow]) -> list[str]:
+    """Return the agents that had joined before the round closed, and of which it heard nothing."""
+    heard = {each.agent_id for each in decisions}
     closed_at = row.phase_times.get(Phase.AGGREGATING.value, math.inf)
     return sorted(
         member.agent_id for member in members if member.joined_at < closed_at and member.agent_id not in heard
     )
 
 
-def _agents(
-    contributions: Sequence[ContributionRow], agent_reports: Sequence[ReportRow]
-) -> list[dict[str, Any]]:
+def _agents(decisions: Sequence[Decision], agent_reports: Sequence[ReportRow]) -> list[dict[str, Any]]:
     reported = {row.agent_id: row for row in agent_reports}
     agents = []
-    for item in contributions:
-        if item.outcome != Outcome.ACCEPTED:
+    for decision in decisions:
+        item = decision.contribution
+        if item is None:
             continue
         agent = {
             "agent_id": item.agent_id,
             "num_examples": item.num_examples,
             "num_shared": item.num_shared,
-            "initial_weights": item.initial_weights,  # null: its own
+            # null: the agent started from weights of its own.
+            "initial_weights": item.initial_digest,
         }
-        if item.reason:
-            agent["left_out"] = {"reason": item.reason, "message": item.message}
+        if decision.why:
+            agent["left_out"] = decision.why._asdict()
         if item.accuracy_local is not None:
             agent["accuracy_local"] = item.accuracy_local
         if row := reported.get(item.agent_id):

@@ -1,61 +1,26 @@
-"""How the run stands: what agents that watch, the terminal, the status page and the metrics are shown.
+"""The run as it stands: what watching agents, the terminal, the status page and the metrics are shown.
 
-The coordinator shows what has become true, and nobody else does.
+Whoever makes something true and durable shows it here: the ledger and the coordinator.
 """
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 from cloud_server.disk.tables import ReportRow, RoundRow
-from cloud_server.jobs import AgentAudit, Progress, Result
+from cloud_server.jobs import AgentAudit, Result
 from cloud_server.metrics import ServerMetrics
-from cloud_server.round import OVER, Outcome, Phase, Round
+from cloud_server.round import OVER, Round
 from cloud_server.showing.presence import Presence
 from cloud_server.showing.reports import Reports
 from cloud_server.store import Store
 from common.errors import Reason
-from common.transfer import Blob
-from common.wire import Encoded
+from common.run_state import LeftOut, Phase, PublishedModel, RunState, WorkProgress
+from common.transfer import Blob, Encoded
 
-STATUS_ROUNDS = 50  # as many of the latest rounds are on the status page
-
-
-@dataclass(frozen=True)
-class PublishedModel:
-    round: int
-    weights: Blob
-    encoded: Encoded | None
-
-
-class LeftOut(NamedTuple):
-    """An accepted contribution that its round's model has nothing of."""
-
-    round: int
-    reason: Reason
-    message: str
-
-
-@dataclass(frozen=True)
-class RunState:
-    """The whole state of the run at one moment, as one agent may see it."""
-
-    round: int
-    phase: Phase
-    initial_weights: Blob
-    initial_encoded: Encoded | None
-    outcome: Outcome | None
-    progress: Progress | None
-    latest_model: PublishedModel | None
-    failed_round: int  # this round or the one before, if it failed; else 0
-    failure: str  # why it did
-    run_over: bool
-    num_contributions: int
-    max_contributions: int
-    counted_round: int  # the last one whose model has a contribution of this agent in it; 0: none has
-    left_out: LeftOut | None  # this agent's accepted contribution to this round or the one before, if unused
+# So many of the latest rounds are on the status page.
+STATUS_ROUNDS = 50
 
 
 class Standing:
@@ -63,7 +28,8 @@ class Standing:
 
     Args:
         current: the round, as it is on record.
-        slots: of every agent of the run, by agent id; the coordinator adds those that join.
+        slots: the slot of every agent that has joined, by agent id.
+        clock: seconds since the epoch.
         on_change: called after every change, for a progress display.
     """
 
@@ -78,19 +44,22 @@ class Standing:
         reports: Reports,
         metrics: ServerMetrics,
         on_change: Callable[[RunState], None],
+        clock: Callable[[], float],
     ) -> None:
         self._run_id = run_id
         self._round = current
-        self._slots = slots
+        self._slots = dict(slots)
         self._presence = presence
         self._store = store
         self._reports = reports
         self._metrics = metrics
         self._on_change = on_change
+        self._clock = clock
         self._changed = asyncio.Event()
         self._news = asyncio.Event()
         self._num_forgotten = 0
-        self._progress: Progress | None = None  # of the trainer in this phase
+        # How far the trainer is in this phase.
+        self._progress: WorkProgress | None = None
         self._run_over = False
         self._latest_model: PublishedModel | None = None
         self._counted = store.counted_rounds()
@@ -98,56 +67,67 @@ class Standing:
             agent_id: LeftOut(number, Reason(reason), message)
             for agent_id, (number, reason, message) in store.last_left_out().items()
         }
-        self._last_failure = (0, "")  # round, reason
-        self._results: dict[int, Result] = {}  # of rounds on the status page
+        # The number of the last round that failed, and why.
+        self._last_failure = (0, "")
+        # The results of the rounds on the status page.
+        self._results: dict[int, Result] = {}
         for row in store.rounds():
             self._note_end(row)
-        self._initial_weights = Blob("", 0)  # this and what it is encoded as: by show()
+        # These two are set by show().
+        self._initial_weights = Blob("", 0)
         self._initial_encoded: Encoded | None = None
         self.show(current)
 
     # ------------------------------------------------------------------ what is shown
 
     def show(self, current: Round) -> None:
-        """The round as it is now, on record already."""
+        """Show the round as it is on record now."""
         if current.phase is not self._round.phase:
             self._progress = None
-        if current.initial_weights != self._initial_weights.digest:
-            self._initial_weights = self._blob(current.initial_weights)
-            self._initial_encoded = self._encoded(current.initial_weights)
+        if current.initial_digest != self._initial_weights.digest:
+            self._initial_weights = self._blob(current.initial_digest)
+            self._initial_encoded = self._encoded(current.initial_digest)
         self._round = current
         self._note_end(current)
-        if current.published:
+        if current.published_digest:
             self._counted |= dict.fromkeys(current.counted, current.number)
             self._left_out |= {
                 agent_id: LeftOut(current.number, *why) for agent_id, why in current.left_out.items()
             }
         self._tell_watchers()
 
+    def show_agent(self, agent_id: str, slot: int) -> None:
+        """Show an agent that has joined."""
+        self._slots[agent_id] = slot
+        self.note_change()
+
     def forget(self, agent_id: str) -> None:
-        """Nothing is known of this agent any more."""
+        """Drop everything that is known of an agent."""
         self._num_forgotten += 1
+        self._slots.pop(agent_id, None)
         self._counted.pop(agent_id, None)
         self._left_out.pop(agent_id, None)
         self._results.clear()
         self._metrics.forget(agent_id)
 
-    def show_progress(self, progress: Progress) -> None:
+    def show_progress(self, progress: WorkProgress) -> None:
+        """Show how far the trainer is in this phase."""
         self._progress = progress
         self._tell_watchers()
 
     def show_run_over(self) -> None:
+        """Tell every agent that the run is over."""
         self._run_over = True
         self._tell_watchers()
 
     def _tell_watchers(self) -> None:
-        """Apart from other changes: of who comes and goes, a thousand watchers need not hear."""
+        """Wake the agents that watch, too: a thousand watchers need not hear of those who come and go."""
         self._news.set()
         self._news = asyncio.Event()
-        self.look_again()
+        self.note_change()
 
-    def look_again(self) -> None:
-        """Wake whoever waits for any change on this side: reports and agents' presence count as well."""
+    def note_change(self) -> None:
+        """Wake whoever waits for a change inside the server; reports and agents' presence count as well."""
         self._changed.set()
         self._changed = asyncio.Event()
         self._metrics.set_phase(self._round.number, self._round.phase.value)
@@ -163,11 +143,11 @@ class Standing:
 
     @property
     def next_change(self) -> asyncio.Event:
-        """Set at the next change; take it before looking, so that none is missed in between."""
+        """Return an event that the next change sets; take it before looking, so that no change is missed."""
         return self._changed
 
     async def watch(self, agent_id: str) -> AsyncIterator[RunState]:
-        """The state now, then again whenever it changes; slow readers skip states, never the latest."""
+        """Yield the state now, then after each change; slow readers skip states, never the latest."""
         with self._counted_as_watching(agent_id):
             while True:
                 news = self._news
@@ -179,6 +159,7 @@ class Standing:
                 await news.wait()
 
     def state_for(self, agent_id: str | None = None) -> RunState:
+        """Return the state of the run as this agent may see it; None: as nobody in particular."""
         failed_round, failure = self._last_failure
         is_news = failed_round >= self._round.number - 1
         left_out = self._left_out.get(agent_id or "")
@@ -199,15 +180,16 @@ class Standing:
             left_out=left_out if left_out and left_out.round >= self._round.number - 1 else None,
         )
 
-    async def status(self, now: float) -> dict[str, Any]:
-        """The JSON behind the status page; `now` in seconds since the epoch."""
+    async def status(self) -> dict[str, Any]:
+        """Return the JSON behind the status page; see common/telemetry.py for where it is served."""
         rows = await asyncio.to_thread(self._store.rounds, last=STATUS_ROUNDS)
         num_forgotten = self._num_forgotten
         results = await asyncio.to_thread(self._results_of, rows)
-        if num_forgotten == self._num_forgotten:  # else they may name somebody who is forgotten
+        # Results that were read before an agent was forgotten may name it, so they are not kept.
+        if num_forgotten == self._num_forgotten:
             self._results = results
         num_accepted = await asyncio.to_thread(self._store.num_accepted)
-        last_published = max((row.number for row in rows if row.published), default=0)
+        last_published = max((row.number for row in rows if row.published_digest), default=0)
         reported = {row.agent_id: row for row in await asyncio.to_thread(self._store.reports, last_published)}
         current, progress, here = self._round, self._progress, self._presence.here
         audited = results.get(last_published, Result()).audit
@@ -216,7 +198,7 @@ class Standing:
             "run_id": self._run_id,
             "round": current.number,
             "phase": current.phase.value,
-            "phases": _phases(rows[-1], current, now),
+            "phases": _phases(rows[-1], current, self._clock()),
             "progress": progress and {"done": progress.done, "total": progress.total, "loss": progress.loss},
             "agents": [
                 _agent_status(agent_id, slot, current, agent_id in here, reported.get(agent_id))
@@ -240,36 +222,36 @@ class Standing:
     def _counted_as_watching(self, agent_id: str) -> Iterator[None]:
         try:
             with self._presence.watching(agent_id):
-                self.look_again()
+                self.note_change()
                 yield
         finally:
-            self.look_again()
+            self.note_change()
 
     def _note_end(self, ended: Round | RoundRow) -> None:
-        if ended.published:
+        if ended.published_digest:
             self._latest_model = PublishedModel(
-                ended.number, self._blob(ended.published), self._encoded(ended.published)
+                ended.number, self._blob(ended.published_digest), self._encoded(ended.published_digest)
             )
         if ended.failure:
             self._last_failure = (ended.number, ended.failure)
 
     def _blob(self, digest: str) -> Blob:
-        return Blob(digest, self._store.blob_size(digest) or 0)
+        return Blob(digest, self._store.blobs.size(digest) or 0)
 
     def _encoded(self, digest: str) -> Encoded | None:
         encoding = self._store.encoding(digest)
-        if encoding is None or self._store.blob_size(encoding.digest) is None:
+        if encoding is None or self._store.blobs.size(encoding.digest) is None:
             return None
         return Encoded(self._blob(encoding.digest), encoding.base)
 
     def _results_of(self, rows: Sequence[RoundRow]) -> dict[int, Result]:
-        known = {row.number: self._results.get(row.number) for row in rows if row.published}
+        known = {row.number: self._results.get(row.number) for row in rows if row.published_digest}
         read = {number: result or self._reports.result_of(number) for number, result in known.items()}
         return {number: result for number, result in read.items() if result}
 
 
 async def wait_for(event: asyncio.Event, seconds: float | None) -> None:
-    """Wait for the event, at most so long."""
+    """Wait for the event, for so many seconds at most."""
     try:
         async with asyncio.timeout(seconds):
             await event.wait()
@@ -299,7 +281,7 @@ def _agent_status(
 
 
 def _audit_status(audit: AgentAudit) -> dict[str, Any]:
-    """Of the last published round; how far it goes, what is held against it, and what came of that."""
+    """Return what the last published round's audit says of an agent."""
     return {
         "norm_ratio": audit.norm_ratio,
         "is_clipped": audit.scale < 1,
@@ -330,7 +312,7 @@ def _round_status(row: RoundRow, num_contributions: int, result: Result | None) 
 
 
 def _phases(row: RoundRow, current: Round, now: float) -> list[dict[str, Any]]:
-    """How long the current round has been in each of its phases, in order."""
+    """Return how long the current round has been in each of its phases, in order."""
     starts = {Phase.COLLECTING.value: row.opened_at} | row.phase_times
     ordered = sorted(starts.items(), key=lambda item: item[1])
     ends = [start for _, start in ordered[1:]]

@@ -24,6 +24,7 @@ from typing import NoReturn
 import structlog
 
 from cloud_server.jobs import JobDirectory, pending_jobs
+from cloud_server.state_dir import StateDir
 from common.errors import UsageError
 from common.telemetry import configure_logging
 
@@ -42,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if "RANK" not in os.environ and (num_ranks := _num_gpus(arguments.device)) > 1:
             return _launch(num_ranks, arguments)
-        _work(arguments.state_dir, arguments.device)
+        _work(StateDir(arguments.state_dir), arguments.device)
     except UsageError as error:
         print(f"trainer: {error}", file=sys.stderr)  # noqa: T201
         return error.exit_code
@@ -109,13 +110,13 @@ def _launch(num_ranks: int, arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _work(state_dir: Path, device: str) -> NoReturn:
+def _work(state_dir: StateDir, device: str) -> NoReturn:
     """Do every job that turns up, as one rank of a group or alone."""
     # Importing PyTorch takes seconds: after the command line is known to be right.
     import torch
 
     from cloud_server.trainer.group import Group
-    from cloud_server.trainer.pipeline import run_job
+    from cloud_server.trainer.work import run_job
     from common.training import make_deterministic
 
     make_deterministic()
@@ -125,9 +126,9 @@ def _work(state_dir: Path, device: str) -> NoReturn:
     gc.freeze()  # what PyTorch's import has made stays; looking through it after each job takes 0.2 s
     log.info("trainer_ready", rank=group.rank, world_size=group.world_size)
     while True:
-        name = group.share(_next_job(state_dir / "jobs") if group.rank == 0 else "")
-        directory = JobDirectory(state_dir / "jobs" / name)
-        run_job(directory, blobs_dir=state_dir / "blobs", device_name=device, group=group)
+        name = group.share(_next_job(state_dir.jobs) if group.rank == 0 else "")
+        directory = JobDirectory(state_dir.job(name))
+        run_job(directory, blobs_dir=state_dir.blobs, device_name=device, group=group)
 
 
 def _next_job(jobs_dir: Path) -> str:

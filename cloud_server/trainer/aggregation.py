@@ -30,8 +30,6 @@ STACK_ELEMENTS = 1 << 18  # of all contributions together, in float64 at most: 2
 # Of one contribution: shorter ones would cost more to find than to read. So that beyond 256 contributions
 # each takes 8 KiB more.
 MIN_STACKED_ELEMENTS = 1 << 10
-# More rows are sorted coordinate by coordinate: a network's steps grow faster than their number.
-MAX_NETWORK_ROWS = 64
 
 SMOOTHING = 1e-6  # of the geometric median, as a part of the median distance to it
 LEAST_DISTANCE = 1e-150  # one over it, and over its square, is still a number
@@ -47,7 +45,6 @@ _TORCH_DTYPES = {
 
 OnTensor = Callable[[int, int], None]  # told how many tensors, of how many, are done
 FloatArray = npt.NDArray[np.floating[Any]]
-Exchanges = list[tuple[int, int]]  # of rows i < j: the smaller values into i, the larger ones into j
 
 # The values [n] of one piece, of every contribution in turn, each gone when the next is asked for.
 Piece = Iterable[Tensor]
@@ -227,52 +224,16 @@ def _reduce(
 def _trimmed_mean(paths: Sequence[Path], num_dropped: int, on_tensor: OnTensor) -> StateDict:
     """The mean of each coordinate without so many values at either end: down to the median."""
     kept = range(num_dropped, len(paths) - num_dropped)
-    network = _sorting_network(len(paths), kept) if len(paths) <= MAX_NETWORK_ROWS else None
     scratch = _scratch(len(paths))
 
     def reduce(piece: Piece, result: Tensor) -> None:
         stack = _stacked(piece, scratch)
-        rows = np.sort(stack.T).T if network is None else _exchanged(stack, network)
+        rows = np.sort(stack, axis=0)
         for index in kept:
             result.add_(torch.from_numpy(rows[index]))
         result.div_(len(kept))
 
     return _reduce(Contributions(paths), scratch.shape[1], reduce, on_tensor)
-
-
-def _sorting_network(num_rows: int, kept: Collection[int]) -> Exchanges:
-    """The exchanges, in order, that leave in the kept rows, in whatever order, what sorting would.
-
-    Merge exchange (Batcher 1968; Knuth, The Art of Computer Programming 3, algorithm 5.2.2M) without those
-    that at its end change places among the kept rows, or among the others.
-    """
-    exchanges: Exchanges = []
-    half = 1 << (num_rows - 1).bit_length() >> 1
-    p = half
-    while p:
-        q, r, d = half, 0, p
-        while d:
-            exchanges += [(i, i + d) for i in range(num_rows - d) if i & p == r]
-            q, r, d = q // 2, p, q - p
-        p //= 2
-    is_kept = {row: row in kept for row in range(num_rows)}  # of rows that no later exchange reads
-    needed: Exchanges = []
-    for i, j in reversed(exchanges):
-        if i not in is_kept or j not in is_kept or is_kept[i] != is_kept[j]:
-            needed.append((i, j))
-            is_kept.pop(i, None)
-            is_kept.pop(j, None)
-    return needed[::-1]
-
-
-def _exchanged(stack: FloatArray, exchanges: Exchanges) -> list[FloatArray]:
-    """The rows after the exchanges; the stack is overwritten."""
-    rows, spare = list(stack), np.empty_like(stack[0])
-    for i, j in exchanges:
-        np.minimum(rows[i], rows[j], out=spare)
-        np.maximum(rows[i], rows[j], out=rows[j])
-        rows[i], spare = spare, rows[i]
-    return rows
 
 
 def _scratch(num_contributions: int) -> Tensor:

@@ -28,7 +28,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from cloud_server.jobs import Flag, JobContribution, blob_path
+from cloud_server.contribution import Contribution
+from cloud_server.jobs import Flag
+from cloud_server.state_dir import blob_path
+from cloud_server.trainer.members import Member
 from common.config import RunConfig
 from common.shards import Shard, cloud_holdout, gather, read_shard
 from common.training import derive_seed, predict
@@ -81,32 +84,31 @@ class _Sample(NamedTuple):
 
 def audit(
     model: nn.Module,
-    weights: Sequence[Path],
-    contributions: Sequence[JobContribution],
+    members: Sequence[Member],
     blobs_dir: Path,
     *,
     run: RunConfig,
     device: torch.device,
 ) -> list[Finding]:
-    """What is to be said of each agent: nothing of one without shards, or among too few agents.
+    """Return what is to be said of each member: nothing of one without shards, or among too few.
 
-    Every model is run over the same images, once.
+    Every member's model is run over the same images, once.
 
     Args:
-        model: of the run's structure; left with the weights of the last agent.
-        weights: of each contribution, as they will be used.
+        model: a model of the run's structure; it is left with the weights of the last member.
 
     Raises:
         RunError: weights are not the model's.
         OSError: a file cannot be read.
     """
-    nothing = [Finding(None, None, None, ()) for _ in contributions]
-    if len(contributions) < MIN_AGENTS:
+    nothing = [Finding(None, None, None, ()) for _ in members]
+    if len(members) < MIN_AGENTS:
         return nothing
+    contributions = [member.contribution for member in members]
     sample = _draw(run, contributions, blobs_dir)
     if not len(sample.labels_N):
         return nothing
-    p_KNC = _predictions(model, weights, sample.images, run, device)
+    p_KNC = _predictions(model, [member.weights_path for member in members], sample.images, run, device)
     total_NC = p_KNC.sum(0, dtype=np.float64)
     labels: list[Share | None] = []
     losses: list[float | None] = []
@@ -134,7 +136,7 @@ def _flags(has_bad_labels: bool, has_bad_model: bool) -> tuple[Flag, ...]:
     return tuple(flag for flag, is_raised in found.items() if is_raised)
 
 
-def _draw(run: RunConfig, contributions: Sequence[JobContribution], blobs_dir: Path) -> _Sample:
+def _draw(run: RunConfig, contributions: Sequence[Contribution], blobs_dir: Path) -> _Sample:
     """Some examples of each agent: held-out ones, and where these are too few, others as well."""
     num_agents = len(contributions)
     most = min(
@@ -146,7 +148,7 @@ def _draw(run: RunConfig, contributions: Sequence[JobContribution], blobs_dir: P
     owners, held_out = [np.zeros(0, np.int64)], [np.zeros(0, bool)]
     for number, contribution in enumerate(contributions):
         agent_id = contribution.agent_id
-        shards = [read_shard(blob_path(blobs_dir, digest)) for digest in contribution.shards]
+        shards = [read_shard(blob_path(blobs_dir, digest)) for digest in contribution.shard_digests]
         is_held_out = [
             _is_held_out(
                 shard, run.fine_tune.holdout_fraction, derive_seed(run.seed, "cloud_holdout", agent_id)
@@ -180,11 +182,11 @@ def _choose(is_held_out: Sequence[Booleans], most: int, seed: int) -> list[Boole
 
 
 def _predictions(
-    model: nn.Module, weights: Sequence[Path], images: Tensor, run: RunConfig, device: torch.device
+    model: nn.Module, weights_paths: Sequence[Path], images: Tensor, run: RunConfig, device: torch.device
 ) -> npt.NDArray[np.float32]:
     """What each agent's model makes of the images: [K, N, C], distributions over the classes."""
-    p_KNC = np.empty((len(weights), len(images), run.spec.num_classes), np.float32)
-    for path, p_NC in zip(weights, p_KNC, strict=True):
+    p_KNC = np.empty((len(weights_paths), len(images), run.spec.num_classes), np.float32)
+    for path, p_NC in zip(weights_paths, p_KNC, strict=True):
         load_into(model, path)
         p_NC[:] = predict(model, images, spec=run.spec, device=device).softmax(1).numpy()
         p_NC[~np.isfinite(p_NC).all(1)] = 1 / run.spec.num_classes  # of weights too large to compute with

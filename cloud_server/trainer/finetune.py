@@ -9,20 +9,22 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from cloud_server.jobs import JobContribution, blob_path
-from common.config import DatasetSpec, RunConfig
+from cloud_server.contribution import Contribution
+from cloud_server.state_dir import blob_path
+from common.config import RunConfig
 from common.shards import Shard, cloud_holdout, gather, read_shard
-from common.training import OnStep, derive_seed, predict, train
-from common.weights import load_into
-
-
-class Examples(NamedTuple):
-    """Images and what they show."""
-
-    images: Tensor  # uint8 [N, C, H, W]
-    labels: Tensor  # int64 [N]
+from common.training import (
+    ALONE,
+    Examples,
+    OnStep,
+    Ranks,
+    Recipe,
+    choose_precision,
+    derive_seed,
+    train,
+)
 
 
 class CombinedData(NamedTuple):
@@ -32,7 +34,7 @@ class CombinedData(NamedTuple):
     held_out: Examples
 
 
-def combine(run: RunConfig, contributions: Sequence[JobContribution], blobs_dir: Path) -> CombinedData:
+def combine(run: RunConfig, contributions: Sequence[Contribution], blobs_dir: Path) -> CombinedData:
     """Read the shards of all contributions, in the order given, and hold a part of each shard back.
 
     A shard's examples are held back alike in every round, whoever else takes part in it.
@@ -45,7 +47,7 @@ def combine(run: RunConfig, contributions: Sequence[JobContribution], blobs_dir:
     held_out_parts: list[tuple[Shard, np.ndarray]] = []
     for contribution in contributions:
         seed = derive_seed(run.seed, "cloud_holdout", contribution.agent_id)
-        for digest in contribution.shards:
+        for digest in contribution.shard_digests:
             shard = read_shard(blob_path(blobs_dir, digest))
             rest, held_out = cloud_holdout(shard.labels, run.fine_tune.holdout_fraction, seed)
             train_parts.append((shard, rest))
@@ -60,56 +62,21 @@ def fine_tune(
     *,
     round_number: int,
     device: torch.device,
-    precision_file: Path | None = None,
-    soft_labels: Tensor | None = None,
+    precision_path: Path | None = None,
     on_step: OnStep | None = None,
-    rank: int = 0,
-    world_size: int = 1,
+    ranks: Ranks = ALONE,
 ) -> None:
-    """Train the model in place; the arguments and what is raised are those of common.training.train."""
-    train(
-        model,
-        *examples,
-        run.fine_tune,
-        spec=run.spec,
-        device=device,
-        seed=derive_seed(run.seed, round_number, "fine_tune"),
-        on_step=on_step,
-        rank=rank,
-        world_size=world_size,
-        precision_file=precision_file,
-        soft_labels=soft_labels,
-        distill=run.fine_tune.distill,
-        class_balanced=run.fine_tune.class_balanced,
-    )
-
-
-def soft_labels(
-    model: nn.Module,
-    weights: Sequence[Path],
-    coefficients: Sequence[float],
-    images: Tensor,
-    *,
-    spec: DatasetSpec,
-    device: torch.device,
-) -> Tensor:
-    """What the ensemble of the agents' models says of the images: the softmax of their mean logits.
-
-    (FedDF, Lin et al., arXiv 2006.07242, section 3.)
+    """Train the model in place; the arguments and what is raised are those of common.training.
 
     Args:
-        model: left with the weights of the last agent.
-        coefficients: what each agent's logits count; only their ratios matter.
-        images: uint8 [N, C, H, W].
-
-    Returns:
-        float32 [N, K], each row a distribution over the K classes.
+        precision_path: the file that keeps the choice of the precision.
     """
-    total = torch.zeros(len(images), spec.num_classes)
-    for path, coefficient in zip(weights, coefficients, strict=True):
-        load_into(model, path)
-        total.add_(predict(model, images, spec=spec, device=device), alpha=coefficient / sum(coefficients))
-    return total.softmax(1)
+    config = run.fine_tune
+    kept_at = precision_path if ranks == ALONE else None
+    precision = choose_precision(model, examples, config, spec=run.spec, device=device, kept_at=kept_at)
+    seed = derive_seed(run.seed, round_number, "fine_tune")
+    recipe = Recipe(config, run.spec, seed, precision, config.class_balanced)
+    train(model, examples, recipe, device=device, on_step=on_step, ranks=ranks)
 
 
 def _examples(run: RunConfig, parts: Sequence[tuple[Shard, np.ndarray]]) -> Examples:

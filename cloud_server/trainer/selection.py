@@ -13,6 +13,7 @@ No agent has trained on the held-out data: see common/shards.py.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
@@ -24,23 +25,15 @@ from torch import nn
 from cloud_server.trainer.aggregation import aggregate
 from cloud_server.trainer.alignment import align_all
 from cloud_server.trainer.finetune import CombinedData
+from cloud_server.trainer.members import Member
 from cloud_server.trainer.permutations import NotTraceable, apply, permutation_groups
 from common.config import RunConfig
 from common.training import Evaluation, derive_seed, evaluate, recompute_statistics
 from common.weights import StateDict, copy_into, load_into, read_state_dict, write_state_dict
 
-OnCandidate = Callable[[str, nn.Module], None]
 OnTensor = Callable[[int, int], None]
 
 log = structlog.get_logger()
-
-
-class Contributed(NamedTuple):
-    """One agent's weights."""
-
-    agent_id: str
-    weights: Path
-    coefficient: float  # what they count in a mean
 
 
 class Best(NamedTuple):
@@ -56,10 +49,9 @@ class Selection:
 
     Args:
         model: of the run's structure, left with any weights; where it is when candidates are made.
-        contributed: in agent-id order.
+        members: in agent-id order.
         previous: the weights that the round started from; None in the first round.
         scratch: an existing folder for aligned weights.
-        on_candidate: called with the name and the model of each candidate.
         on_tensor: told how many tensors of one aggregation, of how many, are done.
     """
 
@@ -67,13 +59,12 @@ class Selection:
         self,
         model: nn.Module,
         run: RunConfig,
-        contributed: Sequence[Contributed],
+        members: Sequence[Member],
         previous: Path | None,
         data: CombinedData,
         *,
         device: torch.device,
         scratch: Path,
-        on_candidate: OnCandidate | None = None,
         on_tensor: OnTensor = lambda *_: None,
     ) -> None:
         self.accuracies: dict[str, float] = {}  # of the candidates that were measured
@@ -81,12 +72,11 @@ class Selection:
         self.best: Best | None = None
         self._model = model
         self._run = run
-        self._contributed = contributed
+        self._members = members
         self._previous = previous
         self._data = data
         self._device = device
         self._scratch = scratch
-        self._on_candidate = on_candidate
         self._on_tensor = on_tensor
         self._measured: dict[tuple[str, tuple[Path, ...]], Evaluation | None] = {}
 
@@ -136,7 +126,7 @@ class Selection:
     # ------------------------------------------------------------------ the candidates
 
     def _make_average(self) -> None:
-        self._offer_aggregate("average", self._contributed, self._run.aggregator)
+        self._offer_aggregate("average", self._members, self._run.aggregator)
 
     def _make_aligned(self) -> None:
         if self._aligned:
@@ -144,18 +134,18 @@ class Selection:
 
     def _make_greedy_soup(self) -> None:
         """Only where there are some to choose among, and something to choose by."""
-        if len(self._contributed) < 2 or not len(self._data.held_out.labels):
+        if len(self._members) < 2 or not len(self._data.held_out.labels):
             return
         soup = self._best_first[:1]
         for agent in self._best_first[1:]:
             if self._accuracy_of([*soup, agent]) >= self._accuracy_of(soup):
                 soup.append(agent)
-        self.soup = tuple(self._contributed[agent].agent_id for agent in soup)
-        self._offer_aggregate("greedy_soup", self._members(soup), "mean")
+        self.soup = tuple(self._members[agent].agent_id for agent in soup)
+        self._offer_aggregate("greedy_soup", self._chosen(soup), "mean")
 
     def _make_best_agent(self) -> None:
         if len(self._data.held_out.labels):
-            self._offer_aggregate("best_agent", self._members(self._best_first[:1]), "mean")
+            self._offer_aggregate("best_agent", self._chosen(self._best_first[:1]), "mean")
 
     def _make_previous(self) -> None:
         """Only where it can be measured: unmeasured it would come before an average of this round."""
@@ -166,13 +156,13 @@ class Selection:
     @cached_property
     def _best_first(self) -> list[int]:
         """The agents by their own accuracy."""
-        every = range(len(self._contributed))
+        every = range(len(self._members))
         return sorted(every, key=lambda agent: self._accuracy_of([agent]), reverse=True)
 
     @cached_property
-    def _aligned(self) -> list[Contributed] | None:
+    def _aligned(self) -> list[Member] | None:
         """The contributions with their neurons in the order of the first; None: nothing to align."""
-        if len(self._contributed) < 2:
+        if len(self._members) < 2:
             return None
         try:
             groups = permutation_groups(self._model, self._run.spec.image_shape)
@@ -180,42 +170,42 @@ class Selection:
             log.warning("averaged_without_alignment", model=self._run.model, reason=str(error))
             return None
         permutations = align_all(
-            [item.weights for item in self._contributed],
-            [item.coefficient for item in self._contributed],
+            [item.weights_path for item in self._members],
+            [item.coefficient for item in self._members],
             groups,
             seed=derive_seed(self._run.seed, "alignment"),
         )
         aligned = []
-        for index, (item, found) in enumerate(zip(self._contributed, permutations, strict=True)):
-            before = read_state_dict(item.weights)
+        for item, found in zip(self._members, permutations, strict=True):
+            before = read_state_dict(item.weights_path)
             after = apply(groups, found, before)
             if any(after[name] is not before[name] for name in before):
-                path = self._scratch / f"aligned-{index}.safetensors"
+                path = self._scratch / f"aligned-{item.agent_id}.safetensors"
                 write_state_dict(after, path)
-                item = item._replace(weights=path)
+                item = replace(item, weights_path=path)
             aligned.append(item)
         return aligned
 
     # ------------------------------------------------------------------ measuring and keeping
 
-    def _offer_aggregate(self, name: str, members: Sequence[Contributed], aggregator: str) -> None:
+    def _offer_aggregate(self, name: str, members: Sequence[Member], aggregator: str) -> None:
         """One aggregate may be a candidate under several names: it is measured once."""
         key = _key(members, aggregator)
         is_known = key in self._measured
-        if not is_known or self._is_best(self._measured[key]) or self._on_candidate:
+        if not is_known or self._is_best(self._measured[key]):
             self._fill(members, aggregator)
         if not is_known:
             self._measured[key] = self.measure()
         self._announce(name, self._measured[key])
 
-    def _members(self, agents: Sequence[int]) -> list[Contributed]:
+    def _chosen(self, agents: Sequence[int]) -> list[Member]:
         """What these make a mean of: one alone has nobody to be aligned with."""
-        contributed = self._aligned if self._aligned and len(agents) > 1 else self._contributed
-        return [contributed[agent] for agent in agents]
+        members = self._aligned if self._aligned and len(agents) > 1 else self._members
+        return [members[agent] for agent in agents]
 
     def _accuracy_of(self, agents: Sequence[int]) -> float:
         """Of their mean, on held-out data, which there must be."""
-        members = self._members(agents)
+        members = self._chosen(agents)
         key = _key(members, "mean")
         if key not in self._measured:
             self._fill(members, "mean")
@@ -224,14 +214,14 @@ class Selection:
         assert evaluation
         return evaluation.accuracy
 
-    def _fill(self, members: Sequence[Contributed], aggregator: str) -> None:
+    def _fill(self, members: Sequence[Member], aggregator: str) -> None:
         """Load the model with the members' aggregate; a single one stays as it is."""
         if len(members) == 1:
-            load_into(self._model, members[0].weights)
+            load_into(self._model, members[0].weights_path)
             return
         members = sorted(members, key=lambda member: member.agent_id)  # the order shows in the last bits
         state_dict = aggregate(
-            [member.weights for member in members],
+            [member.weights_path for member in members],
             [member.coefficient for member in members],
             self._run.model_copy(update={"aggregator": aggregator}),
             compared=[name for name, _ in self._model.named_parameters()],
@@ -258,13 +248,11 @@ class Selection:
         self.best = Best(name, copies, evaluation)
 
     def _announce(self, name: str, evaluation: Evaluation | None) -> None:
-        """The model is this candidate, unless it is known not to be the best, and nobody wants to see it."""
+        """Note a candidate's accuracy, and keep the model, which is this candidate, if it is the best."""
         if self._is_best(evaluation):
             self._keep(name, evaluation)
         if evaluation:
             self.accuracies[name] = evaluation.accuracy
-        if self._on_candidate:
-            self._on_candidate(name, self._model)
 
 
 def _rank(evaluation: Evaluation) -> tuple[float, float]:
@@ -272,6 +260,6 @@ def _rank(evaluation: Evaluation) -> tuple[float, float]:
     return evaluation.accuracy, -evaluation.loss
 
 
-def _key(members: Sequence[Contributed], aggregator: str) -> tuple[str, tuple[Path, ...]]:
-    paths = tuple(sorted(member.weights for member in members))
+def _key(members: Sequence[Member], aggregator: str) -> tuple[str, tuple[Path, ...]]:
+    paths = tuple(sorted(member.weights_path for member in members))
     return ("" if len(paths) == 1 else aggregator), paths

@@ -1,0 +1,1 @@
+"""The trainer seen from the server: its jobs and its process."""

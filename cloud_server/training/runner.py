@@ -1,8 +1,8 @@
-"""Has the trainer finish a job: again where that may help, and not for ever."""
+"""One job at a time, given to the trainer: again where that may help, and not for ever."""
 
 import asyncio
-from collections.abc import Awaitable, Callable
-from contextlib import AbstractAsyncContextManager, nullcontext
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Protocol
 
@@ -15,27 +15,27 @@ from common.faults import Point, crash_point
 from common.transfer import to_the_end
 
 POLL_SECONDS = 0.05
-MAX_FALSE_STARTS = 2  # a trainer may die so often before it takes up a job, without that being a try
+# A trainer may die so often before it takes up a job, without that being an attempt at the job.
+MAX_FALSE_STARTS = 2
 
-Guard = Callable[[Job], AbstractAsyncContextManager[None]]
 OnProgress = Callable[[list[Progress]], Awaitable[None]]
 
 log = structlog.get_logger()
 
 
 class JobWithdrawnError(Exception):
-    """The job is not wanted any more."""
+    """The job is not wanted any more: it counts an agent that is forgotten."""
 
 
 class Trainer(Protocol):
-    """What is to be known of the trainer process."""
+    """What the runner asks of the trainer process."""
 
     async def restart(self) -> None:
-        """Have it drop what it is at; it is another one when this returns, or there is none yet."""
+        """Have the process drop its work; when this returns, it has left or is another one."""
 
     @property
     def num_exits(self) -> int:
-        """How often it has died since the server started."""
+        """Return how often the process has died since the server started."""
 
 
 async def _ignore(lines: list[Progress]) -> None: ...
@@ -45,39 +45,56 @@ class JobRunner:
     """Gives jobs to the trainer, one at a time.
 
     Args:
-        max_attempts: tries at a job; a full disk and a wrong configuration are none.
-        guard: entered to write to a job's folder; raises JobWithdrawnError where the job is not wanted.
+        max_attempts: how often a job is tried; a full disk or a wrong configuration is no attempt.
     """
 
-    def __init__(
-        self,
-        jobs_dir: Path,
-        trainer: Trainer,
-        max_attempts: int,
-        guard: Guard = lambda _: nullcontext(),
-    ) -> None:
+    def __init__(self, jobs_dir: Path, trainer: Trainer, max_attempts: int) -> None:
         self._jobs_dir = jobs_dir
         self._trainer = trainer
         self._max_attempts = max_attempts
-        self._guard = guard
+        # Held to write to a job's folder, and to remove one; the last of the server's three locks.
+        self._lock = asyncio.Lock()
+        self._current: Job | None = None
+        self._is_withdrawn = False
 
     def directory(self, name: str) -> JobDirectory:
+        """Return the directory of the job with this name."""
         return JobDirectory(self._jobs_dir / name)
 
     async def finish(self, job: Job, on_progress: OnProgress = _ignore) -> Result:
-        """The job's result: a model, or why there is none after the last attempt.
+        """Return the job's result: a model, or why there is none after the last attempt.
 
         A job that was begun before a restart goes on with its attempts where they were.
 
         Raises:
-            JobWithdrawnError: it has been withdrawn.
+            JobWithdrawnError: the job has been withdrawn.
         """
+        self._current, self._is_withdrawn = job, False
+        try:
+            return await self._finish(job, on_progress)
+        finally:
+            self._current = None
+
+    @asynccontextmanager
+    async def withdrawn_from(self, agent_id: str) -> AsyncIterator[None]:
+        """Withdraw the job under way if it counts this agent; nobody writes to a job's folder meanwhile."""
+        async with self._lock:
+            if self._current and any(item.agent_id == agent_id for item in self._current.contributions):
+                self._is_withdrawn = True
+            yield
+
+    async def drop_work(self) -> None:
+        """Have the trainer drop what it is doing."""
+        await self._trainer.restart()
+
+    async def _finish(self, job: Job, on_progress: OnProgress) -> Result:
         directory = self.directory(job.name)
         begun = directory.read_job() if directory.is_begun else None
         if begun and begun.contributions == job.contributions:
             job = job.model_copy(update={"attempt": begun.attempt, "run": begun.run})
-        else:  # what is left of one that was withdrawn would be taken for this one's
-            await self._write(job, directory.remove)
+        else:
+            # What is left of a job that was withdrawn would be taken for this one's.
+            await self._write(directory.remove)
         result = directory.read_result()
         if result and not result.error:
             await on_progress(directory.read_progress(0)[0])
@@ -88,7 +105,8 @@ class JobRunner:
             if result.error is None or result.error.kind == "usage":
                 return result
             log.warning("job_failed", job=job.name, attempt=job.attempt, reason=result.error.message)
-            if result.error.kind == "storage":  # the disk's fault, not the job's: it is no try
+            if result.error.kind == "storage":
+                # A full disk is the disk's fault, not the job's, so it is no attempt.
                 await asyncio.sleep(STORAGE_RETRY_SECONDS)
             elif job.attempt >= self._max_attempts:
                 return result
@@ -99,40 +117,50 @@ class JobRunner:
     async def _attempt(self, directory: JobDirectory, job: Job, on_progress: OnProgress) -> Result:
         num_exits, offset, has_begun = 0, 0, False
 
-        def begin() -> None:  # inside the guard: nobody else has the trainer restarted there
+        def begin() -> None:
+            # Under the lock, so that nobody has the trainer restarted between these two lines.
             nonlocal num_exits
             num_exits = self._trainer.num_exits
             directory.write_job(job)
 
-        await self._write(job, begin)
+        await self._write(begin)
         crash_point(Point.SERVER_JOB_WRITTEN)
         while True:
-            result = directory.read_result()  # first: after it comes no more progress
+            # The result is read first: no progress follows it.
+            result = directory.read_result()
             lines, offset = directory.read_progress(offset)
             has_begun = has_begun or bool(lines)
             await on_progress(lines)
             if result:
                 return result
-            if not directory.is_begun:
+            if self._is_withdrawn or not directory.is_begun:
                 raise JobWithdrawnError
             if self._trainer.num_exits > num_exits + (0 if has_begun else MAX_FALSE_STARTS):
                 died = JobError(kind="failed", message="the trainer died; see trainer.log")
-                # Written down, so that the next trainer does not take the job up by itself.
-                await self._write(job, directory.write_result, Result(error=died))
+                # The result is on disk, so that the next trainer does not take the job up by itself.
+                await self._write(directory.write_result, Result(error=died))
             else:
                 await asyncio.sleep(POLL_SECONDS)
 
-    async def _write(self, job: Job, write: Callable[..., object], *args: object) -> None:
-        async def guarded() -> None:
-            async with self._guard(job):
+    async def _write(self, write: Callable[..., object], *args: object) -> None:
+        """Call `write` in a thread, once the disk allows it.
+
+        Raises:
+            JobWithdrawnError: the job has been withdrawn.
+        """
+
+        async def locked() -> None:
+            async with self._lock:
+                if self._is_withdrawn:
+                    raise JobWithdrawnError
                 with storage_errors():
                     await to_the_end(asyncio.to_thread(write, *args))
 
-        await when_disk_allows(guarded)
+        await when_disk_allows(locked)
 
 
 def _next_attempt(job: Job, error: JobError) -> Job:
-    """The job once more, with half the batch where memory ran out."""
+    """Return the job's next attempt, with half the batch where memory ran out."""
     run = _with_half_the_batch(job.run) if error.kind == "out_of_memory" else job.run
     return job.model_copy(update={"attempt": job.attempt + 1, "run": run})
 

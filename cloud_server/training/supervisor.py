@@ -1,8 +1,8 @@
-"""Keeps one trainer process alive, for as long as the server is.
+"""The supervisor of the trainer: it keeps one trainer process alive for as long as the server runs.
 
-The trainer's standard input is a pipe whose other end only the server holds. However the server
-ends, the operating system closes it, and the trainer leaves at that end of file: none is ever left
-behind, not even by SIGKILL.
+The trainer's standard input is a pipe whose other end only the server holds. However the server ends, the
+operating system closes that end, and the trainer leaves when it reads the end of the file. So no trainer is
+left behind, not even by SIGKILL.
 """
 
 import asyncio
@@ -20,23 +20,29 @@ from typing import BinaryIO
 
 import structlog
 
-FIRST_PAUSE_SECONDS = 0.2  # before a trainer that died is started again; doubled each time
+from cloud_server.state_dir import StateDir
+
+# A trainer that died is started again after so long; the pause doubles each time.
+FIRST_PAUSE_SECONDS = 0.2
 LONGEST_PAUSE_SECONDS = 5.0
-HEALTHY_SECONDS = 60.0  # a trainer that lived this long did not die of its start: pauses begin anew
-STOP_SECONDS = 5.0  # from SIGTERM to SIGKILL
-MAX_LOG_BYTES = 10 << 20  # a longer trainer.log becomes trainer.log.1
+# A trainer that lived for so long did not die of its start, so pauses begin anew.
+HEALTHY_SECONDS = 60.0
+# SIGKILL follows SIGTERM after so long.
+STOP_SECONDS = 5.0
+# A longer trainer.log becomes trainer.log.1.
+MAX_LOG_BYTES = 10 << 20
 LOG_CHECK_SECONDS = 60.0
 
 log = structlog.get_logger()
 
 
 class TrainerProcess:
-    """One trainer at a time, started again whenever it dies.
+    """One trainer process at a time, started again whenever it dies.
 
     Args:
-        state_dir: where its jobs are; what it prints is added to `trainer.log` there.
+        state_dir: the folder of the trainer's jobs; what the trainer prints is added to `trainer.log` there.
         device: "auto", "cpu", "cuda" or "cuda:1".
-        command: what to run instead of the trainer.
+        command: what to run in place of the trainer.
     """
 
     def __init__(
@@ -46,7 +52,7 @@ class TrainerProcess:
         device: str = "auto",
         command: Sequence[str] = (),
     ) -> None:
-        self._log_path = state_dir / "trainer.log"
+        self._log_path = StateDir(state_dir).trainer_log
         self._command = command or _trainer_command(state_dir, device)
         self._process: Process | None = None
         self._task: asyncio.Task[None] | None = None
@@ -54,27 +60,27 @@ class TrainerProcess:
 
     @property
     def num_exits(self) -> int:
-        """How often it has died, or could not be started."""
+        """Return how often the trainer has died, or could not be started."""
         return self._num_exits
 
     @property
     def pid(self) -> int | None:
-        """Of the process that runs now, also the id of its process group; None: between two."""
+        """Return the id of the present process, which is also that of its group; None: between two."""
         return self._process.pid if self._process else None
 
     async def start(self) -> None:
-        """Start it, and from then on start it again."""
+        """Start the trainer, and from then on start it again whenever it dies."""
         self._task = asyncio.create_task(self._keep_alive())
 
     async def stop(self) -> None:
-        """End it: by request at first, for certain after STOP_SECONDS. Harmless when done twice."""
+        """End the trainer: by request at first, by force after STOP_SECONDS; twice is harmless."""
         if self._task:
             self._task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await self._task
 
     async def restart(self) -> None:
-        """Have it drop what it is at: when this returns it has left, and is started again."""
+        """Have the trainer drop its work: when this returns, that process has left."""
         num_exits = self._num_exits
         if self._process:
             await _end(self._process)
@@ -94,16 +100,17 @@ class TrainerProcess:
             pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
 
     async def _live(self) -> int:
-        """Run it from start to end; its return code."""
+        """Run the trainer from start to end, and return its exit code."""
         try:
             async with self._running() as process:
                 return await self._end_of(process)
-        except OSError as error:  # no process or memory to be had, or the log is not writable
+        except OSError as error:
+            # There is no process or memory to be had, or the log is not writable.
             log.error("trainer_not_started", reason=str(error))
             return os.EX_OSERR
 
     async def _end_of(self, process: Process) -> int:
-        """Its return code; until then its log is kept from growing without bound."""
+        """Return the process's exit code; until it ends, keep its log from growing without bound."""
         end = asyncio.ensure_future(process.wait())
         try:
             while not end.done():
@@ -135,7 +142,7 @@ def _trainer_command(state_dir: Path, device: str) -> list[str]:
 
 
 async def _end(process: Process) -> None:
-    """Have it, and what it started, leave; nothing when it has left already."""
+    """End the process and its group; do nothing if it has left already."""
     if process.returncode is not None:
         return
     _signal_group(process, signal.SIGTERM)
@@ -154,7 +161,7 @@ def _signal_group(process: Process, number: signal.Signals) -> None:
 
 @contextmanager
 def _pipe() -> Iterator[tuple[BinaryIO, BinaryIO]]:
-    """Its reading and its writing end."""
+    """Yield the reading and the writing end of a pipe."""
     reading, writing = os.pipe()
     with os.fdopen(reading, "rb") as reader, os.fdopen(writing, "wb") as writer:
         yield reader, writer
@@ -167,8 +174,8 @@ def _append_to(path: Path) -> BinaryIO:
 def _rotate(log_path: Path) -> None:
     """Make room in a log that has become long.
 
-    Copied and emptied, not renamed: who writes goes on with the file that it has open, at what is then
-    its end. A line that is written in between is lost.
+    The log is copied and emptied, not renamed: whoever writes goes on with the file that it has open, at what
+    is then its end. A line that is written in between is lost.
     """
     try:
         if log_path.stat().st_size > MAX_LOG_BYTES:
@@ -176,5 +183,6 @@ def _rotate(log_path: Path) -> None:
             os.truncate(log_path, 0)
     except FileNotFoundError:
         pass
-    except OSError as error:  # the disk's fault; trainer and server can do without
+    except OSError as error:
+        # It is the disk's fault, and trainer and server can do without.
         log.warning("trainer_log_not_rotated", reason=str(error))

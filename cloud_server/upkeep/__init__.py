@@ -1,0 +1,1 @@
+"""What is done to a state directory beside the rounds: clean-ups, provenance, forgetting."""

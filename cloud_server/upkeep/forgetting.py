@@ -1,15 +1,16 @@
 """`cloud-server forget AGENT`: what is removed, and in which order.
 
-1. The authority revokes the agent: from now on it comes in only with a newer join token. (Not with
+1. The authority revokes the agent: from now on the agent comes in only with a newer join token. (Not with
    `--insecure`, where there is no authority, and anybody may come back under any name.)
 2. The intent is recorded, under a random pseudonym, in `STATE/ecavg.sqlite3`. What follows is done by the
    server that has STATE, or else by the command itself; if that dies half way, the next server or the same
    command again goes on with it, and each step may be taken again.
 3. Work on a round that counts the agent is broken off; the trainer begins anew without it.
-4. The records go, in one transaction that also notes which published models had used the agent's data, and
-   which blobs nobody else names: its weights, its shards, a model made of them that was never published.
-5. Then files: those blobs, begun uploads, the unfinished job. What names the agent in job and report files is
-   taken out, and in `provenance.jsonl` the pseudonym takes its place.
+4. The records go, in one transaction (`forgotten.py`). It keeps under the pseudonym, by digest, what the
+   agent contributed to published models, and notes which blobs nobody else names: the agent's weights and
+   shards, and a model made of them that was never published.
+5. Then files go: those blobs, begun uploads, the unfinished job. What names the agent in job and report files
+   is taken out, and `provenance.jsonl` is written anew, with the pseudonym in the agent's place.
 6. The id is struck from the intent, and what SQLite has deleted from its log.
 
 Published models stay, and so does what other agents have uploaded too.
@@ -24,38 +25,40 @@ import structlog
 
 from cloud_server.disk.failures import storage_errors
 from cloud_server.disk.tables import ForgettingRow
-from cloud_server.jobs import JobDirectory, job_name
+from cloud_server.jobs import JobDirectory, round_job, round_jobs
 from cloud_server.round import OVER
 from cloud_server.store import Store
-from cloud_server.upkeep import provenance
-from cloud_server.upkeep.retention import round_jobs, unpublished_model
+from cloud_server.upkeep import forgotten, provenance, retired
+from cloud_server.upkeep.retention import unpublished_model
 from common.errors import RunError
 from common.faults import Point, crash_point
 from common.files import replacing
 
-_LISTS_OF_IDS = ("late", "vanished", "soup")  # in report.json and result.json
+# The lists of agent ids in report.json and result.json.
+_LISTS_OF_IDS = ("late", "vanished", "soup")
 
 log = structlog.get_logger()
 
 
-def unfinished_work(store: Store, state_dir: Path, agent_id: str) -> JobDirectory | None:
-    """The job of the round under way, if it counts the agent, or was broken off."""
+def unfinished_work(store: Store, agent_id: str) -> JobDirectory | None:
+    """Return the job of the round under way, if it counts the agent, or was broken off."""
     last = store.last_round()
     if last is None or last.phase in OVER:
         return None
-    directory = JobDirectory(state_dir / "jobs" / job_name(last.number))
+    directory = round_job(store.state_dir, last.number)
     if not directory.path.exists():
         return None
     try:
         is_concerned = not directory.is_begun or any(
             item.agent_id == agent_id for item in directory.read_job().contributions
         )
-    except RunError:  # damaged: it is done again in any case
+    except RunError:
+        # A damaged job is done again in any case.
         is_concerned = True
     return directory if is_concerned else None
 
 
-def forget(store: Store, state_dir: Path, row: ForgettingRow, now: float) -> None:
+def forget(store: Store, row: ForgettingRow, now: float) -> None:
     """Remove all that STATE has of the agent; nobody else writes there meanwhile, but uploads of others.
 
     Args:
@@ -63,42 +66,40 @@ def forget(store: Store, state_dir: Path, row: ForgettingRow, now: float) -> Non
 
     Raises:
         StorageError, OSError: the disk does not let it; do it again.
-        RunError: provenance.jsonl is damaged.
     """
     assert row.agent_id is not None
     assert row.slot is not None
-    provenance.catch_up(store, state_dir)  # while the records still know of whom
-    provenance.read(provenance.path_in(state_dir))  # if damaged, only now can they make it anew
-    last, work = store.last_round(), unfinished_work(store, state_dir, row.agent_id)
-    made = unpublished_model(state_dir, last) if last and last.phase not in OVER else []
+    last, work = store.last_round(), unfinished_work(store, row.agent_id)
+    made = unpublished_model(store.state_dir, last) if last and last.phase not in OVER else []
     if work:
         work.withdraw()
-    store.forget_records(row, also=made if work else ())
+    forgotten.forget_records(store, row, also=made if work else ())
     crash_point(Point.SERVER_AGENT_RECORDS_REMOVED)
-    store.remove_partials_of(row.slot)
-    store.remove_blobs(-math.inf, spare=() if work else made)
+    store.blobs.remove_partials_of(row.slot)
+    retired.remove_blobs(store, -math.inf, spare=() if work else made)
     crash_point(Point.SERVER_AGENT_BLOBS_REMOVED)
     if work:
         work.remove()
     with storage_errors():
-        for number, directory in round_jobs(state_dir):
+        for number, directory in round_jobs(store.state_dir):
             if last is None or number != last.number or last.phase in OVER:
-                directory.discard_scratch()  # of a trainer that was killed
-    files = [*(state_dir / "jobs").glob("*/*.json"), *(state_dir / "rounds").glob("*/report.json")]
+                # A trainer that was killed may have left some.
+                directory.discard_scratch()
+    files = [*store.state_dir.jobs.glob("*/*.json"), *store.state_dir.rounds.glob("*/report.json")]
     for path in files:
         _strike_out(row.agent_id, path)
-    (row,) = (each for each in store.forgettings() if each.pseudonym == row.pseudonym)
-    provenance.forget(state_dir, row)
+    provenance.write(store)
     crash_point(Point.SERVER_AGENT_STRUCK_OUT)
-    store.note_forgotten(row.pseudonym, now)
+    forgotten.note_forgotten(store, row.pseudonym, now)
 
 
 def _strike_out(agent_id: str, path: Path) -> None:
-    """Take what is said of an agent out of a JSON file."""
+    """Take what a JSON file says of an agent out of it."""
     try:
         before = dict(json.loads(path.read_text("utf-8")))
     except (ValueError, TypeError):
-        log.warning("not_struck_out", path=str(path))  # `cloud-server check` says more
+        # `cloud-server check` says more.
+        log.warning("not_struck_out", path=str(path))
         return
     after = _without(agent_id, before)
     if after != before:
@@ -107,7 +108,7 @@ def _strike_out(agent_id: str, path: Path) -> None:
 
 
 def _without(agent_id: str, content: dict[str, Any]) -> dict[str, Any]:
-    """Without the agent in lists of agents, whether of objects or of ids."""
+    """Return the content without the agent in lists of agents, be they of objects or of ids."""
 
     def is_left(key: str, item: Any) -> bool:
         if isinstance(item, dict):

@@ -15,6 +15,7 @@ import pytest
 from cloud_server.jobs import JobDirectory, Result
 from cloud_server.store import Store
 from common.telemetry import make_app, make_registry, serve_http
+from tests.conftest import need
 from tests.unit.states import run_rounds
 from tests.unit.test_reports import RESULT
 from tests.unit.test_standing import Viewed
@@ -22,7 +23,10 @@ from tests.unit.test_standing import Viewed
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), "")
 MARKUP = "<img src=x onerror=\"document.title='markup'\">"
 
-pytestmark = pytest.mark.skipif(not BROWSER, reason="there is no browser")
+
+@pytest.fixture(autouse=True)
+def _browser() -> None:
+    need("browser", BROWSER, "chromium")
 
 
 @pytest.fixture
@@ -32,7 +36,7 @@ def store(tmp_path: Path) -> Iterator[Store]:
 
 
 async def show(status: dict[str, Any], tmp_path: Path) -> str:
-    """The page's markup once its script has drawn the status."""
+    """Return the page's markup after its script has drawn the status."""
 
     async def give_status() -> dict[str, Any]:
         return status
@@ -62,7 +66,7 @@ def section(markup: str, name: str) -> str:
 
 
 def rows(markup: str) -> list[str]:
-    """The text of a section's table, row by row."""
+    """Return the text of the table rows in the markup, row by row."""
     found = re.findall(r"<tr>(.*?)</tr>", markup, re.DOTALL)
     return [" ".join(html.unescape(re.sub(r"<[^>]*>", " ", row)).split()) for row in found]
 
@@ -71,7 +75,7 @@ async def status_of(result: Result, store: Store, state_dir: Path) -> dict[str, 
     """After two rounds, the second with this result."""
     run_rounds(store, state_dir, 2)
     JobDirectory(state_dir / "jobs/round-0002").write_result(result)
-    return await Viewed(store, state_dir).standing.status(now=10.0)
+    return await Viewed(store, state_dir).standing.status()
 
 
 async def test_candidates_of_the_latest_round_are_ranked_and_the_start_is_named(

@@ -19,7 +19,7 @@ def fetch(url: str):
 
 
 def proof() -> dict | None:
-    """A published round that both agents report on, and all targets up; None: not yet."""
+    """Return a published round that both agents have reported on, with all targets up; None if not yet."""
     status = fetch("http://127.0.0.1:8080/api/status")
     published = [item for item in status.get("rounds", []) if item["outcome"] == "published"]
     agents = {item["agent_id"]: item["accuracy_after"] for item in status.get("agents", [])}

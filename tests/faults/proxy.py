@@ -51,7 +51,10 @@ class Flow:
         self._last_fault_at = 0
 
     def take(self, piece: bytes) -> tuple[bytes, Action | None]:
-        """What of a piece is passed on, and how the connection ends after it, if it does."""
+        """Return the bytes of the piece to pass on, and the action that ends the connection after them.
+
+        The action is None if the connection goes on.
+        """
         start, self.num_bytes = self.num_bytes, self.num_bytes + len(piece)
         if not self.faults or self.num_bytes <= self._last_fault_at + self.faults[0].after_bytes:
             return piece, None

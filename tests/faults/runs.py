@@ -11,9 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from common.faults import Point
-from tests.faults.zygote import Zygote
-from tests.integration.test_round import free_port
-from tests.processes import Cluster, Command
+from tests.processes import Cluster, Command, free_port
+from tests.zygote import TRAINER_NAME
 
 AGENTS = ("edge-1", "edge-2")
 NUM_ROUNDS = 2
@@ -35,7 +34,7 @@ INT8 = (*SETTINGS, "--set", 'run.wire="int8"')
 
 
 def blobs(split: str) -> tuple[np.ndarray, np.ndarray] | None:
-    """A data source that needs no large library: digit-sized noise around one image for each class."""
+    """Return data that need no large library: digit-sized noise around one image for each class."""
     if split != "train":
         return None
     chance = np.random.default_rng(0)
@@ -47,21 +46,11 @@ def blobs(split: str) -> tuple[np.ndarray, np.ndarray] | None:
 Environment = Mapping[str, str]
 
 
-class ForkedAgent(Command):
-    """An edge-agent that need not import PyTorch."""
-
-    def __init__(self, zygote: Zygote, arguments: tuple[object, ...], folder: Path, env: Environment) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        self.output_path = folder / f"edge_agent.{time.monotonic_ns()}.log"
-        self.process = zygote.start([str(argument) for argument in arguments], self.output_path, env)
-
-
 class Run:
     """One server and its agents, each started again whenever it is killed."""
 
-    def __init__(self, cluster: Cluster, zygote: Zygote, settings: tuple[object, ...] = SETTINGS) -> None:
+    def __init__(self, cluster: Cluster, settings: tuple[object, ...] = SETTINGS) -> None:
         self.cluster = cluster
-        self._zygote = zygote
         self.num_restarts = 0
         self._settings = settings
         cluster.port, cluster.http_port = free_port(), free_port()
@@ -116,18 +105,13 @@ class Run:
 
     def _start(self, name: str, env: Environment | None = None) -> None:
         if name == "server":
-            process = self.cluster.server(*self._settings, env=dict(env or {}), ready=False)
+            process = self.cluster.server(*self._settings, env=env, ready=False)
         else:
             part = f"{AGENTS.index(name) + 1}/{len(AGENTS)}"
-            arguments = (
-                "--server", f"127.0.0.1:{self.cluster.port}", "--agent-id", name,
-                "--state-dir", self.cluster.folder / name, "--data", "tests.faults.runs:blobs",
-                "--partition", part, "--checkpoint-seconds", 0,
-                "--join-token-file", self.cluster.join_token(uses=len(AGENTS)),
+            process = self.cluster.agent(
+                name, "--data", "tests.faults.runs:blobs", "--partition", part, "--checkpoint-seconds", 0,
+                "--join-token-file", self.cluster.join_token(uses=len(AGENTS)), env=env, forked=True,
             )  # fmt: skip
-            process = self.cluster.adopt(
-                ForkedAgent(self._zygote, arguments, self.cluster.folder / "logs", env or {})
-            )
         self.processes[name] = process
 
 
@@ -136,7 +120,10 @@ def trainers_of(server_pid: int) -> list[int]:
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):
             parent_pid = int(process.joinpath("stat").read_text("utf-8").rpartition(")")[2].split()[1])
-            is_trainer = b"cloud_server.trainer" in process.joinpath("cmdline").read_bytes()
+            is_trainer = (
+                b"cloud_server.trainer" in process.joinpath("cmdline").read_bytes()
+                or process.joinpath("comm").read_text("utf-8").strip() == TRAINER_NAME
+            )
             if parent_pid == server_pid and is_trainer:
                 found.append(int(process.name))
     return found

@@ -6,11 +6,9 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from contextlib import closing
 from pathlib import Path
 
 from tests.faults.runs import AGENTS, SETTINGS, Run
-from tests.faults.zygote import Zygote
 from tests.processes import cluster_in
 
 NUM_ROUNDS = 3
@@ -25,15 +23,15 @@ def main() -> int:
     arguments = parser.parse_args()
     chance = random.Random(arguments.seed)
     started = time.monotonic()
-    with tempfile.TemporaryDirectory() as folder, closing(Zygote()) as zygote:
-        undisturbed = one_run(Path(folder) / "undisturbed", zygote, Killer(chance, 0))
+    with tempfile.TemporaryDirectory() as folder:
+        undisturbed = one_run(Path(folder) / "undisturbed", Killer(chance, 0))
         print(f"undisturbed: {', '.join(undisturbed)}", flush=True)
         kills: Counter[str] = Counter()
         number = 0
         while kills.total() < arguments.kills:
             number += 1
             killer = Killer(chance, arguments.kills - kills.total())
-            digests = one_run(Path(folder) / f"run-{number}", zygote, killer)
+            digests = one_run(Path(folder) / f"run-{number}", killer)
             kills += killer.kills
             is_equal = digests == undisturbed
             print(
@@ -70,9 +68,9 @@ class Killer:
             self.kills[victim] += 1
 
 
-def one_run(folder: Path, zygote: Zygote, killer: Killer) -> list[str]:
+def one_run(folder: Path, killer: Killer) -> list[str]:
     with cluster_in(folder) as cluster:
-        run = Run(cluster, zygote, (*SETTINGS, "--rounds", NUM_ROUNDS))
+        run = Run(cluster, (*SETTINGS, "--rounds", NUM_ROUNDS))
         run.start()
         return run.finish(FINISH_SECONDS, killer)
 

@@ -3,7 +3,6 @@
 import asyncio
 import signal
 import threading
-import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
@@ -12,13 +11,17 @@ import pytest
 
 from common import rpc
 from common.errors import BudgetError, InvalidError, NotFoundError, Reason, UnavailableError, UsageError
+from common.run_state import Phase, PublishedModel, RunState, Verdict
 from common.transfer import Blob
-from edge_agent.agent import MAX_SENDINGS, EdgeAgent
-from edge_agent.client import Joined, RunState, UnknownAgentError, Verdict
+from edge_agent import agent as agent_module
+from edge_agent.agent import EdgeAgent
+from edge_agent.client import Joined, UnknownAgentError
 from edge_agent.config import AgentConfig
+from edge_agent.local import load_local_models
+from edge_agent.member import MAX_SENDINGS, Member
 from edge_agent.metrics import AgentMetrics
 from edge_agent.state import AgentState, Arrived, Progress, Report
-from tests.faults.test_agent_restart import RUN, Client, Cloud, Display, Power
+from tests.faults.test_agent_restart import RUN, Client, Cloud, Display, Power, run_state
 from tests.processes import Cluster
 
 NO_BLOB = Blob("", 0)
@@ -59,20 +62,38 @@ class Started:
         display.message = self.said.append  # type: ignore[method-assign]
         config = AgentConfig(server="localhost:1", device="cpu")
         self.agent = EdgeAgent(config, self.disk, self.client, AgentMetrics(), display)  # type: ignore[arg-type]
+        # Called in the place of the agent's own reading of its data, with that as its argument.
+        self.load: Callable[[Callable[[], Any]], Any] | None = None
+        # Called in the place of the progress display.
+        self.show_step: Any = None
 
     def send(self, *, latest: int = 0, over: bool = False, phase: str = "collecting") -> None:
         weights = self.cloud.published if latest else NO_BLOB
         initial = self.cloud.initial
-        state = RunState(
-            latest + 1, phase, initial, None, "", 0, 0, latest, weights, None, latest, 0, "", over
-        )  # fmt: skip
+        state = run_state(
+            latest + 1,
+            initial,
+            phase=Phase(phase),
+            latest_model=PublishedModel(latest, weights, None) if latest else None,
+            counted_round=latest,
+            run_over=over,
+        )
         self.client.states.put_nowait(state)
 
     async def run(self, seconds: float = 30) -> None:
         try:
-            await asyncio.wait_for(self.agent.run(), seconds)
+            with pytest.MonkeyPatch.context() as patch:
+                if self.load:
+                    patch.setattr(agent_module, "load_local_models", self._load)
+                if self.show_step:
+                    patch.setattr(Member, "_show_step", lambda _, *step: self.show_step(*step))
+                await asyncio.wait_for(self.agent.run(), seconds)
         finally:
             self.disk.close()
+
+    def _load(self, *args: Any) -> Any:
+        assert self.load
+        return self.load(lambda: load_local_models(*args))
 
 
 class Blocked:
@@ -92,7 +113,7 @@ class Blocked:
 
 async def test_run_that_ends_while_data_are_loaded_lets_the_agent_go(tmp_path: Path) -> None:
     started = Started(tmp_path)
-    loading = started.agent._load_data = Blocked(lambda: None)  # type: ignore[method-assign]
+    loading = started.load = Blocked(lambda _: None)
     started.send()
     running = asyncio.create_task(started.run())
     await asyncio.to_thread(loading.entered.wait, 30)
@@ -103,14 +124,14 @@ async def test_run_that_ends_while_data_are_loaded_lets_the_agent_go(tmp_path: P
 
 async def test_run_that_ends_while_the_agent_trains_lets_it_go(tmp_path: Path) -> None:
     started = Started(tmp_path)
-    load, training = started.agent._load_data, Blocked(lambda *_: None)
+    training = Blocked(lambda *_: None)
 
-    def loaded() -> Any:
+    def loaded(load: Callable[[], Any]) -> Any:
         local = load()
         local.pretrain = training  # type: ignore[method-assign]
         return local
 
-    started.agent._load_data = loaded  # type: ignore[method-assign]
+    started.load = loaded
     started.send()
     running = asyncio.create_task(started.run())
     await asyncio.to_thread(training.entered.wait, 30)
@@ -128,7 +149,7 @@ async def test_training_that_is_left_ends_at_its_next_step(tmp_path: Path) -> No
         stepped.set()
         assert resumed.wait(30)
 
-    started.agent._show_step = show_step  # type: ignore[method-assign]
+    started.show_step = show_step
     started.send()
     running = asyncio.create_task(started.run())
     await asyncio.to_thread(stepped.wait, 30)
@@ -155,7 +176,7 @@ async def test_adapting_that_is_left_ends_at_its_next_step(tmp_path: Path) -> No
         if progress.contributed_round:  # the model is worse than what was pre-trained
             loop.call_soon_threadsafe(lambda: started.send(latest=1, phase="published"))
 
-    started.agent._show_step = show_step  # type: ignore[method-assign]
+    started.show_step = show_step
     started.disk.save = then_publish  # type: ignore[method-assign]
     started.send()
     running = asyncio.create_task(started.run())
@@ -169,7 +190,7 @@ async def test_adapting_that_is_left_ends_at_its_next_step(tmp_path: Path) -> No
 
 async def test_last_model_is_taken_when_the_run_ended_while_data_were_loaded(tmp_path: Path) -> None:
     started = Started(tmp_path)
-    loading = started.agent._load_data = Blocked(started.agent._load_data)  # type: ignore[method-assign]
+    loading = started.load = Blocked(lambda load: load())
     started.send(latest=1, over=True)
     running = asyncio.create_task(started.run())
     await asyncio.to_thread(loading.entered.wait, 30)
@@ -284,7 +305,7 @@ async def test_contribution_that_the_server_has_nothing_of_is_made_again_once_th
 ) -> None:
     monkeypatch.setattr(rpc, "MAX_PAUSE_SECONDS", 0.0)
     started = Started(tmp_path, Overdrawn)
-    agent, is_called_for = started.agent, started.agent._is_called_for
+    is_called_for = Member._is_called_for
 
     def forget() -> None:
         started.client.states.put_nowait(UnknownAgentError("who?"))
@@ -292,14 +313,14 @@ async def test_contribution_that_the_server_has_nothing_of_is_made_again_once_th
 
     events = iter((started.send, forget, started.send, lambda: started.send(over=True)))
 
-    def then_go_on(state: RunState) -> bool:
-        """The next event comes when the agent has nothing to do."""
-        is_idle = agent._loading.done() and not is_called_for(state)
+    def then_go_on(member: Member, state: RunState) -> bool:
+        """Send the next event when the agent has nothing to do."""
+        is_idle = member._data.is_ready and not is_called_for(member, state)
         if is_idle:
             next(events)()
-        return is_called_for(state)
+        return is_called_for(member, state)
 
-    monkeypatch.setattr(agent, "_is_called_for", then_go_on)
+    monkeypatch.setattr(Member, "_is_called_for", then_go_on)
     started.send()
     await started.run()
     assert (started.client.num_joins, started.cloud.counts["refusals"]) == (2, 2)
@@ -357,16 +378,15 @@ class Sluggish(Steered):
 
 
 def train_blocked(started: Started) -> Blocked:
-    load, agent = started.agent._load_data, started.agent
     training = Blocked(lambda *_: None)
 
-    def loaded() -> Any:
+    def loaded(load: Callable[[], Any]) -> Any:
         local = load()
         training._then = local.pretrain
         local.pretrain = training  # type: ignore[method-assign]
         return local
 
-    agent._load_data = loaded  # type: ignore[method-assign]
+    started.load = loaded
     return training
 
 
@@ -441,7 +461,7 @@ async def test_data_that_cannot_be_read_again_are_used_as_they_were(
     def gone(*_: Any) -> str:
         raise UsageError("no class folders in photos/train")
 
-    monkeypatch.setattr("edge_agent.agent.data_stamp", gone)
+    monkeypatch.setattr("edge_agent.local_data.data_stamp", gone)
     started = Started(tmp_path)
     end_when_contributed(started)
     started.send()
@@ -453,20 +473,28 @@ async def test_data_that_cannot_be_read_again_are_used_as_they_were(
 async def test_data_that_have_changed_are_read_again_before_the_training(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("edge_agent.agent.data_stamp", lambda *_: "another")
+    monkeypatch.setattr("edge_agent.local_data.data_stamp", lambda *_: "another")
     started = Started(tmp_path)
-    load, loaded = started.agent._load_data, []
+    loaded, trained = [], []
 
-    def count() -> Any:
-        loaded.append(load())
-        return loaded[-1]
+    def count(load: Callable[[], Any]) -> Any:
+        models = load()
+        loaded.append(models)
+        pretrain = models.pretrain
 
-    started.agent._load_data = count  # type: ignore[method-assign]
+        def then_pretrain(*args: Any) -> Any:
+            trained.append(models)
+            return pretrain(*args)
+
+        models.pretrain = then_pretrain
+        return models
+
+    started.load = count
     end_when_contributed(started)
     started.send()
     await started.run()
     assert len(loaded) == 2
-    assert await started.agent._models() is loaded[1]
+    assert trained == [loaded[1]]
 
 
 @pytest.mark.parametrize("over", [True, False], ids=["run over", "stopped"])
@@ -485,13 +513,6 @@ async def test_data_on_their_way_do_not_keep_an_agent_that_leaves(tmp_path: Path
     training.let_go()
 
 
-def seconds_to_end(process: Any, number: signal.Signals) -> float:
-    started = time.monotonic()
-    process.process.send_signal(number)
-    assert process.wait(20) == 0
-    return time.monotonic() - started
-
-
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_one_signal_ends_an_agent_that_trains_and_one_that_loads(
     cluster: Cluster, number: signal.Signals
@@ -502,7 +523,8 @@ def test_one_signal_ends_an_agent_that_trains_and_one_that_loads(
     loads.wait_for("endless data source")
     trains.wait_for("round 1: pre-training")
     for agent in (trains, loads):
-        assert seconds_to_end(agent, number) < 2
+        agent.process.send_signal(number)  # by itself, neither would ever end
+        assert agent.wait() == 0
         assert "Traceback" not in agent.output
     # The lock was kept until the process was gone, and is free now.
     AgentState(cluster.folder / "edge-1", "edge-1").close()

@@ -4,8 +4,9 @@ import asyncio
 import json
 import shutil
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,15 @@ import pytest
 from common.config import RunConfig, TrainingConfig, Wire
 from common.errors import InvalidError, NotFoundError
 from common.models import build_model
-from common.transfer import Blob, blob_of
+from common.run_state import Outcome, Phase, PublishedModel, RunState, Verdict
+from common.transfer import Blob, Encoded, blob_of
 from common.weights import write_state_dict
-from common.wire import Base, Encoded, decode, encode
+from common.wire import Base, decode, encode
+from edge_agent import agent as agent_module
 from edge_agent.agent import EdgeAgent
-from edge_agent.client import Joined, RunState, Verdict
+from edge_agent.client import Joined
 from edge_agent.config import AgentConfig
+from edge_agent.local import LocalModels, load_local_models
 from edge_agent.metrics import AgentMetrics
 from edge_agent.state import AgentState, Progress, Report, Trained
 
@@ -43,6 +47,25 @@ class Power:
             raise PowerCutError
 
 
+def run_state(number: int, initial: Blob, **fields: Any) -> RunState:
+    """Return the state of a round that collects, but for these fields."""
+    nothing: dict[str, Any] = {
+        "phase": Phase.COLLECTING,
+        "initial_encoded": None,
+        "outcome": None,
+        "progress": None,
+        "latest_model": None,
+        "failed_round": 0,
+        "failure": "",
+        "run_over": False,
+        "num_contributions": 0,
+        "max_contributions": 1,
+        "counted_round": 0,
+        "left_out": None,
+    }
+    return RunState(round=number, initial_weights=initial, **(nothing | fields))
+
+
 class Cloud:
     """A server that publishes as soon as there is a contribution; it outlives the agent."""
 
@@ -61,10 +84,15 @@ class Cloud:
 
     def state(self) -> RunState:
         done = bool(self.contribution)
-        return RunState(
-            1, "published" if done else "collecting", self.initial, None, "accepted" if done else "", 0, 0,
-            int(done), self.published if done else Blob("", 0), None, int(done), 0, "", bool(self.reports),
-        )  # fmt: skip
+        return run_state(
+            1,
+            self.initial,
+            phase=Phase.PUBLISHED if done else Phase.COLLECTING,
+            outcome=Outcome.ACCEPTED if done else None,
+            latest_model=PublishedModel(1, self.published, None) if done else None,
+            counted_round=int(done),
+            run_over=bool(self.reports),
+        )
 
     def keep(self, path: Path, kind: str) -> None: ...
 
@@ -74,7 +102,7 @@ class Cloud:
     def take(self, number: int, contribution: dict[str, Any]) -> Verdict:
         self.counts["contributions"] += 1
         self.contribution = {"round": number, **contribution}
-        return Verdict("accepted", "")
+        return Verdict(Outcome.ACCEPTED)
 
 
 class CloudThatEncodes(Cloud):
@@ -93,7 +121,10 @@ class CloudThatEncodes(Cloud):
         self.encoded = Encoded(blob_of(self._path), "5" * 64 if fault == "other base" else base.digest)
 
     def state(self) -> RunState:
-        return super().state()._replace(latest_encoded=self.encoded)
+        state = super().state()
+        if state.latest_model is None:
+            return state
+        return replace(state, latest_model=state.latest_model._replace(encoded=self.encoded))
 
     def copy(self, blob: Blob, path: Path) -> None:
         if blob != self.encoded.blob:
@@ -117,10 +148,7 @@ class CloudOfManyRounds(Cloud):
     def state(self) -> RunState:
         number = len(self.sent) + 1
         is_over = number > len(self._outcomes)
-        return RunState(
-            number, "collecting", self.initial, None, "", 0, 0,
-            0, Blob("", 0), None, self._counted_round, 0, "", is_over,
-        )  # fmt: skip
+        return run_state(number, self.initial, counted_round=self._counted_round, run_over=is_over)
 
     def keep(self, path: Path, kind: str) -> None:
         if kind == "weights":
@@ -135,10 +163,13 @@ class CloudOfManyRounds(Cloud):
             raise InvalidError("no")
         if outcome == "counted":
             self._counted_round = number
-        return Verdict("late" if outcome == "late" else "accepted", "")
+        return Verdict(Outcome.LATE if outcome == "late" else Outcome.ACCEPTED)
 
     def expected(self) -> list[str]:
-        """What should have been sent, with what was lost of the last contribution that counted."""
+        """Return the digests that should have been sent, round by round.
+
+        Each encoding adds the rounding residual of the last contribution that counted.
+        """
         base, residual, digests = Base(self.files[0], self.initial.digest), None, []
         for number, outcome in enumerate(self._outcomes, 1):
             lost, sent = self._folder / f"lost-{number}", self._folder / "expected"
@@ -220,30 +251,30 @@ async def live(cloud: Cloud, folder: Path, power: Power) -> Progress:
     disk.save, disk.discard = cut_around_save, cut_after_discard  # type: ignore[method-assign]
     config = AgentConfig(server="localhost:1", device="cpu")
     agent = EdgeAgent(config, disk, Client(cloud, power), AgentMetrics(), Display())  # type: ignore[arg-type]
-    local_apply_cut(agent, power)
     try:
-        await asyncio.wait_for(agent.run(), 60)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(agent_module, "load_local_models", cut_after_apply(power))
+            await asyncio.wait_for(agent.run(), 60)
     finally:
         disk.close()
     return disk.progress
 
 
-def local_apply_cut(agent: EdgeAgent, power: Power) -> None:
-    """Also go off when the model file has been replaced."""
-    load = agent._load_data
+def cut_after_apply(power: Power) -> Callable[..., LocalModels]:
+    """Return what reads the data as the agent does; the power also fails when the model is replaced."""
 
-    def loaded() -> Any:
-        local = load()
-        apply = local.apply
+    def loaded(*arguments: Any) -> LocalModels:
+        models = load_local_models(*arguments)
+        apply = models.apply
 
-        def cut_after_apply(*arguments: Any) -> None:
+        def then_cut(*arguments: Any) -> None:
             apply(*arguments)
             power.moment()
 
-        local.apply = cut_after_apply  # type: ignore[method-assign]
-        return local
+        models.apply = then_cut  # type: ignore[method-assign]
+        return models
 
-    agent._load_data = loaded  # type: ignore[method-assign]
+    return loaded
 
 
 @pytest.mark.parametrize(("apply", "adapt_epochs"), [("always", 1), ("if-not-worse", 0), ("if-not-worse", 5)])

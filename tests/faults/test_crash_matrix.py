@@ -2,8 +2,7 @@
 
 import shutil
 import signal
-from collections.abc import Iterator
-from contextlib import closing
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +12,12 @@ from cloud_server.__main__ import main
 from common.faults import Point
 from common.transfer import Blob, blob_of
 from tests.faults.runs import ADAPTING, AGENTS, INT8, NUM_ROUNDS, SETTINGS, Run, armed_with
-from tests.faults.zygote import Zygote
 from tests.integration.test_forgetting import check_forgotten, provenance
 from tests.processes import Cluster, cluster_in, until
 
 pytestmark = pytest.mark.timeout(300)
+
+Case = tuple[Any, ...]
 
 FINISH_SECONDS = 240.0
 
@@ -65,53 +65,71 @@ CASES = [(point, COUNTS.get(point, 1)) for point in Point if point not in ELSEWH
     (Point.SERVER_REPORT_WRITTEN, NUM_ROUNDS * (1 + len(AGENTS))),  # the very last one
 ]
 
+# `make test` does one case of each kind: what dies, in a transfer or at a durable step.
+OF_EACH_KIND = (
+    (Point.SERVER_CHUNK_STORED, 2),
+    (Point.SERVER_PHASE_RECORDED, 3),
+    (Point.TRAINER_TENSOR_AVERAGED, 2),
+    (Point.AGENT_CHUNK_SENT, 2),
+    (Point.AGENT_CONTRIBUTED, 1),
+)
+OF_EACH_KIND_WITH_INT8 = ((Point.AGENT_ENCODED, 2), (Point.SERVER_ENCODED_MODEL_ADOPTED, 2))
+
+
+def others_soak(cases: Iterable[Case], at_once: Iterable[Case]) -> list[Any]:
+    """Mark the cases that are left for `make soak`.
+
+    Args:
+        at_once: the cases that `make test` does.
+    """
+    cases, at_once = list(cases), list(at_once)
+    assert set(at_once) <= set(cases)
+    return [
+        pytest.param(*case, marks=() if case in at_once else pytest.mark.soak, id="-".join(map(str, case)))
+        for case in cases
+    ]
+
 
 @pytest.fixture(scope="module")
-def zygote() -> Iterator[Zygote]:
-    with closing(Zygote()) as zygote:
-        yield zygote
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    return digests_of_undisturbed_run(tmp_path_factory, SETTINGS)
 
 
 @pytest.fixture(scope="module")
-def undisturbed(zygote: Zygote, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    return digests_of_undisturbed_run(zygote, tmp_path_factory, SETTINGS)
-
-
-@pytest.fixture(scope="module")
-def undisturbed_int8(zygote: Zygote, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    return digests_of_undisturbed_run(zygote, tmp_path_factory, INT8)
+def undisturbed_int8(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    return digests_of_undisturbed_run(tmp_path_factory, INT8)
 
 
 def digests_of_undisturbed_run(
-    zygote: Zygote, tmp_path_factory: pytest.TempPathFactory, settings: tuple[object, ...]
+    tmp_path_factory: pytest.TempPathFactory, settings: tuple[object, ...]
 ) -> list[str]:
     with cluster_in(tmp_path_factory.mktemp("undisturbed")) as cluster:
-        run = Run(cluster, zygote, settings)
+        run = Run(cluster, settings)
         run.start()
         digests = run.finish(FINISH_SECONDS)
         assert run.num_restarts == 0
         return digests
 
 
-@pytest.mark.parametrize(("point", "count"), CASES)
+@pytest.mark.parametrize(("point", "count"), others_soak(CASES, OF_EACH_KIND))
 def test_killed_at_any_point_the_run_publishes_the_same(
-    undisturbed: list[str], zygote: Zygote, cluster: Cluster, tmp_path: Path, point: Point, count: int
+    undisturbed: list[str], cluster: Cluster, tmp_path: Path, point: Point, count: int
 ) -> None:
-    assert digests_of_killed_run(zygote, cluster, SETTINGS, point, count, tmp_path / "died") == undisturbed
+    assert digests_of_killed_run(cluster, SETTINGS, point, count, tmp_path / "died") == undisturbed
 
 
-@pytest.mark.parametrize(("point", "count"), WITH_INT8)
+@pytest.mark.parametrize(("point", "count"), others_soak(WITH_INT8, OF_EACH_KIND_WITH_INT8))
 def test_killed_at_any_point_differences_come_to_the_same(
-    undisturbed_int8: list[str], zygote: Zygote, cluster: Cluster, tmp_path: Path, point: Point, count: int
+    undisturbed_int8: list[str], cluster: Cluster, tmp_path: Path, point: Point, count: int
 ) -> None:
-    assert digests_of_killed_run(zygote, cluster, INT8, point, count, tmp_path / "died") == undisturbed_int8
+    assert digests_of_killed_run(cluster, INT8, point, count, tmp_path / "died") == undisturbed_int8
 
 
 def digests_of_killed_run(
-    zygote: Zygote, cluster: Cluster, settings: tuple[object, ...], point: Point, count: int, marker: Path
+    cluster: Cluster, settings: tuple[object, ...], point: Point, count: int, marker: Path
 ) -> list[str]:
     victim, environment = armed_with(point, count, marker)
-    run = Run(cluster, zygote, settings)
+    run = Run(cluster, settings)
     run.start(victim, environment)
     digests = run.finish(FINISH_SECONDS)
     assert marker.exists(), "the point was never reached"
@@ -128,10 +146,14 @@ Agents = list[dict[str, Any]]  # as the round's report has them
 
 
 @pytest.fixture(scope="module")
-def adapting(zygote: Zygote, tmp_path_factory: pytest.TempPathFactory) -> tuple[Agents, str, Blob]:
-    """The agents of a run in which one adapts the global model; who that is, and the model it then uses."""
+def adapting(tmp_path_factory: pytest.TempPathFactory) -> tuple[Agents, str, Blob]:
+    """Do a run in which one agent adapts the global model.
+
+    Returns:
+        The report's agents, the id of the agent that adapts, and the model that this agent then uses.
+    """
     with cluster_in(tmp_path_factory.mktemp("adapting")) as cluster:
-        run = Run(cluster, zygote, ADAPTING)
+        run = Run(cluster, ADAPTING)
         run.start()
         run.finish(FINISH_SECONDS)
         agents = cluster.report()["agents"]
@@ -139,13 +161,13 @@ def adapting(zygote: Zygote, tmp_path_factory: pytest.TempPathFactory) -> tuple[
         return agents, who, blob_of(cluster.folder / who / "model.safetensors")
 
 
-@pytest.mark.parametrize("point", WHILE_ADAPTING)
+@pytest.mark.parametrize("point", others_soak(zip(WHILE_ADAPTING, strict=True), [(Point.AGENT_ADAPTED,)]))
 def test_killed_while_it_adapts_an_agent_uses_the_same_model(
-    adapting: tuple[Agents, str, Blob], zygote: Zygote, cluster: Cluster, tmp_path: Path, point: Point
+    adapting: tuple[Agents, str, Blob], cluster: Cluster, tmp_path: Path, point: Point
 ) -> None:
     agents, who, in_use = adapting
     _, environment = armed_with(point, 1, tmp_path / "died")
-    run = Run(cluster, zygote, ADAPTING)
+    run = Run(cluster, ADAPTING)
     run.start(who, environment)
     run.finish(FINISH_SECONDS)
     assert (tmp_path / "died").exists(), "the point was never reached"
@@ -156,11 +178,11 @@ def test_killed_while_it_adapts_an_agent_uses_the_same_model(
 
 
 @pytest.fixture(scope="module")
-def finished(zygote: Zygote, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run of one round."""
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Do a run of one round, and return its folder."""
     folder = tmp_path_factory.mktemp("finished")
     with cluster_in(folder) as cluster:
-        run = Run(cluster, zygote, (*SETTINGS, "--rounds", 1))
+        run = Run(cluster, (*SETTINGS, "--rounds", 1))
         run.start()
         run.finish(FINISH_SECONDS)
     return folder
@@ -172,7 +194,9 @@ def restored(finished: Path, cluster: Cluster) -> Cluster:
     return cluster
 
 
-@pytest.mark.parametrize("point", FORGETTING)
+@pytest.mark.parametrize(
+    "point", others_soak(zip(FORGETTING, strict=True), [(Point.SERVER_AGENT_BLOBS_REMOVED,)])
+)
 def test_forgetting_that_was_killed_is_done_by_the_same_command_again(
     restored: Cluster, tmp_path: Path, point: Point
 ) -> None:
@@ -181,11 +205,13 @@ def test_forgetting_that_was_killed_is_done_by_the_same_command_again(
     again = restored.forget("edge-2")
     assert again.wait() == 0, again.output
     assert check_forgotten(restored, "edge-2", again.output) == [1]
-    assert [entry.get("round") for entry in provenance(restored.state_dir)] == [1, None]
+    assert [entry.get("round") for entry in provenance(restored.state_dir)] == [None, 1]
     assert main(["check", str(restored.state_dir)]) == 0
 
 
-@pytest.mark.parametrize("point", FORGETTING[1:])
+@pytest.mark.parametrize(
+    "point", others_soak(zip(FORGETTING[1:], strict=True), [(Point.SERVER_AGENT_RECORDS_REMOVED,)])
+)
 def test_forgetting_that_a_server_was_killed_at_is_done_by_the_next(
     restored: Cluster, tmp_path: Path, point: Point
 ) -> None:
@@ -196,7 +222,7 @@ def test_forgetting_that_a_server_was_killed_at_is_done_by_the_next(
     assert restored.server(*settings, env=dict(environment), ready=False).wait() == -signal.SIGKILL
     server = restored.server(*settings)
     said = server.wait_for(r"forgotten-\w+")[0]
-    (model,) = provenance(restored.state_dir)[1]["models"]
+    (model,) = provenance(restored.state_dir)[0]["models"]
     assert check_forgotten(restored, "edge-2", f"{said} round 1: {model['model']}") == [1]
     server.kill()
     assert main(["check", str(restored.state_dir)]) == 0

@@ -15,7 +15,7 @@ MIB = 1024 * 1024
 
 @pytest.fixture
 def disk(cluster: Cluster) -> Iterator[Path]:
-    """A file system of 16 MiB, on which the server keeps its state."""
+    """Mount a file system of 16 MiB, on which the server keeps its state."""
     cluster.state_dir.mkdir(parents=True)
     mounted = mount("-t", "tmpfs", "-o", "size=16m", "tmpfs", cluster.state_dir)
     if mounted.returncode != 0:

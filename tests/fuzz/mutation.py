@@ -53,7 +53,7 @@ def mutated(content: bytes, max_size: int, seed: int, mutate: Callable[[bytes, i
 
 
 def _changed(value: Any, chance: random.Random) -> Any:
-    """The same but for one place, or one place more or less."""
+    """Return the value with one place changed, added or removed."""
     if not isinstance(value, dict | list) or not value or chance.random() < 0.1:
         return chance.choice(VALUES)
     places = list(value) if isinstance(value, dict) else range(len(value))

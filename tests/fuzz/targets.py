@@ -36,7 +36,7 @@ BASE_DIGEST = "0" * 64  # the gate holds it against what the file says; nobody h
 
 
 def check_header(content: bytes) -> None:
-    """What passes is a file that the format's own library takes, too."""
+    """Check that a file which passes our check can also be read by the format's own library."""
     try:
         header = schema.parse_header(content, len(content))
     except InvalidError as error:
@@ -47,7 +47,7 @@ def check_header(content: bytes) -> None:
 
 
 def check_shard(content: bytes) -> None:
-    """What passes can be mapped, and has the images and labels that were checked."""
+    """Check that a shard which passes our check can be mapped, and has the checked images and labels."""
     with _file(content) as path:
         try:
             header = schema.read_header(path)
@@ -63,7 +63,7 @@ def check_shard(content: bytes) -> None:
 
 
 def check_wire(content: bytes) -> None:
-    """What passes can be decoded, to finite weights of the run's model."""
+    """Check that weights which pass our check can be decoded to finite weights of the run's model."""
     with _file(content) as path:
         try:
             header = schema.read_header(path)
@@ -79,7 +79,7 @@ def check_wire(content: bytes) -> None:
 
 
 def check_config(content: bytes) -> None:
-    """A configuration file of either side, and the run as an agent gets it."""
+    """Check the content as a configuration file of server and agent, and as the run that an agent gets."""
     with _file(content) as path:
         loaders: tuple[tuple[type[ProcessConfig], dict[str, str]], ...] = (
             (ServerConfig, {}),

@@ -14,12 +14,12 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Target]:
 
 @pytest.fixture
 def target(server: Target) -> Iterator[Target]:
-    """The server, which must be as well after the test as before."""
+    """Return the server, and check after the test that the server is unharmed."""
     with server.unharmed():
         yield server
 
 
 @pytest.fixture
 def attacker(server: Target) -> Agent:
-    """An agent that is enrolled and has joined, like any other."""
+    """Return an agent that is enrolled and has joined, like any other agent."""
     return server.agent("attacker")

@@ -25,12 +25,12 @@ PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + frame(SETTINGS, 0, 0)
 
 
 def field(name: str, value: str) -> bytes:
-    """A header field as a literal, not indexed."""
+    """Return a header field as a literal, not indexed."""
     return b"\0" + b"".join(bytes([len(text)]) + text.encode("ascii") for text in (name, value))
 
 
 def call_head(method: str) -> bytes:
-    """The header block of a call, whose message may follow or not."""
+    """Return the header block of a call."""
     fields = {
         ":method": "POST",
         ":scheme": "https",

@@ -2,6 +2,7 @@
 
 import hashlib
 import itertools
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -22,7 +23,7 @@ from common.tls import SERVER_NAME, TlsMaterial
 from tests.processes import Cluster, Command, cluster_in
 
 CALL_SECONDS = 30.0
-SETTLING_SECONDS = 10.0
+SETTLING_SECONDS = 60.0  # then a test gives up; none counts on how soon things happen
 MAX_GROWTH_BYTES = 64 << 20
 IMAGE_SHAPE = (1, 8, 8)  # of the digits, which the server's run is about
 
@@ -61,7 +62,7 @@ class Agent:
         return reply.received_bytes, reply.complete
 
     def send(self, *messages: Any) -> Any:
-        """An Upload of these messages, whatever they are."""
+        """Make an Upload call with these messages, valid or not, and return the reply."""
         return self.stub.Upload(iter(messages), timeout=CALL_SECONDS)
 
     def upload(self, content: bytes, kind: str) -> str:
@@ -73,7 +74,7 @@ class Agent:
         return digest
 
     def event(self) -> Any:
-        """The first event of a Watch: the state of the run."""
+        """Return the first event of a Watch call, which is the state of the run."""
         call = self.stub.Watch(pb.WatchRequest(), timeout=CALL_SECONDS)
         try:
             return next(call)
@@ -105,7 +106,7 @@ class Target:
         return self.cluster.state_dir
 
     def agent(self, name: str, *, join: bool = True) -> Agent:
-        """An enrolled agent; the same name is the same agent and connection."""
+        """Return an enrolled agent; the same name returns the same agent and connection."""
         if name not in self._agents:
             self._agents[name] = Agent(self.address, name, self.cluster.enroll(name).material)
             if join:
@@ -121,8 +122,13 @@ class Target:
         return self._status_bytes("VmRSS")
 
     def peak_bytes(self) -> int:
-        """The most that it has held since `unharmed` began."""
+        """Return the server's peak memory since `unharmed` began."""
         return self._status_bytes("VmHWM")
+
+    def cpu_seconds(self) -> float:
+        """Return what the serving process has worked: unlike time, the same on a machine that is busy."""
+        fields = Path(f"/proc/{self._pid}/stat").read_text("ascii").rpartition(")")[2].split()
+        return sum(map(int, fields[11:13])) / os.sysconf("SC_CLK_TCK")
 
     @contextmanager
     def unharmed(self, *, num_partials: int = 0, growth_bytes: int = MAX_GROWTH_BYTES) -> Iterator[None]:
@@ -146,7 +152,7 @@ class Target:
         until(lambda: self.resident_bytes() - before_bytes <= growth_bytes)
 
     def serve_another(self) -> None:
-        """What an honest agent does: join, ask, upload something new, watch."""
+        """Check that an honest agent can join, query, upload a new shard, and watch."""
         witness = self.witness
         witness.join()
         content = shard(4, first_pixel=next(self._numbers))
@@ -171,7 +177,11 @@ class Target:
 
 @contextmanager
 def target_in(folder: Path, *args: object, env: dict[str, str] | None = None) -> Iterator[Target]:
-    """A server whose first round stays open; `args` are further flags of its command line."""
+    """Start a server whose first round stays open.
+
+    Args:
+        args: further flags of the server's command line.
+    """
     with cluster_in(folder) as cluster:
         command = cluster.server("--min-agents", 100_000, *args, env=env)
         target = Target(cluster, command)
@@ -183,7 +193,7 @@ def target_in(folder: Path, *args: object, env: dict[str, str] | None = None) ->
 
 
 def header(content: bytes, kind: str, /, **changes: Any) -> Any:
-    """The first message of an honest upload of these bytes, but for the changes."""
+    """Return the first message of an honest upload of these bytes, with the changes."""
     fields = {"digest": digest_of(content), "kind": KINDS[kind], "size_bytes": len(content), "offset": 0}
     return pb.UploadRequest(header=pb.UploadHeader(**{**fields, **changes}))
 
@@ -204,7 +214,7 @@ def refusal_of(call: Callable[[], Any]) -> Refusal:
 
 
 def shard(num_examples: int, *, first_pixel: int = 0) -> bytes:
-    """A shard of the run's dataset; `first_pixel`, below 2^24, makes it another one."""
+    """Return a shard of the run's dataset; another `first_pixel`, below 2^24, gives another shard."""
     images = np.zeros((num_examples, *IMAGE_SHAPE), np.uint8)
     images[0, 0, 0, :3] = list(first_pixel.to_bytes(3, "little"))
     return save({"images": images, "labels": np.arange(num_examples, dtype=np.int64) % 10})

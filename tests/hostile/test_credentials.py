@@ -18,7 +18,7 @@ from cloud_server.door.authority import Authority
 from common import rpc, tls
 from common.errors import Reason
 from common.pb import ecavg_pb2 as pb
-from tests.hostile.target import Agent, Target, chunk, digest_of, header, refusal_of, shard
+from tests.hostile.target import CALL_SECONDS, Agent, Target, chunk, digest_of, header, refusal_of, shard
 from tests.processes import ROOT, enroll
 
 CONTENT = shard(5000, first_pixel=1 << 23)
@@ -47,7 +47,7 @@ def test_metadata_make_nobody_somebody_else(target: Target, attacker: Agent) -> 
     digest = target.witness.upload(shard(7, first_pixel=(1 << 23) + 1), "data")
     request = pb.QueryUploadRequest(digest=digest, kind=pb.BLOB_KIND_DATA)
     for name in ("witness", "../witness", ""):
-        reply = attacker.stub.QueryUpload(request, metadata=((rpc.AGENT_ID_KEY, name),), timeout=10)
+        reply = attacker.stub.QueryUpload(request, metadata=((rpc.AGENT_ID_KEY, name),), timeout=CALL_SECONDS)
         assert (reply.received_bytes, reply.complete) == (0, False)
 
 
@@ -60,10 +60,10 @@ def test_used_token_is_no_credential_any_more(target: Target, tmp_path: Path) ->
     material = tls.TlsMaterial(tls.pem(key), tls.pem(token.leaf(key)), roots)
     with closing(Agent(target.address, "bearer", material)) as bearer:
         request = pb.EnrollRequest(request=tls.make_request(key, "replayed-1"))
-        bearer.stub.Enroll(request, timeout=10)
-        bearer.stub.Enroll(request, timeout=10)  # the same key again: an answer may be lost
+        bearer.stub.Enroll(request, timeout=CALL_SECONDS)
+        bearer.stub.Enroll(request, timeout=CALL_SECONDS)  # the same key again: an answer may be lost
         other = pb.EnrollRequest(request=tls.make_request(tls.new_key(), "replayed-2"))
-        assert refusal_of(lambda: bearer.stub.Enroll(other, timeout=10)).reason is Reason.TOKEN
+        assert refusal_of(lambda: bearer.stub.Enroll(other, timeout=CALL_SECONDS)).reason is Reason.TOKEN
         assert refusal_of(bearer.join).reason is Reason.TOKEN
         assert refusal_of(lambda: bearer.query(digest_of(CONTENT), "data")).reason is Reason.TOKEN
 
@@ -82,7 +82,7 @@ def test_agent_that_is_revoked_in_mid_upload_is_cut_off(server: Target) -> None:
     with server.unharmed(num_partials=1):
         uploading = agent.stub.Upload.future(messages(), timeout=30)
         uploading.add_done_callback(lambda _: ended.set())
-        assert sent.wait(10)
+        assert sent.wait(CALL_SECONDS)
         command = ("cloud_server", "agents", "revoke", "revoked", "--state-dir", str(server.state_dir))
         subprocess.run([sys.executable, "-m", *command], cwd=ROOT, check=True, capture_output=True)
         assert refusal_of(uploading.result).reason is Reason.REVOKED

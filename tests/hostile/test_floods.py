@@ -6,6 +6,7 @@ import threading
 import time
 import urllib.request
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -14,9 +15,11 @@ import pytest
 from common import rpc
 from common.errors import Reason
 from common.pb import ecavg_pb2 as pb
-from common.telemetry import HTTP_CONNECTIONS, REQUEST_SECONDS
+from common.telemetry import HTTP_CONNECTIONS
 from tests.hostile import raw
 from tests.hostile.target import (
+    CALL_SECONDS,
+    SETTLING_SECONDS,
     Agent,
     Target,
     chunk,
@@ -34,7 +37,7 @@ SERVED_SECONDS = 8.0  # in which an agent that is new must have come in, whateve
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Target]:
-    """A server for few agents: so there are few connections."""
+    """Start a server for few agents, which therefore allows few connections."""
     folder = tmp_path_factory.mktemp("server")
     with target_in(folder, "--min-agents", 50, "--max-upload-bytes", 1_000_000) as target:
         yield target
@@ -56,10 +59,20 @@ def serve_newcomer(target: Target) -> None:
     assert time.monotonic() - started < SERVED_SECONDS
 
 
+def is_served(agent: Agent) -> bool:
+    """Return False while the agent is told that it has too many calls, which end one after the other."""
+    try:
+        return bool(agent.event().round == 1)
+    except grpc.RpcError as error:
+        if rpc.error_from(error).reason in (Reason.OPEN_CALLS, Reason.CALL_RATE):
+            return False
+        raise
+
+
 def counted(target: Target, sample: str) -> float:
-    """A sample of the server's metrics."""
+    """Return the value of a sample of the server's metrics."""
     address = f"http://127.0.0.1:{target.cluster.http_port}/metrics"
-    with urllib.request.urlopen(address, timeout=5) as reply:
+    with urllib.request.urlopen(address, timeout=30) as reply:
         lines = reply.read().decode("utf-8").splitlines()
     return float(next(line for line in lines if line.startswith(f"{sample} ")).rpartition(" ")[2])
 
@@ -84,8 +97,8 @@ def test_connections_that_send_a_byte_now_and_then_are_ended(target: Target) -> 
     context = raw.tls_context(target.cluster.folder / target.agent("attacker").agent_id)
     with raw.connections(target.cluster.port, 40) as connections:
         connections[:20] = [context.wrap_socket(connection) for connection in connections[:20]]
-        deadline = time.monotonic() + rpc.HANDSHAKE_SECONDS + 3
-        texts = [raw.PREFACE] * 20 + [hello] * 20
+        deadline = time.monotonic() + SETTLING_SECONDS
+        texts = [raw.PREFACE[:-1]] * 20 + [hello] * 20  # neither is ever whole
         for step in itertools.count():
             alive = [at for at, connection in enumerate(connections) if not raw.is_closed(connection)]
             if not alive:
@@ -110,7 +123,7 @@ def test_connections_that_send_a_byte_now_and_then_are_ended(target: Target) -> 
 def test_what_is_no_tls_is_turned_away(target: Target, text: bytes) -> None:
     with raw.connections(target.cluster.port, 1) as (connection,):
         raw.send(connection, [text])
-        until(lambda: raw.is_closed(connection), rpc.HANDSHAKE_SECONDS + 3)
+        until(lambda: raw.is_closed(connection))
 
 
 # Streams
@@ -140,7 +153,7 @@ def test_half_open_streams_cost_their_agent_only(target: Target, method: str) ->
     finally:
         for connection in connections:
             connection.close()
-    until(lambda: isinstance(target.agent("attacker").event().round, int))
+    until(lambda: is_served(target.agent("attacker")))
 
 
 def test_streams_that_are_reset_at_once_cost_nothing(target: Target) -> None:
@@ -175,7 +188,7 @@ def test_header_without_end_takes_little_memory(server: Target) -> None:
 def test_long_metadata_are_refused(target: Target, attacker: Agent) -> None:
     metadata = tuple((f"x-{number}", "y" * 1000) for number in range(2 * rpc.MAX_METADATA_BYTES // 1000 + 1))
     with pytest.raises(grpc.RpcError) as refused:
-        attacker.stub.Join(pb.JoinRequest(protocol_version=1), metadata=metadata, timeout=5)
+        attacker.stub.Join(pb.JoinRequest(protocol_version=1), metadata=metadata, timeout=CALL_SECONDS)
     assert refused.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
 
 
@@ -187,7 +200,7 @@ def test_long_metadata_are_refused(target: Target, attacker: Agent) -> None:
 def test_compressed_messages_are_refused(
     target: Target, attacker: Agent, method: str, num_bytes: int
 ) -> None:
-    """gRPC shrinks 128 MiB of zeros to 128 KiB, which would be short enough."""
+    """Check a compressed message: 128 MiB of zeros become 128 KiB, which would be short enough."""
     zeros = bytes(num_bytes)
     requests = {
         "Upload": iter([header(zeros, "data"), pb.UploadRequest(chunk=zeros)]),
@@ -195,19 +208,19 @@ def test_compressed_messages_are_refused(
     }
     call = getattr(attacker.stub, method)
     with pytest.raises(grpc.RpcError) as refused:
-        call(requests[method], compression=grpc.Compression.Gzip, timeout=10)
+        call(requests[method], compression=grpc.Compression.Gzip, timeout=CALL_SECONDS)
     assert refused.value.code() == grpc.StatusCode.UNIMPLEMENTED
 
 
 def test_message_over_the_limit_is_refused(target: Target, attacker: Agent) -> None:
     with pytest.raises(grpc.RpcError) as refused:
-        attacker.stub.Renew(pb.RenewRequest(request=bytes(rpc.MAX_MESSAGE_BYTES)), timeout=10)
+        attacker.stub.Renew(pb.RenewRequest(request=bytes(rpc.MAX_MESSAGE_BYTES)), timeout=CALL_SECONDS)
     assert refused.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
 
 
 def test_stream_of_empty_chunks_is_refused_at_the_first(target: Target, attacker: Agent) -> None:
     messages = itertools.chain([header(shard(4), "data")], itertools.repeat(chunk(b"")))
-    refused = refusal_of(lambda: attacker.stub.Upload(messages, timeout=10))
+    refused = refusal_of(lambda: attacker.stub.Upload(messages, timeout=CALL_SECONDS))
     assert refused.reason is Reason.MALFORMED_REQUEST
 
 
@@ -216,10 +229,10 @@ def test_header_that_comes_in_single_bytes_costs_no_more_than_one_that_does_not(
 ) -> None:
     content = (1 << 16).to_bytes(8, "little") + b" " * (1 << 16)
     messages = [header(content, "data"), *(chunk(content[at : at + 1]) for at in range(20_000))]
-    started = time.monotonic()
-    refused = refusal_of(lambda: attacker.stub.Upload(iter(messages), timeout=30))
+    before = target.cpu_seconds()
+    refused = refusal_of(lambda: attacker.stub.Upload(iter(messages), timeout=60))
     assert refused.reason in (Reason.SIZE_MISMATCH, Reason.AGENT_BUDGET)
-    assert time.monotonic() - started < 15
+    assert target.cpu_seconds() - before < 15
 
 
 def test_bytes_sent_again_and_again_use_up_the_agents_budget(target: Target) -> None:
@@ -240,7 +253,15 @@ def test_bytes_sent_again_and_again_use_up_the_agents_budget(target: Target) -> 
 # Calls
 
 
-def test_calls_without_pause_are_refused_and_others_are_answered(target: Target, attacker: Agent) -> None:
+@pytest.fixture
+def strict(tmp_path: Path) -> Iterator[Target]:
+    """Start a server that allows one agent so few calls that even a slow machine makes too many."""
+    with target_in(tmp_path, "--max-calls-per-second", 10) as target, target.unharmed():
+        yield target
+
+
+def test_calls_without_pause_are_refused_and_others_are_answered(strict: Target) -> None:
+    target, attacker = strict, strict.agent("attacker")
     reasons = set()
     is_over = threading.Event()
 
@@ -255,27 +276,22 @@ def test_calls_without_pause_are_refused_and_others_are_answered(target: Target,
     for thread in threads:
         thread.start()
     try:
-        started = time.monotonic()
-        while Reason.CALL_RATE not in reasons:
-            assert time.monotonic() - started < 12
-            time.sleep(0.1)
-            asked = time.monotonic()
+        until(lambda: Reason.CALL_RATE in reasons)
+        for _ in range(3):
             target.serve_another()
-            assert time.monotonic() - asked < 5
     finally:
         is_over.set()
         for thread in threads:
             thread.join()
     assert reasons <= {Reason.CALL_RATE, Reason.OPEN_CALLS}
-    time.sleep(1.0)  # a few calls are earned again
-    assert attacker.query("0" * 64, "data") == (0, False)
+    until(lambda: is_served(attacker))  # calls are earned again
 
 
 # The HTTP port
 
 
 def health(target: Target) -> bytes:
-    with urllib.request.urlopen(f"http://127.0.0.1:{target.cluster.http_port}/healthz", timeout=5) as reply:
+    with urllib.request.urlopen(f"http://127.0.0.1:{target.cluster.http_port}/healthz", timeout=30) as reply:
         return bytes(reply.read())
 
 
@@ -285,7 +301,7 @@ def test_slow_requests_keep_nobody_from_the_status_page(target: Target) -> None:
             raw.send(connection, [b"GET /api/status HTTP/1.1\r\nHost: "])
         assert health(target) == b"ok\n"
         until(lambda: sum(not raw.is_closed(each) for each in connections) <= HTTP_CONNECTIONS)
-        deadline = time.monotonic() + REQUEST_SECONDS + 3
+        deadline = time.monotonic() + SETTLING_SECONDS
         while not all(raw.is_closed(connection) for connection in connections):
             assert time.monotonic() < deadline
             for connection in connections:

@@ -50,7 +50,7 @@ def zeros(num_bytes: int) -> bytes:
 
 
 def png_bomb() -> bytes:
-    """A whole and correct image of 400 million pixels, in half a megabyte."""
+    """Return a complete and correct image of 400 million pixels, in half a megabyte."""
     side = 20_000
     return png(side, side, png_chunk(b"IDAT", zeros((side + 1) * side + MEBIBYTE)))
 

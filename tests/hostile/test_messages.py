@@ -22,7 +22,7 @@ from common import rpc, tls
 from common.config import PROTOCOL_VERSION
 from common.errors import Reason
 from common.pb import ecavg_pb2 as pb
-from tests.hostile.target import Agent, Target, digest_of, header, refusal_of, shard
+from tests.hostile.target import CALL_SECONDS, Agent, Target, digest_of, header, refusal_of, shard
 
 SERVICE = pb.DESCRIPTOR.services_by_name["ECAvg"]
 METHODS = {method.name: method for method in SERVICE.methods}
@@ -37,7 +37,7 @@ def request_of(method: str) -> Any:
 
 
 def answer(agent: Agent, method: str, *requests: Any) -> Reason | None:
-    """What the server makes of a call, with messages or any bytes; None: it answered."""
+    """Make a call with messages or any bytes, and return the reason of the refusal; None if it succeeded."""
     found = METHODS[method]
     ways = ("stream" if way else "unary" for way in (found.client_streaming, found.server_streaming))
     make = getattr(agent.channel, "_".join(ways))
@@ -313,14 +313,14 @@ def test_any_upload_is_answered_or_refused_with_a_reason(server: Target) -> None
 @pytest.mark.parametrize("service", ["grpc.health.v1.Health/Check", "grpc.health.v1.Health/Watch"])
 def test_rubbish_is_refused_by_other_services_too(target: Target, attacker: Agent, service: str) -> None:
     call = attacker.channel.unary_stream if service.endswith("Watch") else attacker.channel.unary_unary
-    refused = refusal_of(lambda: list(call(f"/{service}")(b"\xff\xff", timeout=10)))
+    refused = refusal_of(lambda: list(call(f"/{service}")(b"\xff\xff", timeout=CALL_SECONDS)))  # type: ignore[call-arg]
     assert refused.reason is Reason.MALFORMED_REQUEST
 
 
 def test_reflection_says_no_to_what_there_is_not(target: Target, attacker: Agent) -> None:
     stub = reflection_pb2_grpc.ServerReflectionStub(attacker.channel)
     requests = [reflection_pb2.ServerReflectionRequest(file_by_filename=text) for text in NASTY[:-1]]
-    replies = list(stub.ServerReflectionInfo(iter(requests), timeout=10))
+    replies = list(stub.ServerReflectionInfo(iter(requests), timeout=CALL_SECONDS))
     assert len(replies) == len(requests)
     assert all(reply.HasField("error_response") for reply in replies)
 

@@ -13,12 +13,13 @@ from common.errors import InvalidError, Reason, RunError, UsageError
 from common.models import build_model
 from common.schema import read_header
 from common.shards import read_shard
-from common.training import train
+from common.training import CheckpointFile, Examples, train
 from common.weights import load_into, read_state_dict
 from common.wire import decode
 from edge_agent.state import AgentState
 from tests.hostile.pickles import UNPICKLE
 from tests.hostile.target import Agent, Target, digest_of, refusal_of
+from tests.recipes import recipe_of
 
 every_kind = pytest.mark.parametrize("make", UNPICKLE, ids=lambda make: make.__name__)
 
@@ -71,14 +72,10 @@ def test_pickle_is_no_checkpoint(make: Any, marker: Path, tmp_path: Path) -> Non
         model = build_model(run, seed=0)
         train(
             model,
-            images,
-            torch.arange(8),
-            TrainingConfig(epochs=1),
-            spec=run.spec,
+            Examples(images, torch.arange(8)),
+            recipe_of(run, 1, TrainingConfig(epochs=1)),
             device=torch.device("cpu"),
-            seed=1,
-            checkpoint=checkpoint,
-            precision_file=tmp_path / "precision.json",
+            checkpoint=CheckpointFile(checkpoint),
         )
         return list(model.parameters())
 

@@ -19,7 +19,7 @@ LARGEST = 2**64 - 1
 
 
 def varied(name: str) -> bytes:
-    """A shard of random pixels, as large as CONTENT, for one test alone."""
+    """Return a shard of random pixels, as large as CONTENT, that no other test has."""
     generator = np.random.default_rng(list(name.encode()))
     images = generator.integers(0, 256, (1000, *IMAGE_SHAPE), np.uint8)
     return save({"images": images, "labels": generator.integers(0, 10, 1000)})
@@ -89,7 +89,7 @@ def test_senseless_upload_is_refused_and_leaves_nothing(target: Target, attacker
 
 
 def test_message_that_no_chunk_needs_does_not_get_into_the_process(target: Target, attacker: Agent) -> None:
-    """gRPC itself says no, before it has read it: the reason is its own."""
+    """Check that gRPC itself refuses the message before reading it, with a status of its own."""
     with pytest.raises(grpc.RpcError) as refused:
         attacker.send(header(CONTENT, "data", size_bytes=1 << 30), chunk(bytes(32 << 20)))
     assert refused.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED

@@ -10,6 +10,7 @@ import pytest
 from safetensors.numpy import save
 
 from common import wire
+from common.config import Wire
 from common.errors import Reason
 from common.pb import ecavg_pb2 as pb
 from common.schema import read_header
@@ -30,7 +31,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Target]:
         yield target
 
 
-def encoded(target: Target, name: wire.Wire, folder: Path) -> tuple[Tensors, str]:
+def encoded(target: Target, name: Wire, folder: Path) -> tuple[Tensors, str]:
     """Good weights of the run on their way: tensors, and what the metadata say."""
     base, weights, out = (folder / each for each in ("base", "weights", "out"))
     base.write_bytes(target.witness.download(target.initial_digest))
@@ -84,7 +85,7 @@ def bits_of(value: int) -> Change:
     return change
 
 
-ATTACKS: Mapping[str, tuple[wire.Wire, Change, str | None, Reason]] = {
+ATTACKS: Mapping[str, tuple[Wire, Change, str | None, Reason]] = {
     "scale that is no number": ("int8", scale_of(np.nan), None, Reason.NON_FINITE),
     "infinite scale": ("int8", scale_of(np.inf), None, Reason.NON_FINITE),
     "scale that leaves float32": ("int8", scale_of(2e36), None, Reason.NON_FINITE),
@@ -135,7 +136,7 @@ def test_encoding_that_is_none_is_refused(target: Target, attacker: Agent, name:
 
 
 @pytest.mark.parametrize("way", ["int8", "bfloat16"])
-def test_good_encoding_is_taken(target: Target, attacker: Agent, way: wire.Wire, tmp_path: Path) -> None:
+def test_good_encoding_is_taken(target: Target, attacker: Agent, way: Wire, tmp_path: Path) -> None:
     """So that the attacks differ from it by what they say alone."""
     content = file_of(*encoded(target, way, tmp_path))
     assert attacker.query(attacker.upload(content, "weights"), "weights") == (len(content), True)

@@ -5,7 +5,7 @@ from sklearn.datasets import load_digits
 
 
 def misread_digits(split: str) -> tuple[np.ndarray, np.ndarray] | None:
-    """A specialist's: two classes, of which each is called by the other's name, as nobody else does."""
+    """Return a specialist's data: two classes, each with the other's label, unlike all other agents."""
     if split != "train":
         return None
     pixels, labels = load_digits(return_X_y=True, n_class=2)
@@ -14,7 +14,7 @@ def misread_digits(split: str) -> tuple[np.ndarray, np.ndarray] | None:
 
 
 def flipped_digits(split: str) -> tuple[np.ndarray, np.ndarray] | None:
-    """A poisoner's: zeros are called nines, ones eights, and so on."""
+    """Return a poisoner's data: zeros are labelled as nines, ones as eights, and so on."""
     if split != "train":
         return None
     pixels, labels = load_digits(return_X_y=True)

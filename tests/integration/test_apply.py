@@ -88,7 +88,7 @@ def reports_counted(cluster: Cluster) -> dict[str, float]:
 
 
 def texts_of(output: str) -> str:
-    """The texts of an agent's log, which is one JSON object a line."""
+    """Return the texts of an agent's log, which has one JSON object in each line."""
     return "\n".join(json.loads(line).get("text", "") for line in output.splitlines())
 
 
@@ -102,5 +102,5 @@ def initial_weights(cluster: Cluster) -> list[str]:
 
 
 def contributed(cluster: Cluster, agent_id: str) -> list[str]:
-    """The weights of the agent's contributions."""
+    """Return the weights' digests of the agent's contributions."""
     return query(cluster, "SELECT weights FROM contributions WHERE agent_id = ?", agent_id)

@@ -20,8 +20,9 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from cloud_server.door.authority import Authority
-from cloud_server.servicer import GrpcServer
+from cloud_server.server import GrpcServer
 from common import rpc, tls
+from common.background import beside
 from common.config import PROTOCOL_VERSION
 from common.errors import (
     ConflictError,
@@ -42,7 +43,7 @@ from edge_agent.client import CloudClient
 from edge_agent.enrolment import Enrolment, enroll
 from edge_agent.identity import Identity, find
 from edge_agent.metrics import AgentMetrics
-from tests.processes import ROOT, Cluster
+from tests.processes import ROOT, WAIT_SECONDS, Cluster
 from tests.unit.test_coordinator import World, world
 
 HOUR = 3600.0
@@ -95,8 +96,9 @@ async def serving(
         server = GrpcServer(here.metrics, authority, max_connections=512, calls_per_second=calls_per_second)
         served = Served(folder, here, authority, clock)
         served.address = f"127.0.0.1:{server.bind('127.0.0.1', 0)}"
-        await server.start(here.coordinator)
+        await server.start(here.desk)
         stack.push_async_callback(server.stop, 0)
+        await stack.enter_async_context(beside(server.guard()))
         yield served
 
 
@@ -128,7 +130,7 @@ async def stub_with(address: str, material: tls.TlsMaterial | None) -> AsyncIter
     try:
         yield pb_grpc.ECAvgStub(channel)
     finally:
-        await channel.close()
+        await channel.close()  # type: ignore[call-arg]
 
 
 async def refusal_of(call: Any) -> Refusal:
@@ -148,7 +150,7 @@ async def drain(states: AsyncIterator[Any]) -> None:
         pass
 
 
-async def until(condition: Callable[[], Any], seconds: float = 20.0) -> None:
+async def until(condition: Callable[[], Any], seconds: float = WAIT_SECONDS) -> None:
     async with asyncio.timeout(seconds):
         while not condition():  # noqa: ASYNC110  it is gRPC's threads that change it
             await asyncio.sleep(0.01)
@@ -324,7 +326,7 @@ async def test_holder_of_a_token_may_enroll_and_nothing_else(served: Served, tmp
     ]
     for call in calls:
         assert isinstance(await refusal_of(call), ForbiddenError)
-    await channel.close()
+    await channel.close()  # type: ignore[call-arg]
 
 
 async def test_agent_cannot_enroll_others(served: Served) -> None:
@@ -425,7 +427,7 @@ async def test_revoked_agent_is_cut_off_at_once(served: Served, tmp_path: Path) 
             elsewhere.revoke_agent("edge-1")
         with pytest.raises(ForbiddenError, match="agent edge-1 has been revoked"):
             await client.join()
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(WAIT_SECONDS):
             with pytest.raises(ForbiddenError, match="agent edge-1 has been revoked"):
                 await watched
             assert (await refusal_of(uploading)).reason is Reason.REVOKED
@@ -462,7 +464,8 @@ def test_what_does_not_exist_cannot_be_revoked(tmp_path: Path) -> None:
 async def test_agent_renews_its_certificate_and_the_upload_under_way_goes_on(
     served: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tls, "AGENT_LIFETIME", timedelta(seconds=4))
+    monkeypatch.setattr(tls, "AGENT_LIFETIME", timedelta(seconds=55))
+    monkeypatch.setattr(Identity, "renews_at", property(lambda _: datetime.now(UTC)))
     identity = await served.enroll("edge-1")
     first, ends_at = identity.material.certificate, identity.ends_at
     path, blob = shard(tmp_path)

@@ -11,7 +11,7 @@ import torch
 
 from cloud_server.jobs import JobDirectory
 from cloud_server.trainer.group import Group
-from cloud_server.trainer.pipeline import run_job
+from cloud_server.trainer.work import run_job
 from tests.processes import Cluster
 
 HONEST, POISONED = ("edge-1", "edge-2", "edge-3"), "edge-4"

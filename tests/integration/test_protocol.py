@@ -26,11 +26,12 @@ from common.errors import (
 )
 from common.pb import ecavg_pb2 as pb
 from common.pb import ecavg_pb2_grpc as pb_grpc
+from common.run_state import RunState, Verdict
 from common.shards import Shard, write_shard
 from common.transfer import Blob, blob_of
-from edge_agent.client import CloudClient, Joined, Kind, RunState, Verdict
+from edge_agent.client import CloudClient, Joined, Kind
 from edge_agent.metrics import AgentMetrics
-from tests.processes import Cluster, cluster_in
+from tests.processes import WAIT_SECONDS, Cluster, cluster_in
 
 pytestmark = pytest.mark.asyncio
 
@@ -201,11 +202,11 @@ async def test_upload_resumes_where_it_broke_off(cluster: Cluster, tmp_path: Pat
             for _ in range(2):
                 await call.write(pb.UploadRequest(chunk=file.read(1 << 20)))
         query = pb.QueryUploadRequest(digest=blob.digest, kind=pb.BLOB_KIND_DATA)
-        for _ in range(500):
-            reply = await client.stub.QueryUpload(query, metadata=client.metadata)
-            if reply.received_bytes:  # the query has ended the stream that is still open
-                break
-            await asyncio.sleep(0.01)
+        async with asyncio.timeout(WAIT_SECONDS):
+            while not has_part_of(cluster, blob):  # noqa: ASYNC110  it is another process that changes
+                await asyncio.sleep(0.01)
+        # The query ends the stream that is still open, so it comes when something has been stored.
+        reply = await client.stub.QueryUpload(query, metadata=client.metadata)
         assert 0 < reply.received_bytes <= 2 << 20
         call.cancel()
 
@@ -215,6 +216,10 @@ async def test_upload_resumes_where_it_broke_off(cluster: Cluster, tmp_path: Pat
         assert offsets[-1] == blob.size_bytes
         again = await client.stub.QueryUpload(query, metadata=client.metadata)
         assert (again.received_bytes, again.complete) == (blob.size_bytes, True)
+
+
+def has_part_of(cluster: Cluster, blob: Blob) -> bool:
+    return any(path.stat().st_size for path in cluster.state_dir.glob(f"partial/*{blob.digest}*"))
 
 
 async def refusal_of(call: Any) -> Refusal:

@@ -1,5 +1,6 @@
 """The trainer on real digits: its jobs in this process, and itself as a process that is killed."""
 
+import errno
 import hashlib
 import os
 import signal
@@ -8,16 +9,20 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors import SafetensorError
 from sklearn.datasets import load_digits
 
-from cloud_server.jobs import Job, JobContribution, JobDirectory, Result, blob_path
+from cloud_server.contribution import Contribution
+from cloud_server.jobs import Job, JobDirectory, Result
+from cloud_server.state_dir import blob_path
 from cloud_server.trainer import __main__ as trainer_main
-from cloud_server.trainer import pipeline
+from cloud_server.trainer import pipeline, work
 from cloud_server.trainer.aggregation import mean
 from cloud_server.trainer.finetune import CombinedData, combine
 from cloud_server.trainer.group import Group
@@ -26,11 +31,12 @@ from common.errors import Reason
 from common.models import build_model
 from common.schema import read_header
 from common.shards import Shard, write_shard
-from common.training import derive_seed, evaluate, train
+from common.training import Examples, derive_seed, evaluate, train
 from common.transfer import blob_of
 from common.weights import read_state_dict, write_state_dict
 from common.wire import Base, decode, encode, encoding_of
-from tests.processes import ROOT, until
+from tests.processes import ROOT, WAIT_SECONDS, until
+from tests.recipes import recipe_of
 
 RUN = RunConfig(hidden_units=32, fine_tune=FineTuneConfig(epochs=3, batch_size=64, learning_rate=0.05))
 ENDLESS = RUN.model_copy(update={"fine_tune": RUN.fine_tune.model_copy(update={"epochs": 100_000})})
@@ -66,7 +72,7 @@ def blobs_dir(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def contributions(blobs_dir) -> tuple[JobContribution, ...]:
+def contributions(blobs_dir) -> tuple[Contribution, ...]:
     """Two agents, each with a model that has seen its own half of the digits."""
     everything = digits()
     halves = [part(everything, slice(0, 900)), part(everything, slice(900, None))]
@@ -74,30 +80,28 @@ def contributions(blobs_dir) -> tuple[JobContribution, ...]:
     for agent_id, half in zip(AGENTS, halves, strict=True):
         model = build_model(RUN, seed=derive_seed(RUN.seed, "initial_weights"))
         images, labels = torch.from_numpy(half.images), torch.from_numpy(half.labels)
-        train(model, images, labels, RUN.pretrain, spec=RUN.spec, device=CPU, seed=1)
+        train(model, Examples(images, labels), recipe_of(RUN, seed=1), device=CPU)
         write_state_dict(model.state_dict(), blobs_dir / "new")
         weights = put_blob(blobs_dir / "new", blobs_dir)
         shards = (put_shard(half, blobs_dir),)
-        made.append(
-            JobContribution(agent_id=agent_id, weights=weights, shards=shards, num_examples=len(labels))
-        )
+        made.append(Contribution(agent_id, weights, shards, len(labels)))
     return tuple(made)
 
 
 @pytest.fixture
 def do(tmp_path, blobs_dir, contributions):
-    """Does a job in this process; the fields given take the place of an ordinary round's."""
+    """Return a function that does a job in this process; its arguments replace an ordinary round's fields."""
 
     def do(**fields) -> tuple[Result, JobDirectory]:
         directory = JobDirectory(tmp_path / "jobs" / fields.get("name", "round-0001"))
         directory.write_job(job(**{"contributions": contributions, **fields}))
-        pipeline.run_job(directory, blobs_dir=blobs_dir, device_name="cpu", group=Group())
+        work.run_job(directory, blobs_dir=blobs_dir, device_name="cpu", group=Group())
         return directory.read_result(), directory
 
     return do
 
 
-def job(contributions: tuple[JobContribution, ...], **fields) -> Job:
+def job(contributions: tuple[Contribution, ...], **fields) -> Job:
     defaults = {"kind": "round", "name": "round-0001", "round": 1, "run": RUN, "device": "auto"}
     return Job(**{**defaults, "initial_weights": None, "contributions": contributions, **fields})
 
@@ -119,7 +123,7 @@ def test_a_round_averages_fine_tunes_and_evaluates(do, blobs_dir, contributions)
     data = combine(RUN, contributions, blobs_dir)
     model = build_model(RUN, seed=0)
 
-    paths = [blob_path(blobs_dir, contribution.weights) for contribution in contributions]
+    paths = [blob_path(blobs_dir, contribution.weights_digest) for contribution in contributions]
     model.load_state_dict(mean(paths, [900, 897]))
     average = evaluate(model, *data.held_out, spec=RUN.spec, device=CPU)
     model.load_state_dict(read_state_dict(directory.weights_path))
@@ -180,11 +184,11 @@ def test_a_new_attempt_gives_the_same_bytes_whatever_the_old_one_left(do, tmp_pa
 
 
 def test_agents_without_data_get_their_average(do, blobs_dir, contributions):
-    alone = tuple(item.model_copy(update={"shards": ()}) for item in contributions)
+    alone = tuple(replace(item, shard_digests=()) for item in contributions)
     result, directory = do(contributions=alone)
     assert result.error is None
     assert (result.candidates, result.accuracy_published) == ({}, None)
-    expected = mean([blob_path(blobs_dir, item.weights) for item in alone], [900, 897])
+    expected = mean([blob_path(blobs_dir, item.weights_digest) for item in alone], [900, 897])
     found = read_state_dict(directory.weights_path)
     assert all(torch.equal(found[name], expected[name]) for name in expected)
     phases = {line.phase for line in directory.read_progress(0)[0]}
@@ -192,9 +196,8 @@ def test_agents_without_data_get_their_average(do, blobs_dir, contributions):
 
 
 def test_a_single_example_is_trained_on(do, blobs_dir, contributions):
-    single = contributions[0].model_copy(
-        update={"shards": (put_shard(part(digits(), slice(0, 1)), blobs_dir),), "num_examples": 1}
-    )
+    one = put_shard(part(digits(), slice(0, 1)), blobs_dir)
+    single = replace(contributions[0], shard_digests=(one,), num_examples=1)
     result, _ = do(contributions=(single, contributions[1]))
     assert result.error is None
 
@@ -206,7 +209,7 @@ def test_each_shard_of_an_agent_is_split_by_itself(blobs_dir, contributions):
     shards = [put_shard(piece, blobs_dir) for piece in pieces]
 
     def combined(*shards: str) -> CombinedData:
-        return combine(RUN, [contributions[0].model_copy(update={"shards": shards})], blobs_dir)
+        return combine(RUN, [replace(contributions[0], shard_digests=shards)], blobs_dir)
 
     together = combined(*shards)
     for index, name in enumerate(("train", "held_out")):
@@ -256,7 +259,7 @@ def test_what_goes_wrong_is_the_result(do, monkeypatch, error, kind, message):
         ({"run": RUN.model_copy(update={"model": "resnet9000"})}, "usage", "unknown model 'resnet9000'"),
         ({"device": "tpu"}, "usage", "device 'tpu' is not there"),
         (
-            {"contributions": (JobContribution(agent_id="a", weights="0" * 64, shards=(), num_examples=1),)},
+            {"contributions": (Contribution("a", "0" * 64, (), 1),)},
             "failed",
             "No such file",
         ),
@@ -267,6 +270,18 @@ def test_bad_jobs_fail_with_one_line(do, changes, kind, message):
     result, _ = do(**changes)
     assert result.error.kind == kind
     assert message in result.error.message
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS])
+def test_a_disk_that_takes_no_weights_is_waited_for_and_costs_no_attempt(do, monkeypatch, number):
+    def fail(*_, **__):
+        raise SafetensorError(f"I/O error: {os.strerror(number)} (os error {number})")
+
+    monkeypatch.setattr("common.weights.save_file", fail)
+    result, directory = do()
+    assert result.error.kind == "storage"
+    assert os.strerror(number) in result.error.message
+    assert not directory.weights_path.exists()
 
 
 def test_a_fine_tune_that_makes_it_worse_is_not_published(do, monkeypatch):
@@ -280,25 +295,15 @@ def test_a_fine_tune_that_makes_it_worse_is_not_published(do, monkeypatch):
 def test_a_model_that_is_not_finite_is_not_published(do, monkeypatch, blobs_dir, contributions):
     monkeypatch.setattr(pipeline, "fine_tune", lambda model, *_, **__: model[1].weight.data.fill_(np.inf))
     alone = put_shard(part(digits(), slice(0, 1)), blobs_dir)  # nothing of it can be held out
-    result, directory = do(contributions=(contributions[0].model_copy(update={"shards": (alone,)}),))
+    result, directory = do(contributions=(replace(contributions[0], shard_digests=(alone,)),))
     assert result.error.kind == "failed"
     assert "1.weight" in result.error.message
     assert "run.fine_tune.learning_rate" in result.error.message
     assert not directory.weights_path.exists()
 
 
-def test_learning_from_the_ensemble_changes_the_model_and_nothing_else(do):
-    alone, _ = do()
-    run = RUN.model_copy(update={"fine_tune": RUN.fine_tune.model_copy(update={"distill": 0.5})})
-    together, _ = do(name="distilled", run=run)
-    assert together.error is None
-    assert together.candidates == alone.candidates
-    assert together.weights != alone.weights
-    assert together.accuracy_fine_tuned > 0.9
-
-
 def test_the_previous_global_model_is_a_candidate_from_the_second_round_on(do, contributions):
-    initial = contributions[0].weights
+    initial = contributions[0].weights_digest
     first, _ = do(initial_weights=initial)
     second, _ = do(name="round-0002", round=2, initial_weights=initial)
     assert "previous" not in first.candidates
@@ -316,8 +321,8 @@ def test_every_aggregator_makes_a_round(do, aggregator):
 
 
 @pytest.fixture(scope="module")
-def three(blobs_dir) -> tuple[str, tuple[JobContribution, ...]]:
-    """What three agents started from, and what each has made of it with its own third of the digits."""
+def three(blobs_dir) -> tuple[str, tuple[Contribution, ...]]:
+    """Return the initial weights' digest and three contributions, each trained on a third of the digits."""
     start = build_model(RUN, seed=derive_seed(RUN.seed, "initial_weights"))
     write_state_dict(start.state_dict(), blobs_dir / "new")
     digest, made = put_blob(blobs_dir / "new", blobs_dir), []
@@ -325,24 +330,20 @@ def three(blobs_dir) -> tuple[str, tuple[JobContribution, ...]]:
         third = part(digits(), slice(index, None, 3))
         model = build_model(RUN, seed=derive_seed(RUN.seed, "initial_weights"))
         images, labels = torch.from_numpy(third.images.copy()), torch.from_numpy(third.labels.copy())
-        train(model, images, labels, RUN.pretrain, spec=RUN.spec, device=CPU, seed=index)
+        train(model, Examples(images, labels), recipe_of(RUN, seed=index), device=CPU)
         write_state_dict(model.state_dict(), blobs_dir / "new")
         weights = put_blob(blobs_dir / "new", blobs_dir)
         shards = (put_shard(third, blobs_dir),)
-        made.append(
-            JobContribution(
-                agent_id=agent_id, weights=weights, shards=shards, num_examples=599, initial_weights=digest
-            )
-        )
+        made.append(Contribution(agent_id, weights, shards, 599, initial_digest=digest))
     return digest, tuple(made)
 
 
-def with_factor(item: JobContribution, factor: float, start: str, blobs_dir: Path) -> JobContribution:
-    """The same contribution, with its update multiplied."""
-    origin, weights = (read_state_dict(blob_path(blobs_dir, each)) for each in (start, item.weights))
+def with_factor(item: Contribution, factor: float, start: str, blobs_dir: Path) -> Contribution:
+    """Return the contribution with its update multiplied by the factor."""
+    origin, weights = (read_state_dict(blob_path(blobs_dir, each)) for each in (start, item.weights_digest))
     far = {name: origin[name] + factor * (tensor - origin[name]) for name, tensor in weights.items()}
     write_state_dict(far, blobs_dir / "new")
-    return item.model_copy(update={"weights": put_blob(blobs_dir / "new", blobs_dir)})
+    return replace(item, weights_digest=put_blob(blobs_dir / "new", blobs_dir))
 
 
 def test_honest_rounds_publish_the_same_bytes_with_and_without_screening(do, monkeypatch, three):
@@ -350,7 +351,7 @@ def test_honest_rounds_publish_the_same_bytes_with_and_without_screening(do, mon
     screened, _ = do(name="screened", contributions=contributions, initial_weights=start)
     assert [agent.agent_id for agent in screened.audit] == ["ann", "bob", "cas"]
     assert all(agent.scale == 1 and not agent.flags for agent in screened.audit)
-    assert screened.seconds["audit"] < 1
+    assert screened.seconds["audit"] > 0
     monkeypatch.setattr(pipeline, "MIN_AGENTS", 100)
     plain, _ = do(name="plain", contributions=contributions, initial_weights=start)
     assert plain.audit == ()
@@ -362,11 +363,13 @@ def test_update_that_goes_too_far_is_clipped_before_anything_is_made_of_it(do, b
     start, (ann, bob, cas) = three
     far = with_factor(cas, factor, start, blobs_dir)
     run = RUN.model_copy(update={"candidates": ("average",), "quarantine": "report"})
-    sent = tuple(item.model_copy(update={"shards": ()}) for item in (ann, bob, far))
+    sent = tuple(replace(item, shard_digests=()) for item in (ann, bob, far))
     result, directory = do(contributions=sent, initial_weights=start, run=run)
     assert result.error is None
     assert [agent.scale < 1 for agent in result.audit] == [False, False, True]
-    paths = [blob_path(blobs_dir, each) for each in (start, ann.weights, bob.weights, far.weights)]
+    paths = [
+        blob_path(blobs_dir, each) for each in (start, *(item.weights_digest for item in (ann, bob, far)))
+    ]
     origin, *tensors = ([*read_state_dict(path).values()] for path in paths)
     flat = [
         np.concatenate([(b - a).double().numpy().ravel() for a, b in zip(origin, each, strict=True)])
@@ -392,12 +395,12 @@ def test_update_that_is_rejected_leaves_neither_weights_nor_data(do, blobs_dir, 
 
 def test_without_a_common_start_the_weights_themselves_are_compared(do, blobs_dir, three):
     start, contributions = three
-    own = [item.model_copy(update={"initial_weights": None}) for item in contributions]
+    own = [replace(item, initial_digest=None) for item in contributions]
     far = with_factor(own[2], 1000.0, start, blobs_dir)
     result, _ = do(contributions=(*own[:2], far), initial_weights=start)
     assert result.error is None
     assert [agent.scale < 1 for agent in result.audit] == [False, False, True]
-    tensors = read_state_dict(blob_path(blobs_dir, own[0].weights)).values()
+    tensors = read_state_dict(blob_path(blobs_dir, own[0].weights_digest)).values()
     norm = float(np.linalg.norm(np.concatenate([tensor.double().numpy().ravel() for tensor in tensors])))
     assert result.audit[0].update_norm == pytest.approx(norm)
 
@@ -405,16 +408,16 @@ def test_without_a_common_start_the_weights_themselves_are_compared(do, blobs_di
 # What travels
 
 
-def encoded_as(wire, contributions, blobs_dir) -> tuple[Base, tuple[JobContribution, ...]]:
-    """The same contributions as their agents would send them, who have started from these weights."""
+def encoded_as(wire, contributions, blobs_dir) -> tuple[Base, tuple[Contribution, ...]]:
+    """Return the base weights, and the contributions encoded as agents send them that started from these."""
     write_state_dict(
         build_model(RUN, seed=derive_seed(RUN.seed, "initial_weights")).state_dict(), blobs_dir / "b"
     )
     digest = put_blob(blobs_dir / "b", blobs_dir)
     base, sent = Base(blob_path(blobs_dir, digest), digest), []
     for item in contributions:
-        encode(blob_path(blobs_dir, item.weights), blobs_dir / "new", wire, base=base)
-        sent.append(item.model_copy(update={"weights": put_blob(blobs_dir / "new", blobs_dir)}))
+        encode(blob_path(blobs_dir, item.weights_digest), blobs_dir / "new", wire, base=base)
+        sent.append(replace(item, weights_digest=put_blob(blobs_dir / "new", blobs_dir)))
     return base, tuple(sent)
 
 
@@ -446,11 +449,11 @@ def test_published_is_what_the_agents_decode(do, blobs_dir, contributions, tmp_p
 @pytest.mark.parametrize("wire", ["bfloat16", "int8"])
 def test_contributions_are_decoded_before_they_are_averaged(do, blobs_dir, contributions, tmp_path, wire):
     base, sent = encoded_as(wire, contributions, blobs_dir)
-    alone = tuple(item.model_copy(update={"shards": ()}) for item in sent)  # so that nothing is fine-tuned
+    alone = tuple(replace(item, shard_digests=()) for item in sent)  # so that nothing is fine-tuned
     _, directory = do(run=with_wire(wire), contributions=alone, initial_weights=base.digest)
     paths = [tmp_path / item.agent_id for item in alone]
     for item, path in zip(alone, paths, strict=True):
-        decode(blob_path(blobs_dir, item.weights), path, base=base)
+        decode(blob_path(blobs_dir, item.weights_digest), path, base=base)
     write_state_dict(mean(paths, [900, 897]), tmp_path / "mean")
     encode(tmp_path / "mean", tmp_path / "expected", wire, base=base)
     assert directory.encoded_path.read_bytes() == (tmp_path / "expected").read_bytes()
@@ -511,7 +514,7 @@ def test_weights_that_int8_cannot_name_are_bad_configuration(do, monkeypatch):
         def state_dict(self, *_, **__):
             return {"weight": torch.ones(2), "weight.scale": self.weight.scale}
 
-    monkeypatch.setattr(pipeline, "initial_model", lambda _: Scaled())
+    monkeypatch.setattr(work, "initial_model", lambda _: Scaled())
     result, _ = do(kind="initialise", name="i", round=0, contributions=(), run=with_wire("int8"))
     assert result.error.kind == "usage"
     assert "'weight.scale' has the name that int8 needs" in result.error.message
@@ -530,7 +533,7 @@ def test_a_broken_gpu_ends_the_process_after_its_result(do, monkeypatch, tmp_pat
 def test_a_damaged_job_fails(tmp_path):
     directory = JobDirectory(tmp_path)
     (tmp_path / "job.json").write_text("{")
-    pipeline.run_job(directory, blobs_dir=tmp_path, device_name="cpu", group=Group())
+    work.run_job(directory, blobs_dir=tmp_path, device_name="cpu", group=Group())
     assert "damaged" in directory.read_result().error.message
 
 
@@ -540,7 +543,7 @@ def test_a_waiting_trainer_finds_a_job_within_50_ms(tmp_path, contributions):
     waiting = threading.Thread(target=lambda: found.append(trainer_main._next_job(tmp_path)), daemon=True)
     waiting.start()
     JobDirectory(tmp_path / "round-0007").write_job(job(contributions))
-    waiting.join(10)
+    waiting.join(WAIT_SECONDS)
     assert found == ["round-0007"]
 
 
@@ -582,7 +585,7 @@ def trainer_in(state_dir: Path, *launcher: str) -> Iterator[Trainer]:
         trainer.process.stdin.close()
         if trainer.process.poll() is None:
             os.killpg(trainer.process.pid, signal.SIGKILL)
-        trainer.process.wait(10)
+        trainer.process.wait(WAIT_SECONDS)
 
 
 @pytest.fixture
@@ -603,7 +606,7 @@ def test_a_job_that_was_stopped_is_done_again_with_the_same_bytes(state_dir, con
     with trainer_in(state_dir) as trainer:
         trainer.wait_for_training(stopped)
         trainer.process.terminate()
-        assert trainer.process.wait(5) == -signal.SIGTERM
+        assert trainer.process.wait(WAIT_SECONDS) == -signal.SIGTERM
     assert stopped.is_pending
     with trainer_in(state_dir) as trainer:
         undisturbed = ask(state_dir, job(contributions, run=long, name="undisturbed"))
@@ -613,28 +616,26 @@ def test_a_job_that_was_stopped_is_done_again_with_the_same_bytes(state_dir, con
         endless = ask(state_dir, job(contributions, run=ENDLESS, name="endless"))
         trainer.wait_for_training(endless)
         trainer.process.send_signal(signal.SIGINT)
-        assert trainer.process.wait(5) == -signal.SIGINT
+        assert trainer.process.wait(WAIT_SECONDS) == -signal.SIGINT
     assert "Traceback" not in trainer.output
 
 
 def test_two_ranks_under_torchrun_train_together_and_leave_with_their_server(state_dir, contributions, three):
     launcher = ("torch.distributed.run", "--nproc-per-node", "2", "--standalone", "-m")
-    teaching = RUN.fine_tune.model_copy(update={"distill": 0.5})  # every rank reads what the agents sent
     with trainer_in(state_dir, *launcher) as trainer:
         initialise = ask(state_dir, job((), kind="initialise", name="initialise", round=0))
         assert trainer.result_of(initialise).error is None
         result = trainer.result_of(ask(state_dir, job(contributions)))
         assert result.error is None
         assert result.accuracy_published > 0.9
-        taught = RUN.model_copy(update={"wire": "bfloat16", "fine_tune": teaching})
         _, sent = encoded_as("bfloat16", contributions, state_dir / "blobs")
-        result = trainer.result_of(ask(state_dir, job(sent, run=taught, name="encoded")))
+        result = trainer.result_of(ask(state_dir, job(sent, run=with_wire("bfloat16"), name="encoded")))
         assert result.error is None
         assert result.encoded
         start, honest = three  # one of which is clipped: every rank has to know
         far = with_factor(honest[2], 1000.0, start, state_dir / "blobs")
-        fields = {"run": RUN.model_copy(update={"fine_tune": teaching}), "initial_weights": start}
-        result = trainer.result_of(ask(state_dir, job((*honest[:2], far), name="screened", **fields)))
+        screened = job((*honest[:2], far), name="screened", initial_weights=start)
+        result = trainer.result_of(ask(state_dir, screened))
         assert result.error is None
         assert [agent.scale < 1 for agent in result.audit] == [False, False, True]
         until(lambda: trainer.output.count("job_done") == 8, trainer)  # four jobs on two ranks
@@ -642,7 +643,7 @@ def test_two_ranks_under_torchrun_train_together_and_leave_with_their_server(sta
         endless = ask(state_dir, job(contributions, run=ENDLESS, name="endless"))
         trainer.wait_for_training(endless)
         trainer.process.stdin.close()
-        assert trainer.process.wait(15) == 0
+        assert trainer.process.wait(WAIT_SECONDS) == 0
     assert endless.is_pending
 
 

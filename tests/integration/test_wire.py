@@ -13,10 +13,11 @@ from typing import Any
 import pytest
 
 from common.faults import Point
+from common.run_state import RunState
 from common.schema import read_header
 from common.transfer import blob_of
 from common.wire import Base, decode, encoding_of
-from edge_agent.client import CloudClient, RunState
+from edge_agent.client import CloudClient
 from edge_agent.metrics import AgentMetrics
 from tests.processes import Cluster, Command, until
 
@@ -55,7 +56,7 @@ def has_reports(cluster: Cluster, number: int = NUM_ROUNDS, count: int = 2) -> b
 
 
 def num_bytes(cluster: Cluster, metric: str, kind: str) -> float:
-    with urllib.request.urlopen(f"http://127.0.0.1:{cluster.http_port}/metrics", timeout=5) as reply:
+    with urllib.request.urlopen(f"http://127.0.0.1:{cluster.http_port}/metrics", timeout=30) as reply:
         found = re.search(rf'^{metric}{{kind="{kind}"}} (.*)$', reply.read().decode(), re.MULTILINE)
     assert found
     return float(found[1])

@@ -5,15 +5,18 @@ import json
 import os
 from pathlib import Path
 
-from cloud_server.disk.tables import ContributionRow, EncodingRow
+from cloud_server.contribution import Contribution, Decision
+from cloud_server.disk.tables import EncodingRow
 from cloud_server.jobs import EncodedWeights, Job, JobDirectory, Result, Weights
 from cloud_server.store import Store
 from cloud_server.upkeep import provenance
 from common.config import RunConfig
+from common.run_state import Outcome
 
 INITIAL = b"initial weights"
 AGENT = "edge-1"
-SHARD = b"shard"  # the same in every round
+# The same shard is contributed in every round.
+SHARD = b"shard"
 
 
 def digest_of(content: bytes) -> str:
@@ -35,7 +38,7 @@ def local_of(number: int) -> bytes:
 def begin(store: Store, state_dir: Path) -> None:
     made = state_dir / "jobs/made"
     made.write_bytes(INITIAL)
-    store.adopt_blob(made, digest_of(INITIAL))
+    store.blobs.adopt(made, digest_of(INITIAL))
     store.create_run("run-1", RunConfig().model_dump_json(), digest_of(INITIAL), 0.0)
     store.join(AGENT, 0.5)
 
@@ -48,15 +51,15 @@ def upload(store: Store, content: bytes, kind: str, now: float) -> str:
 
 
 def contribute(store: Store, number: int, *shards: bytes) -> list[bytes]:
-    """At second `number` of the run; what is there is not sent again. Returns the shards that were sent."""
+    """Have AGENT contribute at second `number` of the run; return the shards that it had to send."""
     shards = shards or (SHARD,)
     weights = upload(store, local_of(number), "weights", number + 0.1)
     sent = [shard for shard in shards if not store.has_upload(AGENT, digest_of(shard), "data")]
     for shard in sent:
         upload(store, shard, "data", number + 0.2)
     digests = tuple(map(digest_of, shards))
-    row = ContributionRow(AGENT, "accepted", weights, digests, 10, 0.9, "", "", at=number + 0.3)
-    store.record_contribution(number, row)
+    contribution = Contribution(AGENT, weights, digests, 10, accuracy_local=0.9)
+    store.record_contribution(number, Decision(AGENT, Outcome.ACCEPTED, number + 0.3, contribution))
     return sent
 
 
@@ -79,23 +82,23 @@ def run_job(state_dir: Path, number: int, start: str) -> JobDirectory:
 def publish(store: Store, state_dir: Path, number: int) -> None:
     row = store.round(number)
     assert row
-    directory = run_job(state_dir, number, row.initial_weights)
+    directory = run_job(state_dir, number, row.initial_digest)
     digest = digest_of(model_of(number))
-    store.adopt_blob(directory.weights_path, digest)
-    encoding = EncodingRow(digest_of(encoded_of(number)), row.initial_weights)
-    store.adopt_blob(directory.encoded_path, encoding.digest)
+    store.blobs.adopt(directory.weights_path, digest)
+    encoding = EncodingRow(digest_of(encoded_of(number)), row.initial_digest)
+    store.blobs.adopt(directory.encoded_path, encoding.digest)
     store.record_encoding(digest, encoding)
-    store.set_phase(number, "published", number + 0.9, published=digest)
+    store.set_phase(number, "published", number + 0.9, published_digest=digest)
     folder = state_dir / f"rounds/{number:04d}"
     folder.mkdir()
-    os.link(store.blob_path(digest), folder / "model.safetensors")
+    os.link(store.blobs.path(digest), folder / "model.safetensors")
     report = {"round": number, "outcome": "published", "weights": {"sha256": digest}}
     (folder / "report.json").write_text(json.dumps(report), "utf-8")
-    provenance.catch_up(store, state_dir)
+    provenance.add_last_round(store)
 
 
 def run_rounds(store: Store, state_dir: Path, count: int) -> None:
-    """So many published rounds, and the next one open."""
+    """Publish so many rounds, and open the next one."""
     begin(store, state_dir)
     for number in range(1, count + 1):
         contribute(store, number)

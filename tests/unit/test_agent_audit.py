@@ -1,6 +1,7 @@
 """The audit, on digits: agents that have really been trained, some of them on what is wrong."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -9,25 +10,31 @@ import pytest
 import torch
 from sklearn.datasets import load_digits
 
-from cloud_server.jobs import JobContribution
+from cloud_server.contribution import Contribution
 from cloud_server.trainer.audit import Finding, audit
+from cloud_server.trainer.members import Member
 from cloud_server.trainer.screening import Screening, screen
 from common.config import RunConfig, TrainingConfig
 from common.errors import Reason
 from common.models import build_model
 from common.shards import Shard, cloud_holdout, write_shard
-from common.training import derive_seed, train
+from common.training import Examples, derive_seed, train
 from common.transfer import blob_of
 from common.weights import read_state_dict, write_state_dict
 from edge_agent.partition import partition_indices
+from tests.recipes import recipe_of
 
 CPU = torch.device("cpu")
 RUN = RunConfig(hidden_units=32, pretrain=TrainingConfig(epochs=5, batch_size=32))
 
 
 class Agent(NamedTuple):
-    contribution: JobContribution
+    contribution: Contribution
     weights: Path
+
+
+def members(agents: Sequence[Agent]) -> list[Member]:
+    return [Member(agent.contribution, agent.weights, agent.weights, 1.0) for agent in agents]
 
 
 class Workshop:
@@ -46,25 +53,23 @@ class Workshop:
         rest, _ = cloud_holdout(shard.labels, RUN.fine_tune.holdout_fraction, seed)
         model = build_model(RUN, seed=1)
         images, labels = torch.from_numpy(shard.images[rest]), torch.from_numpy(shard.labels[rest])
-        train(model, images, labels, RUN.pretrain, spec=RUN.spec, device=CPU, seed=number)
+        train(model, Examples(images, labels), recipe_of(RUN, seed=number), device=CPU)
         start = read_state_dict(self.start)
         state_dict = {
             name: start[name] + factor * (tensor - start[name]) for name, tensor in model.state_dict().items()
         }
         write_state_dict(state_dict, self._folder / "new")
         write_shard(self._folder / "shard", shard)
-        contribution = JobContribution(
+        contribution = Contribution(
             agent_id=agent_id,
-            weights=(weights := self._put("new")).name,
-            shards=(self._put("shard").name,),
+            weights_digest=(weights := self._put("new")).name,
+            shard_digests=(self._put("shard").name,),
             num_examples=len(shard.labels),
         )
         return Agent(contribution, weights)
 
     def findings(self, agents: Sequence[Agent], run: RunConfig = RUN) -> list[Finding]:
-        contributions = [agent.contribution for agent in agents]
-        weights = [agent.weights for agent in agents]
-        return audit(self._model, weights, contributions, self.blobs_dir, run=run, device=CPU)
+        return audit(self._model, members(agents), self.blobs_dir, run=run, device=CPU)
 
     def flags(self, agents: Sequence[Agent]) -> list[tuple[str, ...]]:
         return [finding.flags for finding in self.findings(agents)]
@@ -72,9 +77,8 @@ class Workshop:
     def screened(self, agents: Sequence[Agent], scratch: Path, **run: object) -> Screening:
         return screen(
             self._model,
-            [agent.weights for agent in agents],
+            members(agents),
             self.start,
-            [agent.contribution for agent in agents],
             self.blobs_dir,
             run=RUN.model_copy(update=run),
             device=CPU,
@@ -200,8 +204,7 @@ def test_agents_without_shards_help_to_judge_the_others(
     workshop: Workshop, honest: list[Agent], part_of: Callable[..., Shard]
 ) -> None:
     silent = [
-        agent._replace(contribution=agent.contribution.model_copy(update={"shards": ()}))
-        for agent in honest[3:]
+        agent._replace(contribution=replace(agent.contribution, shard_digests=())) for agent in honest[3:]
     ]
     bad = workshop.agent(1, flipped(part_of(1)))
     findings = workshop.findings([bad, *honest[1:3], *silent])
@@ -230,7 +233,7 @@ def test_large_updates_are_clipped_and_the_others_left_as_they_are(
     agents = workshop.screened([bad, *honest[1:]], tmp_path).agents
     assert [agent.scale < 1 for agent in agents] == [True, False, False, False, False]
     assert [agent.left_out for agent in agents] == [None] * 5
-    assert [path.name for path in tmp_path.iterdir()] == ["clipped-0.safetensors"]
+    assert [path.name for path in tmp_path.iterdir()] == ["clipped-edge-01.safetensors"]
     assert agents[0].norm_ratio == pytest.approx(1000, rel=0.3)
 
 

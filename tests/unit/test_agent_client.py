@@ -26,7 +26,7 @@ BLOB = Blob(hashlib.sha256(CONTENT).hexdigest(), len(CONTENT))
 
 @pytest.fixture(autouse=True)
 def bounds(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """The longest that each pause might have been; none is waited for."""
+    """Replace all random pauses by no pause, and return the upper bounds that they were drawn with."""
     seen: list[float] = []
 
     def uniform(_: float, bound: float) -> float:
@@ -54,7 +54,7 @@ class Stream:
 
 def refusal(code: grpc.StatusCode, reason: Reason | None) -> grpc.aio.AioRpcError:
     trailing = grpc.aio.Metadata((rpc.REASON_KEY, reason.value)) if reason else grpc.aio.Metadata()
-    return grpc.aio.AioRpcError(code, grpc.aio.Metadata(), trailing, "refused")
+    return grpc.aio.AioRpcError(code, grpc.aio.Metadata(), trailing, "refused")  # type: ignore[call-arg]
 
 
 BROKEN = refusal(grpc.StatusCode.UNAVAILABLE, None)
@@ -63,7 +63,7 @@ UNKNOWN_AGENT = refusal(grpc.StatusCode.NOT_FOUND, Reason.UNKNOWN_AGENT)
 
 
 def unary(*answers: Any) -> Callable[..., Any]:
-    """Gives these answers in turn, the last one for ever."""
+    """Return a call that gives these answers in turn, and the last answer for ever."""
     left = list(answers)
 
     async def call(*_: Any, **__: Any) -> Any:
@@ -95,7 +95,9 @@ async def test_server_that_fails_inside_is_asked_again(tmp_path: Path) -> None:
     chunk = pb.DownloadReply(chunk=CONTENT)
     client = client_of(
         Join=unary(INTERNAL, INTERNAL, reply),
-        Watch=streams(Stream(INTERNAL), Stream(pb.WatchEvent(round=7, run_over=True))),
+        Watch=streams(
+            Stream(INTERNAL), Stream(pb.WatchEvent(round=7, phase=pb.PHASE_PUBLISHED, run_over=True))
+        ),
         Download=streams(Stream(INTERNAL), Stream(chunk)),
     )
     assert (await client.join()).run_id == "r"
@@ -157,7 +159,8 @@ async def test_pauses_of_a_download_start_over_where_it_gets_on(tmp_path: Path, 
 
 
 async def test_watch_that_breaks_at_once_again_and_again_backs_off(bounds: list[float]) -> None:
-    event, over = pb.WatchEvent(round=1), pb.WatchEvent(round=1, run_over=True)
+    event = pb.WatchEvent(round=1, phase=pb.PHASE_PUBLISHED)
+    over = pb.WatchEvent(round=1, phase=pb.PHASE_PUBLISHED, run_over=True)
     client = client_of(Watch=streams(*[Stream(event, BROKEN), Stream(event)] * 3, Stream(over)))
     assert len([state async for state in client.watch()]) == 7
     assert bounds == pytest.approx([0.2, 0.4, 0.8, 1.6, 3.2, 6.4])
@@ -167,7 +170,8 @@ async def test_watch_that_lasted_is_opened_again_soon(
     bounds: list[float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(client_module, "STEADY_SECONDS", -1.0)
-    event, over = pb.WatchEvent(round=1), pb.WatchEvent(round=1, run_over=True)
+    event = pb.WatchEvent(round=1, phase=pb.PHASE_PUBLISHED)
+    over = pb.WatchEvent(round=1, phase=pb.PHASE_PUBLISHED, run_over=True)
     client = client_of(Watch=streams(*[Stream(event, BROKEN)] * 3, Stream(over)))
     assert len([state async for state in client.watch()]) == 4
     assert bounds == pytest.approx([0.2] * 3)

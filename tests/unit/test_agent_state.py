@@ -5,18 +5,20 @@ import pytest
 import torch
 
 import edge_agent.local
-from cloud_server.jobs import JobContribution, blob_path
+from cloud_server.contribution import Contribution
+from cloud_server.state_dir import blob_path
 from cloud_server.trainer.finetune import combine
 from common.config import RunConfig, TrainingConfig
 from common.errors import DivergedError, UsageError
 from common.models import build_model
 from common.shards import Shard, cloud_holdout, read_shard
-from common.training import OnStep, StepReport, derive_seed, train
+from common.training import Examples, OnStep, StepReport, derive_seed, train
 from common.transfer import Blob, blob_of
 from common.weights import read_state_dict, write_state_dict
 from edge_agent.data import AgentData
 from edge_agent.local import LocalModels
 from edge_agent.state import AgentState, Arrived, Progress, Report, Trained
+from tests.recipes import recipe_of
 
 REPORT = Report(
     round=2,
@@ -222,11 +224,9 @@ def test_global_model_that_does_worse_is_adapted_and_used(disk: AgentState, tmp_
     rest, _ = cloud_holdout(shard.labels, 0.1, derive_seed(0, "cloud_holdout", "edge-1"))
     train(
         model,
-        *(torch.from_numpy(array[rest]) for array in shard),
-        TrainingConfig(epochs=3, batch_size=16),
-        spec=RUN.spec,
+        Examples(*(torch.from_numpy(array[rest]) for array in shard)),
+        recipe_of(RUN, derive_seed(0, "adapt", 4, "edge-1"), TrainingConfig(epochs=3, batch_size=16)),
         device=torch.device("cpu"),
-        seed=derive_seed(0, "adapt", 4, "edge-1"),
     )
     expected = model.state_dict()
     found = read_state_dict(disk.adapted)
@@ -303,8 +303,8 @@ def test_agent_does_not_train_on_what_the_cloud_holds_back(
 ) -> None:
     trained_on = {}
 
-    def train(_: object, images: torch.Tensor, labels: torch.Tensor, *args: object, **kwargs: object) -> None:
-        trained_on.update(images=images, labels=labels)
+    def train(_: object, examples: Examples, *args: object, **kwargs: object) -> None:
+        trained_on.update(examples._asdict())
 
     monkeypatch.setattr("common.training.train", train)
     everything, held_out = make_shard(40, 0), make_shard(20, 1)
@@ -318,9 +318,7 @@ def test_agent_does_not_train_on_what_the_cloud_holds_back(
         target = blob_path(tmp_path / "blobs", blob.digest)
         target.parent.mkdir(parents=True)
         path.rename(target)
-    contribution = JobContribution(
-        agent_id=disk.agent_id, weights="", shards=shards, num_examples=local.num_examples
-    )
+    contribution = Contribution(disk.agent_id, "", shards, local.num_examples)
     combined = combine(RUN, [contribution], tmp_path / "blobs")
     assert torch.equal(trained_on["images"], combined.train.images)
     assert torch.equal(trained_on["labels"], combined.train.labels)
@@ -335,8 +333,8 @@ def test_private_examples_are_all_trained_on_and_of_shared_ones_what_the_cloud_t
 ) -> None:
     trained_on = {}
 
-    def train(_: object, images: torch.Tensor, labels: torch.Tensor, *args: object, **kwargs: object) -> None:
-        trained_on.update(images=images, labels=labels)
+    def train(_: object, examples: Examples, *args: object, **kwargs: object) -> None:
+        trained_on.update(examples._asdict())
 
     monkeypatch.setattr("common.training.train", train)
     everything = make_shard(200, 0)

@@ -42,7 +42,7 @@ def write(path: Path, state_dict: dict[str, torch.Tensor]) -> Path:
 
 
 def disturbed(model: torch.nn.Module, seed: int) -> dict[str, torch.Tensor]:
-    """The model's state_dict with every value changed, the integers as well."""
+    """Return the model's state_dict with every value changed, the integers as well."""
     generator = torch.Generator().manual_seed(seed)
     return {
         name: value + torch.randn(value.shape, generator=generator)
@@ -282,7 +282,7 @@ def aggregated(
     *,
     trim_fraction: float = TRIM_FRACTION,
 ) -> np.ndarray:
-    """What is made of the rows of a float64 array."""
+    """Return the aggregate of the rows of a float64 array."""
     with TemporaryDirectory() as folder:
         paths = [
             write(Path(folder, str(index)), {"x": torch.tensor(row)}) for index, row in enumerate(values)

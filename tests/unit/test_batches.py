@@ -35,14 +35,14 @@ def normalised(images: Tensor) -> Tensor:
 
 def test_images_are_taken_normalised_and_their_targets_with_them() -> None:
     images, labels = make_images(20), torch.arange(20)
-    soft_labels = torch.rand(20, 3)
-    data = DeviceData(images, SPEC, CPU, [labels, soft_labels])
+    others = torch.rand(20, 3)
+    data = DeviceData(images, SPEC, CPU, [labels, others])
     assert len(data) == 20
     for which in (torch.tensor([7, 3, 3]), slice(18, 25)):
-        x, y, soft = data.take(which)
+        x, y, other = data.take(which)
         torch.testing.assert_close(x, normalised(images[which]))
         assert torch.equal(y, labels[which])
-        assert torch.equal(soft, soft_labels[which])
+        assert torch.equal(other, others[which])
 
 
 @pytest.mark.parametrize(

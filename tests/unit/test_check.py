@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from cloud_server.__main__ import main
-from cloud_server.commands import check
+from cloud_server.disk.lock import unused
 from cloud_server.disk.tables import MIGRATIONS
+from cloud_server.state_dir import StateDir
 from cloud_server.store import Store
 from cloud_server.upkeep.retention import clean_up
 from common.errors import UsageError
@@ -34,11 +35,11 @@ EXTRA = b"not contributed yet"
 
 @pytest.fixture(scope="module")
 def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three rounds over, the first retired; the fourth has one contribution, and uploads are under way."""
+    """Return a state with three rounds over, the first of them retired, and a fourth that collects."""
     path = tmp_path_factory.mktemp("template") / "state"
     with closing(Store(path)) as store:
         run_rounds(store, path, 3)
-        clean_up(store, path, keep_rounds=2, keep_partial_seconds=1e9, now=10.0)
+        clean_up(store, keep_rounds=2, keep_partial_seconds=1e9, now=10.0)
         contribute(store, 4)
         upload(store, EXTRA, "data", 11.0)
         store.partial_path(AGENT, "a" * 64).write_bytes(b"half")
@@ -82,9 +83,9 @@ def test_new_state_passes(tmp_path: Path) -> None:
 
 
 def test_last_round_may_be_without_its_report(state_dir: Path) -> None:
-    sql(state_dir, "DELETE FROM contributions WHERE round = 4")
-    sql(state_dir, "DELETE FROM phase_history WHERE round = 4")
-    sql(state_dir, "DELETE FROM rounds WHERE number = 4")  # as before it opened
+    # Round 4 has not been opened yet.
+    for table, column in {"contributions": "round", "phase_history": "round", "rounds": "number"}.items():
+        sql(state_dir, f"DELETE FROM {table} WHERE {column} = 4")
     shutil.rmtree(state_dir / "rounds/0003")
     assert main(["check", str(state_dir)]) == 0
 
@@ -305,7 +306,7 @@ def test_running_server_is_named(state_dir: Path, capsys: pytest.CaptureFixture[
 def test_running_check_is_named_to_a_server(state_dir: Path) -> None:
     (state_dir / "lock").write_text("99999999 of-the-last-server\n")
     with (
-        check._unused(state_dir),
+        unused(StateDir(state_dir)),
         pytest.raises(UsageError, match=rf"process {os.getpid()} \(cloud-server check\) uses"),
     ):
         Store(state_dir)

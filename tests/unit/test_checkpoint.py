@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from common import checkpoint
 from common.config import DatasetSpec, RunConfig, TrainingConfig
 from common.models import build_model
-from common.training import StepReport, train
+from common.training import CheckpointFile, Examples, Ranks, Recipe, StepReport, train
 
 SPEC = DatasetSpec(3, (3, 8, 8), (0.4, 0.5, 0.6), (0.2, 0.25, 0.3))
 NUM_EPOCHS = 4
@@ -68,16 +68,15 @@ def make_data(num_images: int = 23) -> tuple[Tensor, Tensor]:
 def run(
     model: nn.Module, path: Path | None, config: TrainingConfig, *, seed: int = 7, **more: Any
 ) -> tuple[float, dict[str, Tensor]]:
-    images, labels = more.pop("data", None) or make_data()
-    more = {"spec": SPEC, "checkpoint_seconds": 0.0, **more}
-    loss = train(
-        model, images, labels, config, device=torch.device("cpu"), seed=seed, checkpoint=path, **more
-    )
+    examples = Examples(*(more.pop("data", None) or make_data()))
+    recipe = Recipe(config, more.pop("spec", SPEC), seed, "float32")
+    checkpoint = CheckpointFile(path, more.pop("seconds", 0.0)) if path else None
+    loss = train(model, examples, recipe, device=torch.device("cpu"), checkpoint=checkpoint, **more)
     return loss, model.state_dict()
 
 
 def cut_in(epoch: int) -> Callable[[StepReport], None]:
-    """Stops a training of three steps an epoch in the midst of an epoch, counted from 0."""
+    """Return an `on_step` that stops a training of three steps an epoch amid this epoch, counted from 0."""
 
     def on_step(report: StepReport) -> None:
         if report.step > 3 * epoch:
@@ -218,7 +217,7 @@ def test_checkpoint_is_written_at_most_every_few_seconds(
             (tmp_path / "x").unlink(missing_ok=True)
 
     config = config_of(epochs=7)
-    run(make_model(), tmp_path / "x", config, on_step=on_step, checkpoint_seconds=5.0)
+    run(make_model(), tmp_path / "x", config, on_step=on_step, seconds=5.0)
     # The third and the sixth epoch ended more than five seconds after the start, and the third.
     assert written == [False] * 6 + [True] + [False] * 5 + [True, False]
 
@@ -233,7 +232,7 @@ def test_disk_that_cannot_be_written_does_not_stop_the_training(tmp_path: Path) 
 
 def test_training_of_several_processes_keeps_no_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="one process"):
-        run(make_model(), tmp_path / "x", config_of(), world_size=2)
+        run(make_model(), tmp_path / "x", config_of(), ranks=Ranks(0, 2))
 
 
 def test_nothing_is_written_for_no_epochs(tmp_path: Path) -> None:

@@ -68,7 +68,7 @@ def test_command_does_not_wait_for_a_thread_that_is_busy(executor: str) -> None:
     )
     started = time.monotonic()
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert time.monotonic() - started < 20
+    assert time.monotonic() - started < 60
     assert (done.returncode, done.stdout, done.stderr) == (3, "said\n", "")
 
 

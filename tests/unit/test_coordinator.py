@@ -13,14 +13,16 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from cloud_server import coordinator
+from cloud_server import ledger
+from cloud_server.__main__ import open_service
 from cloud_server.config import ServerConfig
+from cloud_server.contribution import Contribution
 from cloud_server.coordinator import Coordinator
+from cloud_server.desk import Desk
 from cloud_server.disk.tables import ReportRow
 from cloud_server.jobs import (
     AgentAudit,
     Job,
-    JobContribution,
     JobDirectory,
     JobError,
     Progress,
@@ -28,12 +30,15 @@ from cloud_server.jobs import (
     Weights,
     pending_jobs,
 )
+from cloud_server.ledger import Ledger
 from cloud_server.metrics import ServerMetrics
-from cloud_server.round import Contribution, Outcome, Phase
 from cloud_server.showing import presence
+from cloud_server.showing.standing import Standing
 from cloud_server.store import Store
 from cloud_server.training import runner as job_runner
 from cloud_server.training.runner import JobRunner
+from cloud_server.upkeep import caretaker, retired
+from cloud_server.upkeep.forgotten import ask_to_forget, forgettings
 from common.config import RunConfig
 from common.errors import (
     InvalidError,
@@ -44,6 +49,7 @@ from common.errors import (
     UnavailableError,
     UsageError,
 )
+from common.run_state import Outcome, Phase
 from common.shards import Shard, write_shard
 from common.transfer import Blob
 from common.wire import Base, encode
@@ -65,7 +71,7 @@ REPORT = ReportRow(
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(job_runner, "POLL_SECONDS", 0.001)
     monkeypatch.setattr(presence, "LIVENESS_SECONDS", 0.0)
-    monkeypatch.setattr(coordinator, "FORGET_POLL_SECONDS", 0.001)
+    monkeypatch.setattr(caretaker, "FORGET_POLL_SECONDS", 0.001)
 
 
 @dataclass
@@ -118,6 +124,9 @@ class World:
     """A coordinator that runs, and what it stands on."""
 
     coordinator: Coordinator
+    desk: Desk
+    ledger: Ledger
+    standing: Standing
     store: Store
     trainer: PlayedTrainer
     config: ServerConfig
@@ -131,17 +140,17 @@ class World:
         return await self.upload(agent_id, path)
 
     async def upload(self, agent_id: str, path: Path) -> Contribution:
-        await self.coordinator.join(agent_id)
+        await self.desk.join(agent_id)
         content = await asyncio.to_thread(path.read_bytes)
         digest = hashlib.sha256(content).hexdigest()
-        async with self.coordinator.receive(agent_id, "weights", Blob(digest, len(content)), 0) as upload:
+        async with self.desk.receive(agent_id, "weights", Blob(digest, len(content)), 0) as upload:
             await upload.write(content)
-        start = self.coordinator.state_for().initial_weights.digest
+        start = self.standing.state_for().initial_weights.digest
         return Contribution(agent_id, digest, (), 1, start, 0.5)
 
     async def contribute(self, agent_id: str, number: int = 1) -> Outcome:
         contribution = await self.contribution_of(agent_id)
-        return (await self.coordinator.contribute(agent_id, number, contribution)).outcome
+        return (await self.desk.contribute(agent_id, number, contribution)).outcome
 
     async def until(self, condition: Callable[[], bool]) -> None:
         async with asyncio.timeout(10):
@@ -164,12 +173,11 @@ async def world(
     with closing(Store(state_dir)) as store:
         trainer = PlayedTrainer(state_dir, outcomes or [])
         metrics = ServerMetrics()
-        coordinator = Coordinator(config, store, trainer, metrics)
         working = asyncio.create_task(trainer.work())
-        await coordinator.start()
-        running = asyncio.create_task(coordinator.run())
+        service = await open_service(config, store, trainer, metrics)
+        running = asyncio.create_task(service.coordinator.run())
         try:
-            yield World(coordinator, store, trainer, config, metrics, running)
+            yield World(*service, store, trainer, config, metrics, running)
         finally:
             for task in (running, working):
                 task.cancel()
@@ -199,13 +207,13 @@ async def test_late_contribution_while_the_next_round_opens_harms_neither(
         monkeypatch.setattr(here.store, "open_round", slow_open_round)
         monkeypatch.setattr(here.store, "record_contribution", slow_record)
         await opening.wait()
-        verdict = await here.coordinator.contribute("late", 1, late)
+        verdict = await here.desk.contribute("late", 1, late)
         assert verdict.outcome is Outcome.LATE
-        await here.until(lambda: here.coordinator.state_for().round == 2)
+        await here.until(lambda: here.standing.state_for().round == 2)
         assert here.store.last_round().number == 2
         assert here.store.contributions(2) == []
         assert await here.contribute("first", 2) is Outcome.ACCEPTED
-        await here.until(lambda: here.coordinator.state_for().round == 3)
+        await here.until(lambda: here.standing.state_for().round == 3)
 
 
 def pause(seconds: float, loop: asyncio.AbstractEventLoop) -> None:
@@ -229,27 +237,27 @@ async def test_cancelled_contribution_is_the_same_in_memory_and_on_disk(
             record(*args)
 
         monkeypatch.setattr(here.store, "record_contribution", slow_record)
-        call = asyncio.create_task(here.coordinator.contribute("a", 1, contribution))
+        call = asyncio.create_task(here.desk.contribute("a", 1, contribution))
         await recording.wait()
         call.cancel()
         with pytest.raises(asyncio.CancelledError):
             await call
         assert [row.agent_id for row in here.store.contributions(1)] == ["a", "b"]
-        assert here.coordinator.state_for("a").outcome is Outcome.ACCEPTED
-        await here.until(lambda: here.coordinator.state_for().round == 2)  # it was the last one wanted
+        assert here.standing.state_for("a").outcome is Outcome.ACCEPTED
+        await here.until(lambda: here.standing.state_for().round == 2)  # it was the last one wanted
 
 
 async def test_late_agents_are_reported_as_late_and_silent_ones_as_vanished(tmp_path: Path) -> None:
     async with world(tmp_path) as here:
-        await here.coordinator.join("silent")
+        await here.desk.join("silent")
         late = await here.contribution_of("late")
         assert await here.contribute("first") is Outcome.ACCEPTED
-        await here.until(lambda: here.coordinator.state_for().round == 2)
+        await here.until(lambda: here.standing.state_for().round == 2)
         assert here.report()["vanished"] == ["late", "silent"]
-        assert (await here.coordinator.contribute("late", 1, late)).outcome is Outcome.LATE
+        assert (await here.desk.contribute("late", 1, late)).outcome is Outcome.LATE
         assert here.report()["late"] == ["late"]
         assert here.report()["vanished"] == ["silent"]
-        await here.coordinator.join("newcomer")
+        await here.desk.join("newcomer")
         assert here.report()["vanished"] == ["silent"]
 
 
@@ -257,9 +265,9 @@ async def test_accepted_contribution_repeated_after_its_round_is_still_accepted(
     async with world(tmp_path) as here:
         contribution = await here.contribution_of("a")
         for _ in range(2):
-            verdict = await here.coordinator.contribute("a", 1, contribution)
+            verdict = await here.desk.contribute("a", 1, contribution)
             assert verdict.outcome is Outcome.ACCEPTED
-            await here.until(lambda: here.coordinator.state_for().round == 2)
+            await here.until(lambda: here.standing.state_for().round == 2)
         assert [row.outcome for row in here.store.contributions(1)] == ["accepted"]
 
 
@@ -269,11 +277,11 @@ async def test_answer_after_the_round_does_not_depend_on_blobs_that_are_gone(
 ) -> None:
     async with world(tmp_path, rounds=num_rounds, run=RunConfig(retain_data="round")) as here:
         first, late = await contribution_with_data(here, "first"), await here.contribution_of("late")
-        assert (await here.coordinator.contribute("first", 1, first)).outcome is Outcome.ACCEPTED
-        await here.until(lambda: not here.store.has_upload("first", first.shards[0], "data"))
-        assert (await here.coordinator.contribute("first", 1, first)).outcome is Outcome.ACCEPTED
-        late = replace(late, shards=("e" * 64,))  # which it has not sent
-        assert (await here.coordinator.contribute("late", 1, late)).outcome is Outcome.LATE
+        assert (await here.desk.contribute("first", 1, first)).outcome is Outcome.ACCEPTED
+        await here.until(lambda: not here.store.has_upload("first", first.shard_digests[0], "data"))
+        assert (await here.desk.contribute("first", 1, first)).outcome is Outcome.ACCEPTED
+        late = replace(late, shard_digests=("e" * 64,))  # which it has not sent
+        assert (await here.desk.contribute("late", 1, late)).outcome is Outcome.LATE
         assert [row.outcome for row in here.store.contributions(1)] == ["accepted", "late"]
 
 
@@ -281,16 +289,16 @@ async def test_nothing_is_kept_of_a_late_contribution(tmp_path: Path) -> None:
     async with world(tmp_path) as here:
         late = await here.contribution_of("late", seed=8)
         assert await here.contribute("first") is Outcome.ACCEPTED
-        await here.until(lambda: here.coordinator.state_for().round == 2)
-        await here.coordinator.contribute("late", 1, replace(late, shards=("e" * 64,) * 1000))
+        await here.until(lambda: here.standing.state_for().round == 2)
+        await here.desk.contribute("late", 1, replace(late, shard_digests=("e" * 64,) * 1000))
         (row,) = (each for each in here.store.contributions(1) if each.agent_id == "late")
-        assert (row.outcome, row.weights, row.shards) == ("late", "", ())
-        assert list(here.store.unused_sizes("late")) == [late.weights]
+        assert (row.outcome, row.contribution) == ("late", None)
+        assert list(here.store.unused_sizes("late")) == [late.weights_digest]
 
 
 async def test_result_of_a_job_that_was_withdrawn_is_not_the_next_ones(tmp_path: Path) -> None:
     runner = JobRunner(tmp_path / "jobs", trainer := PlayedTrainer(tmp_path), max_attempts=3)
-    gone, stays = (JobContribution(agent_id=name, weights="", shards=(), num_examples=1) for name in "ab")
+    gone, stays = (Contribution(name, "", (), num_examples=1) for name in "ab")
     job = Job(kind="round", name="round-0001", round=1, run=RunConfig(), device="cpu", initial_weights=None)
     directory = runner.directory(job.name)
     directory.write_job(job.model_copy(update={"contributions": (gone, stays)}))
@@ -306,7 +314,7 @@ async def test_contribution_to_a_round_that_is_not_open_yet_is_refused(tmp_path:
     async with world(tmp_path) as here:
         contribution = await here.contribution_of("a")
         with pytest.raises(InvalidError, match="round 2 is not open; round 1 is"):
-            await here.coordinator.contribute("a", 2, contribution)
+            await here.desk.contribute("a", 2, contribution)
 
 
 def failure(kind: Any) -> Result:
@@ -317,7 +325,7 @@ async def test_training_that_runs_out_of_memory_is_tried_with_half_the_batch(tmp
     outcomes = [failure("out_of_memory"), failure("out_of_memory"), None]
     async with world(tmp_path, outcomes, run={"fine_tune": {"batch_size": 100}}) as here:
         await here.contribute("a")
-        await here.until(lambda: here.coordinator.state_for().round == 2)
+        await here.until(lambda: here.standing.state_for().round == 2)
         rounds = [job for job in here.trainer.jobs if job.kind == "round"]
         assert [job.run.fine_tune.batch_size for job in rounds] == [100, 50, 25]
         assert [job.attempt for job in rounds] == [1, 2, 3]
@@ -328,18 +336,18 @@ async def test_round_that_cannot_be_trained_fails_with_its_reason_and_the_next_o
     tmp_path: Path,
 ) -> None:
     async with world(tmp_path, [failure("failed")] * 2, max_attempts=2) as here:
-        initial = here.coordinator.state_for().initial_weights
+        initial = here.standing.state_for().initial_weights
         await here.contribute("a")
-        await here.until(lambda: here.coordinator.state_for().round == 2)
+        await here.until(lambda: here.standing.state_for().round == 2)
         report = here.report()
         assert (report["outcome"], report["failure"]) == ("failed", "it went wrong: failed")
-        state = here.coordinator.state_for("a")
+        state = here.standing.state_for("a")
         assert (state.failed_round, state.failure) == (1, "it went wrong: failed")
         assert (state.phase, state.initial_weights) == (Phase.COLLECTING, initial)
         sample = here.metrics.registry.get_sample_value("ecavg_server_rounds_total", {"outcome": "failed"})
         assert sample == 1
         await here.contribute("a", 2)
-        await here.until(lambda: here.coordinator.state_for().round == 3)
+        await here.until(lambda: here.standing.state_for().round == 3)
         assert here.report(2)["outcome"] == "published"
 
 
@@ -347,7 +355,7 @@ async def test_attempts_and_the_smaller_batch_survive_a_restart(tmp_path: Path) 
     run = {"fine_tune": {"batch_size": 100}}
     async with world(tmp_path, min_agents=1, run=run) as here:
         await here.contribute("a")
-        await here.until(lambda: here.coordinator.state_for().round == 2)
+        await here.until(lambda: here.standing.state_for().round == 2)
         directory = JobDirectory(tmp_path / "jobs/round-0001")
         job = directory.read_job()
     with closing(Store(tmp_path)) as store:  # as a server leaves it that died after a failed first attempt
@@ -358,7 +366,7 @@ async def test_attempts_and_the_smaller_batch_survive_a_restart(tmp_path: Path) 
     directory.write_job(job)
     directory.write_result(failure("out_of_memory"))
     async with world(tmp_path, [failure("failed")], run=run) as here:
-        await here.until(lambda: here.coordinator.state_for().round == 2)
+        await here.until(lambda: here.standing.state_for().round == 2)
         again = [job for job in here.trainer.jobs if job.kind == "round"]
         assert [(job.attempt, job.run.fine_tune.batch_size) for job in again] == [(2, 50), (3, 50)]
 
@@ -375,11 +383,11 @@ async def test_trainer_that_dies_in_mid_job_costs_an_attempt_and_one_that_dies_i
         for _ in range(2):
             await here.until(lambda: directory.is_begun and directory.read_result() is None)
             directory.append_progress(Progress(phase="fine_tuning", done=1, total=2))
-            await here.until(lambda: here.coordinator.state_for().phase is Phase.FINE_TUNING)
+            await here.until(lambda: here.standing.state_for().phase is Phase.FINE_TUNING)
             here.trainer.num_exits += 1
-            await here.until(lambda: here.coordinator.state_for().phase is not Phase.FINE_TUNING
+            await here.until(lambda: here.standing.state_for().phase is not Phase.FINE_TUNING
                              or directory.read_job().attempt == 2)  # fmt: skip
-        await here.until(lambda: here.coordinator.state_for().round == 2)
+        await here.until(lambda: here.standing.state_for().round == 2)
         assert here.report()["failure"] == "the trainer died; see trainer.log"
 
 
@@ -402,10 +410,10 @@ async def test_finished_run_ends_at_once_and_goes_on_when_more_rounds_are_wanted
     published = here.report()["weights"]["sha256"]
     async with world(tmp_path, rounds=1) as here:
         await asyncio.wait_for(here.running, 10)
-        assert here.coordinator.state_for().run_over
+        assert here.standing.state_for().run_over
     async with world(tmp_path, rounds=2) as here:
-        await here.until(lambda: here.coordinator.state_for().round == 2)
-        assert here.coordinator.state_for().initial_weights.digest == published
+        await here.until(lambda: here.standing.state_for().round == 2)
+        assert here.standing.state_for().initial_weights.digest == published
 
 
 async def test_too_few_agents_at_the_deadline_fail_the_round_if_so_configured(tmp_path: Path) -> None:
@@ -417,7 +425,7 @@ async def test_too_few_agents_at_the_deadline_fail_the_round_if_so_configured(tm
 async def test_deadline_closes_a_round_with_enough_agents(tmp_path: Path) -> None:
     async with world(tmp_path, min_agents=1, max_agents=3, deadline_seconds=0.3, rounds=1) as here:
         await here.contribute("a")
-        assert here.coordinator.state_for().phase is Phase.COLLECTING
+        assert here.standing.state_for().phase is Phase.COLLECTING
         await asyncio.wait_for(here.running, 10)
         assert [agent["agent_id"] for agent in here.report()["agents"]] == ["a"]
 
@@ -432,15 +440,15 @@ async def test_other_configuration_of_the_run_is_refused_and_named(tmp_path: Pat
 
 async def test_rejection_is_reported_with_its_reason(tmp_path: Path) -> None:
     async with world(tmp_path) as here:
-        await here.coordinator.join("bad")
+        await here.desk.join("bad")
         path = tmp_path / "bad"
         save_file({"weight": np.full((2, 3), np.nan, np.float32)}, path)
         blob = Blob(hashlib.sha256(path.read_bytes()).hexdigest(), path.stat().st_size)
         with pytest.raises(InvalidError):
-            async with here.coordinator.receive("bad", "weights", blob, 0) as upload:
+            async with here.desk.receive("bad", "weights", blob, 0) as upload:
                 await upload.write(path.read_bytes())
         await here.contribute("good")
-        await here.until(lambda: here.coordinator.state_for().round == 2)
+        await here.until(lambda: here.standing.state_for().round == 2)
         (rejected,) = here.report()["rejected"]
         assert (rejected["agent_id"], rejected["reason"]) == ("bad", Reason.NON_FINITE)
         assert here.report()["vanished"] == []
@@ -453,30 +461,30 @@ async def test_contribution_from_other_initial_weights_is_rejected_and_a_better_
         contribution = await here.contribution_of("a")
         for other in ("f" * 64, None):
             with pytest.raises(InvalidError, match="pre-training started from"):
-                await here.coordinator.contribute("a", 1, replace(contribution, initial_weights=other))
-            assert here.coordinator.state_for("a").outcome is Outcome.REJECTED
+                await here.desk.contribute("a", 1, replace(contribution, initial_digest=other))
+            assert here.standing.state_for("a").outcome is Outcome.REJECTED
         (row,) = here.store.contributions(1)
-        assert (row.outcome, row.reason) == ("rejected", Reason.INITIAL_WEIGHTS)
-        assert (await here.coordinator.contribute("a", 1, contribution)).outcome is Outcome.ACCEPTED
-        await here.until(lambda: here.coordinator.state_for().round == 2)
+        assert (row.outcome, row.why.reason) == ("rejected", Reason.INITIAL_WEIGHTS)
+        assert (await here.desk.contribute("a", 1, contribution)).outcome is Outcome.ACCEPTED
+        await here.until(lambda: here.standing.state_for().round == 2)
         (agent,) = here.report()["agents"]
-        assert agent["initial_weights"] == here.store.round(1).initial_weights
+        assert agent["initial_weights"] == here.store.round(1).initial_digest
 
 
 async def test_differences_from_other_weights_are_rejected_and_better_ones_accepted(tmp_path: Path) -> None:
     async with world(tmp_path / "state", run={"wire": "int8"}) as here:
-        initial = here.coordinator.state_for().initial_weights.digest
+        initial = here.standing.state_for().initial_weights.digest
         write_weights(tmp_path / "weights", 7)
         contributions = []
         for digest in ("5" * 64, initial):
-            base = Base(here.store.blob_path(initial), digest)
+            base = Base(here.store.blobs.path(initial), digest)
             encode(tmp_path / "weights", tmp_path / "sent", "int8", base=base)
             contributions.append(await here.upload("a", tmp_path / "sent"))
         other, right = contributions
         with pytest.raises(InvalidError, match="the weights are differences from 5555555555555555…"):
-            await here.coordinator.contribute("a", 1, other)
-        assert here.coordinator.state_for("a").outcome is Outcome.REJECTED
-        assert (await here.coordinator.contribute("a", 1, right)).outcome is Outcome.ACCEPTED
+            await here.desk.contribute("a", 1, other)
+        assert here.standing.state_for("a").outcome is Outcome.REJECTED
+        assert (await here.desk.contribute("a", 1, right)).outcome is Outcome.ACCEPTED
 
 
 async def test_independent_agents_start_from_their_own_weights_until_a_model_is_published(
@@ -485,16 +493,16 @@ async def test_independent_agents_start_from_their_own_weights_until_a_model_is_
     run = {"initial_weights": "independent"}
 
     async def contribute_own(here: World, number: int) -> Outcome:
-        contribution = replace(await here.contribution_of("a"), initial_weights=None)
-        return (await here.coordinator.contribute("a", number, contribution)).outcome
+        contribution = replace(await here.contribution_of("a"), initial_digest=None)
+        return (await here.desk.contribute("a", number, contribution)).outcome
 
     async with world(tmp_path, [failure("failed")] * 9, max_attempts=1, run=run) as here:
         assert await contribute_own(here, 1) is Outcome.ACCEPTED
-        await here.until(lambda: here.coordinator.state_for().round == 2)
+        await here.until(lambda: here.standing.state_for().round == 2)
         assert here.report()["agents"][0]["initial_weights"] is None
     async with world(tmp_path, run=run) as here:
         assert await contribute_own(here, 2) is Outcome.ACCEPTED  # round 1 failed
-        await here.until(lambda: here.coordinator.state_for().round == 3)
+        await here.until(lambda: here.standing.state_for().round == 3)
         with pytest.raises(InvalidError, match="from weights of the agent's own"):
             await contribute_own(here, 3)
     async with world(tmp_path, run=run) as here:
@@ -508,7 +516,7 @@ async def test_accuracies_are_those_of_the_last_published_round(tmp_path: Path) 
         here.metrics.set_accuracies({"average": 0.3, "best_agent": 0.4})  # as of a round before
         for number in (1, 2):
             await here.contribute("a", number)
-            await here.until(lambda number=number: here.coordinator.state_for().round > number)
+            await here.until(lambda number=number: here.standing.state_for().round > number)
         (family,) = [each for each in here.metrics.registry.collect() if each.name.endswith("accuracy_ratio")]
         assert {sample.labels["stage"]: sample.value for sample in family.samples} == {"average": 0.5}
 
@@ -525,9 +533,9 @@ async def test_contribution_that_the_trainer_leaves_out_was_accepted_and_does_no
         here.trainer.audit = (flagged, large, fine)
         offered = {agent_id: await here.contribution_of(agent_id) for agent_id in ("a", "b", "c")}
         for agent_id, contribution in offered.items():
-            assert (await here.coordinator.contribute(agent_id, 1, contribution)).outcome is Outcome.ACCEPTED
-        await here.until(lambda: here.coordinator.state_for().round == 2)
-        states = {agent_id: here.coordinator.state_for(agent_id) for agent_id in offered}
+            assert (await here.desk.contribute(agent_id, 1, contribution)).outcome is Outcome.ACCEPTED
+        await here.until(lambda: here.standing.state_for().round == 2)
+        states = {agent_id: here.standing.state_for(agent_id) for agent_id in offered}
         assert {agent_id: state.counted_round for agent_id, state in states.items()} == {
             "a": 0,
             "b": 0,
@@ -539,7 +547,7 @@ async def test_contribution_that_the_trainer_leaves_out_was_accepted_and_does_no
         assert states["a"].left_out.message.startswith("its labels contradict those of the others: look for")
         assert states["b"].left_out
         assert "90 times as large as those of the others, 3 times is allowed" in states["b"].left_out.message
-        again = await here.coordinator.contribute("a", 1, offered["a"])
+        again = await here.desk.contribute("a", 1, offered["a"])
         assert again.outcome is Outcome.ACCEPTED
         left_out = {item["agent_id"]: item.get("left_out") for item in here.report()["agents"]}
         assert left_out["a"] == {"reason": "quarantined", "message": states["a"].left_out.message}
@@ -555,30 +563,30 @@ async def test_repeated_report_is_counted_once(tmp_path: Path) -> None:
     async with world(tmp_path, min_agents=2) as here:
         for agent_id in ("a", "b"):
             await here.contribute(agent_id)
-        await here.until(lambda: here.coordinator.state_for().round == 2)
+        await here.until(lambda: here.standing.state_for().round == 2)
         kept = replace(REPORT, applied=False, reason="accuracy 0.91 → 0.84")
         for _ in range(3):
-            await here.coordinator.report("a", 1, replace(REPORT, agent_id="a"))
-            await here.coordinator.report("b", 1, replace(kept, agent_id="b"))
+            await here.desk.report("a", 1, replace(REPORT, agent_id="a"))
+            await here.desk.report("b", 1, replace(kept, agent_id="b"))
         assert (count("true"), count("false")) == (1, 1)
-        first, second = (await here.coordinator.status())["agents"]
+        first, second = (await here.standing.status())["agents"]
         assert (first["applied"], first["message"]) == (True, "")
         assert (second["applied"], second["message"]) == (False, kept.reason)
     async with world(tmp_path, min_agents=2) as here:
-        await here.coordinator.report("b", 1, replace(kept, agent_id="b"))
+        await here.desk.report("b", 1, replace(kept, agent_id="b"))
         assert (count("true"), count("false")) == (0, 0)  # counted in the life before
 
 
 async def test_reports_of_agents_end_up_in_the_report(tmp_path: Path) -> None:
     async with world(tmp_path) as here:
         await here.contribute("a")
-        await here.until(lambda: here.coordinator.state_for().round == 2)
+        await here.until(lambda: here.standing.state_for().round == 2)
         row = replace(REPORT, agent_id="a", accuracy_after=0.3, accuracy_adapted=0.6)
-        await asyncio.gather(*(here.coordinator.report("a", 1, row) for _ in range(5)))
+        await asyncio.gather(*(here.desk.report("a", 1, row) for _ in range(5)))
         (agent,) = here.report()["agents"]
         measured = [agent[f"accuracy_{stage}"] for stage in ("before", "after", "adapted")]
         assert (measured, agent["applied"]) == ([0.5, 0.3, 0.6], True)
-        (shown,) = (await here.coordinator.status())["agents"]
+        (shown,) = (await here.standing.status())["agents"]
         assert (shown["accuracy_after"], shown["accuracy_adapted"]) == (0.3, 0.6)
 
 
@@ -586,9 +594,9 @@ async def test_reports_of_agents_end_up_in_the_report(tmp_path: Path) -> None:
 
 
 async def forgotten(here: World, agent_id: str) -> None:
-    pseudonym = here.store.ask_to_forget(agent_id, 1.0)
+    pseudonym = ask_to_forget(here.store, agent_id, 1.0)
     await here.until(
-        lambda: any(row.pseudonym == pseudonym and row.done_at for row in here.store.forgettings())
+        lambda: any(row.pseudonym == pseudonym and row.done_at for row in forgettings(here.store))
     )
 
 
@@ -596,15 +604,15 @@ async def test_open_round_goes_on_without_an_agent_that_is_forgotten(tmp_path: P
     async with world(tmp_path, min_agents=2) as here:
         assert await here.contribute("gone") is Outcome.ACCEPTED
         await forgotten(here, "gone")
-        assert here.coordinator.state_for("gone").outcome is None
-        assert here.coordinator.state_for().num_contributions == 0
-        assert (await here.coordinator.status())["agents"] == []
+        assert here.standing.state_for("gone").outcome is None
+        assert here.standing.state_for().num_contributions == 0
+        assert (await here.standing.status())["agents"] == []
         with pytest.raises(NotFoundError) as refused:
-            await here.coordinator.query_upload("gone", "weights", "a" * 64)
+            await here.desk.query_upload("gone", "weights", "a" * 64)
         assert refused.value.reason is Reason.UNKNOWN_AGENT
         for name in ("first", "second"):
             assert await here.contribute(name) is Outcome.ACCEPTED
-        await here.until(lambda: here.coordinator.state_for().round == 2)
+        await here.until(lambda: here.standing.state_for().round == 2)
         assert [each["agent_id"] for each in here.report()["agents"]] == ["first", "second"]
 
 
@@ -613,9 +621,9 @@ async def test_job_is_done_again_without_an_agent_that_is_forgotten(tmp_path: Pa
         here.trainer.is_slow = True
         for name in ("gone", "stays"):
             assert await here.contribute(name) is Outcome.ACCEPTED
-        await here.until(lambda: here.coordinator.state_for().phase is Phase.FINE_TUNING)
+        await here.until(lambda: here.standing.state_for().phase is Phase.FINE_TUNING)
         await forgotten(here, "gone")
-        await here.until(lambda: here.coordinator.state_for().round == 2)
+        await here.until(lambda: here.standing.state_for().round == 2)
         jobs = [[item.agent_id for item in job.contributions] for job in here.trainer.jobs[1:]]
         assert jobs == [["gone", "stays"], ["stays"]]
         assert here.trainer.jobs[-1].attempt == 1
@@ -626,21 +634,21 @@ async def test_round_of_which_nobody_is_left_fails_and_the_next_one_opens(tmp_pa
     async with world(tmp_path) as here:
         here.trainer.is_slow = True
         assert await here.contribute("gone") is Outcome.ACCEPTED
-        await here.until(lambda: here.coordinator.state_for().phase is Phase.FINE_TUNING)
+        await here.until(lambda: here.standing.state_for().phase is Phase.FINE_TUNING)
         await forgotten(here, "gone")
-        await here.until(lambda: here.coordinator.state_for().round == 2)
+        await here.until(lambda: here.standing.state_for().round == 2)
         assert here.report()["failure"] == "every agent that contributed is forgotten"
 
 
 async def test_upload_under_way_of_an_agent_that_is_forgotten_ends_and_leaves_nothing(tmp_path: Path) -> None:
     async with world(tmp_path) as here:
-        await here.coordinator.join("gone")
+        await here.desk.join("gone")
         write_weights(tmp_path / "upload", 1)
         content = await asyncio.to_thread((tmp_path / "upload").read_bytes)
         blob = Blob(hashlib.sha256(content).hexdigest(), len(content))
 
         async def receive() -> None:
-            async with here.coordinator.receive("gone", "weights", blob, 0) as upload:
+            async with here.desk.receive("gone", "weights", blob, 0) as upload:
                 await upload.write(content[:50])
                 await forgotten(here, "gone")
                 await upload.write(content[50:])
@@ -667,24 +675,24 @@ async def test_who_is_forgotten_as_a_model_is_published_is_in_no_metric(
             assert values(here.metrics.registry, "ecavg_server_agent_flagged") == {"stays": 0.0}
 
         def leave(_: object) -> None:  # published, and the lock is free again
-            here.coordinator._slots.pop("gone")
+            here.ledger.expel("gone")
 
         monkeypatch.setattr(here.metrics, "set_accuracies", leave)
         monkeypatch.setattr(here.metrics, "set_audit", after_somebody_left)
         for name in names:
             assert await here.contribute(name) is Outcome.ACCEPTED
-        await here.until(lambda: here.coordinator.state_for().round == 2)
+        await here.until(lambda: here.standing.state_for().round == 2)
 
 
 async def test_forgotten_agent_may_join_anew_a_little_later(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with world(tmp_path) as here:
-        assert (await here.coordinator.join("gone")).slot == 1
+        assert (await here.desk.join("gone")).slot == 1
         await forgotten(here, "gone")
         with pytest.raises(NotFoundError, match="just been forgotten"):  # a call that was under way
-            await here.coordinator.join("gone")
-        monkeypatch.setattr(coordinator, "CUT_OFF_SECONDS", 0.0)
+            await here.desk.join("gone")
+        monkeypatch.setattr(ledger, "CUT_OFF_SECONDS", 0.0)
         assert await here.contribute("gone") is Outcome.ACCEPTED
 
 
@@ -693,7 +701,7 @@ async def test_forgetting_waits_for_a_disk_that_is_full(
 ) -> None:
     async with world(tmp_path, min_agents=2) as here:
         assert await here.contribute("gone") is Outcome.ACCEPTED
-        remove, is_full = here.store.remove_blobs, True
+        remove, is_full = retired.remove_blobs, True
 
         def full_at_first(*args: Any, **kwargs: Any) -> int:
             nonlocal is_full
@@ -702,7 +710,7 @@ async def test_forgetting_waits_for_a_disk_that_is_full(
                 raise StorageError("no space left on device")
             return remove(*args, **kwargs)
 
-        monkeypatch.setattr(here.store, "remove_blobs", full_at_first)
+        monkeypatch.setattr(retired, "remove_blobs", full_at_first)
         await forgotten(here, "gone")
         assert not is_full
         assert here.store.agents() == []
@@ -714,18 +722,18 @@ async def contribution_with_data(here: World, agent_id: str) -> Contribution:
     write_shard(path, Shard(np.zeros((5, 1, 8, 8), np.uint8), np.zeros(5, np.int64)))
     content = path.read_bytes()
     blob = Blob(hashlib.sha256(content).hexdigest(), len(content))
-    async with here.coordinator.receive(agent_id, "data", blob, 0) as upload:
+    async with here.desk.receive(agent_id, "data", blob, 0) as upload:
         await upload.write(content)
-    return replace(start, shards=(blob.digest,), num_examples=8)
+    return replace(start, shard_digests=(blob.digest,), num_examples=8)
 
 
 async def test_data_kept_for_a_round_go_when_it_is_over(tmp_path: Path) -> None:
     async with world(tmp_path, run=RunConfig(retain_data="round")) as here:
         whole = await contribution_with_data(here, "first")
-        (digest,) = whole.shards
-        assert (await here.coordinator.query_upload("first", "data", digest))[1]
-        assert (await here.coordinator.contribute("first", 1, whole)).outcome is Outcome.ACCEPTED
-        await here.until(lambda: here.coordinator.state_for().round == 2)
-        assert await here.coordinator.query_upload("first", "data", digest) == (0, False)
+        (digest,) = whole.shard_digests
+        assert (await here.desk.query_upload("first", "data", digest))[1]
+        assert (await here.desk.contribute("first", 1, whole)).outcome is Outcome.ACCEPTED
+        await here.until(lambda: here.standing.state_for().round == 2)
+        assert await here.desk.query_upload("first", "data", digest) == (0, False)
         (agent,) = here.report()["agents"]
         assert (agent["num_examples"], agent["num_shared"], here.report()["num_shared"]) == (8, 5, 5)

@@ -43,7 +43,10 @@ def as_set(*shards: Shard) -> set[tuple[bytes, int]]:
 
 
 def write_idx(path: Path, array: np.ndarray) -> None:
-    """The IDX format of the MNIST files: type 8 is ubyte; big-endian sizes; data."""
+    """Write the array in the IDX format of the MNIST files.
+
+    The file has the type 8, which is ubyte, then the big-endian sizes, then the data.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     header = struct.pack(f">HBB{array.ndim}I", 0, 8, array.ndim, *array.shape)
     path.write_bytes(header + array.astype(np.uint8).tobytes())

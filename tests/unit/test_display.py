@@ -2,10 +2,8 @@
 
 from dataclasses import replace
 
-from cloud_server.jobs import Progress
-from cloud_server.round import Phase
 from cloud_server.showing.display import RunDisplay
-from cloud_server.showing.standing import RunState
+from common.run_state import Phase, RunState, WorkProgress
 from common.transfer import Blob
 
 STATE = RunState(
@@ -46,7 +44,7 @@ def test_bars_are_full_once_their_work_is_over() -> None:
     display.show(replace(STATE, num_contributions=1))
     assert bars.figures == {"round 1: contributions": (1, 3)}
     display.show(replace(STATE, num_contributions=2))
-    step = Progress(phase="fine_tuning", done=8, total=9, loss=0.5)
+    step = WorkProgress(8, 9, 0.5)
     display.show(replace(STATE, phase=Phase.FINE_TUNING, progress=step))
     assert bars.figures == {"round 1: contributions": (2, 2), "round 1: fine-tuning": (8, 9)}
     display.show(replace(STATE, phase=Phase.PUBLISHED))

@@ -330,7 +330,7 @@ def test_what_the_gate_decides_is_measured_and_then_applied(tmp_path: Path) -> N
         contributions = network.contribute(setting.run, 1, None)
         edge = network.edges[0]
         own = edge.disk.model.read_bytes()
-        stranger = network.cloud.blobs.get(contributions[1].weights)  # of five other classes
+        stranger = network.cloud.blobs.get(contributions[1].weights_digest)  # of five other classes
 
         ungated = replace(edge, run=setting.run.model_copy(update={"apply": "always"}))
         always = ungated.receive(1, stranger, nothing)

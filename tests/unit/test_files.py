@@ -3,8 +3,9 @@ import os
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 
-from common.files import link
+from common.files import error_number, is_full, link
 
 
 @pytest.fixture
@@ -53,3 +54,26 @@ def test_any_other_trouble_is_told_and_changes_nothing(source: Path, monkeypatch
         link(source, target)
     assert target.read_text() == "old"
     assert set(source.parent.iterdir()) == {source, target}
+
+
+IN_WORDS = "Error while serializing: I/O error: {} (os error {})"
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_and_a_used_up_quota_are_known_in_every_form(number: int) -> None:
+    text = IN_WORDS.format(os.strerror(number), number)
+    for error in (OSError(number, "no room"), SafetensorError(text), OSError(f"cannot write x: {text}")):
+        assert error_number(error) == number
+        assert is_full(error)
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS, errno.EIO])
+def test_a_disk_that_refuses_for_another_reason_is_not_full(number: int) -> None:
+    for error in (OSError(number, "no"), SafetensorError(IN_WORDS.format(os.strerror(number), number))):
+        assert error_number(error) == number
+        assert not is_full(error)
+
+
+def test_the_number_of_the_error_counts_more_than_its_text() -> None:
+    assert not is_full(OSError(errno.EACCES, "after (os error 28)"))
+    assert error_number(ValueError("28")) is None

@@ -1,4 +1,4 @@
-"""What is removed of an agent, what stays, and that it may die anywhere; the state is written out by hand."""
+"""What forgetting removes and keeps, and that it may die anywhere; the state is written out by hand."""
 
 import json
 import os
@@ -6,17 +6,21 @@ import shutil
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from cloud_server import jobs
 from cloud_server import store as store_module
 from cloud_server.commands import check
-from cloud_server.disk.tables import ContributionRow, ReportRow
-from cloud_server.jobs import JobContribution, JobDirectory
-from cloud_server.store import InUseError, Store
-from cloud_server.upkeep import forgetting, provenance
-from common.errors import NotFoundError, RunError, UsageError
+from cloud_server.contribution import Contribution, Decision
+from cloud_server.disk.lock import InUseError
+from cloud_server.disk.tables import ReportRow
+from cloud_server.jobs import JobDirectory
+from cloud_server.store import Store
+from cloud_server.upkeep import forgetting, forgotten, provenance
+from common.errors import NotFoundError, UsageError
+from common.run_state import Outcome
 from tests.unit.states import (
     AGENT,
     INITIAL,
@@ -45,12 +49,14 @@ def upload(store: Store, agent_id: str, content: bytes, kind: str) -> str:
     return digest
 
 
-def contribute_other(store: Store, number: int, outcome: str = "accepted") -> None:
-    """The other's weights; a shard of its own, and the one that AGENT has as well."""
+def contribute_other(store: Store, number: int, outcome: Outcome = Outcome.ACCEPTED) -> None:
+    """Have the other contribute weights, a shard of its own, and the one that AGENT has as well."""
     weights = upload(store, OTHER, f"weights of the other {number}".encode(), "weights")
     shards = tuple(upload(store, OTHER, content, "data") for content in (SECRET, SHARD))
-    row = ContributionRow(OTHER, outcome, weights, shards, 10, 0.9, "", "", at=number + 0.3)
-    store.record_contribution(number, row)
+    contribution = Contribution(OTHER, weights, shards, 10, accuracy_local=0.9)
+    is_accepted = outcome is Outcome.ACCEPTED
+    decision = Decision(OTHER, outcome, number + 0.3, contribution if is_accepted else None)
+    store.record_contribution(number, decision)
 
 
 @pytest.fixture
@@ -66,12 +72,12 @@ def store(state_dir: Path) -> Iterator[Store]:
 
 
 def make(store: Store, state_dir: Path) -> None:
-    """Two published rounds, the first of them with both agents; a third one at whose job the trainer was."""
+    """Make two published rounds, the first with both agents, and a third that the trainer has worked on."""
     begin(store, state_dir)
     assert store.join(OTHER, 0.6) == 2
     for number in (1, 2):
         contribute(store, number)
-        contribute_other(store, number, "accepted" if number == 1 else "late")
+        contribute_other(store, number, Outcome.ACCEPTED if number == 1 else Outcome.LATE)
         publish(store, state_dir, number)
         store.record_report(number, ReportRow(OTHER, 0.5, 0.5, 0.6, 10, applied=True, reason="", at=1.0))
         path = state_dir / f"rounds/{number:04d}/report.json"
@@ -86,23 +92,19 @@ def make(store: Store, state_dir: Path) -> None:
     store.set_phase(3, "aggregating", 3.5)
     directory = run_job(state_dir, 3, digest_of(model_of(2)))
     work = directory.read_job().model_copy(
-        update={
-            "contributions": tuple(
-                JobContribution(agent_id=name, weights="0" * 64, shards=(), num_examples=1)
-                for name in (AGENT, OTHER)
-            )
-        }
+        update={"contributions": tuple(Contribution(name, "0" * 64, (), 1) for name in (AGENT, OTHER))}
     )
     directory.write_job(work)
     directory.write_result(jobs.Result(weights=jobs.Weights(sha256=digest_of(model_of(3)), bytes=1)))
-    store.adopt_blob(directory.weights_path, digest_of(model_of(3)))  # made of the other, not published yet
+    # This model was made of the other's weights, too, and is not published yet.
+    store.blobs.adopt(directory.weights_path, digest_of(model_of(3)))
 
 
 def forget(store: Store, state_dir: Path, agent_id: str = OTHER) -> str:
-    pseudonym = store.ask_to_forget(agent_id, NOW)
-    (row,) = (row for row in store.forgettings() if row.pseudonym == pseudonym)
+    pseudonym = forgotten.ask_to_forget(store, agent_id, NOW)
+    (row,) = (row for row in forgotten.forgettings(store) if row.pseudonym == pseudonym)
     if row.done_at is None:
-        forgetting.forget(store, state_dir, row, NOW)
+        forgetting.forget(store, row, NOW)
     return pseudonym
 
 
@@ -122,13 +124,13 @@ def check_forgotten(state_dir: Path, pseudonym: str) -> None:
     assert not (state_dir / "jobs/round-0003").exists()
     for path in state_dir.rglob("*"):
         assert not path.is_file() or OTHER.encode() not in path.read_bytes(), path
-    lines = provenance.read(state_dir / "provenance.jsonl")
-    assert [line.get("round") for line in lines] == [1, 2, None]
-    ids = [[item["agent_id"] for item in line["contributions"]] for line in lines[:2]]
+    gone, *rounds = written(state_dir)
+    assert [line["round"] for line in rounds] == [1, 2]
+    ids = [[item["agent_id"] for item in line["contributions"]] for line in rounds]
     assert ids == [[AGENT, pseudonym], [AGENT]]
-    assert lines[0]["contributions"][1]["shards"] == [digest_of(SECRET), digest_of(SHARD)]
+    assert rounds[0]["contributions"][1]["shards"] == [digest_of(SECRET), digest_of(SHARD)]
     models = [{"round": 1, "model": digest_of(model_of(1))}]
-    assert lines[2] == {"forgotten": pseudonym, "at": NOW, "models": models}
+    assert gone == {"forgotten": pseudonym, "at": NOW, "models": models}
     assert is_healthy(state_dir)
 
 
@@ -143,7 +145,7 @@ def test_nothing_of_a_forgotten_agent_is_left_and_all_of_the_others(store: Store
 
 def test_the_models_that_had_used_its_data_are_told(store: Store, state_dir: Path) -> None:
     forget(store, state_dir)
-    (row,) = store.forgettings()
+    (row,) = forgotten.forgettings(store)
     assert row.models == ((1, digest_of(model_of(1))),)
     assert (row.agent_id, row.slot, row.done_at) == (None, None, NOW)
 
@@ -155,11 +157,11 @@ def test_a_model_that_has_nothing_of_it_had_not_used_its_data(tmp_path: Path) ->
         contribute(store, 1)
         contribute_other(store, 1)
         why = {OTHER: ("quarantined", "its labels contradict those of the others")}
-        store.set_phase(1, "published", 1.9, published=digest_of(INITIAL), left_out=why)
-        (entry,) = provenance.entries_from(store, 1)
+        store.set_phase(1, "published", 1.9, published_digest=digest_of(INITIAL), left_out=why)
+        entry = json.loads(next(provenance.lines(store)))
         assert [item["agent_id"] for item in entry["contributions"]] == [AGENT]
         pseudonym = forget(store, tmp_path)
-        (row,) = (row for row in store.forgettings() if row.pseudonym == pseudonym)
+        (row,) = (row for row in forgotten.forgettings(store) if row.pseudonym == pseudonym)
         assert row.models == ()
 
 
@@ -171,23 +173,25 @@ def test_round_goes_on_without_it(store: Store, state_dir: Path) -> None:
 
 def test_agent_that_nobody_knows_cannot_be_forgotten(store: Store, state_dir: Path) -> None:
     with pytest.raises(NotFoundError):
-        store.ask_to_forget("nobody", NOW)
+        forgotten.ask_to_forget(store, "nobody", NOW)
     forget(store, state_dir)
-    with pytest.raises(NotFoundError):  # any more
-        store.ask_to_forget(OTHER, NOW)
+    with pytest.raises(NotFoundError):
+        forgotten.ask_to_forget(store, OTHER, NOW)
 
 
 def test_asking_twice_is_asking_once(store: Store) -> None:
-    assert store.ask_to_forget(OTHER, NOW) == store.ask_to_forget(OTHER, NOW + 1)
+    assert forgotten.ask_to_forget(store, OTHER, NOW) == forgotten.ask_to_forget(store, OTHER, NOW + 1)
 
 
 def test_agent_whose_weights_were_published_as_they_are_leaves_them(store: Store, state_dir: Path) -> None:
-    """The best agent's, say: the model is the same blob."""
-    (row,) = (row for row in store.contributions(1) if row.agent_id == OTHER)
-    store.set_phase(1, "published", 2.0, published=row.weights)
+    """Keep a blob that is the model as well, as where the best agent's weights are published."""
+    (weights,) = (
+        each.contribution.weights_digest for each in store.contributions(1) if each.agent_id == OTHER
+    )
+    store.set_phase(1, "published", 2.0, published_digest=weights)
     (state_dir / "provenance.jsonl").unlink()
     forget(store, state_dir)
-    assert row.weights in blobs(state_dir)
+    assert weights in blobs(state_dir)
     assert digest_of(SECRET) not in blobs(state_dir)
 
 
@@ -232,8 +236,8 @@ def test_guest_asks_while_another_has_the_state(store: Store, state_dir: Path) -
     with pytest.raises(InUseError, match="uses state directory"):
         Store(state_dir)
     with closing(Store(state_dir, as_guest=True)) as guest:
-        pseudonym = guest.ask_to_forget(OTHER, NOW)
-    assert [row.pseudonym for row in store.forgettings()] == [pseudonym]
+        pseudonym = forgotten.ask_to_forget(guest, OTHER, NOW)
+    assert [row.pseudonym for row in forgotten.forgettings(store)] == [pseudonym]
 
 
 def test_guest_leaves_the_state_of_a_server_of_another_version_as_it_is(
@@ -255,7 +259,7 @@ def test_damaged_report_keeps_nobody_from_being_forgotten(store: Store, state_di
 def test_check_tells_of_who_is_to_be_forgotten(
     store: Store, state_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    store.ask_to_forget(OTHER, NOW)
+    forgotten.ask_to_forget(store, OTHER, NOW)
     store.close()
     assert not is_healthy(state_dir)
     assert "an agent is to be forgotten, and is not yet: start the server" in capsys.readouterr().out
@@ -265,7 +269,7 @@ def test_forgetting_may_die_at_any_step(tmp_path: Path) -> None:
     template = tmp_path / "template"
     with closing(Store(template)) as store:
         make(store, template)
-        store.ask_to_forget(OTHER, NOW)
+        forgotten.ask_to_forget(store, OTHER, NOW)
     for steps in range(1, 1000):
         state_dir = tmp_path / str(steps)
         shutil.copytree(template, state_dir)
@@ -279,8 +283,8 @@ def test_forgetting_may_die_at_any_step(tmp_path: Path) -> None:
                     (os, "replace"),
                     (shutil, "rmtree"),
                     (jobs, "sync"),
-                    (Store, "forget_records"),
-                    (Store, "note_forgotten"),
+                    (forgotten, "forget_records"),
+                    (forgotten, "note_forgotten"),
                 ],
             )
             try:
@@ -290,9 +294,9 @@ def test_forgetting_may_die_at_any_step(tmp_path: Path) -> None:
                 pass
         assert not jobs.pending_jobs(state_dir / "jobs")
         with closing(Store(state_dir)) as store:
-            (row,) = store.forgettings()
+            (row,) = forgotten.forgettings(store)
             if row.done_at is None:
-                forgetting.forget(store, state_dir, row, NOW)
+                forgetting.forget(store, row, NOW)
         check_forgotten(state_dir, row.pseudonym)
     assert 20 < steps < 1000
 
@@ -300,95 +304,118 @@ def test_forgetting_may_die_at_any_step(tmp_path: Path) -> None:
 # Provenance
 
 
+def written(state_dir: Path) -> list[dict[str, Any]]:
+    lines = (state_dir / "provenance.jsonl").read_text("utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
 def test_line_half_written_is_written_again(store: Store, state_dir: Path) -> None:
     path = state_dir / "provenance.jsonl"
     whole = path.read_bytes()
     for size in range(len(whole)):
-        path.write_bytes(whole[:size])
-        provenance.catch_up(store, state_dir)
-        assert path.read_bytes() == whole
-    path.unlink()
-    provenance.catch_up(store, state_dir)
-    assert path.read_bytes() == whole
-    provenance.catch_up(store, state_dir)
-    assert path.read_bytes() == whole
+        for note in (provenance.write, provenance.add_last_round):
+            path.write_bytes(whole[:size])
+            note(store)
+            assert path.read_bytes() == whole
 
 
-def test_lost_provenance_is_made_again_with_who_was_forgotten(store: Store, state_dir: Path) -> None:
-    pseudonym = forget(store, state_dir)
-    (state_dir / "provenance.jsonl").unlink()
-    provenance.catch_up(store, state_dir)
-    lines = provenance.read(state_dir / "provenance.jsonl")
-    assert [line.get("forgotten") for line in lines] == [None, None, pseudonym]
-    store.close()
-    assert is_healthy(state_dir)
-
-
-@pytest.mark.parametrize("read_bytes", [1, 100, 1 << 20])
-def test_last_round_is_found_behind_those_who_were_forgotten(
-    store: Store, state_dir: Path, read_bytes: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(provenance, "_READ_BYTES", read_bytes)
-    forget(store, state_dir)
-    forget(store, state_dir, AGENT)
+@pytest.mark.parametrize("is_forgotten", [False, True])
+def test_line_of_a_round_is_added_at_the_end(store: Store, state_dir: Path, is_forgotten: bool) -> None:
+    if is_forgotten:
+        forget(store, state_dir)
     path = state_dir / "provenance.jsonl"
-    before = path.read_bytes()
+    before, file = path.read_bytes(), path.stat().st_ino
     publish(store, state_dir, 3)
     whole = path.read_bytes()
     assert whole.startswith(before)
-    assert [line.get("round") for line in provenance.read(path)] == [1, 2, None, None, 3]
-    for size in range(len(before), len(whole)):
-        path.write_bytes(whole[:size])
-        provenance.catch_up(store, state_dir)
-        assert path.read_bytes() == whole
+    assert path.stat().st_ino == file
+    provenance.write(store)
+    assert path.read_bytes() == whole
+    assert [line["round"] for line in written(state_dir) if "round" in line] == [1, 2, 3]
+
+
+def test_file_that_says_all_is_left_alone(store: Store, state_dir: Path) -> None:
+    path = state_dir / "provenance.jsonl"
+    file = path.stat()
+    provenance.write(store)
+    provenance.add_last_round(store)
+    assert (path.stat().st_ino, path.stat().st_mtime_ns) == (file.st_ino, file.st_mtime_ns)
 
 
 def test_end_of_the_file_is_all_that_a_round_reads(store: Store, state_dir: Path) -> None:
     path = state_dir / "provenance.jsonl"
     first, second = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(b"nobody has read this\n" + first)
-    provenance.catch_up(store, state_dir)
+    provenance.add_last_round(store)
     assert path.read_bytes() == b"nobody has read this\n" + first + second
+    provenance.write(store)
+    assert path.read_bytes() == first + second
 
 
-def test_lost_provenance_is_made_again_whole_or_not_at_all(
+def test_round_that_failed_adds_nothing(store: Store, state_dir: Path) -> None:
+    before = (state_dir / "provenance.jsonl").read_bytes()
+    store.set_phase(3, "failed", 4.0, failure="it went wrong")
+    provenance.add_last_round(store)
+    assert (state_dir / "provenance.jsonl").read_bytes() == before
+
+
+def test_run_that_has_published_nothing_has_no_file(tmp_path: Path) -> None:
+    with closing(Store(tmp_path)) as store:
+        begin(store, tmp_path)
+        provenance.write(store)
+        provenance.add_last_round(store)
+    assert not (tmp_path / "provenance.jsonl").exists()
+
+
+def test_lost_provenance_is_written_anew_with_who_was_forgotten(store: Store, state_dir: Path) -> None:
+    pseudonym = forget(store, state_dir)
+    path = state_dir / "provenance.jsonl"
+    before = path.read_bytes()
+    path.unlink()
+    provenance.write(store)
+    assert path.read_bytes() == before
+    store.close()
+    check_forgotten(state_dir, pseudonym)
+
+
+def test_provenance_is_replaced_whole_or_not_at_all(
     store: Store, state_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    forget(store, state_dir)
     path = state_dir / "provenance.jsonl"
-    path.unlink()
+    path.write_bytes(b"damaged\n")
     with monkeypatch.context() as dying:
         dying_at(dying, 1, [(Path, "replace")])
         with pytest.raises(Killed):
-            provenance.catch_up(store, state_dir)
-    assert not path.exists()
+            provenance.write(store)
+    assert path.read_bytes() == b"damaged\n"
 
 
-DAMAGE = [b"not JSON\n", b"[1]\n", b"\xff\n"]
+DAMAGE = [b"not JSON\n", b"[1]\n", b"\xff\n", b"\n", b"no end"]
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_damaged_provenance_is_told_of(
-    store: Store, state_dir: Path, damage: bytes, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("is_first", [False, True])
+def test_damaged_provenance_is_told_of_and_written_anew(
+    store: Store, state_dir: Path, damage: bytes, is_first: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = state_dir / "provenance.jsonl"
-    path.write_bytes(path.read_bytes() + damage)
-    with pytest.raises(RunError, match=r"is damaged: restore it from a backup, or remove it"):
-        provenance.catch_up(store, state_dir)
+    whole = path.read_bytes()
+    path.write_bytes(damage + whole if is_first else whole + damage)
     store.close()
     assert not is_healthy(state_dir)
-    assert "provenance.jsonl: is damaged" in capsys.readouterr().out
+    expected = "provenance.jsonl: does not say what the records say of the published models: start the server"
+    assert expected in capsys.readouterr().out
+    with closing(Store(state_dir)) as store:
+        provenance.write(store)
+    assert path.read_bytes() == whole
+    assert is_healthy(state_dir)
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_nothing_is_forgotten_while_provenance_is_damaged(
+def test_damaged_provenance_keeps_nobody_from_being_forgotten(
     store: Store, state_dir: Path, damage: bytes
 ) -> None:
-    path = state_dir / "provenance.jsonl"
-    path.write_bytes(damage + path.read_bytes())
-    with pytest.raises(RunError, match="is damaged"):
-        forget(store, state_dir)
-    path.unlink()
+    (state_dir / "provenance.jsonl").write_bytes(damage)
     pseudonym = forget(store, state_dir)
     store.close()
     check_forgotten(state_dir, pseudonym)
@@ -411,8 +438,32 @@ def test_check_finds_what_provenance_says_wrong(store: Store, state_dir: Path, c
     assert not is_healthy(state_dir)
 
 
-def test_publication_that_a_crash_kept_from_the_log_is_no_problem(store: Store, state_dir: Path) -> None:
+def test_publication_that_a_crash_kept_from_the_file_is_no_problem(store: Store, state_dir: Path) -> None:
     path = state_dir / "provenance.jsonl"
-    path.write_text(path.read_text("utf-8").splitlines(keepends=True)[0])
+    first, second = path.read_bytes().splitlines(keepends=True)
     store.close()
-    assert is_healthy(state_dir)
+    for half in (b"", second[:20]):
+        path.write_bytes(first + half)
+        assert is_healthy(state_dir)
+
+
+def test_who_was_forgotten_by_an_older_program_is_known_without_digests(
+    state_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as older:
+        older.setattr(store_module, "MIGRATIONS", store_module.MIGRATIONS[:6])
+        with closing(Store(state_dir)) as store:
+            begin(store, state_dir)
+            store.set_phase(1, "published", 2.0, published_digest=digest_of(INITIAL))
+            with store.transaction() as database:
+                models = json.dumps([[1, digest_of(INITIAL)]])
+                database.execute("INSERT INTO forgettings VALUES ('x', NULL, NULL, ?, 3.0, 4.0)", (models,))
+    with closing(Store(state_dir)) as store:
+        assert forgotten.forgetting_of(store, "x").models == ((1, digest_of(INITIAL)),)
+        provenance.write(store)
+    models = [{"round": 1, "model": digest_of(INITIAL)}]
+    contribution = {"agent_id": "x", "weights": "", "shards": [], "num_examples": 0}
+    assert written(state_dir) == [
+        {"forgotten": "x", "at": 3.0, "models": models},
+        {"round": 1, "model": digest_of(INITIAL), "at": 2.0, "contributions": [contribution]},
+    ]

@@ -30,12 +30,12 @@ def cifar(model: str, **more: Any) -> RunConfig:
 
 
 def drawn(run: RunConfig) -> StateDict:
-    """What the run would begin with, were nothing loaded."""
+    """Return the weights that the run would begin with if no checkpoint were loaded."""
     return build_model(run, seed=derive_seed(run.seed, "initial_weights")).state_dict()
 
 
 def learnt(name: str, **options: Any) -> StateDict:
-    """A state_dict of torchvision's own model for ImageNet; no two tensors in it are alike."""
+    """Return a state_dict of torchvision's own model for ImageNet, in which no two tensors are alike."""
     model: nn.Module = torchvision.models.get_model(name, weights=None, **options)
     state_dict: StateDict = model.state_dict()
     generator = torch.Generator().manual_seed(1)
@@ -53,7 +53,10 @@ def checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def publish(tmp_path: Path, checkpoints: Path, monkeypatch: pytest.MonkeyPatch) -> Publish:
-    """Makes this what torchvision publishes for a model; returns the file."""
+    """Return a function that makes its content the checkpoint which torchvision publishes for a model.
+
+    The function returns the path of the checkpoint's file.
+    """
 
     def publish(model: str, content: Any, name: str = "") -> Path:
         torch.save(content, tmp_path / "new")

@@ -3,15 +3,14 @@ import sys
 
 import pytest
 
+from cloud_server.contribution import Contribution
 from cloud_server.jobs import (
     Job,
-    JobContribution,
     JobDirectory,
     JobError,
     Progress,
     Result,
     Weights,
-    blob_path,
     pending_jobs,
 )
 from common.config import RunConfig
@@ -26,7 +25,7 @@ JOB = Job(
     run=RunConfig(),
     device="auto",
     initial_weights=DIGEST,
-    contributions=(JobContribution(agent_id="a", weights=DIGEST, shards=(DIGEST,), num_examples=7),),
+    contributions=(Contribution("a", DIGEST, (DIGEST,), 7),),
 )
 RESULT = Result(
     weights=Weights(sha256=DIGEST, bytes=1),
@@ -167,16 +166,6 @@ def test_damaged_files_are_named(directory, text):
 def test_a_job_that_is_not_there_is_named(directory):
     with pytest.raises(RunError, match=r"job\.json is missing"):
         directory.read_job()
-
-
-def test_blobs_are_found_by_their_digest(tmp_path):
-    assert blob_path(tmp_path, DIGEST) == tmp_path / "ab" / DIGEST
-
-
-@pytest.mark.parametrize("text", ["", "ab", "../" + DIGEST, DIGEST.upper(), DIGEST + "\n", "g" + DIGEST[1:]])
-def test_only_digests_name_blobs(tmp_path, text):
-    with pytest.raises(ValueError, match="no digest"):
-        blob_path(tmp_path, text)
 
 
 def test_the_serving_side_does_not_import_torch():

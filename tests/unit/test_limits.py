@@ -146,7 +146,7 @@ async def test_files_are_counted_anew_after_a_contribution() -> None:
     files.clear()
     with pytest.raises(BudgetError):  # nobody has said that anything changed
         await book.check_files("a", {"coming": 1})
-    book.look_again_at("a")
+    book.forget_sizes_of("a")
     await book.check_files("a", {"coming": 1})
 
 
@@ -166,16 +166,16 @@ class Disk:
         return found
 
 
-@pytest.mark.parametrize("look_again", [Budgets.look_again, lambda book: book.look_again_at("a")])
+@pytest.mark.parametrize("forget", [Budgets.forget_sizes, lambda book: book.forget_sizes_of("a")])
 async def test_files_removed_while_they_are_looked_at_are_not_counted(
-    look_again: Callable[[Budgets], None],
+    forget: Callable[[Budgets], None],
 ) -> None:
     disk = Disk(there=1 << 20)
     book = Budgets(1 << 20, 1 << 30, disk.look)
     checking = asyncio.create_task(book.check_files("a", {"coming": 1 << 20}))
     await disk.looked.wait()
     disk.sizes.clear()
-    look_again(book)
+    forget(book)
     disk.release.set()
     await checking
 
@@ -201,7 +201,7 @@ async def test_number_of_files_is_bounded() -> None:
 
 
 async def least_seconds(book: Budgets) -> float:
-    """What one check takes of the event loop's thread, its files known."""
+    """Return the least seconds that one check of known files takes of the event loop's thread."""
     took = []
     for _ in range(20):
         started = time.thread_time()

@@ -8,8 +8,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from cloud_server.jobs import AgentAudit
 from cloud_server.metrics import ServerMetrics
-from cloud_server.round import Outcome
-from cloud_server.round import Phase as RoundPhase
+from common.run_state import Outcome
+from common.run_state import Phase as RoundPhase
 from edge_agent.metrics import AgentMetrics
 from edge_agent.metrics import Phase as AgentPhase
 
@@ -54,7 +54,7 @@ def scraped(registry: CollectorRegistry) -> dict[str, set[str]]:
 
 
 def values(registry: CollectorRegistry, name: str) -> Mapping[str, float]:
-    """The samples of a metric with one label: its value → the sample's."""
+    """Return the samples of a metric with one label, by the label's value."""
     return {
         next(iter(sample.labels.values())): sample.value
         for family in registry.collect()

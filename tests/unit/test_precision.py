@@ -2,7 +2,7 @@ import json
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from common import precision, training
 from common.config import DatasetSpec, TrainingConfig
 from common.precision import MIN_STEPS, decide, describe
-from common.training import train
+from common.training import CheckpointFile, Examples, Recipe, choose_precision, train
 
 CPU = torch.device("cpu")
 LONG = 1_000_000  # steps
@@ -96,21 +96,24 @@ def test_another_model_batch_or_number_of_threads_is_another_subject(monkeypatch
     assert len({*subjects, describe(nn.Linear(2, 3), (1, 8, 8), 5)}) == 5
 
 
-def trained(asked: str, path: Path | None = None, epochs: int = 2, **more: Any) -> dict[str, Tensor]:
-    """What a little network with everything that has a state becomes."""
+def trained(
+    asked: Literal["auto", "float32", "bfloat16"],
+    path: Path | None = None,
+    epochs: int = 2,
+    checkpoint: CheckpointFile | None = None,
+) -> dict[str, Tensor]:
+    """Train a little network with every kind of state, and return its state_dict."""
     torch.manual_seed(0)
     model = nn.Sequential(
         nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Flatten(), nn.Dropout(0.3), nn.Linear(216, 3)
     )
     images = torch.randint(256, (50, 3, 8, 8), dtype=torch.uint8)
-    labels = torch.randint(3, (50,))
+    examples = Examples(images, torch.randint(3, (50,)))
+    spec = DatasetSpec(3, (3, 8, 8), (0.4,) * 3, (0.2,) * 3)
+    config = TrainingConfig(epochs=epochs, batch_size=20, precision=asked)
     before = torch.get_rng_state()
-    train(
-        model, images, labels,
-        TrainingConfig(epochs=epochs, batch_size=20, precision=asked),  # type: ignore[arg-type]
-        spec=DatasetSpec(3, (3, 8, 8), (0.4,) * 3, (0.2,) * 3),
-        device=CPU, seed=1, precision_file=path, **more,
-    )  # fmt: skip
+    chosen = choose_precision(model, examples, config, spec=spec, device=CPU, kept_at=path)
+    train(model, examples, Recipe(config, spec, 1, chosen), device=CPU, checkpoint=checkpoint)
     assert torch.equal(torch.get_rng_state(), before)
     return model.state_dict()
 
@@ -152,9 +155,9 @@ def test_measuring_leaves_no_trace_in_the_training(
 
 @pytest.mark.usefixtures("measured")
 def test_a_checkpoint_of_another_precision_is_not_gone_on_with(tmp_path: Path) -> None:
-    path, options = tmp_path / "kept", {"checkpoint": tmp_path / "checkpoint", "checkpoint_seconds": 0}
-    trained("auto", path, **options)
+    path, checkpoint = tmp_path / "kept", CheckpointFile(tmp_path / "checkpoint", seconds=0)
+    trained("auto", path, checkpoint=checkpoint)
     text = path.read_text()
     other = "float32" if "bfloat16" in text else "bfloat16"
     path.write_text(text.replace(json.loads(text)["precision"], other))
-    assert are_equal(trained("auto", path, **options), trained(other))
+    assert are_equal(trained("auto", path, checkpoint=checkpoint), trained(other))

@@ -57,7 +57,7 @@ def store(tmp_path: Path) -> Iterator[Store]:
 
 async def report_of(result: Result, store: Store, state_dir: Path, **run: Any) -> dict[str, Any]:
     JobDirectory(state_dir / "jobs/round-0001").write_result(result)
-    await Reports(state_dir, RunConfig(**run), store).write(1)
+    await Reports(RunConfig(**run), store).write(1)
     report: dict[str, Any] = json.loads((state_dir / "rounds/0001/report.json").read_text("utf-8"))
     return report
 
@@ -78,7 +78,7 @@ async def test_report_says_what_the_audit_found_and_whose_contribution_was_left_
 ) -> None:
     published = digest_of(model_of(1))
     left_out = {AGENT: ("quarantined", "its labels")}
-    store.set_phase(1, "published", 2.0, published=published, left_out=left_out)
+    store.set_phase(1, "published", 2.0, published_digest=published, left_out=left_out)
     report = await report_of(RESULT, store, tmp_path)
     assert report["agents"][0]["left_out"] == {"reason": "quarantined", "message": "its labels"}
     first, second = report["audit"]
@@ -114,13 +114,13 @@ async def test_result_is_read_back_from_the_report_of_a_job_that_is_gone(
 ) -> None:
     await report_of(RESULT, store, tmp_path, **run)
     shutil.rmtree(tmp_path / "jobs/round-0001")
-    assert Reports(tmp_path, RunConfig(**run), store).result_of(1) == RESULT
+    assert Reports(RunConfig(**run), store).result_of(1) == RESULT
 
 
 async def test_report_of_a_job_that_is_gone_can_be_written_again(store: Store, tmp_path: Path) -> None:
     before = await report_of(RESULT, store, tmp_path, class_names=NAMES)
     shutil.rmtree(tmp_path / "jobs/round-0001")
-    await Reports(tmp_path, RunConfig(class_names=NAMES), store).write(1)
+    await Reports(RunConfig(class_names=NAMES), store).write(1)
     assert json.loads((tmp_path / "rounds/0001/report.json").read_text("utf-8")) == before
 
 

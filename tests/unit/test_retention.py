@@ -1,4 +1,4 @@
-"""What is kept, what goes, and that a clean-up may die anywhere; the state is written out by hand."""
+"""What a clean-up keeps and removes, and that it may die anywhere; the state is written out by hand."""
 
 import errno
 import os
@@ -14,12 +14,13 @@ import pytest
 from cloud_server import jobs
 from cloud_server.commands import check
 from cloud_server.config import ServerConfig
-from cloud_server.disk.tables import ContributionRow
+from cloud_server.contribution import Decision
 from cloud_server.jobs import JobDirectory
 from cloud_server.showing import reports
 from cloud_server.store import Store
-from cloud_server.upkeep import retention
+from cloud_server.upkeep import retention, retired
 from common.errors import StorageError
+from common.run_state import Outcome
 from tests.unit.states import (
     AGENT,
     INITIAL,
@@ -38,7 +39,8 @@ from tests.unit.states import (
 )
 
 WEEK = 7 * 24 * 3600.0
-NOW = time.time()  # the rounds' own times are near zero: only files are young
+# The rounds' own times are near zero: only files are young.
+NOW = time.time()
 
 
 @pytest.fixture
@@ -55,7 +57,7 @@ def store(state_dir: Path) -> Iterator[Store]:
 def clean_up(
     store: Store, state_dir: Path, *, keep_rounds: int = 2, keep: float = WEEK, now: float = 10.0, **more: Any
 ) -> None:
-    retention.clean_up(store, state_dir, keep_rounds=keep_rounds, keep_partial_seconds=keep, now=now, **more)
+    retention.clean_up(store, keep_rounds=keep_rounds, keep_partial_seconds=keep, now=now, **more)
 
 
 def expected_blobs(kept: range) -> set[str]:
@@ -81,7 +83,7 @@ def test_blobs_of_the_open_and_the_last_rounds_stay(store: Store, state_dir: Pat
     kept = range(max(1, 6 - keep_rounds), 6)
     assert blobs(state_dir) == expected_blobs(kept)
     models = {int(path.parent.name) for path in (state_dir / "rounds").glob("*/model.safetensors")}
-    assert models == {number for number, _ in retention.round_jobs(state_dir)} == set(kept)
+    assert models == {number for number, _ in jobs.round_jobs(store.state_dir)} == set(kept)
     assert len(list((state_dir / "rounds").glob("*/report.json"))) == 5
     assert [row.number for row in store.rounds() if row.retired] == list(range(1, kept[0]))
 
@@ -136,7 +138,7 @@ def test_an_old_shard_can_be_sent_again(store: Store, state_dir: Path) -> None:
 def test_shards_that_are_contributed_again_and_again_are_sent_once(
     store: Store, state_dir: Path, keep_rounds: int
 ) -> None:
-    """Each round brings a shard more; the first is made anew at last."""
+    """Contribute a shard more in each round, and another first one in the last rounds."""
     begin(store, state_dir)
     shards: list[bytes] = []
     for number in range(1, 9):
@@ -170,7 +172,8 @@ def test_data_kept_for_a_round_go_when_it_is_over(store: Store, state_dir: Path,
     for path in (begun, active):
         path.write_bytes(b"half")
     clean_up(store, state_dir, retain_data="round", now=NOW)
-    assert digest_of(SHARD) in blobs(state_dir)  # it is not over yet
+    # The round is not over yet.
+    assert digest_of(SHARD) in blobs(state_dir)
     publish(store, state_dir, 1) if is_published else store.set_phase(1, "failed", 1.5, failure="why")
     (state_dir / "jobs/round-0001/scratch").mkdir(parents=True, exist_ok=True)
     clean_up(store, state_dir, retain_data="round", now=time.time() + 1, active=[active])
@@ -189,7 +192,8 @@ def test_data_of_an_open_round_stay_whatever_the_clock_says(store: Store, state_
     run_rounds(store, state_dir, 1)
     upload(store, b"left of round 1", "data", 1.5)
     contribute(store, 2, b"of round 2")
-    upload(store, b"of round 2", "data", -5.0)  # after the clock was set back
+    # It comes after the clock was set back.
+    upload(store, b"of round 2", "data", -5.0)
     upload(store, b"to be contributed", "data", 2.5)
     clean_up(store, state_dir, retain_data="round")
     data = {digest_of(SHARD), *map(digest_of, (b"left of round 1", b"of round 2", b"to be contributed"))}
@@ -217,8 +221,7 @@ def test_data_sent_again_are_kept_for_their_round(store: Store, state_dir: Path)
 def test_late_contribution_keeps_its_data_for_the_next_round_only(store: Store, state_dir: Path) -> None:
     run_rounds(store, state_dir, 1)
     digest = upload(store, b"late", "data", 2.1)
-    row = ContributionRow(AGENT, "late", digest_of(local_of(1)), (digest,), 1, 0.9, "", "", at=2.2)
-    store.record_contribution(1, row)
+    store.record_contribution(1, Decision(AGENT, Outcome.LATE, 2.2))
     clean_up(store, state_dir, retain_data="round")
     assert store.has_upload(AGENT, digest, "data")
     publish(store, state_dir, 2)
@@ -230,7 +233,8 @@ def test_upload_for_a_contribution_to_come_stays_though_an_old_round_named_it(
     store: Store, state_dir: Path
 ) -> None:
     run_rounds(store, state_dir, 5)
-    upload(store, local_of(1), "weights", 9.0)  # again, after round 1
+    # It has been uploaded before, for round 1.
+    upload(store, local_of(1), "weights", 9.0)
     clean_up(store, state_dir, keep=5.0)
     assert store.has_upload(AGENT, digest_of(local_of(1)), "weights")
 
@@ -273,7 +277,7 @@ def test_blob_without_a_record_stays_as_long_as_an_upload(
     store: Store, state_dir: Path, age: float, stays: bool
 ) -> None:
     begin(store, state_dir)
-    orphan = store.blob_path("b" * 64)
+    orphan = store.blobs.path("b" * 64)
     orphan.parent.mkdir()
     orphan.write_bytes(b"committed, and then the power went")
     os.utime(orphan, (NOW - age, NOW - age))
@@ -286,15 +290,15 @@ def test_model_that_a_crash_kept_from_being_published_stays(store: Store, state_
     directory = run_job(state_dir, 1, digest_of(INITIAL))
     made = {directory.weights_path: model_of(1), directory.encoded_path: encoded_of(1)}
     for path, content in made.items():
-        store.adopt_blob(path, digest_of(content))
-        os.utime(store.blob_path(digest_of(content)), (0, 0))
+        store.blobs.adopt(path, digest_of(content))
+        os.utime(store.blobs.path(digest_of(content)), (0, 0))
     clean_up(store, state_dir, now=NOW)
     assert blobs(state_dir) == {digest_of(content) for content in (INITIAL, *made.values())}
 
 
 def test_download_in_progress_reads_to_its_end(store: Store, state_dir: Path) -> None:
     run_rounds(store, state_dir, 5)
-    with store.blob_path(digest_of(model_of(1))).open("rb") as download:
+    with store.blobs.path(digest_of(model_of(1))).open("rb") as download:
         clean_up(store, state_dir)
         assert not store.is_public(digest_of(model_of(1)))
         assert download.read() == model_of(1)
@@ -305,7 +309,7 @@ def test_agents_may_read_initial_weights_and_models_only(store: Store, state_dir
     assert store.is_public(digest_of(INITIAL))
     assert store.is_public(digest_of(model_of(2)))
     assert store.is_public(digest_of(encoded_of(2)))
-    store.blob_path(digest_of(encoded_of(2))).unlink()
+    store.blobs.path(digest_of(encoded_of(2))).unlink()
     assert not store.is_public(digest_of(encoded_of(2)))
     assert not store.is_public(digest_of(local_of(2)))
 
@@ -357,7 +361,7 @@ class Killed(BaseException):
 
 
 def dying_at(monkeypatch: pytest.MonkeyPatch, steps: int, changes: list[tuple[object, str]]) -> None:
-    """Die at the so-maniest change on the disk: before it where the number is odd, after it where even."""
+    """Die at the change on the disk with this number: before it where `steps` is odd, after it where even."""
     left = steps
 
     def dying(function):
@@ -388,7 +392,7 @@ def test_clean_up_may_die_at_any_step(tmp_path: Path, retain_data: str) -> None:
         shutil.copytree(template, state_dir)
         with closing(Store(state_dir)) as store, pytest.MonkeyPatch.context() as monkeypatch:
             changes = [(Path, "unlink"), (shutil, "rmtree"), (jobs, "sync")]
-            changes += [(Store, "retire_rounds"), (Store, "give_up_data")]
+            changes += [(retired, "retire_rounds"), (retired, "give_up_data")]
             dying_at(monkeypatch, steps, changes)
             try:
                 clean_up(store, state_dir, retain_data=retain_data)
@@ -414,7 +418,7 @@ def test_records_go_all_or_none(store: Store, state_dir: Path, monkeypatch: pyte
         raise Killed
 
     with monkeypatch.context() as patched:
-        patched.setattr(Store, "needed_blobs", killed)
+        patched.setattr(retired, "needed_blobs", killed)
         with pytest.raises(Killed):
             clean_up(store, state_dir)
     assert (store.rounds(), store.uploads()) == before
@@ -463,4 +467,4 @@ def test_state_of_a_first_version_upgrades_itself(state_dir: Path, monkeypatch: 
             upload(store, b"from before", "data", 1.0)
     with closing(Store(state_dir)) as store:
         assert [row.digest for row in store.uploads()] == [digest_of(b"from before")]
-        store.retire_rounds(0, 0.0)
+        retired.retire_rounds(store, 0, 0.0)

@@ -12,11 +12,12 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from cloud_server.disk.tables import ContributionRow
+from cloud_server.contribution import Contribution, Decision, Rejection
 from cloud_server.records import round_from
-from cloud_server.round import TRANSITIONS, Contribution, Outcome, Phase, Policy, Rejection, Round
+from cloud_server.round import TRANSITIONS, Policy, Round
 from cloud_server.store import Store
 from common.errors import ConflictError, InvalidError, Reason
+from common.run_state import Outcome, Phase
 
 POLICY = Policy(min_agents=2, max_agents=3, deadline_seconds=60)
 OPENED_AT = 1_000.0
@@ -30,15 +31,15 @@ def contribution(agent_id: str, **changes: Any) -> Contribution:
 
 
 def round_of(*agent_ids: str, policy: Policy = POLICY, phase: Phase = Phase.COLLECTING) -> Round:
-    """A round that these agents have contributed to."""
+    """Return a round that these agents have contributed to."""
     return Round(
         number=1,
         policy=policy,
         opened_at=OPENED_AT,
-        initial_weights=INITIAL,
+        initial_digest=INITIAL,
         phase=phase,
         contributions={agent_id: contribution(agent_id) for agent_id in agent_ids},
-        published="f" * 64 if phase is Phase.PUBLISHED else None,
+        published_digest="f" * 64 if phase is Phase.PUBLISHED else None,
         failure="out of memory" if phase is Phase.FAILED else "",
     )
 
@@ -72,7 +73,8 @@ def test_local_accuracy_does_not_make_it_another_contribution():
 
 @pytest.mark.parametrize("phase", Phase)
 @pytest.mark.parametrize(
-    "change", [{"weights": "c" * 64}, {"shards": ()}, {"num_examples": 7}, {"initial_weights": None}]
+    "change",
+    [{"weights_digest": "c" * 64}, {"shard_digests": ()}, {"num_examples": 7}, {"initial_digest": None}],
 )
 def test_accepted_contribution_stands_against_a_different_one(phase, change):
     with pytest.raises(ConflictError) as refusal:
@@ -82,7 +84,7 @@ def test_accepted_contribution_stands_against_a_different_one(phase, change):
 
 @pytest.mark.parametrize("initial_weights", [INITIAL, None])
 def test_independent_agents_may_start_from_weights_of_their_own(initial_weights):
-    offered = contribution("a", initial_weights=initial_weights)
+    offered = contribution("a", initial_digest=initial_weights)
     _, outcome = replace(round_of(), may_be_independent=True).contribute(offered)
     assert outcome is Outcome.ACCEPTED
 
@@ -102,13 +104,13 @@ def test_pretraining_from_other_weights_than_the_initial_is_refused(
     with pytest.raises(
         InvalidError, match=f"started from {start}, .* starts from 0000000000000000…"
     ) as refusal:
-        collecting.contribute(contribution("a", initial_weights=initial_weights))
+        collecting.contribute(contribution("a", initial_digest=initial_weights))
     assert refusal.value.reason is Reason.INITIAL_WEIGHTS
 
 
 @pytest.mark.parametrize("phase", NOT_COLLECTING)
 def test_late_contribution_is_late_whatever_it_started_from(phase):
-    _, outcome = round_of(phase=phase).contribute(contribution("a", initial_weights="1" * 64))
+    _, outcome = round_of(phase=phase).contribute(contribution("a", initial_digest="1" * 64))
     assert outcome is Outcome.LATE
 
 
@@ -219,7 +221,7 @@ def test_life_of_a_round():
         "PUBLISHED",
     ]
     assert [each.is_over for each in phases] == [False, False, False, False, True]
-    assert phases[-1].published == "e" * 64
+    assert phases[-1].published_digest == "e" * 64
 
 
 @pytest.mark.parametrize("phase", Phase)
@@ -272,7 +274,7 @@ class Published:
     """A published round as its agents came to know it."""
 
     weights: str
-    contributions: tuple[ContributionRow, ...]
+    contributions: tuple[Contribution, ...]
 
 
 MEMORY = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # where fsync costs nothing
@@ -313,7 +315,9 @@ class Run(RuleBasedStateMachine):
     @rule(agent_id=AGENT_IDS, weights=st.sampled_from("12"), crash=CRASHES)
     def contribute(self, agent_id: str, weights: str, crash: Crash) -> None:
         self.join(agent_id)
-        offered = contribution(agent_id, weights=weights * 64, initial_weights=self.round.initial_weights)
+        offered = contribution(
+            agent_id, weights_digest=weights * 64, initial_digest=self.round.initial_digest
+        )
         try:
             updated, outcome = self.round.contribute(offered)
         except ConflictError:
@@ -322,7 +326,7 @@ class Run(RuleBasedStateMachine):
         if self.acknowledged.get((self.round.number, agent_id)) == offered:
             assert (updated, outcome) == (self.round, Outcome.ACCEPTED)
         if updated is not self.round and crash is not Crash.BEFORE_RECORD:
-            self.store.record_contribution(self.round.number, row_of(offered, outcome, self.now))
+            self.store.record_contribution(self.round.number, decision_on(offered, outcome, self.now))
         if crash is not Crash.NEVER:
             self.restart()
             return
@@ -336,9 +340,9 @@ class Run(RuleBasedStateMachine):
         self.join(agent_id)
         updated = self.round.reject(agent_id, Reason.NON_FINITE, "NaN in fc.weight")
         if updated is not self.round and crash is not Crash.BEFORE_RECORD:
-            row = row_of(contribution(agent_id), Outcome.REJECTED, self.now)
-            row = replace(row, reason=Reason.NON_FINITE.value, message="NaN in fc.weight")
-            self.store.record_contribution(self.round.number, row)
+            why = Rejection(Reason.NON_FINITE, "NaN in fc.weight")
+            decision = Decision(agent_id, Outcome.REJECTED, self.now, why=why)
+            self.store.record_contribution(self.round.number, decision)
         if crash is Crash.NEVER:
             self.round = updated
         else:
@@ -370,7 +374,7 @@ class Run(RuleBasedStateMachine):
     @precondition(lambda self: self.round.is_over)
     @rule()
     def next_round(self) -> None:
-        start = self.round.published or self.round.initial_weights
+        start = self.round.published_digest or self.round.initial_digest
         self.store.open_round(self.round.number + 1, start, self.now)
         self.round = self.remembered_round()
 
@@ -389,13 +393,13 @@ class Run(RuleBasedStateMachine):
     @invariant()
     def every_acknowledged_contribution_is_there_once(self) -> None:
         for (number, agent_id), offered in self.acknowledged.items():
-            rows = [row for row in self.store.contributions(number) if row.agent_id == agent_id]
-            assert [(row.outcome, contribution_of(row)) for row in rows] == [("accepted", offered)]
+            decisions = [each for each in self.store.contributions(number) if each.agent_id == agent_id]
+            assert [(each.outcome, each.contribution) for each in decisions] == [("accepted", offered)]
 
     @invariant()
     def what_is_left_out_does_not_count(self) -> None:
         counted = self.store.counted_rounds()
-        for agent_id in self.round.contributions if self.round.published else ():
+        for agent_id in self.round.contributions if self.round.published_digest else ():
             assert (counted.get(agent_id) == self.round.number) == (agent_id in self.round.counted)
 
     @invariant()
@@ -409,7 +413,7 @@ class Run(RuleBasedStateMachine):
         for number, published in self.published.items():
             row = self.store.round(number)
             assert row is not None
-            assert (row.phase, row.published) == ("published", published.weights)
+            assert (row.phase, row.published_digest) == ("published", published.weights)
             assert accepted(self.store, number) == published.contributions
 
     @invariant()
@@ -435,14 +439,14 @@ class Run(RuleBasedStateMachine):
                 updated.phase,
                 self.now,
                 failure=updated.failure,
-                published=updated.published,
+                published_digest=updated.published_digest,
                 left_out={
                     agent_id: (why.reason.value, why.message) for agent_id, why in updated.left_out.items()
                 },
             )
-            if updated.published:
+            if updated.published_digest:
                 contributions = accepted(self.store, updated.number)
-                self.published[updated.number] = Published(updated.published, contributions)
+                self.published[updated.number] = Published(updated.published_digest, contributions)
         if crash is Crash.NEVER:
             self.round = updated
         else:
@@ -454,29 +458,13 @@ class Run(RuleBasedStateMachine):
         return round_from(row, self.store.contributions(row.number), self.policy)
 
 
-def row_of(offered: Contribution, outcome: Outcome, now: float) -> ContributionRow:
-    return ContributionRow(
-        offered.agent_id,
-        outcome.value,
-        offered.weights,
-        offered.shards,
-        offered.num_examples,
-        offered.accuracy_local,
-        reason="",
-        message="",
-        at=now,
-        initial_weights=offered.initial_weights,
-    )
+def decision_on(offered: Contribution, outcome: Outcome, now: float) -> Decision:
+    kept = offered if outcome is Outcome.ACCEPTED else None
+    return Decision(offered.agent_id, outcome, now, kept)
 
 
-def contribution_of(row: ContributionRow) -> Contribution:
-    return Contribution(
-        row.agent_id, row.weights, row.shards, row.num_examples, row.initial_weights, row.accuracy_local
-    )
-
-
-def accepted(store: Store, number: int) -> tuple[ContributionRow, ...]:
-    return tuple(row for row in store.contributions(number) if row.outcome == "accepted")
+def accepted(store: Store, number: int) -> tuple[Contribution, ...]:
+    return tuple(each.contribution for each in store.contributions(number) if each.contribution)
 
 
 TestRun = Run.TestCase

@@ -9,13 +9,16 @@ import torch
 from sklearn.datasets import load_digits
 from torch import nn
 
-from cloud_server.trainer.finetune import CombinedData, Examples
+from cloud_server.contribution import Contribution
+from cloud_server.trainer.finetune import CombinedData
+from cloud_server.trainer.members import Member
 from cloud_server.trainer.permutations import apply, permutation_groups
-from cloud_server.trainer.selection import Contributed, Selection
+from cloud_server.trainer.selection import Selection
 from common.config import CANDIDATES, RunConfig
 from common.models import build_model
-from common.training import evaluate, train
+from common.training import Examples, evaluate, train
 from common.weights import write_state_dict
+from tests.recipes import recipe_of
 
 RUN = RunConfig(hidden_units=32)
 CPU = torch.device("cpu")
@@ -59,12 +62,12 @@ def data() -> CombinedData:
 
 @pytest.fixture(scope="module")
 def trained(data):
-    """A model that has seen the training examples from `begin` to `end`."""
+    """Return a function that trains a model on the training examples from `begin` to `end`."""
 
     def trained(seed: int, begin: int, end: int, model: nn.Module | None = None) -> nn.Module:
         model = model or build_model(RUN, seed=seed)
         examples = Examples(data.train.images[begin:end], data.train.labels[begin:end])
-        train(model, *examples, RUN.pretrain, spec=RUN.spec, device=CPU, seed=seed)
+        train(model, examples, recipe_of(RUN, seed), device=CPU)
         return model
 
     return trained
@@ -72,7 +75,7 @@ def trained(data):
 
 @pytest.fixture
 def selected(tmp_path, data):
-    """Selects among models; a contribution is named a, b, … in the order given."""
+    """Return a function that selects among models; the contributions are named a, b, … in their order."""
 
     def selected(
         *models: nn.Module | dict,
@@ -80,7 +83,6 @@ def selected(tmp_path, data):
         previous: nn.Module | None = None,
         data: CombinedData = data,
         structure: nn.Module | None = None,
-        on_candidate=None,
     ) -> Selection:
         paths = [
             write(model, tmp_path / f"{name}.safetensors")
@@ -91,12 +93,11 @@ def selected(tmp_path, data):
         selection = Selection(
             structure or build_model(run, seed=9),
             run,
-            [Contributed(path.stem, path, 1.0) for path in paths],
+            [Member(Contribution(path.stem, "", (), 1), path, path, 1.0) for path in paths],
             write(previous, tmp_path / "previous.safetensors") if previous else None,
             data,
             device=CPU,
             scratch=scratch,
-            on_candidate=on_candidate,
         )
         selection.run()
         return selection
@@ -114,7 +115,7 @@ def accuracy(model: nn.Module, examples: Examples) -> float:
 
 
 def shuffled(model: nn.Module, seed: int = 0) -> dict:
-    """The same function, its neurons in another order."""
+    """Return the state_dict of the same function, with the neurons in another order."""
     groups = permutation_groups(model, RUN.spec.image_shape)
     generator = torch.Generator().manual_seed(seed)
     permutations = [torch.randperm(group.size, generator=generator) for group in groups]
@@ -133,20 +134,21 @@ def test_neurons_in_another_order_are_averaged_as_if_they_were_in_the_same(selec
 
 
 def test_every_candidate_is_measured_and_the_best_one_is_taken(selected, trained, data):
-    seen = {}
-
-    def on_candidate(name: str, model: nn.Module) -> None:
-        seen[name] = accuracy(model, data.held_out)
-
     models = [trained(seed, 100 * seed, 100 * seed + 300) for seed in range(1, 4)]
-    selection = selected(*models, previous=trained(7, 0, 60), on_candidate=on_candidate)
-    assert list(selection.accuracies) == list(CANDIDATES)
-    assert seen == selection.accuracies
+    previous = trained(7, 0, 60)
+    selection = selected(*models, previous=previous)
+    found = selection.accuracies
+    assert list(found) == list(CANDIDATES)
+    assert found["previous"] == accuracy(previous, data.held_out)
+    for name in CANDIDATES:
+        # Asked for alone, each candidate is the best one, and is what the model is left as.
+        run = RUN.model_copy(update={"candidates": (name,)})
+        alone = selected(*models, run=run, previous=previous).take_best()
+        model = build_model(RUN, seed=0)
+        model.load_state_dict(alone.state_dict)
+        assert accuracy(model, data.held_out) == found[name]
     best = selection.take_best()
-    assert selection.accuracies[best.name] == max(seen.values()) == best.evaluation.accuracy
-    model = build_model(RUN, seed=0)
-    model.load_state_dict(best.state_dict)
-    assert accuracy(model, data.held_out) == max(seen.values())
+    assert found[best.name] == max(found.values()) == best.evaluation.accuracy
     assert selection.accuracies["best_agent"] == max(accuracy(model, data.held_out) for model in models)
 
 
@@ -247,7 +249,7 @@ def test_the_same_selection_gives_the_same_bits(tmp_path, trained, data):
         selection = Selection(
             build_model(RUN, seed=9),
             RUN,
-            [Contributed(path.stem, path, 1.0) for path in paths],
+            [Member(Contribution(path.stem, "", (), 1), path, path, 1.0) for path in paths],
             None,
             data,
             device=CPU,

@@ -8,16 +8,18 @@ from pathlib import Path
 
 import pytest
 
-from cloud_server.jobs import JobDirectory, Progress, Result
+from cloud_server.contribution import Contribution, Rejection
+from cloud_server.jobs import JobDirectory, Result
 from cloud_server.metrics import ServerMetrics
 from cloud_server.records import round_from
-from cloud_server.round import Contribution, Outcome, Phase, Policy, Rejection, Round
+from cloud_server.round import Policy, Round
 from cloud_server.showing.presence import Presence
 from cloud_server.showing.reports import Reports
-from cloud_server.showing.standing import LeftOut, RunState, Standing
+from cloud_server.showing.standing import Standing
 from cloud_server.store import Store
 from common.config import RunConfig
 from common.errors import Reason
+from common.run_state import LeftOut, Outcome, Phase, RunState, WorkProgress
 from common.transfer import Blob
 from tests.unit.states import AGENT, INITIAL, begin, contribute, digest_of, encoded_of, model_of, run_rounds
 from tests.unit.test_reports import RESULT
@@ -42,9 +44,10 @@ class Viewed:
             {AGENT: 1, "edge-2": 2},
             Presence(),
             store=store,
-            reports=Reports(state_dir, RunConfig(), store),
+            reports=Reports(RunConfig(), store),
             metrics=self.metrics,
             on_change=self.displayed.append,
+            clock=lambda: 10.0,
         )
 
     def show(self, changed: Round) -> None:
@@ -68,7 +71,7 @@ def viewed(store: Store, tmp_path: Path) -> Viewed:
 async def test_page_shows_candidates_and_start_of_each_published_round(store: Store, tmp_path: Path) -> None:
     run_rounds(store, tmp_path, 2)
     JobDirectory(tmp_path / "jobs/round-0002").write_result(RESULT)
-    status = await Viewed(store, tmp_path).standing.status(now=10.0)
+    status = await Viewed(store, tmp_path).standing.status()
     first, second = status["rounds"]
     assert (first["round"], first["start"], first["accuracy_start"]) == (1, None, None)
     assert second == {
@@ -92,7 +95,7 @@ async def test_page_shows_candidates_and_start_of_each_published_round(store: St
 async def test_page_of_a_round_that_failed_shows_why(viewed: Viewed, store: Store) -> None:
     store.set_phase(1, "failed", 2.5, failure="it went wrong")
     viewed.show(viewed.round.fail("it went wrong"))
-    status = await viewed.standing.status(now=10.0)
+    status = await viewed.standing.status()
     (failed,) = status["rounds"]
     assert (failed["failure"], failed["candidates"], failed["start"]) == ("it went wrong", {}, None)
     assert status["phases"] == [{"phase": "collecting", "seconds": 2.5}, {"phase": "failed", "seconds": 0.0}]
@@ -115,7 +118,7 @@ async def test_latest_model_and_failure_are_known_after_a_restart(store: Store, 
 
 async def test_progress_is_of_the_phase_that_it_was_made_in(viewed: Viewed) -> None:
     viewed.show(viewed.round.advance(Phase.AGGREGATING))
-    viewed.standing.show_progress(Progress(phase="aggregating", done=1, total=2))
+    viewed.standing.show_progress(WorkProgress(1, 2))
     viewed.show(viewed.round.advance(Phase.FINE_TUNING))
     shown = [(state.phase.value, state.progress and state.progress.done) for state in viewed.displayed]
     assert shown == [("collecting", None), ("aggregating", None), ("aggregating", 1), ("fine_tuning", None)]
@@ -145,10 +148,10 @@ async def test_watchers_do_not_hear_of_who_comes_and_goes(viewed: Viewed) -> Non
         other = viewed.standing.watch("edge-2")
         await anext(other)
         await other.aclose()
-        viewed.standing.look_again()  # as after a report
+        viewed.standing.note_change()  # as after a report
         await asyncio.sleep(0)
     assert not following.done()
-    viewed.standing.show_progress(Progress(phase="aggregating", done=1, total=2))
+    viewed.standing.show_progress(WorkProgress(1, 2))
     assert (await following).progress
     await watching.aclose()
 
@@ -165,9 +168,9 @@ async def test_page_that_is_made_while_somebody_is_forgotten_is_not_remembered(
         return RESULT
 
     monkeypatch.setattr(Reports, "result_of", result_of)
-    (seen,) = (await viewed.standing.status(now=10.0))["rounds"]
+    (seen,) = (await viewed.standing.status())["rounds"]
     assert seen["flagged"] == ["edge-3"]
-    (now,) = (await viewed.standing.status(now=10.0))["rounds"]
+    (now,) = (await viewed.standing.status())["rounds"]
     assert not now["flagged"]
 
 
@@ -178,7 +181,7 @@ async def test_watch_ends_with_the_run(viewed: Viewed) -> None:
 
 async def test_encoded_model_that_is_gone_is_not_offered(store: Store, tmp_path: Path) -> None:
     run_rounds(store, tmp_path, 1)
-    store.blob_path(digest_of(encoded_of(1))).unlink()
+    store.blobs.path(digest_of(encoded_of(1))).unlink()
     state = Viewed(store, tmp_path).standing.state_for(AGENT)
     assert state.latest_model
     assert state.latest_model.encoded is state.initial_encoded is None
@@ -238,7 +241,7 @@ async def test_what_was_left_out_is_known_after_a_restart_and_news_for_one_round
     run_rounds(store, tmp_path, 1)
     contribute(store, 2)
     published, left_out = digest_of(model_of(1)), {AGENT: ("quarantined", "its labels")}
-    store.set_phase(2, "published", 2.9, published=published, left_out=left_out)
+    store.set_phase(2, "published", 2.9, published_digest=published, left_out=left_out)
     for number, expected in ((2, LEFT_OUT), (3, LEFT_OUT), (4, None)):
         state = Viewed(store, tmp_path).standing.state_for(AGENT)
         assert (state.round, state.counted_round, state.left_out) == (number, 1, expected)
@@ -250,7 +253,7 @@ async def test_page_shows_what_the_audit_says_of_each_agent(store: Store, tmp_pa
     flagged = RESULT.audit[1].model_copy(update={"agent_id": AGENT})
     result = RESULT.model_copy(update={"audit": (flagged,)})
     JobDirectory(tmp_path / "jobs/round-0001").write_result(result)
-    first, second = (await Viewed(store, tmp_path).standing.status(now=10.0))["agents"]
+    first, second = (await Viewed(store, tmp_path).standing.status())["agents"]
     assert first["audit"] == {
         "norm_ratio": 4.5,
         "is_clipped": True,

@@ -26,18 +26,23 @@ from typing import Any
 import pytest
 
 from cloud_server import store as store_module
+from cloud_server.contribution import Contribution, Decision, Rejection
 from cloud_server.disk.failures import storage_errors
-from cloud_server.disk.tables import AgentRow, ContributionRow, ReportRow, RoundRow, RunRow
-from cloud_server.jobs import blob_path
-from cloud_server.round import Phase
+from cloud_server.disk.tables import AgentRow, ReportRow, RoundRow, RunRow
+from cloud_server.state_dir import blob_path
 from cloud_server.store import Store
 from common.errors import NotFoundError, Reason, StorageError, UsageError
+from common.run_state import Outcome, Phase
 
-MEMORY = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # where fsync costs nothing
+# There fsync costs nothing.
+MEMORY = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
 UPLOADED, TRAINED = b"an upload" * 1000, b"a global model" * 1000
 DIGEST, TRAINED_DIGEST = (hashlib.sha256(content).hexdigest() for content in (UPLOADED, TRAINED))
-CONTRIBUTION = ContributionRow(
-    "a", "accepted", DIGEST, ("b" * 64, "c" * 64), 600, 0.1 + 0.2, "", "", 12.5, "e" * 64
+CONTRIBUTION = Decision(
+    "a",
+    Outcome.ACCEPTED,
+    12.5,
+    Contribution("a", DIGEST, ("b" * 64, "c" * 64), 600, "e" * 64, accuracy_local=0.1 + 0.2, num_shared=540),
 )
 REPORT = ReportRow("a", 0.91, None, 0.96, 120, True, "", 99.5, 0.1 + 0.7)
 
@@ -56,7 +61,7 @@ def store(state_dir: Path) -> Iterator[Store]:
 
 @pytest.fixture
 def run_store(store: Store) -> Store:
-    """A store with an open round, the agents "a" and "b", and a whole upload of "a"."""
+    """Return a store with an open round, the agents "a" and "b", and a whole upload of "a"."""
     populate(store)
     return store
 
@@ -107,7 +112,7 @@ def test_round_opens_collecting(store):
 def test_round_number_is_taken_once(run_store):
     with pytest.raises(sqlite3.IntegrityError):
         run_store.open_round(1, "f" * 64, 20.0)
-    assert [row.initial_weights for row in run_store.rounds()] == ["0" * 64]
+    assert [row.initial_digest for row in run_store.rounds()] == ["0" * 64]
 
 
 def test_phase_times_are_those_of_the_first_entry(run_store):
@@ -120,10 +125,10 @@ def test_phase_times_are_those_of_the_first_entry(run_store):
 
 
 def test_rounds_end_published_or_failed(run_store):
-    run_store.set_phase(1, "published", 20.0, published="e" * 64)
+    run_store.set_phase(1, "published", 20.0, published_digest="e" * 64)
     run_store.open_round(2, "e" * 64, 21.0)
     run_store.set_phase(2, "failed", 22.0, failure="out of memory")
-    assert [(row.number, row.phase, row.published, row.failure) for row in run_store.rounds()] == [
+    assert [(row.number, row.phase, row.published_digest, row.failure) for row in run_store.rounds()] == [
         (1, "published", "e" * 64, ""),
         (2, "failed", None, "out of memory"),
     ]
@@ -134,7 +139,7 @@ def test_run_has_published_from_its_first_model_on(run_store):
     run_store.set_phase(1, "failed", 20.0, failure="out of memory")
     run_store.open_round(2, "0" * 64, 21.0)
     assert not run_store.has_published()
-    run_store.set_phase(2, "published", 22.0, published="e" * 64)
+    run_store.set_phase(2, "published", 22.0, published_digest="e" * 64)
     run_store.open_round(3, "e" * 64, 23.0)
     assert run_store.has_published()
 
@@ -149,14 +154,15 @@ def test_phase_of_an_unknown_round_is_refused(run_store):
 
 
 def test_contributions_come_back_as_they_were_in_agent_id_order(run_store):
-    late = ContributionRow("b", "late", "d" * 64, (), 1, None, "", "", 13.0)
+    late = Decision("b", Outcome.LATE, 13.0, why=Rejection(Reason.ROUND_CLOSED, ""))
     run_store.record_contribution(1, late)
     run_store.record_contribution(1, CONTRIBUTION)
     assert run_store.contributions(1) == [CONTRIBUTION, late]
 
 
 def test_last_record_of_an_agent_and_round_stands(run_store):
-    rejected = replace(CONTRIBUTION, outcome="rejected", reason="non_finite", message="NaN in fc.weight")
+    why = Rejection(Reason.NON_FINITE, "NaN in fc.weight")
+    rejected = Decision("a", Outcome.REJECTED, 12.5, why=why)
     run_store.record_contribution(1, rejected)
     assert run_store.contributions(1) == [rejected]
     run_store.record_contribution(1, CONTRIBUTION)
@@ -183,15 +189,19 @@ def test_reports_come_back_as_they_were_and_the_last_one_stands(run_store):
 
 
 def test_blob_lies_under_its_first_two_digits(store, state_dir):
-    assert store.blob_path("ab" * 32) == state_dir / "blobs" / "ab" / ("ab" * 32)
-    assert store.blob_path("ab" * 32) == blob_path(state_dir / "blobs", "ab" * 32)
+    assert store.blobs.path("ab" * 32) == state_dir / "blobs" / "ab" / ("ab" * 32)
+    assert store.blobs.path("ab" * 32) == blob_path(state_dir / "blobs", "ab" * 32)
 
 
 @pytest.mark.parametrize(
     "digest", ["", "a" * 63, "a" * 65, "A" * 64, "g" * 64, "a" * 64 + "\n", "../" * 21 + "x", "\u0661" * 64]
 )
 def test_what_is_no_digest_never_becomes_a_path(run_store, digest):
-    for path_of in (run_store.blob_path, run_store.blob_size, lambda text: run_store.partial_path("a", text)):
+    for path_of in (
+        run_store.blobs.path,
+        run_store.blobs.size,
+        lambda text: run_store.partial_path("a", text),
+    ):
         with pytest.raises(ValueError, match="no digest"):
             path_of(digest)
 
@@ -207,11 +217,11 @@ def test_agent_that_never_joined_cannot_upload(run_store):
 
 
 def test_committed_upload_is_an_immutable_blob(run_store):
-    assert run_store.blob_size(DIGEST) is None
+    assert run_store.blobs.size(DIGEST) is None
     run_store.commit_upload("a", DIGEST, "weights", 12.0)
-    blob = run_store.blob_path(DIGEST)
+    blob = run_store.blobs.path(DIGEST)
     assert blob.read_bytes() == UPLOADED
-    assert run_store.blob_size(DIGEST) == len(UPLOADED)
+    assert run_store.blobs.size(DIGEST) == len(UPLOADED)
     assert stat.S_IMODE(blob.stat().st_mode) == 0o444
     assert not run_store.partial_path("a", DIGEST).exists()
 
@@ -225,7 +235,7 @@ def test_upload_is_that_of_its_agent_and_kind_only(run_store):
 
 def test_record_without_its_blob_is_no_upload(run_store):
     run_store.commit_upload("a", DIGEST, "weights", 12.0)
-    run_store.blob_path(DIGEST).unlink()
+    run_store.blobs.path(DIGEST).unlink()
     assert not run_store.has_upload("a", DIGEST, "weights")
 
 
@@ -235,7 +245,7 @@ def test_same_bytes_from_two_agents_are_one_blob_and_two_uploads(run_store):
     run_store.commit_upload("b", DIGEST, "weights", 13.0)
     assert run_store.has_upload("a", DIGEST, "weights")
     assert run_store.has_upload("b", DIGEST, "weights")
-    assert run_store.blob_path(DIGEST).read_bytes() == UPLOADED
+    assert run_store.blobs.path(DIGEST).read_bytes() == UPLOADED
     assert not run_store.partial_path("b", DIGEST).exists()
 
 
@@ -255,15 +265,16 @@ def test_commit_of_nothing_is_refused_and_leaves_no_record(run_store):
 def test_trained_file_becomes_a_blob_once(run_store, state_dir):
     trained = state_dir / "jobs" / "model.safetensors"
     trained.write_bytes(TRAINED)
-    for _ in range(2):  # the second as after a restart
-        run_store.adopt_blob(trained, TRAINED_DIGEST)
-    assert run_store.blob_path(TRAINED_DIGEST).read_bytes() == TRAINED
+    # The second time is as after a restart.
+    for _ in range(2):
+        run_store.blobs.adopt(trained, TRAINED_DIGEST)
+    assert run_store.blobs.path(TRAINED_DIGEST).read_bytes() == TRAINED
     assert not trained.exists()
 
 
 def test_missing_trained_file_is_refused(run_store, state_dir):
     with pytest.raises(NotFoundError, match=TRAINED_DIGEST):
-        run_store.adopt_blob(state_dir / "jobs" / "model.safetensors", TRAINED_DIGEST)
+        run_store.blobs.adopt(state_dir / "jobs" / "model.safetensors", TRAINED_DIGEST)
 
 
 # Durable before acknowledged
@@ -272,7 +283,7 @@ def test_missing_trained_file_is_refused(run_store, state_dir):
 def test_everything_is_there_after_a_restart(run_store, state_dir):
     run_store.commit_upload("a", DIGEST, "weights", 12.0)
     run_store.record_contribution(1, CONTRIBUTION)
-    run_store.set_phase(1, "published", 20.0, published="e" * 64)
+    run_store.set_phase(1, "published", 20.0, published_digest="e" * 64)
     run_store.record_report(1, REPORT)
     before = everything(run_store)
     run_store.close()
@@ -287,7 +298,8 @@ def everything(store: Store) -> list[Any]:
 
 def test_commits_of_the_database_wait_for_the_disk(store):
     assert store._database.execute("PRAGMA journal_mode").fetchone() == {"journal_mode": "wal"}
-    assert store._database.execute("PRAGMA synchronous").fetchone() == {"synchronous": 2}  # FULL
+    # 2 is FULL.
+    assert store._database.execute("PRAGMA synchronous").fetchone() == {"synchronous": 2}
 
 
 def test_upload_is_recorded_only_when_its_blob_is_on_disk(run_store, monkeypatch):
@@ -308,19 +320,17 @@ def test_upload_is_recorded_only_when_its_blob_is_on_disk(run_store, monkeypatch
     run_store._database.set_trace_callback(lambda statement: steps.append(statement.split()[0]))
     run_store.commit_upload("a", DIGEST, "weights", 12.0)
     run_store._database.set_trace_callback(None)
-    assert (
-        steps
-        == [
-            "SELECT",  # the slot, for the path
-            ("fsync", "partial", f"1-{DIGEST}"),
-            ("link", f"1-{DIGEST}", DIGEST),
-            ("fsync", "blobs", DIGEST[:2]),
-            ("fsync", "state", "blobs"),
-            "BEGIN",
-            "INSERT",
-            "COMMIT",
-        ]
-    )
+    assert steps == [
+        # The slot is read, for the path.
+        "SELECT",
+        ("fsync", "partial", f"1-{DIGEST}"),
+        ("link", f"1-{DIGEST}", DIGEST),
+        ("fsync", "blobs", DIGEST[:2]),
+        ("fsync", "state", "blobs"),
+        "BEGIN",
+        "INSERT",
+        "COMMIT",
+    ]
 
 
 def test_kill_at_any_step_loses_and_breaks_nothing(tmp_path, state_dir):
@@ -338,14 +348,14 @@ def test_kill_at_any_step_loses_and_breaks_nothing(tmp_path, state_dir):
 
 
 def check_survivor(state_dir: Path) -> int:
-    """How many of the steps in `take_in` were acknowledged, once all that must hold has been checked."""
+    """Check all that must hold; return how many of the steps in `take_in` were acknowledged."""
     num_acknowledged = (state_dir / "acknowledged").read_bytes().count(b"\n")
     with closing(Store(state_dir)) as store:
         check_consistent(store, state_dir)
         done = [
             store.has_upload("a", DIGEST, "weights"),
             store.contributions(1) == [CONTRIBUTION],
-            store.round(1).published == TRAINED_DIGEST,
+            store.round(1).published_digest == TRAINED_DIGEST,
         ]
         assert done == sorted(done, reverse=True)
         assert sum(done) >= num_acknowledged
@@ -353,8 +363,9 @@ def check_survivor(state_dir: Path) -> int:
             pass
         check_consistent(store, state_dir)
         assert store.has_upload("a", DIGEST, "weights")
-        assert store.round(1).published == TRAINED_DIGEST
-        left_over = (state_dir / "partial").iterdir()  # at most a second name of the blob
+        assert store.round(1).published_digest == TRAINED_DIGEST
+        # What is left over is at most a second name of the blob.
+        left_over = (state_dir / "partial").iterdir()
         assert {path.read_bytes() for path in left_over} <= {UPLOADED}
     return num_acknowledged
 
@@ -364,10 +375,12 @@ def check_consistent(store: Store, state_dir: Path) -> None:
     assert {name: hashlib.sha256(content).hexdigest() for name, content in blobs.items()} == {
         name: name for name in blobs
     }
-    needed = [row.weights for row in store.contributions(1)] + [row.published for row in store.rounds()]
+    needed = [each.contribution.weights_digest for each in store.contributions(1)] + [
+        row.published_digest for row in store.rounds()
+    ]
     assert set(filter(None, needed)) <= set(blobs)
     partial = store.partial_path("a", DIGEST)
-    assert (partial if partial.exists() else store.blob_path(DIGEST)).read_bytes() == UPLOADED
+    assert (partial if partial.exists() else store.blobs.path(DIGEST)).read_bytes() == UPLOADED
 
 
 # A disk that takes nothing more
@@ -401,14 +414,14 @@ def test_upload_that_the_disk_refused_can_be_committed_later(run_store, monkeypa
     assert not run_store.has_upload("a", DIGEST, "weights")
     run_store.commit_upload("a", DIGEST, "weights", 13.0)
     assert run_store.has_upload("a", DIGEST, "weights")
-    assert run_store.blob_path(DIGEST).read_bytes() == UPLOADED
+    assert run_store.blobs.path(DIGEST).read_bytes() == UPLOADED
 
 
 def test_full_disk_under_the_database_leaves_it_as_it_was(run_store):
     database = run_store._database
     num_pages = database.execute("PRAGMA page_count").fetchone()["page_count"]
     database.execute(f"PRAGMA max_page_count = {num_pages}")
-    big = replace(CONTRIBUTION, message="x" * 100_000)
+    big = replace(CONTRIBUTION, why=Rejection(Reason.QUARANTINED, "x" * 100_000))
     with pytest.raises(StorageError, match="full"):
         run_store.record_contribution(1, big)
     assert run_store.contributions(1) == []
@@ -487,14 +500,15 @@ def test_database_of_an_older_program_is_upgraded_with_its_records(run_store, st
     run_store.close()
     upgrade = "ALTER TABLE agents ADD COLUMN colour TEXT DEFAULT 'blue'; UPDATE agents SET slot = slot + 100"
     monkeypatch.setattr(store_module, "MIGRATIONS", (*store_module.MIGRATIONS, upgrade))
-    for _ in range(2):  # applied once
+    # The upgrade is applied once.
+    for _ in range(2):
         with closing(Store(state_dir)) as upgraded:
             assert [row.slot for row in upgraded.agents()] == [101, 102]
 
 
 @pytest.fixture
 def left_by_older_program(state_dir, monkeypatch):
-    """Leaves a database of so many migrations, in which a statement has been executed."""
+    """Return what leaves a database of so many migrations, in which a statement has been executed."""
 
     def left_by_older_program(num_migrations: int, statement: str) -> None:
         with monkeypatch.context() as older:
@@ -512,7 +526,7 @@ def test_contributions_of_an_older_program_started_from_nobody_knows_what(state_
         2, "INSERT INTO contributions VALUES (1, 'a', 'accepted', 'd', '[\"s\"]', 600, 0.5, '', '', 12.5)"
     )
     with closing(Store(state_dir)) as upgraded:
-        known = ContributionRow("a", "accepted", "d", ("s",), 600, 0.5, "", "", 12.5, initial_weights=None)
+        known = Decision("a", Outcome.ACCEPTED, 12.5, Contribution("a", "d", ("s",), 600, None))
         assert upgraded.contributions(1) == [known]
         upgraded.record_contribution(1, CONTRIBUTION)
         assert upgraded.contributions(1) == [CONTRIBUTION]
@@ -547,7 +561,7 @@ def hold(state_dir: Path) -> None:
 
 
 def die_at_each_step(state_dir: Path, results: Path) -> None:
-    """Goes through `take_in` on copies of a state directory, killed one step later on each."""
+    """Go through `take_in` on copies of a state directory, killed one step later on each."""
     for step in itertools.count():
         copy = results / f"{step:04d}"
         shutil.copytree(state_dir, copy)
@@ -562,7 +576,7 @@ def die_at_each_step(state_dir: Path, results: Path) -> None:
 
 
 def take_in_and_die(state_dir: Path, step: int) -> None:
-    """A step ends wherever Python calls into C, so also between any two system calls of the store."""
+    """Die at a step: one ends wherever Python calls into C, so also between any two system calls."""
     steps = itertools.count()
 
     def kill_in_time(_frame: FrameType, event: str, _argument: Any) -> None:
@@ -579,14 +593,14 @@ def take_in_and_die(state_dir: Path, step: int) -> None:
 
 
 def take_in(store: Store, state_dir: Path) -> Iterator[None]:
-    """What a round leaves in the store; each step is acknowledged where it yields."""
+    """Put into the store what a round leaves there; each step is acknowledged where this yields."""
     if not store.has_upload("a", DIGEST, "weights"):
         store.commit_upload("a", DIGEST, "weights", 12.0)
     yield
     store.record_contribution(1, CONTRIBUTION)
     yield
-    store.adopt_blob(state_dir / "jobs" / "model.safetensors", TRAINED_DIGEST)
-    store.set_phase(1, "published", 20.0, published=TRAINED_DIGEST)
+    store.blobs.adopt(state_dir / "jobs" / "model.safetensors", TRAINED_DIGEST)
+    store.set_phase(1, "published", 20.0, published_digest=TRAINED_DIGEST)
     yield
 
 

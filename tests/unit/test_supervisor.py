@@ -33,7 +33,7 @@ def returncodes(events: list[Any]) -> list[int]:
 
 
 async def line_of(fifo: Path) -> str:
-    """What is written to the named pipe next; waits for it."""
+    """Wait for the next text that is written to the named pipe, and return it."""
     return (await asyncio.to_thread(fifo.read_text)).strip()
 
 

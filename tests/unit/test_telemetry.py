@@ -51,7 +51,10 @@ class Terminal(io.StringIO):
 
 
 def on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> Terminal:
-    """Called by the test itself: pytest sets stderr anew between a fixture and its test."""
+    """Replace stderr by a terminal, and return the terminal.
+
+    This is no fixture, because pytest sets stderr anew between a fixture and its test.
+    """
     monkeypatch.setenv("COLUMNS", "100")
     monkeypatch.setenv("TERM", "xterm-256color")
     terminal = Terminal()
@@ -240,7 +243,7 @@ def test_progress_off_a_terminal_writes_log_events_only(capsys: pytest.CaptureFi
 
 
 def final_lines(terminal: Terminal) -> list[str]:
-    """What stays visible: the text without styles, a line that was erased left out."""
+    """Return the lines that stay visible, without styles and without erased lines."""
     plain = re.sub(r"\x1b\[[0-9;?]*[mhl]", "", terminal.getvalue())
     shown = [line.split("\x1b[2K")[-1].split("\x1b[1A")[-1] for line in plain.split("\n")]
     return [line.strip("\r ") for line in shown]

@@ -18,6 +18,9 @@ from common.config import DatasetSpec, RunConfig, TrainingConfig
 from common.errors import DivergedError, UsageError
 from common.models import build_model
 from common.training import (
+    CheckpointFile,
+    Examples,
+    Recipe,
     StepReport,
     derive_seed,
     evaluate,
@@ -29,6 +32,7 @@ from common.training import (
     train,
 )
 from common.weights import read_state_dict, write_state_dict
+from tests.recipes import recipe_of
 
 CPU = torch.device("cpu")
 SPEC = DatasetSpec(3, (3, 8, 8), (0.4, 0.5, 0.6), (0.2, 0.25, 0.3))
@@ -51,12 +55,11 @@ def make_model(seed: int = 0, *, batch_norm: bool = False, dropout: float = 0.0)
     )
 
 
-OPTIONS = ("on_step", "checkpoint", "soft_labels", "distill", "class_balanced")
-
-
 def run(model: nn.Module, data: tuple[Tensor, Tensor], seed: int = 0, **config: Any) -> float:
-    more = {key: config.pop(key) for key in OPTIONS if key in config}
-    return train(model, *data, TrainingConfig(**config), spec=SPEC, device=CPU, seed=seed, **more)
+    more = {key: config.pop(key) for key in ("on_step", "checkpoint") if key in config}
+    is_balanced = config.pop("class_balanced", False)
+    recipe = Recipe(TrainingConfig(**config), SPEC, seed, "float32", is_balanced)
+    return train(model, Examples(*data), recipe, device=CPU, **more)
 
 
 def normalised(images: Tensor) -> Tensor:
@@ -89,7 +92,7 @@ def test_same_seed_gives_the_same_file_bit_by_bit(name: str, optimizer: str, tmp
     for attempt, seed in enumerate((7, 7, 8)):
         torch.manual_seed(attempt)  # what the process drew before does not matter
         model = build_model(spec, seed=1)
-        train(model, images, labels, config, spec=spec.spec, device=CPU, seed=seed)
+        train(model, Examples(images, labels), recipe_of(spec, seed, config), device=CPU)
         write_state_dict(model.state_dict(), tmp_path / "x")
         files.append((tmp_path / "x").read_bytes())
     assert files[0] == files[1]
@@ -190,70 +193,26 @@ def test_augmentation_in_training_draws_all_offsets_and_both_directions() -> Non
     assert counts[:81].sum() == pytest.approx(1000, abs=120)  # five standard deviations
 
 
-def test_distilling_a_step_follows_the_mixed_target() -> None:
-    images, labels = make_data(40)
-    soft_labels = torch.rand(40, 3, generator=torch.Generator().manual_seed(1)).softmax(1)
-    expected = make_model()
-    smooth = 0.8 * F.one_hot(labels, 3) + 0.2 / 3  # label smoothing (arXiv 1512.00567, section 7)
-    target = 0.3 * soft_labels + 0.7 * smooth
-    loss = -(target * expected(normalised(images)).log_softmax(1)).sum() / 40
-    loss.backward()
-
-    found = make_model()
-    options = {"soft_labels": soft_labels, "distill": 0.3, "label_smoothing": 0.2}
-    settings = {"epochs": 1, "batch_size": 40, "learning_rate": 0.1, "schedule": "constant"}
-    mean_loss = run(found, (images, labels), **settings, **options)
-
-    assert mean_loss == pytest.approx(loss.item(), rel=1e-5)
-    for before, after in zip(expected.parameters(), found.parameters(), strict=True):
-        torch.testing.assert_close(after, before - 0.1 * before.grad, rtol=1e-4, atol=1e-6)
-
-
-@pytest.mark.parametrize("distill", [0.0, 0.5])
-def test_loss_is_computed_in_float32_whatever_the_model_answers_in(distill: float) -> None:
+def test_loss_is_computed_in_float32_whatever_the_model_answers_in() -> None:
     class Coarse(Recorder):
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(x).bfloat16()
 
     images, labels = make_data(40)
-    soft_labels = torch.rand(40, 3, generator=torch.Generator().manual_seed(1)).softmax(1)
     torch.manual_seed(0)
     model = Coarse()
     logits = predict(model, images, spec=SPEC, device=CPU)
     assert logits.dtype == torch.float32
-    target = distill * soft_labels + (1 - distill) * F.one_hot(labels, 3)
-    expected = -(target * logits.double().log_softmax(1)).sum(1).mean().item()
+    expected = -(F.one_hot(labels, 3) * logits.double().log_softmax(1)).sum(1).mean().item()
 
-    options = {"soft_labels": soft_labels, "distill": distill} if distill else {}
-    found = run(model, (images, labels), epochs=1, batch_size=40, **options)
+    found = run(model, (images, labels), epochs=1, batch_size=40)
 
     assert found == pytest.approx(expected, rel=1e-6)  # bfloat16 would be off by up to 4e-3
 
 
-def test_model_stays_as_it_is_while_it_learns_from_itself_alone() -> None:
-    images, labels = make_data(23)
-    model, before = make_model(), make_model()
-    own = predict(model, images, spec=SPEC, device=CPU).softmax(1)
-    settings = {"epochs": 2, "batch_size": 5, "learning_rate": 0.1}
-    run(model, (images, labels), soft_labels=own, distill=1.0, **settings)
-    for name, tensor in before.state_dict().items():
-        torch.testing.assert_close(model.state_dict()[name], tensor, rtol=1e-4, atol=1e-5)
-    run(model, (images, labels), soft_labels=own.flip(0), distill=1.0, **settings)
-    assert (model[0].weight - before[0].weight).abs().max() > 1e-2  # each image has its own soft label
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"distill": 0.5}, "given together"),
-        ({"soft_labels": torch.full((20, 3), 1 / 3)}, "given together"),
-        ({"distill": 0.5, "soft_labels": torch.full((19, 3), 1 / 3)}, r"20 torch.int64, 19 torch.float32"),
-        ({"class_balanced": True, "checkpoint": Path("x")}, "plain training"),
-        ({"distill": 1.0, "soft_labels": torch.full((20, 3), 1 / 3), "checkpoint": Path("x")}, "plain"),
-    ],
-)
-def test_options_that_do_not_go_together_are_refused(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+def test_class_balanced_training_keeps_no_checkpoint() -> None:
+    options = {"class_balanced": True, "checkpoint": CheckpointFile(Path("x"))}
+    with pytest.raises(ValueError, match="plain training"):
         run(make_model(), make_data(20), epochs=1, batch_size=10, **options)
 
 
@@ -495,7 +454,7 @@ import sys
 from pathlib import Path
 import torch
 from common.config import DatasetSpec, TrainingConfig
-from common.training import train
+from common.training import Examples, Ranks, Recipe, train
 from common.weights import read_state_dict, write_state_dict
 
 rank, folder = int(sys.argv[1]), Path(sys.argv[2])
@@ -506,10 +465,12 @@ torch.distributed.init_process_group(
     "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2
 )
 loss = train(
-    model, given["images"], given["labels"],
-    TrainingConfig.model_validate_json(sys.argv[3]), spec=DatasetSpec(*eval(sys.argv[4])),
-    device=torch.device("cpu"), seed=3, rank=rank, world_size=2,
-    soft_labels=given["soft_labels"], distill=0.5, class_balanced=True,
+    model, Examples(given["images"], given["labels"]),
+    Recipe(
+        TrainingConfig.model_validate_json(sys.argv[3]), DatasetSpec(*eval(sys.argv[4])),
+        seed=3, precision="float32", class_balanced=True,
+    ),
+    device=torch.device("cpu"), ranks=Ranks(rank, 2),
 )
 torch.distributed.destroy_process_group()
 write_state_dict({**model[1].state_dict(), "loss": torch.tensor(loss)}, folder / str(rank))
@@ -520,9 +481,8 @@ def test_two_ranks_train_what_one_process_trains(tmp_path: Path) -> None:
     images, labels = make_data(23)
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(192, 3))
-    soft_labels = torch.rand(23, 3).softmax(1)
-    data = {"images": images, "labels": labels, "soft_labels": soft_labels}
-    write_state_dict({**model[1].state_dict(), **data}, tmp_path / "given")
+    examples = Examples(images, labels)
+    write_state_dict({**model[1].state_dict(), **examples._asdict()}, tmp_path / "given")
     config = TrainingConfig(epochs=2, batch_size=5, augment=("random_crop",))  # parts of 2 and 3 images
     arguments = [str(tmp_path), config.model_dump_json(), repr(tuple(SPEC))]
     ranks = [
@@ -530,8 +490,8 @@ def test_two_ranks_train_what_one_process_trains(tmp_path: Path) -> None:
     ]
     assert [process.wait(100) for process in ranks] == [0, 0]
 
-    options = {"soft_labels": soft_labels, "distill": 0.5, "class_balanced": True}
-    loss = train(model, images, labels, config, spec=SPEC, device=CPU, seed=3, **options)
+    recipe = Recipe(config, SPEC, 3, "float32", class_balanced=True)
+    loss = train(model, examples, recipe, device=CPU)
 
     assert (tmp_path / "0").read_bytes() == (tmp_path / "1").read_bytes()
     together = read_state_dict(tmp_path / "0")

@@ -31,7 +31,7 @@ def store(tmp_path: Path) -> Iterator[Store]:
 
 @pytest.fixture
 def received() -> list[tuple[str, int]]:
-    """What is counted."""
+    """Return a list to which the uploads append what they count."""
     return []
 
 

@@ -61,7 +61,7 @@ def network(seed: int = 0) -> StateDict:
 
 
 def moved(start: StateDict, seed: int, step: float = 0.01) -> StateDict:
-    """The weights after some training."""
+    """Return the weights as if after some training."""
     generator = torch.Generator().manual_seed(seed)
     return {
         name: value * (1 + step * torch.randn(value.shape, generator=generator))
@@ -92,7 +92,7 @@ def there_and_back(folder: Path, weights: StateDict, wire: Wire, start: StateDic
 
 
 def sent_again(folder: Path, wire: Wire, base: Base, residual: Path | None, next_residual: Path) -> StateDict:
-    """What the weights become that are sent with what was lost of the last ones."""
+    """Return the weights after encoding, with the residual of the last encoding added, and decoding."""
     encode(
         folder / "weights",
         folder / "encoded",

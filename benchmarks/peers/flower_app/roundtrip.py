@@ -1,6 +1,6 @@
-"""Flower's part of benchmarks/peers/flower.py: FedAvg over agents that send back what they were sent.
+"""Flower's part of benchmarks/peers/flower.py: FedAvg over agents that return the weights unchanged.
 
-It runs in Flower's own environment, and imports nothing of this project.
+This module runs in Flower's own environment, and imports nothing of this project.
 """
 
 import json
@@ -27,7 +27,7 @@ def main(grid: Grid, context: Context) -> None:
     strategy = FedAvg(fraction_evaluate=0.0, min_train_nodes=num_agents, min_available_nodes=num_agents)
 
     def mark(_number: int, _arrays: ArrayRecord) -> None:
-        """Called before the first round, and after each."""
+        """Append the time to the file of marks; Flower calls this before the first round and after each."""
         with Path(config["marks"]).open("a", encoding="utf-8") as file:
             file.write(f"{time.time()}\n")
 

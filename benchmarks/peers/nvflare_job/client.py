@@ -1,4 +1,4 @@
-"""NVFlare's part of benchmarks/peers/nvflare.py, on each site: send back the weights that came."""
+"""NVFlare's part of benchmarks/peers/nvflare.py on each site, which returns the weights unchanged."""
 
 import argparse
 import time
@@ -16,7 +16,8 @@ def main() -> None:
         model = flare.receive()
         if model is None:
             break
-        if flare.get_site_name() == "site-1":  # a round begins for all at once
+        # A round begins for all sites at the same time, so one site marks it for all.
+        if flare.get_site_name() == "site-1":
             with marks.open("a", encoding="utf-8") as file:
                 file.write(f"{time.time()}\n")
         flare.send(flare.FLModel(params=model.params, meta={"NUM_STEPS_CURRENT_ROUND": 1}))

@@ -8,7 +8,11 @@ from torch import nn
 
 
 class Net(nn.Module):
-    """As many numbers as the model has whose shapes are in the file."""
+    """A model whose parameters have the shapes that a JSON file lists.
+
+    Args:
+        shapes: the path of the JSON file, which maps each name to a shape.
+    """
 
     def __init__(self, shapes: str) -> None:
         super().__init__()

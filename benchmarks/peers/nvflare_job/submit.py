@@ -1,6 +1,6 @@
-"""Submits NVFlare's part of benchmarks/peers/nvflare.py: FedAvg with PyTorch tensors sent directly.
+"""The command that submits benchmarks/peers/nvflare.py's job: FedAvg with PyTorch tensors sent directly.
 
-It runs in NVFlare's own environment, in the folder of this file, and imports nothing of this project.
+It runs in NVFlare's environment, in the folder of this file, and imports nothing of this project.
 """
 
 import argparse

@@ -1,0 +1,221 @@
+"""What agents ask for: every call of the service, in the words of the run."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import structlog
+
+from cloud_server.contribution import Contribution, Decision, Rejection
+from cloud_server.disk.tables import ReportRow
+from cloud_server.intake.uploads import UNFIT, Upload, Uploads
+from cloud_server.ledger import Ledger
+from cloud_server.metrics import ServerMetrics
+from cloud_server.run import Run
+from cloud_server.showing.reports import Reports
+from cloud_server.showing.standing import Standing
+from cloud_server.store import Store
+from common.config import RunConfig
+from common.errors import BudgetError, InvalidError, NotFoundError, Reason
+from common.faults import Point, crash_point
+from common.run_state import Outcome, Phase, RunState, Verdict
+from common.transfer import Blob
+from common.wire import needs_base
+
+log = structlog.get_logger()
+
+
+@dataclass(frozen=True)
+class Membership:
+    """What an agent learns when it joins."""
+
+    run_id: str
+    run: RunConfig
+    slot: int
+    num_partitions: int
+
+
+class Desk:
+    """Answers agents; whatever an answer promises is on disk before it is given.
+
+    Every method but `join` raises NotFoundError for an agent that has not joined.
+
+    Args:
+        clock: seconds since the epoch.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        ledger: Ledger,
+        uploads: Uploads,
+        *,
+        store: Store,
+        reports: Reports,
+        standing: Standing,
+        metrics: ServerMetrics,
+        clock: Callable[[], float],
+    ) -> None:
+        self._run = run
+        self._ledger = ledger
+        self._uploads = uploads
+        self._store = store
+        self._reports = reports
+        self._standing = standing
+        self._metrics = metrics
+        self._clock = clock
+
+    async def join(self, agent_id: str) -> Membership:
+        """Return the agent's membership, the same whenever it asks.
+
+        Raises:
+            BudgetError: the run takes no more agents.
+            NotFoundError: the agent has just been forgotten.
+        """
+        slot = await self._ledger.join(agent_id, self._uploads.let_in)
+        num_partitions = self._run.config.num_partitions or self._ledger.policy.max_agents
+        return Membership(self._run.run_id, self._run.config, slot, num_partitions)
+
+    def watch(self, agent_id: str) -> AsyncIterator[RunState]:
+        """Yield the state now, then after each change; slow readers skip states, never the latest."""
+        self._ledger.check_joined(agent_id)
+        return self._standing.watch(agent_id)
+
+    # ------------------------------------------------------------------ blobs
+
+    async def query_upload(self, agent_id: str, kind: str, digest: str) -> tuple[int, bool]:
+        """Return how many bytes of a blob are stored, and whether it is complete and checked."""
+        self._ledger.check_joined(agent_id)
+        return await self._uploads.query(agent_id, kind, digest)
+
+    @asynccontextmanager
+    async def receive(self, agent_id: str, kind: str, blob: Blob, offset: int) -> AsyncIterator[Upload]:
+        """Take in a blob; one that is unfit, or too much, counts as this agent's rejected contribution."""
+        self._ledger.check_joined(agent_id)
+        try:
+            async with self._uploads.open(agent_id, kind, blob, offset, self._clock()) as upload:
+                yield upload
+        except (InvalidError, BudgetError) as error:
+            if error.reason in UNFIT:
+                await self._ledger.reject(agent_id, error.reason, str(error))
+            raise
+
+    async def readable_blob(self, agent_id: str, digest: str) -> Path:
+        """Return the file that an agent's download is read from.
+
+        Raises:
+            NotFoundError: the digest is neither initial weights nor a published model.
+        """
+        self._ledger.check_joined(agent_id)
+        if await asyncio.to_thread(self._store.is_public, digest):
+            return self._store.blobs.path(digest)
+        raise NotFoundError(f"no initial weights or published model has the digest {digest[:16]}…")
+
+    def count_sent(self, num_bytes: int) -> None:
+        """Count bytes of a model that were sent to an agent."""
+        self._metrics.count_sent("model", num_bytes)
+
+    # ------------------------------------------------------------------ contributions
+
+    async def contribute(self, agent_id: str, number: int, contribution: Contribution) -> Verdict:
+        """Commit uploaded blobs to round `number`; durable when this returns.
+
+        Raises:
+            ConflictError: another contribution of this agent stands.
+            NotFoundError: a blob it names has not been uploaded by this agent.
+            InvalidError: the round does not exist yet; or it starts from other initial weights, and then
+                this is a rejected contribution.
+        """
+        self._ledger.check_joined(agent_id)
+        try:
+            outcome = await self._ledger.exclusively(lambda: self._commit(number, contribution))
+        except InvalidError as error:
+            if error.reason is Reason.INITIAL_WEIGHTS:
+                await self._ledger.reject(agent_id, error.reason, str(error))
+            raise
+        if outcome is not Outcome.LATE:
+            return Verdict(outcome)
+        if number < self._ledger.round.number:
+            # The report of that round names those who were late.
+            await self._reports.write(number)
+        text = f"round {number} had closed; this agent takes part in the next one"
+        return Verdict(outcome, Reason.ROUND_CLOSED, text)
+
+    async def _commit(self, number: int, contribution: Contribution) -> Outcome:
+        # The agent may have been forgotten while this call waited for the ledger.
+        self._ledger.check_joined(contribution.agent_id)
+        current = self._ledger.round
+        if not 1 <= number <= current.number:
+            raise InvalidError(f"round {number} is not open; round {current.number} is")
+        if number < current.number:
+            return await self._commit_late(number, contribution)
+        # After the round has closed the blobs may be gone, and the answer does not depend on them.
+        if current.phase is Phase.COLLECTING:
+            contribution = await self._checked(contribution)
+        updated, outcome = current.contribute(contribution)
+        if updated is not current:
+            decision = _decision(contribution, outcome, self._clock())
+            await self._ledger.record(number, decision, updated)
+            self._uploads.forget_sizes_of(contribution.agent_id)
+        return outcome
+
+    async def _commit_late(self, number: int, contribution: Contribution) -> Outcome:
+        """Return ACCEPTED if that is what the contribution was in its round, else record it as late."""
+        decisions = await asyncio.to_thread(self._store.contributions, number)
+        known = {decision.agent_id: decision for decision in decisions}.get(contribution.agent_id)
+        if known and known.contribution:
+            is_this_one = known.contribution.weights_digest == contribution.weights_digest
+            return Outcome.ACCEPTED if is_this_one else Outcome.LATE
+        if known is None:
+            await self._ledger.record(number, _decision(contribution, Outcome.LATE, self._clock()))
+            self._uploads.forget_sizes_of(contribution.agent_id)
+        return Outcome.LATE
+
+    async def _checked(self, contribution: Contribution) -> Contribution:
+        """Return the contribution with the number of its shards' examples, once its blobs are checked.
+
+        The ledger is locked meanwhile: no clean-up comes between these checks and the record.
+        """
+        await self._uploads.check_complete(contribution)
+        if needs_base(self._run.config):
+            await self._uploads.check_base(contribution.weights_digest, contribution.initial_digest)
+        num_shared = await self._uploads.count_shared(contribution.shard_digests, contribution.num_examples)
+        return replace(contribution, num_shared=num_shared)
+
+    # ------------------------------------------------------------------ reports
+
+    async def report(self, agent_id: str, number: int, row: ReportRow) -> None:
+        """Keep what became of a published model on a device; durable when this returns.
+
+        Raises:
+            NotFoundError: that round has published nothing.
+        """
+        self._ledger.check_joined(agent_id)
+        round_row = await asyncio.to_thread(self._store.round, number)
+        if round_row is None or round_row.published_digest is None:
+            raise NotFoundError(f"round {number} has published no model", Reason.MALFORMED_REQUEST)
+        row = replace(row, at=self._clock())
+
+        async def record() -> bool:
+            # The agent may have been forgotten while this call waited for the ledger.
+            self._ledger.check_joined(agent_id)
+            return await asyncio.to_thread(self._store.record_report, number, row)
+
+        is_first = await self._ledger.exclusively(record)
+        if is_first:
+            self._metrics.count_report(row.applied)
+        crash_point(Point.SERVER_AGENT_REPORT_RECORDED)
+        await self._reports.write(number)
+        log.info("agent_reported", round=number, agent_id=agent_id, applied=row.applied)
+        self._standing.note_change()
+
+
+def _decision(contribution: Contribution, outcome: Outcome, now: float) -> Decision:
+    """Return the decision on a contribution that was not refused."""
+    agent_id = contribution.agent_id
+    if outcome is Outcome.ACCEPTED:
+        return Decision(agent_id, outcome, now, contribution)
+    # Nobody has looked whether the blobs that a late contribution names are here, so nothing of it is kept.
+    return Decision(agent_id, outcome, now, why=Rejection(Reason.ROUND_CLOSED, ""))

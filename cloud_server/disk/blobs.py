@@ -1,0 +1,140 @@
+"""Files by their digest: blobs, and the uploads that are to become blobs. No records are kept here.
+
+Each change leaves a state from which the whole can be done again, wherever the process is killed.
+"""
+
+import os
+from collections.abc import Collection, Iterator
+from contextlib import suppress
+from pathlib import Path
+from threading import RLock
+
+from cloud_server.disk.failures import storage_errors
+from cloud_server.state_dir import StateDir, blob_path
+from common.errors import NotFoundError
+from common.files import sync
+from common.transfer import checked_digest
+
+
+class Blobs:
+    """The blobs of one state directory, and its begun uploads; every method may be called from any thread.
+
+    Methods that write raise StorageError while the disk is full, read-only or failing.
+
+    Args:
+        lock: held by whoever changes a file and the record of it, which belong together.
+    """
+
+    def __init__(self, state_dir: StateDir, lock: RLock) -> None:
+        self.lock = lock
+        self._blobs_dir = state_dir.blobs
+        self._partial_dir = state_dir.partial
+
+    def path(self, digest: str) -> Path:
+        """Return where the blob is, or would be; ValueError unless the digest is 64 lower-case hex digits."""
+        return blob_path(self._blobs_dir, digest)
+
+    def size(self, digest: str) -> int | None:
+        """Return the bytes of the blob, None if it is not stored; ValueError like `path`."""
+        try:
+            return self.path(digest).stat().st_size
+        except FileNotFoundError:
+            return None
+
+    def paths(self) -> Iterator[Path]:
+        """Yield the path of every blob, in no order."""
+        return self._blobs_dir.glob("??/*")
+
+    def adopt(self, source: Path, digest: str) -> None:
+        """Move a file of the state directory that has this digest to the blobs.
+
+        Raises:
+            NotFoundError: the file is neither at its own place nor among the blobs.
+        """
+        blob = self.path(digest)
+        with storage_errors():
+            blob.parent.mkdir(exist_ok=True)
+            try:
+                sync(source)
+                # Should a blob be there, its bytes are the same.
+                source.replace(blob)
+            except FileNotFoundError:
+                _check_stored(blob)
+            blob.chmod(0o444)
+            self._sync_folders_of(blob)
+
+    # Uploads
+
+    def partial_path(self, slot: int, digest: str) -> Path:
+        """Return where an agent's upload grows, which counts as written to now; ValueError like `path`."""
+        path = self._partial_dir / f"{slot}-{checked_digest(digest)}"
+        # Whoever asks is about to go on with the upload: `remove_partials` shall not come between.
+        with self.lock, storage_errors(), suppress(FileNotFoundError):
+            os.utime(path)
+        return path
+
+    def partial_sizes(self, slot: int) -> dict[str, int]:
+        """Return the bytes that each of an agent's begun uploads has, by digest."""
+        sizes = {}
+        prefix = f"{slot}-"
+        with os.scandir(self._partial_dir) as entries:
+            for entry in entries:
+                if entry.name.startswith(prefix):
+                    # An upload may be completed meanwhile.
+                    with suppress(FileNotFoundError):
+                        sizes[entry.name.removeprefix(prefix)] = entry.stat().st_size
+        return sizes
+
+    def link(self, partial: Path, digest: str) -> None:
+        """Make the blob a second name of a whole upload, durably; nothing where the blob is there.
+
+        Killed before the record is there, the upload is still whole under its first name.
+
+        Raises:
+            NotFoundError: there is neither an upload nor a blob.
+        """
+        blob = self.path(digest)
+        with storage_errors():
+            blob.parent.mkdir(exist_ok=True)
+            # A blob that is there has the same bytes, of this agent or another.
+            with suppress(FileExistsError):
+                try:
+                    sync(partial)
+                    os.link(partial, blob)
+                except FileNotFoundError:
+                    _check_stored(blob)
+            self._sync_folders_of(blob)
+
+    def seal(self, partial: Path, digest: str) -> None:
+        """Make the blob read-only, and take the upload's own name away."""
+        with storage_errors():
+            # Not before the record: an upload that goes on after a failure must be able to write.
+            self.path(digest).chmod(0o444)
+            partial.unlink(missing_ok=True)
+
+    def remove_partials(self, written_before: float, *, spare: Collection[Path] = ()) -> int:
+        """Remove the uploads that were begun and have had no byte since; return how many."""
+        num_removed = 0
+        for path in set(self._partial_dir.iterdir()) - set(spare):
+            with self.lock, storage_errors(), suppress(FileNotFoundError):
+                if path.stat().st_mtime < written_before:
+                    path.unlink()
+                    num_removed += 1
+        return num_removed
+
+    def remove_partials_of(self, slot: int) -> None:
+        """Remove the uploads that this agent has begun."""
+        with self.lock, storage_errors():
+            for path in self._partial_dir.glob(f"{slot}-*"):
+                path.unlink(missing_ok=True)
+            sync(self._partial_dir)
+
+    def _sync_folders_of(self, blob: Path) -> None:
+        sync(blob.parent)
+        sync(self._blobs_dir)
+
+
+def _check_stored(blob: Path) -> None:
+    # An earlier call may have got as far as this when the process died.
+    if not blob.exists():
+        raise NotFoundError(f"the bytes of blob {blob.name} are not here: upload them") from None

@@ -1,0 +1,84 @@
+"""The run that a state directory holds: found there, or begun."""
+
+import asyncio
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from cloud_server import records
+from cloud_server.config import ServerConfig
+from cloud_server.disk.failures import when_disk_allows
+from cloud_server.disk.tables import EncodingRow
+from cloud_server.jobs import JobDirectory, JobError, Result
+from cloud_server.store import Store
+from cloud_server.training.runner import JobRunner
+from common import schema
+from common.config import RunConfig
+from common.errors import RunError, UsageError
+from common.faults import Point, crash_point
+from common.transfer import to_the_end
+
+
+@dataclass(frozen=True)
+class Run:
+    """What does not change in the whole run."""
+
+    run_id: str
+    config: RunConfig
+    # The names, shapes and dtypes of the model's weights: every upload is checked against them.
+    weights_schema: schema.Schema
+
+
+async def open_run(config: ServerConfig, store: Store, jobs: JobRunner, clock: Callable[[], float]) -> Run:
+    """Return the run in the state directory; begin it if there is none.
+
+    Raises:
+        UsageError: the directory holds another run, or the run's model cannot be built.
+        RunError: the trainer could not make the initial weights.
+    """
+    row = await asyncio.to_thread(store.run)
+    if row is None:
+        await _begin(config, store, jobs, clock)
+        row = await asyncio.to_thread(store.run)
+    elif difference := records.first_difference(row.config_json, config.run):
+        raise UsageError(
+            f"{config.state_dir} holds a run with another configuration ({difference});"
+            " give that one, or another --state-dir"
+        )
+    assert row is not None
+    first = await asyncio.to_thread(store.round, 1)
+    assert first is not None
+    header = schema.read_header(store.blobs.path(first.initial_digest))
+    return Run(row.run_id, config.run, header.schema)
+
+
+def adopt_model(store: Store, directory: JobDirectory, result: Result) -> None:
+    """Make blobs of the weights that a job has made, and of their encoding; doing it again changes nothing.
+
+    Raises:
+        StorageError: the disk takes no data now.
+    """
+    assert result.weights
+    store.blobs.adopt(directory.weights_path, result.weights.sha256)
+    crash_point(Point.SERVER_MODEL_ADOPTED)
+    if result.encoded:
+        store.blobs.adopt(directory.encoded_path, result.encoded.sha256)
+        encoding = EncodingRow(result.encoded.sha256, result.encoded.base)
+        store.record_encoding(result.weights.sha256, encoding)
+        crash_point(Point.SERVER_ENCODED_MODEL_ADOPTED)
+
+
+async def _begin(config: ServerConfig, store: Store, jobs: JobRunner, clock: Callable[[], float]) -> None:
+    """Have the trainer build the model, then record the run and its first round."""
+    job = records.initialise_job(config.run, config.device)
+    directory = jobs.directory(job.name)
+    # A start that failed may have left this job's folder.
+    directory.remove()
+    result = await jobs.finish(job)
+    if result.error or result.weights is None:
+        error = result.error or JobError(kind="failed", message="the trainer gave no weights")
+        raise (UsageError if error.kind == "usage" else RunError)(error.message)
+    await when_disk_allows(lambda: to_the_end(asyncio.to_thread(adopt_model, store, directory, result)))
+    run_json = config.run.model_dump_json()
+    await asyncio.to_thread(store.create_run, uuid.uuid4().hex, run_json, result.weights.sha256, clock())
+    crash_point(Point.SERVER_RUN_CREATED)

@@ -1,0 +1,102 @@
+"""The state of a run, as the server tells it and agents hear it, and the answer to a contribution."""
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import NamedTuple
+
+from common.errors import Reason
+from common.transfer import Blob, Encoded
+
+
+class Phase(StrEnum):
+    """How far a round is."""
+
+    # Agents pre-train, upload and contribute.
+    COLLECTING = "collecting"
+    # The contributed weights are being averaged.
+    AGGREGATING = "aggregating"
+    # The start that did best is being trained on the combined data.
+    FINE_TUNING = "fine_tuning"
+    # The result is being measured on held-out data.
+    EVALUATING = "evaluating"
+    # The round is over, and its global model is there for every agent.
+    PUBLISHED = "published"
+    # The round is over without a model; `failure` says why.
+    FAILED = "failed"
+
+
+class Outcome(StrEnum):
+    """How an agent's contribution to a round ended: exactly one of these."""
+
+    # The contribution is part of the round.
+    ACCEPTED = "accepted"
+    # The contribution was refused; a better one may follow while the round collects.
+    REJECTED = "rejected"
+    # The round had closed; the next one is open to this agent.
+    LATE = "late"
+
+
+class WorkProgress(NamedTuple):
+    """How far the cloud's work in the present phase is."""
+
+    done: int
+    total: int
+    # The mean training loss since the last report; None where nothing is trained, or it is not finite.
+    loss: float | None = None
+
+
+class PublishedModel(NamedTuple):
+    """A global model that agents may download."""
+
+    round: int
+    weights: Blob
+    # The same weights in fewer bytes; None: they travel as they are.
+    encoded: Encoded | None
+
+
+class LeftOut(NamedTuple):
+    """An accepted contribution that is no part of its round's model."""
+
+    round: int
+    reason: Reason
+    message: str
+
+
+@dataclass(frozen=True)
+class RunState:
+    """The whole state of the run at one moment, as one agent may see it."""
+
+    round: int
+    phase: Phase
+    initial_weights: Blob
+    # The initial weights in fewer bytes; None: they travel as they are.
+    initial_encoded: Encoded | None
+    # How this agent's contribution to this round ended; None: nothing has come from it yet.
+    outcome: Outcome | None
+    progress: WorkProgress | None
+    # The model of the last round that published one.
+    latest_model: PublishedModel | None
+    # The number of this round or the one before, if it failed; else 0.
+    failed_round: int
+    # Why `failed_round` failed.
+    failure: str
+    run_over: bool
+    num_contributions: int
+    max_contributions: int
+    # The last round whose model contains a contribution of this agent; 0: there is none.
+    counted_round: int
+    # This agent's accepted contribution to this round or the one before, if the model contains nothing of it.
+    left_out: LeftOut | None
+
+    @property
+    def latest_round(self) -> int:
+        """Return the number of the last round that published a model; 0: none has."""
+        return self.latest_model.round if self.latest_model else 0
+
+
+class Verdict(NamedTuple):
+    """How the server answers a contribution."""
+
+    outcome: Outcome
+    reason: Reason | None = None
+    message: str = ""

@@ -1,0 +1,1 @@
+"""The generator of the reference; the package does not ship it."""

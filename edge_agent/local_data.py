@@ -1,0 +1,91 @@
+"""This device's data and models in a run: read in the background, and again when the data have changed."""
+
+import asyncio
+from collections.abc import Callable
+
+from common.config import RunConfig
+from common.errors import UsageError
+from common.faults import Point, crash_point
+from common.telemetry import ProgressDisplay
+from edge_agent.config import AgentConfig
+from edge_agent.data import data_stamp
+from edge_agent.local import LocalModels
+from edge_agent.worker import Worker
+
+
+class LocalData:
+    """What this device trains with; reading it begins at once.
+
+    Args:
+        load: reads the data; called in the worker's thread.
+        tasks: the group that reading belongs to; what it raises ends the group.
+        on_ready: called when reading has ended.
+    """
+
+    def __init__(
+        self,
+        load: Callable[[], LocalModels],
+        run: RunConfig,
+        config: AgentConfig,
+        agent_id: str,
+        worker: Worker,
+        display: ProgressDisplay,
+        tasks: asyncio.TaskGroup,
+        on_ready: Callable[[], None],
+    ) -> None:
+        self._load_models = load
+        self._run = run
+        self._config = config
+        self._agent_id = agent_id
+        self._worker = worker
+        self._display = display
+        self._loading: asyncio.Future[LocalModels] = tasks.create_task(self._load())
+        self._loading.add_done_callback(lambda _: on_ready())
+
+    @property
+    def is_ready(self) -> bool:
+        """Return True once reading has ended."""
+        return self._loading.done()
+
+    async def models(self) -> LocalModels:
+        """Return the models and data, as soon as they are read."""
+        return await asyncio.shield(self._loading)
+
+    def stop(self) -> None:
+        """Read no further."""
+        self._loading.cancel()
+
+    async def read_again(self) -> None:
+        """Read what has changed: an image folder may be another one by the time a round begins.
+
+        While a round lasts the data stay as they are, so this is for the beginning of a round.
+        """
+        arguments = self._run, self._config.data, self._config.data_dir
+        try:
+            if await self._worker.run(data_stamp, *arguments) == (await self.models()).stamp:
+                return
+            loaded = await self._load()
+        except UsageError as error:
+            self._display.message(f"the data cannot be read again, so those of before are used: {error}")
+            return
+        self._display.message(f"the data have changed: {loaded.num_examples} examples to train on")
+        self._loading = asyncio.get_running_loop().create_future()
+        self._loading.set_result(loaded)
+
+    async def _load(self) -> LocalModels:
+        models = await self._worker.run(self._load_models)
+        crash_point(Point.AGENT_DATA_LOADED)
+        self._display.message(_what_is_shared(models, self._run.retain_data))
+        if models.has_withdrawn and self._config.share_data != "all":
+            self._display.message(
+                "some images are no longer shared; where they were sent before, the server's operator deletes"
+                f" them with `cloud-server forget {self._agent_id}`"
+            )
+        return models
+
+
+def _what_is_shared(models: LocalModels, retain_data: str) -> str:
+    if not models.num_shared:
+        return f"no image leaves this device, {models.num_examples} are trained on"
+    kept = {"round": "until their round is over", "run": "beyond their round"}[retain_data]
+    return f"shared are {models.num_shared} of {models.num_examples} images, which the server keeps {kept}"

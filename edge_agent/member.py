@@ -1,0 +1,325 @@
+"""One device's part in a run that it has joined: the steps of each round, in order.
+
+The member acts on what the run's latest state says is left for it to do, so it makes no difference whether
+it has been here all along, has lost its connection, or has just been started again. Each step ends with saved
+progress; a step that was cut short is taken again, to the same effect.
+"""
+
+import asyncio
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import structlog
+
+from common.config import RunConfig
+from common.errors import (
+    ConflictError,
+    ForbiddenError,
+    NotFoundError,
+    Reason,
+    Refusal,
+    RunError,
+    UnauthenticatedError,
+)
+from common.faults import Point, crash_point
+from common.run_state import Outcome, PublishedModel, RunState, Verdict
+from common.run_state import Phase as RoundPhase
+from common.telemetry import ProgressDisplay
+from common.training import StepReport
+from common.transfer import Blob
+from common.wire import is_encoded
+from edge_agent.client import CloudClient
+from edge_agent.local import LocalModels
+from edge_agent.local_data import LocalData
+from edge_agent.metrics import AgentMetrics, Phase
+from edge_agent.news import News
+from edge_agent.state import AgentState, Arrived, Report, Trained
+from edge_agent.transfers import Transfers, is_whole
+from edge_agent.worker import Worker
+
+# One contribution is sent so often, where the server turns out not to hold what was uploaded.
+MAX_SENDINGS = 3
+
+_T = TypeVar("_T")
+
+log = structlog.get_logger()
+
+
+class Member:
+    """What an agent does in a run, from round to round.
+
+    Args:
+        news: where the run's states come in.
+    """
+
+    def __init__(
+        self,
+        run: RunConfig,
+        client: CloudClient,
+        *,
+        disk: AgentState,
+        worker: Worker,
+        data: LocalData,
+        news: News,
+        metrics: AgentMetrics,
+        display: ProgressDisplay,
+    ) -> None:
+        self._run = run
+        self._client = client
+        self._disk = disk
+        self._worker = worker
+        self._data = data
+        self._news = news
+        self._metrics = metrics
+        self._display = display
+        self._transfers = Transfers(client, disk, worker, display, data)
+
+    async def take_part(self) -> None:
+        """Do what each state calls for, until the run is over."""
+        if arrived := self._disk.progress.arrived:
+            await self._go_on_with(arrived)
+        await self._notice_forgetting()
+        while True:
+            state = await self._news.next(self._is_called_for)
+            if self._is_new_model(state):
+                await self._take_latest_model(state)
+            elif self._is_open_round(state):
+                await self._news.while_run_lasts(self._contribute(state))
+            else:
+                return
+
+    async def _notice_forgetting(self) -> None:
+        """Have this agent contribute again to an open round that knows nothing of its contribution.
+
+        The server records an outcome for every contribution that it has accepted, refused as unfit, or found
+        late, before the agent is told. So a state without an outcome means that the agent was forgotten.
+        This is looked at right after joining only, where no state can be older than what this agent has sent.
+        A contribution that was refused without a record, as beyond a budget, is thereby sent once more each
+        time that the agent joins, and no oftener.
+        """
+        state = await self._news.next(lambda _: True)
+        is_tried = state.round == self._disk.progress.contributed_round
+        if state.phase is RoundPhase.COLLECTING and not state.outcome and is_tried:
+            log.info("contributing_again", round=state.round)
+            await self._save(contributed_round=state.round - 1)
+
+    def _is_called_for(self, state: RunState) -> bool:
+        is_work = self._is_new_model(state) or self._is_open_round(state)
+        return state.run_over or (is_work and self._data.is_ready)
+
+    def _is_new_model(self, state: RunState) -> bool:
+        return state.latest_round > self._disk.progress.evaluated_round
+
+    def _is_open_round(self, state: RunState) -> bool:
+        is_new = state.round > self._disk.progress.contributed_round
+        return state.phase is RoundPhase.COLLECTING and is_new and not state.run_over
+
+    # ------------------------------------------------------------------ contribute
+
+    async def _contribute(self, state: RunState) -> None:
+        """Pre-train on this agent's shards, upload weights and data, and commit them."""
+        if state.outcome is Outcome.ACCEPTED:
+            # An earlier life of this agent has contributed, and ended before it heard of that.
+            verdict = Verdict(Outcome.ACCEPTED)
+        else:
+            await self._data.read_again()
+            # The network would be idle while this device trains.
+            uploading = asyncio.create_task(self._transfers.upload_shards())
+            try:
+                trained = await self._pretrain(state)
+                self._metrics.set_phase(Phase.UPLOADING)
+                verdict = await self._send(trained, state, uploading)
+            finally:
+                uploading.cancel()
+                await asyncio.gather(uploading, return_exceptions=True)
+            crash_point(Point.AGENT_CONTRIBUTED)
+        outcome, message = verdict.outcome, verdict.message
+        log.info("contributed", round=state.round, outcome=outcome, reason=message or None)
+        if outcome is not Outcome.ACCEPTED:
+            self._display.message(f"round {state.round}: contribution {outcome}: {message}")
+        await self._save(contributed_round=state.round)
+        crash_point(Point.AGENT_CONTRIBUTION_SAVED)
+        self._disk.discard(self._disk.local_weights, self._disk.encoded, self._disk.checkpoint)
+        self._metrics.set_phase(Phase.WAITING)
+
+    async def _pretrain(self, state: RunState) -> Trained:
+        """Return this round's weights, which an earlier life of this agent may have trained."""
+        self._metrics.set_phase(Phase.PRE_TRAINING)
+        trained, initial = self._disk.progress.trained, self._initial_weights(state)
+        models = await self._data.models()
+        if not trained or not await self._worker.run(self._is_kept, models, trained, state.round, initial):
+            trained = await self._train(state)
+            crash_point(Point.AGENT_WEIGHTS_WRITTEN)
+            await self._save(trained=trained)
+            crash_point(Point.AGENT_PRETRAINED)
+            self._disk.discard(self._disk.checkpoint)
+        self._display.message(f"round {state.round}: local accuracy {trained.accuracy:.4f}")
+        self._metrics.accuracy_ratio.labels("local").set(trained.accuracy)
+        return trained
+
+    async def _train(self, state: RunState) -> Trained:
+        number, initial = state.round, self._initial_weights(state)
+        path = await self._download_initial(state)
+        models = await self._data.models()
+        model = await self._training(f"round {number}: pre-training", models.pretrain, number, path)
+        return await self._worker.run(models.keep, number, initial and initial.digest, model)
+
+    def _is_kept(self, models: LocalModels, trained: Trained, number: int, initial: Blob | None) -> bool:
+        """Return True if these weights are here, of this round, from that start and today's data."""
+        came_from = (trained.round, trained.initial_weights, trained.shards)
+        if came_from != (number, initial and initial.digest, models.trained_on):
+            return False
+        return is_whole(self._disk.local_weights, trained.weights)
+
+    async def _encoded(self, trained: Trained, state: RunState) -> tuple[Path, Blob]:
+        """Return what was pre-trained as it is uploaded: the file, and its blob."""
+        if not is_encoded(self._run):
+            return self._disk.local_weights, trained.weights
+        models = await self._data.models()
+        initial_path = await self._download_initial(state)
+        blob = await self._worker.run(models.encode, trained, initial_path, state.counted_round)
+        crash_point(Point.AGENT_ENCODED)
+        return self._disk.encoded, blob
+
+    async def _send(self, trained: Trained, state: RunState, uploading: asyncio.Task[None]) -> Verdict:
+        """Upload and commit.
+
+        Args:
+            uploading: the upload of the shards, which is under way.
+        """
+        models = await self._data.models()
+        path, weights = await self._encoded(trained, state)
+        for attempt in range(1, MAX_SENDINGS + 1):
+            try:
+                await (uploading if attempt == 1 else self._transfers.upload_shards())
+                await self._transfers.upload_weights(path, weights)
+                return await self._client.contribute(
+                    trained.round,
+                    weights=weights,
+                    shards=list(models.shards.values()),
+                    num_examples=models.num_examples,
+                    accuracy_local=trained.accuracy,
+                    initial_weights=trained.initial_weights,
+                )
+            except ConflictError as error:
+                # An earlier life of this agent has contributed.
+                return Verdict(Outcome.ACCEPTED, error.reason, str(error))
+            except (UnauthenticatedError, ForbiddenError):
+                # It is the agent that is refused, not the contribution.
+                raise
+            except Refusal as error:
+                if error.reason is not Reason.MISSING_BLOB or attempt == MAX_SENDINGS:
+                    return Verdict(Outcome.REJECTED, error.reason, str(error))
+                log.warning("uploading_again", round=trained.round, reason=str(error))
+        raise AssertionError("the last attempt returns")
+
+    def _initial_weights(self, state: RunState) -> Blob | None:
+        """Return what this round's pre-training starts from; None: from weights of this agent's own."""
+        if self._run.initial_weights == "independent" and state.latest_round == 0:
+            return None
+        return state.initial_weights
+
+    async def _download_initial(self, state: RunState) -> Path | None:
+        initial = self._initial_weights(state)
+        return initial and await self._transfers.download(initial, "initial weights", state.initial_encoded)
+
+    # ------------------------------------------------------------------ the global model
+
+    async def _take_latest_model(self, state: RunState) -> None:
+        """Take the published model, or a newer one where the server keeps this one no more."""
+        assert state.latest_model
+        try:
+            await self._take_global_model(state.latest_model)
+        except NotFoundError as error:
+            number = state.latest_round
+            state = await self._news.next(lambda newer: newer.latest_round > number or newer.run_over)
+            if state.latest_round == number:
+                await self._give_up(number, error)
+
+    async def _go_on_with(self, arrived: Arrived) -> None:
+        """Use a model that an earlier life of this agent has measured; it may be neither here nor there."""
+        try:
+            path = await self._transfers.download(arrived.weights, "global model")
+        except NotFoundError as error:
+            await self._give_up(arrived.report.round, error)
+        else:
+            await self._use_and_report(arrived, path)
+
+    async def _give_up(self, number: int, error: NotFoundError) -> None:
+        """Do without the model of a round."""
+        self._display.message(f"round {number}: its model cannot be had any more: {error}")
+        await self._save(evaluated_round=number, arrived=None)
+
+    async def _take_global_model(self, published: PublishedModel) -> None:
+        """Download, compare on this agent's own held-out data, adapt if need be, apply, report."""
+        self._metrics.set_phase(Phase.DOWNLOADING)
+        path = await self._transfers.download(published.weights, "global model", published.encoded)
+        self._metrics.set_phase(Phase.EVALUATING)
+        trained = self._disk.progress.trained
+        if trained and trained.round != published.round:
+            trained = None
+        models = await self._data.models()
+        adapting = f"round {published.round}: adapting"
+        report = await self._training(adapting, models.measure, published.round, path, trained)
+        arrived = Arrived(weights=published.weights, report=report)
+        # Once the model is replaced, the one before cannot be measured again.
+        await self._save(arrived=arrived)
+        crash_point(Point.AGENT_EVALUATED)
+        await self._use_and_report(arrived, path)
+
+    async def _use_and_report(self, arrived: Arrived, path: Path) -> None:
+        report = arrived.report
+        models = await self._data.models()
+        await self._training(f"round {report.round}: adapting", models.apply, path, report)
+        crash_point(Point.AGENT_MODEL_APPLIED)
+        self._metrics.set_accuracies(
+            local=report.accuracy_local,
+            before=report.accuracy_before,
+            after=report.accuracy_after,
+            adapted=report.accuracy_adapted,
+        )
+        await self._client.report(report)
+        crash_point(Point.AGENT_REPORTED)
+        await self._save(evaluated_round=report.round, arrived=None)
+        # No file there is of a later round yet: that one starts from this model, applied or not.
+        self._disk.discard_all_but({path})
+        self._display.message(f"round {report.round}: {_outcome_of(report)}")
+        self._metrics.set_phase(Phase.WAITING)
+
+    # ------------------------------------------------------------------ small parts
+
+    async def _training(self, label: str, function: Callable[..., _T], *args: Any) -> _T:
+        """Call what trains: it shows how far it is, and stops soon after this is cancelled.
+
+        Args:
+            function: takes what to call at each step for its last argument.
+        """
+        is_left = threading.Event()
+
+        def show(step: StepReport) -> None:
+            if is_left.is_set():
+                raise RunError("stopped while training")
+            self._show_step(label, step)
+
+        try:
+            return await self._worker.run(function, *args, show)
+        finally:
+            # A thread can only end by itself.
+            is_left.set()
+
+    def _show_step(self, label: str, step: StepReport) -> None:
+        self._metrics.pretrain_loss.set(step.loss)
+        self._display.update(label, step.step, step.num_steps, f"loss {step.loss:.3f}")
+
+    async def _save(self, **changes: Any) -> None:
+        await self._worker.run(self._disk.save, self._disk.progress.model_copy(update=changes))
+
+
+def _outcome_of(report: Report) -> str:
+    if not report.applied:
+        return f"kept its own model: {report.reason}"
+    before = "none" if report.accuracy_before is None else f"{report.accuracy_before:.4f}"
+    adapted = "" if report.accuracy_adapted is None else f", adapted {report.accuracy_adapted:.4f}"
+    return f"accuracy before {before}, after {report.accuracy_after:.4f}{adapted}, applied"

@@ -1,0 +1,52 @@
+"""What examples/ holds, run as its README says."""
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from tests.processes import ROOT, Cluster, Command
+
+EXAMPLES = ROOT / "examples"
+
+
+def write_letters(folder: Path, seed: int) -> None:
+    """Write ten classes of four images each, as an image folder."""
+    rng = np.random.default_rng(seed)
+    for label in range(10):
+        (folder / f"train/{label}").mkdir(parents=True)
+        for number in range(4):
+            pixels = rng.integers(0, 255, (16, 16), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / f"train/{label}/{number}.png")
+
+
+def assert_published(cluster: Cluster, *commands: Command) -> None:
+    for command in commands:
+        assert command.wait() == 0, command.output
+    report = cluster.report()
+    assert report["outcome"] == "published"
+    assert [agent["agent_id"] for agent in report["agents"]] == ["edge-1", "edge-2"]
+
+
+def test_own_data_and_own_model_run_as_the_readme_says(cluster: Cluster) -> None:
+    env = {"PYTHONPATH": str(EXAMPLES)}
+    server = cluster.server("--config", EXAMPLES / "shapes.toml", env=env)
+    agents = [
+        cluster.agent(
+            f"edge-{number}", "--data", "shapes:images", "--partition", f"{number}/2",
+            "--allow-factory", "shapes:net", env=env,
+        )
+        for number in (1, 2)
+    ]  # fmt: skip
+    assert_published(cluster, *agents, server)
+    assert cluster.report()["model"] == "shapes:net"
+
+
+def test_image_folders_run_as_the_readme_says(cluster: Cluster, tmp_path: Path) -> None:
+    server = cluster.server("--config", EXAMPLES / "letters.toml")
+    agents = []
+    for number in (1, 2):
+        write_letters(tmp_path / f"letters-{number}", seed=number)
+        agents.append(cluster.agent(f"edge-{number}", "--data", tmp_path / f"letters-{number}"))
+    assert_published(cluster, *agents, server)
+    assert cluster.report()["dataset"] == "letters"
