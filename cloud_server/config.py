@@ -117,21 +117,25 @@ class ServerConfig(ProcessConfig):
 
     @property
     def tls_folder(self) -> Path:
+        """Return the folder of the authority."""
         return self.tls_dir or StateDir(self.state_dir).tls
 
     @property
     def http_token_path(self) -> Path:
-        """Where the status page's token is, if it asks for one."""
+        """Return where the token of the status page is kept, if the page asks for one."""
         return self.http_token_file or StateDir(self.state_dir).http_token
 
     @property
     def connections(self) -> int:
+        """Return how many connections from agents there may be."""
         return self.max_connections or max(256, 2 * self.agents_to_close + 128)
 
     @property
     def joined(self) -> int:
+        """Return how many agents the run takes."""
         return self.max_joined or max(10_000, 10 * self.agents_to_close)
 
     @property
     def agents_to_close(self) -> int:
+        """Return how many contributions close a round at once."""
         return self.max_agents or self.min_agents

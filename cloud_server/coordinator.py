@@ -39,7 +39,7 @@ log = structlog.get_logger()
 
 
 class Coordinator:
-    """Takes the run from round to round.
+    """The part of a server that takes the run from round to round.
 
     Args:
         clock: seconds since the epoch; deadlines outlive the process.

@@ -38,7 +38,7 @@ class Membership:
 
 
 class Desk:
-    """Answers agents; whatever an answer promises is on disk before it is given.
+    """The desk where agents are answered; whatever an answer promises is on disk before it is given.
 
     Every method but `join` raises NotFoundError for an agent that has not joined.
 

@@ -1,4 +1,7 @@
-"""`cloud-server token`, `agents`, `forget`: who may come in, and who goes; the server may run meanwhile."""
+"""The commands `cloud-server token`, `agents` and `forget`: who may come in, and who goes.
+
+The server may run meanwhile.
+"""
 
 import argparse
 import sys
@@ -23,11 +26,12 @@ from common.errors import NotFoundError, UsageError
 from common.faults import Point, crash_point
 
 DEFAULT_TTL_SECONDS = 3600.0
-WAIT_SECONDS = 0.1  # between two looks whether the server has forgotten an agent
+# The records are read so often, to see whether the server has forgotten the agent.
+WAIT_SECONDS = 0.1
 
 
 def main(argv: Sequence[str]) -> int:
-    """Do one command, print what it found or made.
+    """Do one command, and print what it has found or made.
 
     Raises:
         UsageError: there is no such token or agent, or the state directory cannot be used.
@@ -89,7 +93,7 @@ def _has_authority(config: ServerConfig) -> bool:
 
 @contextmanager
 def _authority(config: ServerConfig, *, make: bool = False) -> Iterator[Authority]:
-    """The server's; where there is none it is made, or UsageError."""
+    """Open the server's authority, which is made if there is none; raise UsageError if it cannot be used."""
     is_new = not _has_authority(config)
     if is_new and not make:
         raise UsageError(
@@ -102,7 +106,10 @@ def _authority(config: ServerConfig, *, make: bool = False) -> Iterator[Authorit
 
 
 def _forget_agent(config: ServerConfig, arguments: argparse.Namespace) -> None:
-    """Also where the server speaks plaintext, and has no authority; see cloud_server/upkeep/forgetting.py."""
+    """Revoke the agent, if there is an authority, and have it forgotten.
+
+    A server that speaks plaintext has no authority; see cloud_server/upkeep/forgetting.py.
+    """
     agent_id = arguments.agent_id
     is_enrolled = False
     if _has_authority(config):
@@ -121,7 +128,11 @@ def _forget_agent(config: ServerConfig, arguments: argparse.Namespace) -> None:
 
 
 def _forget(state_dir: Path, agent_id: str) -> ForgettingRow:
-    """Have it done, by the server that has the state directory, or here. NotFoundError: it never joined."""
+    """Have the agent forgotten by the server that has the state directory, or by this process.
+
+    Raises:
+        NotFoundError: the agent never joined.
+    """
     pseudonym = ""
     while True:
         try:
@@ -132,7 +143,8 @@ def _forget(state_dir: Path, agent_id: str) -> ForgettingRow:
                     forgetting.forget(store, row, time.time())
                 return forgotten.forgetting_of(store, pseudonym)
         except InUseError:
-            pass  # by a server, or by `cloud-server check`
+            # A server has the state directory, or `cloud-server check` has it.
+            pass
         with closing(Store(state_dir, as_guest=True)) as store:
             pseudonym = pseudonym or _ask(store, agent_id)
             if (row := forgotten.forgetting_of(store, pseudonym)).done_at is not None:

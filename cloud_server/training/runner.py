@@ -42,7 +42,7 @@ async def _ignore(lines: list[Progress]) -> None: ...
 
 
 class JobRunner:
-    """Gives jobs to the trainer, one at a time.
+    """The part of a server that gives jobs to the trainer, one at a time.
 
     Args:
         max_attempts: how often a job is tried; a full disk or a wrong configuration is no attempt.

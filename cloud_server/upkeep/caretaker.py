@@ -28,7 +28,7 @@ log = structlog.get_logger()
 
 
 class Caretaker:
-    """Removes what is no longer wanted, while the server serves.
+    """The part of a server that removes what is no longer wanted, while the server serves.
 
     Args:
         clock: seconds since the epoch.

@@ -1,4 +1,4 @@
-"""Erasing what a running server's disk has of an agent; upkeep/forgetting.py says what that is."""
+"""The erasing of an agent from a running server's disk; upkeep/forgetting.py says what is erased."""
 
 import asyncio
 from collections.abc import Callable
@@ -17,7 +17,7 @@ log = structlog.get_logger()
 
 
 class Eraser:
-    """Erases agents, and stops the trainer where it works with what they have sent.
+    """The part of a server that erases agents, and stops the trainer where it works with what they have sent.
 
     Args:
         clock: seconds since the epoch.
