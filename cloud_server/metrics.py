@@ -1,7 +1,7 @@
-"""The metrics of a server, under the names of the contract (Prometheus).
+"""The metrics of a server in Prometheus format, under the names that the reference documents.
 
-Labels only take the values of the constants and enums named here, of the RPCs and status codes that the
-server has, and of the ids of one round's agents, `max_agents` at most. So the number of series is bounded.
+The number of series is bounded. The values of labels are those of the constants and enums in this module,
+the RPCs and status codes of the server, and the ids of the agents in one round, at most `max_agents`.
 """
 
 import time
@@ -18,9 +18,9 @@ from common.telemetry import make_registry
 
 RECEIVED_KINDS = ("weights", "data")
 SENT_KINDS = ("model",)
-# Phases take from milliseconds (digits) to hours (collecting, a long fine-tune).
+# A phase takes between milliseconds (digits) and hours (collecting, a long fine-tune).
 PHASE_SECONDS = (0.1, 0.3, 1, 3, 10, 30, 60, 180, 600, 1800, 3600, 10800, 36000)
-# Calls take from milliseconds to hours: a Watch stays open for as long as the run.
+# A call takes between a millisecond (a small message) and hours (Watch, which is open for the whole run).
 RPC_SECONDS = (0.001, 0.005, 0.02, 0.1, 0.5, 2, 10, 60, 300, 1800, 10800)
 
 
@@ -30,7 +30,7 @@ class ServerMetrics:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self.registry = registry = make_registry()
         self._clock = clock
-        # The round, its phase, and since when it has been in that phase.
+        # The number of the current round, its phase, and the time at which the phase began.
         self._current: tuple[int, Phase, float] | None = None
         self._rounds = Counter(
             "ecavg_server_rounds_total", "Rounds that ended, by how.", ["outcome"], registry=registry
@@ -106,7 +106,10 @@ class ServerMetrics:
         self._start_at_zero()
 
     def _start_at_zero(self) -> None:
-        """Show counters at 0: one that first appears at 1 hides its first increase from `rate()`."""
+        """Create all series of the counters with the value 0.
+
+        A series that first appears with the value 1 hides its first increase from `rate()` of Prometheus.
+        """
         for phase in OVER:
             self.count_round(phase, 0)
         for outcome in Outcome:
@@ -122,7 +125,7 @@ class ServerMetrics:
         self.set_agents(watching=0, contributed=0, away=0)
 
     def set_phase(self, number: int, phase: str) -> None:
-        """Show which round is in which phase; doing it again while nothing has changed has no effect."""
+        """Show that the round `number` is in `phase`; a repeated call with the same values has no effect."""
         if self._current and self._current[:2] == (number, phase):
             return
         now = self._clock()
@@ -135,19 +138,23 @@ class ServerMetrics:
             self._phase.labels(each).set(each == phase)
 
     def set_agents(self, *, watching: int, contributed: int, away: int) -> None:
-        """Show how many agents are connected, have contributed, or are away."""
+        """Show the numbers of agents: connected and still to contribute, connected and done, or away."""
         self._agents.labels("watching").set(watching)
         self._agents.labels("contributed").set(contributed)
         self._agents.labels("away").set(away)
 
     def set_accuracies(self, ratios: Mapping[str, float]) -> None:
-        """Show a published round's accuracies by stage, 0 to 1; those of the round before go."""
+        """Replace the accuracies by those of a published round.
+
+        Args:
+            ratios: the accuracies by stage, each from 0 to 1.
+        """
         self._accuracy.clear()
         for stage, ratio in ratios.items():
             self._accuracy.labels(stage).set(ratio)
 
     def set_audit(self, audit: Sequence[AgentAudit]) -> None:
-        """Show a published round's findings about its agents; those of the round before go."""
+        """Replace the flags and norm ratios of agents by those of a published round."""
         self._flagged.clear()
         self._norm_ratio.clear()
         for agent in audit:
@@ -159,11 +166,11 @@ class ServerMetrics:
         """Remove every series that has this agent's id."""
         for gauge in (self._flagged, self._norm_ratio):
             with suppress(KeyError):
-                # There is no series of an agent that the last round has not heard of.
+                # An agent that took no part in the last published round has no series.
                 gauge.remove(agent_id)
 
     def count_round(self, outcome: str, num_rounds: int = 1) -> None:
-        """Count a round that has ended in this phase, "published" or "failed"."""
+        """Count a round by the phase in which it has ended, "published" or "failed"."""
         self._rounds.labels(outcome).inc(num_rounds)
 
     def count_contribution(self, outcome: str, num_contributions: int = 1) -> None:
@@ -171,7 +178,7 @@ class ServerMetrics:
         self._contributions.labels(outcome).inc(num_contributions)
 
     def count_report(self, applied: bool, num_reports: int = 1) -> None:
-        """Count an agent's first report on a round, by whether it uses the model."""
+        """Count an agent's first report on a round; `applied` is True if the agent uses the model."""
         self._reports.labels(str(applied).lower()).inc(num_reports)
 
     def count_received(self, kind: str, num_bytes: int) -> None:
@@ -189,7 +196,15 @@ class ServerMetrics:
     def observe_rpc(
         self, service: str, method: str, code: str, seconds: float, refusal: Reason | None = None
     ) -> None:
-        """Count an RPC that has ended; `code` is the name of its status, as "OK"."""
+        """Count and measure an RPC that has ended.
+
+        Args:
+            service: the name of the gRPC service.
+            method: the name of a method that this server has.
+            code: the name of the status, for example "OK".
+            seconds: the duration of the RPC.
+            refusal: the reason if the RPC was refused.
+        """
         if refusal:
             self._refusals.labels(refusal.value).inc()
         self._handled.labels(service, method, code).inc()

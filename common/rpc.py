@@ -282,9 +282,16 @@ def retrying(
 class ObserveCall(Protocol):
     """The type of a function that measures a call; called once, at the end of each call."""
 
-    def __call__(
-        self, service: str, method: str, code: str, seconds: float, refusal: Reason | None
-    ) -> None: ...
+    def __call__(self, service: str, method: str, code: str, seconds: float, refusal: Reason | None) -> None:
+        """Count and measure one call that has ended.
+
+        Args:
+            service: the name of the gRPC service.
+            method: the name of the method, without the service.
+            code: the name of the status, for example "OK".
+            seconds: the duration of the call.
+            refusal: the reason if the call was refused.
+        """
 
 
 class Peer(NamedTuple):
@@ -305,7 +312,8 @@ class Admit(Protocol):
     and turn the CancelledError into a Refusal.
     """
 
-    def __call__(self, method: str, peer: Peer) -> AbstractContextManager[None]: ...
+    def __call__(self, method: str, peer: Peer) -> AbstractContextManager[None]:
+        """Return the context manager for one call of `method` by `peer`."""
 
 
 class RefusingInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]

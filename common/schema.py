@@ -59,7 +59,7 @@ class TensorSpec(NamedTuple):
 
     @property
     def num_bytes(self) -> int:
-        """The size of the tensor's values in bytes."""
+        """Return the size of the tensor's values in bytes."""
         return math.prod(self.shape) * _DTYPE_BYTES[self.dtype]
 
 

@@ -104,14 +104,14 @@ class JoinToken(NamedTuple):
 
     @property
     def key(self) -> Key:
-        """The private key that is derived from the secret (FIPS 186-4, section B.4.1)."""
+        """Return the private key that is derived from the secret (FIPS 186-4, section B.4.1)."""
         # 48 bytes, 16 more than the order has, make the bias of the reduction negligible.
         derived = HKDF(hashes.SHA256(), 48, salt=None, info=_TOKEN_PURPOSE).derive(self.secret)
         return ec.derive_private_key(int.from_bytes(derived) % (_CURVE_ORDER - 1) + 1, _CURVE)
 
     @property
     def token_id(self) -> str:
-        """The name of the token in lists, 16 hex digits that do not reveal the secret."""
+        """Return the name of the token in lists, 16 hex digits that do not reveal the secret."""
         return key_digest(self.key.public_key())[:16]
 
     def root(self) -> Certificate:

@@ -1,7 +1,4 @@
-"""The commands `cloud-server token`, `agents` and `forget`: who may come in, and who goes.
-
-The server may run meanwhile.
-"""
+"""The commands `cloud-server token`, `agents` and `forget`, which also work while the server runs."""
 
 import argparse
 import sys
@@ -26,12 +23,12 @@ from common.errors import NotFoundError, UsageError
 from common.faults import Point, crash_point
 
 DEFAULT_TTL_SECONDS = 3600.0
-# The records are read so often, to see whether the server has forgotten the agent.
+# `forget` pauses for this time before it asks again whether a running server has forgotten the agent.
 WAIT_SECONDS = 0.1
 
 
 def main(argv: Sequence[str]) -> int:
-    """Do one command, and print what it has found or made.
+    """Run one command, and print its result.
 
     Raises:
         UsageError: there is no such token or agent, or the state directory cannot be used.
@@ -50,34 +47,36 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    where = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
-    where.add_argument("--state-dir", metavar="DIR", type=Path, help="the server's")
-    where.add_argument("--tls-dir", metavar="DIR", type=Path, help="the server's")
-    where.add_argument("--config", metavar="FILE", type=Path, default=None, help="the server's")
+    folder_flags = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
+    folder_flags.add_argument("--state-dir", metavar="DIR", type=Path, help="the server's")
+    folder_flags.add_argument("--tls-dir", metavar="DIR", type=Path, help="the server's")
+    folder_flags.add_argument("--config", metavar="FILE", type=Path, default=None, help="the server's")
 
     parser = argparse.ArgumentParser(
         prog="cloud-server", description="Let agents in, and keep them out. The server may run meanwhile."
     )
     nouns = parser.add_subparsers(required=True, metavar="token|agents|forget")
     token = nouns.add_parser("token", help="join tokens").add_subparsers(required=True)
-    create = token.add_parser("create", parents=[where], help="print a new one")
+    create = token.add_parser("create", parents=[folder_flags], help="print a new one")
     create.add_argument("--uses", type=_positive_int, default=1, help="devices (default: 1)")
     create.add_argument(
         "--ttl-seconds", type=_positive, default=DEFAULT_TTL_SECONDS, help="lifetime (default: %(default)g)"
     )
     create.set_defaults(do=_create_token)
-    token.add_parser("list", parents=[where], help="all of them").set_defaults(do=_list_tokens)
-    revoke = token.add_parser("revoke", parents=[where], help="nobody enrolls with it any more")
+    token.add_parser("list", parents=[folder_flags], help="all of them").set_defaults(do=_list_tokens)
+    revoke = token.add_parser("revoke", parents=[folder_flags], help="nobody enrolls with it any more")
     revoke.add_argument("token_id", metavar="ID", help="as `token list` shows it")
     revoke.set_defaults(do=_revoke_token)
     agents = nouns.add_parser("agents", help="enrolled agents").add_subparsers(required=True)
-    agents.add_parser("list", parents=[where], help="all of them").set_defaults(do=_list_agents)
-    revoke = agents.add_parser("revoke", parents=[where], help="cut an agent off, at once and for good")
+    agents.add_parser("list", parents=[folder_flags], help="all of them").set_defaults(do=_list_agents)
+    revoke = agents.add_parser(
+        "revoke", parents=[folder_flags], help="cut an agent off, at once and for good"
+    )
     revoke.add_argument("agent_id", metavar="AGENT", help="its id")
     revoke.set_defaults(do=_revoke_agent)
     forget = nouns.add_parser(
         "forget",
-        parents=[where],
+        parents=[folder_flags],
         help="delete an agent's shards, weights and records, and cut it off",
         description="Delete everything an agent has sent, and what is recorded of it; published models stay."
         " It is revoked. Works while the server runs, and when not; once begun it is done to the end.",
@@ -93,7 +92,15 @@ def _has_authority(config: ServerConfig) -> bool:
 
 @contextmanager
 def _authority(config: ServerConfig, *, make: bool = False) -> Iterator[Authority]:
-    """Open the server's authority, which is made if there is none; raise UsageError if it cannot be used."""
+    """Open the server's authority, and close it at the end.
+
+    Args:
+        config: the server's configuration.
+        make: True to make an authority if there is none.
+
+    Raises:
+        UsageError: there is no authority, or it cannot be used.
+    """
     is_new = not _has_authority(config)
     if is_new and not make:
         raise UsageError(
@@ -106,9 +113,10 @@ def _authority(config: ServerConfig, *, make: bool = False) -> Iterator[Authorit
 
 
 def _forget_agent(config: ServerConfig, arguments: argparse.Namespace) -> None:
-    """Revoke the agent, if there is an authority, and have it forgotten.
+    """Revoke the agent if it is enrolled, and delete its data and records if it has joined.
 
-    A server that speaks plaintext has no authority; see cloud_server/upkeep/forgetting.py.
+    A server without TLS has no authority, and no agent of such a server is enrolled. The deletion is
+    described in cloud_server/upkeep/forgetting.py.
     """
     agent_id = arguments.agent_id
     is_enrolled = False
@@ -118,7 +126,7 @@ def _forget_agent(config: ServerConfig, arguments: argparse.Namespace) -> None:
             is_enrolled = True
     if StateDir(config.state_dir).database.exists():
         with suppress(NotFoundError):
-            _tell_forgotten(agent_id, _forget(config.state_dir, agent_id), is_enrolled=is_enrolled)
+            _print_forgotten(agent_id, _forget(config.state_dir, agent_id), is_enrolled=is_enrolled)
             return
     if not is_enrolled:
         raise UsageError(
@@ -128,37 +136,41 @@ def _forget_agent(config: ServerConfig, arguments: argparse.Namespace) -> None:
 
 
 def _forget(state_dir: Path, agent_id: str) -> ForgettingRow:
-    """Have the agent forgotten by the server that has the state directory, or by this process.
+    """Record that the agent is to be forgotten, and wait until it is forgotten.
+
+    The server that uses the state directory deletes the agent's data. If there is none, this process does.
 
     Raises:
-        NotFoundError: the agent never joined.
+        NotFoundError: the agent has never joined.
     """
     pseudonym = ""
     while True:
         try:
             with closing(Store(state_dir)) as store:
-                pseudonym = pseudonym or _ask(store, agent_id)
+                pseudonym = pseudonym or _ask_to_forget(store, agent_id)
                 row = forgotten.forgetting_of(store, pseudonym)
                 if row.done_at is None:
                     forgetting.forget(store, row, time.time())
                 return forgotten.forgetting_of(store, pseudonym)
         except InUseError:
-            # A server has the state directory, or `cloud-server check` has it.
+            # A server uses the state directory, or `cloud-server check` does.
             pass
         with closing(Store(state_dir, as_guest=True)) as store:
-            pseudonym = pseudonym or _ask(store, agent_id)
+            pseudonym = pseudonym or _ask_to_forget(store, agent_id)
             if (row := forgotten.forgetting_of(store, pseudonym)).done_at is not None:
                 return row
         time.sleep(WAIT_SECONDS)
 
 
-def _ask(store: Store, agent_id: str) -> str:
+def _ask_to_forget(store: Store, agent_id: str) -> str:
+    """Record that the agent is to be forgotten, and return the pseudonym that replaces its id."""
     pseudonym = forgotten.ask_to_forget(store, agent_id, time.time())
     crash_point(Point.SERVER_FORGETTING_ASKED)
     return pseudonym
 
 
-def _tell_forgotten(agent_id: str, row: ForgettingRow, *, is_enrolled: bool) -> None:
+def _print_forgotten(agent_id: str, row: ForgettingRow, *, is_enrolled: bool) -> None:
+    """Print that the agent is forgotten, and which published models have used its data."""
     how = "and revoked" if is_enrolled else "but was not enrolled: with --insecure anybody may take its name"
     print(f"agent {agent_id} is forgotten, {how}; in provenance.jsonl it is {row.pseudonym}")  # noqa: T201
     if not row.models:
@@ -177,10 +189,15 @@ def _create_token(config: ServerConfig, arguments: argparse.Namespace) -> None:
 def _list_tokens(config: ServerConfig, _: argparse.Namespace) -> None:
     with _authority(config) as authority:
         rows, now = authority.tokens(), authority.now()
-    _print(
+    _print_table(
         ["token", "used", "expires", "state"],
         [
-            [row.token_id, f"{row.num_used} of {row.uses}", _time(row.expires_at), _token_state(row, now)]
+            [
+                row.token_id,
+                f"{row.num_used} of {row.uses}",
+                _format_time(row.expires_at),
+                _token_state(row, now),
+            ]
             for row in rows
         ],
     )
@@ -195,10 +212,16 @@ def _revoke_token(config: ServerConfig, arguments: argparse.Namespace) -> None:
 def _list_agents(config: ServerConfig, _: argparse.Namespace) -> None:
     with _authority(config) as authority:
         rows = authority.agents()
-    _print(
+    _print_table(
         ["agent", "enrolled", "certificate ends", "token", "state"],
         [
-            [row.agent_id, _time(row.enrolled_at), _time(row.expires_at), row.token_id, _agent_state(row)]
+            [
+                row.agent_id,
+                _format_time(row.enrolled_at),
+                _format_time(row.expires_at),
+                row.token_id,
+                _agent_state(row),
+            ]
             for row in rows
         ],
     )
@@ -227,14 +250,14 @@ def _token_state(row: TokenRow, now: float) -> str:
 
 
 def _agent_state(row: EnrolledAgent) -> str:
-    return "enrolled" if row.revoked_at is None else f"revoked {_time(row.revoked_at)}"
+    return "enrolled" if row.revoked_at is None else f"revoked {_format_time(row.revoked_at)}"
 
 
-def _time(seconds: float) -> str:
+def _format_time(seconds: float) -> str:
     return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M:%SZ")
 
 
-def _print(headings: list[str], rows: list[list[str]]) -> None:
+def _print_table(headings: list[str], rows: list[list[str]]) -> None:
     table = Table(box=None, pad_edge=False)
     for heading in headings:
         table.add_column(heading, overflow="fold")

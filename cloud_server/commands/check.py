@@ -1,7 +1,7 @@
-"""`cloud-server check STATE`: whether all of a state directory is there, and is what it was.
+"""The command `cloud-server check STATE`, which verifies the files and records of a state directory.
 
-Nothing in STATE is changed, so that a folder which can only be read can be checked as well. The records
-are read from a copy: SQLite writes beside a database even to read it.
+The command changes nothing in STATE, so it works on a read-only folder, too. It reads the records from a
+copy of the database, because SQLite writes files beside a database even for reading.
 """
 
 import argparse
@@ -41,9 +41,9 @@ _REMOVE = "remove it"
 
 
 class Problem(NamedTuple):
-    """One thing that is wrong."""
+    """One fault in a state directory, and how to repair it."""
 
-    # A path inside STATE, or the record.
+    # The path of a file inside STATE, or the name of a record.
     where: str
     what: str
     remedy: str
@@ -53,10 +53,10 @@ class Problem(NamedTuple):
 
 
 def main(argv: Sequence[str]) -> int:
-    """Print what is wrong with a state directory, and a summary; return 0 when nothing is, else 1.
+    """Print the problems of a state directory and a summary; return 0 if there is no problem, else 1.
 
     Raises:
-        UsageError: there is no state directory, or a server uses it.
+        UsageError: the folder is not a state directory, or a server uses it.
     """
     parser = argparse.ArgumentParser(
         prog="cloud-server check",
@@ -74,32 +74,36 @@ def main(argv: Sequence[str]) -> int:
 
 
 class Check:
-    """One look at a whole state directory; `problems` counts as it goes, `summary` is for afterwards."""
+    """One check of a whole state directory.
+
+    `num_problems` and `summary` are complete when the iterator of `problems` is exhausted.
+    """
 
     def __init__(self, state_dir: StateDir) -> None:
         self.num_problems = 0
         self._state_dir = state_dir
         self._num_rounds = 0
         self._num_partials = 0
-        # The size of every blob that is what its name says.
+        # The size in bytes of every blob whose digest is right.
         self._blob_bytes: dict[str, int] = {}
-        # Blobs that have been reported, which is done once, however many records name them.
+        # The digests of the blobs that have been reported. A blob is reported once, however many records
+        # name it.
         self._damaged: set[str] = set()
-        # Rounds that have published what an agent contributed who is forgotten since.
+        # The numbers of the published rounds with a contribution of an agent that is forgotten since.
         self._used_by_forgotten: set[int] = set()
 
     def problems(self) -> Iterator[Problem]:
-        """Yield everything that is wrong.
+        """Yield all problems of the state directory.
 
         Raises:
-            UsageError: a newer program wrote the database.
+            UsageError: a newer version of this program has written the database.
         """
         for problem in self._all_problems():
             self.num_problems += 1
             yield problem
 
     def summary(self) -> str:
-        """Return what was checked and how many problems there were, in one line."""
+        """Return one line with the numbers of problems, rounds, blobs and begun uploads."""
         found = f"{self.num_problems} problem{'s' * (self.num_problems != 1)}" if self.num_problems else "ok"
         total = sum(self._blob_bytes.values())
         return (
@@ -113,10 +117,10 @@ class Check:
             for suffix in ("", "-wal"):
                 with suppress(FileNotFoundError):
                     shutil.copyfile(f"{self._state_dir.database}{suffix}", f"{copy}{suffix}")
-            damage = list(_database(copy, self._state_dir))
+            damage = list(_database_problems(copy, self._state_dir))
             yield from damage
             if damage:
-                # The records tell nothing.
+                # A damaged database does not tell which blobs are needed.
                 yield from self._blobs(needed=None)
                 return
             with closing(Store(Path(folder))) as records:
@@ -128,14 +132,14 @@ class Check:
         self._num_rounds = len(rounds)
         self._used_by_forgotten = {number for row in forgettings(records) for number, _ in row.models}
         yield from self._run(records, rounds)
-        yield from self._order(rounds)
+        yield from self._sequence(rounds)
         for row in rounds:
             if not row.retired or row is rounds[0]:
                 yield from self._blob(row.initial_digest, f"record of round {row.number}", "initial weights")
             if not row.retired:
                 yield from self._kept_round(records, row)
             if row.phase in OVER:
-                yield from self._left_of_round(row, may_be_missing=row is rounds[-1])
+                yield from self._files_of_round(row, may_be_missing=row is rounds[-1])
         for upload in records.uploads():
             where = f"record of an upload of {upload.agent_id}"
             yield from self._blob(upload.digest, where, upload.kind, _SEND_AGAIN)
@@ -145,12 +149,19 @@ class Check:
         yield from self._provenance(records)
 
     def _where(self, path: Path) -> str:
+        """Return the path relative to the state directory."""
         return str(path.relative_to(self._state_dir.path))
 
     # Blobs
 
     def _blobs(self, needed: set[str] | None) -> Iterator[Problem]:
-        """Check every blob's digest; a blob that no record names is no problem, a clean-up sees to it."""
+        """Check the digest of every blob.
+
+        A blob that no record names is not a problem, because the server's clean-up removes it.
+
+        Args:
+            needed: the digests that the records name; None if the records cannot be read.
+        """
         for path in sorted(self._state_dir.blobs.glob("*/*")):
             where = self._where(path)
             if not DIGEST.fullmatch(path.name) or path.parent.name != path.name[:2]:
@@ -161,6 +172,7 @@ class Check:
                 yield Problem(where, damage, _RESTORE if is_needed else f"{_REMOVE}, no round needs it")
 
     def _damage_of(self, path: Path) -> str:
+        """Return what is wrong with the blob at `path`, or "" if its digest is right."""
         try:
             blob = blob_of(path)
         except OSError as error:
@@ -171,7 +183,14 @@ class Check:
         return ""
 
     def _blob(self, digest: str, where: str, kind: str, remedy: str = _RESTORE) -> Iterator[Problem]:
-        """Check that a blob which a record names is there."""
+        """Check that a blob exists.
+
+        Args:
+            digest: the digest of the blob.
+            where: the record that names the blob.
+            kind: what the blob is, in words.
+            remedy: how to repair a missing blob.
+        """
         if not DIGEST.fullmatch(digest):
             yield Problem(where, f"its {kind} {digest[:80]!r} is no digest", _RESTORE_DATABASE)
         elif digest not in self._blob_bytes and digest not in self._damaged:
@@ -182,6 +201,7 @@ class Check:
     # Records
 
     def _run(self, records: Store, rounds: Sequence[RoundRow]) -> Iterator[Problem]:
+        """Check that the run and its rounds are recorded together, with a readable configuration."""
         run = records.run()
         if run is None:
             if rounds:
@@ -194,8 +214,8 @@ class Check:
         except ValidationError:
             yield Problem("record of the run", "its configuration cannot be read", _RESTORE_DATABASE)
 
-    def _order(self, rounds: Sequence[RoundRow]) -> Iterator[Problem]:
-        """Check that rounds follow each other without a gap, each from what the one before it gave."""
+    def _sequence(self, rounds: Sequence[RoundRow]) -> Iterator[Problem]:
+        """Check that the rounds have no gap, and that each starts from the weights of the round before it."""
         for number, row in enumerate(rounds, start=1):
             if row.number != number:
                 yield Problem(f"record of round {number}", "is missing", _RESTORE_DATABASE)
@@ -209,6 +229,7 @@ class Check:
                 yield Problem(where, what, _RESTORE_DATABASE)
 
     def _kept_round(self, records: Store, row: RoundRow) -> Iterator[Problem]:
+        """Check the record of a round that is not retired, and the existence of the blobs that it names."""
         where = f"record of round {row.number}"
         if row.phase not in list(Phase):
             yield Problem(where, f"its phase {row.phase!r} is none", _RESTORE_DATABASE)
@@ -233,13 +254,15 @@ class Check:
                 contribution = f"contribution of {item.agent_id} to round {row.number}"
                 yield from self._blob(digest, contribution, kind)
 
-    # What a round leaves outside the database
+    # The files of a round outside the database
 
-    def _left_of_round(self, row: RoundRow, *, may_be_missing: bool) -> Iterator[Problem]:
-        """Check a round's report, and the model beside it.
+    def _files_of_round(self, row: RoundRow, *, may_be_missing: bool) -> Iterator[Problem]:
+        """Check the report of a round that is over, and the model beside the report.
 
         Args:
-            may_be_missing: a server that was killed before it wrote the report writes it at its start.
+            row: the record of the round.
+            may_be_missing: True if a missing report is not a problem. A server that was killed before it
+                wrote the report of the last round writes the report when it starts.
         """
         path = self._state_dir.report(row.number)
         where = self._where(path)
@@ -247,22 +270,23 @@ class Check:
             if not may_be_missing:
                 yield Problem(where, "is missing", _RESTORE)
             return
-        report = _json(path)
+        report = _read_json(path)
         if report is None:
             yield Problem(where, "is no JSON", _RESTORE)
             return
         outcome = Phase.PUBLISHED if row.published_digest else Phase.FAILED
         if (report.get("round"), report.get("outcome")) != (row.number, outcome):
             yield Problem(where, f"is not of round {row.number}, {outcome}", _RESTORE)
-        elif row.published_digest and _digest_in(report) not in (row.published_digest, None):
+        elif row.published_digest and _reported_digest(report) not in (row.published_digest, None):
             yield Problem(where, "names another model than the record", _RESTORE)
         if row.published_digest and not row.retired:
             yield from self._model(self._state_dir.model(row.number), row.published_digest)
 
     def _provenance(self, records: Store) -> Iterator[Problem]:
-        """Compare the file with what the records say.
+        """Check that provenance.jsonl agrees with the records, and that no agent is still to be forgotten.
 
-        A server that was killed before it wrote the last line writes it at its start.
+        The last line may be missing. A server that was killed before it wrote the line writes it when it
+        starts.
         """
         path = self._state_dir.provenance
         written = path.read_bytes() if path.exists() else b""
@@ -277,17 +301,19 @@ class Check:
             yield Problem(self._state_dir.database.name, what, remedy)
 
     def _model(self, path: Path, digest: str) -> Iterator[Problem]:
+        """Check that the model in a round's folder is the published one."""
         where, blob = self._where(path), blob_path(self._state_dir.blobs, digest)
         remedy = f"link it anew: ln -f {blob} {path}"
         if not path.exists():
             yield Problem(where, "is missing", remedy)
         elif blob.exists() and path.samefile(blob):
-            # It has been checked as a blob.
+            # The blob has been checked, and the model is the same file.
             return
         elif blob_of(path).digest != digest:
             yield Problem(where, "is not the published model", remedy)
 
     def _jobs(self, rounds: dict[int, RoundRow]) -> Iterator[Problem]:
+        """Check that all jobs and results can be read, and that the results are of the published models."""
         results: dict[int, jobs.Result] = {}
         for number, directory in sorted([*jobs.round_jobs(self._state_dir), (0, self._initialise())]):
             where = self._where(directory.path)
@@ -308,7 +334,7 @@ class Check:
                 yield Problem(where, "there is no record of its round", _REMOVE)
         for row in rounds.values():
             result = results.get(row.number)
-            if row.published_digest and not row.retired and _made(result) != row.published_digest:
+            if row.published_digest and not row.retired and _made_digest(result) != row.published_digest:
                 what = "is not of the published model" if result else "is missing"
                 where = self._where(jobs.round_job(self._state_dir, row.number).path)
                 remedy = f"{_RESTORE}; the round's report.json stays as it is"
@@ -318,12 +344,14 @@ class Check:
         return jobs.JobDirectory(self._state_dir.job("initialise"))
 
     def _folders(self, numbers: set[int]) -> Iterator[Problem]:
-        for path in _entries(self._state_dir.rounds):
+        """Check that there is a record for each folder of a round."""
+        for path in _sorted_entries(self._state_dir.rounds):
             if not path.name.isdigit() or int(path.name) not in numbers:
                 yield Problem(self._where(path), "there is no record of its round", _REMOVE)
 
     def _partials(self, slots: set[int]) -> Iterator[Problem]:
-        for path in _entries(self._state_dir.partial):
+        """Check that each begun upload belongs to the slot of an agent, and count the begun uploads."""
+        for path in _sorted_entries(self._state_dir.partial):
             match = _PARTIAL_NAME.fullmatch(path.name)
             if not match or int(match[1]) not in slots:
                 yield Problem(self._where(path), "it is no agent's upload", _REMOVE)
@@ -331,8 +359,12 @@ class Check:
                 self._num_partials += 1
 
 
-def _database(copy: Path, state_dir: StateDir) -> Iterator[Problem]:
-    """Yield what SQLite itself finds wrong; UsageError for a schema that this program does not know."""
+def _database_problems(copy: Path, state_dir: StateDir) -> Iterator[Problem]:
+    """Yield the problems that SQLite itself finds in the copy of the database.
+
+    Raises:
+        UsageError: a newer version of this program has written the database.
+    """
     where = state_dir.database.name
     if not copy.exists():
         yield Problem(where, "is missing", _RESTORE_DATABASE)
@@ -352,7 +384,8 @@ def _database(copy: Path, state_dir: StateDir) -> Iterator[Problem]:
         yield Problem(where, f"is damaged ({error})", _RESTORE_DATABASE)
 
 
-def _json(path: Path) -> dict[str, Any] | None:
+def _read_json(path: Path) -> dict[str, Any] | None:
+    """Return the JSON object in the file, or None if the file does not contain one."""
     try:
         content = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError):
@@ -360,14 +393,16 @@ def _json(path: Path) -> dict[str, Any] | None:
     return content if isinstance(content, dict) else None
 
 
-def _digest_in(report: dict[str, Any]) -> Any:
+def _reported_digest(report: dict[str, Any]) -> Any:
+    """Return the digest of the published model that the report names, or None."""
     weights = report.get("weights")
     return weights.get("sha256") if isinstance(weights, dict) else None
 
 
-def _made(result: jobs.Result | None) -> str | None:
+def _made_digest(result: jobs.Result | None) -> str | None:
+    """Return the digest of the weights that the job has made, or None."""
     return result.weights.sha256 if result and result.weights else None
 
 
-def _entries(folder: Path) -> list[Path]:
+def _sorted_entries(folder: Path) -> list[Path]:
     return sorted(folder.iterdir()) if folder.is_dir() else []

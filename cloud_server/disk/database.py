@@ -1,4 +1,4 @@
-"""An SQLite file of this program: how it is opened, and brought to the schema that this program knows."""
+"""The opening of an SQLite file, and its migration to the schema that this program knows."""
 
 import sqlite3
 from collections.abc import Sequence
@@ -10,9 +10,10 @@ from common.errors import UsageError
 
 
 def connect(path: Path) -> sqlite3.Connection:
-    """Open the file, made if need be, for any thread, one at a time.
+    """Open a database file, which is made if it does not exist.
 
-    Rows are dicts, and transactions are begun by hand.
+    Any thread may use the connection, but only one at a time. Rows are dicts. Each statement is committed at
+    once, unless the caller begins a transaction.
 
     Raises:
         sqlite3.DatabaseError: the file cannot be used.
@@ -22,7 +23,7 @@ def connect(path: Path) -> sqlite3.Connection:
     database.execute("PRAGMA journal_mode = WAL")
     database.execute("PRAGMA synchronous = FULL")
     database.execute("PRAGMA foreign_keys = ON")
-    # What is forgotten is not to be found in free pages.
+    # Deleted rows of a forgotten agent must not survive in the free pages of the file.
     database.execute("PRAGMA secure_delete = ON")
     return database
 
@@ -34,10 +35,12 @@ def version(database: sqlite3.Connection) -> int:
 
 
 def migrate(database: sqlite3.Connection, path: Path, migrations: Sequence[str]) -> None:
-    """Bring the database to the last version, each step in a transaction.
+    """Migrate the database to the last version, each step in one transaction.
 
     Args:
-        migrations: SQL, from one version to the next. Never edit one, add another.
+        database: the connection to the file.
+        path: the path of the file, for the message of an error.
+        migrations: the SQL statements of each step. A step is never edited; another step is added.
 
     Raises:
         UsageError: a newer program has written the database.
@@ -55,7 +58,10 @@ def migrate(database: sqlite3.Connection, path: Path, migrations: Sequence[str])
 
 
 def empty_log(database: sqlite3.Connection) -> None:
-    """Have the write-ahead log forget what was deleted; where the disk does not let it, the next time."""
+    """Empty the write-ahead log, which may still contain deleted rows.
+
+    If the disk does not allow that now, the log is emptied by a later call.
+    """
     with suppress(sqlite3.OperationalError):
         database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
 

@@ -1,4 +1,4 @@
-"""Writing on a disk that may be full, read-only or failing for a while."""
+"""Errors of a disk that is full, read-only or failing for a while."""
 
 import asyncio
 import errno
@@ -13,10 +13,10 @@ import structlog
 from common.errors import StorageError
 from common.files import error_number, is_full
 
-# Between two tries.
+# `when_disk_allows` pauses for this time between two attempts.
 STORAGE_RETRY_SECONDS = 2.0
 
-# Besides a full disk, one that an operator has to see to: read-only, out of bounds, or failing.
+# Like a full disk, these errors last until an operator acts: the disk is read-only, forbidden or failing.
 _NEEDS_OPERATOR = {errno.EROFS, errno.EACCES, errno.EIO}
 _STORAGE_SQLITE_CODES = {
     sqlite3.SQLITE_FULL,
@@ -32,7 +32,7 @@ log = structlog.get_logger()
 
 @contextmanager
 def storage_errors() -> Iterator[None]:
-    """Turn what a full, read-only or failing disk raises into StorageError."""
+    """Turn the errors of a full, read-only or failing disk into StorageError."""
     try:
         yield
     except OSError as error:
@@ -54,7 +54,10 @@ def _storage_error(what: str) -> StorageError:
 
 
 async def when_disk_allows(body: Callable[[], Awaitable[_T]]) -> _T:
-    """Run `body` again and again as long as it raises StorageError; others are served meanwhile."""
+    """Run `body` until it does not raise StorageError, with pauses between, and return its result.
+
+    The event loop serves other tasks during the pauses.
+    """
     while True:
         try:
             return await body()

@@ -65,8 +65,8 @@ class Admission:
     """The gate through which every call comes, and the calls that are open.
 
     Args:
-        authority: knows who has enrolled; None: the server speaks plaintext, and believes what it is told.
-        limits: bound the calls of each agent, and those of all bearers of a join token together.
+        authority: the record of enrolled agents; None on a server without TLS, which trusts the metadata.
+        limits: the limits of each agent, and of all holders of one join token together.
     """
 
     def __init__(self, authority: Authority | None, limits: CallLimits) -> None:
@@ -78,19 +78,23 @@ class Admission:
 
     @contextmanager
     def __call__(self, method: str, peer: Peer) -> Iterator[None]:
-        """Let a call in, and count it for as long as it lasts.
+        """Admit a call, and count the call as open until it ends.
 
         Raises:
-            UnauthenticatedError: the certificate is not one of this server's.
-            ForbiddenError: the caller may not make this call.
-            BusyError: the caller calls too often, or too much at once.
+            UnauthenticatedError: this server has not issued the certificate, or the certificate has expired.
+            ForbiddenError: the caller may not make this call, or was revoked during the call.
+            BusyError: the caller calls too often, or has too many open calls.
         """
         holder = self._holder(peer)
         if holder.token_id is not None and method != _ENROLL:
             raise ForbiddenError("the holder of a join token may enroll, and nothing else", Reason.TOKEN)
         _CALLER.set(holder)
         caller = f"token {holder.token_id}" if holder.token_id else f"agent {holder.agent_id or ''}"
-        with self._limits.call(caller), self._counted(holder.agent_id or ""), self._in_use(peer.address):
+        with (
+            self._limits.call(caller),
+            self._call_counted(holder.agent_id or ""),
+            self._address_counted(peer.address),
+        ):
             yield
 
     @property
@@ -99,12 +103,13 @@ class Admission:
         return self._addresses.keys()
 
     async def cut_off_revoked(self) -> None:
-        """End the open calls of agents that are revoked, for as long as this runs."""
+        """End the open calls of revoked agents, again and again until this task is cancelled."""
         while self._authority:
             try:
                 revoked = self._authority.revoked_agents()
             except Exception:
-                # New calls are refused by themselves. The revocations are read again after a pause.
+                # The task must survive, to end open calls later. New calls of revoked agents do not depend
+                # on this task.
                 log.exception("revocations_not_read")
                 revoked = set()
             for agent_id in revoked & self._open.keys():
@@ -115,6 +120,7 @@ class Admission:
             await asyncio.sleep(POLL_SECONDS)
 
     def _holder(self, peer: Peer) -> Holder:
+        """Return the caller: the holder of the certificate, or over plaintext the agent in the metadata."""
         if self._authority is None:
             return Holder(peer.claimed_id if _AGENT_ID.fullmatch(peer.claimed_id) else None, None)
         if peer.certificate is None:
@@ -122,7 +128,8 @@ class Admission:
         return self._authority.holder(peer.certificate)
 
     @contextmanager
-    def _in_use(self, address: str) -> Iterator[None]:
+    def _address_counted(self, address: str) -> Iterator[None]:
+        """Count the address of the connection as one with an open call."""
         self._addresses[address] += 1
         try:
             yield
@@ -132,8 +139,8 @@ class Admission:
                 del self._addresses[address]
 
     @contextmanager
-    def _counted(self, agent_id: str) -> Iterator[None]:
-        """Note the call as open; a call that was cut off ends with the reason for that."""
+    def _call_counted(self, agent_id: str) -> Iterator[None]:
+        """Count the call as open, and end a call that was cut off with the message for a revoked agent."""
         task = asyncio.current_task()
         assert task
         self._open[agent_id].add(task)

@@ -1,11 +1,11 @@
 """The authority of a server: its CA, its join tokens, and the agents that have enrolled.
 
-    TLS/ca.pem, ca.key          the CA; put your own there before the first start, and it is used
-    TLS/server.pem, server.key  the server's own certificate, made again whenever it has to be
+    TLS/ca.pem, ca.key          the CA; a CA that the operator puts there before the first start is used
+    TLS/server.pem, server.key  the server's own certificate, renewed before it expires
     TLS/authority.sqlite3       tokens and agents
 
-Every method may be called from any thread, and while other processes have the same folder open: what
-`cloud-server token` and `cloud-server agents` write there holds for a running server from its next call on.
+Any thread may call the methods, and other processes may have the same folder open meanwhile. A change that
+`cloud-server token` or `cloud-server agents` makes there is in force from the running server's next call on.
 """
 
 import fcntl
@@ -66,14 +66,14 @@ _MIGRATIONS = (
 )
 
 _COMMANDS = {"tokens": "token", "agents": "agents"}
-_ASK = "ask its operator for another one (`cloud-server token create`)"
+_ASK_OPERATOR = "ask its operator for another one (`cloud-server token create`)"
 
 log = structlog.get_logger()
 
 
 @dataclass(frozen=True)
 class TokenRow:
-    """A join token, as it is on record."""
+    """The record of a join token."""
 
     token_id: str
     uses: int
@@ -86,34 +86,38 @@ class TokenRow:
 
 @dataclass(frozen=True)
 class EnrolledAgent:
-    """An agent that has enrolled, as it is on record."""
+    """The record of an agent that has enrolled."""
 
     agent_id: str
-    # The SHA-256 of the public key.
+    # The SHA-256 digest of the agent's public key, hexadecimal; see `tls.key_digest`.
     key: str
     # The token with which the agent has enrolled.
     token_id: str
     enrolled_at: float
-    # When the agent's latest certificate ends.
+    # The agent's latest certificate is valid until this time.
     expires_at: float
     revoked_at: float | None
 
 
 class Holder(NamedTuple):
-    """The holder of a certificate that this server has verified: an agent, or a token's bearer."""
+    """The holder of a certificate that this server has verified: an agent, or the holder of a join token.
+
+    Exactly one of the two ids is set, but on a server without TLS both may be None.
+    """
 
     agent_id: str | None
     token_id: str | None
 
 
 class Authority:
-    """One folder of keys and certificates, and what is recorded about their holders.
+    """A folder with keys and certificates, and with the records of tokens and agents.
 
     Args:
-        clock: seconds since the epoch; decides when tokens and certificates end.
+        folder: the server's --tls-dir, made with new keys if it does not exist.
+        clock: returns seconds since the epoch; decides when tokens and certificates expire.
 
     Raises:
-        UsageError: the folder cannot be used, or what was put there does not fit together.
+        UsageError: the folder cannot be used, or a key in it does not belong to its certificate.
     """
 
     def __init__(self, folder: Path, clock: Callable[[], float] = time.time) -> None:
@@ -122,13 +126,13 @@ class Authority:
         self._writing, self._reading = threading.RLock(), threading.Lock()
         try:
             tls.make_private_folder(folder)
-            with self._exclusively():
+            with self._folder_locked():
                 self._ca, self._ca_key = self._read_or_make_ca()
                 self._server_key = tls.read_or_make_key(folder / "server.key")
                 self._server = self._read_or_make_server_certificate()
-                self._database = _opened(folder / "authority.sqlite3")
-                # Of its own, so that no call waits for an enrolment that is being flushed.
-                self._reader = _opened(folder / "authority.sqlite3")
+                self._database = _open_database(folder / "authority.sqlite3")
+                # Reading has a connection of its own, so that no call waits while an enrolment is flushed.
+                self._reader = _open_database(folder / "authority.sqlite3")
         except (OSError, sqlite3.DatabaseError) as error:
             what = error.strerror if isinstance(error, OSError) else error
             raise UsageError(
@@ -136,7 +140,7 @@ class Authority:
             ) from error
 
     def close(self) -> None:
-        """Close the records."""
+        """Close the database of tokens and agents."""
         with self._writing, self._reading:
             self._database.close()
             self._reader.close()
@@ -151,12 +155,15 @@ class Authority:
         """Return the CA's certificate, PEM."""
         return tls.pem(self._ca)
 
-    # What the server shows and believes
+    # The server's certificate, and the roots that it trusts
 
     def material(self) -> tls.TlsMaterial:
-        """Return what the next handshake takes: a certificate that has not ended, and the present roots."""
-        if self._now() >= tls.renewal_time(self._server):
-            with self._exclusively():
+        """Return the key, the certificate and the roots for the next handshake.
+
+        The certificate is renewed if its renewal time has come. The roots are the CA and the live tokens.
+        """
+        if self._utc_now() >= tls.renewal_time(self._server):
+            with self._folder_locked():
                 self._server = self._read_or_make_server_certificate()
             log.info("server_certificate_renewed", ends=self._server.not_valid_after_utc.isoformat())
         live = self._read(
@@ -167,7 +174,8 @@ class Authority:
         return tls.TlsMaterial(tls.pem(self._server_key), tls.pem(self._server), b"".join(roots))
 
     def _read_or_make_server_certificate(self) -> tls.Certificate:
-        path, now = self._folder / "server.pem", self._now()
+        """Return the server's certificate; make a new one if there is none, or if it no longer serves."""
+        path, now = self._folder / "server.pem", self._utc_now()
         try:
             certificate = tls.read_certificates(path)[0]
             is_ours = tls.is_key_of(self._server_key, certificate) and tls.is_issued_by(certificate, self._ca)
@@ -181,14 +189,14 @@ class Authority:
         return certificate
 
     def _read_or_make_ca(self) -> tuple[tls.Certificate, tls.Key]:
-        """Read the CA, or make what is missing of it: first the key, then its certificate."""
+        """Return the CA's certificate and key; make the key if it is missing, and then its certificate."""
         certificate_path, key_path = self._folder / "ca.pem", self._folder / "ca.key"
         if certificate_path.exists() and not key_path.exists():
             raise UsageError(f"{certificate_path} is there and {key_path} is not: put the CA's key there")
         key = tls.read_or_make_key(key_path)
         crash_point(Point.SERVER_CA_KEY_WRITTEN)
         if not certificate_path.exists():
-            tls.write_private(certificate_path, tls.pem(tls.make_ca(key, self._now())))
+            tls.write_private(certificate_path, tls.pem(tls.make_ca(key, self._utc_now())))
         certificate = tls.read_certificates(certificate_path)[0]
         if not tls.is_key_of(key, certificate):
             raise UsageError(f"{key_path} is not the key of {certificate_path}: put the right one there")
@@ -199,7 +207,11 @@ class Authority:
     def create_token(self, uses: int, ttl_seconds: float) -> str:
         """Return a new join token.
 
-        Only the public half of the token is kept: nobody can be told the token again.
+        The server keeps only the public half of the token, so the token cannot be shown a second time.
+
+        Args:
+            uses: how many devices may enroll with the token.
+            ttl_seconds: the lifetime of the token.
         """
         token = tls.JoinToken.new(self._ca)
         now = self._clock()
@@ -219,7 +231,7 @@ class Authority:
         return [TokenRow(**row) for row in rows]
 
     def revoke_token(self, token_id: str) -> None:
-        """Let nobody enroll with the token any more; agents that have enrolled with it stay.
+        """Revoke a token: nobody can enroll with it any more, but the agents that did stay enrolled.
 
         Raises:
             NotFoundError: there is no such token.
@@ -229,18 +241,25 @@ class Authority:
     # Agents
 
     def enroll(self, token_id: str, request: bytes) -> bytes:
-        """Return a certificate, PEM, for a device that holds the token.
+        """Enroll a device that holds the token, and return the agent's certificate in PEM.
 
-        The same key again is the same enrolment.
+        A device that enrolls again with the same key and token does not use the token up.
+
+        Args:
+            token_id: the token that the device has shown.
+            request: the request for a certificate, PKCS#10 in DER.
 
         Raises:
-            ForbiddenError: the token is used up or has ended, or is older than the agent's revocation.
-            ConflictError: another key is enrolled under this agent id, or this key under another.
-            InvalidError: the request is not one.
+            ForbiddenError: the token is used up, has expired or was revoked, or is older than the
+                revocation of the agent.
+            ConflictError: another key is enrolled under this agent id, or this key under another agent id.
+            InvalidError: the request is not valid; see `tls.read_request`.
         """
         agent_id, public_key = tls.read_request(request)
         key, now = tls.key_digest(public_key), self._clock()
-        certificate = tls.make_agent_certificate(self._ca, self._ca_key, public_key, agent_id, self._now())
+        certificate = tls.make_agent_certificate(
+            self._ca, self._ca_key, public_key, agent_id, self._utc_now()
+        )
         with self._transaction() as database:
             if self._costs_a_use(self._live_token(token_id, now), agent_id, key):
                 database.execute(
@@ -261,7 +280,9 @@ class Authority:
         agent = self._agent(agent_id)
         if name != agent_id or agent is None or tls.key_digest(public_key) != agent.key:
             raise InvalidError("a certificate is renewed for the agent and the key that it was issued to")
-        certificate = tls.make_agent_certificate(self._ca, self._ca_key, public_key, agent_id, self._now())
+        certificate = tls.make_agent_certificate(
+            self._ca, self._ca_key, public_key, agent_id, self._utc_now()
+        )
         with self._transaction() as database:
             database.execute(
                 "UPDATE agents SET expires_at = ? WHERE agent_id = ?",
@@ -278,7 +299,9 @@ class Authority:
         return {row["agent_id"] for row in self._read("SELECT agent_id FROM agents WHERE revoked_at NOTNULL")}
 
     def revoke_agent(self, agent_id: str) -> None:
-        """Cut the agent off; a token that is made after this can enroll it again.
+        """Revoke an agent, whose calls are refused from now on.
+
+        Only a token that is created after the revocation can enroll the agent again.
 
         Raises:
             NotFoundError: there is no such agent.
@@ -286,22 +309,23 @@ class Authority:
         self._revoke("agents", "agent_id", agent_id)
 
     def holder(self, certificate: bytes) -> Holder:
-        """Return the holder of a certificate, PEM.
+        """Return the holder of a certificate, given in PEM.
 
         Raises:
-            UnauthenticatedError: the certificate is neither an agent's nor a token's, or has ended.
+            UnauthenticatedError: the certificate is neither an agent's nor a token's, or has expired.
             ForbiddenError: the agent has been revoked.
         """
-        leaf = _parsed(certificate)
+        leaf = _parse(certificate)
         if _is_issued_by(certificate, self.ca_certificate):
-            return self._agent_with(leaf)
+            return self._agent_holding(leaf)
         token_id = tls.token_id_of(leaf)
         rows = self._read("SELECT root FROM tokens WHERE token_id = ?", token_id)
         if rows and _is_issued_by(certificate, rows[0]["root"].encode()):
             return Holder(agent_id=None, token_id=token_id)
         raise UnauthenticatedError("the certificate is not of this server: enroll with a join token")
 
-    def _agent_with(self, leaf: tls.Certificate) -> Holder:
+    def _agent_holding(self, leaf: tls.Certificate) -> Holder:
+        """Return the agent that holds a certificate of the CA, or raise as `holder` does."""
         agent_id, key = tls.common_name(leaf), leaf.public_key()
         agent = self._agent(agent_id)
         if agent is None or not isinstance(key, tls.PublicKey) or tls.key_digest(key) != agent.key:
@@ -310,12 +334,17 @@ class Authority:
             )
         if agent.revoked_at is not None:
             raise ForbiddenError(revocation(agent_id))
-        if leaf.not_valid_after_utc <= self._now():
+        if leaf.not_valid_after_utc <= self._utc_now():
             raise UnauthenticatedError("the certificate has ended: enroll again with a join token")
         return Holder(agent_id, token_id=None)
 
     def _costs_a_use(self, token: dict[str, Any], agent_id: str, key: str) -> bool:
-        """Return True if this enrolment uses up one use of the token."""
+        """Return True if this enrolment uses up one use of the token.
+
+        Raises:
+            ForbiddenError: the token is used up, or is older than the revocation of the agent.
+            ConflictError: another key is enrolled under this agent id, or this key under another agent id.
+        """
         before = self._read(
             "SELECT agent_id FROM enrolments WHERE token_id = ? AND key = ?", token["token_id"], key
         )
@@ -326,7 +355,7 @@ class Authority:
                 Reason.AGENT_ID_TAKEN,
             )
         if not before and self._num_used(token["token_id"]) >= token["uses"]:
-            raise ForbiddenError(f"the join token is used up: {_ASK}", Reason.TOKEN)
+            raise ForbiddenError(f"the join token is used up: {_ASK_OPERATOR}", Reason.TOKEN)
         agent = self._agent(agent_id)
         if agent and agent.revoked_at is not None:
             if token["created_at"] <= agent.revoked_at:
@@ -340,10 +369,11 @@ class Authority:
         return not before
 
     def _live_token(self, token_id: str, now: float) -> dict[str, Any]:
+        """Return the token's record; raise ForbiddenError if the token has expired or was revoked."""
         token = self._read("SELECT * FROM tokens WHERE token_id = ?", token_id)[0]
         if token["revoked_at"] is not None or token["expires_at"] <= now:
             what = "was revoked" if token["revoked_at"] is not None else "has expired"
-            raise ForbiddenError(f"the join token {what}: {_ASK}", Reason.TOKEN)
+            raise ForbiddenError(f"the join token {what}: {_ASK_OPERATOR}", Reason.TOKEN)
         return token
 
     def _num_used(self, token_id: str) -> int:
@@ -353,10 +383,12 @@ class Authority:
         return num_used
 
     def _agent(self, agent_id: str) -> EnrolledAgent | None:
+        """Return the record of the agent, or None if the agent has never enrolled."""
         rows = self._read("SELECT * FROM agents WHERE agent_id = ?", agent_id)
         return EnrolledAgent(**rows[0]) if rows else None
 
     def _revoke(self, table: str, column: str, name: str) -> None:
+        """Record the revocation of a token or an agent; a second one leaves the time of the first."""
         with self._transaction() as database:
             changed = database.execute(
                 f"UPDATE {table} SET revoked_at = coalesce(revoked_at, ?) WHERE {column} = ?",  # noqa: S608
@@ -366,47 +398,51 @@ class Authority:
                 raise NotFoundError(f"there is no {name!r}: `cloud-server {_COMMANDS[table]} list` shows all")
 
     def now(self) -> float:
-        """Return the seconds since the epoch, by the clock that decides when tokens end."""
+        """Return the seconds since the epoch, by the clock that decides when tokens expire."""
         return self._clock()
 
-    def _now(self) -> datetime:
+    def _utc_now(self) -> datetime:
         return datetime.fromtimestamp(self._clock(), UTC)
 
     @contextmanager
-    def _exclusively(self) -> Iterator[None]:
-        """Keep other processes from making the same missing files at the same moment."""
+    def _folder_locked(self) -> Iterator[None]:
+        """Lock the folder, so that no two processes make the same missing file at the same moment."""
         with self._writing, (self._folder / "lock").open("a") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
 
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
+        """Begin a transaction that is committed at the end; a disk that takes no data is a StorageError."""
         with self._writing, storage_errors(), self._database as database:
             database.execute("BEGIN IMMEDIATE")
             yield database
 
     def _read(self, query: str, *values: object) -> list[dict[str, Any]]:
-        """Return what is committed; within a transaction nobody else can change it any more."""
+        """Return committed rows.
+
+        Within `_transaction` the rows cannot change any more, because only one transaction writes at a time.
+        """
         with self._reading:
             return self._reader.execute(query, values).fetchall()
 
 
 def revocation(agent_id: str) -> str:
-    """Return what a revoked agent is told."""
+    """Return the message for a revoked agent."""
     return f"agent {agent_id} has been revoked: ask the server's operator"
 
 
-def _opened(path: Path) -> sqlite3.Connection:
+def _open_database(path: Path) -> sqlite3.Connection:
     database = connect(path)
     migrate(database, path, _MIGRATIONS)
     return database
 
 
 @lru_cache(maxsize=4096)
-def _parsed(certificate: bytes) -> tls.Certificate:
+def _parse(certificate: bytes) -> tls.Certificate:
     return tls.load_certificate(certificate)
 
 
 @lru_cache(maxsize=4096)
 def _is_issued_by(certificate: bytes, issuer: bytes) -> bool:
-    return tls.is_issued_by(_parsed(certificate), _parsed(issuer))
+    return tls.is_issued_by(_parse(certificate), _parse(issuer))

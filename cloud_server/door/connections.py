@@ -1,12 +1,12 @@
-"""Connections that carry no call, and how they make room when there are too many.
+"""The end of connections that carry no call, when there are too many connections.
 
-gRPC bounds how many connections there are, and then turns everybody away. Somebody who opens many of them
-and says nothing, or a byte now and then, would keep the others out. So once half of them are taken,
-connections without an open call are ended, the oldest first. An agent has a Watch open, which shows that its
-connection is in use.
+gRPC limits the number of connections, and refuses every new connection once the limit is reached. A stranger
+who opens many connections, and sends nothing or a byte now and then, would keep the agents out. Therefore,
+once half of the limit is reached, connections without an open call are ended, the oldest first. The
+connection of an agent carries an open Watch, and is not ended.
 
-gRPC does not tell its connections, but the kernel does (proc_pid_fd(5)). A socket that is shut down beneath
-gRPC looks to it as if the other end had gone.
+gRPC does not list its connections, but the kernel does (proc_pid_fd(5)). When this module shuts down a socket
+of gRPC, gRPC takes it that the peer has disconnected.
 """
 
 import asyncio
@@ -21,18 +21,18 @@ from urllib.parse import unquote
 import structlog
 
 POLL_SECONDS = 0.25
-# A connection has so much time to come to its first call.
+# A connection has this time to begin its first call.
 GRACE_SECONDS = 1.0
 
 _FOLDER = "/proc/self/fd"
-# So many files are left for blobs that are being written, SQLite, the trainer's pipes and the HTTP port.
+# So many open files are reserved for blobs, SQLite, the trainer's pipes and the HTTP server's connections.
 _OTHER_FILES = 256
 
 log = structlog.get_logger()
 
 
 def raise_file_limit() -> int:
-    """Raise the limit of open files as far as the system lets us; return how many may be connections."""
+    """Raise the limit of open files as far as the system allows; return how many may be connections."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     return max(1, hard - _OTHER_FILES)
@@ -43,10 +43,11 @@ class Connections:
 
     Args:
         port: the port that agents connect to.
-        most: how many connections there may be.
-        addresses_in_use: returns the addresses that have an open call, as gRPC writes them.
-        on_ended: called with the number of connections that were just ended.
-        clock: seconds that only ever grow.
+        most: the largest number of connections.
+        addresses_in_use: returns the peers' addresses of the connections with an open call, as gRPC writes
+            them.
+        on_ended: called with the number of connections that have just been ended.
+        clock: returns seconds that never decrease.
     """
 
     def __init__(
@@ -58,21 +59,21 @@ class Connections:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._port = port
-        self._enough = most // 2
+        self._max_kept = most // 2
         self._addresses_in_use = addresses_in_use
         self._on_ended = on_ended
         self._clock = clock
-        # When each socket was first seen; None: it is no connection of ours.
+        # The time at which each socket was first seen; None for a socket that is no connection to the port.
         self._known: dict[str, float | None] = {}
 
     async def keep_room(self) -> None:
-        """End connections without a call whenever there are too many, for as long as this runs."""
+        """Call `make_room` again and again until this task is cancelled; do nothing but on Linux."""
         while sys.platform == "linux":
             await asyncio.sleep(POLL_SECONDS)
             try:
                 num_ended = self.make_room()
             except Exception:
-                # The connections are counted again after a pause.
+                # The task must survive, and tries again after a pause.
                 log.exception("connections_not_counted")
                 continue
             if num_ended:
@@ -80,29 +81,38 @@ class Connections:
                 log.warning("connections_ended", num_ended=num_ended)
 
     def make_room(self) -> int:
-        """End the connections that are too many, as far as they carry no call; return how many that were."""
-        descriptors = os.listdir(_FOLDER)  # noqa: PTH208  quick: this is all that is done in quiet times
-        if len(descriptors) <= self._enough:
+        """End connections without a call, the oldest first, until few enough are left.
+
+        Returns:
+            The number of ended connections.
+        """
+        # This count is all the work while there are few connections, and `os.listdir` is the quickest way.
+        descriptors = os.listdir(_FOLDER)  # noqa: PTH208
+        if len(descriptors) <= self._max_kept:
             self._known.clear()
             return 0
-        found = self._look_at(descriptors)
-        in_use = {_end_of(address) for address in self._addresses_in_use()}
+        found = self._find_connections(descriptors)
+        in_use = {_parse_address(address) for address in self._addresses_in_use()}
         left, num_ended, now = len(found), 0, self._clock()
         for since, descriptor in found:
-            if left <= self._enough or now - since < GRACE_SECONDS:
+            if left <= self._max_kept or now - since < GRACE_SECONDS:
                 break
-            if _ended(descriptor, in_use):
+            if _end_if_unused(descriptor, in_use):
                 left, num_ended = left - 1, num_ended + 1
         return num_ended
 
-    def _look_at(self, descriptors: Iterable[str]) -> list[tuple[float, int]]:
-        """Return the connections among the descriptors: when each was first seen, and its descriptor."""
+    def _find_connections(self, descriptors: Iterable[str]) -> list[tuple[float, int]]:
+        """Return the connections among the descriptors, the oldest first.
+
+        Returns:
+            For each connection the time at which it was first seen, and its descriptor.
+        """
         found, known, now = [], {}, self._clock()
         for descriptor in descriptors:
             try:
                 name = os.readlink(f"{_FOLDER}/{descriptor}")  # noqa: PTH115
             except FileNotFoundError:
-                # The file has been closed meanwhile.
+                # The descriptor has been closed since the folder was listed.
                 continue
             if not name.startswith("socket:"):
                 continue
@@ -117,8 +127,9 @@ class Connections:
         return sorted(found)
 
     def _is_ours(self, descriptor: int) -> bool:
+        """Return True if the descriptor is a connection to the port."""
         try:
-            with _borrowed(descriptor) as connection:
+            with _duplicate_socket(descriptor) as connection:
                 # A socket that listens has no peer, and raises OSError.
                 peer = connection.getpeername()
                 return isinstance(peer[0], str) and connection.getsockname()[1] == self._port
@@ -126,10 +137,11 @@ class Connections:
             return False
 
 
-def _ended(descriptor: int, in_use: Set[tuple[str, int]]) -> bool:
+def _end_if_unused(descriptor: int, in_use: Set[tuple[str, int]]) -> bool:
+    """Shut the connection down unless its peer has an open call; return True if it was shut down."""
     try:
-        with _borrowed(descriptor) as connection:
-            if _normal(*connection.getpeername()[:2]) in in_use:
+        with _duplicate_socket(descriptor) as connection:
+            if _in_one_form(*connection.getpeername()[:2]) in in_use:
                 return False
             connection.shutdown(socket.SHUT_RDWR)
             return True
@@ -138,18 +150,21 @@ def _ended(descriptor: int, in_use: Set[tuple[str, int]]) -> bool:
         return False
 
 
-def _borrowed(descriptor: int) -> socket.socket:
-    """Return the socket by a descriptor of our own, because gRPC may close its descriptor at any moment."""
-    # This family has room for an address of either kind.
+def _duplicate_socket(descriptor: int) -> socket.socket:
+    """Return the socket under a descriptor of its own.
+
+    gRPC may close its own descriptor at any moment, and another file may then get the same number.
+    """
+    # The family AF_INET6 has room for the addresses of both families.
     return socket.fromfd(descriptor, socket.AF_INET6, socket.SOCK_STREAM)
 
 
-def _end_of(address: str) -> tuple[str, int]:
+def _parse_address(address: str) -> tuple[str, int]:
     """Return host and port of "ipv4:192.0.2.1:50000" or "ipv6:%5B2001:db8::1%5D:50000"."""
     host, _, port = unquote(address).partition(":")[2].rpartition(":")
-    return _normal(host.strip("[]"), int(port) if port.isdecimal() else 0)
+    return _in_one_form(host.strip("[]"), int(port) if port.isdecimal() else 0)
 
 
-def _normal(host: str, port: int) -> tuple[str, int]:
-    """Return the address in one form: IPv4 over IPv6 becomes IPv4, and the interface is left out."""
+def _in_one_form(host: str, port: int) -> tuple[str, int]:
+    """Return the host without its interface, and as IPv4 if it is IPv4 mapped to IPv6; and the port."""
     return host.partition("%")[0].removeprefix("::ffff:"), port

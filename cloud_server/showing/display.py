@@ -1,36 +1,36 @@
-"""The run as the person at the server's terminal sees it."""
+"""The progress of the run at the server's terminal."""
 
 from common.run_state import Phase, RunState
 from common.telemetry import ProgressDisplay
 
 
 class RunDisplay:
-    """The progress bars that show the states of the run."""
+    """The progress bars of the run, at the terminal or in the log."""
 
     def __init__(self, display: ProgressDisplay) -> None:
         self._display = display
-        # The label of the bar that is under way.
+        # The label and the total of the current bar; an empty label stands for no bar.
         self._label = ""
-        # The total of its work.
         self._total = 0
 
     def show(self, state: RunState) -> None:
-        """Show this state."""
+        """Move the bar of the current work to this state of the run."""
         label = f"round {state.round}: "
         detail = ""
         if state.phase is Phase.COLLECTING:
             label += "contributions"
             done, total = state.num_contributions, state.max_contributions
-            # A round may close with fewer contributions than it may have.
-            self._finish_other(label, done)
+            # The round may close with fewer contributions than its maximum. If so, the last number that was
+            # shown counts as the total.
+            self._finish_previous(label, done)
         elif state.progress:
             label += state.phase.replace("_", "-")
             done, total = state.progress.done, state.progress.total
-            self._finish_other(label, total)
+            self._finish_previous(label, total)
             if state.progress.loss is not None:
                 detail = f"loss {state.progress.loss:.3f}"
         else:
-            self._finish_other("", 0)
+            self._finish_previous("", 0)
             return
         self._display.update(label, done, total, detail)
 
@@ -38,8 +38,11 @@ class RunDisplay:
         """Remove the bars."""
         self._display.close()
 
-    def _finish_other(self, label: str, total: int) -> None:
-        """Fill the last bar when another piece of work begins: states may skip the last step of a piece."""
+    def _finish_previous(self, label: str, total: int) -> None:
+        """Fill the previous bar if the label is another one, and remember the label and the total.
+
+        The last step of the previous work may never have been shown, because states may be skipped.
+        """
         if self._label and label != self._label:
             self._display.update(self._label, self._total, self._total)
         self._label, self._total = label, total

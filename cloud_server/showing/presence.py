@@ -1,11 +1,11 @@
-"""The presence of agents: which are here, which are expected back, and which may be let go."""
+"""The presence of agents: which agents are connected, expected back, or dismissed."""
 
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
-# An agent that was here so recently is expected back: it is being restarted.
+# An agent that has disconnected is expected back for this time, because it may be restarting.
 LIVENESS_SECONDS = 30.0
 
 
@@ -13,8 +13,8 @@ class Presence:
     """The agents that watch the run.
 
     Args:
-        expected: agents of whom the last life of this server had heard; they are given time to come back.
-        clock: seconds that only ever grow.
+        expected: the agents that the previous process of this server knew; they have time to come back.
+        clock: returns seconds that never decrease.
     """
 
     def __init__(self, expected: Iterable[str] = (), clock: Callable[[], float] = time.monotonic) -> None:
@@ -26,7 +26,10 @@ class Presence:
 
     @contextmanager
     def watching(self, agent_id: str) -> Iterator[None]:
-        """Count the agent as here; it may be here twice while an old connection has not ended yet."""
+        """Count the agent as connected.
+
+        The agent may be counted twice, while an old connection has not ended yet.
+        """
         self._watching[agent_id] += 1
         self._forgotten.discard(agent_id)
         try:
@@ -41,18 +44,18 @@ class Presence:
         self._dismissed.add(agent_id)
 
     def forget(self, agent_id: str) -> None:
-        """Expect the agent no more; a connection that it still has is about to be cut."""
+        """Cease to count and to expect the agent, even if it still has a connection that is about to end."""
         self._forgotten.add(agent_id)
         self._last_seen.pop(agent_id, None)
 
     @property
     def here(self) -> set[str]:
-        """Return the agents that watch now."""
+        """Return the agents that are connected."""
         return set(+self._watching) - self._forgotten
 
     @property
     def live(self) -> set[str]:
-        """Return the agents that watch now, and those that may be back in a moment."""
+        """Return the agents that are connected, and those that are expected back."""
         recently = self._clock() - LIVENESS_SECONDS
         return self.here | {agent for agent, at in self._last_seen.items() if at > recently}
 

@@ -1,8 +1,8 @@
-"""The supervisor of the trainer: it keeps one trainer process alive for as long as the server runs.
+"""The supervisor of the trainer, which keeps one trainer process alive for as long as the server runs.
 
 The trainer's standard input is a pipe whose other end only the server holds. However the server ends, the
-operating system closes that end, and the trainer leaves when it reads the end of the file. So no trainer is
-left behind, not even by SIGKILL.
+operating system closes that end, and the trainer exits when it reads the end of the file. Therefore the
+trainer does not outlive the server, even if the server is killed by SIGKILL.
 """
 
 import asyncio
@@ -22,14 +22,14 @@ import structlog
 
 from cloud_server.state_dir import StateDir
 
-# A trainer that died is started again after so long; the pause doubles each time.
+# The pause before a trainer is started again doubles each time, from the first to the longest pause.
 FIRST_PAUSE_SECONDS = 0.2
 LONGEST_PAUSE_SECONDS = 5.0
-# A trainer that lived for so long did not die of its start, so pauses begin anew.
+# A trainer that has lived this long did not die of a failing start, so the pauses begin anew.
 HEALTHY_SECONDS = 60.0
-# SIGKILL follows SIGTERM after so long.
+# A trainer that has not ended this long after SIGTERM gets SIGKILL.
 STOP_SECONDS = 5.0
-# A longer trainer.log becomes trainer.log.1.
+# A trainer.log that is longer than this becomes trainer.log.1.
 MAX_LOG_BYTES = 10 << 20
 LOG_CHECK_SECONDS = 60.0
 
@@ -40,9 +40,10 @@ class TrainerProcess:
     """One trainer process at a time, started again whenever it dies.
 
     Args:
-        state_dir: the folder of the trainer's jobs; what the trainer prints is added to `trainer.log` there.
-        device: "auto", "cpu", "cuda" or "cuda:1".
-        command: what to run in place of the trainer.
+        state_dir: the server's state directory, with the trainer's jobs. The output of the trainer is
+            appended to the file `trainer.log` there.
+        device: the device of the trainer: "auto", "cpu", "cuda" or "cuda:1".
+        command: the command to run instead of the trainer, for tests.
     """
 
     def __init__(
@@ -60,12 +61,15 @@ class TrainerProcess:
 
     @property
     def num_exits(self) -> int:
-        """Return how often the trainer has died, or could not be started."""
+        """Return how often the trainer has ended, or could not be started."""
         return self._num_exits
 
     @property
     def pid(self) -> int | None:
-        """Return the id of the present process, which is also that of its group; None: between two."""
+        """Return the id of the trainer process, which is also the id of its process group.
+
+        The id is None while no trainer runs.
+        """
         return self._process.pid if self._process else None
 
     async def start(self) -> None:
@@ -73,25 +77,30 @@ class TrainerProcess:
         self._task = asyncio.create_task(self._keep_alive())
 
     async def stop(self) -> None:
-        """End the trainer: by request at first, by force after STOP_SECONDS; twice is harmless."""
+        """End the trainer with SIGTERM, and with SIGKILL after STOP_SECONDS; a second call does nothing."""
         if self._task:
             self._task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await self._task
 
     async def restart(self) -> None:
-        """Have the trainer drop its work: when this returns, that process has left."""
+        """End the trainer process, so that it drops its work; the next process starts by itself.
+
+        When this method returns, the process has ended, but the next one may not have started yet.
+        """
         num_exits = self._num_exits
         if self._process:
-            await _end(self._process)
-            while self._num_exits == num_exits:  # noqa: ASYNC110  the task that sees it end has to come by
+            await _terminate(self._process)
+            # The task that keeps the trainer alive has to notice the end, which takes a moment.
+            while self._num_exits == num_exits:  # noqa: ASYNC110
                 await asyncio.sleep(0.01)
 
     async def _keep_alive(self) -> None:
+        """Run one trainer after the other, with pauses between, until this task is cancelled."""
         pause = FIRST_PAUSE_SECONDS
         while True:
             started_at = time.monotonic()
-            returncode = await self._live()
+            returncode = await self._run_once()
             self._num_exits += 1
             log.warning("trainer_died", returncode=returncode, see=str(self._log_path))
             if time.monotonic() - started_at >= HEALTHY_SECONDS:
@@ -99,18 +108,18 @@ class TrainerProcess:
             await asyncio.sleep(pause)
             pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
 
-    async def _live(self) -> int:
-        """Run the trainer from start to end, and return its exit code."""
+    async def _run_once(self) -> int:
+        """Run one trainer from its start to its end, and return its exit code."""
         try:
-            async with self._running() as process:
-                return await self._end_of(process)
+            async with self._started() as process:
+                return await self._wait_for_exit(process)
         except OSError as error:
-            # There is no process or memory to be had, or the log is not writable.
+            # The system has no process or memory left, or the log is not writable.
             log.error("trainer_not_started", reason=str(error))
             return os.EX_OSERR
 
-    async def _end_of(self, process: Process) -> int:
-        """Return the process's exit code; until it ends, keep its log from growing without bound."""
+    async def _wait_for_exit(self, process: Process) -> int:
+        """Wait for the end of the process and return its exit code; rotate its log meanwhile."""
         end = asyncio.ensure_future(process.wait())
         try:
             while not end.done():
@@ -121,7 +130,8 @@ class TrainerProcess:
             end.cancel()
 
     @asynccontextmanager
-    async def _running(self) -> AsyncIterator[Process]:
+    async def _started(self) -> AsyncIterator[Process]:
+        """Start a trainer, and end the trainer when the context ends."""
         with _pipe() as (stdin, server_end), _append_to(self._log_path) as output:
             process = await create_subprocess_exec(
                 *self._command, stdin=stdin, stdout=output, stderr=output, process_group=0
@@ -131,7 +141,7 @@ class TrainerProcess:
                 yield process
             finally:
                 server_end.close()
-                await _end(process)
+                await _terminate(process)
                 self._process = None
 
 
@@ -141,8 +151,8 @@ def _trainer_command(state_dir: Path, device: str) -> list[str]:
     ]  # fmt: skip
 
 
-async def _end(process: Process) -> None:
-    """End the process and its group; do nothing if it has left already."""
+async def _terminate(process: Process) -> None:
+    """End the process and its group with SIGTERM, then SIGKILL; do nothing if the process has ended."""
     if process.returncode is not None:
         return
     _signal_group(process, signal.SIGTERM)
@@ -172,10 +182,10 @@ def _append_to(path: Path) -> BinaryIO:
 
 
 def _rotate(log_path: Path) -> None:
-    """Make room in a log that has become long.
+    """Move the content of a log that is longer than MAX_LOG_BYTES to `trainer.log.1`.
 
-    The log is copied and emptied, not renamed: whoever writes goes on with the file that it has open, at what
-    is then its end. A line that is written in between is lost.
+    The log is copied and emptied, not renamed, because the trainer keeps the file open. The trainer then
+    continues at the new end of the file. A line that is written between the two steps is lost.
     """
     try:
         if log_path.stat().st_size > MAX_LOG_BYTES:
@@ -184,5 +194,5 @@ def _rotate(log_path: Path) -> None:
     except FileNotFoundError:
         pass
     except OSError as error:
-        # It is the disk's fault, and trainer and server can do without.
+        # The trainer and the server work without the rotation.
         log.warning("trainer_log_not_rotated", reason=str(error))

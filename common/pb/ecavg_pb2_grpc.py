@@ -85,22 +85,22 @@ class ECAvgServicer(object):
     """Missing associated documentation comment in .proto file."""
 
     def Join(self, request, context):
-        """Enters the run, or enters it again: the same agent always gets the same slot.
+        """Adds the agent to the run. The same agent may join again, and always gets the same slot.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Watch(self, request, context):
-        """The state of the run now, and again whenever it changes, until the run is over. Every event is
-        complete in itself: an agent that was away has missed nothing once it holds the latest one.
+        """Sends the state of the run now, and again whenever it changes, until the run is over. Every event is the
+        whole state, so an agent that was away needs only the latest event.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def QueryUpload(self, request, context):
-        """How many bytes of this agent's upload are durably stored.
+        """Tells how many bytes of this agent's upload are durably stored.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -108,45 +108,46 @@ class ECAvgServicer(object):
 
     def Upload(self, request_iterator, context):
         """Stores a blob. The first message is a header, all others are chunks, in order. The reply is sent
-        after the whole blob has been checked and is durable. A broken stream keeps what arrived.
+        after the whole blob has been checked and is durable. After a broken stream, the bytes that arrived are
+        kept.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Contribute(self, request, context):
-        """Commits uploaded blobs as this agent's contribution to the open round. Atomic and idempotent:
-        the same contribution made twice is accepted twice and counted once.
-        What an agent shares of its data is for it to say: weights alone are a contribution, too.
+        """Commits uploaded blobs as this agent's contribution to the open round. The call is atomic and idempotent:
+        the same contribution made twice is accepted twice and counted once. The agent decides how much of its
+        data it shares: weights alone are a contribution, too.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Download(self, request, context):
-        """Initial weights or a published model, as they are or encoded, from an offset on.
+        """Sends the initial weights or a published model, plain or encoded, from an offset on.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Report(self, request, context):
-        """What became of a published model on the device. The last report of a round stands.
+        """Records what the agent has done with a published model. The last report of an agent on a round counts.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Enroll(self, request, context):
-        """Gives a device its certificate. The only call that the holder of a join token may make, and nobody
-        else may make it. The same key again costs the token nothing: it is the same enrolment.
+        """Gives a device its certificate. Only the holder of a join token may make this call, and may make no other
+        call. A device that enrolls again with the same key does not use up the token.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Renew(self, request, context):
-        """A new certificate for the key of the calling agent.
+        """Gives the calling agent a new certificate for its key.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -88,8 +88,8 @@ def test_addresses_are_known_however_they_are_written(stack: ExitStack) -> None:
     assert room.make_room() == 0
     port.in_use = {f"ipv6:%5B::1%5D:{client.getsockname()[1] - 1}"}
     assert room.make_room() == 1
-    assert connections._end_of("ipv6:%5B::ffff:192.0.2.1%5D:50000") == ("192.0.2.1", 50000)
-    assert connections._end_of("unix:/run/socket") == ("", 0)
+    assert connections._parse_address("ipv6:%5B::ffff:192.0.2.1%5D:50000") == ("192.0.2.1", 50000)
+    assert connections._parse_address("unix:/run/socket") == ("", 0)
 
 
 def test_process_may_have_as_many_files_as_the_system_lets_it() -> None:
