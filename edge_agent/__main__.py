@@ -1,4 +1,4 @@
-"""`edge-agent`: puts the parts together and runs them."""
+"""`edge-agent`: the composition root, which builds the parts and runs them."""
 
 import argparse
 import asyncio
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Run `edge-agent` with these arguments, and return its exit code."""
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["enroll"]:
         return enroll(argv[1:])
@@ -37,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def enroll(argv: Sequence[str]) -> int:
-    """`edge-agent enroll`: get this device its certificate."""
+    """Run `edge-agent enroll`: get this device its certificate."""
     parser = argparse.ArgumentParser(
         prog="edge-agent enroll",
         description="Make a key on this device, and have the server certify it. Only the certificate is kept,"
@@ -52,7 +53,7 @@ def enroll(argv: Sequence[str]) -> int:
 
 
 def read_token(file: Path | None) -> str:
-    """Raises UsageError."""
+    """Return the join token in a file; raise UsageError if there is none to read."""
     if file is None:
         raise UsageError("give the join token with --token, as the cloud-server printed it")
     try:
@@ -62,6 +63,7 @@ def read_token(file: Path | None) -> str:
 
 
 async def do_enroll(config: AgentConfig, token: str) -> int:
+    """Enroll this device, and say until when its certificate holds."""
     from edge_agent.state import AgentState
 
     state = AgentState(config.state_dir, config.agent_id)
@@ -71,7 +73,7 @@ async def do_enroll(config: AgentConfig, token: str) -> int:
 
 
 async def enrolled(config: AgentConfig, state: "AgentState", token: str) -> "Identity":
-    """Enroll, waiting for the server if need be."""
+    """Enroll, waiting for the server if need be, and return the identity."""
     from common.tls import JoinToken
     from edge_agent.enrolment import Enrolment
     from edge_agent.enrolment import enroll as enroll_with
@@ -87,10 +89,10 @@ async def enrolled(config: AgentConfig, state: "AgentState", token: str) -> "Ide
 
 
 async def who_to_be(config: AgentConfig, state: "AgentState") -> "Identity | str":
-    """This agent's identity; with --insecure its name.
+    """Return this agent's identity, or with --insecure its name.
 
     Raises:
-        UsageError: it has not enrolled, and has no join token to do so.
+        UsageError: the agent has not enrolled, and has no join token to do so.
     """
     if config.insecure:
         if not is_loopback(config.server.rpartition(":")[0]):
@@ -125,6 +127,7 @@ async def take_part(config: AgentConfig) -> int:
     caller = await who_to_be(config, state)
 
     # Imported here, so that --help and configuration errors are immediate.
+    from common.background import beside
     from common.training import make_deterministic
     from edge_agent.agent import EdgeAgent
     from edge_agent.client import CloudClient
@@ -138,7 +141,6 @@ async def take_part(config: AgentConfig) -> int:
         display.message(f"waiting for {config.server}: {trouble}" if trouble else f"reached {config.server}")
 
     client = CloudClient(config.server, caller, metrics, tell)
-    renewing = asyncio.create_task(client.keep_identity())
     http = None
     try:
         agent = EdgeAgent(config, state, client, metrics, display)
@@ -151,11 +153,11 @@ async def take_part(config: AgentConfig) -> int:
             http = await telemetry.serve_http(app, host=config.metrics_host, port=config.metrics_port)
             shown = f", with the token in {token_path}" if token else ""
             display.message(f"metrics on http://{config.metrics_host}:{http.port}/metrics{shown}")
-        await agent.run()
+        async with beside(client.keep_identity()):
+            await agent.run()
         display.message("the run is over")
     finally:
         display.close()
-        renewing.cancel()
         await client.close()
         if http:
             await http.stop()

@@ -1,4 +1,4 @@
-"""Whether a published model may take the place of the one in use: unless it does worse on this device."""
+"""The comparison of a published model with the one in use: does it do worse on this device?"""
 
 import math
 from typing import NamedTuple
@@ -7,19 +7,21 @@ import numpy as np
 
 
 class Comparison(NamedTuple):
-    """Two models on the same N examples.
+    """The predictions of two models on the same N examples.
 
-    The difference of an example is 1 where only the model after is right, -1 where only the one before
-    is, else 0; what tells of a change for the worse is the mean of these.
+    The difference of an example is 1 where only the model after is right, -1 where only the one before is,
+    else 0. The mean of the differences tells of a change for the worse.
     """
 
     num_examples: int
-    num_gained: int  # examples whose difference is 1
-    num_lost: int  # examples whose difference is -1
+    # The number of examples whose difference is 1.
+    num_gained: int
+    # The number of examples whose difference is -1.
+    num_lost: int
 
     @property
     def tolerance(self) -> float:
-        """One standard error of the mean difference, std(ddof=1) / sqrt(N); 0 for a single example."""
+        """Return one standard error of the mean difference, std(ddof=1) / sqrt(N); 0 for a single example."""
         if self.num_examples < 2:
             return 0.0
         total, squares = self.num_gained - self.num_lost, self.num_gained + self.num_lost
@@ -28,11 +30,11 @@ class Comparison(NamedTuple):
 
     @property
     def is_worse(self) -> bool:
-        """Whether the mean difference is below -tolerance.
+        """Return True if the mean difference is below -tolerance.
 
-        Squared and multiplied out, N goes: what is left is that McNemar's statistic
-        (lost - gained)² / (lost + gained) (Psychometrika 12, 1947) is above 1. In whole numbers, since a
-        single example lost is on the boundary, where rounding would decide.
+        Squared and multiplied out, N drops out: what is left is that McNemar's statistic
+        (lost - gained)² / (lost + gained) (Psychometrika 12, 1947) is above 1. It is computed in whole
+        numbers, because a single example lost is on the boundary, where rounding would decide.
         """
         net_lost = self.num_lost - self.num_gained
         if self.num_examples < 2:
@@ -41,19 +43,19 @@ class Comparison(NamedTuple):
 
 
 def compare(before: np.ndarray, after: np.ndarray) -> Comparison:
-    """How the predictions of two models differ.
+    """Return how the predictions of two models differ.
 
     Args:
-        before: bool [N], whether the model in use is right about each example.
+        before: bool [N], True where the model in use is right about an example.
         after: bool [N], the same of the published model.
     """
     return Comparison(len(before), int((after & ~before).sum()), int((before & ~after).sum()))
 
 
 def objection(before: np.ndarray, after: np.ndarray) -> str:
-    """Why the published model should not be used, in one line; empty: it does no worse.
+    """Return in one line why the published model should not be used; empty: it does no worse.
 
-    Args: those of `compare`.
+    The arguments are those of `compare`.
     """
     comparison = compare(before, after)
     if not comparison.is_worse:

@@ -113,8 +113,9 @@ class AgentConfig(ProcessConfig):
     @field_validator("partition", "data")
     @classmethod
     def _is_usable(cls, value: str | None, info: ValidationInfo) -> str | None:
-        """Said at once, not when the server has been reached."""
-        from edge_agent.partition import parse_partition  # and with it NumPy, which --help does without
+        """Check the source and the partition at once, not when the server has been reached."""
+        # Imported here, with NumPy, because --help does without.
+        from edge_agent.partition import parse_partition
 
         if value is not None:
             try:
@@ -132,22 +133,22 @@ class AgentConfig(ProcessConfig):
 
     @property
     def shared_fraction(self) -> float:
-        """0 to 1."""
+        """Return the fraction of the examples that is shared, 0 to 1."""
         return float({"all": 1, "none": 0}.get(self.share_data, self.share_data))
 
 
 class EnrollConfig(AgentConfig):
-    """The same, and what only `edge-agent enroll` takes."""
+    """The keys of an agent, and those that only `edge-agent enroll` takes."""
 
     token: str | None = None
     """Join token, as the cloud-server printed it."""
 
 
 def check_source(source: str) -> None:
-    """Whether `--data` names something.
+    """Check that `--data` names something.
 
     Raises:
-        UsageError: it is neither a dataset, nor the user's code, nor a folder.
+        UsageError: it names neither a dataset, nor code of the user's, nor a folder.
     """
     if source in DATASETS or FACTORY_PATTERN.fullmatch(source) or _is_folder(Path(source)):
         return
@@ -160,5 +161,6 @@ def check_source(source: str) -> None:
 def _is_folder(path: Path) -> bool:
     try:
         return path.expanduser().is_dir()
-    except (RuntimeError, OSError):  # ~somebody, whom there is not; a name too long for any
+    except (RuntimeError, OSError):
+        # The path names the home of nobody, or is too long for a name.
         return False

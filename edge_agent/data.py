@@ -1,14 +1,14 @@
-"""From a data source to this agent's examples: what it trains on and may share, and what it measures on.
+"""The data of this agent: what it trains on and may share, and what it measures on.
 
     --data SOURCE → splits (labels known, files not decoded yet) → this agent's part → two Shards
 
 The held-out part never leaves the device. Where the source has a test split, it is the agent's part of
-that, dealt out as the train split is; otherwise it is about `holdout_fraction` of the agent's examples.
+that split, dealt out as the train split is; otherwise it is about `holdout_fraction` of the agent's examples.
 
-Images of every source come out in the run's shape: resized where height or width differ (the aspect
-ratio is not kept), grey repeated into RGB, RGB weighted into grey.
+Images of every source come out in the run's shape: resized where height or width differ (the aspect ratio
+is not kept), grey repeated into RGB, RGB weighted into grey.
 
-What some sources do without is imported where it is needed: torchvision takes as long as PyTorch itself.
+What only some sources need is imported where it is needed: torchvision takes as long as PyTorch.
 """
 
 import fcntl
@@ -34,38 +34,48 @@ from edge_agent.partition import Partition, partition_indices
 from edge_agent.shard_files import image_digests
 
 DEFAULT_DATA_DIR = Path("~/.cache/ecavg")
-_TORCHVISION: Mapping[str, str] = {  # class in torchvision.datasets
+# The class of each dataset in torchvision.datasets.
+_TORCHVISION: Mapping[str, str] = {
     "mnist": "MNIST",
     "fashion-mnist": "FashionMNIST",
     "cifar10": "CIFAR10",
     "cifar100": "CIFAR100",
 }
 
-ImageShape = tuple[int, int, int]  # channels, height, width
+# Channels, height and width.
+ImageShape = tuple[int, int, int]
 
-_SHARING = b"share_data"  # the key of the digests that say which images are shared
+# The key of the digests that decide which images are shared.
+_SHARING = b"share_data"
 
 
 class AgentData(NamedTuple):
     """One agent's part of its source, in the run's image shape."""
 
-    train: Shard  # trained on; what of it is shared is uploaded
-    held_out: Shard  # for the agent's own before and after figures; never leaves the device
-    num_skipped: int  # image files that could not be read
-    stamp: str = ""  # of the image folder that they were read from; see `data_stamp`
+    # The examples that are trained on; those of them that are shared are uploaded.
+    train: Shard
+    # The examples for the agent's own figures before and after, which never leave the device.
+    held_out: Shard
+    # How many image files could not be read.
+    num_skipped: int
+    # The stamp of the image folder that they were read from; see `data_stamp`.
+    stamp: str = ""
 
 
 class Split(Protocol):
     """The train or the test part of a source."""
 
     @property
-    def labels(self) -> np.ndarray: ...  # int64 [N]
+    def labels(self) -> np.ndarray:
+        """Return the labels, int64 [N]."""
 
     def read(self, indices: np.ndarray, image_shape: ImageShape) -> tuple[Shard, int]:
-        """These examples in this shape, and how many could not be read and are left out."""
+        """Return these examples in this shape, and how many could not be read and are left out."""
 
 
 class Source(NamedTuple):
+    """A source that was opened: its splits, and what is known of them."""
+
     train: Split
     test: Split | None
 
@@ -92,7 +102,8 @@ def load_agent_data(
         UsageError: the source does not exist, cannot be read, does not fit the run, or leaves nothing
             for this agent.
     """
-    stamp = data_stamp(run, source, data_dir)  # first: what changes while it is read is then noticed
+    # The stamp is taken first, so that a change while the data are read is noticed.
+    stamp = data_stamp(run, source, data_dir)
     opened = open_source(run, source, data_dir=data_dir, allowed_factories=allowed_factories)
     name = source or run.dataset
     splits = [part for part in opened if part is not None]
@@ -116,7 +127,7 @@ def load_agent_data(
 
 
 def data_stamp(run: RunConfig, source: str | None, data_dir: Path | None) -> str:
-    """What tells an image folder from what it was before; "" for a source that does not change.
+    """Return what tells an image folder from an earlier state of it; "" for a source that does not change.
 
     Raises:
         UsageError: there is no such source.
@@ -151,7 +162,11 @@ def open_source(
 
 
 def _image_folder(run: RunConfig, source: str | None, data_dir: Path | None) -> Path | None:
-    """The image folder that is meant; None: something else is. Raises UsageError: nothing is."""
+    """Return the image folder that is meant; None: something else is meant.
+
+    Raises:
+        UsageError: nothing is meant.
+    """
     if (source or run.dataset) in _TORCHVISION:
         root = (data_dir or DEFAULT_DATA_DIR).expanduser()
         return root if (root / "train").is_dir() else None
@@ -164,9 +179,9 @@ def _image_folder(run: RunConfig, source: str | None, data_dir: Path | None) -> 
 def hold_out(images: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Hold back about `fraction` of the images, each by its own pixels.
 
-    Whatever comes to the data or goes, an image that was uploaded does not become one to measure on, nor
-    the other way round; and copies of an image stay together. (Of so few images that chance would leave
-    either part empty, one goes there, until there are more.)
+    Whatever is added to the data or removed, an image that was uploaded does not become one to measure on,
+    nor the other way round; and copies of an image stay together. Where there are so few images that chance
+    would leave either part empty, one image goes there until there are more.
 
     Args:
         images: uint8 [N, C, H, W], N of at least 2.
@@ -175,7 +190,7 @@ def hold_out(images: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray
         Sorted int64 indices of the rest and of the held-out part: disjoint, complete, neither empty.
 
     Raises:
-        UsageError: fewer than two images.
+        UsageError: there are fewer than two images.
     """
     check_splittable(len(images))
     ranks = image_digests(images, repeat(seed.to_bytes(8), len(images)))
@@ -187,10 +202,10 @@ def hold_out(images: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray
 
 
 def choose_shared(images: np.ndarray, fraction: float) -> np.ndarray:
-    """Which images the agent shares, about `fraction` of them, each by its own pixels.
+    """Choose the images that the agent shares, about `fraction` of them, each by its own pixels.
 
-    The server has no say in it: whatever its run, its seed and the agent's id, the choice among the same
-    images is the same, so no restart, no growth and no other run brings a private image out. A smaller
+    The server has no say in it: whatever the run, its seed and the agent's id, the choice among the same
+    images is the same. So no restart, no growth and no other run brings a private image out. A smaller
     fraction shares some of the same images.
 
     Args:
@@ -206,12 +221,14 @@ def choose_shared(images: np.ndarray, fraction: float) -> np.ndarray:
 
 @dataclass(frozen=True)
 class ArraySplit:
-    """Images that are in memory already, in their own shape."""
+    """A split whose images are in memory already, in their own shape."""
 
-    images: np.ndarray  # uint8 [N, C, H, W]
+    # The images, uint8 [N, C, H, W].
+    images: np.ndarray
     labels: np.ndarray  # int64 [N]
 
     def read(self, indices: np.ndarray, image_shape: ImageShape) -> tuple[Shard, int]:
+        """Return these examples in this shape, and how many could not be read and are left out."""
         return Shard(fit(self.images[indices], image_shape), self.labels[indices]), 0
 
 
@@ -221,7 +238,7 @@ def fit(images: np.ndarray, image_shape: ImageShape) -> np.ndarray:
     Grey is 0.299 R + 0.587 G + 0.114 B (ITU-R BT.601); resizing is bilinear with antialiasing.
 
     Raises:
-        UsageError: from these channels to those there is no way.
+        UsageError: these channels cannot be turned into those.
     """
     if images.shape[1:] == image_shape:
         return np.ascontiguousarray(images)
@@ -244,9 +261,11 @@ def fit(images: np.ndarray, image_shape: ImageShape) -> np.ndarray:
 
 
 def _open_digits() -> Source:
-    from sklearn.datasets import load_digits  # a second to import, for this source only
+    # This import takes a second, and only this source needs it.
+    from sklearn.datasets import load_digits
 
-    pixels, labels = load_digits(return_X_y=True)  # 0 to 16
+    # The pixels are from 0 to 16.
+    pixels, labels = load_digits(return_X_y=True)
     images = np.rint(pixels * (255 / 16)).astype(np.uint8).reshape(-1, 1, 8, 8)
     return Source(ArraySplit(images, labels.astype(np.int64)), None)
 
@@ -257,7 +276,8 @@ def _open_dataset(name: str, data_dir: Path | None) -> Source:
         raise UsageError(f"data folder {root} does not exist: make it, or name the right one with --data-dir")
     try:
         return _read_dataset(name, root)
-    except Exception as error:  # torchvision raises whatever a broken file or network led it to
+    except Exception as error:
+        # torchvision raises whatever a broken file or network led it to.
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UsageError(
             f"cannot load {name} from {root}: {reason}; give a folder that has it with --data-dir,"
@@ -276,16 +296,19 @@ def _read_dataset(name: str, root: Path) -> Source:
 
     try:
         return read(download=False)
-    except RuntimeError:  # torchvision's way to say that it is not there
+    except RuntimeError:
+        # So torchvision says that the dataset is not there.
         root.mkdir(parents=True, exist_ok=True)
         if not os.access(root, os.W_OK):
             raise PermissionError("it is not there, and the folder is not writable") from None
-    with _locked(root / ".download.lock"):  # several agents on one machine start together
+    with _locked(root / ".download.lock"):
+        # Several agents on one machine may start together.
         return read(download=True)
 
 
 def _to_split(dataset: Any) -> ArraySplit:
-    images = np.asarray(dataset.data)  # [N, H, W] or [N, H, W, C]
+    # The shape is [N, H, W] or [N, H, W, C].
+    images = np.asarray(dataset.data)
     images = images[:, None] if images.ndim == 3 else images.transpose(0, 3, 1, 2)
     return ArraySplit(images, np.asarray(dataset.targets, np.int64))
 
@@ -301,7 +324,8 @@ def _open_factory(name: str, allowed_factories: Collection[str]) -> Source:
     factory = import_factory(name, allowed_factories)
     try:
         train, test = factory("train"), factory("test")
-    except Exception as error:  # the user's code
+    except Exception as error:
+        # The user's code may raise anything.
         raise UsageError(f"data source {name} failed with {type(error).__name__}: {error}") from error
     return Source(_check_arrays(name, train), None if test is None else _check_arrays(name, test))
 

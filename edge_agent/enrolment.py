@@ -1,4 +1,4 @@
-"""`edge-agent enroll`: a device without a certificate gets one from the server that its join token is of."""
+"""The enrolment of a device: it gets a certificate from the server that its join token belongs to."""
 
 import asyncio
 from collections.abc import Callable
@@ -10,7 +10,8 @@ from common.faults import Point, crash_point
 from edge_agent.client import ask_for_certificate
 from edge_agent.identity import Identity, certificate_of
 
-MAX_UNTAKEN = 3  # handshakes that the server breaks off: it is the token, not the network
+# Where the server breaks off so many handshakes, the token is at fault, not the network.
+MAX_UNTAKEN = 3
 
 
 class Enrolment:
@@ -32,21 +33,21 @@ class Enrolment:
         self._leaf: tls.Certificate
 
     def material(self) -> tls.TlsMaterial:
-        """For a connection to whoever is there now, and nobody else; `finish` tells whether to believe it.
+        """Return the TLS material for a connection to whoever answers now; only `finish` makes it believed.
 
         Raises:
-            OSError: nobody is there.
-            UsageError: it speaks plaintext.
+            OSError: nobody answers.
+            UsageError: whoever answers speaks plaintext.
         """
         self._leaf = tls.load_certificate(certificate_of(self._server))
         leaf = self._token.leaf(self._key)
         return tls.TlsMaterial(tls.pem(self._key), tls.pem(leaf), tls.pem(self._leaf))
 
     def finish(self, certificate: bytes, ca_certificate: bytes) -> Identity:
-        """Keep what the server answered.
+        """Keep what the server has answered.
 
         Raises:
-            UsageError: it is not the server that the token is of; nothing is kept.
+            UsageError: it is not the server that the token belongs to; nothing is kept.
         """
         try:
             ca, own = tls.load_certificate(ca_certificate), tls.load_certificate(certificate)

@@ -1,4 +1,4 @@
-"""Who this agent is to its server: a key that never leaves the device, and a certificate for it.
+"""The identity of this agent: a key that never leaves the device, and a certificate for it.
 
 STATE/tls/key.pem        made here, before anything is asked for
 STATE/tls/identity.pem   the agent's certificate and the CA that it believes; there once it has enrolled
@@ -19,7 +19,7 @@ NOT_OUR_SERVER = "the server is not the one that this agent enrolled with (its c
 
 
 class Identity:
-    """An enrolled agent's.
+    """The key and certificate of an enrolled agent.
 
     Raises:
         UsageError: the files cannot be used.
@@ -32,26 +32,34 @@ class Identity:
 
     @property
     def agent_id(self) -> str:
+        """Return the id that the certificate names."""
         return tls.common_name(self._certificate)
 
     @property
     def ends_at(self) -> datetime:
+        """Return when the certificate ends."""
         return self._certificate.not_valid_after_utc
 
     @property
     def renews_at(self) -> datetime:
+        """Return when the certificate should be renewed."""
         return tls.renewal_time(self._certificate)
 
     @property
     def material(self) -> tls.TlsMaterial:
+        """Return the TLS material for connections."""
         return tls.TlsMaterial(tls.pem(self._key), tls.pem(self._certificate), tls.pem(self._ca))
 
     def request(self) -> bytes:
-        """For a new certificate for the same key."""
+        """Return a request for a new certificate for the same key."""
         return tls.make_request(self._key, self.agent_id)
 
     def renew(self, certificate: bytes) -> None:
-        """Go on with this one, durably; UsageError, and no change, if it is not this agent's."""
+        """Go on with this certificate, durably.
+
+        Raises:
+            UsageError: the certificate is not this agent's; nothing is changed.
+        """
         try:
             new = tls.load_certificate(certificate)
         except ValueError as error:
@@ -63,14 +71,14 @@ class Identity:
 
 
 def find(folder: Path) -> Identity | None:
-    """None: this agent has not enrolled."""
+    """Return the identity in a folder; None: this agent has not enrolled."""
     with suppress(FileNotFoundError):
         return Identity(folder)
     return None
 
 
 def explain(server: str, identity: Identity | None, trouble: str) -> str:
-    """What stands behind a failed connection, where it is more than a network that is down.
+    """Return what is behind a failed connection, where it is more than a network that is down.
 
     Args:
         trouble: what gRPC says of it.
@@ -95,7 +103,7 @@ _SPEAKS_PLAINTEXT = (
 
 
 def certificate_of(server: str) -> bytes:
-    """Of whoever is there, unverified, PEM."""
+    """Return the certificate, PEM and unverified, of whoever answers at the address."""
     host, _, port = server.rpartition(":")
     context = ssl.create_default_context()
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE

@@ -1,4 +1,4 @@
-"""Image folders, DIR/{train,test}/<class>/*: listed first, decoded later and only as far as asked for."""
+"""Image folders, DIR/{train,test}/<class>/*: they are listed first, and decoded later as far as needed."""
 
 import hashlib
 import os
@@ -17,8 +17,10 @@ from common.config import RunConfig
 from common.errors import UsageError
 from common.shards import Shard
 
-MAX_IMAGE_PIXELS = 64_000_000  # of one file, checked before it is decoded
-MAX_IMAGE_BYTES = 512 << 20  # of one file, checked before it is opened: WebP is read whole
+# One file may have so many pixels, which is checked before it is decoded.
+MAX_IMAGE_PIXELS = 64_000_000
+# One file may have so many bytes, which is checked before it is opened, because WebP is read whole.
+MAX_IMAGE_BYTES = 512 << 20
 IMAGE_FORMATS: Mapping[str, str] = {
     ".jpg": "JPEG",
     ".jpeg": "JPEG",
@@ -26,7 +28,8 @@ IMAGE_FORMATS: Mapping[str, str] = {
     ".webp": "WEBP",
     ".bmp": "BMP",
 }
-_MODES = {1: "L", 3: "RGB"}  # by number of channels
+# The mode for each number of channels.
+_MODES = {1: "L", 3: "RGB"}
 
 # Pillow lets go of the interpreter's lock only while it decodes: photos keep several threads busy, and
 # with tiny images more than a few only wait for each other.
@@ -41,10 +44,11 @@ class FileSplit:
     """The train or the test part of an image folder."""
 
     paths: Sequence[Path]
-    labels: np.ndarray  # int64 [N]
+    # The labels, int64 [N].
+    labels: np.ndarray
 
     def read(self, indices: np.ndarray, image_shape: tuple[int, int, int]) -> tuple[Shard, int]:
-        """Decode these files; those that cannot be read are left out, counted, and logged once."""
+        """Decode these files; files that cannot be read are left out, counted, and logged once."""
         images = np.empty((len(indices), *image_shape), np.uint8)
         is_read = np.zeros(len(indices), bool)
 
@@ -55,7 +59,8 @@ class FileSplit:
                 try:
                     images[n] = decode_image(path, image_shape)
                     is_read[n] = True
-                except Exception as error:  # Pillow raises whatever a broken file led it to
+                except Exception as error:
+                    # Pillow raises whatever a broken file led it to.
                     failures.append(f"{path}: {error}")
             return failures
 
@@ -98,10 +103,14 @@ def list_image_folder(folder: Path, run: RunConfig) -> tuple[FileSplit, FileSpli
 
 
 def stamp_of(folder: Path) -> str:
-    """What is another once a file below `folder` has come, gone or been written to; no file is opened."""
+    """Return a value that changes when a file below `folder` is added, removed or written to.
+
+    No file is opened.
+    """
     stamp = hashlib.sha256()
     for path in sorted(folder.glob("*/*/*")):
-        with suppress(OSError):  # it has just gone, or is a link that leads nowhere
+        with suppress(OSError):
+            # The file has just gone, or is a link that leads nowhere.
             status = path.stat()
             stamp.update(f"{path}\0{status.st_size}\0{status.st_mtime_ns}\0".encode())
     return stamp.hexdigest()
@@ -122,22 +131,25 @@ def decode_image(path: Path, image_shape: tuple[int, int, int]) -> np.ndarray:
     with Image.open(path, formats=tuple(set(IMAGE_FORMATS.values()))) as file:
         if file.width * file.height > MAX_IMAGE_PIXELS:
             raise ValueError(f"{file.width} x {file.height} pixels, at most {MAX_IMAGE_PIXELS} are read")
-        file.draft(mode, size)  # spares JPEG the detail that resizing would take away
+        # A JPEG is decoded without the detail that resizing would take away.
+        file.draft(mode, size)
         image = _to_8_bits(file).convert(mode)
     if image.size != size:
-        image = image.resize(size, Image.Resampling.BILINEAR)  # antialiased, as Pillow always does
+        # Pillow always resizes with antialiasing.
+        image = image.resize(size, Image.Resampling.BILINEAR)
     return np.asarray(image).reshape(height, width, channels).transpose(2, 0, 1)
 
 
 def _to_8_bits(image: Image.Image) -> Image.Image:
     if not image.mode.startswith("I;16"):
         return image
-    return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))  # convert() would clip to white
+    # convert() would clip to white.
+    return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
 
 
 @contextmanager
 def _quiet_pillow() -> Iterator[None]:
-    """Keep Pillow's remarks on odd files off the terminal; what it calls a bomb, though, is not read."""
+    """Keep Pillow's remarks on odd files off the terminal; a file that it calls a bomb is not read."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -169,9 +181,10 @@ def _list_images(folder: Path, class_names: Sequence[str]) -> FileSplit:
 
 
 def _is_image(path: Path) -> bool:
-    """Of a pipe or device, which could be read for ever, the name says nothing."""
+    """Return True if the file may be an image, and is no pipe or device, which could be read for ever."""
     return path.suffix.lower() in IMAGE_FORMATS and not _is_hidden(path) and path.is_file()
 
 
 def _is_hidden(path: Path) -> bool:
-    return path.name.startswith(".")  # .DS_Store, ._photo.jpg
+    # Such names are .DS_Store and ._photo.jpg.
+    return path.name.startswith(".")

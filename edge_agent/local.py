@@ -1,7 +1,7 @@
 """The models on this device: trained, measured and replaced. All of it blocks, so it runs in a thread.
 
-Whatever is written here is whole or absent, and doing it again gives the same bytes: what is done is
-decided by the progress that the agent saves afterwards.
+Whatever is written here is whole or absent, and doing it again gives the same bytes: the progress that the
+agent saves afterwards decides what counts as done.
 """
 
 import json
@@ -48,10 +48,10 @@ log = structlog.get_logger()
 def load_local_models(
     joined: Joined, config: AgentConfig, disk: AgentState, device: torch.device
 ) -> "LocalModels":
-    """Read this agent's data, and see that its shard files hold them.
+    """Read this agent's data, and make sure that its shard files hold them.
 
     Raises:
-        UsageError: they cannot be read, or do not fit the run.
+        UsageError: the data cannot be read, or do not fit the run.
         OSError: a shard file cannot be written.
     """
     data = load_agent_data(
@@ -60,7 +60,7 @@ def load_local_models(
         data_dir=config.data_dir,
         partition=_partition(joined, config),
         seed_name=disk.agent_id,
-        # Naming code with --data is leave to run it.
+        # Whoever names code with --data allows it to run.
         allowed_factories={*config.allow_factory, config.data or ""},
     )
     return LocalModels(
@@ -75,7 +75,7 @@ def load_local_models(
 
 
 def _partition(joined: Joined, config: AgentConfig) -> Partition | None:
-    """Asked for, or the server's slot where agents share the run's dataset."""
+    """Return the partition asked for, or the server's slot where agents share the run's dataset."""
     if config.partition:
         return parse_partition(config.partition)
     if config.data:
@@ -87,21 +87,21 @@ def _partition(joined: Joined, config: AgentConfig) -> Partition | None:
 
 
 class LocalModels:
-    """This agent's data, and what it does with models on them.
+    """This agent's data, and the work with models on them.
 
-    One network is built, and given one model's weights after the other: a model is its state_dict. What it
-    is trained on is mapped from the shard files, so that only what is held out stays in memory.
+    One network is built, and given one model's weights after the other: a model is its state_dict. The
+    examples that it is trained on are mapped from the shard files, so that only held-out ones stay in memory.
 
     Args:
-        shared_fraction: of the examples to train on, that are uploaded.
+        shared_fraction: how much of the examples to train on is uploaded.
 
     Attributes:
-        stamp: of the data; see edge_agent/data.py.
-        shards: the files of the examples that are shared, in order, and what they are on the wire.
-        num_shared: examples in them, with those that the cloud holds back: the same part of any shard.
-        num_examples: the same, with those that are not shared.
+        stamp: the stamp of the data; see edge_agent/data.py.
+        shards: the files of the examples that are shared, in order, and their blobs.
+        num_shared: how many examples are in them, with those that the cloud holds back of each.
+        num_examples: the same, with the examples that are not shared.
         trained_on: the digests of the files of both.
-        has_withdrawn: some file is no longer shared, and the server may have it.
+        has_withdrawn: True if some file is no longer shared, and the server may have it.
     """
 
     def __init__(
@@ -122,8 +122,10 @@ class LocalModels:
         self._allowed_factories = allowed_factories
         self._checkpoint_seconds = checkpoint_seconds
         self._network: nn.Module | None = None
-        self._in_use: tuple[os.stat_result, Evaluation] | None = None  # the file, once it was measured
-        self._arrived: Evaluation | None = None  # of the global model that was measured last, maybe adapted
+        # The file of the model in use and how good it is, once it was measured.
+        self._in_use: tuple[os.stat_result, Evaluation] | None = None
+        # How good the global model is that was measured last, maybe after adaptation.
+        self._arrived: Evaluation | None = None
         self.stamp = data.stamp
         before = set(disk.shards.glob("*.safetensors"))
         is_shared = choose_shared(data.train.images, shared_fraction)
@@ -131,13 +133,14 @@ class LocalModels:
         private = _kept(disk.private, data.train, ~is_shared)
         self.trained_on = tuple(blob.digest for blob in (*self.shards.values(), *private.values()))
         self.has_withdrawn = not before <= self.shards.keys()
-        self._shared = [read_shard(path) for path in self.shards]  # to be read though its file be removed
+        # The shards can be read even when their files are removed.
+        self._shared = [read_shard(path) for path in self.shards]
         self._private = [read_shard(path) for path in private]
         self.num_shared = sum(len(shard.labels) for shard in self._shared)
         self.num_examples = self.num_shared + sum(len(shard.labels) for shard in self._private)
 
     def most_weights_bytes(self) -> int:
-        """How large a file with weights of the run's model may be."""
+        """Return how large a file with weights of the run's model may be."""
         model = self._model(None) if self._network is None else self._network
         num_bytes: int = sum(each.nbytes for each in model.state_dict().values())
         return most_file_bytes(num_bytes)
@@ -146,14 +149,14 @@ class LocalModels:
         """Train for a round, from the last checkpoint if there is one.
 
         Args:
-            initial: weights to start from; None: this agent's own.
+            initial: the file of weights to start from; None: this agent's own weights.
         """
         model = self._model(initial)
         self._train(model, self._run.pretrain, "pretrain", number, on_step)
         return model
 
     def keep(self, number: int, initial_weights: str | None, model: nn.Module) -> Trained:
-        """Leave what was pre-trained for a round in a file, and use it unless what is in use is better."""
+        """Write what was pre-trained for a round to a file, and use it unless the model in use is better."""
         evaluation, path = self._evaluate(model), self._disk.local_weights
         write_state_dict(model.state_dict(), path)
         trained = Trained(
@@ -169,12 +172,13 @@ class LocalModels:
         return trained
 
     def encode(self, trained: Trained, initial: Path | None, counted_round: int) -> Blob:
-        """Leave what was pre-trained in a file as it travels, and in another one what that has lost.
+        """Write the encoded weights, and the rounding residual, to files.
 
         Args:
-            initial: the weights that it started from; None: this agent's own, which the server does not have.
-            counted_round: the last round that counted a contribution of this agent: what that one has lost
-                is added.
+            initial: the file of weights that pre-training started from; None: this agent's own weights, which
+                the server does not have.
+            counted_round: the last round that counted a contribution of this agent; the residual of that
+                contribution is added.
         """
         base = Base(initial, trained.initial_weights) if initial and trained.initial_weights else None
         residual = self._disk.residual(counted_round)
@@ -197,7 +201,7 @@ class LocalModels:
         arXiv 2002.04758, arXiv 1910.10252); so where it does worse it is adapted, and compared again.
 
         Args:
-            trained: what this agent pre-trained for the round, if it did.
+            trained: what this agent has pre-trained for the round, if it did.
         """
         before, after, adapted = self._evaluate_in_use(), self._evaluate(self._model(weights)), None
         reason = self._objection(before, after)
@@ -223,10 +227,10 @@ class LocalModels:
         )
 
     def apply(self, weights: Path, report: Report, on_step: OnStep) -> None:
-        """Use a global model from now on if that is what was decided, and leave the report for the user.
+        """Use a global model from now on if that is what was decided, and write the report for the user.
 
         Args:
-            weights: of the model as it is; what was made of it by adaptation is made again if it is lost.
+            weights: the file of the model as it is; the adapted model is made again if it is lost.
         """
         if report.uses_adapted and not self._disk.adapted.exists():
             self._adapt(report.round, weights, on_step)
@@ -237,7 +241,7 @@ class LocalModels:
             partial.write_text(text + "\n", "utf-8")
 
     def _model(self, weights: Path | None) -> nn.Module:
-        """The network with these weights; None: with weights of this agent's own."""
+        """Return the network with these weights; None: with weights of this agent's own."""
         if self._network is None or weights is None:
             self._network = build_model(
                 self._run,
@@ -249,7 +253,7 @@ class LocalModels:
         return self._network
 
     def _adapt(self, number: int, weights: Path, on_step: OnStep) -> nn.Module:
-        """Train the global model of a round further on this agent's data, and leave it in a file."""
+        """Train the global model of a round further on this agent's data, and write it to a file."""
         model = self._model(weights)
         config = self._run.pretrain.model_copy(update={"epochs": self._run.adapt_epochs})
         self._train(model, config, "adapt", number, on_step)
@@ -260,10 +264,12 @@ class LocalModels:
     def _train(
         self, model: nn.Module, config: TrainingConfig, stream: str, number: int, on_step: OnStep
     ) -> None:
-        """On what the cloud fine-tunes on, and on what it never sees; the rest it chooses and evaluates on.
+        """Train on the examples that the cloud fine-tunes on, and on those that it never sees.
+
+        The other examples are those that the cloud chooses and evaluates on.
 
         Args:
-            stream: of what chance decides, in round `number`.
+            stream: names the random stream of this training in round `number`.
         """
         fraction = self._run.fine_tune.holdout_fraction
         holdout_seed = derive_seed(self._run.seed, "cloud_holdout", self._disk.agent_id)
@@ -284,7 +290,7 @@ class LocalModels:
         )
 
     def _objection(self, before: Evaluation | None, after: Evaluation) -> str:
-        """Why a model should not take the place of the one in use; empty: nothing speaks against it."""
+        """Return why a model should not take the place of the one in use; empty: it may."""
         if before is None or self._run.apply == "always":
             return ""
         return objection(before.correct.numpy(), after.correct.numpy())
@@ -293,13 +299,13 @@ class LocalModels:
         """Replace the model in use.
 
         Args:
-            evaluation: of the new one; None: not known, it was measured in an earlier life of this agent.
+            evaluation: how good the new one is; None: it was measured in an earlier life of this agent.
         """
         link(weights, self._disk.model)
         self._in_use = (self._disk.model.stat(), evaluation) if evaluation else None
 
     def _evaluate_in_use(self) -> Evaluation | None:
-        """The model in use; None: there is none that fits this run."""
+        """Measure the model in use; None: there is none that fits this run."""
         path = self._disk.model
         if not path.exists():
             return None
@@ -307,7 +313,8 @@ class LocalModels:
             return self._in_use[1]
         try:
             evaluation = self._evaluate(self._model(path))
-        except RunError as error:  # of an earlier run
+        except RunError as error:
+            # The model is of an earlier run.
             log.warning("model_in_use_ignored", reason=str(error))
             return None
         self._in_use = path.stat(), evaluation
@@ -324,11 +331,11 @@ class LocalModels:
 
 
 def _kept(folder: Path, train: Shard, is_chosen: np.ndarray) -> dict[Path, Blob]:
-    """The files of the chosen examples, and what they are on the wire."""
+    """Return the files of the chosen examples, and their blobs."""
     chosen = train if is_chosen.all() else Shard(*(array[is_chosen] for array in train))
     return {path: blob_of(path) for path in keep_shards(folder, chosen)}
 
 
 def _is_same(file: os.stat_result, other: os.stat_result) -> bool:
-    """Whether it is one file, not written to between the two looks at it."""
+    """Return True if both looks found one file, which was not written to in between."""
     return os.path.samestat(file, other) and file.st_mtime_ns == other.st_mtime_ns

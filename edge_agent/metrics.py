@@ -1,6 +1,6 @@
-"""What the agent counts and measures, under the names of the contract (Prometheus).
+"""The metrics of an agent, under the names of the contract (Prometheus).
 
-An attribute is called as its metric, less the prefix `ecavg_agent_`.
+An attribute has the name of its metric, without the prefix `ecavg_agent_`.
 """
 
 import math
@@ -14,15 +14,22 @@ SENT_KINDS = ("weights", "data")
 
 
 class Phase(StrEnum):
-    """What the agent is doing."""
+    """The present work of an agent."""
 
-    CONNECTING = "connecting"  # to a server that is not up yet, or out of reach
-    PRE_TRAINING = "pre_training"  # on its own shard
-    UPLOADING = "uploading"  # weights and data, then the contribution
-    WAITING = "waiting"  # for the other agents, and for the cloud
-    DOWNLOADING = "downloading"  # the global model
-    EVALUATING = "evaluating"  # the global model on its own held-out data; adapting it, where it does worse
-    DONE = "done"  # the run is over
+    # The agent connects to a server that may not be up yet, or out of reach.
+    CONNECTING = "connecting"
+    # The agent trains on its own shard.
+    PRE_TRAINING = "pre_training"
+    # The agent uploads weights and data, then its contribution.
+    UPLOADING = "uploading"
+    # The agent waits for the other agents, and for the cloud.
+    WAITING = "waiting"
+    # The agent downloads the global model.
+    DOWNLOADING = "downloading"
+    # The agent measures the global model on its own held-out data, and adapts it where it does worse.
+    EVALUATING = "evaluating"
+    # The run is over.
+    DONE = "done"
 
 
 class AgentMetrics:
@@ -56,8 +63,10 @@ class AgentMetrics:
             "ecavg_agent_reconnects_total", "Connections to the server that broke.", registry=registry
         )
         for kind in SENT_KINDS:
-            self.sent_bytes_total.labels(kind)  # a counter that first appears at 1 hides its first increase
-        self.pretrain_loss.set(math.nan)  # none yet; 0 would be a perfect one
+            # A counter that first appears at 1 hides its first increase.
+            self.sent_bytes_total.labels(kind)
+        # There is no loss yet; 0 would be a perfect one.
+        self.pretrain_loss.set(math.nan)
         self.set_phase(Phase.CONNECTING)
 
     def set_accuracies(self, **stages: float | None) -> None:
@@ -68,5 +77,6 @@ class AgentMetrics:
                 self.accuracy_ratio.labels(stage).set(accuracy)
 
     def set_phase(self, phase: Phase) -> None:
+        """Show this phase, and no other."""
         for each in Phase:
             self._phase.labels(each).set(each == phase)

@@ -1,4 +1,4 @@
-"""How one dataset is dealt out to several agents, for simulation: every agent computes the same deal.
+"""The deal of one dataset among several agents, for simulation: every agent computes the same deal.
 
 The deal has two random streams, both of the run's seed: one fixes which share of a class goes to which
 agent, the other which examples those are. So the train and the test split of a dataset, dealt with the
@@ -28,10 +28,10 @@ class Partition:
 
 
 def parse_partition(text: str) -> Partition:
-    """`"2/3"` → the second of three parts.
+    """Return the partition that a text names: `"2/3"` is the second of three parts.
 
     Raises:
-        UsageError: not I/N with 1 <= I <= N.
+        UsageError: the text is not I/N with 1 <= I <= N.
     """
     match = re.fullmatch(r"([0-9]{1,9})/([0-9]{1,9})", text)
     if match is None:
@@ -95,7 +95,7 @@ def _dirichlet_shares(num_classes: int, count: int, alpha: float, rng: np.random
 
 
 def _class_shares(num_classes: int, count: int, per_agent: int, rng: np.random.Generator) -> np.ndarray:
-    """Each agent takes the classes that have the fewest owners so far, ties broken at random."""
+    """Give each agent the classes that have the fewest owners so far, ties broken at random."""
     if per_agent > num_classes:
         raise UsageError(
             f"partition_by classes:{per_agent}: there are only {num_classes} classes; lower the number"

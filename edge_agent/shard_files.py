@@ -1,6 +1,6 @@
-"""This agent's shards on its disk: what has been written keeps its bytes, what is new becomes a new shard.
+"""The shards of this agent on its disk: written files keep their bytes, new examples become a new shard.
 
-The server has whatever it once was sent, by digest. So when the data grow, only the new examples travel.
+The server knows by digest whatever it was sent once. So when the data grow, only the new examples travel.
 """
 
 from collections.abc import Iterable
@@ -12,16 +12,17 @@ import numpy as np
 from common.errors import InvalidError
 from common.shards import Shard, read_shard, write_shard
 
-MAX_SHARDS = 256  # each is asked for in every round; with more, all become one again
+# The server is asked for each shard in every round; where there are more, all become one again.
+MAX_SHARDS = 256
 
 
 def keep_shards(folder: Path, train: Shard) -> list[Path]:
-    """See that the shard files in `folder` hold the examples of `train`, and no others.
+    """Make the shard files in `folder` hold the examples of `train`, and no others.
 
-    A file stays as it is while all of its examples are still in `train`. What no such file holds, in the
-    order of `train`, becomes one new shard. An example is its pixels and its label, wherever it comes from:
-    a copy of one that is in a file already is not new. Cut off, and called again: the same files. Without
-    examples there are no files.
+    A file stays as it is while all of its examples are still in `train`. The examples that no such file holds
+    become one new shard, in the order of `train`. An example is its pixels and its label, wherever it comes
+    from: a copy of one that is in a file already is not new. When this is cut off and called again, it gives
+    the same files. Without examples there are no files.
 
     Returns:
         The files in the order in which they came to be.
@@ -55,7 +56,7 @@ def keep_shards(folder: Path, train: Shard) -> list[Path]:
 
 
 def image_digests(images: np.ndarray, keys: Iterable[bytes]) -> np.ndarray:
-    """For each of uint8 [N, C, H, W] a number that follows from its pixels and a key: uint64 [N].
+    """Return for each of uint8 [N, C, H, W] a number that follows from its pixels and a key: uint64 [N].
 
     The numbers are spread evenly. Two images have the same one by chance once in 2^64.
     """
@@ -71,7 +72,7 @@ def _identities(shard: Shard) -> np.ndarray:
 
 
 def _identities_in(path: Path, image_shape: tuple[int, ...]) -> np.ndarray:
-    """Those of the examples in the file; none where it is damaged, or of images of another shape."""
+    """Return the identities of the examples in a file; none where it is damaged, or of another shape."""
     try:
         shard = read_shard(path)
     except (InvalidError, KeyError, ValueError):

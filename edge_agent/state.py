@@ -1,4 +1,4 @@
-"""What an agent keeps on disk: who it is, the model in use, and how far it got."""
+"""The state of an agent on disk: who it is, the model in use, and how far it has come."""
 
 import fcntl
 import os
@@ -14,7 +14,8 @@ from common.files import replacing
 from common.transfer import Blob
 
 DEFAULT_STATE_DIR = "ecavg-agent"
-MAX_DEFAULTS = 1000  # agents on one machine that share a working directory
+# So many agents on one machine may share a working directory.
+MAX_DEFAULTS = 1000
 
 
 class Trained(FrozenModel):
@@ -22,27 +23,37 @@ class Trained(FrozenModel):
 
     round: int
     weights: Blob
-    accuracy: float  # on the held-out data
-    initial_weights: str | None = None  # digest of what it started from; None: this agent's own
-    shards: tuple[str, ...] = ()  # digests of what it was trained on, shared or not
+    # The accuracy on the held-out data.
+    accuracy: float
+    # The digest of the weights that pre-training started from; None: this agent's own.
+    initial_weights: str | None = None
+    # The digests of the files that it was trained on, shared or not.
+    shards: tuple[str, ...] = ()
 
 
 class Report(FrozenModel):
-    """What became of a published model on this device; accuracies on its own held-out data."""
+    """The outcome of a published model on this device; accuracies are on the device's held-out data."""
 
     round: int
-    initial_weights: str | None = None  # those of `Trained`; None as well where it did not take part
-    accuracy_local: float | None  # of the weights that this agent had pre-trained for the round
-    accuracy_before: float | None  # of the model in use before; None: there was none
-    accuracy_after: float  # of the published model as it is
-    accuracy_adapted: float | None = None  # of that after local adaptation; None: it was not adapted
+    # The initial weights of `Trained`; None also where the agent did not take part.
+    initial_weights: str | None = None
+    # The accuracy of the weights that this agent had pre-trained for the round.
+    accuracy_local: float | None
+    # The accuracy of the model in use before; None: there was none.
+    accuracy_before: float | None
+    # The accuracy of the published model as it is.
+    accuracy_after: float
+    # The accuracy of the published model after local adaptation; None: it was not adapted.
+    accuracy_adapted: float | None = None
     num_held_out: int
-    applied: bool  # the model in use now comes from the published one, adapted or not
-    reason: str  # why it does not
+    # True if the model in use now comes from the published one, adapted or not.
+    applied: bool
+    # Why it does not; empty if it does.
+    reason: str
 
     @property
     def uses_adapted(self) -> bool:
-        """Whether the model in use now is the published one after local adaptation."""
+        """Return True if the model in use now is the published one after local adaptation."""
         return self.applied and self.accuracy_adapted is not None
 
 
@@ -54,13 +65,16 @@ class Arrived(FrozenModel):
 
 
 class Progress(FrozenModel):
-    """How far this agent got in a run; what a restart must not do again."""
+    """The progress of this agent in a run, which a restart must not lose."""
 
     run_id: str = ""
     trained: Trained | None = None
-    contributed_round: int = 0  # the last round this agent tried to contribute to
-    arrived: Arrived | None = None  # from its evaluation until its report is acknowledged
-    evaluated_round: int = 0  # the last round whose global model was evaluated and reported
+    # The last round that this agent tried to contribute to.
+    contributed_round: int = 0
+    # The model that was measured, until its report is acknowledged.
+    arrived: Arrived | None = None
+    # The last round whose global model was evaluated and reported.
+    evaluated_round: int = 0
 
 
 class AgentState:
@@ -71,7 +85,7 @@ class AgentState:
         agent_id: None keeps the id that the directory remembers, or makes one.
 
     Raises:
-        UsageError: not writable, in use by another agent, or another agent's.
+        UsageError: the directory is not writable, in use by another agent, or another agent's.
     """
 
     def __init__(self, path: Path | None, agent_id: str | None) -> None:
@@ -93,71 +107,73 @@ class AgentState:
         self.progress = self._read_progress()
 
     def close(self) -> None:
+        """Let go of the directory."""
         os.close(self._descriptor)
 
     @property
     def model(self) -> Path:
-        """The model in use."""
+        """Return the path of the model in use."""
         return self.path / "model.safetensors"
 
     @property
     def report(self) -> Path:
+        """Return the path of the report for the user."""
         return self.path / "report.json"
 
     @property
     def precision(self) -> Path:
-        """What was found out about the precision in which this device trains fastest."""
+        """Return the path of the file that keeps the fastest precision of this device."""
         return self.path / "precision.json"
 
     @property
     def tls(self) -> Path:
-        """Key and certificates; see edge_agent/identity.py."""
+        """Return the folder of key and certificates; see edge_agent/identity.py."""
         return self.path / "tls"
 
     @property
     def work(self) -> Path:
-        """What is in the making: it can be lost, and is then made again."""
+        """Return the folder of files in the making, which can be lost, and are then made again."""
         return self.path / "work"
 
     @property
     def shards(self) -> Path:
-        """The folder of this agent's shards; see edge_agent/shard_files.py."""
+        """Return the folder of this agent's shards; see edge_agent/shard_files.py."""
         return self.path / "shards"
 
     @property
     def private(self) -> Path:
-        """The folder of what this agent trains on and does not share, in files like its shards."""
+        """Return the folder of the examples that are trained on and not shared, in files like the shards."""
         return self.path / "private"
 
     @property
     def checkpoint(self) -> Path:
-        """Of the training under way."""
+        """Return the path of the checkpoint of the training under way."""
         return self.work / "checkpoint.safetensors"
 
     @property
     def local_weights(self) -> Path:
-        """What was pre-trained, until it is contributed."""
+        """Return the path of the pre-trained weights, until they are contributed."""
         return self.work / "local.safetensors"
 
     @property
     def adapted(self) -> Path:
-        """The global model after local adaptation, until that is in use and reported."""
+        """Return the path of the adapted global model, until it is in use and reported."""
         return self.work / "adapted.safetensors"
 
     @property
     def encoded(self) -> Path:
-        """The local weights as they are uploaded, until they are contributed."""
+        """Return the path of the local weights as they are uploaded, until they are contributed."""
         return self.work / "encoded.safetensors"
 
     def weights(self, digest: str) -> Path:
-        """Where weights from the server are kept."""
+        """Return the path where weights from the server are kept."""
         return self.work / f"{digest}.safetensors"
 
     def residual(self, number: int) -> Path:
-        """What rounding took away from the contribution to a round.
+        """Return the path of what rounding has taken away from the contribution to a round.
 
-        It is added to the next one if that contribution has counted: the server knows, this agent may have
-        been away. It cannot be made again, so it is not in `work`.
+        The residual is added to the next contribution if that one has counted, which the server knows: this agent
+        may have been away. It cannot be made again, so it is not in `work`.
         """
         return self.path / f"residual-{number:04d}.safetensors"
 
@@ -171,17 +187,19 @@ class AgentState:
         self.discard(*(path for path in self.work.iterdir() if path not in needed))
 
     def discard_residuals_but(self, needed: Path) -> None:
-        """Remove what contributions have lost that did not count, or that were made up for since."""
+        """Remove all other residuals: they did not count, or were made up for since."""
         self.discard(*(path for path in self.path.glob("residual-*") if path != needed))
 
     def save(self, progress: Progress) -> None:
+        """Keep the progress, durably."""
         self.progress = progress
         _write(self.path / "progress.json", progress.model_dump_json())
 
     def _read_progress(self) -> Progress:
         try:
             return Progress.model_validate_json(_read(self.path / "progress.json") or "{}")
-        except ValueError as error:  # of pydantic, or no text at all
+        except ValueError as error:
+            # pydantic has refused it, or it is no text at all.
             raise UsageError(
                 f"{self.path / 'progress.json'} is damaged; remove {self.path} to start afresh"
             ) from error
@@ -213,7 +231,7 @@ def _default_directories(agent_id: str | None) -> list[Path]:
 
 
 def _lock(directory: Path) -> int | None:
-    """The descriptor that holds the lock as long as it is open; None when another process has it."""
+    """Return the descriptor that holds the lock as long as it is open; None: another process has the lock."""
     try:
         directory.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(directory / "lock", os.O_RDWR | os.O_CREAT, 0o644)

@@ -1,4 +1,4 @@
-"""Where an agent does what blocks: in one thread, one thing after the other, and when there is room."""
+"""The thread in which an agent does what blocks, one thing after the other, and when there is room."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
@@ -12,10 +12,10 @@ _T = TypeVar("_T")
 
 
 class Worker:
-    """One thread, and patience with a full disk: what could not be written is done again.
+    """One thread, and patience with a full disk: a write that failed for it is tried again.
 
     Args:
-        say: told once that the disk is full, and once that it no longer is.
+        say: called once when the disk is full, and once when it no longer is.
     """
 
     def __init__(self, say: Callable[[str], None]) -> None:
@@ -28,7 +28,7 @@ class Worker:
         self._thread.shutdown(wait=False, cancel_futures=True)
 
     async def run(self, function: Callable[..., _T], *args: Any) -> _T:
-        """Call it in the thread. Once begun, it goes on though this is cancelled; others then wait for it."""
+        """Call the function in the thread; once begun, it goes on though this is cancelled."""
         loop = asyncio.get_running_loop()
         return await self.when_there_is_room(lambda: loop.run_in_executor(self._thread, function, *args))
 
