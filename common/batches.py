@@ -1,4 +1,4 @@
-"""What a model is shown: the order of an epoch, its batches, and what becomes of the images in them.
+"""Batches: the order of an epoch, its batches, and how the images in them are changed.
 
 Shapes: B images of a batch, N of a data set, C channels, H height, W width.
 """
@@ -13,7 +13,8 @@ from torch import Tensor
 from common.config import DatasetSpec
 from common.errors import UsageError
 
-CROP_PADDING = 4  # pixels on each side, as usual for 32x32 images (He et al., arXiv 1512.03385, 4.2)
+# So many pixels are added on each side, as usual for 32x32 images (He et al., arXiv 1512.03385, 4.2).
+CROP_PADDING = 4
 
 
 class DeviceData:
@@ -45,11 +46,11 @@ class DeviceData:
 
     @property
     def image_shape(self) -> tuple[int, ...]:
-        """C, H, W."""
+        """Return C, H and W."""
         return tuple(self._tensors[0].shape[1:])
 
     def take(self, which: Tensor | slice) -> list[Tensor]:
-        """x [B, C, H, W], normalised, and the targets of these images, all on the device."""
+        """Return x [B, C, H, W], normalised, and the targets of these images, all on the device."""
         if isinstance(which, Tensor):
             which = which.to(self._tensors[0].device)
         rows = [tensor[which] for tensor in self._tensors]
@@ -60,14 +61,17 @@ class DeviceData:
 
 
 class Draws(NamedTuple):
-    """All that chance decides about one epoch's data."""
+    """The random choices about one epoch's data."""
 
-    order_N: Tensor  # int64, indices
-    corners_N2: Tensor  # int64, for random_crop
-    flipped_N: Tensor  # bool, for horizontal_flip
+    # The indices, int64.
+    order_N: Tensor
+    # The corners for random_crop, int64.
+    corners_N2: Tensor
+    # Whether to mirror, for horizontal_flip, bool.
+    flipped_N: Tensor
 
     def take(self, data: DeviceData, part: slice, augment: Collection[str]) -> list[Tensor]:
-        """What `data` has at this part of the order, the images augmented.
+        """Return the examples of `data` at this part of the order, the images augmented.
 
         Args:
             augment: any of "random_crop" and "horizontal_flip".
@@ -97,7 +101,7 @@ def draw_epoch(num_images: int, seed: int, device: torch.device, balanced_N: Ten
 
 
 def balanced_order(labels_N: Tensor, generator: torch.Generator) -> Tensor:
-    """Indices, int64 [N], that draw each class there is equally often, or once more than another.
+    """Return indices, int64 [N], that draw each class equally often, or once more than another.
 
     The same holds for the examples within a class. The order is random.
 
@@ -119,10 +123,10 @@ def balanced_order(labels_N: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def batch_bounds(num_images: int, batch_size: int, smallest: int) -> list[tuple[int, int]]:
-    """Begin and end of each batch; a last one of fewer than `smallest` images joins the one before.
+    """Return begin and end of each batch; a last one of fewer than `smallest` images joins the one before.
 
     Raises:
-        UsageError: no batch, or none but too small ones, can be made.
+        UsageError: no batch can be made, or only too small ones.
     """
     if min(num_images, batch_size) < smallest:
         raise UsageError(
@@ -144,7 +148,8 @@ def random_crop(x_BCHW: Tensor, corners_B2: Tensor) -> Tensor:
     """
     num_images, _, height, width = x_BCHW.shape
     padded = F.pad(x_BCHW, (CROP_PADDING,) * 4)
-    windows = padded.unfold(2, height, 1).unfold(3, width, 1)  # a view [B, C, row, column, H, W]
+    # This is a view [B, C, row, column, H, W].
+    windows = padded.unfold(2, height, 1).unfold(3, width, 1)
     every = torch.arange(num_images, device=x_BCHW.device)
     return windows[every, :, corners_B2[:, 0], corners_B2[:, 1]]
 
@@ -155,6 +160,6 @@ def horizontal_flip(x_BCHW: Tensor, flipped_B: Tensor) -> Tensor:
 
 
 def _fits(tensors: Sequence[Tensor], device: torch.device) -> bool:
-    """Whether they may all stay on the device: half of its free memory is left for the training."""
+    """Return True if the images may all stay on the device: half of its free memory is left for training."""
     num_bytes = sum(tensor.nbytes for tensor in tensors)
     return device.type == "cpu" or num_bytes < torch.cuda.mem_get_info(device)[0] // 2

@@ -1,8 +1,8 @@
-"""Checkpoints: a training's last finished epoch on disk, from where a restarted process goes on.
+"""Checkpoints: the last finished epoch of a training on disk, from where a restarted process goes on.
 
-One safetensors file: the model's parameters and buffers, the optimizer's tensors, and in the metadata
-which training it is of and how far that got. What chance decides is derived for each epoch from the
-seed, and the learning rate from the step, so neither has a state to keep.
+A checkpoint is one safetensors file: the model's parameters and buffers, the optimizer's tensors, and in the
+metadata which training it belongs to and how far that has come. Random choices are derived for each epoch
+from the seed, and the learning rate from the step, so neither has a state to keep.
 """
 
 import hashlib
@@ -23,7 +23,8 @@ from common.config import FrozenModel
 from common.faults import Point, crash_point
 from common.weights import StateDict, write_state_dict
 
-CHECKPOINT_SECONDS = 5.0  # between two, at least: where epochs are shorter, writing would slow them down
+# So much time is between two checkpoints: where epochs are shorter, writing would slow them down.
+CHECKPOINT_SECONDS = 5.0
 
 _KEY = "ecavg.checkpoint"
 _MODEL, _OPTIMIZER = "model.", "optimizer."
@@ -32,18 +33,21 @@ log = structlog.get_logger()
 
 
 class Finished(FrozenModel):
-    """What of a training is done."""
+    """The finished part of a training."""
 
     num_epochs: int = 0
-    loss: float = math.nan  # mean of the last epoch
+    # The mean loss of the last epoch.
+    loss: float = math.nan
 
 
 class _Label(FrozenModel):
     """The metadata of a checkpoint."""
 
-    training: str  # its fingerprint
+    # The fingerprint of the training.
+    training: str
     finished: Finished
-    digest: str  # of the tensors and of the above: the format itself has no checksum
+    # The digest of the tensors and of the fields above: the format itself has no checksum.
+    digest: str
 
 
 class Checkpoints:
@@ -69,9 +73,9 @@ class Checkpoints:
         self._due = time.monotonic() + seconds
 
     def restore(self) -> Finished:
-        """Set model and optimizer as they were after the epochs that are returned.
+        """Set model and optimizer as they were after the finished epochs, and return these.
 
-        No file, a damaged one or another training's: nothing is changed, and nothing is done yet.
+        If there is no file, or a damaged one or another training's, nothing is changed and nothing is finished.
         """
         if not self._path.exists():
             return Finished()
@@ -92,7 +96,7 @@ class Checkpoints:
         return label.finished
 
     def epoch_finished(self, finished: Finished) -> None:
-        """Write a checkpoint if it is time for one; a disk that does not let us is no reason to stop."""
+        """Write a checkpoint if it is time for one; a disk that does not allow it is no reason to stop."""
         if time.monotonic() < self._due:
             return
         tensors = self._tensors()
@@ -129,18 +133,18 @@ class Checkpoints:
 
 
 def fingerprint(settings: Any, model: nn.Module, images: Tensor, labels: Tensor) -> str:
-    """SHA-256, hexadecimal, of the settings (as JSON), the initial weights and the data."""
+    """Return the SHA-256, hexadecimal, of the settings (as JSON), the initial weights and the data."""
     data = {"data.images": images, "data.labels": labels}
     return _hash(json.dumps(settings), {**_tensors_of(model), **data})
 
 
 def _tensors_of(model: nn.Module) -> StateDict:
-    """Parameters and buffers; also those that a state_dict leaves out, and tied ones once."""
+    """Return parameters and buffers; also those that a state_dict leaves out, and tied ones once."""
     return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
 
 def _laid_out_as(parameter: Tensor, tensor: Tensor) -> Tensor:
-    """In the parameter's memory format: the fused optimizers walk through both in the order of memory."""
+    """Return a tensor in the parameter's memory format, because fused optimizers walk through memory."""
     if tensor.shape != parameter.shape:
         return tensor
     return torch.empty_like(parameter, dtype=tensor.dtype, requires_grad=False).copy_(tensor)

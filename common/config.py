@@ -34,7 +34,8 @@ class DatasetSpec(NamedTuple):
     """What a named dataset looks like; `mean` and `std` are per channel, of pixels scaled to 0..1."""
 
     num_classes: int
-    image_shape: tuple[int, int, int]  # channels, height, width
+    # Channels, height and width.
+    image_shape: tuple[int, int, int]
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
@@ -57,9 +58,12 @@ def _printable(text: str) -> str:
     return text
 
 
-Name = Annotated[str, AfterValidator(_printable)]  # shown on terminals, and it comes from a server
-Pixels = Annotated[int, Field(ge=1, le=65_536)]  # of an image to one side
-MAX_IMAGE_VALUES = 64_000_000  # of one image, channels included
+# A name is shown on terminals, and comes from a server.
+Name = Annotated[str, AfterValidator(_printable)]
+# The pixels of an image along one side.
+Pixels = Annotated[int, Field(ge=1, le=65_536)]
+# One image may have so many values, channels included.
+MAX_IMAGE_VALUES = 64_000_000
 
 # How weights travel: see common/wire.py.
 Wire = Literal["float32", "bfloat16", "int8"]
@@ -339,7 +343,7 @@ class RunConfig(DocumentedModel):
 
     @property
     def spec(self) -> DatasetSpec:
-        """The dataset as this run sees it, the table's values overridden by the run's own."""
+        """Return the dataset as this run sees it: the table's values, overridden by the run's own."""
         known = DATASETS.get(self.dataset)
         image_shape = self.image_shape or (known.image_shape if known else (0, 0, 0))
         same_channels = known is not None and known.image_shape[0] == image_shape[0]
@@ -353,7 +357,8 @@ class RunConfig(DocumentedModel):
         )
 
 
-MAX_QUOTED_CHARACTERS = 500  # of what the user has written, in an error
+# An error quotes so much of what the user has written.
+MAX_QUOTED_CHARACTERS = 500
 
 
 class ProcessConfig(DocumentedModel):
@@ -395,7 +400,7 @@ def load(
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches the address."""
+    """Return True if only this machine reaches the address."""
     try:
         return host == "localhost" or ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:
@@ -403,10 +408,12 @@ def is_loopback(host: str) -> bool:
 
 
 def preset_names() -> list[str]:
+    """Return the names of the presets, sorted."""
     return sorted(p.name.removesuffix(".toml") for p in _presets().iterdir() if p.name.endswith(".toml"))
 
 
 def read_preset(name: str) -> dict[str, Any]:
+    """Return the table of a preset; raise UsageError if there is none of this name."""
     if name not in preset_names():
         raise UsageError(f"unknown preset {name!r}: choose {', '.join(preset_names())}")
     return tomllib.loads(_presets().joinpath(f"{name}.toml").read_text("utf-8"))
@@ -421,7 +428,8 @@ def _read_toml(path: Path) -> dict[str, Any]:
         return tomllib.loads(path.read_text("utf-8"))
     except OSError as error:
         raise UsageError(f"cannot read configuration file {path}: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:  # TOML, UTF-8, or an integer of thousands of digits
+    except (ValueError, RecursionError) as error:
+        # The file is no TOML or no UTF-8, or has an integer of thousands of digits.
         raise UsageError(f"configuration file {path} is not TOML: {error}") from error
 
 
@@ -432,7 +440,8 @@ def _read_environment(
         key = variable.removeprefix(prefix).split("__")[0].lower()
         if variable.startswith(prefix) and key not in config_class.model_fields:
             raise UsageError(f"unknown key {key!r} in the environment variable {variable}")
-    from pydantic_settings import EnvSettingsSource  # takes as long as all of --help, which does without
+    # This import takes as long as all of --help, which does without.
+    from pydantic_settings import EnvSettingsSource
 
     source = EnvSettingsSource(
         config_class,  # type: ignore[arg-type]  # any model does, with all its options given here
@@ -448,6 +457,7 @@ def _read_environment(
 
 
 def deep_merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the first table with the values of the second laid over it, table by table."""
     merged = dict(base)
     for key, value in over.items():
         below = merged.get(key)
@@ -457,7 +467,7 @@ def deep_merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, An
 
 
 def _first_of(error: ValidationError, layers: Mapping[str, Mapping[str, Any]]) -> str:
-    """The first thing wrong: key, what is wrong, the value, and where it was set."""
+    """Return the first thing that is wrong: key, what is wrong, the value, and where it was set."""
     first = error.errors(include_url=False)[0]
     path = [str(part) for part in first["loc"]]
     where = next((name for name, layer in reversed(list(layers.items())) if _has(layer, path)), None)
@@ -476,7 +486,8 @@ def _first_of(error: ValidationError, layers: Mapping[str, Mapping[str, Any]]) -
 def _repr(value: Any) -> str:
     try:
         return repr(value)
-    except ValueError:  # Python's, of integers; in hexadecimal it takes them
+    except ValueError:
+        # Python limits the digits of decimal integers, but not of hexadecimal ones.
         return "a number of thousands of digits"
 
 

@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, and what a disk says that takes no more."""
+"""Files that are there whole or not at all, and the errors of a disk that is full."""
 
 import errno
 import os
@@ -22,7 +22,7 @@ def is_full(error: BaseException) -> bool:
 
 
 def error_number(error: BaseException) -> int | None:
-    """Return the number (see `errno`) of the system's error that `error` is or tells of; None: of none."""
+    """Return the number (see `errno`) of the system's error that `error` is or names; None: it names none."""
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno
     found = _IN_WORDS.search(str(error))
@@ -43,7 +43,8 @@ def replacing(path: Path, mode: int = 0o666) -> Iterator[Path]:
         OSError: the folder or the disk does not let it.
     """
     partial = path.with_name(f".{path.name}.partial")
-    partial.touch(mode)  # an OSError here, where no library can turn it into something else
+    # A disk that refuses raises OSError here, where no library turns it into another error.
+    partial.touch(mode)
     try:
         yield partial
         sync(partial)

@@ -1,8 +1,8 @@
-"""In which precision a training computes: float32, or bfloat16 where that is faster.
+"""The precision in which a training computes: float32, or bfloat16 where that is faster.
 
-On a CPU bfloat16 makes some models twice as fast and others half as fast, so steps of the training itself
-are timed. No timing comes out the same twice, but a training that is done again must give the same bytes:
-the decision is on the disk before anything follows from it.
+On a CPU bfloat16 makes some models twice as fast and others half as fast, so steps of the training itself are
+timed. No timing comes out the same twice, but a training that is done again must give the same bytes. So the
+decision is on the disk before anything follows from it.
 """
 
 import time
@@ -19,33 +19,39 @@ from common.config import FrozenModel
 from common.files import replacing
 
 Precision = Literal["float32", "bfloat16"]
-MakeStep = Callable[[Precision], Callable[[], object]]  # a step of the training, on copies
+# Makes a step of the training, on copies.
+MakeStep = Callable[[Precision], Callable[[], object]]
 
-MIN_SPEED = 1.2  # of bfloat16, as a multiple of float32's: for less, its three digits are not worth it
-MIN_STEPS = 200  # of a training that is measured: four of them are lost, at least
-MIN_SECONDS = 60.0  # of processor time, in float32: the decision for a small model would be an accident
-SAMPLE_SECONDS = 0.2  # of processor time, for each precision
+# bfloat16 has to be so many times as fast: for less, its three digits are not worth it.
+MIN_SPEED = 1.2
+# Only a training of so many steps is measured: at least four of them are lost.
+MIN_STEPS = 200
+# Only a training of so much processor time is measured: for a small model the decision would be an
+# accident.
+MIN_SECONDS = 60.0
+# Each precision is measured for so much processor time.
+SAMPLE_SECONDS = 0.2
 MAX_SAMPLES = 10
 
 log = structlog.get_logger()
 
 
 class _Decision(FrozenModel):
-    """What is kept."""
+    """The decision that is kept."""
 
     subject: str
     precision: Precision
 
 
 def has_bfloat16(device: torch.device) -> bool:
-    """Whether the hardware computes in bfloat16; emulated it is slow."""
+    """Return True if the hardware computes in bfloat16; emulated, it is slow."""
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     return any(_capabilities().get(name) for name in ("amx_bf16", "avx512_bf16", "bf16"))
 
 
 def describe(model: nn.Module, image_shape: tuple[int, ...], batch_size: int) -> str:
-    """All that the speed of a training on the CPU depends on, in one line."""
+    """Return in one line all that the speed of a training on the CPU depends on."""
     cpu = _capabilities().get("cpu_name", "CPU")
     size = sum(parameter.numel() for parameter in model.parameters())
     return (
@@ -56,14 +62,14 @@ def describe(model: nn.Module, image_shape: tuple[int, ...], batch_size: int) ->
 
 
 def decide(path: Path, subject: str, num_steps: int, make_step: MakeStep) -> Precision:
-    """The faster precision, as decided before, or measured and kept now.
+    """Return the faster precision, as decided before, or measured and kept now.
 
     Processor time is compared, because it depends less than a clock on what else a machine does.
 
     Args:
-        path: of the file that keeps the decision. Where it cannot be written, the answer is float32.
+        path: the file that keeps the decision. Where it cannot be written, the answer is float32.
         subject: what is decided about; a decision about anything else is replaced.
-        num_steps: of the training.
+        num_steps: how many steps the training has.
     """
     kept = _read(path)
     if kept and kept.subject == subject:
@@ -74,7 +80,8 @@ def decide(path: Path, subject: str, num_steps: int, make_step: MakeStep) -> Pre
     if seconds * num_steps >= MIN_SECONDS:
         try:
             speed = seconds / _step_seconds(make_step("bfloat16"))
-        except RuntimeError as error:  # the model is the user's: it may do what there is no bfloat16 for
+        except RuntimeError as error:
+            # The model is the user's, and may do what there is no bfloat16 for.
             log.warning("bfloat16_failed", reason=str(error))
     precision: Precision = "bfloat16" if speed and speed >= MIN_SPEED else "float32"
     try:
@@ -94,7 +101,7 @@ def decide(path: Path, subject: str, num_steps: int, make_step: MakeStep) -> Pre
 
 
 def _capabilities() -> Mapping[str, Any]:
-    """Of the CPU; nothing is known where PyTorch is too old to tell."""
+    """Return the capabilities of the CPU; nothing where PyTorch is too old to tell."""
     capabilities: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     return capabilities
 
@@ -110,7 +117,7 @@ def _read(path: Path) -> _Decision | None:
 
 
 def _step_seconds(step: Callable[[], object]) -> float:
-    """The least processor time that a step takes; the first, in which kernels are made, does not count."""
+    """Return the least processor time of a step; the first step, which makes kernels, does not count."""
     step()
     taken: list[float] = []
     while sum(taken) < SAMPLE_SECONDS and len(taken) < MAX_SAMPLES:

@@ -30,25 +30,30 @@ from common.config import DatasetSpec, TrainingConfig
 from common.errors import DivergedError, UsageError
 from common.precision import Precision, decide, describe, has_bfloat16
 
-REPORT_SECONDS = 0.1  # reading the loss waits for the device: not at every step
+# Reading the loss waits for the device, so it is not read at every step.
+REPORT_SECONDS = 0.1
 
 
 class StepReport(NamedTuple):
-    """How far a training is."""
+    """The progress of a training."""
 
-    step: int  # finished, from 1 on
+    # The finished step, from 1 on.
+    step: int
     num_steps: int
-    loss: float  # mean over the images since the last report; of this rank's, where there are several
+    # The mean over the images since the last report; over this rank's, where there are several ranks.
+    loss: float
 
 
 OnStep = Callable[[StepReport], None]
 
 
 class Examples(NamedTuple):
-    """Images and what they show."""
+    """Images and their labels."""
 
-    images: Tensor  # uint8 [N, C, H, W]
-    labels: Tensor  # int64 [N]
+    # The images, uint8 [N, C, H, W].
+    images: Tensor
+    # The labels, int64 [N].
+    labels: Tensor
 
 
 class Recipe(NamedTuple):
@@ -66,7 +71,8 @@ class Recipe(NamedTuple):
 class Ranks(NamedTuple):
     """The processes of the default process group that train one model together."""
 
-    rank: int  # of this process
+    # The number of this process.
+    rank: int
     world_size: int
 
 
@@ -75,7 +81,7 @@ ALONE = Ranks(0, 1)
 
 
 class CheckpointFile(NamedTuple):
-    """Where the last finished epoch of a training is kept."""
+    """The file that keeps the last finished epoch of a training."""
 
     path: Path
     # At least so much time is between two checkpoints, and before the first.
@@ -83,25 +89,29 @@ class CheckpointFile(NamedTuple):
 
 
 class Evaluation(NamedTuple):
-    """How well a model does on a data set."""
+    """The quality of a model on a data set."""
 
-    accuracy: float  # 0 to 1
-    loss: float  # mean cross-entropy, nats
+    # The accuracy, 0 to 1.
+    accuracy: float
+    # The mean cross-entropy, in nats.
+    loss: float
     num_examples: int
-    correct: Tensor  # bool [N], on the CPU
+    # Whether each example is right: bool [N], on the CPU.
+    correct: Tensor
 
 
 def derive_seed(seed: int, *parts: str | int) -> int:
-    """A seed of 63 bits for the stream that `parts` name: SHA-256, so streams are independent."""
-    text = json.dumps([seed, *parts])  # tells 1 from "1", and ("a", "b") from ("ab",)
+    """Return a seed of 63 bits for the stream that `parts` name: SHA-256, so streams are independent."""
+    # JSON tells 1 from "1", and ("a", "b") from ("ab",).
+    text = json.dumps([seed, *parts])
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8]) >> 1
 
 
 def select_device(name: str) -> torch.device:
-    """The device called "auto", "cpu", "cuda" or "cuda:1"; auto is the first GPU, or else the CPU.
+    """Return the device called "auto", "cpu", "cuda" or "cuda:1"; auto is the first GPU, or else the CPU.
 
     Raises:
-        UsageError: no such device here.
+        UsageError: there is no such device here.
     """
     num_gpus = torch.cuda.device_count()
     gpus = [f"cuda:{index}" for index in range(num_gpus)]
@@ -252,11 +262,12 @@ def evaluate(
     )
 
 
-@torch.no_grad()  # not inference_mode: its tensors cannot be trained with afterwards
+# This is not inference_mode, whose tensors cannot be trained with afterwards.
+@torch.no_grad()
 def predict(
     model: nn.Module, images: Tensor, *, spec: DatasetSpec, device: torch.device, batch_size: int = 512
 ) -> Tensor:
-    """The logits, float32 [N, K] on the CPU, in evaluation mode; the model is left as by `evaluate`.
+    """Return the logits, float32 [N, K] on the CPU, in evaluation mode; the model is left as by `evaluate`.
 
     Args:
         images: uint8 [N, C, H, W], N of at least 1.
@@ -309,7 +320,7 @@ def recompute_statistics(
 
 
 def learning_rate_factor(schedule: str, step: int, num_steps: int) -> float:
-    """What the learning rate is multiplied with at `step`, from 0 on: 1 at most, 0 after the last step.
+    """Return the factor of the learning rate at `step`, from 0 on: 1 at most, 0 after the last step.
 
     "cosine" is SGDR's half wave (arXiv 1608.03983, eq. 5); "one-cycle" rises linearly over the first
     quarter and falls linearly from there (arXiv 1708.07120).
@@ -323,7 +334,7 @@ def learning_rate_factor(schedule: str, step: int, num_steps: int) -> float:
 
 
 class _Reports:
-    """Passes the loss on to `on_step`, now and then: reading it waits for the device."""
+    """The losses on their way to `on_step`, now and then: reading a loss waits for the device."""
 
     def __init__(self, on_step: OnStep | None, num_steps: int) -> None:
         self._on_step = on_step
@@ -376,14 +387,15 @@ class _Training:
             self._model = DistributedDataParallel(model, device_ids)
 
     def rehearsal(self) -> Callable[[], object]:
-        """A step that can be taken again and again, to see how long it takes."""
+        """Return a step that can be taken again and again, to see how long it takes."""
         draws = draw_epoch(len(self._data), self._seed, self._data.device)
         begin, end = self._batches[0]
         return lambda: self._step(0, draws, slice(begin, end), end - begin)
 
     def run_epoch(self, epoch: int) -> float:
-        """One pass over the data, epochs counted from 0; its mean loss over all ranks."""
-        torch.manual_seed(derive_seed(self._seed, "layers", epoch, self._rank))  # dropout and the like
+        """Make one pass over the data, epochs counted from 0; return its mean loss over all ranks."""
+        # Dropout and the like draw from this stream.
+        torch.manual_seed(derive_seed(self._seed, "layers", epoch, self._rank))
         data_seed = derive_seed(self._seed, "data", epoch)
         draws = draw_epoch(len(self._data), data_seed, self._data.device, self._balanced_N)
         total = torch.zeros((), dtype=torch.float64, device=self._data.device)
@@ -402,7 +414,7 @@ class _Training:
         return slice(begin + size * rank // ranks, begin + size * (rank + 1) // ranks)
 
     def _step(self, step: int, draws: Draws, mine: slice, batch_size: int) -> Tensor:
-        """One step of the optimizer; the sum of the loss over this rank's part of the batch."""
+        """Take one step of the optimizer; return the sum of the loss over this rank's part of the batch."""
         factor = learning_rate_factor(self._config.schedule, step, self._num_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = self._config.learning_rate * factor
@@ -439,7 +451,7 @@ def _place(model: nn.Module, device: torch.device) -> torch.memory_format:
 
 @contextmanager
 def _evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Dropout and BatchNorm as in use; afterwards every module is back in the mode it was in."""
+    """Put Dropout and BatchNorm in evaluation mode; afterwards every module is back in its own mode."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -456,7 +468,8 @@ def _cumulative_mean(norms: Sequence[_BatchNorm]) -> Iterator[None]:
     for norm in norms:
         norm.reset_running_stats()
         norm.train()
-        norm.momentum = None  # each batch counts alike
+        # With None, each batch counts alike.
+        norm.momentum = None
     try:
         yield
     finally:

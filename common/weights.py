@@ -16,7 +16,8 @@ from common.schema import Header, TensorSpec, check_weights, read_header
 
 StateDict = dict[str, Tensor]
 
-_METADATA: Mapping[str, str] = {"format": "pt"}  # one entry: the format's writer shuffles several
+# There is one entry, because the format's writer shuffles several.
+_METADATA: Mapping[str, str] = {"format": "pt"}
 
 _DTYPE_NAMES: Mapping[torch.dtype, str] = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
@@ -48,7 +49,7 @@ def read_state_dict(path: Path) -> StateDict:
     """Read all tensors of the file, onto the CPU.
 
     Raises:
-        RunError: it is not a safetensors file.
+        RunError: the file is not a safetensors file.
         OSError: the file cannot be read.
     """
     with _opened(path) as (header, file):
@@ -101,7 +102,7 @@ def _schema(state_dict: Mapping[str, Tensor]) -> dict[str, TensorSpec]:
 
 
 def _separate(state_dict: Mapping[str, Tensor]) -> StateDict:
-    """Contiguous tensors on the CPU that share no memory; copies only where they have to be."""
+    """Return contiguous tensors on the CPU that share no memory; copies only where they have to be."""
     tensors: StateDict = {}
     seen: set[int] = set()
     for name, tensor in state_dict.items():

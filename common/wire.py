@@ -41,14 +41,21 @@ from common.files import replacing
 from common.schema import Header, Schema, TensorSpec, check_finite, check_weights, parse_header, read_header
 from common.transfer import DIGEST
 
-PIECE_ELEMENTS = 1 << 15  # of a file held at once, or one channel if that is longer: stays in the cache
+# So much of a file is held at once, or one channel if that is longer: it stays in the cache.
+PIECE_ELEMENTS = 1 << 15
 
-_ENTRY = "ecavg"  # of the metadata, and the only one: the format's own writer shuffles several
-_PLAIN: Mapping[str, str] = {"format": "pt"}  # the metadata of weights that are not encoded
-_STATISTICS = ("running_mean", "running_var")  # PyTorch's names for what is measured, not trained
-_NUM_STEPS = 127  # of an int8, to either side of zero
-_LEAST_SCALE = np.finfo(np.float32).smallest_normal  # some processors are set to take less for zero
-_LARGEST_SCALE = np.finfo(np.float32).max / 256  # the largest difference, 128 steps, is half of what there is
+# The only entry of the metadata: the format's own writer shuffles several.
+_ENTRY = "ecavg"
+# The metadata of weights that are not encoded.
+_PLAIN: Mapping[str, str] = {"format": "pt"}
+# PyTorch's names of the tensors that are measured, not trained.
+_STATISTICS = ("running_mean", "running_var")
+# An int8 has so many steps to either side of zero.
+_NUM_STEPS = 127
+# Some processors are set to take less for zero.
+_LEAST_SCALE = np.finfo(np.float32).smallest_normal
+# The largest difference, 128 steps, is then half of what float32 can say.
+_LARGEST_SCALE = np.finfo(np.float32).max / 256
 _NOTHING = Header({}, {}, 0, {})
 _NUMPY_DTYPES: Mapping[str, str] = {"F32": "<f4", "BF16": "<u2", "I8": "i1"}
 
@@ -60,15 +67,18 @@ class Base(NamedTuple):
     """The weights that differences are taken from, normally the round's initial weights."""
 
     path: Path
-    digest: str  # of the file; the caller has checked it
+    # The digest of the file, which the caller has checked.
+    digest: str
 
 
 class Encoding(FrozenModel):
-    """How a file is encoded, as its metadata say."""
+    """The encoding of a file, as its metadata say."""
 
     wire: Wire = "float32"
-    base: Annotated[str, Field(pattern=rf"^{DIGEST.pattern}$")] | None = None  # int8: the digest of the base
-    as_is: tuple[str, ...] = ()  # bfloat16: the BF16 tensors that were BF16 before, sorted
+    # The digest of the base, for int8.
+    base: Annotated[str, Field(pattern=rf"^{DIGEST.pattern}$")] | None = None
+    # The BF16 tensors that were BF16 before, sorted, for bfloat16.
+    as_is: tuple[str, ...] = ()
 
     @model_validator(mode="after")
     def _differences_have_a_base(self) -> Self:
@@ -98,12 +108,12 @@ def needs_base(run: RunConfig) -> bool:
 
 
 def wire_of(wire: Wire, base: object | None) -> Wire:
-    """How weights travel in a run with this wire: where there is no base for differences, as bfloat16."""
+    """Return how weights travel in a run with this wire: without a base, as bfloat16 in place of int8."""
     return "bfloat16" if wire == "int8" and base is None else wire
 
 
 def wire_schema(schema: Schema, wire: Wire) -> Schema:
-    """What weights of this schema are when encoded: names, shapes and dtypes.
+    """Return the names, shapes and dtypes that weights of this schema have when they are encoded.
 
     Raises:
         UsageError: a tensor has the name that the scale of another one needs.
@@ -122,10 +132,10 @@ def wire_schema(schema: Schema, wire: Wire) -> Schema:
 
 
 def encoding_of(header: Header) -> Encoding:
-    """How the file with this header is encoded; without a word about it, it is not.
+    """Return how the file with this header is encoded; a file that says nothing is not encoded.
 
     Raises:
-        InvalidError: INVALID_FILE, its metadata say nothing that is known here.
+        InvalidError: INVALID_FILE, the metadata are not known here.
     """
     try:
         return Encoding.model_validate_json(header.metadata.get(_ENTRY, "{}"))
@@ -137,10 +147,10 @@ def encoding_of(header: Header) -> Encoding:
 
 
 def check_encoded(header: Header, schema: Schema, wire: Wire, *, base_digest: str | None = None) -> None:
-    """Check that a file is what encoding makes of weights of this schema; all but the values.
+    """Check all but the values of a file: it must be what encoding makes of weights of this schema.
 
     Args:
-        base_digest: of the base that differences must be from; only int8 has one.
+        base_digest: the digest of the base that differences must be from; only int8 has one.
 
     Raises:
         InvalidError: INVALID_FILE or SCHEMA_MISMATCH; INITIAL_WEIGHTS, it was made with another base.
@@ -279,7 +289,7 @@ class _Tensors:
         self._header = header
 
     def read(self, name: str, begin: int, shape: tuple[int, ...]) -> Array:
-        """So many of a tensor's values, from one on; those of BF16 as uint16."""
+        """Return so many of a tensor's values, from one on; those of BF16 as uint16."""
         if name not in self.schema:
             return np.zeros(shape, np.float32)
         values = np.empty(shape, _NUMPY_DTYPES[self.schema[name].dtype])
@@ -293,7 +303,7 @@ class _Tensors:
             self._file.write(values.data)
 
     def copy_to(self, other: "_Tensors", name: str) -> None:
-        """Give another file this one's values of a tensor, whatever their dtype."""
+        """Copy this file's values of a tensor to another file, whatever their dtype."""
         num_bytes = self.schema[name].num_bytes
         for begin in range(0, num_bytes, PIECE_ELEMENTS):
             values = np.empty(min(PIECE_ELEMENTS, num_bytes - begin), np.uint8)
@@ -372,7 +382,7 @@ def _decode_tensor(name: str, source: _Tensors, origin: _Tensors, decoded: _Tens
 
 
 def _quantised(changes: Floats) -> tuple[Array, Floats]:
-    """The changes [C, n] as int8 [C, n], the nearest multiples of a scale [C]: 1/127 of the largest."""
+    """Return the changes [C, n] as int8 [C, n], the nearest multiples of a scale [C]: largest / 127."""
     scale: Floats = np.abs(changes).max(axis=1) / np.float32(_NUM_STEPS)
     scale[scale < _LEAST_SCALE] = 0
     steps = changes / np.where(scale > 0, scale, np.float32(1))[:, None]
@@ -380,7 +390,7 @@ def _quantised(changes: Floats) -> tuple[Array, Floats]:
 
 
 def _dequantised(steps: Array, scale: Floats, start: Floats) -> Floats:
-    """The base's values [C, n] plus int8 [C, n] times scale [C]: two operations, for two roundings."""
+    """Return the base's values [C, n] plus int8 [C, n] times scale [C]: two operations, two roundings."""
     values = steps.astype(np.float32)
     values *= scale[:, None]
     values += start
@@ -388,19 +398,19 @@ def _dequantised(steps: Array, scale: Floats, start: Floats) -> Floats:
 
 
 def _rounded(values: Floats) -> Array:
-    """The bits of the nearest BF16, of two the even one; values beyond the largest become infinite."""
+    """Return the bits of the nearest BF16, of two the even one; values beyond the largest become infinite."""
     bits = values.view(np.uint32)
     odd = bits >> 16 & 1
     return ((bits + (odd + 0x7FFF)) >> 16).astype(np.uint16)
 
 
 def _widened(bits: Array) -> Floats:
-    """The values of BF16, given its bits."""
+    """Return the values of BF16, given its bits."""
     return (bits.astype(np.uint32) << 16).view(np.float32)
 
 
 def _pieces(shape: tuple[int, ...]) -> Iterator[tuple[int, tuple[int, int]]]:
-    """Where pieces of a tensor begin, and their shapes [C, n]: whole channels, one scale for each."""
+    """Yield where pieces of a tensor begin, and their shapes [C, n]: whole channels, one scale for each."""
     num_channels = math.prod(_scale_shape(shape))
     channel_elements = math.prod(shape) // max(num_channels, 1)
     if not channel_elements:
@@ -419,7 +429,7 @@ def _scale(name: str) -> str:
 
 
 def is_statistic(name: str) -> bool:
-    """Whether the tensor of this name is one of BatchNorm's running statistics."""
+    """Return True if the tensor of this name is one of BatchNorm's running statistics."""
     return name.rpartition(".")[2] in _STATISTICS
 
 
@@ -436,7 +446,7 @@ def _encoding(schema: Schema, wire: Wire, base_digest: str | None) -> Encoding:
 
 
 def _schema_before_rounding(header: Header, encoding: Encoding) -> Schema:
-    """What a file encoded as bfloat16 was before, if its metadata are right."""
+    """Return what a file encoded as bfloat16 was before, if its metadata are right."""
     as_is = set(encoding.as_is)
     return {
         name: TensorSpec("F32", spec.shape) if spec.dtype == "BF16" and name not in as_is else spec
@@ -462,10 +472,10 @@ def _copy(path: Path, target: Path) -> None:
 
 @contextmanager
 def _reading(path: Path | None, expected: Schema) -> Iterator[_Tensors]:
-    """The tensors of a file of our own, which must be as expected; of no file none.
+    """Yield the tensors of a file of our own, which must be as expected; without a file there are none.
 
     Raises:
-        RunError: they are not.
+        RunError: the file is not as expected.
     """
     if not path:
         yield _Tensors(io.BytesIO(), _NOTHING)
@@ -479,7 +489,7 @@ def _reading(path: Path | None, expected: Schema) -> Iterator[_Tensors]:
 
 @contextmanager
 def _writing(path: Path | None, schema: Schema, metadata: Mapping[str, str]) -> Iterator[_Tensors]:
-    """The tensors of a file that is there, durably, at the end; zeros until they are written.
+    """Yield the tensors of a file that is there, durably, at the end; they are zeros until written.
 
     Raises:
         InvalidError: NON_FINITE, values are not finite; INVALID_FILE, there are too many tensors.
@@ -498,7 +508,7 @@ def _writing(path: Path | None, schema: Schema, metadata: Mapping[str, str]) -> 
 
 
 def _prefix(schema: Schema, metadata: Mapping[str, str]) -> tuple[bytes, int]:
-    """The header as the format's own writer makes it, and the size of the file.
+    """Return the header as the format's own writer makes it, and the size of the file.
 
     Largest elements come first, so that all are aligned; of one size, they are in order of their names.
     """

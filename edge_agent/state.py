@@ -172,8 +172,8 @@ class AgentState:
     def residual(self, number: int) -> Path:
         """Return the path of what rounding has taken away from the contribution to a round.
 
-        The residual is added to the next contribution if that one has counted, which the server knows: this agent
-        may have been away. It cannot be made again, so it is not in `work`.
+        The residual is added to the next contribution if that one has counted, which the server knows: this
+        agent may have been away. It cannot be made again, so it is not in `work`.
         """
         return self.path / f"residual-{number:04d}.safetensors"
 
