@@ -75,7 +75,7 @@ class Checkpoints:
     def restore(self) -> Finished:
         """Set model and optimizer as they were after the finished epochs, and return these.
 
-        If there is no file, or a damaged one or another training's, nothing is changed and nothing is finished.
+        Without a file, or with a damaged one or another training's, nothing is changed and nothing finished.
         """
         if not self._path.exists():
             return Finished()
