@@ -9,7 +9,7 @@ READY := $(VENV)/.ready
 help:
 	@echo "make demo    one round of handwritten digits: a server and two agents on this machine"
 	@echo "make test    the tests: of many cases of a kind, one"
-	@echo "make coverage  how much of the code the tests in this process reach"
+	@echo "make coverage  the same, and which lines they do not reach"
 	@echo "make check   style, types, house rules, and what bandit and pip-audit say"
 	@echo "make soak    every case that make test leaves, and 200 random kills (half an hour)"
 	@echo "make fuzz    coverage-guided fuzzing of what strangers' bytes meet (FUZZ_SECONDS=600 each)"
@@ -29,12 +29,12 @@ $(READY): pyproject.toml
 demo: $(READY)
 	@$(BIN)/python -m experiments.demo
 
+# The total of what the tests reach in their own process is printed at the end, and has a floor (pyproject.toml).
 test: $(READY)
-	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
+	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal --cov --cov-report=
 
-# By itself, because the tracer makes the tests a good deal slower. Of other processes nothing is counted.
 coverage: $(READY)
-	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal --cov --cov-report=term tests/unit tests/integration
+	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal --cov --cov-report=term-missing
 
 check: $(READY)
 	$(BIN)/ruff check .
