@@ -350,12 +350,14 @@ class RefusingInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
             async with self._guard(service, method, context):
                 return await call(await read_request(messages), context)
 
-        async def stream(messages: Any, context: Any) -> AsyncIterator[Any]:
+        # The answers are written here, not handed to gRPC as a generator: a call that is cut off while gRPC
+        # writes would leave the guard unasked, and its client without a status.
+        async def stream(messages: Any, context: Any) -> None:
             async with self._guard(service, method, context):
                 answer = call(await read_request(messages), context)
                 if isinstance(answer, AsyncIterator):
                     async for message in answer:
-                        yield message
+                        await context.write(message)
                 # gRPC's own health service is a coroutine that writes its messages to the context.
                 else:
                     await answer

@@ -1,7 +1,12 @@
 """How calls are tried again, and that both sides agree on keepalive."""
 
+import asyncio
 import random
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
+from typing import Any
 
+import grpc
 import pytest
 from tenacity import stop_after_attempt
 
@@ -9,13 +14,14 @@ from common import rpc
 from common.errors import (
     BudgetError,
     BusyError,
+    ForbiddenError,
     InvalidError,
     NotFoundError,
     Reason,
     Refusal,
     UnavailableError,
 )
-from common.rpc import Backoff
+from common.rpc import Backoff, Peer, RefusingInterceptor
 
 
 def test_bound_of_pauses_doubles_up_to_the_longest(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -100,3 +106,52 @@ def test_server_allows_the_pings_that_agents_send() -> None:
     for options in (channel, server):
         assert options["grpc.keepalive_time_ms"] >= 2 * least
         assert options["grpc.http2.max_pings_without_data"] == 0  # or a silent Watch is not watched over
+
+
+async def read_all(stream: Any) -> None:
+    while await stream.read() != grpc.aio.EOF:
+        pass
+
+
+async def test_call_that_is_cut_off_while_it_writes_ends_with_the_reason() -> None:
+    """A client that reads slowly keeps the server in the middle of writing."""
+    num_yielded, calls = 0, []
+
+    @contextmanager
+    def admit(_: str, __: Peer) -> Iterator[None]:
+        calls.append(asyncio.current_task())
+        try:
+            yield
+        except asyncio.CancelledError:
+            calls[0].uncancel()
+            raise ForbiddenError("cut off") from None
+
+    async def answer(_: bytes, __: object) -> AsyncIterator[bytes]:
+        nonlocal num_yielded
+        while True:
+            num_yielded += 1
+            yield bytes(1024 * 1024)
+
+    interceptor = RefusingInterceptor(lambda *_: None, admit)
+    server = grpc.aio.server(interceptors=[interceptor])
+    handlers = {"Endless": grpc.unary_stream_rpc_method_handler(answer, request_deserializer=bytes)}
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("Test", handlers),))
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    try:
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+            stream = channel.unary_stream("/Test/Endless", bytes, bytes)(b"")
+            await stream.read()
+            before = -1
+            while before != num_yielded:
+                before = num_yielded
+                await asyncio.sleep(0.2)
+            calls[0].cancel()
+            with pytest.raises(grpc.aio.AioRpcError) as refused:
+                await asyncio.wait_for(read_all(stream), 30)
+        assert (refused.value.code(), refused.value.details()) == (
+            grpc.StatusCode.PERMISSION_DENIED,
+            "cut off",
+        )
+    finally:
+        await server.stop(0)
