@@ -357,24 +357,6 @@ class Store:
         rows = self.read("SELECT agent_id, digest, kind, at FROM uploads ORDER BY agent_id, digest, kind")
         return [UploadRow(**row) for row in rows]
 
-    def unused_sizes(self, agent_id: str) -> dict[str, int]:
-        """Return the sizes in bytes, by digest, of the agent's uploads that no kept contribution uses.
-
-        A kept contribution is one of this agent's, in a round that is not retired. Partial uploads count too.
-
-        Raises:
-            NotFoundError: the agent never joined.
-        """
-        sizes = self.blobs.partial_sizes(self.slot(agent_id))
-        unused = self.read(
-            "WITH kept AS (SELECT weights, shards FROM contributions WHERE agent_id = ?1"
-            " AND round IN (SELECT number FROM rounds WHERE NOT retired))"
-            " SELECT DISTINCT digest FROM uploads WHERE agent_id = ?1 AND digest NOT IN"
-            " (SELECT weights FROM kept UNION ALL SELECT value FROM kept, json_each(kept.shards))",
-            agent_id,
-        )
-        return sizes | {row["digest"]: self.blobs.size(row["digest"]) or 0 for row in unused}
-
     # Encodings
 
     def record_encoding(self, weights_digest: str, encoding: EncodingRow) -> None:

@@ -4,6 +4,7 @@ import asyncio
 import os
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 
 from cloud_server.contribution import Contribution
@@ -67,7 +68,7 @@ class Uploads:
         }
         agent_bytes = agent_bytes or _AGENT_BLOBS * sum(gate.max_bytes for gate in self._gates.values())
         round_bytes = round_bytes or 2 * agent_bytes * max(_LEAST_AGENTS, num_agents)
-        self._budgets = Budgets(agent_bytes, round_bytes, store.unused_sizes)
+        self._budgets = Budgets(agent_bytes, round_bytes, partial(unused_sizes, store))
         self._active: dict[tuple[str, str], Upload] = {}
         self._shut_out: set[str] = set()
 
@@ -314,6 +315,25 @@ class Upload:
         size_bytes, max_tensors = self.blob.size_bytes, self._gate.max_tensors
         self._gate.check_header(schema.parse_header(prefix, size_bytes, max_tensors=max_tensors))
         return True
+
+
+def unused_sizes(store: Store, agent_id: str) -> dict[str, int]:
+    """Return the sizes in bytes, by digest, of the agent's uploads that no kept contribution uses.
+
+    A kept contribution is one of this agent's, in a round that is not retired. Partial uploads count too.
+
+    Raises:
+        NotFoundError: the agent never joined.
+    """
+    sizes = store.blobs.partial_sizes(store.slot(agent_id))
+    unused = store.read(
+        "WITH kept AS (SELECT weights, shards FROM contributions WHERE agent_id = ?1"
+        " AND round IN (SELECT number FROM rounds WHERE NOT retired))"
+        " SELECT DISTINCT digest FROM uploads WHERE agent_id = ?1 AND digest NOT IN"
+        " (SELECT weights FROM kept UNION ALL SELECT value FROM kept, json_each(kept.shards))",
+        agent_id,
+    )
+    return sizes | {row["digest"]: store.blobs.size(row["digest"]) or 0 for row in unused}
 
 
 def _durable_size(path: Path) -> int:

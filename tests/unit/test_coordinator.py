@@ -20,6 +20,7 @@ from cloud_server.contribution import Contribution
 from cloud_server.coordinator import Coordinator
 from cloud_server.desk import Desk
 from cloud_server.disk.tables import ReportRow
+from cloud_server.intake.uploads import unused_sizes
 from cloud_server.jobs import (
     AgentAudit,
     Job,
@@ -295,7 +296,7 @@ async def test_nothing_is_kept_of_a_late_contribution(tmp_path: Path) -> None:
         await here.desk.contribute("late", 1, replace(late, shard_digests=("e" * 64,) * 1000))
         (row,) = (each for each in here.store.contributions(1) if each.agent_id == "late")
         assert (row.outcome, row.contribution) == ("late", None)
-        assert list(here.store.unused_sizes("late")) == [late.weights_digest]
+        assert list(unused_sizes(here.store, "late")) == [late.weights_digest]
 
 
 async def test_result_of_a_job_that_was_withdrawn_is_not_the_next_ones(tmp_path: Path) -> None:
