@@ -68,10 +68,10 @@ class Run:
             disturb: called again and again while processes run; it may kill some.
         """
         deadline = time.monotonic() + seconds
-        while not all(process.process.poll() == 0 for process in self.processes.values()):
+        while not all(map(self._has_ended, self.processes)):
             for name, process in self.processes.items():
                 code = process.process.poll()
-                if code == -signal.SIGKILL:
+                if code == -signal.SIGKILL and not self._has_ended(name):
                     self.num_restarts += 1
                     self._start(name)
                 assert code in (None, 0, -signal.SIGKILL), f"{name} failed:\n{process.output[-3000:]}"
@@ -81,6 +81,15 @@ class Run:
             disturb(self)
             time.sleep(0.02)
         return [self.cluster.report(number)["weights"]["sha256"] for number in range(1, self._num_rounds + 1)]
+
+    def _has_ended(self, name: str) -> bool:
+        """Return True if the process needs no other life.
+
+        An agent that was killed after it had said that the run is over would wait for a server that is gone.
+        """
+        process = self.processes[name]
+        code = process.process.poll()
+        return code == 0 or (code == -signal.SIGKILL and "the run is over" in process.output)
 
     def is_running(self, name: str) -> bool:
         return self.processes[name].process.poll() is None
