@@ -85,7 +85,7 @@ class Coordinator:
 
     async def _run_rounds(self) -> None:
         if self._ledger.round.is_over:
-            # The last life of this server may have ended before the report was written.
+            # The server may have been stopped before the report was written.
             await self._reports.write(self._ledger.round.number)
         while not self._has_run_enough():
             if self._ledger.round.is_over:

@@ -56,7 +56,7 @@ class StateDir:
 
     @property
     def rounds(self) -> Path:
-        """Return the folder of what is left of each round."""
+        """Return the folder that has a folder for each round."""
         return self.path / "rounds"
 
     @property
@@ -94,7 +94,7 @@ class StateDir:
         return self.jobs / name
 
     def round(self, number: int) -> Path:
-        """Return the folder of what is left of one round."""
+        """Return the folder of one round's report and model."""
         return self.rounds / f"{number:04d}"
 
     def report(self, number: int) -> Path:

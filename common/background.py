@@ -1,4 +1,4 @@
-"""Work beside other work: what it raises is never lost."""
+"""Background work, whose errors are never lost: they end the work that it runs beside."""
 
 import asyncio
 from collections.abc import AsyncIterator, Coroutine

@@ -73,7 +73,7 @@ class Checkpoints:
         self._due = time.monotonic() + seconds
 
     def restore(self) -> Finished:
-        """Set model and optimizer as they were after the finished epochs, and return these.
+        """Set model and optimizer as they were after the last checkpoint, and return what is finished.
 
         Without a file, or with a damaged one or another training's, nothing is changed and nothing finished.
         """

@@ -31,7 +31,7 @@ AGENT_ID_PATTERN = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
 
 
 class DatasetSpec(NamedTuple):
-    """What a named dataset looks like; `mean` and `std` are per channel, of pixels scaled to 0..1."""
+    """The shape and statistics of a named dataset; `mean` and `std` are per channel, of pixels in 0..1."""
 
     num_classes: int
     # Channels, height and width.

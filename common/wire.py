@@ -281,7 +281,7 @@ def decode(encoded: Path, target: Path, *, base: Base | None = None) -> None:
 
 
 class _Tensors:
-    """The tensors of an open safetensors file; one that it does not have is zeros, and stays so."""
+    """The tensors of an open safetensors file; a tensor that is missing reads as zeros, and is not written."""
 
     def __init__(self, file: io.BufferedIOBase, header: Header) -> None:
         self.schema = header.schema
@@ -289,7 +289,7 @@ class _Tensors:
         self._header = header
 
     def read(self, name: str, begin: int, shape: tuple[int, ...]) -> Array:
-        """Return so many of a tensor's values, from one on; those of BF16 as uint16."""
+        """Return values of a tensor in this shape, beginning with value number `begin`; BF16 as uint16."""
         if name not in self.schema:
             return np.zeros(shape, np.float32)
         values = np.empty(shape, _NUMPY_DTYPES[self.schema[name].dtype])
@@ -297,7 +297,7 @@ class _Tensors:
         return values
 
     def write(self, name: str, begin: int, values: Array) -> None:
-        """Overwrite a tensor's values, from one on."""
+        """Overwrite values of a tensor, beginning with value number `begin`."""
         if name in self.schema:
             self._seek(name, begin * values.itemsize)
             self._file.write(values.data)

@@ -122,7 +122,7 @@ class EdgeAgent:
                     self._worker,
                     self._display,
                     tasks,
-                    on_ready=self._news.look_again,
+                    on_ready=self._news.ask_again,
                 )
                 member = Member(
                     joined.run,

@@ -23,9 +23,9 @@ class News:
     def tell(self, state: RunState) -> None:
         """Make this the latest state."""
         self.latest = state
-        self.look_again()
+        self.ask_again()
 
-    def look_again(self) -> None:
+    def ask_again(self) -> None:
         """Have everyone who waits ask again whether the latest state is the awaited one."""
         self._changed.set()
         self._changed = asyncio.Event()

@@ -86,7 +86,7 @@ class Blobs:
         return sizes
 
     def link(self, partial: Path, digest: str) -> None:
-        """Make the blob a second name of a whole upload, durably; nothing where the blob is there.
+        """Make the blob a second name of a whole upload, durably; do nothing if the blob is there already.
 
         Killed before the record is there, the upload is still whole under its first name.
 

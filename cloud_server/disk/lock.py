@@ -18,7 +18,7 @@ class InUseError(UsageError):
 
 @contextmanager
 def locked(state_dir: StateDir) -> Iterator[None]:
-    """Hold a state directory, made before, for a server.
+    """Hold an existing state directory for a server.
 
     Raises:
         InUseError: another process has it.

@@ -166,7 +166,7 @@ class RoundRow:
     phase_times: dict[str, float]
     # Whether the round's blobs have been given up; see cloud_server/upkeep/retention.py.
     retired: bool = False
-    # Whether its shards have been given up, if nothing else.
+    # True if the shards of the round have been given up.
     without_data: bool = False
 
 
@@ -213,7 +213,7 @@ class ForgettingRow:
     """That an agent is to be forgotten, or has been; see cloud_server/upkeep/forgetting.py."""
 
     pseudonym: str
-    # None: the agent has been forgotten. So too the slot.
+    # The id and the slot are None once the agent has been forgotten.
     agent_id: str | None
     slot: int | None
     asked_at: float

@@ -33,7 +33,7 @@ class Eraser:
         return await asyncio.to_thread(to_forget, self._store)
 
     async def finish(self) -> None:
-        """Erase what the last life of this server had begun to forget, before anybody is served."""
+        """Erase the agents whose forgetting was interrupted by a stop of the server."""
         for row in await self.waiting():
             await when_disk_allows(partial(self.erase, row))
 
