@@ -281,7 +281,7 @@ def decode(encoded: Path, target: Path, *, base: Base | None = None) -> None:
 
 
 class _Tensors:
-    """The tensors of an open safetensors file; a tensor that is missing reads as zeros, and is not written."""
+    """The tensors of an open safetensors file; a missing tensor reads as zeros, and is not written."""
 
     def __init__(self, file: io.BufferedIOBase, header: Header) -> None:
         self.schema = header.schema
