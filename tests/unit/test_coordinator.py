@@ -719,6 +719,26 @@ async def test_forgetting_waits_for_a_disk_that_is_full(
         assert here.store.agents() == []
 
 
+async def test_forgetting_is_tried_again_after_an_error_that_nobody_foresaw(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with world(tmp_path, min_agents=2) as here:
+        assert await here.contribute("gone") is Outcome.ACCEPTED
+        remove, is_broken = retired.remove_blobs, True
+
+        def broken_at_first(*args: Any, **kwargs: Any) -> int:
+            nonlocal is_broken
+            if is_broken:
+                is_broken = False
+                raise KeyError("a fault of this program")
+            return remove(*args, **kwargs)
+
+        monkeypatch.setattr(retired, "remove_blobs", broken_at_first)
+        await forgotten(here, "gone")
+        assert not is_broken
+        assert here.store.agents() == []
+
+
 async def contribution_with_data(here: World, agent_id: str) -> Contribution:
     """Eight examples, five of which are shared."""
     start, path = await here.contribution_of(agent_id), here.config.state_dir / "shard"
