@@ -74,7 +74,7 @@ class Split(Protocol):
 
 
 class Source(NamedTuple):
-    """A source that was opened: its splits, and what is known of them."""
+    """The train and the test split of a source; `test` is None if there is none."""
 
     train: Split
     test: Split | None
@@ -225,7 +225,8 @@ class ArraySplit:
 
     # The images, uint8 [N, C, H, W].
     images: np.ndarray
-    labels: np.ndarray  # int64 [N]
+    # The labels, int64 [N].
+    labels: np.ndarray
 
     def read(self, indices: np.ndarray, image_shape: ImageShape) -> tuple[Shard, int]:
         """Return these examples in this shape, and how many could not be read and are left out."""
