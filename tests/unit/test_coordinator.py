@@ -699,43 +699,26 @@ async def test_forgotten_agent_may_join_anew_a_little_later(
         assert await here.contribute("gone") is Outcome.ACCEPTED
 
 
-async def test_forgetting_waits_for_a_disk_that_is_full(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    "error", [StorageError("no space left on device"), KeyError("a fault that nobody foresaw")]
+)
+async def test_forgetting_is_tried_again_after_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     async with world(tmp_path, min_agents=2) as here:
         assert await here.contribute("gone") is Outcome.ACCEPTED
-        remove, is_full = retired.remove_blobs, True
+        remove, fails = retired.remove_blobs, True
 
-        def full_at_first(*args: Any, **kwargs: Any) -> int:
-            nonlocal is_full
-            if is_full:
-                is_full = False
-                raise StorageError("no space left on device")
+        def failing_at_first(*args: Any, **kwargs: Any) -> int:
+            nonlocal fails
+            if fails:
+                fails = False
+                raise error
             return remove(*args, **kwargs)
 
-        monkeypatch.setattr(retired, "remove_blobs", full_at_first)
+        monkeypatch.setattr(retired, "remove_blobs", failing_at_first)
         await forgotten(here, "gone")
-        assert not is_full
-        assert here.store.agents() == []
-
-
-async def test_forgetting_is_tried_again_after_an_error_that_nobody_foresaw(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    async with world(tmp_path, min_agents=2) as here:
-        assert await here.contribute("gone") is Outcome.ACCEPTED
-        remove, is_broken = retired.remove_blobs, True
-
-        def broken_at_first(*args: Any, **kwargs: Any) -> int:
-            nonlocal is_broken
-            if is_broken:
-                is_broken = False
-                raise KeyError("a fault of this program")
-            return remove(*args, **kwargs)
-
-        monkeypatch.setattr(retired, "remove_blobs", broken_at_first)
-        await forgotten(here, "gone")
-        assert not is_broken
+        assert not fails
         assert here.store.agents() == []
 
 
