@@ -219,6 +219,7 @@ async def open_service(
         run,
         current,
         slots,
+        records.recorded_classes(store, run.config),
         store=store,
         standing=standing,
         metrics=metrics,

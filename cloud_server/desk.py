@@ -1,7 +1,7 @@
 """What agents ask for: every call of the service, in the words of the run."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -35,6 +35,7 @@ class Membership:
     run: RunConfig
     slot: int
     num_partitions: int
+    probe: tuple[float, ...]
 
 
 class Desk:
@@ -67,16 +68,21 @@ class Desk:
         self._metrics = metrics
         self._clock = clock
 
-    async def join(self, agent_id: str) -> Membership:
+    async def join(self, agent_id: str, class_names: Sequence[str] = ()) -> Membership:
         """Return the agent's membership, the same whenever it asks.
+
+        Args:
+            class_names: the classes of the agent's image folder; empty where it has none.
 
         Raises:
             BudgetError: the run takes no more agents.
             NotFoundError: the agent has just been forgotten.
+            InvalidError: the classes are not those of the run.
         """
-        slot = await self._ledger.join(agent_id, self._uploads.let_in)
-        num_partitions = self._run.config.num_partitions or self._ledger.policy.max_agents
-        return Membership(self._run.run_id, self._run.config, slot, num_partitions)
+        slot = await self._ledger.join(agent_id, class_names, self._uploads.let_in)
+        run = self._run.config.model_copy(update={"class_names": self._ledger.class_names})
+        num_partitions = run.num_partitions or self._ledger.policy.max_agents
+        return Membership(self._run.run_id, run, slot, num_partitions, self._run.probe)
 
     def watch(self, agent_id: str) -> AsyncIterator[RunState]:
         """Yield the state now, then after each change; slow readers skip states, never the latest."""

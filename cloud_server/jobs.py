@@ -153,6 +153,8 @@ class Result(FrozenModel):
     # The duration of the steps "audit", "aggregate", "fine_tune" and "evaluate".
     seconds: dict[str, float] = Field(default_factory=dict)
     error: JobError | None = None
+    # Outputs of the initial model, for the probe of common/probe.py; empty in the result of a round.
+    probe: tuple[float, ...] = ()
     num_parameters: int | None = None
     # Seconds since the epoch.
     finished_at: float | None = None

@@ -7,12 +7,13 @@ One lock guards both. Three locks are taken in this order, and never in another:
 import asyncio
 import math
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import TypeVar
 
 import structlog
 
 from cloud_server import records
+from cloud_server.classes import Classes
 from cloud_server.contribution import Decision
 from cloud_server.disk.failures import when_disk_allows
 from cloud_server.metrics import ServerMetrics
@@ -39,6 +40,7 @@ class Ledger:
     Args:
         current: the round, as it is on record.
         slots: the slot of every agent that has joined, by agent id.
+        classes: what the labels of the run stand for, as it is on record.
         max_joined: how many agents the run takes.
         clock: seconds since the epoch; deadlines outlive the process.
     """
@@ -48,6 +50,7 @@ class Ledger:
         run: Run,
         current: Round,
         slots: Mapping[str, int],
+        classes: Classes,
         *,
         store: Store,
         standing: Standing,
@@ -58,6 +61,7 @@ class Ledger:
         self._run = run
         self._round = current
         self._slots = dict(slots)
+        self._classes = classes
         self._store = store
         self._standing = standing
         self._metrics = metrics
@@ -76,6 +80,11 @@ class Ledger:
     def policy(self) -> Policy:
         """Return the rule by which rounds close."""
         return self._round.policy
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Return the names of the classes, label 0 first; empty as long as nobody has named them."""
+        return self._classes.names
 
     def has_joined(self, agent_id: str) -> bool:
         """Return True if the agent belongs to the run."""
@@ -171,18 +180,28 @@ class Ledger:
 
     # ------------------------------------------------------------------ who belongs to the run
 
-    async def join(self, agent_id: str, on_joined: Callable[[str], None]) -> int:
+    async def join(self, agent_id: str, class_names: Sequence[str], on_joined: Callable[[str], None]) -> int:
         """Return the agent's slot, from 1 on, the same whenever it asks.
 
         Args:
+            class_names: the classes of the agent's image folder; empty where it has none.
             on_joined: called with the id of an agent that is new, before anybody hears of it.
 
         Raises:
             BudgetError: the run takes no more agents.
             NotFoundError: the agent has just been forgotten.
+            InvalidError: the classes are not those of the run.
         """
 
         async def enter() -> None:
+            classes = await self._agreed(agent_id, class_names)
+            await admit()
+            if classes != self._classes:
+                await asyncio.to_thread(self._store.set_class_names, classes.names, agent_id)
+                self._classes = classes
+                log.info("classes_named", agent_id=agent_id, class_names=classes.names)
+
+        async def admit() -> None:
             if agent_id in self._slots:
                 return
             if self._expelled_at.get(agent_id, -math.inf) > time.monotonic() - CUT_OFF_SECONDS:
@@ -200,11 +219,24 @@ class Ledger:
             log.info("agent_joined", agent_id=agent_id, slot=slot)
             self._standing.show_agent(agent_id, slot)
 
-        if agent_id not in self._slots:
+        if agent_id not in self._slots or class_names:
             await self.exclusively(enter)
         return self._slots[agent_id]
+
+    async def _agreed(self, agent_id: str, class_names: Sequence[str]) -> Classes:
+        """Return the classes of the run after this agent has joined with these.
+
+        The agent that has named the classes may correct them, until the first contribution counts.
+        """
+        classes = self._classes
+        if class_names and agent_id == classes.named_by:
+            is_in_use = await asyncio.to_thread(self._store.num_accepted)
+            classes = classes if is_in_use else Classes()
+        return classes.agree(agent_id, class_names, self._run.config.spec.num_classes)
 
     def expel(self, agent_id: str) -> None:
         """Treat the agent as one that never joined; inside `exclusively` only."""
         self._expelled_at[agent_id] = time.monotonic()
+        if agent_id == self._classes.named_by:
+            self._classes = Classes(self._classes.names)
         self._slots.pop(agent_id, None)

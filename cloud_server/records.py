@@ -9,6 +9,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from cloud_server.classes import Classes
 from cloud_server.contribution import Decision, Rejection
 from cloud_server.disk.tables import RoundRow
 from cloud_server.jobs import AgentAudit, Job, Result, job_name
@@ -52,6 +53,15 @@ def round_from(
         published_digest=row.published_digest,
         failure=row.failure,
     )
+
+
+def recorded_classes(store: Store, run: RunConfig) -> Classes:
+    """Return the classes that the labels stand for: the configuration's, or those on record."""
+    if run.class_names:
+        return Classes(run.class_names)
+    row = store.run()
+    assert row is not None
+    return Classes(row.class_names, row.class_names_of)
 
 
 def initialise_job(run: RunConfig, device: str) -> Job:

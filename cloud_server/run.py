@@ -27,6 +27,8 @@ class Run:
     config: RunConfig
     # The names, shapes and dtypes of the model's weights: every upload is checked against them.
     weights_schema: schema.Schema
+    # Outputs of the model, by which agents know that they have the same one: see common/probe.py.
+    probe: tuple[float, ...]
 
 
 async def open_run(config: ServerConfig, store: Store, jobs: JobRunner, clock: Callable[[], float]) -> Run:
@@ -49,7 +51,7 @@ async def open_run(config: ServerConfig, store: Store, jobs: JobRunner, clock: C
     first = await asyncio.to_thread(store.round, 1)
     assert first is not None
     header = schema.read_header(store.blobs.path(first.initial_digest))
-    return Run(row.run_id, config.run, header.schema)
+    return Run(row.run_id, config.run, header.schema, row.probe)
 
 
 def adopt_model(store: Store, directory: JobDirectory, result: Result) -> None:
@@ -85,5 +87,7 @@ async def _begin(config: ServerConfig, store: Store, jobs: JobRunner, clock: Cal
         raise (UsageError if error.kind == "usage" else RunError)(error.message)
     await when_disk_allows(lambda: to_the_end(asyncio.to_thread(adopt_model, store, directory, result)))
     run_json = config.run.model_dump_json()
-    await asyncio.to_thread(store.create_run, uuid.uuid4().hex, run_json, result.weights.sha256, clock())
+    await asyncio.to_thread(
+        store.create_run, uuid.uuid4().hex, run_json, result.weights.sha256, clock(), result.probe
+    )
     crash_point(Point.SERVER_RUN_CREATED)

@@ -54,12 +54,13 @@ class ECAvgServicer(pb_grpc.ECAvgServicer):
                 " install the same version on both",
                 Reason.PROTOCOL_MISMATCH,
             )
-        joined = await self._desk.join(calling_agent())
+        joined = await self._desk.join(calling_agent(), request.class_names)
         return pb.JoinReply(
             run_id=joined.run_id,
             run_json=joined.run.model_dump_json(),
             slot=joined.slot,
             num_partitions=joined.num_partitions,
+            probe=joined.probe,
         )
 
     async def Watch(self, _: pb.WatchRequest, __: Any) -> AsyncIterator[pb.WatchEvent]:

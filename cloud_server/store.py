@@ -9,7 +9,7 @@ of several steps can be called again after a crash between any two of the steps.
 
 import json
 import sqlite3
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from threading import RLock
@@ -111,10 +111,17 @@ class Store:
 
     def run(self) -> RunRow | None:
         """Return the run; None if there is no run yet."""
-        rows = self.read("SELECT run_id, config_json, created_at FROM run")
-        return RunRow(**rows[0]) if rows else None
+        rows = self.read("SELECT * FROM run")
+        return _run(rows[0]) if rows else None
 
-    def create_run(self, run_id: str, config_json: str, initial_digest: str, now: float) -> None:
+    def create_run(
+        self,
+        run_id: str,
+        config_json: str,
+        initial_digest: str,
+        now: float,
+        probe: Sequence[float] = (),
+    ) -> None:
         """Record the run and its first round in one step.
 
         Raises:
@@ -122,10 +129,17 @@ class Store:
         """
         with self.transaction() as database:
             database.execute(
-                "INSERT INTO run (run_id, config_json, created_at) VALUES (?, ?, ?)",
-                (run_id, config_json, now),
+                "INSERT INTO run (run_id, config_json, created_at, probe) VALUES (?, ?, ?, ?)",
+                (run_id, config_json, now, json.dumps(probe)),
             )
             _insert_round(database, 1, initial_digest, now)
+
+    def set_class_names(self, names: Sequence[str], agent_id: str) -> None:
+        """Record the names that an agent has given the classes of the run, label 0 first."""
+        with self.transaction() as database:
+            database.execute(
+                "UPDATE run SET class_names = ?, class_names_of = ?", (json.dumps(names), agent_id)
+            )
 
     def join(self, agent_id: str, now: float) -> int:
         """Return the agent's slot, from 1 on; the first call gives the agent the next free slot."""
@@ -384,6 +398,18 @@ class Store:
             digest,
         )
         return bool(named) and self.blobs.path(digest).exists()
+
+
+def _run(row: Mapping[str, Any]) -> RunRow:
+    """Return the run that a row of the table `run` describes."""
+    return RunRow(
+        run_id=row["run_id"],
+        config_json=row["config_json"],
+        created_at=row["created_at"],
+        probe=tuple(json.loads(row["probe"])),
+        class_names=tuple(json.loads(row["class_names"])),
+        class_names_of=row["class_names_of"],
+    )
 
 
 def _insert_round(database: sqlite3.Connection, number: int, initial_digest: str, now: float) -> None:

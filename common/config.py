@@ -8,6 +8,7 @@ import ipaddress
 import math
 import os
 import tomllib
+import unicodedata
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
@@ -48,6 +49,30 @@ DATASETS: Mapping[str, DatasetSpec] = {
     "cifar100": DatasetSpec(100, (3, 32, 32), (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
 }
 
+# The names of the classes of the named datasets, label 0 first, as torchvision orders them.
+CLASS_NAMES: Mapping[str, tuple[str, ...]] = {
+    "digits": tuple("0123456789"),
+    "mnist": tuple("0123456789"),
+    "fashion-mnist": (
+        "T-shirt", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
+    ),
+    "cifar10": (
+        "airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck",
+    ),
+    "cifar100": (
+        "apple", "aquarium_fish", "baby", "bear", "beaver", "bed", "bee", "beetle", "bicycle", "bottle",
+        "bowl", "boy", "bridge", "bus", "butterfly", "camel", "can", "castle", "caterpillar", "cattle",
+        "chair", "chimpanzee", "clock", "cloud", "cockroach", "couch", "crab", "crocodile", "cup",
+        "dinosaur", "dolphin", "elephant", "flatfish", "forest", "fox", "girl", "hamster", "house",
+        "kangaroo", "keyboard", "lamp", "lawn_mower", "leopard", "lion", "lizard", "lobster", "man",
+        "maple_tree", "motorcycle", "mountain", "mouse", "mushroom", "oak_tree", "orange", "orchid",
+        "otter", "palm_tree", "pear", "pickup_truck", "pine_tree", "plain", "plate", "poppy", "porcupine",
+        "possum", "rabbit", "raccoon", "ray", "road", "rocket", "rose", "sea", "seal", "shark", "shrew",
+        "skunk", "skyscraper", "snail", "snake", "spider", "squirrel", "streetcar", "sunflower",
+        "sweet_pepper", "table", "tank", "telephone", "television", "tiger", "tractor", "train", "trout",
+        "tulip", "turtle", "wardrobe", "whale", "willow_tree", "wolf", "woman", "worm",
+    ),
+}  # fmt: skip
 
 MAX_NAME_CHARACTERS = 500
 
@@ -58,8 +83,18 @@ def _printable(text: str) -> str:
     return text
 
 
+def class_name(text: str) -> str:
+    """Return the name of a class in Unicode's normal form NFC; raise ValueError if it is no name to show."""
+    # Some systems write "é" as one character in the name of a folder, and others as two.
+    name = unicodedata.normalize("NFC", text)
+    if not name:
+        raise ValueError("should not be empty")
+    return _printable(name)
+
+
 # A name is shown on terminals, and comes from a server.
 Name = Annotated[str, AfterValidator(_printable)]
+ClassName = Annotated[str, AfterValidator(class_name)]
 # The pixels of an image along one side.
 Pixels = Annotated[int, Field(ge=1, le=65_536)]
 # One image may have so many values, channels included.
@@ -186,8 +221,13 @@ class RunConfig(DocumentedModel):
     image_shape: tuple[Pixels, Pixels, Pixels] | None = None
     """`[channels, height, width]` that all images are brought to (default: the dataset's)"""
 
-    class_names: tuple[Name, ...] = ()
-    """Folder names of an image folder, label 0 first; if empty, the folders in sorted order."""
+    class_names: tuple[ClassName, ...] = ()
+    """Names of the classes, label 0 first: the folders of an image folder (default: those of the first agent)
+
+    The classes of the first agent that joins with an image folder are the run's: its class folders, in sorted
+    order. An agent with other class folders is refused. Where they are listed here, an agent need not have
+    them all.
+    """
 
     mean: tuple[FiniteFloat, ...] | None = None
     """Mean of each channel, of pixels scaled to 0..1 (default: the dataset's, or 0.5)"""

@@ -87,6 +87,10 @@ class Reason(StrEnum):
     LARGE_UPDATE = "large_update"
     # The audit has found a fault in the contribution.
     QUARANTINED = "quarantined"
+    # The classes of the agent's image folder are not the classes of the run.
+    CLASS_NAMES = "class_names"
+    # Another device, which runs at the same time, has the same identity.
+    IDENTITY_IN_USE = "identity_in_use"
     # The server failed inside; its log says more.
     INTERNAL = "internal"
 

@@ -16,6 +16,7 @@ from common.telemetry import ProgressDisplay
 from common.training import select_device
 from edge_agent.client import CloudClient, Joined, UnknownAgentError
 from edge_agent.config import AgentConfig
+from edge_agent.data import class_names_of
 from edge_agent.local import load_local_models
 from edge_agent.local_data import LocalData
 from edge_agent.member import Member
@@ -96,7 +97,12 @@ class EdgeAgent:
         self._metrics.set_phase(Phase.CONNECTING)
         # The latest state may have been another run's.
         self._news.latest = None
-        joined = await self._client.join()
+        source = self._config.data, self._config.data_dir
+        joined = await self._client.join(await self._worker.run(class_names_of, *source))
+        # Only the run says which dataset this agent reads, where its own configuration does not.
+        names = await self._worker.run(class_names_of, *source, joined.run)
+        if not set(names) <= set(joined.run.class_names):
+            joined = await self._client.join(names)
         if joined.run_id != self._disk.progress.run_id:
             self._disk.discard_residuals_but(self._disk.residual(0))
             await self._worker.run(self._disk.save, Progress(run_id=joined.run_id))

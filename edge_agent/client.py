@@ -4,7 +4,7 @@ import asyncio
 import math
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import aclosing, asynccontextmanager, contextmanager
 from datetime import UTC, datetime
 from enum import Enum
@@ -27,6 +27,7 @@ from common.errors import (
     Refusal,
     RunError,
     UnavailableError,
+    UsageError,
 )
 from common.faults import Point, crash_point
 from common.files import sync
@@ -77,6 +78,8 @@ class Joined(NamedTuple):
     # Slots are numbered from 1 on.
     slot: int
     num_partitions: int
+    # Outputs of the server's model, for the probe of common/probe.py.
+    probe: tuple[float, ...] = ()
 
 
 class CloudClient:
@@ -135,12 +138,26 @@ class CloudClient:
                 log.warning("certificate_not_renewed", reason=str(error))
             await asyncio.sleep(MIN_RENEWAL_SECONDS)
 
-    async def join(self) -> Joined:
-        """Join the server's run."""
-        reply = await self._unary("Join", pb.JoinRequest(protocol_version=PROTOCOL_VERSION))
+    async def join(self, class_names: Sequence[str] = ()) -> Joined:
+        """Join the server's run; an agent may join again.
+
+        Args:
+            class_names: the classes that this agent's labels stand for; empty where nobody knows.
+
+        Raises:
+            UsageError: the classes are not those of the run.
+        """
+        request = pb.JoinRequest(protocol_version=PROTOCOL_VERSION, class_names=class_names)
+        try:
+            reply = await self._unary("Join", request)
+        except InvalidError as error:
+            if error.reason is not Reason.CLASS_NAMES:
+                raise
+            raise UsageError(str(error)) from error
         if not (reply.slot and reply.num_partitions):
             _strange("a slot or a number of partitions that is 0")
-        return Joined(reply.run_id, _run_config(reply.run_json), reply.slot, reply.num_partitions)
+        run, probe = _run_config(reply.run_json), tuple(reply.probe)
+        return Joined(reply.run_id, run, reply.slot, reply.num_partitions, probe)
 
     async def watch(self) -> AsyncIterator[RunState]:
         """Yield the state of the run whenever it changes, across reconnections, until the run is over."""

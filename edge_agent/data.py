@@ -23,13 +23,13 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import torch
 
-from common.config import DATASETS, RunConfig
+from common.config import CLASS_NAMES, DATASETS, RunConfig
 from common.errors import UsageError
 from common.models import import_factory
 from common.shards import Shard, check_splittable
 from common.training import derive_seed
 from edge_agent.config import FACTORY_PATTERN, check_source
-from edge_agent.image_folder import list_image_folder, stamp_of
+from edge_agent.image_folder import class_folders, list_image_folder, stamp_of
 from edge_agent.partition import Partition, partition_indices
 from edge_agent.shard_files import image_digests
 
@@ -132,8 +132,29 @@ def data_stamp(run: RunConfig, source: str | None, data_dir: Path | None) -> str
     Raises:
         UsageError: there is no such source.
     """
-    folder = _image_folder(run, source, data_dir)
+    folder = _image_folder(run.dataset, source, data_dir)
     return stamp_of(folder) if folder else ""
+
+
+def class_names_of(
+    source: str | None, data_dir: Path | None, run: RunConfig | None = None
+) -> tuple[str, ...]:
+    """Return the names of the classes that the labels of `source`, or else of the run's dataset, stand for.
+
+    Args:
+        run: None: the run is not known yet, and only the class folders of an image folder count.
+
+    Returns:
+        The names in NFC; none where the names are not known.
+
+    Raises:
+        UsageError: there is no such source, or it is an image folder that cannot be read.
+    """
+    dataset = run.dataset if run else ""
+    if folder := _image_folder(dataset, source, data_dir):
+        return tuple(class_folders(folder / "train"))
+    names = CLASS_NAMES.get(source or dataset, ())
+    return names if run and len(names) == run.spec.num_classes else ()
 
 
 def open_source(
@@ -148,7 +169,7 @@ def open_source(
         UsageError: there is no such source, or it cannot be read.
     """
     name = source or run.dataset
-    if folder := _image_folder(run, source, data_dir):
+    if folder := _image_folder(run.dataset, source, data_dir):
         return Source(*list_image_folder(folder, run))
     if name == "digits":
         return _open_digits()
@@ -161,13 +182,13 @@ def open_source(
     )
 
 
-def _image_folder(run: RunConfig, source: str | None, data_dir: Path | None) -> Path | None:
+def _image_folder(dataset: str, source: str | None, data_dir: Path | None) -> Path | None:
     """Return the image folder that is meant; None: something else is meant.
 
     Raises:
         UsageError: nothing is meant.
     """
-    if (source or run.dataset) in _TORCHVISION:
+    if (source or dataset) in _TORCHVISION:
         root = (data_dir or DEFAULT_DATA_DIR).expanduser()
         return root if (root / "train").is_dir() else None
     if source is None or source in DATASETS or FACTORY_PATTERN.fullmatch(source):

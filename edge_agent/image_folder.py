@@ -13,7 +13,7 @@ import numpy as np
 import structlog
 from PIL import Image
 
-from common.config import RunConfig
+from common.config import RunConfig, class_name
 from common.errors import UsageError
 from common.shards import Shard
 
@@ -90,14 +90,44 @@ def list_image_folder(folder: Path, run: RunConfig) -> tuple[FileSplit, FileSpli
             f" {spec.image_shape[0]}"
         )
     train, test = folder / "train", folder / "test"
+    class_names = run.class_names or tuple(class_folders(train))
+    if len(class_names) != spec.num_classes:
+        raise UsageError(
+            f"data folder {train} has {len(class_names)} class folders, and the run {spec.num_classes}"
+            " classes: set class_names in the server's [run] table"
+        )
+    return _list_images(train, class_names), _list_images(test, class_names) if test.is_dir() else None
+
+
+def class_folders(folder: Path) -> dict[str, Path]:
+    """Return the class folders in `folder` by the names of their classes, sorted by name.
+
+    Raises:
+        UsageError: there are none, or they cannot be read, or a name is no name of a class.
+    """
+    folders: dict[str, Path] = {}
+    with _named_in_errors():
+        entries = list(folder.iterdir()) if folder.is_dir() else []
+    for path in entries:
+        if _is_hidden(path) or not path.is_dir():
+            continue
+        try:
+            name = class_name(path.name)
+        except ValueError as error:
+            raise UsageError(f"class folder {path}: its name {error}: rename it") from error
+        if other := folders.get(name):
+            raise UsageError(f"class folders {other} and {path} have the same name: rename one")
+        folders[name] = path
+    if not folders:
+        raise UsageError(f"no class folders in {folder}: lay the images out as {folder}/<class>/*")
+    return dict(sorted(folders.items()))
+
+
+@contextmanager
+def _named_in_errors() -> Iterator[None]:
+    """Turn the error of a folder that cannot be read into UsageError."""
     try:
-        class_names = run.class_names or _class_folders(train)
-        if len(class_names) != spec.num_classes:
-            raise UsageError(
-                f"data folder {train} has {len(class_names)} class folders, and the run {spec.num_classes}"
-                " classes: set class_names in the server's [run] table"
-            )
-        return _list_images(train, class_names), _list_images(test, class_names) if test.is_dir() else None
+        yield
     except OSError as error:
         raise UsageError(f"cannot read data folder {error.filename}: {error.strerror}") from error
 
@@ -156,23 +186,15 @@ def _quiet_pillow() -> Iterator[None]:
         yield
 
 
-def _class_folders(folder: Path) -> tuple[str, ...]:
-    names = []
-    if folder.is_dir():
-        names = sorted(path.name for path in folder.iterdir() if path.is_dir() and not _is_hidden(path))
-    if not names:
-        raise UsageError(f"no class folders in {folder}: lay the images out as {folder}/<class>/*")
-    return tuple(names)
-
-
 def _list_images(folder: Path, class_names: Sequence[str]) -> FileSplit:
     label_of = {name: label for label, name in enumerate(class_names)}
     paths: list[Path] = []
     labels: list[int] = []
-    for name in _class_folders(folder):
+    for name, path in class_folders(folder).items():
         if name not in label_of:
-            raise UsageError(f"class folder {folder / name} is not one of the run's {len(label_of)} classes")
-        images = sorted(path for path in (folder / name).iterdir() if _is_image(path))
+            raise UsageError(f"class folder {path} is not one of the run's {len(label_of)} classes")
+        with _named_in_errors():
+            images = sorted(each for each in path.iterdir() if _is_image(each))
         paths += images
         labels += [label_of[name]] * len(images)
     if not paths:

@@ -97,7 +97,7 @@ ROOMS = (
     Room(
         "ledger",
         "the open round and the agents: one lock, record first, then memory",
-        ("run", "showing", "records", "metrics", "round", "store", "contribution", "disk"),
+        ("run", "showing", "records", "metrics", "round", "store", "classes", "contribution", "disk"),
     ),
     Room(
         "intake",
@@ -125,7 +125,9 @@ ROOMS = (
         ("metrics", "round", "store", "jobs", "contribution", "disk"),
     ),
     Room(
-        "records", "round and run as records and as jobs", ("round", "store", "jobs", "contribution", "disk")
+        "records",
+        "round and run as records and as jobs",
+        ("round", "store", "jobs", "classes", "contribution", "disk"),
     ),
     Room("door", "who may come in: admission, authority, limits, connections", ("disk",)),
     Room("metrics", "what the server counts", ("round", "jobs")),
@@ -136,6 +138,7 @@ ROOMS = (
         "the job directory: all that server and trainer say to each other",
         ("contribution", "state_dir"),
     ),
+    Room("classes", "what the labels of a run stand for", ()),
     Room("contribution", "one agent's part in a round", ()),
     Room("disk", "the ground floor: database, tables, blobs, full disks", ("state_dir",)),
     Room("config", "the server's configuration keys", ("state_dir",)),

@@ -128,6 +128,11 @@ MIGRATIONS = (
         SELECT pseudonym, json_extract(value, '$[0]'), '', '[]', 0 FROM forgettings, json_each(models);
     ALTER TABLE forgettings DROP COLUMN models;
     """,
+    """
+    ALTER TABLE run ADD COLUMN probe TEXT NOT NULL DEFAULT '[]';
+    ALTER TABLE run ADD COLUMN class_names TEXT NOT NULL DEFAULT '[]';
+    ALTER TABLE run ADD COLUMN class_names_of TEXT NOT NULL DEFAULT '';
+    """,
 )
 
 
@@ -138,6 +143,12 @@ class RunRow:
     run_id: str
     config_json: str
     created_at: float
+    # Outputs of the model, by which agents know that they have the same one: see common/probe.py.
+    probe: tuple[float, ...] = ()
+    # The names that agents have given the classes, label 0 first; empty: none has.
+    class_names: tuple[str, ...] = ()
+    # The agent that has given them.
+    class_names_of: str = ""
 
 
 @dataclass(frozen=True)

@@ -60,8 +60,11 @@ class Reports:
             # What the report was made from is gone.
             return
         weights = self._store.blobs.path(row.published_digest) if row.published_digest else None
+        run_row = self._store.run()
+        assert run_row is not None
         report = build(
             self._run,
+            self._run.class_names or run_row.class_names,
             row,
             self._store.contributions(number),
             self._store.reports(number),
@@ -74,6 +77,7 @@ class Reports:
 
 def build(
     run: RunConfig,
+    class_names: Sequence[str],
     row: RoundRow,
     decisions: Sequence[Decision],
     agent_reports: Sequence[ReportRow],
@@ -106,7 +110,7 @@ def build(
         seconds["collect"] = times[Phase.AGGREGATING.value] - row.opened_at
     if result and row.published_digest:
         measured = result.model_dump(mode="json", include=set(_MEASURED)) | {
-            "classes": _classes(result, run.class_names)
+            "classes": _classes(result, class_names)
         }
         report |= {name: value for name, value in measured.items() if value not in (None, {}, [], "")}
         report["weights"] = {"sha256": row.published_digest, "bytes": weights_bytes}

@@ -93,6 +93,7 @@ def forget_records(store: Store, row: ForgettingRow, also: Collection[str]) -> N
         )
         for table in ("reports", "contributions", "uploads", "agents"):
             database.execute(f"DELETE FROM {table} WHERE agent_id = ?", agent)  # noqa: S608
+        database.execute("UPDATE run SET class_names_of = '' WHERE class_names_of = ?", agent)
         keep_needed(store, database)
         keep_uploaded(database)
 

@@ -40,6 +40,8 @@ class Reason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     REASON_OPEN_CALLS: _ClassVar[Reason]
     REASON_LARGE_UPDATE: _ClassVar[Reason]
     REASON_QUARANTINED: _ClassVar[Reason]
+    REASON_CLASS_NAMES: _ClassVar[Reason]
+    REASON_IDENTITY_IN_USE: _ClassVar[Reason]
 
 class Phase(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -94,6 +96,8 @@ REASON_CALL_RATE: Reason
 REASON_OPEN_CALLS: Reason
 REASON_LARGE_UPDATE: Reason
 REASON_QUARANTINED: Reason
+REASON_CLASS_NAMES: Reason
+REASON_IDENTITY_IN_USE: Reason
 PHASE_UNSPECIFIED: Phase
 PHASE_COLLECTING: Phase
 PHASE_AGGREGATING: Phase
@@ -126,29 +130,35 @@ class Encoded(_message.Message):
     def __init__(self, blob: _Optional[_Union[Blob, _Mapping]] = ..., base_digest: _Optional[str] = ...) -> None: ...
 
 class JoinRequest(_message.Message):
-    __slots__ = ("protocol_version",)
+    __slots__ = ("protocol_version", "class_names")
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
+    CLASS_NAMES_FIELD_NUMBER: _ClassVar[int]
     protocol_version: int
-    def __init__(self, protocol_version: _Optional[int] = ...) -> None: ...
+    class_names: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, protocol_version: _Optional[int] = ..., class_names: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class JoinReply(_message.Message):
-    __slots__ = ("run_id", "run_json", "slot", "num_partitions")
+    __slots__ = ("run_id", "run_json", "slot", "num_partitions", "probe")
     RUN_ID_FIELD_NUMBER: _ClassVar[int]
     RUN_JSON_FIELD_NUMBER: _ClassVar[int]
     SLOT_FIELD_NUMBER: _ClassVar[int]
     NUM_PARTITIONS_FIELD_NUMBER: _ClassVar[int]
+    PROBE_FIELD_NUMBER: _ClassVar[int]
     run_id: str
     run_json: str
     slot: int
     num_partitions: int
-    def __init__(self, run_id: _Optional[str] = ..., run_json: _Optional[str] = ..., slot: _Optional[int] = ..., num_partitions: _Optional[int] = ...) -> None: ...
+    probe: _containers.RepeatedScalarFieldContainer[float]
+    def __init__(self, run_id: _Optional[str] = ..., run_json: _Optional[str] = ..., slot: _Optional[int] = ..., num_partitions: _Optional[int] = ..., probe: _Optional[_Iterable[float]] = ...) -> None: ...
 
 class WatchRequest(_message.Message):
-    __slots__ = ()
-    def __init__(self) -> None: ...
+    __slots__ = ("instance_id",)
+    INSTANCE_ID_FIELD_NUMBER: _ClassVar[int]
+    instance_id: str
+    def __init__(self, instance_id: _Optional[str] = ...) -> None: ...
 
 class WatchEvent(_message.Message):
-    __slots__ = ("round", "phase", "initial_weights", "outcome", "progress", "latest_model", "failed_round", "failure", "run_over", "num_contributions", "max_contributions", "initial_encoded", "counted_round", "left_out")
+    __slots__ = ("round", "phase", "initial_weights", "outcome", "progress", "latest_model", "failed_round", "failure", "run_over", "num_contributions", "max_contributions", "initial_encoded", "counted_round", "accepted_weights", "left_out")
     ROUND_FIELD_NUMBER: _ClassVar[int]
     PHASE_FIELD_NUMBER: _ClassVar[int]
     INITIAL_WEIGHTS_FIELD_NUMBER: _ClassVar[int]
@@ -162,6 +172,7 @@ class WatchEvent(_message.Message):
     MAX_CONTRIBUTIONS_FIELD_NUMBER: _ClassVar[int]
     INITIAL_ENCODED_FIELD_NUMBER: _ClassVar[int]
     COUNTED_ROUND_FIELD_NUMBER: _ClassVar[int]
+    ACCEPTED_WEIGHTS_FIELD_NUMBER: _ClassVar[int]
     LEFT_OUT_FIELD_NUMBER: _ClassVar[int]
     round: int
     phase: Phase
@@ -176,8 +187,9 @@ class WatchEvent(_message.Message):
     max_contributions: int
     initial_encoded: Encoded
     counted_round: int
+    accepted_weights: str
     left_out: LeftOut
-    def __init__(self, round: _Optional[int] = ..., phase: _Optional[_Union[Phase, str]] = ..., initial_weights: _Optional[_Union[Blob, _Mapping]] = ..., outcome: _Optional[_Union[Outcome, str]] = ..., progress: _Optional[_Union[Progress, _Mapping]] = ..., latest_model: _Optional[_Union[PublishedModel, _Mapping]] = ..., failed_round: _Optional[int] = ..., failure: _Optional[str] = ..., run_over: bool = ..., num_contributions: _Optional[int] = ..., max_contributions: _Optional[int] = ..., initial_encoded: _Optional[_Union[Encoded, _Mapping]] = ..., counted_round: _Optional[int] = ..., left_out: _Optional[_Union[LeftOut, _Mapping]] = ...) -> None: ...
+    def __init__(self, round: _Optional[int] = ..., phase: _Optional[_Union[Phase, str]] = ..., initial_weights: _Optional[_Union[Blob, _Mapping]] = ..., outcome: _Optional[_Union[Outcome, str]] = ..., progress: _Optional[_Union[Progress, _Mapping]] = ..., latest_model: _Optional[_Union[PublishedModel, _Mapping]] = ..., failed_round: _Optional[int] = ..., failure: _Optional[str] = ..., run_over: bool = ..., num_contributions: _Optional[int] = ..., max_contributions: _Optional[int] = ..., initial_encoded: _Optional[_Union[Encoded, _Mapping]] = ..., counted_round: _Optional[int] = ..., accepted_weights: _Optional[str] = ..., left_out: _Optional[_Union[LeftOut, _Mapping]] = ...) -> None: ...
 
 class LeftOut(_message.Message):
     __slots__ = ("round", "reason", "message")

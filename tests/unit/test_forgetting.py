@@ -19,6 +19,7 @@ from cloud_server.disk.tables import ReportRow
 from cloud_server.jobs import JobDirectory
 from cloud_server.store import Store
 from cloud_server.upkeep import forgetting, forgotten, provenance
+from common.config import RunConfig
 from common.errors import NotFoundError, UsageError
 from common.run_state import Outcome
 from tests.unit.states import (
@@ -75,6 +76,7 @@ def make(store: Store, state_dir: Path) -> None:
     """Make two published rounds, the first with both agents, and a third that the trainer has worked on."""
     begin(store, state_dir)
     assert store.join(OTHER, 0.6) == 2
+    store.set_class_names(("cat", "dog"), OTHER)
     for number in (1, 2):
         contribute(store, number)
         contribute_other(store, number, Outcome.ACCEPTED if number == 1 else Outcome.LATE)
@@ -453,7 +455,14 @@ def test_who_was_forgotten_by_an_older_program_is_known_without_digests(
     with monkeypatch.context() as older:
         older.setattr(store_module, "MIGRATIONS", store_module.MIGRATIONS[:6])
         with closing(Store(state_dir)) as store:
-            begin(store, state_dir)
+            made = state_dir / "jobs/made"
+            made.write_bytes(INITIAL)
+            store.blobs.adopt(made, digest_of(INITIAL))
+            store.join(AGENT, 0.5)
+            with store.transaction() as database:
+                run = RunConfig().model_dump_json()
+                database.execute("INSERT INTO run VALUES (1, 'run-1', ?, 0.0)", (run,))
+            store.open_round(1, digest_of(INITIAL), 0.0)
             store.set_phase(1, "published", 2.0, published_digest=digest_of(INITIAL))
             with store.transaction() as database:
                 models = json.dumps([[1, digest_of(INITIAL)]])

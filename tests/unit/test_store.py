@@ -513,8 +513,16 @@ def left_by_older_program(state_dir, monkeypatch):
     def left_by_older_program(num_migrations: int, statement: str) -> None:
         with monkeypatch.context() as older:
             older.setattr(store_module, "MIGRATIONS", store_module.MIGRATIONS[:num_migrations])
-            with closing(Store(state_dir)) as store:
-                populate(store)
+            with closing(Store(state_dir)) as store, store.transaction() as database:
+                database.execute(
+                    "INSERT INTO run (run_id, config_json, created_at) VALUES ('run-1', '{}', 10)"
+                )
+                database.execute(
+                    "INSERT INTO rounds (number, phase, initial_weights, opened_at)"
+                    " VALUES (1, 'collecting', ?, 10)",
+                    ("0" * 64,),
+                )
+                database.execute("INSERT INTO agents VALUES ('a', 1, 11), ('b', 2, 11)")
         with closing(sqlite3.connect(state_dir / "ecavg.sqlite3")) as database, database:
             database.execute(statement)
 
