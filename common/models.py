@@ -5,14 +5,18 @@ PyTorch, and the model "mlp" does not need torchvision.
 """
 
 import importlib
-from collections.abc import Callable, Collection
+import random
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from common.config import RunConfig
-from common.errors import UsageError
+from common.errors import ECAvgError, UsageError
+from common.training import derive_seed, main_output
 
 _NO_AUXILIARY_HEADS = {"aux_logits": False, "init_weights": True}
 _OPTIONS: dict[str, dict[str, Any]] = {"googlenet": _NO_AUXILIARY_HEADS, "inception_v3": _NO_AUXILIARY_HEADS}
@@ -32,25 +36,54 @@ def model_names() -> list[str]:
     return ["mlp", *torchvision.models.list_models(module=torchvision.models)]
 
 
-def build_model(run: RunConfig, *, seed: int, allowed_factories: Collection[str] | None = None) -> nn.Module:
-    """Build the run's model on the CPU with float32 weights drawn under `seed`.
+def build_model(
+    run: RunConfig, *, seed: int | None = None, allowed_factories: Collection[str] | None = None
+) -> nn.Module:
+    """Build the run's model on the CPU.
 
-    The function leaves the global random state unchanged.
+    Everything that is drawn at random follows from the run's seed, wherever the model is built: a model may
+    have random buffers that its state_dict leaves out. The function leaves the global random states of
+    PyTorch, NumPy and Python unchanged.
 
     Args:
         run: the configuration that names the model and the dataset.
-        seed: the seed of the weights; the same seed gives the same weights, bit by bit.
+        seed: a seed under which the parameters, and they alone, are drawn anew; the same seed gives the same
+            parameters, bit by bit. None leaves the parameters as they are drawn under the run's seed.
         allowed_factories: the user's own factories that may be imported; None allows any factory.
 
     Raises:
         UsageError: the model is unknown or not allowed, or does not fit the dataset.
     """
     make = _builder(run, allowed_factories)
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
+    model = _built(make, run, derive_seed(run.seed, "initial_weights"))
+    if seed is not None:
+        drawn = dict(_built(make, run, seed).named_parameters())
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                parameter.copy_(drawn[name])
+    return model
+
+
+def _built(make: Callable[[RunConfig], nn.Module], run: RunConfig, seed: int) -> nn.Module:
+    with _seeded(seed):
         model = make(run)
         check_model(model, run)
     return model
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Seed the global generators of PyTorch, NumPy and Python, and put them back at the end."""
+    numpy_state, python_state = np.random.get_state(), random.getstate()
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        np.random.seed(seed % 2**32)
+        random.seed(seed)
+        try:
+            yield
+        finally:
+            np.random.set_state(numpy_state)
+            random.setstate(python_state)
 
 
 def _builder(run: RunConfig, allowed_factories: Collection[str] | None) -> Callable[[RunConfig], nn.Module]:
@@ -84,18 +117,37 @@ def check_model(model: nn.Module, run: RunConfig) -> None:
         # Lazy modules create their parameters in this call. In inference_mode the parameters would be
         # inference tensors, which cannot be trained.
         with torch.no_grad():
-            outputs = model.eval()(torch.zeros(2, *image_shape))
+            outputs = main_output(model.eval()(torch.zeros(2, *image_shape)))
     # A model may raise any error for an image of a size that the model was not made for.
     except Exception as error:
         raise UsageError(f"model {run.model!r} cannot take {dataset}: {_first_line(error)}") from error
     finally:
         model.train(was_training)
-    found = list(outputs.shape) if isinstance(outputs, torch.Tensor) else type(outputs).__name__
+    found = list(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
     if found != [2, num_classes]:
         raise UsageError(
             f"model {run.model!r} does not fit {dataset}: for 2 images its output is {found},"
             f" it should be {[2, num_classes]}"
         )
+    if not outputs.is_floating_point():
+        raise UsageError(f"model {run.model!r} gives outputs of {outputs.dtype}, not of real numbers")
+
+
+@contextmanager
+def errors_of_model(run: RunConfig, kind: type[ECAvgError]) -> Iterator[None]:
+    """Turn whatever the code of a model raises while it computes into one line that names the model.
+
+    Errors of the project itself, and of the disk, pass as they are.
+
+    Raises:
+        ECAvgError: of the kind asked for.
+    """
+    try:
+        yield
+    except (ECAvgError, OSError):
+        raise
+    except Exception as error:
+        raise kind(f"model {run.model!r} failed: {type(error).__name__}: {_first_line(error)}") from error
 
 
 def import_factory(name: str, allowed_factories: Collection[str] | None) -> Callable[..., Any]:

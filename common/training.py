@@ -12,11 +12,13 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import structlog
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -45,6 +47,8 @@ class StepReport(NamedTuple):
 
 
 OnStep = Callable[[StepReport], None]
+
+log = structlog.get_logger()
 
 
 class Examples(NamedTuple):
@@ -162,21 +166,56 @@ def choose_precision(
         return config.precision
     if not has_bfloat16(device):
         return "float32"
+    if not len(examples.labels):
+        return "float32"
     if device.type == "cuda":
-        return "bfloat16"
-    if kept_at is None or not len(examples.labels):
+        return "bfloat16" if can_train_in_bfloat16(model, examples, config, spec, device) else "float32"
+    if kept_at is None:
         return "float32"
     data = DeviceData(examples.images, spec, device, [examples.labels])
     batch_size = min(len(data), config.batch_size)
-
-    def rehearse(precision: Precision) -> Callable[[], object]:
-        recipe = Recipe(config, spec, seed=0, precision=precision)
-        return _Training(copy.deepcopy(model), data, recipe, None, ALONE).rehearsal()
-
     subject = describe(model, data.image_shape, batch_size)
     num_steps = config.epochs * math.ceil(len(data) / batch_size)
-    with torch.random.fork_rng(devices=[]):
-        return decide(kept_at, subject, num_steps, rehearse)
+    # A model that cannot be copied, such as TorchScript's, is not timed.
+    with torch.random.fork_rng(devices=[]), suppress(_NoCopyError):
+        return decide(kept_at, subject, num_steps, partial(_rehearsal, model, data, config, spec))
+    return "float32"
+
+
+def can_train_in_bfloat16(
+    model: nn.Module, examples: Examples, config: TrainingConfig, spec: DatasetSpec, device: torch.device
+) -> bool:
+    """Return True if a training step with a few of the examples works in bfloat16; the model is not changed.
+
+    Some operations, such as Fourier transforms, have no bfloat16. A model that cannot be copied is not tried.
+    """
+    data = DeviceData(examples.images[:2], spec, device, [examples.labels[:2]])
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        try:
+            _rehearsal(model, data, config, spec, "bfloat16")()
+        except (RuntimeError, _NoCopyError) as error:
+            log.warning("bfloat16_failed", reason=str(error).partition("\n")[0])
+            return False
+    return True
+
+
+class _NoCopyError(Exception):
+    """A model cannot be copied."""
+
+
+def _rehearsal(
+    model: nn.Module, data: DeviceData, config: TrainingConfig, spec: DatasetSpec, precision: Precision
+) -> Callable[[], object]:
+    """Return a step with a copy of the model, which can be taken again and again."""
+    try:
+        copied = copy.deepcopy(model)
+    except Exception as error:
+        # The model is the user's, and what refuses to be copied raises whatever it likes.
+        raise _NoCopyError(str(error)) from error
+    if not all(parameter.is_leaf for parameter in copied.parameters()):
+        raise _NoCopyError("the parameters of its copy cannot be trained, as with TorchScript")
+    recipe = Recipe(config, spec, seed=0, precision=precision)
+    return _Training(copied, data, recipe, None, ALONE).rehearsal()
 
 
 def train(
@@ -278,7 +317,8 @@ def predict(
     with _evaluation_mode(model):
         for begin in range(0, len(data), batch_size):
             (x_BCHW,) = data.take(slice(begin, begin + batch_size))
-            logits.append(model(x_BCHW.contiguous(memory_format=memory_format)).float().cpu())
+            outputs = model(x_BCHW.contiguous(memory_format=memory_format))
+            logits.append(main_output(outputs).float().cpu())
     return torch.cat(logits)
 
 
@@ -317,6 +357,18 @@ def recompute_statistics(
         for indices in order.tensor_split(num_batches):
             (x_BCHW,) = data.take(indices)
             model(x_BCHW.contiguous(memory_format=memory_format))
+
+
+def main_output(outputs: Any) -> Any:
+    """Return the logits among the outputs of a model, which may have auxiliary outputs besides.
+
+    They are the first item of a tuple or list, and of a mapping the item "out" (torchvision's segmentation
+    models call it so) or "logits" (transformers'), or else the first.
+    """
+    if isinstance(outputs, Mapping):
+        name = next((name for name in ("out", "logits") if name in outputs), next(iter(outputs), None))
+        return outputs[name] if name is not None else outputs
+    return outputs[0] if isinstance(outputs, (tuple, list)) and outputs else outputs
 
 
 def learning_rate_factor(schedule: str, step: int, num_steps: int) -> float:
@@ -421,7 +473,10 @@ class _Training:
         x_BCHW, y_B = draws.take(self._data, mine, self._config.augment)
         x_BCHW = x_BCHW.contiguous(memory_format=self._memory_format)
         with self._autocast:
-            loss_sum = self._loss_sum(self._model(x_BCHW), y_B)
+            outputs = self._model(x_BCHW)
+            loss_sum = self._loss_sum(main_output(outputs), y_B)
+        if self._world_size > 1:
+            loss_sum = loss_sum + _touch_others(outputs)
         self.optimizer.zero_grad()
         # DistributedDataParallel averages over ranks: times world_size it is the mean over the batch.
         (loss_sum * (self._world_size / batch_size)).backward()  # type: ignore[no-untyped-call]
@@ -433,6 +488,18 @@ class _Training:
         logits_BK = logits_BK.float()
         smoothing = self._config.label_smoothing
         return F.cross_entropy(logits_BK, y_B, reduction="sum", label_smoothing=smoothing)
+
+
+def _touch_others(outputs: Any) -> Tensor | float:
+    """Return zero, computed from all auxiliary outputs of a model.
+
+    Ranks that train together wait for a gradient of every parameter, also of those behind outputs that do not
+    count. These gradients become zero.
+    """
+    if isinstance(outputs, Tensor):
+        return 0.0
+    others = outputs.values() if isinstance(outputs, Mapping) else outputs
+    return sum((0.0 * each.float().sum() for each in others if isinstance(each, Tensor)), 0.0)
 
 
 def _identity(recipe: Recipe, model: nn.Module, examples: Examples) -> str:
@@ -482,7 +549,9 @@ def _batch_norms(model: nn.Module) -> list[_BatchNorm]:
 
 
 def _make_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
-    parameters, rate, decay = model.parameters(), config.learning_rate, config.weight_decay
+    parameters, rate, decay = list(model.parameters()), config.learning_rate, config.weight_decay
+    # The fused kernels know floating-point parameters only, and complex ones are none.
+    is_fused = all(parameter.is_floating_point() for parameter in parameters)
     if config.optimizer == "sgd":
         return torch.optim.SGD(
             parameters,
@@ -490,7 +559,7 @@ def _make_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Opt
             weight_decay=decay,
             momentum=config.momentum,
             nesterov=config.nesterov,
-            fused=True,
+            fused=is_fused,
         )
     kind = torch.optim.Adam if config.optimizer == "adam" else torch.optim.AdamW
-    return kind(parameters, lr=rate, weight_decay=decay, fused=True)
+    return kind(parameters, lr=rate, weight_decay=decay, fused=is_fused)

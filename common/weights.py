@@ -27,6 +27,11 @@ _DTYPE_NAMES: Mapping[torch.dtype, str] = {
 }  # fmt: skip
 
 
+def dtype_name(dtype: torch.dtype) -> str | None:
+    """Return the name that safetensors gives a dtype, for example "F32"; None if its files cannot hold it."""
+    return _DTYPE_NAMES.get(dtype)
+
+
 def write_state_dict(
     state_dict: Mapping[str, Tensor], path: Path, *, metadata: Mapping[str, str] = _METADATA
 ) -> None:

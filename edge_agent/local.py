@@ -19,7 +19,8 @@ from common.config import RunConfig, TrainingConfig
 from common.errors import DivergedError, RunError
 from common.faults import Point, crash_point
 from common.files import link, replacing
-from common.models import build_model
+from common.models import build_model, errors_of_model
+from common.rehearsal import check_probe, rehearse
 from common.schema import most_file_bytes
 from common.shards import Shard, cloud_holdout, gather, read_shard
 from common.training import (
@@ -48,12 +49,14 @@ log = structlog.get_logger()
 def load_local_models(
     joined: Joined, config: AgentConfig, disk: AgentState, device: torch.device
 ) -> "LocalModels":
-    """Read this agent's data, and make sure that its shard files hold them.
+    """Rehearse the model, read this agent's data, and make sure that its shard files hold them.
 
     Raises:
-        UsageError: the data cannot be read, or do not fit the run.
+        UsageError: the model cannot be used here, or is another one than the server's; or the data cannot be
+            read, or do not fit the run.
         OSError: a shard file cannot be written.
     """
+    check_probe(joined.run, rehearse(joined.run, config.allow_factory), joined.probe)
     data = load_agent_data(
         joined.run,
         source=config.data,
@@ -280,14 +283,15 @@ class LocalModels:
         kept_at = self._disk.precision
         precision = choose_precision(model, examples, config, spec=spec, device=device, kept_at=kept_at)
         seed = derive_seed(self._run.seed, stream, number, self._disk.agent_id)
-        training.train(
-            model,
-            examples,
-            Recipe(config, spec, seed, precision),
-            device=device,
-            on_step=on_step,
-            checkpoint=CheckpointFile(self._disk.checkpoint, self._checkpoint_seconds),
-        )
+        with errors_of_model(self._run, RunError):
+            training.train(
+                model,
+                examples,
+                Recipe(config, spec, seed, precision),
+                device=device,
+                on_step=on_step,
+                checkpoint=CheckpointFile(self._disk.checkpoint, self._checkpoint_seconds),
+            )
 
     def _objection(self, before: Evaluation | None, after: Evaluation) -> str:
         """Return why a model should not take the place of the one in use; empty: it may."""
@@ -321,13 +325,14 @@ class LocalModels:
         return evaluation
 
     def _evaluate(self, model: nn.Module) -> Evaluation:
-        return training.evaluate(
-            model,
-            torch.from_numpy(self._held_out.images),
-            torch.from_numpy(self._held_out.labels),
-            spec=self._run.spec,
-            device=self._device,
-        )
+        with errors_of_model(self._run, RunError):
+            return training.evaluate(
+                model,
+                torch.from_numpy(self._held_out.images),
+                torch.from_numpy(self._held_out.labels),
+                spec=self._run.spec,
+                device=self._device,
+            )
 
 
 def _kept(folder: Path, train: Shard, is_chosen: np.ndarray) -> dict[Path, Blob]:

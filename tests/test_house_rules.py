@@ -22,6 +22,7 @@ MAY_IMPORT_TORCH = {
     "common/batches.py",
     "common/checkpoint.py",
     "common/models.py",
+    "common/rehearsal.py",
     "common/precision.py",
     "common/training.py",
     "common/weights.py",

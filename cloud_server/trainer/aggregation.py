@@ -190,13 +190,19 @@ def geometric_median(
 
 
 class Contributions:
-    """Safetensors files with equal names, shapes and dtypes, which are read side by side."""
+    """Safetensors files with equal names, shapes and dtypes, which are read side by side.
+
+    Attributes:
+        stored: the dtypes and shapes of the tensors in the files.
+        schema: the same, with each complex tensor as a real one whose last axis has both parts.
+    """
 
     def __init__(self, paths: Sequence[Path]) -> None:
         headers = [read_header(path) for path in paths]
-        self.schema = headers[0].schema
-        if any(header.schema != self.schema for header in headers):
+        self.stored = headers[0].schema
+        if any(header.schema != self.stored for header in headers):
             raise RunError("the contributions have different names, shapes or dtypes")
+        self.schema = {name: _as_real(spec) for name, spec in self.stored.items()}
         self._files = list(zip(paths, headers, strict=True))
 
     def pieces(self, name: str, max_elements: int) -> Iterator[tuple[int, Piece]]:
@@ -205,6 +211,13 @@ class Contributions:
         buffer = torch.empty(min(max_elements, num_elements), dtype=dtype)
         for begin in range(0, num_elements, max_elements):
             yield begin, self._piece(name, begin, buffer[: num_elements - begin])
+
+    def restored(self, tensors: StateDict) -> StateDict:
+        """Return tensors of `schema` with those complex that are complex in the files."""
+        return {
+            name: torch.view_as_complex(tensor) if self.stored[name].dtype == "C64" else tensor
+            for name, tensor in tensors.items()
+        }
 
     def _piece(self, name: str, begin: int, values: Tensor) -> Iterator[Tensor]:
         """Read one piece of each contribution in turn into `values`, and yield `values` each time."""
@@ -215,6 +228,11 @@ class Contributions:
                 if file.readinto(data) != len(data):
                     raise RunError(f"{path} ends within its data")
             yield values
+
+
+def _as_real(spec: TensorSpec) -> TensorSpec:
+    """Return a complex tensor as a real one, because every rule here is about single coordinates."""
+    return TensorSpec("F32", (*spec.shape, 2)) if spec.dtype == "C64" else spec
 
 
 def _reduce(
@@ -233,7 +251,7 @@ def _reduce(
             # The cast to an integer dtype would cut the fraction off, so the result is rounded before.
             target.copy_(result if target.is_floating_point() else result.round_())
         on_tensor(len(reduced), len(contributions.schema))
-    return reduced
+    return contributions.restored(reduced)
 
 
 def _trimmed_mean(paths: Sequence[Path], num_dropped: int, on_tensor: OnTensor) -> StateDict:

@@ -18,7 +18,6 @@ from common.config import RunConfig
 from common.errors import InvalidError, RunError, UsageError
 from common.models import build_model
 from common.schema import check_finite, read_header
-from common.training import derive_seed
 from common.weights import StateDict, load_into
 
 # A download fails when no data has arrived for so long.
@@ -48,7 +47,7 @@ def initial_model(run: RunConfig) -> nn.Module:
         RunError: the downloaded file is broken.
         OSError: the disk has no room for the download.
     """
-    model = build_model(run, seed=derive_seed(run.seed, "initial_weights"))
+    model = build_model(run)
     if run.initial_weights == "pretrained":
         _load_published(model, run)
     elif run.initial_weights.endswith(".safetensors"):

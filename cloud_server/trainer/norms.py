@@ -88,7 +88,7 @@ def clip(weights: Path, base: Path | None, scale: float, target: Path) -> None:
             # The formula is not start + scale * (own - start), because that difference may be infinite.
             part = own.double() * scale + start * (1 - scale) if own.is_floating_point() else own
             tensor.view(-1)[begin : begin + len(own)] = part
-    write_state_dict(clipped, target)
+    write_state_dict(files.restored(clipped), target)
 
 
 def _norm(values: Tensor) -> float:

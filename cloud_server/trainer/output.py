@@ -44,7 +44,7 @@ def write_model(model: nn.Module, directory: JobDirectory, wire: Wire, base: Bas
     """
     state_dict = model.state_dict()
     for name, tensor in state_dict.items():
-        if tensor.is_floating_point() and not tensor.isfinite().all():
+        if not tensor.isfinite().all():
             raise RunError(f"tensor {name} of the new model is not finite: lower run.fine_tune.learning_rate")
     if wire == "float32":
         write_state_dict(state_dict, directory.weights_path)

@@ -220,7 +220,7 @@ class RoundPipeline:
 @lru_cache(maxsize=1)
 def _network(run: RunConfig) -> nn.Module:
     """Return the run's network, which is built once for all rounds; every round loads its own weights."""
-    return build_model(run, seed=run.seed)
+    return build_model(run)
 
 
 def _by_class(

@@ -15,6 +15,7 @@ from cloud_server.trainer.pipeline import RoundPipeline
 from common.errors import ECAvgError, UsageError
 from common.faults import Point, crash_point
 from common.files import error_number, is_full
+from common.rehearsal import rehearse
 from common.schema import read_header
 from common.wire import wire_of, wire_schema
 
@@ -74,12 +75,15 @@ def _initialise(job: Job, directory: JobDirectory, group: Group) -> Result:
     """Make and write the run's initial weights, on rank 0 only."""
     if group.rank != 0:
         return Result()
+    probe = rehearse(job.run)
     model = initial_model(job.run)
     with directory.scratch():
         written = write_model(model, directory, wire_of(job.run.wire, None), None)
     # A schema that cannot be encoded is refused here, because after agents have joined it would be too late.
     wire_schema(read_header(directory.weights_path).schema, job.run.wire)
-    return Result(weights=written.weights, encoded=written.encoded, num_parameters=num_parameters(model))
+    return Result(
+        weights=written.weights, encoded=written.encoded, probe=probe, num_parameters=num_parameters(model)
+    )
 
 
 def _describe(error: Exception) -> JobError:

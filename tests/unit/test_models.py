@@ -33,7 +33,7 @@ def too_wide(*, num_classes, image_shape):
 
 class Pair(nn.Module):
     def forward(self, x):
-        return x, x
+        return {"image": x}, x
 
 def pair(*, num_classes, image_shape):
     return Pair()
@@ -175,7 +175,7 @@ def test_factory_that_the_agent_does_not_allow_is_never_imported(factories: str)
         ("no_such_package:factory", "PYTHONPATH.*No module named 'no_such_package'"),
         (":factory", "cannot import"),
         ("their_models:too_wide", r"output is \[2, 11\], it should be \[2, 10\]"),
-        ("their_models:pair", r"output is tuple, it should be \[2, 10\]"),
+        ("their_models:pair", r"output is dict, it should be \[2, 10\]"),
     ],
 )
 def test_factory_that_does_not_work_is_refused_in_one_line(

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from common import precision, training
-from common.config import DatasetSpec, TrainingConfig
+from common.config import DatasetSpec, RunConfig, TrainingConfig
+from common.models import build_model
 from common.precision import MIN_STEPS, decide, describe
 from common.training import CheckpointFile, Examples, Recipe, choose_precision, train
 
@@ -161,3 +162,25 @@ def test_a_checkpoint_of_another_precision_is_not_gone_on_with(tmp_path: Path) -
     other = "float32" if "bfloat16" in text else "bfloat16"
     path.write_text(text.replace(json.loads(text)["precision"], other))
     assert are_equal(trained("auto", path, checkpoint=checkpoint), trained(other))
+
+
+def odd_model(name: str) -> tuple[nn.Module, Examples, TrainingConfig, DatasetSpec]:
+    run = RunConfig(model=f"tests.integration.models:{name}")
+    images = torch.randint(256, (8, 1, 8, 8), dtype=torch.uint8)
+    return build_model(run), Examples(images, torch.arange(8)), TrainingConfig(), run.spec
+
+
+@pytest.mark.parametrize(("name", "can"), [("linear", True), ("full_precision", False), ("scripted", False)])
+def test_model_that_cannot_take_a_step_in_bfloat16_is_found_out(name: str, *, can: bool) -> None:
+    model, examples, config, spec = odd_model(name)
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    assert training.can_train_in_bfloat16(model, examples, config, spec, CPU) is can
+    assert are_equal(before, model.state_dict())
+
+
+@pytest.mark.usefixtures("measured")
+@pytest.mark.parametrize("name", ["full_precision", "scripted"])
+def test_such_a_model_is_trained_in_float32(tmp_path: Path, name: str) -> None:
+    model, examples, config, spec = odd_model(name)
+    kept_at = tmp_path / "kept"
+    assert choose_precision(model, examples, config, spec=spec, device=CPU, kept_at=kept_at) == "float32"
