@@ -1,0 +1,148 @@
+"""The proxy of a company's network: which connections go through one, and how.
+
+All connections of an agent are made by these rules: gRPC's, and those of enrolment that are not gRPC's.
+The variables are those that gRPC reads. gRPC itself is told the outcome and does not look at them, because
+its versions differ in how they read `no_proxy`.
+"""
+
+import ipaddress
+import os
+import re
+import socket
+from base64 import b64encode
+from collections.abc import Mapping, Sequence
+from http.client import HTTPConnection, HTTPException
+from typing import NamedTuple
+from urllib.parse import unquote, urlsplit
+
+from common import addresses
+from common.addresses import Address
+from common.errors import UnavailableError, UsageError, one_line
+
+# The first of these variables that has a value counts.
+PROXY_VARIABLES = ("grpc_proxy", "https_proxy", "http_proxy")
+EXEMPT_VARIABLES = ("no_grpc_proxy", "no_proxy")
+
+# The port that the URL of a proxy means if it names none.
+_HTTP_PORT = 80
+# The beginning of the error of http.client for a proxy that does not open the tunnel.
+_NO_TUNNEL = "Tunnel connection failed: "
+
+
+class Proxy(NamedTuple):
+    """A proxy that takes the method CONNECT."""
+
+    variable: str
+    """The environment variable that names the proxy."""
+    address: Address
+    credentials: str
+    """Name and password as "name:password"; "" if the proxy needs none."""
+
+    def __str__(self) -> str:
+        """Return the proxy for messages, without its credentials."""
+        return f"the proxy http://{self.address} ({self.variable})"
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """Return the headers that show the credentials: RFC 7617."""
+        if not self.credentials:
+            return {}
+        return {"Proxy-Authorization": f"Basic {b64encode(self.credentials.encode()).decode()}"}
+
+
+def find(server: str, environ: Mapping[str, str] = os.environ) -> Proxy | None:
+    """Return the proxy through which to connect to the server; None: there is none on the way.
+
+    Args:
+        server: host and port.
+
+    Raises:
+        UsageError: the variable that counts names something else than an HTTP proxy.
+    """
+    variable, url = _first_value(PROXY_VARIABLES, environ)
+    _, exempt = _first_value(EXEMPT_VARIABLES, environ)
+    if not url or _is_exempt(addresses.parse(server).host, exempt):
+        return None
+    return _parse(variable, url)
+
+
+def route(server: str) -> str:
+    """Return the server for messages, and the proxy on the way to it if there is one.
+
+    Raises:
+        UsageError: as for `find`.
+    """
+    proxy = find(server)
+    return f"{server} through {proxy}" if proxy else server
+
+
+def connect(server: str, seconds: float) -> socket.socket:
+    """Return a connection to the server, each step of which has so many seconds.
+
+    Raises:
+        OSError: nobody answers, or something that is no proxy.
+        UnavailableError: the proxy answers that it does not connect.
+        UsageError: as for `find`.
+    """
+    proxy = find(server)
+    host, port = addresses.parse(server)
+    if proxy is None:
+        return socket.create_connection((host, port), seconds)
+    tunnel = HTTPConnection(*proxy.address, timeout=seconds)
+    # http.client puts no brackets around an IPv6 address.
+    tunnel.set_tunnel(server.rpartition(":")[0], port, {"Host": server, **proxy.headers})
+    try:
+        tunnel.connect()
+    except HTTPException as error:
+        raise ConnectionError("the proxy does not speak HTTP") from error
+    except OSError as error:
+        answer = str(error)
+        if not answer.startswith(_NO_TUNNEL):
+            raise
+        raise UnavailableError(f"the proxy answers {one_line(answer.removeprefix(_NO_TUNNEL))}") from error
+    connection: socket.socket = tunnel.sock
+    return connection
+
+
+def _first_value(names: Sequence[str], environ: Mapping[str, str]) -> tuple[str, str]:
+    """Return the first variable that has a value, in lower or upper case, and the value; "" if none has."""
+    for name in names:
+        for variable in (name, name.upper()):
+            if value := environ.get(variable, "").strip():
+                return variable, value
+    return "", ""
+
+
+def _is_exempt(host: str, entries: str) -> bool:
+    """Return True if an entry of the list is the host, a domain or network that it is in, or "*"."""
+    return any(entry == "*" or _covers(entry, host) for entry in re.split(r"[,\s]+", entries) if entry)
+
+
+def _covers(entry: str, host: str) -> bool:
+    try:
+        network = ipaddress.ip_network(re.sub(r"[\[\]]", "", entry), strict=False)
+        return ipaddress.ip_address(host.partition("%")[0]) in network
+    except ValueError:
+        domain = entry.lower().removeprefix("*").strip(".")
+        name = host.lower().rstrip(".")
+        return name == domain or (bool(domain) and name.endswith(f".{domain}"))
+
+
+def _parse(variable: str, url: str) -> Proxy:
+    """Return the proxy with this URL, or raise UsageError, which must not show the password."""
+    scheme = re.match(r"([a-z][a-z0-9+.-]{1,20})://", url, re.IGNORECASE)
+    if scheme and scheme[1].lower() != "http":
+        raise UsageError(f"{variable} names a proxy of the kind {scheme[1]}://: {_REMEDY}")
+    try:
+        parts = urlsplit(url if scheme else "")
+        port = _HTTP_PORT if parts.port is None else parts.port
+        address = addresses.parse(str(Address(parts.hostname or "", port)))
+    # The error of urllib quotes a part of the URL, which may be the password.
+    except ValueError:
+        raise UsageError(f"{variable} is not the URL of a proxy: {_REMEDY}") from None
+    has_credentials = "@" in parts.netloc
+    credentials = f"{unquote(parts.username or '')}:{unquote(parts.password or '')}"
+    return Proxy(variable, address, credentials if has_credentials else "")
+
+
+_REMEDY = "write http://HOST:PORT, or list the server in no_proxy to reach it directly"
