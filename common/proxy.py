@@ -27,6 +27,7 @@ EXEMPT_VARIABLES = ("no_grpc_proxy", "no_proxy")
 _HTTP_PORT = 80
 # The beginning of the error of http.client for a proxy that does not open the tunnel.
 _NO_TUNNEL = "Tunnel connection failed: "
+_REMEDY = "write http://HOST:PORT, or list the server in no_proxy to reach it directly"
 
 
 class Proxy(NamedTuple):
@@ -143,6 +144,3 @@ def _parse(variable: str, url: str) -> Proxy:
     has_credentials = "@" in parts.netloc
     credentials = f"{unquote(parts.username or '')}:{unquote(parts.password or '')}"
     return Proxy(variable, address, credentials if has_credentials else "")
-
-
-_REMEDY = "write http://HOST:PORT, or list the server in no_proxy to reach it directly"
