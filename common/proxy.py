@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from http.client import HTTPConnection, HTTPException
 from typing import NamedTuple
 from urllib.parse import unquote, urlsplit
+from urllib.request import getproxies, proxy_bypass
 
 from common import addresses
 from common.addresses import Address
@@ -77,6 +78,16 @@ def route(server: str) -> str:
     return f"{server} through {proxy}" if proxy else server
 
 
+def route_of_download(url: str) -> str:
+    """Return the URL of a download for messages, and the variable of the proxy on the way if there is one.
+
+    urllib makes downloads, and reads fewer variables than `find`.
+    """
+    scheme, host = urlsplit(url).scheme, urlsplit(url).hostname
+    has_proxy = scheme in getproxies() and host and not proxy_bypass(host)
+    return f"{url} through the proxy of {scheme}_proxy" if has_proxy else url
+
+
 def connect(server: str, seconds: float) -> socket.socket:
     """Return a connection to the server, each step of which has so many seconds.
 
@@ -92,17 +103,24 @@ def connect(server: str, seconds: float) -> socket.socket:
     tunnel = HTTPConnection(*proxy.address, timeout=seconds)
     # http.client puts no brackets around an IPv6 address.
     tunnel.set_tunnel(server.rpartition(":")[0], port, {"Host": server, **proxy.headers})
+    _open(tunnel)
+    connection: socket.socket = tunnel.sock
+    return connection
+
+
+def _open(tunnel: HTTPConnection) -> None:
+    """Connect to the proxy and have it connect to the server; the errors are those of `connect`."""
     try:
         tunnel.connect()
-    except HTTPException as error:
-        raise ConnectionError("the proxy does not speak HTTP") from error
     except OSError as error:
+        tunnel.close()
         answer = str(error)
         if not answer.startswith(_NO_TUNNEL):
             raise
         raise UnavailableError(f"the proxy answers {one_line(answer.removeprefix(_NO_TUNNEL))}") from error
-    connection: socket.socket = tunnel.sock
-    return connection
+    except HTTPException as error:
+        tunnel.close()
+        raise ConnectionError("the proxy does not speak HTTP") from error
 
 
 def _first_value(names: Sequence[str], environ: Mapping[str, str]) -> tuple[str, str]:
@@ -120,13 +138,16 @@ def _is_exempt(host: str, entries: str) -> bool:
 
 
 def _covers(entry: str, host: str) -> bool:
+    """Return True if the entry is the host, or a network or a domain that the host is in."""
     try:
-        network = ipaddress.ip_network(re.sub(r"[\[\]]", "", entry), strict=False)
-        return ipaddress.ip_address(host.partition("%")[0]) in network
+        address = ipaddress.ip_address(host.partition("%")[0])
     except ValueError:
         domain = entry.lower().removeprefix("*").strip(".")
-        name = host.lower().rstrip(".")
-        return name == domain or (bool(domain) and name.endswith(f".{domain}"))
+        return bool(domain) and f".{host.lower().rstrip('.')}".endswith(f".{domain}")
+    try:
+        return address in ipaddress.ip_network(re.sub(r"[\[\]]", "", entry), strict=False)
+    except ValueError:
+        return False
 
 
 def _parse(variable: str, url: str) -> Proxy:

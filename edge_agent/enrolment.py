@@ -96,7 +96,7 @@ async def enroll(enrolment: Enrolment, server: str, on_waiting: Callable[[str], 
             if num_untaken < MAX_UNTAKEN:
                 raise
             raise UsageError(
-                f"{server} does not take this join token: it has expired, was revoked, or is another"
+                f"{route(server)} does not take this join token: it has expired, was revoked, or is another"
                 " server's; ask for another one (`cloud-server token create`)"
             ) from error
         return await asyncio.to_thread(enrolment.finish, *reply)

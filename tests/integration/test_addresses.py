@@ -142,6 +142,17 @@ def test_agent_that_only_the_proxy_connects_enrolls_and_finishes_a_round(
     assert "%40ss" not in agent.output
 
 
+def test_proxy_is_asked_for_an_ipv6_address_in_brackets(cluster: Cluster) -> None:
+    cluster.server(*QUICK)
+    # Nobody has this address, which is for documentation (RFC 3849).
+    address = "[2001:db8::1]:50051"
+    with proxy_to(cluster.port) as proxy:
+        env = {"https_proxy": f"http://127.0.0.1:{proxy.port}"}
+        with enrolling(cluster, "--server", address, env=env) as enrolment:
+            assert enrolment.wait() == 0, enrolment.output
+    assert set(proxy.targets) == {address}
+
+
 def test_agent_without_tls_goes_through_the_proxy(cluster: Cluster) -> None:
     cluster.server("--insecure", *QUICK)
     with proxy_to(cluster.port) as proxy:
