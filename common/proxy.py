@@ -92,8 +92,8 @@ def connect(server: str, seconds: float) -> socket.socket:
     """Return a connection to the server, each step of which has so many seconds.
 
     Raises:
-        OSError: nobody answers, or something that is no proxy.
-        UnavailableError: the proxy answers that it does not connect.
+        OSError: nobody answers.
+        UnavailableError: the proxy does not connect, or is none.
         UsageError: as for `find`.
     """
     proxy = find(server)
@@ -120,7 +120,7 @@ def _open(tunnel: HTTPConnection) -> None:
         raise UnavailableError(f"the proxy answers {one_line(answer.removeprefix(_NO_TUNNEL))}") from error
     except HTTPException as error:
         tunnel.close()
-        raise ConnectionError("the proxy does not speak HTTP") from error
+        raise UnavailableError("the proxy does not speak HTTP") from error
 
 
 def _first_value(names: Sequence[str], environ: Mapping[str, str]) -> tuple[str, str]:

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from common import addresses, proxy
 from common.addresses import Address
+from common.errors import UnavailableError
 
 PROXY = "http://proxy.example:3128"
 
@@ -144,6 +145,6 @@ def test_something_else_than_a_proxy_is_said(monkeypatch: pytest.MonkeyPatch) ->
 
         thread = Thread(target=greet)
         thread.start()
-        with pytest.raises(ConnectionError, match="the proxy does not speak HTTP"):
+        with pytest.raises(UnavailableError, match="the proxy does not speak HTTP"):
             proxy.connect("cloud.example:50051", 5)
         thread.join()
