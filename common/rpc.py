@@ -186,6 +186,7 @@ def _route_options(address: str, proxy: Proxy | None) -> Options:
     options: Options = [("grpc.enable_http_proxy", 0)]
     if proxy:
         options.append(("grpc.http_connect_server", address))
+    if proxy and proxy.headers:
         headers = "\n".join(f"{name}:{value}" for name, value in proxy.headers.items())
         options.append(("grpc.http_connect_headers", headers))
     return options

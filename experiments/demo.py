@@ -31,8 +31,6 @@ FOLDER = Path(".demo")
 AGENTS = ("edge-1", "edge-2")
 TIMEOUT_SECONDS = 300.0
 STOP_SECONDS = 10.0
-# The processes are on one machine, and no proxy of a company's network stands between them.
-ENVIRONMENT = {**os.environ, "no_grpc_proxy": "127.0.0.1"}
 
 console = Console()
 
@@ -139,7 +137,7 @@ def running(commands: dict[str, list[str]]) -> Iterator[dict[str, subprocess.Pop
                     [sys.executable, "-m", *command],
                     stdout=log,
                     stderr=log,
-                    env=ENVIRONMENT,
+                    env=environment(),
                     start_new_session=True,
                 )
         yield processes
@@ -152,6 +150,11 @@ def running(commands: dict[str, list[str]]) -> Iterator[dict[str, subprocess.Pop
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+
+
+def environment() -> dict[str, str]:
+    """Return the environment of the processes, which reach each other without the proxy of a company."""
+    return {**os.environ, "no_grpc_proxy": "127.0.0.1"}
 
 
 def describe(http_port: int) -> str:
