@@ -252,12 +252,19 @@ WRONG_SERVERS = {
 }
 
 
-@pytest.mark.parametrize("command", [("enroll", "--token", "x"), ()])
-@pytest.mark.parametrize(("text", "meant"), WRONG_SERVERS.items())
+@pytest.mark.parametrize(
+    ("command", "text"),
+    [
+        *(((), text) for text in WRONG_SERVERS),
+        # The keys are the same for both commands, so a part of the table is enough for the second.
+        *((("enroll", "--token", "x"), text) for text in list(WRONG_SERVERS)[::6]),
+    ],
+)
 def test_server_that_is_not_host_and_port_is_refused_with_the_right_form(
-    tmp_path: Path, command: tuple[str, ...], text: str, meant: str | None
+    tmp_path: Path, command: tuple[str, ...], text: str
 ) -> None:
     line = refusal_of(tmp_path, "edge_agent", *command, "--server", text)
+    meant = WRONG_SERVERS[text]
     write = f"; write {meant}, not" if meant else " with a port from 1 to 65535, not"
     assert f"server: should be HOST:PORT{write} {text!r} (from the command line)" in line
 
@@ -278,18 +285,19 @@ WRONG_HOSTS = {
 
 
 @pytest.mark.parametrize(
-    ("key", "command"),
+    ("key", "text"),
     [
-        ("host", ("cloud_server",)),
-        ("http_host", ("cloud_server",)),
-        ("metrics_host", ("edge_agent", "--server", "127.0.0.1:1")),
+        *(("host", text) for text in WRONG_HOSTS),
+        *(("http_host", text) for text in list(WRONG_HOSTS)[::3]),
+        *(("metrics_host", text) for text in list(WRONG_HOSTS)[::3]),
     ],
 )
-@pytest.mark.parametrize(("text", "meant"), WRONG_HOSTS.items())
 def test_host_that_is_more_than_a_host_is_refused_with_the_right_form(
-    tmp_path: Path, key: str, command: tuple[str, ...], text: str, meant: str | None
+    tmp_path: Path, key: str, text: str
 ) -> None:
+    command = ("edge_agent", "--server", "127.0.0.1:1") if key == "metrics_host" else ("cloud_server",)
     line = refusal_of(tmp_path, *command, f"--{key.replace('_', '-')}", text)
+    meant = WRONG_HOSTS[text]
     write = f"; write {meant}, not" if meant else ", such as 0.0.0.0, :: or localhost, not"
     assert f"{key}: should be a host alone{write} {text!r} (from the command line)" in line
 
