@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 DEFAULT_PORT = 50051
 
-# A name may have letters of any script, and the underscore that some networks use.
-_NAME = re.compile(r"[\w-]+(\.[\w-]+)*\.?")
+# Names with underscores are against the standards, but some networks and Docker have them.
+_NAME = re.compile(r"[\w-]+(\.[\w-]+)*\.?", re.ASCII)
 _FOUR_NUMBERS = re.compile(r"\d+(\.\d+){3}")
 # This matches what stands before the host in "https://host", "dns:///host", "ipv4:192.0.2.1" and "me@host".
 _BEFORE_HOST = re.compile(r"((https?|grpcs?|tcp|dns|ipv4|ipv6):/*)?([^/@]*@)?", re.IGNORECASE)
