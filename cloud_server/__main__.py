@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cloud_server.config import DEFAULT_PRESET, ENV_PREFIX, ServerConfig
 from common import cli
+from common.addresses import Address, http_url
 from common.config import is_loopback
 from common.errors import ECAvgError, UsageError
 
@@ -123,8 +124,8 @@ async def serve(config: ServerConfig) -> int:
         if http_token:
             print(f"the status page asks for the token in {config.http_token_path}")  # noqa: T201
         print(  # noqa: T201
-            f"cloud-server ready: agents on {config.host}:{port},"
-            f" status page on http://{config.http_host}:{http.port}/",
+            f"cloud-server ready: agents on {Address(config.host, port)},"
+            f" status page on {http_url(config.http_host, http.port)}",
             flush=True,
         )
         async with beside(server.guard()):

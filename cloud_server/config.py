@@ -3,9 +3,10 @@
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from cloud_server.state_dir import StateDir
+from common import addresses
 from common.config import ProcessConfig, RunConfig
 
 ENV_PREFIX = "ECAVG_SERVER_"
@@ -108,6 +109,11 @@ class ServerConfig(ProcessConfig):
     """The least severe messages that are logged: `debug`, `info`, `warning` or `error`."""
 
     run: RunConfig = RunConfig()
+
+    @field_validator("host", "http_host")
+    @classmethod
+    def _host_alone(cls, value: str) -> str:
+        return addresses.parse_host(value)
 
     @model_validator(mode="after")
     def _max_is_not_below_min(self) -> Self:

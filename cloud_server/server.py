@@ -15,6 +15,7 @@ from cloud_server.door.limits import CallLimits
 from cloud_server.metrics import ServerMetrics
 from cloud_server.servicer import SERVICE_NAME, ECAvgServicer
 from common import rpc
+from common.addresses import Address
 from common.errors import UsageError
 
 # Calls are turned away, before anyone looks at them, where there are more on average over all connections.
@@ -60,7 +61,7 @@ class GrpcServer:
         Raises:
             UsageError: nobody can listen on the address.
         """
-        address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        address = str(Address(host, port))
         try:
             if self._authority is None:
                 self._port = self._server.add_insecure_port(address)

@@ -6,6 +6,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractContextManager, asynccontextmanager
 from typing import Any, NamedTuple, Protocol
+from urllib.parse import quote
 
 import grpc
 import structlog
@@ -18,6 +19,7 @@ from tenacity import (
 )
 from tenacity.stop import StopBaseT
 
+from common import proxy as proxies
 from common.errors import (
     BudgetError,
     BusyError,
@@ -34,6 +36,7 @@ from common.errors import (
     UnavailableError,
     one_line,
 )
+from common.proxy import Proxy
 from common.tls import SERVER_NAME, TlsMaterial
 
 # The key of the request metadata that names the calling agent over plaintext.
@@ -71,7 +74,7 @@ MAX_PAUSE_SECONDS = 15.0
 
 MAX_TEXT_CHARACTERS = 500
 
-Options = list[tuple[str, int]]
+Options = list[tuple[str, int | str]]
 
 log = structlog.get_logger()
 
@@ -162,13 +165,31 @@ def channel(address: str, material: TlsMaterial | None) -> grpc.aio.Channel:
     Args:
         address: the server as "HOST:PORT". TLS does not check the host, because a server may move.
         material: the agent's key, its certificate and the root to trust; None stands for plaintext.
+
+    Raises:
+        UsageError: as for `common.proxy.find`.
     """
-    options = channel_options()
+    proxy = proxies.find(address)
+    options = [*channel_options(), *_route_options(address, proxy)]
+    # Without the scheme, gRPC would take a host whose name is "dns" or "unix" for a scheme.
+    target = f"dns:///{quote(str(proxy.address) if proxy else address, safe=':[]')}"
     if material is None:
-        return grpc.aio.insecure_channel(address, options=options)
+        authority = ("grpc.default_authority", address)
+        return grpc.aio.insecure_channel(target, options=[*options, authority])
     credentials = grpc.ssl_channel_credentials(material.roots, material.key, material.certificate)
     name = ("grpc.ssl_target_name_override", SERVER_NAME)
-    return grpc.aio.secure_channel(address, credentials, options=[*options, name])
+    return grpc.aio.secure_channel(target, credentials, options=[*options, name])
+
+
+def _route_options(address: str, proxy: Proxy | None) -> Options:
+    """Return the options by which gRPC takes the way that common/proxy.py has chosen, and no other."""
+    options: Options = [("grpc.enable_http_proxy", 0)]
+    if proxy:
+        options.append(("grpc.http_connect_server", address))
+    if proxy and proxy.headers:
+        headers = "\n".join(f"{name}:{value}" for name, value in proxy.headers.items())
+        options.append(("grpc.http_connect_headers", headers))
+    return options
 
 
 STATUS: dict[type[Refusal], grpc.StatusCode] = {

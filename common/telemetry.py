@@ -31,6 +31,7 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from common.addresses import Address
 from common.config import is_loopback
 from common.errors import UsageError, one_line
 from common.files import replacing
@@ -528,7 +529,7 @@ def _listen(host: str, port: int) -> socket.socket:
     except OSError as error:
         listener.close()
         raise UsageError(
-            f"cannot listen on {host}:{port}: {error.strerror};"
+            f"cannot listen on {Address(host, port)}: {error.strerror};"
             " choose another address or port, or port 0 for a free one"
         ) from error
     return listener

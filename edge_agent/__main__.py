@@ -7,9 +7,10 @@ import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
-from common import cli
+from common import addresses, cli
+from common.addresses import http_url
 from common.config import is_loopback
 from common.errors import UsageError
 from edge_agent.config import ENV_PREFIX, AgentConfig, EnrollConfig
@@ -17,6 +18,8 @@ from edge_agent.config import ENV_PREFIX, AgentConfig, EnrollConfig
 if TYPE_CHECKING:
     from edge_agent.identity import Identity
     from edge_agent.state import AgentState
+
+Config = TypeVar("Config", bound=AgentConfig)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -31,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         epilog="`edge-agent enroll` comes first, once: it gives this device its certificate.",
     )
     try:
-        config = cli.parse_command_line(parser, AgentConfig, ENV_PREFIX, argv)
+        config = _configuration(parser, AgentConfig, argv)
     except UsageError as error:
         return cli.fail("edge-agent", error)
     return cli.run("edge-agent", lambda: take_part(config))
@@ -45,11 +48,23 @@ def enroll(argv: Sequence[str]) -> int:
         " the token is not.",
     )
     try:
-        config = cli.parse_command_line(parser, EnrollConfig, ENV_PREFIX, argv)
+        config = _configuration(parser, EnrollConfig, argv)
         token = config.token or read_token(config.join_token_file)
     except UsageError as error:
         return cli.fail("edge-agent enroll", error)
     return cli.run("edge-agent enroll", lambda: do_enroll(config, token))
+
+
+def _configuration(
+    parser: argparse.ArgumentParser, config_class: type[Config], argv: Sequence[str]
+) -> Config:
+    """Return the configuration of an agent; raise UsageError if its way to the server cannot be used."""
+    config = cli.parse_command_line(parser, config_class, ENV_PREFIX, argv)
+    # Imported here, because --help does without.
+    from common import proxy
+
+    proxy.find(config.server)
+    return config
 
 
 def read_token(file: Path | None) -> str:
@@ -74,12 +89,13 @@ async def do_enroll(config: AgentConfig, token: str) -> int:
 
 async def enrolled(config: AgentConfig, state: "AgentState", token: str) -> "Identity":
     """Enroll, waiting for the server if need be, and return the identity."""
+    from common.proxy import route
     from common.tls import JoinToken
     from edge_agent.enrolment import Enrolment
     from edge_agent.enrolment import enroll as enroll_with
 
     def tell(trouble: str) -> None:
-        text = f"waiting for {config.server}: {trouble}" if trouble else f"reached {config.server}"
+        text = f"waiting for {route(config.server)}: {trouble}" if trouble else f"reached {config.server}"
         print(text, flush=True)  # noqa: T201
 
     enrolment = await asyncio.to_thread(
@@ -95,7 +111,7 @@ async def who_to_be(config: AgentConfig, state: "AgentState") -> "Identity | str
         UsageError: the agent has not enrolled, and has no join token to do so.
     """
     if config.insecure:
-        if not is_loopback(config.server.rpartition(":")[0]):
+        if not is_loopback(addresses.parse(config.server).host):
             cli.warn("edge-agent", f"--insecure: images and weights travel to {config.server} in plaintext")
         return state.agent_id
     from edge_agent.identity import find
@@ -128,6 +144,7 @@ async def take_part(config: AgentConfig) -> int:
 
     # Imported here, so that --help and configuration errors are immediate.
     from common.background import beside
+    from common.proxy import route
     from common.training import make_deterministic
     from edge_agent.agent import EdgeAgent
     from edge_agent.client import CloudClient
@@ -138,7 +155,8 @@ async def take_part(config: AgentConfig) -> int:
     display = telemetry.progress_display()
 
     def tell(trouble: str) -> None:
-        display.message(f"waiting for {config.server}: {trouble}" if trouble else f"reached {config.server}")
+        text = f"waiting for {route(config.server)}: {trouble}" if trouble else f"reached {config.server}"
+        display.message(text)
 
     client = CloudClient(config.server, caller, metrics, tell)
     http = None
@@ -152,7 +170,7 @@ async def take_part(config: AgentConfig) -> int:
             )
             http = await telemetry.serve_http(app, host=config.metrics_host, port=config.metrics_port)
             shown = f", with the token in {token_path}" if token else ""
-            display.message(f"metrics on http://{config.metrics_host}:{http.port}/metrics{shown}")
+            display.message(f"metrics on {http_url(config.metrics_host, http.port, '/metrics')}{shown}")
         async with beside(client.keep_identity()):
             await agent.run()
         display.message("the run is over")

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
+from common import addresses
 from common.config import AGENT_ID_PATTERN, DATASETS, ProcessConfig
 from common.errors import UsageError
 
@@ -87,10 +88,12 @@ class AgentConfig(ProcessConfig):
     @field_validator("server")
     @classmethod
     def _host_and_port(cls, value: str) -> str:
-        host, _, port = value.rpartition(":")
-        if not host or not port.isdigit() or not 1 <= int(port) <= 65535:
-            raise ValueError("should be HOST:PORT with a port from 1 to 65535")
-        return value
+        return str(addresses.parse(value))
+
+    @field_validator("metrics_host")
+    @classmethod
+    def _host_alone(cls, value: str) -> str:
+        return addresses.parse_host(value)
 
     @field_validator("agent_id")
     @classmethod

@@ -7,6 +7,7 @@ from pathlib import Path
 from common import rpc, tls
 from common.errors import UnavailableError, UsageError
 from common.faults import Point, crash_point
+from common.proxy import route
 from edge_agent.client import ask_for_certificate
 from edge_agent.identity import Identity, certificate_of
 
@@ -37,6 +38,7 @@ class Enrolment:
 
         Raises:
             OSError: nobody answers.
+            UnavailableError: the proxy on the way does not connect.
             UsageError: whoever answers speaks plaintext.
         """
         self._leaf = tls.load_certificate(certificate_of(self._server))
@@ -56,7 +58,7 @@ class Enrolment:
             is_ours = False
         if not is_ours:
             raise UsageError(
-                f"{self._server} is not the server that the join token is of: check the address,"
+                f"{route(self._server)} is not the server that the join token is of: check the address,"
                 " and that nobody stands in between"
             )
         is_own = tls.is_key_of(self._key, own) and tls.common_name(own) == self._agent_id
@@ -94,7 +96,7 @@ async def enroll(enrolment: Enrolment, server: str, on_waiting: Callable[[str], 
             if num_untaken < MAX_UNTAKEN:
                 raise
             raise UsageError(
-                f"{server} does not take this join token: it has expired, was revoked, or is another"
+                f"{route(server)} does not take this join token: it has expired, was revoked, or is another"
                 " server's; ask for another one (`cloud-server token create`)"
             ) from error
         return await asyncio.to_thread(enrolment.finish, *reply)

@@ -4,14 +4,13 @@ STATE/tls/key.pem        made here, before anything is asked for
 STATE/tls/identity.pem   the agent's certificate and the CA that it believes; there once it has enrolled
 """
 
-import socket
 import ssl
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
-from common import tls
-from common.errors import UsageError
+from common import proxy, tls
+from common.errors import ECAvgError, UsageError
 
 PROBE_SECONDS = 5.0
 
@@ -103,13 +102,18 @@ _SPEAKS_PLAINTEXT = (
 
 
 def certificate_of(server: str) -> bytes:
-    """Return the certificate, PEM and unverified, of whoever answers at the address."""
-    host, _, port = server.rpartition(":")
+    """Return the certificate, PEM and unverified, of whoever answers at the address.
+
+    Raises:
+        OSError: nobody answers.
+        UnavailableError: the proxy on the way does not connect.
+        UsageError: whoever answers speaks plaintext.
+    """
     context = ssl.create_default_context()
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     try:
         with (
-            socket.create_connection((host.strip("[]"), int(port)), PROBE_SECONDS) as connection,
+            proxy.connect(server, PROBE_SECONDS) as connection,
             # Asked for by the address, a server would complain in its log that it has no such name.
             context.wrap_socket(connection, server_hostname=tls.SERVER_NAME) as asked,
         ):
@@ -123,5 +127,5 @@ def certificate_of(server: str) -> bytes:
 def _speaks_tls(server: str) -> bool:
     try:
         return bool(certificate_of(server))
-    except (OSError, UsageError):
+    except (OSError, ECAvgError):
         return False

@@ -6,6 +6,7 @@ leave their files in the folder `.demo`.
 
 import argparse
 import json
+import os
 import shutil
 import signal
 import socket
@@ -133,7 +134,11 @@ def running(commands: dict[str, list[str]]) -> Iterator[dict[str, subprocess.Pop
         for name, command in commands.items():
             with (FOLDER / f"{name}.log").open("wb") as log:
                 processes[name] = subprocess.Popen(
-                    [sys.executable, "-m", *command], stdout=log, stderr=log, start_new_session=True
+                    [sys.executable, "-m", *command],
+                    stdout=log,
+                    stderr=log,
+                    env=environment(),
+                    start_new_session=True,
                 )
         yield processes
     finally:
@@ -147,10 +152,16 @@ def running(commands: dict[str, list[str]]) -> Iterator[dict[str, subprocess.Pop
                 process.wait()
 
 
+def environment() -> dict[str, str]:
+    """Return the environment of the processes, which reach each other without the proxy of a company."""
+    return {**os.environ, "no_grpc_proxy": "127.0.0.1"}
+
+
 def describe(http_port: int) -> str:
     """Return one line about the state of the run, as the server's status page has it."""
     try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{http_port}/api/status", timeout=1) as reply:
+        directly = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        with directly.open(f"http://127.0.0.1:{http_port}/api/status", timeout=1) as reply:
             state: dict[str, Any] = json.load(reply)
     except (OSError, ValueError):
         return "starting the processes …"

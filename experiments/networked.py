@@ -15,7 +15,7 @@ from common.config import RunConfig
 from common.errors import RunError
 from experiments import data
 from experiments.cell import Cell, Record
-from experiments.demo import describe, free_ports, join_token
+from experiments.demo import describe, environment, free_ports, join_token
 from experiments.round import agent_ids
 from experiments.tables import figure, grid
 from experiments.tasks import DEFAULT, VARIANTS, Setting
@@ -74,7 +74,7 @@ def _run_round(
             log = stack.enter_context((folder / f"{name}.log").open("wb"))
             words = [sys.executable, "-m", *command, "--state-dir", str(folder / name)]
             process = stack.enter_context(
-                subprocess.Popen(words, stdout=log, stderr=log, start_new_session=True)
+                subprocess.Popen(words, stdout=log, stderr=log, env=environment(), start_new_session=True)
             )
             stack.callback(process.terminate)
             processes[name] = process

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 from hypothesis import settings
 
+from common.proxy import EXEMPT_VARIABLES, PROXY_VARIABLES
 from tests.processes import Cluster, cluster_in
 
 _NUM_LEFT = pytest.StashKey[int]()
@@ -20,6 +21,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # The servers of the tests are on this machine, wherever the proxy of its network is.
+    for name in (*PROXY_VARIABLES, *EXEMPT_VARIABLES):
+        os.environ.pop(name, None)
+        os.environ.pop(name.upper(), None)
     settings.load_profile("soak" if config.getoption("--soak") else "same-every-time")
 
 

@@ -17,6 +17,7 @@ from torch import nn
 from common.config import RunConfig
 from common.errors import InvalidError, RunError, UsageError
 from common.models import build_model
+from common.proxy import route_of_download
 from common.schema import check_finite, read_header
 from common.weights import StateDict, load_into
 
@@ -151,8 +152,8 @@ def _fetch(weights: Any) -> StateDict:
             # A full disk is a passing condition, for which the job is tried again.
             raise
         raise UsageError(
-            f"run.initial_weights: cannot fetch {weights.url} ({error}): download it into {path.parent},"
-            " or give a safetensors file"
+            f"run.initial_weights: cannot fetch {route_of_download(weights.url)} ({error}):"
+            f" download it into {path.parent}, or give a safetensors file"
         ) from error
     except Exception as error:
         # A broken file can make its reader raise any exception.

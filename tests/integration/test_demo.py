@@ -27,9 +27,10 @@ def processes_in(folder: Path) -> list[int]:
 
 @pytest.fixture
 def running_demo(tmp_path: Path) -> Iterator[Command]:
-    command = Command(
-        "experiments.demo", folder=tmp_path / "log", cwd=tmp_path, env={"PYTHONPATH": str(ROOT)}
-    )
+    # A proxy for the world outside, such as a company's, has no part in it.
+    dead = "http://127.0.0.1:9"
+    env = {"PYTHONPATH": str(ROOT), "https_proxy": dead, "http_proxy": dead}
+    command = Command("experiments.demo", folder=tmp_path / "log", cwd=tmp_path, env=env)
     yield command
     for pid in processes_in(tmp_path):
         os.kill(pid, signal.SIGKILL)

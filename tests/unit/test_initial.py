@@ -239,6 +239,17 @@ def test_without_network_it_says_what_to_download_and_where_to(publish: Publish,
 
 
 @pytest.mark.usefixtures("checkpoints")
+def test_dead_proxy_of_a_download_is_named_with_its_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = torchvision.models.get_model_weights("mobilenet_v2").DEFAULT
+    url = "http://weights.invalid/mobilenet_v2-00000000.pth"
+    monkeypatch.setattr(weights.value, "url", url)
+    monkeypatch.setenv("http_proxy", "http://me:secret@127.0.0.1:9")
+    message = refusal(cifar("mobilenet_v2"))
+    assert f"cannot fetch {url} through the proxy of http_proxy (<urlopen error" in message
+    assert "secret" not in message
+
+
+@pytest.mark.usefixtures("checkpoints")
 def test_silent_server_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(initial, "IDLE_SECONDS", 0.1)
     weights = torchvision.models.get_model_weights("mobilenet_v2").DEFAULT
