@@ -18,7 +18,7 @@ from cloud_server.showing.reports import Reports
 from cloud_server.showing.standing import Standing
 from cloud_server.store import Store
 from common.config import RunConfig
-from common.errors import BudgetError, InvalidError, NotFoundError, Reason
+from common.errors import BudgetError, ConflictError, InvalidError, NotFoundError, Reason
 from common.faults import Point, crash_point
 from common.run_state import Outcome, Phase, RunState, Verdict
 from common.transfer import Blob
@@ -140,6 +140,9 @@ class Desk:
         except InvalidError as error:
             if error.reason is Reason.INITIAL_WEIGHTS:
                 await self._ledger.reject(agent_id, error.reason, str(error))
+            raise
+        except ConflictError as error:
+            log.warning("other_contribution_stands", round=number, agent_id=agent_id, advice=str(error))
             raise
         if outcome is not Outcome.LATE:
             return Verdict(outcome)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from cloud_server.contribution import Contribution, Rejection
-from common.errors import ConflictError, InvalidError, Reason
+from common.errors import ConflictError, InvalidError, Reason, second_device
 from common.run_state import Outcome, Phase
 
 TRANSITIONS: Mapping[Phase, frozenset[Phase]] = {
@@ -111,7 +111,7 @@ class Round:
             return self, Outcome.ACCEPTED
         if standing is not None:
             raise ConflictError(
-                f"another contribution of {agent_id} to round {self.number} stands: wait for the next round"
+                f"another contribution of {agent_id} to round {self.number} stands; {second_device(agent_id)}"
             )
         if agent_id in self.late:
             return self, Outcome.LATE

@@ -216,6 +216,7 @@ def _event(state: RunState) -> pb.WatchEvent:
         num_contributions=state.num_contributions,
         max_contributions=state.max_contributions,
         counted_round=state.counted_round,
+        accepted_weights=state.accepted_weights,
     )
     if left_out := state.left_out:
         event.left_out.CopyFrom(

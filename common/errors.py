@@ -106,6 +106,14 @@ def one_line(text: str) -> str:
     return "".join(character if character.isprintable() else " " for character in text)
 
 
+def second_device(agent_id: str) -> str:
+    """Return the message about two devices with one identity, which both ends show."""
+    return (
+        f"another device uses the identity {agent_id}: was its state directory copied? enroll this one under"
+        " an id of its own"
+    )
+
+
 class ECAvgError(Exception):
     """The root of the error tree; `str(error)` is one line for the user."""
 

@@ -41,6 +41,8 @@ from common.tls import SERVER_NAME, TlsMaterial
 
 # The key of the request metadata that names the calling agent over plaintext.
 AGENT_ID_KEY = "ecavg-agent-id"
+# The key of the request metadata with a text that each process of an agent chooses at random.
+INSTANCE_KEY = "ecavg-instance"
 # The key of the trailing metadata that holds the Reason of a refusal.
 REASON_KEY = "ecavg-reason"
 
@@ -324,6 +326,8 @@ class Peer(NamedTuple):
     """The agent id in the metadata, which counts only on a server without TLS."""
     address: str = ""
     """The address of the connection, as gRPC writes it: "ipv4:192.0.2.1:50000"."""
+    instance_id: str = ""
+    """The random text that the calling process has chosen; "" if the process shows none."""
 
 
 class Admit(Protocol):
@@ -449,12 +453,12 @@ async def _abort(context: Any, code: grpc.StatusCode, text: str, reason: Reason)
 
 def _peer_of(context: Any) -> Peer:
     certificates = context.auth_context().get("x509_pem_cert")
-    claimed_id = dict(context.invocation_metadata() or ()).get(AGENT_ID_KEY, "")
-    return Peer(
-        certificates[0] if certificates else None,
-        claimed_id if isinstance(claimed_id, str) else "",
-        context.peer(),
+    metadata = dict(context.invocation_metadata() or ())
+    claimed_id, instance_id = (
+        value if isinstance(value := metadata.get(key, ""), str) else ""
+        for key in (AGENT_ID_KEY, INSTANCE_KEY)
     )
+    return Peer(certificates[0] if certificates else None, claimed_id, context.peer(), instance_id)
 
 
 async def _read_single_message(messages: AsyncIterator[bytes]) -> bytes:

@@ -73,6 +73,8 @@ class RunState:
     initial_encoded: Encoded | None
     # How this agent's contribution to this round ended; None: nothing has come from it yet.
     outcome: Outcome | None
+    # The digest of the weights in this agent's accepted contribution to this round; "": there is none.
+    accepted_weights: str
     progress: WorkProgress | None
     # The model of the last round that published one.
     latest_model: PublishedModel | None

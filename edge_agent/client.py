@@ -2,6 +2,7 @@
 
 import asyncio
 import math
+import secrets
 import time
 from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Sequence
@@ -104,7 +105,8 @@ class CloudClient:
     ) -> None:
         self._server = server
         self._identity: Identity | None = caller if isinstance(caller, Identity) else None
-        self._metadata = ((rpc.AGENT_ID_KEY, caller),) if isinstance(caller, str) else ()
+        name = {} if isinstance(caller, Identity) else {rpc.AGENT_ID_KEY: caller}
+        self._metadata = tuple((name | {rpc.INSTANCE_KEY: secrets.token_hex(8)}).items())
         self._metrics = metrics
         self._on_waiting = on_waiting
         # The trouble that was told last; "": the server is there.
@@ -160,7 +162,11 @@ class CloudClient:
         return Joined(reply.run_id, run, reply.slot, reply.num_partitions, probe)
 
     async def watch(self) -> AsyncIterator[RunState]:
-        """Yield the state of the run whenever it changes, across reconnections, until the run is over."""
+        """Yield the state of the run whenever it changes, across reconnections, until the run is over.
+
+        Raises:
+            UsageError: another device has the same identity.
+        """
         backoff, is_over = rpc.Backoff(), False
         while not is_over:
             opened_at = time.monotonic()
@@ -178,6 +184,8 @@ class CloudClient:
             except Refusal as error:
                 if is_over:
                     return
+                if error.reason is Reason.IDENTITY_IN_USE:
+                    raise UsageError(str(error)) from error
                 if not rpc.is_retried(error):
                     raise
                 if time.monotonic() - opened_at > STEADY_SECONDS:
@@ -485,6 +493,7 @@ def _run_state(event: pb.WatchEvent) -> RunState:
         initial_weights=_blob(event.initial_weights),
         initial_encoded=_encoded(event, "initial_encoded"),
         outcome=_member(Outcome, pb.Outcome, event.outcome),
+        accepted_weights=_digest(event.accepted_weights),
         progress=_progress(event.progress) if event.HasField("progress") else None,
         latest_model=_published(event.latest_model) if event.latest_model.round else None,
         failed_round=event.failed_round,

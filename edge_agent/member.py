@@ -120,7 +120,7 @@ class Member:
 
     async def _contribute(self, state: RunState) -> None:
         """Pre-train on this agent's shards, upload weights and data, and commit them."""
-        if state.outcome is Outcome.ACCEPTED:
+        if state.accepted_weights in self._disk.progress.sent_weights:
             # An earlier life of this agent has contributed, and ended before it heard of that.
             verdict = Verdict(Outcome.ACCEPTED)
         else:
@@ -139,7 +139,7 @@ class Member:
         log.info("contributed", round=state.round, outcome=outcome, reason=message or None)
         if outcome is not Outcome.ACCEPTED:
             self._display.message(f"round {state.round}: contribution {outcome}: {message}")
-        await self._save(contributed_round=state.round)
+        await self._save(contributed_round=state.round, sent_weights=())
         crash_point(Point.AGENT_CONTRIBUTION_SAVED)
         self._disk.discard(self._disk.local_weights, self._disk.encoded, self._disk.checkpoint)
         self._metrics.set_phase(Phase.WAITING)
@@ -195,6 +195,7 @@ class Member:
             try:
                 await (uploading if attempt == 1 else self._transfers.upload_shards())
                 await self._transfers.upload_weights(path, weights)
+                await self._save(sent_weights=(*self._disk.progress.sent_weights, weights.digest))
                 return await self._client.contribute(
                     trained.round,
                     weights=weights,
@@ -204,8 +205,7 @@ class Member:
                     initial_weights=trained.initial_weights,
                 )
             except ConflictError as error:
-                # An earlier life of this agent has contributed.
-                return Verdict(Outcome.ACCEPTED, error.reason, str(error))
+                return await self._verdict_on_conflict(trained.round, error)
             except (UnauthenticatedError, ForbiddenError):
                 # It is the agent that is refused, not the contribution.
                 raise
@@ -214,6 +214,17 @@ class Member:
                     return Verdict(Outcome.REJECTED, error.reason, str(error))
                 log.warning("uploading_again", round=trained.round, reason=str(error))
         raise AssertionError("the last attempt returns")
+
+    async def _verdict_on_conflict(self, number: int, error: ConflictError) -> Verdict:
+        """Return whose contribution stands: this agent's own, of an earlier life, or another device's."""
+
+        def is_known(state: RunState) -> bool:
+            return state.round != number or bool(state.accepted_weights)
+
+        state = await self._news.next(is_known)
+        if state.round == number and state.accepted_weights in self._disk.progress.sent_weights:
+            return Verdict(Outcome.ACCEPTED)
+        return Verdict(Outcome.REJECTED, error.reason, str(error))
 
     def _initial_weights(self, state: RunState) -> Blob | None:
         """Return what this round's pre-training starts from; None: from weights of this agent's own."""

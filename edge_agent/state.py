@@ -71,6 +71,8 @@ class Progress(FrozenModel):
     trained: Trained | None = None
     # The last round that this agent tried to contribute to.
     contributed_round: int = 0
+    # The digests of the weights that this agent has named in contributions to a later round.
+    sent_weights: tuple[str, ...] = ()
     # The model that was measured, until its report is acknowledged.
     arrived: Arrived | None = None
     # The last round whose global model was evaluated and reported.

@@ -19,17 +19,28 @@ from contextvars import ContextVar
 import structlog
 
 from cloud_server.door.authority import Authority, Holder, revocation
+from cloud_server.door.instances import Instances
 from cloud_server.door.limits import CallLimits
 from common.config import AGENT_ID_PATTERN
-from common.errors import ForbiddenError, InvalidError, Reason
+from common.errors import (
+    ConflictError,
+    ForbiddenError,
+    InvalidError,
+    Reason,
+    Refusal,
+    UnavailableError,
+    second_device,
+)
 from common.rpc import AGENT_ID_KEY, Peer
 
 # An open stream outlives its agent's revocation by so much at most.
 POLL_SECONDS = 0.2
 
-_ENROLL = "Enroll"
+_ENROLL, _WATCH = "Enroll", "Watch"
 _AGENT_ID = re.compile(AGENT_ID_PATTERN)
 _CALLER: ContextVar[Holder] = ContextVar("caller")
+
+_Task = asyncio.Task[object]
 
 log = structlog.get_logger()
 
@@ -73,8 +84,12 @@ class Admission:
         self._authority = authority
         self._limits = limits
         self._addresses: Counter[str] = Counter()
-        self._open: defaultdict[str, set[asyncio.Task[object]]] = defaultdict(set)
-        self._cut_off: set[asyncio.Task[object]] = set()
+        self._open: defaultdict[str, set[_Task]] = defaultdict(set)
+        # Why calls were cut off that have not ended yet.
+        self._cut_off: dict[_Task, Refusal] = {}
+        # The open Watches of each agent, with the instance that has opened each.
+        self._watches: defaultdict[str, dict[_Task, str]] = defaultdict(dict)
+        self._instances: defaultdict[str, Instances] = defaultdict(Instances)
 
     @contextmanager
     def __call__(self, method: str, peer: Peer) -> Iterator[None]:
@@ -83,6 +98,8 @@ class Admission:
         Raises:
             UnauthenticatedError: this server has not issued the certificate, or the certificate has expired.
             ForbiddenError: the caller may not make this call, or was revoked during the call.
+            ConflictError: another device, which has the same identity, has been here first.
+            UnavailableError: another process of the agent has opened a Watch during this Watch.
             BusyError: the caller calls too often, or has too many open calls.
         """
         holder = self._holder(peer)
@@ -94,6 +111,7 @@ class Admission:
             self._limits.call(caller),
             self._call_counted(holder.agent_id or ""),
             self._address_counted(peer.address),
+            self._watch_counted(method, holder.agent_id, peer.instance_id),
         ):
             yield
 
@@ -114,9 +132,8 @@ class Admission:
                 revoked = set()
             for agent_id in revoked & self._open.keys():
                 log.warning("agent_cut_off", agent_id=agent_id, num_calls=len(self._open[agent_id]))
-                for task in self._open[agent_id] - self._cut_off:
-                    self._cut_off.add(task)
-                    task.cancel()
+                for task in self._open[agent_id]:
+                    self._cut(task, ForbiddenError(revocation(agent_id)))
             await asyncio.sleep(POLL_SECONDS)
 
     def _holder(self, peer: Peer) -> Holder:
@@ -139,8 +156,40 @@ class Admission:
                 del self._addresses[address]
 
     @contextmanager
+    def _watch_counted(self, method: str, agent_id: str | None, instance_id: str) -> Iterator[None]:
+        """Count the call if it is a Watch that shows its instance, and end the Watches of other instances."""
+        if method != _WATCH or not agent_id or not instance_id:
+            yield
+            return
+        task = asyncio.current_task()
+        assert task
+        watches, instances = self._watches[agent_id], self._instances[agent_id]
+        is_first = instances.enter(instance_id)
+        for other, its_instance in watches.items():
+            if instances.is_refused(its_instance):
+                self._cut(other, ConflictError(second_device(agent_id), Reason.IDENTITY_IN_USE))
+            elif is_first and its_instance != instance_id:
+                self._cut(other, UnavailableError(f"another process of agent {agent_id} has taken over"))
+        if not is_first:
+            log.warning("identity_in_use_twice", agent_id=agent_id, advice=second_device(agent_id))
+            raise ConflictError(second_device(agent_id), Reason.IDENTITY_IN_USE)
+        watches[task] = instance_id
+        try:
+            yield
+        finally:
+            del watches[task]
+            if instance_id not in watches.values():
+                instances.leave(instance_id)
+
+    def _cut(self, task: _Task, refusal: Refusal) -> None:
+        """End a call with this refusal, unless it is being ended already."""
+        if task not in self._cut_off:
+            self._cut_off[task] = refusal
+            task.cancel()
+
+    @contextmanager
     def _call_counted(self, agent_id: str) -> Iterator[None]:
-        """Count the call as open, and end a call that was cut off with the message for a revoked agent."""
+        """Count the call as open, and end a call that was cut off with the refusal that says why."""
         task = asyncio.current_task()
         assert task
         self._open[agent_id].add(task)
@@ -150,9 +199,9 @@ class Admission:
             if task not in self._cut_off:
                 raise
             task.uncancel()
-            raise ForbiddenError(revocation(agent_id)) from None
+            raise self._cut_off[task] from None
         finally:
-            self._cut_off.discard(task)
+            self._cut_off.pop(task, None)
             self._open[agent_id].discard(task)
             if not self._open[agent_id]:
                 del self._open[agent_id]

@@ -163,12 +163,14 @@ class Standing:
         failed_round, failure = self._last_failure
         is_news = failed_round >= self._round.number - 1
         left_out = self._left_out.get(agent_id or "")
+        accepted = self._round.contributions.get(agent_id or "")
         return RunState(
             round=self._round.number,
             phase=self._round.phase,
             initial_weights=self._initial_weights,
             initial_encoded=self._initial_encoded,
             outcome=self._round.outcome_of(agent_id) if agent_id else None,
+            accepted_weights=accepted.weights_digest if accepted else "",
             progress=self._progress,
             latest_model=self._latest_model,
             failed_round=failed_round if is_news else 0,

@@ -152,10 +152,8 @@ class JoinReply(_message.Message):
     def __init__(self, run_id: _Optional[str] = ..., run_json: _Optional[str] = ..., slot: _Optional[int] = ..., num_partitions: _Optional[int] = ..., probe: _Optional[_Iterable[float]] = ...) -> None: ...
 
 class WatchRequest(_message.Message):
-    __slots__ = ("instance_id",)
-    INSTANCE_ID_FIELD_NUMBER: _ClassVar[int]
-    instance_id: str
-    def __init__(self, instance_id: _Optional[str] = ...) -> None: ...
+    __slots__ = ()
+    def __init__(self) -> None: ...
 
 class WatchEvent(_message.Message):
     __slots__ = ("round", "phase", "initial_weights", "outcome", "progress", "latest_model", "failed_round", "failure", "run_over", "num_contributions", "max_contributions", "initial_encoded", "counted_round", "accepted_weights", "left_out")

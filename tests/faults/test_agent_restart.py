@@ -4,7 +4,7 @@ import asyncio
 import json
 import shutil
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -62,6 +62,7 @@ def run_state(number: int, initial: Blob, **fields: Any) -> RunState:
         "max_contributions": 1,
         "counted_round": 0,
         "left_out": None,
+        "accepted_weights": "",
     }
     return RunState(round=number, initial_weights=initial, **(nothing | fields))
 
@@ -89,6 +90,7 @@ class Cloud:
             self.initial,
             phase=Phase.PUBLISHED if done else Phase.COLLECTING,
             outcome=Outcome.ACCEPTED if done else None,
+            accepted_weights=self.contribution["weights"].digest if done else "",
             latest_model=PublishedModel(1, self.published, None) if done else None,
             counted_round=int(done),
             run_over=bool(self.reports),
@@ -189,7 +191,7 @@ class Client:
         self._cloud, self._power = cloud, power
         self._news = asyncio.Event()
 
-    async def join(self) -> Joined:
+    async def join(self, class_names: Sequence[str]) -> Joined:
         return Joined(self._cloud.run_id, self._cloud.run, 1, 1)
 
     async def watch(self) -> AsyncIterator[RunState]:

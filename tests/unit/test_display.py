@@ -12,6 +12,7 @@ STATE = RunState(
     initial_weights=Blob("0" * 64, 1),
     initial_encoded=None,
     outcome=None,
+    accepted_weights="",
     progress=None,
     latest_model=None,
     failed_round=0,
