@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, ValidationInfo, field_validator
 
 from common.config import AGENT_ID_PATTERN, DATASETS, ProcessConfig
-from common.errors import UsageError
+from common.errors import UsageError, one_line
 
 ENV_PREFIX = "ECAVG_AGENT_"
 
@@ -128,7 +128,9 @@ class AgentConfig(ProcessConfig):
     @classmethod
     def _exists(cls, value: Path | None) -> Path | None:
         if value is not None and not _is_folder(value):
-            raise ValueError(f"data folder {value} does not exist: make it, or name the right one")
+            raise ValueError(
+                f"data folder {one_line(str(value))} does not exist: make it, or name the right one"
+            )
         return value
 
     @property

@@ -29,6 +29,7 @@ def raising(error: Exception) -> Callable[[], int]:
         (OSError(errno.ENOSPC, "No space left", "/a/b"), 1, "edge-agent: No space left: /a/b"),
         (OSError(errno.EIO, "Input/output error"), 1, "edge-agent: Input/output error"),
         (OSError("cannot write /a:\nit broke"), 1, "edge-agent: cannot write /a: it broke"),
+        (UsageError("cannot read /\udcdcbung"), 2, r"edge-agent: cannot read /\xdcbung"),
         (
             KeyError("x"), 1,
             "edge-agent: KeyError: 'x'; a fault of this program: --log-level debug shows more",
