@@ -57,6 +57,7 @@ def test_agent_reads_a_file_whose_name_is_not_utf8_again_and_again(cluster: Clus
     folder = cluster.folder / "pictures"
     write_shades(folder, {"train/a": 20, "train/b": 200})
     odd = (folder / "train/a/0.png").rename(folder / f"train/a/{ODD}.png")
+    (folder / f"train/a/{ODD}").touch()
     server = cluster.server("--rounds", 0, *QUICK, *of(2, 1, 8, 8))
     agent = cluster.agent("edge-1", "--data", folder)
     next_rounds(cluster, agent, 1)
@@ -66,6 +67,8 @@ def test_agent_reads_a_file_whose_name_is_not_utf8_again_and_again(cluster: Clus
     assert agent.terminate() == server.terminate() == 0
     (event,) = (event for event in events_of(agent) if event["event"] == "images_skipped")
     assert event["first"].startswith(rf"{folder}/train/a/\xdcbung.png: it is none of")
+    told = [event["text"] for event in events_of(agent) if "not read" in event.get("text", "")]
+    assert told == ["files not read: 1 (other 1), of them 1 in train/a"]
 
 
 def test_agent_runs_where_no_path_is_utf8(cluster: Cluster) -> None:

@@ -187,11 +187,10 @@ def test_orientation_counts_where_other_exif_data_cannot_be_written_anew(tmp_pat
 
 # --- transparency
 
-# Black, dark and light shapes on a ground that is transparent to every degree, 16 x 16 pixels.
+# Each of 16 x 16 pixels is transparent to another degree.
 COLOURS = random_pixels(16, 16, 3)
 GREYS = random_pixels(16, 16)
 ALPHA = np.arange(256, dtype=np.uint8).reshape(16, 16)
-IS_CLEAR = (ALPHA % 3 == 0)[..., None]
 
 
 def laid_on(shade: int, colours: np.ndarray, alpha: np.ndarray) -> np.ndarray:
@@ -213,10 +212,9 @@ def rgba() -> Image.Image:
     return Image.fromarray(np.dstack([COLOURS, ALPHA]))
 
 
-def paletted(mode: str = "P") -> Image.Image:
+def paletted() -> Image.Image:
     """Return 256 colours, one for each pixel, of which ALPHA says how transparent it is."""
-    image = Image.fromarray(ALPHA, "L").copy()
-    image = Image.frombytes("P", (16, 16), image.tobytes())
+    image = Image.frombytes("P", (16, 16), ALPHA.tobytes())
     image.putpalette(COLOURS.reshape(-1, 3).tobytes())
     return image
 
