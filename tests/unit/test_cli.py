@@ -2,6 +2,7 @@
 
 import asyncio
 import errno
+import os
 import subprocess
 import sys
 import time
@@ -10,7 +11,7 @@ from collections.abc import Callable
 import pytest
 
 from common import cli
-from common.errors import InvalidError, UsageError
+from common.errors import InvalidError, UsageError, one_line
 from tests.processes import ROOT
 
 
@@ -29,7 +30,6 @@ def raising(error: Exception) -> Callable[[], int]:
         (OSError(errno.ENOSPC, "No space left", "/a/b"), 1, "edge-agent: No space left: /a/b"),
         (OSError(errno.EIO, "Input/output error"), 1, "edge-agent: Input/output error"),
         (OSError("cannot write /a:\nit broke"), 1, "edge-agent: cannot write /a: it broke"),
-        (UsageError("cannot read /\udcdcbung"), 2, r"edge-agent: cannot read /\xdcbung"),
         (
             KeyError("x"), 1,
             "edge-agent: KeyError: 'x'; a fault of this program: --log-level debug shows more",
@@ -41,6 +41,12 @@ def test_every_error_is_one_line(
 ) -> None:
     assert raising(error)() == code
     assert capsys.readouterr().err == line + "\n"
+
+
+def test_bytes_of_a_path_that_are_not_utf8_are_shown_as_numbers() -> None:
+    path = os.fsdecode("/tmp/Übung\n\u202e.png".encode("latin-1", "replace"))
+    assert one_line(path) == r"/tmp/\xdcbung ?.png"
+    assert one_line("/tmp/Übung \ud800") == "/tmp/Übung ?"
 
 
 @pytest.mark.parametrize(("level", "is_shown"), [("debug", True), ("info", False)])
