@@ -24,8 +24,8 @@ class NotRead:
     # The number of files for each suffix, and for each class folder.
     suffixes: Counter[str] = field(default_factory=Counter)
     folders: Counter[str] = field(default_factory=Counter)
-    # The class folders without any picture.
-    without_pictures: list[str] = field(default_factory=list)
+    # The class folders without any image.
+    without_images: list[str] = field(default_factory=list)
 
     def add(self, folder: str, item: Item) -> None:
         """Count a file in a folder."""
@@ -39,8 +39,8 @@ class NotRead:
             suffixes = _listed([f"{suffix} {count}" for suffix, count in self.suffixes.most_common()])
             folders = _listed([f"{count} in {folder}" for folder, count in self.folders.most_common()])
             parts.append(f"files not read: {num_files} ({suffixes}), of them {folders}")
-        if self.without_pictures:
-            parts.append(f"no picture to read in {_listed(self.without_pictures)}")
+        if self.without_images:
+            parts.append(f"no image to read in {_listed(self.without_images)}")
         return "; ".join(parts)
 
 
@@ -61,7 +61,7 @@ def find_not_read(folder: Path) -> NotRead:
             num_files=found.suffixes.total(),
             suffixes=dict(found.suffixes.most_common(MAX_NAMED)),
             folders=dict(found.folders.most_common(MAX_NAMED)),
-            without_pictures=found.without_pictures[:MAX_NAMED],
+            without_images=found.without_images[:MAX_NAMED],
         )
     return found
 
@@ -81,7 +81,7 @@ def _add_class(folder: Path, found: NotRead) -> None:
         else:
             found.add(name, item)
     if not num_pictures:
-        found.without_pictures.append(name)
+        found.without_images.append(name)
 
 
 def _listed(words: Sequence[str]) -> str:

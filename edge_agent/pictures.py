@@ -121,7 +121,7 @@ def _check_size(file: ImageFile) -> None:
         raise ValueError(f"{file.width} x {file.height} pixels, at most {MAX_IMAGE_PIXELS} are read")
     tile = [_tags(file).get(tag, 0) for tag in (ExifTags.Base.TileWidth, ExifTags.Base.TileLength)]
     if math.prod(side for side in tile if isinstance(side, int)) > max(num_pixels, _MAX_TILE_PIXELS):
-        raise ValueError(f"tiles of {tile[0]} x {tile[1]} pixels, which is more than the picture has")
+        raise ValueError(f"tiles of {tile[0]} x {tile[1]} pixels, which is more than the image has")
 
 
 def _tags(file: ImageFile) -> Mapping[int, Any]:

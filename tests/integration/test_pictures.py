@@ -126,7 +126,7 @@ def test_whole_folder_is_trained_on_and_what_is_not_read_is_told(cluster: Cluste
     assert own_report(cluster, "edge-1")["num_held_out"] == 40
     told = (
         "files not read: 11 (.heic 10, .txt 1), of them 10 in train/phone, 1 in train/deep;"
-        " no picture to read in train/phone"
+        " no image to read in train/phone"
     )
     events = events_of(agent)
     assert [event["text"] for event in events if "not read" in event.get("text", "")] == [told]

@@ -322,7 +322,7 @@ def test_what_is_not_read_is_counted_by_suffix_and_folder_in_one_warning(pets: P
         "num_files": 5,
         "suffixes": {".heic": 3, ".txt": 1, ".png": 1},
         "folders": {"train/cat": 3, "test/dog": 1, "train": 1},
-        "without_pictures": [],
+        "without_images": [],
     }
 
 
@@ -331,7 +331,7 @@ def test_class_of_which_nothing_is_read_is_named(pets: Path) -> None:
         path.rename(path.with_suffix(".heic"))
     (pets / "train/cat/deeper").mkdir()
     assert str(find_not_read(pets)) == (
-        "files not read: 2 (.heic 2), of them 2 in train/cat; no picture to read in train/cat"
+        "files not read: 2 (.heic 2), of them 2 in train/cat; no image to read in train/cat"
     )
 
 
