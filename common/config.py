@@ -100,6 +100,9 @@ Pixels = Annotated[int, Field(ge=1, le=65_536)]
 # One image may have so many values, channels included.
 MAX_IMAGE_VALUES = 64_000_000
 
+# The colour behind transparent images.
+Background = Literal["white", "black", "grey"]
+
 # How weights travel: see common/wire.py.
 Wire = Literal["float32", "bfloat16", "int8"]
 
@@ -234,6 +237,9 @@ class RunConfig(DocumentedModel):
 
     std: tuple[FiniteFloat, ...] | None = None
     """Standard deviation of each channel, of pixels scaled to 0..1 (default: the dataset's, or 0.25)"""
+
+    background: Background = "white"
+    """Colour that shows through transparent images of an image folder: `"white"`, `"black"` or `"grey"`."""
 
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """The seed from which everything follows that chance decides."""

@@ -95,15 +95,29 @@ class Reason(StrEnum):
     INTERNAL = "internal"
 
 
+# Python has these characters for the bytes of a file name that are not UTF-8 (PEP 383).
+_ODD_BYTES = {0xDC00 + byte: f"\\x{byte:02x}" for byte in range(0x80, 0x100)}
+
+
+def encodable(text: str) -> str:
+    r"""Return the text so that it can be written in UTF-8.
+
+    File names may hold bytes that are not UTF-8. Each such byte becomes `\xNN`.
+    """
+    if text.isascii():
+        return text
+    return text.translate(_ODD_BYTES).encode("utf-8", "replace").decode()
+
+
 def one_line(text: str) -> str:
-    """Return a stranger's text as one line that is safe to print.
+    r"""Return a stranger's text, or a path, as one line that is safe to print.
 
     A space replaces each character that could start a new line, control a terminal, or reverse the
-    direction of the text.
+    direction of the text. A byte of a file name that is not UTF-8 becomes `\xNN`.
     """
     if text.isprintable():
         return text
-    return "".join(character if character.isprintable() else " " for character in text)
+    return "".join(character if character.isprintable() else " " for character in encodable(text))
 
 
 def second_device(agent_id: str) -> str:

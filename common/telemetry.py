@@ -33,7 +33,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from common.addresses import Address
 from common.config import is_loopback
-from common.errors import UsageError, one_line
+from common.errors import UsageError, encodable, one_line
 from common.files import replacing
 
 LOG_LEVELS = ("debug", "info", "warning", "error")
@@ -145,18 +145,20 @@ def _write_traceback(stream: TextIO, error: Any) -> None:
 
 
 def _to_json(value: Any, **options: Any) -> str:
-    """Return strict JSON, in which null replaces NaN and the infinities."""
-    return json.dumps(_without_non_finite(value), allow_nan=False, **options)
+    """Return strict JSON: null replaces NaN and the infinities, and all text can be written in UTF-8."""
+    return json.dumps(_for_json(value), allow_nan=False, **options)
 
 
-def _without_non_finite(value: Any) -> Any:
-    """Return the value with None in the place of each NaN and infinity, at any depth."""
+def _for_json(value: Any) -> Any:
+    """Return the value with what strict JSON does not have replaced, at any depth."""
+    if isinstance(value, str):
+        return encodable(value)
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, Mapping):
-        return {key: _without_non_finite(item) for key, item in value.items()}
+        return {_for_json(key): _for_json(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_without_non_finite(item) for item in value]
+        return [_for_json(item) for item in value]
     return value
 
 

@@ -8,7 +8,7 @@ from pydantic import Field, ValidationInfo, field_validator
 
 from common import addresses
 from common.config import AGENT_ID_PATTERN, DATASETS, ProcessConfig
-from common.errors import UsageError
+from common.errors import UsageError, one_line
 
 ENV_PREFIX = "ECAVG_AGENT_"
 
@@ -131,7 +131,9 @@ class AgentConfig(ProcessConfig):
     @classmethod
     def _exists(cls, value: Path | None) -> Path | None:
         if value is not None and not _is_folder(value):
-            raise ValueError(f"data folder {value} does not exist: make it, or name the right one")
+            raise ValueError(
+                f"data folder {one_line(str(value))} does not exist: make it, or name the right one"
+            )
         return value
 
     @property

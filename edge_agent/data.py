@@ -30,6 +30,7 @@ from common.shards import Shard, check_splittable
 from common.training import derive_seed
 from edge_agent.config import FACTORY_PATTERN, check_source
 from edge_agent.image_folder import class_folders, list_image_folder, stamp_of
+from edge_agent.not_read import find_not_read
 from edge_agent.partition import Partition, partition_indices
 from edge_agent.shard_files import image_digests
 
@@ -60,6 +61,8 @@ class AgentData(NamedTuple):
     num_skipped: int
     # The stamp of the image folder that they were read from; see `data_stamp`.
     stamp: str = ""
+    # What its image folder holds beside the pictures that are read, in a line for the user.
+    not_read: str = ""
 
 
 class Split(Protocol):
@@ -104,6 +107,8 @@ def load_agent_data(
     """
     # The stamp is taken first, so that a change while the data are read is noticed.
     stamp = data_stamp(run, source, data_dir)
+    folder = _image_folder(run.dataset, source, data_dir)
+    not_read = str(find_not_read(folder)) if folder else ""
     opened = open_source(run, source, data_dir=data_dir, allowed_factories=allowed_factories)
     name = source or run.dataset
     splits = [part for part in opened if part is not None]
@@ -123,7 +128,7 @@ def load_agent_data(
         seed = derive_seed(run.seed, "holdout", seed_name)
         parts = hold_out(shards[0].images, run.holdout_fraction, seed)
         shards = [_take(shards[0], part) for part in parts]
-    return AgentData(shards[0], shards[1], num_skipped, stamp)
+    return AgentData(shards[0], shards[1], num_skipped, stamp, not_read)
 
 
 def data_stamp(run: RunConfig, source: str | None, data_dir: Path | None) -> str:

@@ -1,40 +1,31 @@
-"""Image folders, DIR/{train,test}/<class>/*: they are listed first, and decoded later as far as needed."""
+"""Image folders, DIR/{train,test}/<class>/**: they are listed first, and decoded later as far as needed."""
 
 import hashlib
 import os
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import structlog
-from PIL import Image
 
-from common.config import RunConfig, class_name
-from common.errors import UsageError
+from common.config import Background, RunConfig, class_name
+from common.errors import UsageError, encodable, one_line
 from common.shards import Shard
-
-# One file may have so many pixels, which is checked before it is decoded.
-MAX_IMAGE_PIXELS = 64_000_000
-# One file may have so many bytes, which is checked before it is opened, because WebP is read whole.
-MAX_IMAGE_BYTES = 512 << 20
-IMAGE_FORMATS: Mapping[str, str] = {
-    ".jpg": "JPEG",
-    ".jpeg": "JPEG",
-    ".png": "PNG",
-    ".webp": "WEBP",
-    ".bmp": "BMP",
-}
-# The mode for each number of channels.
-_MODES = {1: "L", 3: "RGB"}
+from edge_agent.folder_walk import Item, folders_in, items_below
+from edge_agent.pictures import IMAGE_FORMATS, MODES, decode_image, quiet_pillow
 
 # Pillow lets go of the interpreter's lock only while it decodes: photos keep several threads busy, and
 # with tiny images more than a few only wait for each other.
 NUM_DECODERS = min(4, os.cpu_count() or 1)
 _DECODER_BATCH = 64
+
+# A warning names at most so many reasons and classes.
+_MAX_NAMED = 5
 
 log = structlog.get_logger()
 
@@ -46,31 +37,61 @@ class FileSplit:
     paths: Sequence[Path]
     # The labels, int64 [N].
     labels: np.ndarray
+    # The names of the labels, label 0 first.
+    class_names: Sequence[str]
+    background: Background = "white"
 
     def read(self, indices: np.ndarray, image_shape: tuple[int, int, int]) -> tuple[Shard, int]:
         """Decode these files; files that cannot be read are left out, counted, and logged once."""
         images = np.empty((len(indices), *image_shape), np.uint8)
         is_read = np.zeros(len(indices), bool)
 
-        def decode(start: int) -> list[str]:
+        def decode(start: int) -> list[_Failure]:
             failures = []
             for n in range(start, min(start + _DECODER_BATCH, len(indices))):
                 path = self.paths[indices[n]]
                 try:
-                    images[n] = decode_image(path, image_shape)
+                    images[n] = decode_image(path, image_shape, self.background)
                     is_read[n] = True
                 except Exception as error:
                     # Pillow raises whatever a broken file led it to.
-                    failures.append(f"{path}: {error}")
+                    failures.append(_Failure(path, error))
             return failures
 
-        with _quiet_pillow(), ThreadPoolExecutor(NUM_DECODERS) as pool:
+        with quiet_pillow(), ThreadPoolExecutor(NUM_DECODERS) as pool:
             batches = pool.map(decode, range(0, len(indices), _DECODER_BATCH))
             failures = [failure for batch in batches for failure in batch]
+        labels = self.labels[indices]
         if not failures:
-            return Shard(images, self.labels[indices]), 0
-        log.warning("images_skipped", num_skipped=len(failures), first=failures[0])
-        return Shard(images[is_read], self.labels[indices][is_read]), len(failures)
+            return Shard(images, labels), 0
+        log.warning(
+            "images_skipped",
+            num_skipped=len(failures),
+            first=str(failures[0]),
+            reasons=dict(Counter(failure.reason for failure in failures).most_common(_MAX_NAMED)),
+            classes_without_images=self._names(np.setdiff1d(labels, labels[is_read])),
+        )
+        return Shard(images[is_read], labels[is_read]), len(failures)
+
+    def _names(self, labels: np.ndarray) -> list[str]:
+        return [self.class_names[label] for label in labels[:_MAX_NAMED]]
+
+
+class _Failure(NamedTuple):
+    """A file that could not be read."""
+
+    path: Path
+    error: Exception
+
+    @property
+    def reason(self) -> str:
+        """Return why, without the name of the file where the system's error would have it."""
+        if isinstance(self.error, OSError) and self.error.strerror:
+            return self.error.strerror
+        return one_line(str(self.error)) or type(self.error).__name__
+
+    def __str__(self) -> str:
+        return f"{one_line(str(self.path))}: {self.reason}"
 
 
 def list_image_folder(folder: Path, run: RunConfig) -> tuple[FileSplit, FileSplit | None]:
@@ -84,7 +105,7 @@ def list_image_folder(folder: Path, run: RunConfig) -> tuple[FileSplit, FileSpli
             the run's classes.
     """
     spec = run.spec
-    if spec.image_shape[0] not in _MODES:
+    if spec.image_shape[0] not in MODES:
         raise UsageError(
             f"data folder {folder}: image folders give 1 or 3 channels, and the run's image_shape asks for"
             f" {spec.image_shape[0]}"
@@ -96,7 +117,9 @@ def list_image_folder(folder: Path, run: RunConfig) -> tuple[FileSplit, FileSpli
             f"data folder {train} has {len(class_names)} class folders, and the run {spec.num_classes}"
             " classes: set class_names in the server's [run] table"
         )
-    return _list_images(train, class_names), _list_images(test, class_names) if test.is_dir() else None
+    parts = (train, test) if test.is_dir() else (train,)
+    splits = [_list_images(part, class_names, run.background) for part in parts]
+    return splits[0], splits[1] if len(splits) > 1 else None
 
 
 def class_folders(folder: Path) -> dict[str, Path]:
@@ -105,22 +128,27 @@ def class_folders(folder: Path) -> dict[str, Path]:
     Raises:
         UsageError: there are none, or they cannot be read, or a name is no name of a class.
     """
-    folders: dict[str, Path] = {}
+    named: dict[str, Path] = {}
     with _named_in_errors():
-        entries = list(folder.iterdir()) if folder.is_dir() else []
-    for path in entries:
-        if _is_hidden(path) or not path.is_dir():
-            continue
-        try:
-            name = class_name(path.name)
-        except ValueError as error:
-            raise UsageError(f"class folder {path}: its name {error}: rename it") from error
-        if other := folders.get(name):
+        found = folders_in(folder) if folder.is_dir() else []
+    for path in found:
+        name = _class_of(path)
+        if other := named.get(name):
             raise UsageError(f"class folders {other} and {path} have the same name: rename one")
-        folders[name] = path
-    if not folders:
+        named[name] = path
+    if not named:
         raise UsageError(f"no class folders in {folder}: lay the images out as {folder}/<class>/*")
-    return dict(sorted(folders.items()))
+    return dict(sorted(named.items()))
+
+
+def _class_of(folder: Path) -> str:
+    """Return the name of the class that a class folder holds, or raise UsageError."""
+    if folder.name != encodable(folder.name):
+        raise UsageError(f"class folder {folder} has a name that is not UTF-8: rename it")
+    try:
+        return class_name(folder.name)
+    except ValueError as error:
+        raise UsageError(f"class folder {folder}: its name {error}: rename it") from error
 
 
 @contextmanager
@@ -133,60 +161,25 @@ def _named_in_errors() -> Iterator[None]:
 
 
 def stamp_of(folder: Path) -> str:
-    """Return a value that changes when a file below `folder` is added, removed or written to.
+    """Return a value that changes when a picture of `folder` is added, removed or written to.
 
     No file is opened.
     """
-    stamp = hashlib.sha256()
-    for path in sorted(folder.glob("*/*/*")):
+    files: list[bytes] = []
+    for part in (folder / "train", folder / "test"):
         with suppress(OSError):
-            # The file has just gone, or is a link that leads nowhere.
-            status = path.stat()
-            stamp.update(f"{path}\0{status.st_size}\0{status.st_mtime_ns}\0".encode())
-    return stamp.hexdigest()
+            # A folder has just gone, or cannot be read.
+            for class_folder in folders_in(part):
+                files += [_state_of(item) for item in items_below(class_folder) if item.is_picture]
+    return hashlib.sha256(b"".join(sorted(files))).hexdigest()
 
 
-def decode_image(path: Path, image_shape: tuple[int, int, int]) -> np.ndarray:
-    """Read one file as uint8 [C, H, W], C being 1 or 3; resized where its size differs.
-
-    Transparency is dropped, 16-bit grey is scaled to 8 bits.
-
-    Raises:
-        Exception: of any kind: the file is no image, is broken, or has more than MAX_IMAGE_PIXELS.
-    """
-    channels, height, width = image_shape
-    mode, size = _MODES[channels], (width, height)
-    if (num_bytes := path.stat().st_size) > MAX_IMAGE_BYTES:
-        raise ValueError(f"{num_bytes} bytes, at most {MAX_IMAGE_BYTES} are read")
-    with Image.open(path, formats=tuple(set(IMAGE_FORMATS.values()))) as file:
-        if file.width * file.height > MAX_IMAGE_PIXELS:
-            raise ValueError(f"{file.width} x {file.height} pixels, at most {MAX_IMAGE_PIXELS} are read")
-        # A JPEG is decoded without the detail that resizing would take away.
-        file.draft(mode, size)
-        image = _to_8_bits(file).convert(mode)
-    if image.size != size:
-        # Pillow always resizes with antialiasing.
-        image = image.resize(size, Image.Resampling.BILINEAR)
-    return np.asarray(image).reshape(height, width, channels).transpose(2, 0, 1)
+def _state_of(item: Item) -> bytes:
+    size, written = (item.status.st_size, item.status.st_mtime_ns) if item.status else (0, 0)
+    return os.fsencode(item.path) + f"\0{size}\0{written}\0".encode()
 
 
-def _to_8_bits(image: Image.Image) -> Image.Image:
-    if not image.mode.startswith("I;16"):
-        return image
-    # convert() would clip to white.
-    return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-
-
-@contextmanager
-def _quiet_pillow() -> Iterator[None]:
-    """Keep Pillow's remarks on odd files off the terminal; a file that it calls a bomb is not read."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        yield
-
-
-def _list_images(folder: Path, class_names: Sequence[str]) -> FileSplit:
+def _list_images(folder: Path, class_names: Sequence[str], background: Background) -> FileSplit:
     label_of = {name: label for label, name in enumerate(class_names)}
     paths: list[Path] = []
     labels: list[int] = []
@@ -194,19 +187,9 @@ def _list_images(folder: Path, class_names: Sequence[str]) -> FileSplit:
         if name not in label_of:
             raise UsageError(f"class folder {path} is not one of the run's {len(label_of)} classes")
         with _named_in_errors():
-            images = sorted(each for each in path.iterdir() if _is_image(each))
+            images = sorted(item.path for item in items_below(path) if item.is_picture)
         paths += images
         labels += [label_of[name]] * len(images)
     if not paths:
         raise UsageError(f"no images ({', '.join(IMAGE_FORMATS)}) in the class folders of {folder}")
-    return FileSplit(paths, np.array(labels, np.int64))
-
-
-def _is_image(path: Path) -> bool:
-    """Return True if the file may be an image, and is no pipe or device, which could be read for ever."""
-    return path.suffix.lower() in IMAGE_FORMATS and not _is_hidden(path) and path.is_file()
-
-
-def _is_hidden(path: Path) -> bool:
-    # Such names are .DS_Store and ._photo.jpg.
-    return path.name.startswith(".")
+    return FileSplit(paths, np.array(labels, np.int64), class_names, background)

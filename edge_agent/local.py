@@ -100,6 +100,7 @@ class LocalModels:
 
     Attributes:
         stamp: the stamp of the data; see edge_agent/data.py.
+        not_read: what is not read of an image folder, in a line for the user; empty if all of it is.
         shards: the files of the examples that are shared, in order, and their blobs.
         num_shared: how many examples are in them, with those that the cloud holds back of each.
         num_examples: the same, with the examples that are not shared.
@@ -130,6 +131,7 @@ class LocalModels:
         # How good the global model is that was measured last, maybe after adaptation.
         self._arrived: Evaluation | None = None
         self.stamp = data.stamp
+        self.not_read = data.not_read
         before = set(disk.shards.glob("*.safetensors"))
         is_shared = choose_shared(data.train.images, shared_fraction)
         self.shards = _kept(disk.shards, data.train, is_shared)

@@ -39,6 +39,8 @@ class LocalData:
         self._agent_id = agent_id
         self._worker = worker
         self._display = display
+        # What was shown last of what is not read, so that it is not shown again in each round.
+        self._shown_not_read = ""
         self._loading: asyncio.Future[LocalModels] = tasks.create_task(self._load())
         self._loading.add_done_callback(lambda _: on_ready())
 
@@ -75,6 +77,9 @@ class LocalData:
     async def _load(self) -> LocalModels:
         models = await self._worker.run(self._load_models)
         crash_point(Point.AGENT_DATA_LOADED)
+        if models.not_read and models.not_read != self._shown_not_read:
+            self._display.message(models.not_read)
+        self._shown_not_read = models.not_read
         self._display.message(_what_is_shared(models, self._run.retain_data))
         if models.has_withdrawn and self._config.share_data != "all":
             self._display.message(

@@ -3,7 +3,7 @@
 import asyncio
 import signal
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ class Steered(Client):
         self.run_ids = ["run"]
         self.num_joins = 0
 
-    async def join(self) -> Joined:
+    async def join(self, class_names: Sequence[str] = ()) -> Joined:
         self.num_joins += 1
         return Joined(self.run_ids[min(self.num_joins, len(self.run_ids)) - 1], RUN, 1, 1)
 

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image, PngImagePlugin
+from PIL import GifImagePlugin, Image, PngImagePlugin, TiffImagePlugin
 
 from common.config import RunConfig
 from edge_agent.data import load_agent_data
-from edge_agent.image_folder import MAX_IMAGE_BYTES
+from edge_agent.pictures import MAX_IMAGE_BYTES
 from tests.hostile import pickles
 from tests.hostile.target import MAX_GROWTH_BYTES
 
@@ -93,6 +93,50 @@ def bmp_bomb() -> bytes:
     return bytes(content)
 
 
+def gif_bomb() -> bytes:
+    """Return a GIF whose screen is small, and whose first picture has 4 billion pixels."""
+    content = bytearray(photo("GIF"))
+    place = content.index(b"\x2c", 13 + 768)
+    content[place + 5 : place + 9] = struct.pack("<HH", 65_535, 65_535)
+    return bytes(content)
+
+
+def gif_bomb_of_the_screen() -> bytes:
+    content = bytearray(photo("GIF"))
+    content[6:10] = struct.pack("<HH", 65_535, 65_535)
+    return bytes(content)
+
+
+def tiff_of(width: int, height: int, *more: tuple[int, int], strip: bytes = b"") -> bytes:
+    """Return a grey TIFF, deflated, in one strip, with these other tags: number and value."""
+    entries = {256: width, 257: height, 258: 8, 259: 8, 262: 1, 273: 8, 277: 1, 278: height, 279: len(strip)}
+    directory = b"".join(
+        struct.pack("<HHII", tag, 4, 1, value) for tag, value in sorted((entries | dict(more)).items())
+    )
+    head = struct.pack("<2sHI", b"II", 42, 8 + len(strip))
+    return head + strip + struct.pack("<H", len(directory) // 12) + directory + bytes(4)
+
+
+def tiff_bomb() -> bytes:
+    """Return a complete and correct image of 400 million pixels, in half a megabyte."""
+    return tiff_of(20_000, 20_000, strip=zeros(400 * MEBIBYTE))
+
+
+def tiff_bomb_of_a_tile() -> bytes:
+    """Return an image of 8 x 8 pixels whose only tile has a billion."""
+    tile = {322: 32_768, 323: 32_768, 324: 8, 325: 1000}
+    return tiff_of(8, 8, *tile.items(), strip=zeros(MEBIBYTE))
+
+
+def tiff_with_a_bomb_behind_8_pixels() -> bytes:
+    return tiff_of(8, 8, strip=zeros(256 * MEBIBYTE))
+
+
+def tiff_in_a_circle() -> bytes:
+    """Return a TIFF without an image, whose only directory is followed by itself."""
+    return struct.pack("<2sHIHHHIII", b"II", 42, 8, 1, 256, 4, 1, 8, 8)
+
+
 NO_IMAGES: dict[str, Callable[[], bytes]] = {
     "bomb.png": png_bomb,
     "more-than-fits.png": png_of_more_than_fits,
@@ -100,13 +144,20 @@ NO_IMAGES: dict[str, Callable[[], bytes]] = {
     "bomb.jpg": jpeg_bomb,
     "bomb.webp": webp_bomb,
     "bomb.bmp": bmp_bomb,
+    "bomb.gif": gif_bomb,
+    "bomb-of-the-screen.gif": gif_bomb_of_the_screen,
+    "bomb.tif": tiff_bomb,
+    "circle.tif": tiff_in_a_circle,
+    "negative.tif": lambda: tiff_of(2**31, 2**31),
+    "without-a-side.tif": lambda: tiff_of(0, 8),
     "text-bomb.png": png_with_a_text_bomb,
     "empty.png": lambda: b"",
     "one-byte.jpeg": lambda: b"\xff",
     "zeros.bmp": lambda: bytes(1000),
     "pickle.png": lambda: pickles.plain(Path("somebody-unpickled-this")),
-    "gif.png": lambda: bytes_of(Image.new("L", (8, 8)), "GIF"),
-    "tiff.jpg": lambda: bytes_of(Image.new("L", (8, 8)), "TIFF"),
+    "icon.gif": lambda: bytes_of(Image.new("L", (8, 8)), "ICO"),
+    "pcx.jpg": lambda: bytes_of(Image.new("L", (8, 8)), "PCX"),
+    "jpeg2000.tif": lambda: bytes_of(Image.new("L", (8, 8)), "JPEG2000"),
     "postscript.png": lambda: bytes_of(Image.new("L", (8, 8)), "EPS"),  # Pillow runs a program for it
     "page.jpg": lambda: b"<svg><script>evil()</script></svg>",
 }
@@ -161,7 +212,26 @@ def test_profile_that_is_a_bomb_is_not_unpacked(folder: Path) -> None:
     assert (num_images, num_skipped) in [(4, 1), (5, 0)]  # Pillow goes on without a profile it cannot read
 
 
-@pytest.mark.parametrize("name", ["PNG", "JPEG", "WEBP", "BMP"])
+@pytest.mark.parametrize("bomb", [tiff_bomb_of_a_tile, tiff_with_a_bomb_behind_8_pixels])
+def test_no_more_of_a_tiff_is_unpacked_than_its_pixels(folder: Path, bomb: Callable[[], bytes]) -> None:
+    (folder / "train/0/bomb.tif").write_bytes(bomb())
+    assert sum(read(folder)) == 5
+
+
+@pytest.mark.parametrize("name", ["GIF", "TIFF", "PNG", "WEBP"])
+def test_of_thousands_of_pictures_in_one_file_only_the_first_is_decoded(
+    folder: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The directories of a TIFF lead to one another, so that a thousand of them would be read in turn."""
+    frames = [Image.new("L", (8, 8), number % 256) for number in range(1000)]
+    content = bytes_of(frames[0], name, save_all=True, append_images=frames[1:])
+    (folder / f"train/0/many.{name.lower()}").write_bytes(content)
+    for plugin in (GifImagePlugin.GifImageFile, PngImagePlugin.PngImageFile, TiffImagePlugin.TiffImageFile):
+        monkeypatch.setattr(plugin, "seek", lambda *_: pytest.fail("another picture was looked for"))
+    assert read(folder) == (5, 0)
+
+
+@pytest.mark.parametrize("name", ["PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF"])
 def test_image_that_is_cut_off_is_passed_over(folder: Path, name: str) -> None:
     content = photo(name)
     cuts = [*range(0, 64, 3), *range(64, len(content) - 64, len(content) // 20)]
@@ -170,7 +240,7 @@ def test_image_that_is_cut_off_is_passed_over(folder: Path, name: str) -> None:
     assert read(folder) == (4, len(cuts))
 
 
-@pytest.mark.parametrize("name", ["PNG", "JPEG", "WEBP", "BMP"])
+@pytest.mark.parametrize("name", ["PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF"])
 def test_damaged_images_are_read_or_passed_over(folder: Path, name: str) -> None:
     generator = np.random.default_rng(0)
     for index in range(60):

@@ -2,6 +2,7 @@
 
 import asyncio
 import errno
+import os
 import subprocess
 import sys
 import time
@@ -10,7 +11,7 @@ from collections.abc import Callable
 import pytest
 
 from common import cli
-from common.errors import InvalidError, UsageError
+from common.errors import InvalidError, UsageError, one_line
 from tests.processes import ROOT
 
 
@@ -40,6 +41,12 @@ def test_every_error_is_one_line(
 ) -> None:
     assert raising(error)() == code
     assert capsys.readouterr().err == line + "\n"
+
+
+def test_bytes_of_a_path_that_are_not_utf8_are_shown_as_numbers() -> None:
+    path = os.fsdecode("/tmp/Übung\n\u202e.png".encode("latin-1", "replace"))
+    assert one_line(path) == r"/tmp/\xdcbung ?.png"
+    assert one_line("/tmp/Übung \ud800") == "/tmp/Übung ?"
 
 
 @pytest.mark.parametrize(("level", "is_shown"), [("debug", True), ("info", False)])

@@ -247,7 +247,7 @@ def test_an_image_folder_is_read_from_its_path(pets: Path) -> None:
 def test_agents_decode_only_their_own_part(pets: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened: list[Path] = []
     monkeypatch.setattr(
-        "edge_agent.image_folder.decode_image", lambda path, shape: opened.append(path) or np.zeros(shape)
+        "edge_agent.image_folder.decode_image", lambda path, shape, _: opened.append(path) or np.zeros(shape)
     )
     load(PETS, str(pets), partition=Partition(1, 4))
     assert len(opened) == 4
@@ -260,6 +260,12 @@ def test_unreadable_images_are_counted(pets: Path) -> None:
     loaded = load(PETS, str(pets))
     assert loaded.num_skipped == 1
     assert len(loaded.train.labels) + len(loaded.held_out.labels) == 15
+
+
+def test_what_is_not_read_is_told(pets: Path) -> None:
+    assert load(PETS, str(pets)).not_read == ""
+    (pets / "train/cat/notes.txt").touch()
+    assert load(PETS, str(pets)).not_read == "files not read: 1 (.txt 1), of them 1 in train/cat"
 
 
 def test_nothing_readable_is_refused(pets: Path) -> None:

@@ -1,3 +1,7 @@
+import os
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -7,8 +11,10 @@ from PIL import Image
 
 from common.config import RunConfig
 from common.errors import UsageError
-from edge_agent import image_folder
-from edge_agent.image_folder import FileSplit, decode_image, list_image_folder, stamp_of
+from edge_agent import pictures
+from edge_agent.image_folder import FileSplit, list_image_folder, stamp_of
+from edge_agent.not_read import find_not_read
+from edge_agent.pictures import IMAGE_FORMATS, decode_image
 
 RUN = RunConfig(dataset="pets", num_classes=2, image_shape=(3, 4, 6))
 RANDOM = np.random.default_rng(0)
@@ -22,6 +28,21 @@ def save(path: Path, pixels: np.ndarray) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(pixels).save(path)
     return path
+
+
+@contextmanager
+def denied(folder: Path) -> Iterator[None]:
+    """Have the folder refuse to be listed, also where the tests run as root."""
+    real = Path.iterdir
+
+    def iterdir(self: Path) -> Iterator[Path]:
+        if self == folder:
+            raise PermissionError(13, "Permission denied", str(self))
+        return real(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Path, "iterdir", iterdir)
+        yield
 
 
 @pytest.fixture
@@ -75,10 +96,12 @@ def test_other_and_hidden_files_are_not_images(pets: Path) -> None:
     assert len(list_image_folder(pets, RUN)[0].paths) == 3
 
 
-@pytest.mark.parametrize("suffix", [".png", ".PNG", ".bmp", ".webp", ".jpg", ".jpeg"])
+@pytest.mark.parametrize("suffix", [*IMAGE_FORMATS, ".PNG", ".Tif"])
 def test_every_format_is_read(tmp_path: Path, suffix: str) -> None:
     pixels = np.full((4, 6, 3), (200, 100, 50), np.uint8)
-    path = save(tmp_path / f"train/cat/a{suffix}", pixels)
+    path = tmp_path / f"train/cat/a{suffix}"
+    path.parent.mkdir(parents=True)
+    Image.fromarray(pixels).save(path, IMAGE_FORMATS[suffix.lower()])
     save(tmp_path / "train/dog/b.png", pixels)
     images, _, num_skipped = read_all(list_image_folder(tmp_path, RUN)[0])
     assert num_skipped == 0
@@ -95,7 +118,7 @@ def test_pixels_of_a_lossless_image_are_kept(tmp_path: Path) -> None:
 def test_many_batches_keep_images_beside_their_labels(tmp_path: Path) -> None:
     labels = np.arange(200)
     paths = [save(tmp_path / f"{label}.bmp", np.full((1, 1, 3), label, np.uint8)) for label in labels]
-    images, read_labels, _ = read_all(FileSplit(paths, labels), (3, 1, 1))
+    images, read_labels, _ = read_all(FileSplit(paths, labels, []), (3, 1, 1))
     np.testing.assert_array_equal(images[:, 0, 0, 0], labels)
     np.testing.assert_array_equal(read_labels, labels)
 
@@ -149,12 +172,25 @@ def test_unreadable_images_are_skipped_counted_and_logged_once(pets: Path) -> No
     assert event["log_level"] == "warning"
     assert event["num_skipped"] == 2
     assert event["first"].startswith(str(broken))
+    assert event["classes_without_images"] == ["cat"]
+
+
+def test_reasons_for_skipping_images_are_counted(pets: Path) -> None:
+    for name in ("train/cat/a.png", "train/cat/b.png"):
+        Image.fromarray(RANDOM.random((4, 6)).astype(np.float32)).save(pets / name, "TIFF")
+    (pets / "train/dog/d.png").write_bytes(b"not an image")
+    with structlog.testing.capture_logs() as logs:
+        read_all(list_image_folder(pets, RUN)[0])
+    reasons = list(logs[0]["reasons"].items())
+    assert [count for _, count in reasons] == [2, 1]
+    assert "nothing says which are black and white" in reasons[0][0]
+    assert "none of BMP, GIF" in reasons[1][0]
 
 
 def test_an_image_of_too_many_pixels_is_skipped_before_it_is_decoded(
     pets: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(image_folder, "MAX_IMAGE_PIXELS", 23)
+    monkeypatch.setattr(pictures, "MAX_IMAGE_PIXELS", 23)
     monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("decoded"))
     assert read_all(list_image_folder(pets, RUN)[0])[2] == 3
 
@@ -165,7 +201,7 @@ def test_what_pillow_calls_a_bomb_is_skipped(pets: Path, monkeypatch: pytest.Mon
 
 
 def test_a_format_is_told_by_content_and_others_are_not_opened(pets: Path) -> None:
-    Image.fromarray(random_pixels(4, 6, 3)).save(pets / "train/cat/a.png", format="TIFF")
+    Image.fromarray(random_pixels(4, 6, 3)).save(pets / "train/cat/a.png", format="PCX")
     Image.fromarray(random_pixels(4, 6, 3)).save(pets / "train/cat/b.png", format="BMP")
     assert read_all(list_image_folder(pets, RUN)[0])[2] == 1
 
@@ -183,6 +219,178 @@ def test_stamp_changes_with_every_file_that_comes_goes_or_is_written(pets: Path)
     stamps.append(stamp_of(pets))
     assert len(set(stamps)) == len(stamps)
     assert stamp_of(pets / "gone") not in stamps
+
+
+def test_stamp_is_of_the_pictures_that_are_read(pets: Path) -> None:
+    stamps = [stamp_of(pets)]
+    (pets / "train/cat/notes.txt").touch()
+    (pets / "train/cat/.hidden.png").touch()
+    (pets / "more.png").touch()
+    assert stamp_of(pets) == stamps[0]
+    save(pets / "train/cat/2024/05/e.png", random_pixels(4, 6, 3))
+    stamps.append(stamp_of(pets))
+    (pets / "train/cat/album").symlink_to(save(pets / "elsewhere/f.gif", random_pixels(4, 6)).parent)
+    stamps.append(stamp_of(pets))
+    (pets / "elsewhere/f.gif").unlink()
+    stamps.append(stamp_of(pets))
+    assert len(set(stamps)) == 3
+    assert stamps[3] == stamps[1]
+
+
+# --- folders below a class folder
+
+
+def names_in(split: FileSplit, folder: Path) -> list[str]:
+    return [path.relative_to(folder).as_posix() for path in split.paths]
+
+
+def test_pictures_of_a_class_are_those_in_all_folders_below_its_own(pets: Path) -> None:
+    for name in ("2024/05/a.png", "2024/z.png", "0/0/0/0/a.png", ".trash/a.png", "@eaDir/a.png"):
+        save(pets / "train/dog" / name, random_pixels(4, 6, 3))
+    train, _ = list_image_folder(pets, RUN)
+    assert names_in(train, pets / "train")[2:] == [
+        "dog/0/0/0/0/a.png",
+        "dog/2024/05/a.png",
+        "dog/2024/z.png",
+        "dog/c.png",
+    ]
+    assert train.labels.tolist() == [0, 0, 1, 1, 1, 1]
+
+
+def test_class_whose_folder_is_a_link_is_read(pets: Path) -> None:
+    (pets / "train/dog").rename(pets / "dogs")
+    (pets / "train/dog").symlink_to(pets / "dogs")
+    assert list_image_folder(pets, RUN)[0].labels.tolist() == [0, 0, 1]
+
+
+@pytest.mark.parametrize("target", [".", "..", "../..", "../../..", "inner", "../dog/inner/back"])
+def test_links_to_folders_end_and_bring_no_other_class(pets: Path, target: str) -> None:
+    """None of these links leads to a picture that is not one of the class anyway."""
+    inner = save(pets / "train/dog/inner/e.png", random_pixels(4, 6, 3)).parent
+    (inner / "back").symlink_to("..")
+    (pets / "train/dog/link").symlink_to(target)
+    train, _ = list_image_folder(pets, RUN)
+    assert names_in(train, pets)[2:] in (
+        ["train/dog/c.png", "train/dog/inner/e.png"],
+        ["train/dog/c.png", "train/dog/link/e.png"],
+    )
+    assert stamp_of(pets) == stamp_of(pets)
+
+
+def test_folders_as_deep_as_a_path_may_be_are_read(pets: Path) -> None:
+    """Beyond that they are named as what is not read."""
+    here = os.open(pets / "train/dog", os.O_RDONLY)
+    for _ in range(1100):
+        os.mkdir("dddd", dir_fd=here)
+        below = os.open("dddd", os.O_RDONLY, dir_fd=here)
+        os.close(here)
+        here = below
+    os.close(here)
+    try:
+        assert len(list_image_folder(pets, RUN)[0].paths) == 3
+        assert str(find_not_read(pets)) == "files not read: 1 (out of reach 1), of them 1 in train/dog"
+    finally:
+        subprocess.run(["rm", "-rf", pets / "train/dog/dddd"], check=True)
+
+
+def test_folder_below_that_cannot_be_opened_is_named_and_others_are_read(pets: Path) -> None:
+    closed = save(pets / "train/dog/closed/e.png", random_pixels(4, 6, 3)).parent
+    with denied(closed):
+        assert len(list_image_folder(pets, RUN)[0].paths) == 3
+        found = str(find_not_read(pets))
+    assert found == "files not read: 1 (folder without permission 1), of them 1 in train/dog"
+
+
+# --- what is not read
+
+
+def test_what_is_not_read_is_counted_by_suffix_and_folder_in_one_warning(pets: Path) -> None:
+    for number in range(3):
+        (pets / f"train/cat/{number}.HEIC").touch()
+    (pets / "test/dog/2024").mkdir()
+    (pets / "test/dog/2024/notes.txt").touch()
+    (pets / "train/stray.png").touch()
+    with structlog.testing.capture_logs() as logs:
+        text = str(find_not_read(pets))
+    assert text == (
+        "files not read: 5 (.heic 3, .png 1, .txt 1), of them 3 in train/cat, 1 in train, 1 in test/dog"
+    )
+    (event,) = logs
+    assert event == {
+        "event": "files_not_read",
+        "log_level": "warning",
+        "num_files": 5,
+        "suffixes": {".heic": 3, ".txt": 1, ".png": 1},
+        "folders": {"train/cat": 3, "test/dog": 1, "train": 1},
+        "without_images": [],
+    }
+
+
+def test_class_of_which_nothing_is_read_is_named(pets: Path) -> None:
+    for path in (pets / "train/cat").iterdir():
+        path.rename(path.with_suffix(".heic"))
+    (pets / "train/cat/deeper").mkdir()
+    assert str(find_not_read(pets)) == (
+        "files not read: 2 (.heic 2), of them 2 in train/cat; no image to read in train/cat"
+    )
+
+
+def test_nothing_is_said_of_a_folder_of_which_all_is_read(pets: Path) -> None:
+    for name in ("Thumbs.db", "desktop.ini", ".DS_Store", "._a.png", ".picasa.ini"):
+        (pets / "train/cat" / name).touch()
+        (pets / "train" / name).touch()
+    with structlog.testing.capture_logs() as logs:
+        assert str(find_not_read(pets)) == ""
+    assert not logs
+
+
+def test_what_is_no_file_is_counted_and_not_opened(pets: Path) -> None:
+    os.mkfifo(pets / "train/cat/pipe.png")
+    (pets / "train/cat/gone.png").symlink_to("nowhere.png")
+    (pets / "train/cat/loop.png").symlink_to("loop.png")
+    (pets / "train/cat/without-a-suffix").touch()
+    assert str(find_not_read(pets)).startswith("files not read: 4 (out of reach 2, ")
+    assert find_not_read(pets).suffixes == {"out of reach": 2, "pipe or device": 1, "other": 1}
+
+
+def test_warning_stays_short_whatever_the_names(pets: Path) -> None:
+    for number in range(50):
+        folder = pets / f"train/{'long' * 50}{number}"
+        folder.mkdir()
+        (folder / f"a.{number}").touch()
+        (folder / f"a.{'x' * 200}").touch()
+    text = str(find_not_read(pets))
+    assert "and 46 more), of them" in text
+    assert len(text) < 3000
+
+
+# --- names that are not UTF-8
+
+
+ODD = os.fsdecode("Übung".encode("latin-1"))
+
+
+def test_file_whose_name_is_not_utf8_is_read_and_stamped(pets: Path) -> None:
+    stamp = stamp_of(pets)
+    save(pets / f"train/cat/{ODD}.png", random_pixels(4, 6, 3))
+    assert len(read_all(list_image_folder(pets, RUN)[0])[0]) == 4
+    assert stamp_of(pets) != stamp
+
+
+def test_unreadable_file_whose_name_is_not_utf8_is_named_in_utf8(pets: Path) -> None:
+    (pets / f"train/cat/{ODD}.png").write_bytes(b"not an image")
+    (pets / f"train/cat/{ODD}.{ODD}").touch()
+    with structlog.testing.capture_logs() as logs:
+        read_all(list_image_folder(pets, RUN)[0])
+        find_not_read(pets)
+    assert logs[0]["first"].startswith(rf"{pets}/train/cat/\xdcbung.png: ")
+    assert logs[1]["suffixes"] == {r".\xdcbung": 1}
+
+
+def test_class_folder_whose_name_is_not_utf8_is_refused(pets: Path) -> None:
+    (pets / "train/cat").rename(pets / f"train/{ODD}")
+    with pytest.raises(UsageError, match="has a name that is not UTF-8: rename it"):
+        list_image_folder(pets, RUN)
 
 
 @pytest.mark.parametrize("folders", [[], ["train"], ["cat", "dog"]], ids=["empty", "empty train", "no train"])

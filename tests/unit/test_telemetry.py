@@ -180,6 +180,18 @@ def test_json_log_has_no_words_that_json_lacks(capsys: pytest.CaptureFixture[str
 # --- progress ----------------------------------------------------------------------------------------
 
 
+def test_json_log_of_a_path_that_is_not_utf8_can_be_written_in_utf8(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path = os.fsdecode("/Übung".encode("latin-1"))
+    configure_logging()
+    structlog.get_logger().info("read", first=path, counts={path: 1})
+    line = capsys.readouterr().err
+    event = json.loads(line)
+    assert (event["first"], event["counts"]) == (r"/\xdcbung", {r"/\xdcbung": 1})
+    assert r"\udcdc" not in line
+
+
 def test_progress_off_a_terminal_is_logged_at_once_then_every_five_seconds_and_at_the_end() -> None:
     now = 0.0
     display = telemetry._ProgressLog(clock=lambda: now)

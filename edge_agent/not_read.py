@@ -1,0 +1,89 @@
+"""What an image folder holds beside the pictures that are read: a user who knows of it can mend it."""
+
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import structlog
+
+from common.errors import one_line
+from edge_agent.folder_walk import Item, folders_in, is_left_out, items_below, look_at
+
+# So many suffixes and folders are named.
+MAX_NAMED = 5
+
+log = structlog.get_logger()
+
+
+@dataclass
+class NotRead:
+    """What is not read of an image folder; all names are printable, and folders read "train/cat"."""
+
+    # The number of files for each suffix, and for each class folder.
+    suffixes: Counter[str] = field(default_factory=Counter)
+    folders: Counter[str] = field(default_factory=Counter)
+    # The class folders without any image.
+    without_images: list[str] = field(default_factory=list)
+
+    def add(self, folder: str, item: Item) -> None:
+        """Count a file in a folder."""
+        self.suffixes[item.kind] += 1
+        self.folders[folder] += 1
+
+    def __str__(self) -> str:
+        """Return a line for the user; empty if there is nothing to say."""
+        parts = []
+        if num_files := self.suffixes.total():
+            suffixes = _listed([f"{suffix} {count}" for suffix, count in self.suffixes.most_common()])
+            folders = _listed([f"{count} in {folder}" for folder, count in self.folders.most_common()])
+            parts.append(f"files not read: {num_files} ({suffixes}), of them {folders}")
+        if self.without_images:
+            parts.append(f"no image to read in {_listed(self.without_images)}")
+        return "; ".join(parts)
+
+
+def find_not_read(folder: Path) -> NotRead:
+    """Find what is not read of `folder`/train and `folder`/test, and log it in one warning.
+
+    What cannot be listed at all is not told of here: reading the pictures fails for it.
+    """
+    found = NotRead()
+    for part in (folder / "train", folder / "test"):
+        with suppress(OSError):
+            _add_files_beside(part, found)
+            for class_folder in folders_in(part):
+                _add_class(class_folder, found)
+    if str(found):
+        log.warning(
+            "files_not_read",
+            num_files=found.suffixes.total(),
+            suffixes=dict(found.suffixes.most_common(MAX_NAMED)),
+            folders=dict(found.folders.most_common(MAX_NAMED)),
+            without_images=found.without_images[:MAX_NAMED],
+        )
+    return found
+
+
+def _add_files_beside(part: Path, found: NotRead) -> None:
+    """Count the files that lie beside the class folders."""
+    for item in map(look_at, part.iterdir()):
+        if not item.is_folder and not is_left_out(item.path.name):
+            found.add(part.name, item)
+
+
+def _add_class(folder: Path, found: NotRead) -> None:
+    name, num_pictures = one_line(f"{folder.parent.name}/{folder.name}"), 0
+    for item in items_below(folder):
+        if item.is_picture:
+            num_pictures += 1
+        else:
+            found.add(name, item)
+    if not num_pictures:
+        found.without_images.append(name)
+
+
+def _listed(words: Sequence[str]) -> str:
+    more = len(words) - MAX_NAMED
+    return ", ".join(words[:MAX_NAMED]) + (f" and {more} more" if more > 0 else "")
