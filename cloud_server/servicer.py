@@ -4,6 +4,7 @@ Nothing is decided here; errors become statuses in common/rpc.py.
 """
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -215,6 +216,7 @@ def _event(state: RunState) -> pb.WatchEvent:
         num_contributions=state.num_contributions,
         max_contributions=state.max_contributions,
         counted_round=state.counted_round,
+        server_time=time.time(),
     )
     if left_out := state.left_out:
         event.left_out.CopyFrom(

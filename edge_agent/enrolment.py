@@ -8,10 +8,14 @@ from common import rpc, tls
 from common.errors import UnavailableError, UsageError
 from common.faults import Point, crash_point
 from edge_agent.client import ask_for_certificate
-from edge_agent.identity import Identity, certificate_of
+from edge_agent.identity import Identity, certificate_of, is_outside, wrong_clock
 
 # Where the server breaks off so many handshakes, the token is at fault, not the network.
 MAX_UNTAKEN = 3
+
+
+class WrongClockError(UnavailableError):
+    """An error for a device that cannot believe the server's certificate before its clock is set."""
 
 
 class Enrolment:
@@ -37,9 +41,15 @@ class Enrolment:
 
         Raises:
             OSError: nobody answers.
-            UsageError: whoever answers speaks plaintext.
+            UsageError: whoever answers speaks plaintext, or shows something else than a certificate.
+            WrongClockError: the certificate is not valid by this device's clock.
         """
-        self._leaf = tls.load_certificate(certificate_of(self._server))
+        try:
+            self._leaf = tls.load_certificate(certificate_of(self._server))
+        except ValueError as error:
+            raise UsageError(f"{self._server} shows no certificate of a server: check the address") from error
+        if is_outside(tls.validity(self._leaf)):
+            raise WrongClockError(wrong_clock(tls.validity(self._leaf)))
         leaf = self._token.leaf(self._key)
         return tls.TlsMaterial(tls.pem(self._key), tls.pem(leaf), tls.pem(self._leaf))
 
@@ -78,7 +88,7 @@ async def enroll(enrolment: Enrolment, server: str, on_waiting: Callable[[str], 
         Refusal: the server says no.
     """
     num_untaken = 0
-    is_waiting = False
+    told = ""
 
     async def attempt() -> Identity:
         nonlocal num_untaken
@@ -100,12 +110,13 @@ async def enroll(enrolment: Enrolment, server: str, on_waiting: Callable[[str], 
         return await asyncio.to_thread(enrolment.finish, *reply)
 
     async def before_retry(error: BaseException, _: float) -> None:
-        nonlocal is_waiting
-        if not is_waiting:
-            is_waiting = True
-            on_waiting(str(error))
+        nonlocal told
+        # A wrong clock is told even while the server is waited for already, because only a person mends it.
+        if not told or (isinstance(error, WrongClockError) and str(error) != told):
+            told = str(error)
+            on_waiting(told)
 
     identity: Identity = await rpc.retrying(before_retry)(attempt)
-    if is_waiting:
+    if told:
         on_waiting("")
     return identity

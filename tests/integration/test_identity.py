@@ -10,7 +10,7 @@ import urllib.error
 import urllib.request
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager, closing
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -465,7 +465,7 @@ async def test_agent_renews_its_certificate_and_the_upload_under_way_goes_on(
     served: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tls, "AGENT_LIFETIME", timedelta(seconds=55))
-    monkeypatch.setattr(Identity, "renews_at", property(lambda _: datetime.now(UTC)))
+    monkeypatch.setattr(Identity, "renews_at", property(lambda _: tls.BEGINNING))
     identity = await served.enroll("edge-1")
     first, ends_at = identity.material.certificate, identity.ends_at
     path, blob = shard(tmp_path)
@@ -502,27 +502,6 @@ async def test_certificate_that_has_ended_is_not_taken(served: Served, monkeypat
         served.clock.ahead_seconds = 60
         with pytest.raises(UnauthenticatedError, match="has ended: enroll again"):
             await client.join()
-
-
-async def test_server_renews_its_certificate_without_a_restart(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(tls, "SERVER_LIFETIME", timedelta(hours=6))
-    async with serving(tmp_path) as served:
-        identity = await served.enroll("edge-1")
-        before = tls.load_certificate(served.authority.material().certificate)
-        async with member(served, identity) as client:
-            watch = client.watch()
-            await anext(watch)
-            staying = asyncio.ensure_future(anext(watch))
-            served.clock.ahead_seconds = 3 * HOUR
-            async with member(served, identity):
-                pass
-            after = tls.read_certificates(tmp_path / "server/tls/server.pem")[0]
-            assert after.not_valid_after_utc - before.not_valid_after_utc >= timedelta(hours=2.9)
-            assert not staying.done()  # what is open notices nothing
-            staying.cancel()
-            await asyncio.wait([staying])
 
 
 # ---------------------------------------------------------------------- plaintext
@@ -659,7 +638,7 @@ async def test_ca_half_made_is_completed(tmp_path: Path) -> None:
 def test_ca_of_ones_own_is_used(tmp_path: Path) -> None:
     tls.make_private_folder(tmp_path / "tls")
     key = tls.new_key()
-    mine = tls.make_ca(key, datetime.now(UTC))
+    mine = tls.make_ca(key)
     (tmp_path / "tls/ca.pem").write_bytes(tls.pem(mine))
     with pytest.raises(UsageError, match=r"ca\.key is not: put the CA's key there"):
         Authority(tmp_path / "tls")
