@@ -112,15 +112,17 @@ def explain(server: str, identity: Identity | None, trouble: str) -> str:
     is_broken_off = "failed to connect" in trouble and ("closed" in trouble or "reset" in trouble)
     if not is_broken_off and "CERTIFICATE_VERIFY_FAILED" not in trouble:
         return trouble
-    with suppress(OSError, ValueError, UsageError):
+    try:
         validity = identity.validity_of_server(tls.load_certificate(certificate_of(server)))
-        if validity is None:
-            return f"{NOT_OUR_SERVER}: check --server, or enroll anew"
-        if is_outside(validity):
-            return wrong_clock(validity)
-        if _is_turned_away(server, identity):
-            return _explain_refusal(identity)
-    return trouble
+        is_believed = validity is not None and not is_outside(validity)
+        is_turned_away = is_believed and _is_turned_away(server, identity)
+    except (OSError, ValueError, UsageError):
+        return trouble
+    if validity is None:
+        return f"{NOT_OUR_SERVER}: check --server, or enroll anew"
+    if not is_believed:
+        return wrong_clock(validity)
+    return _explain_refusal(identity) if is_turned_away else trouble
 
 
 def is_outside(validity: tuple[datetime, datetime]) -> bool:

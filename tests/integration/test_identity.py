@@ -10,16 +10,18 @@ import urllib.error
 import urllib.request
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager, closing
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import grpc
 import numpy as np
 import pytest
+from cryptography.x509 import DNSName
+from cryptography.x509.oid import ExtendedKeyUsageOID
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from cloud_server.door.authority import Authority
+from cloud_server.door.authority import Authority, CaNotValidError
 from cloud_server.server import GrpcServer
 from common import rpc, tls
 from common.background import beside
@@ -450,6 +452,37 @@ async def test_revoked_agent_comes_back_with_a_newer_token_only(served: Served) 
         pass
 
 
+@pytest.mark.parametrize("days", [-1000, 1000])
+def test_revocation_and_token_are_ordered_whatever_the_clock_says(tmp_path: Path, days: float) -> None:
+    """The clock is set between the two: behind, an old token must not do; ahead, a new one must."""
+    clock, key = Clock(), tls.new_key()
+    request = tls.make_request(key, "edge-1")
+    with closing(Authority(tmp_path / "tls", clock)) as authority:
+        old, *_ = (tls.JoinToken.parse(authority.create_token(9, HOUR)).token_id for _ in range(2))
+        authority.enroll(old, request)
+        clock.ahead_seconds = days * 24 * HOUR
+        authority.revoke_agent("edge-1")
+        clock.ahead_seconds = 0
+        with pytest.raises(ForbiddenError, match="agent edge-1 has been revoked"):
+            authority.enroll(old, request)
+        new = tls.JoinToken.parse(authority.create_token(9, HOUR)).token_id
+        authority.revoke_agent("edge-1")
+        authority.enroll(new, request)
+
+
+async def test_token_made_while_the_clock_was_ahead_does_not_count_after_it_is_set(served: Served) -> None:
+    """It would let devices in for years."""
+    served.clock.ahead_seconds = 10 * 365 * 24 * HOUR
+    token = served.token(uses=2)
+    await served.enroll("edge-1", token)
+    served.clock.ahead_seconds = 0
+    with pytest.raises(UsageError, match="does not take this join token"):
+        await served.enroll("edge-2", token)
+    with pytest.raises(ForbiddenError, match="expired"):
+        served.authority.enroll(token.token_id, tls.make_request(tls.new_key(), "edge-2"))
+    await served.enroll("edge-2")
+
+
 def test_what_does_not_exist_cannot_be_revoked(tmp_path: Path) -> None:
     with closing(Authority(tmp_path / "tls")) as authority:
         with pytest.raises(NotFoundError, match="cloud-server agents list"):
@@ -633,6 +666,41 @@ async def test_ca_half_made_is_completed(tmp_path: Path) -> None:
             server = tls.load_certificate(authority.material().certificate)
             assert tls.is_issued_by(server, tls.load_certificate(authority.ca_certificate))
     assert len(fingerprints) == 1
+
+
+@pytest.mark.parametrize("days", [-366, 366])
+def test_ca_that_has_ended_or_is_not_valid_yet_is_named_with_its_dates(tmp_path: Path, days: float) -> None:
+    """Also when the server's certificate is there already, and when the clock is set afterwards."""
+    folder, clock, key = tmp_path / "tls", Clock(), tls.new_key()
+    tls.make_private_folder(folder)
+    year = (datetime.now(UTC) - timedelta(days=1), datetime.now(UTC) + timedelta(days=365))
+    mine = tls._sign("mine", key.public_key(), "mine", key, year, *tls._authority_extensions())
+    (folder / "ca.pem").write_bytes(tls.pem(mine))
+    (folder / "ca.key").write_bytes(tls.pem(key))
+    Authority(folder, clock).close()
+    clock.ahead_seconds = days * 24 * HOUR
+    with pytest.raises(
+        CaNotValidError, match=rf"ca\.pem is valid from {year[0]:%Y-%m-%d} until {year[1]:%F}"
+    ):
+        Authority(folder, clock)
+    clock.ahead_seconds = 0
+    with closing(Authority(folder, clock)) as authority:
+        server = tls.load_certificate(authority.material().certificate)
+    # It ends with the CA, because TLS refuses a certificate whose issuer has ended.
+    assert server.not_valid_after_utc == mine.not_valid_after_utc
+
+
+def test_server_certificate_that_ends_before_its_ca_is_made_anew(tmp_path: Path) -> None:
+    with closing(Authority(tmp_path / "tls")) as authority:
+        ca, ca_key = authority._ca, authority._ca_key
+        key = tls.read_key(tmp_path / "tls/server.key").public_key()
+        name = tls._leaf_extensions(ExtendedKeyUsageOID.SERVER_AUTH, DNSName(tls.SERVER_NAME))
+        year = (datetime.now(UTC) - timedelta(days=1), datetime.now(UTC) + timedelta(days=365))
+        short = tls._sign(tls.SERVER_NAME, key, ca, ca_key, year, *name)
+    tls.write_private(tmp_path / "tls/server.pem", tls.pem(short))
+    with closing(Authority(tmp_path / "tls")) as authority:
+        server = tls.load_certificate(authority.material().certificate)
+    assert tls.validity(server) == (tls.BEGINNING, tls.NEVER)
 
 
 def test_ca_of_ones_own_is_used(tmp_path: Path) -> None:
