@@ -371,8 +371,12 @@ class Authority:
             )
         if agent.revoked_at is not None:
             raise ForbiddenError(revocation(agent_id))
-        if leaf.not_valid_after_utc <= self._utc_now():
-            raise UnauthenticatedError("the certificate has ended: enroll again with a join token")
+        ends, now = leaf.not_valid_after_utc, self._utc_now()
+        if ends <= now:
+            raise UnauthenticatedError(
+                f"the certificate has ended (on {ends:%Y-%m-%d}, and the server's clock says {now:%Y-%m-%d}):"
+                " enroll again with a join token"
+            )
         return Holder(agent_id, token_id=None)
 
     def _costs_a_use(self, token: TokenRow, agent_id: str, key: str) -> bool:
