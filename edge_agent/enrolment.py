@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from common import rpc, tls
-from common.errors import UnavailableError, UsageError
+from common.errors import ECAvgError, UnavailableError, UsageError
 from common.faults import Point, crash_point
 from edge_agent.client import ask_for_certificate
 from edge_agent.identity import Identity, certificate_of, is_outside, wrong_clock
@@ -14,7 +14,7 @@ from edge_agent.identity import Identity, certificate_of, is_outside, wrong_cloc
 MAX_UNTAKEN = 3
 
 
-class WrongClockError(UnavailableError):
+class WrongClockError(ECAvgError):
     """An error for a device that cannot believe the server's certificate before its clock is set."""
 
 
@@ -97,6 +97,8 @@ async def enroll(enrolment: Enrolment, server: str, on_waiting: Callable[[str], 
         except OSError as error:
             num_untaken = 0
             raise UnavailableError(f"nobody answers there ({error.strerror or error})") from error
+        except WrongClockError as error:
+            raise UnavailableError(str(error)) from error
         try:
             reply = await ask_for_certificate(server, material, enrolment.request)
         except UnavailableError as error:
@@ -112,7 +114,7 @@ async def enroll(enrolment: Enrolment, server: str, on_waiting: Callable[[str], 
     async def before_retry(error: BaseException, _: float) -> None:
         nonlocal told
         # A wrong clock is told even while the server is waited for already, because only a person mends it.
-        if not told or (isinstance(error, WrongClockError) and str(error) != told):
+        if not told or (isinstance(error.__cause__, WrongClockError) and str(error) != told):
             told = str(error)
             on_waiting(told)
 
