@@ -131,7 +131,9 @@ class ECAvgServicer(pb_grpc.ECAvgServicer):
         """Answer Enroll: certify a new agent's key."""
         authority = self._tls()
         certificate = await asyncio.to_thread(authority.enroll, token_in_use(), request.request)
-        return pb.EnrollReply(certificate=certificate, ca_certificate=authority.ca_certificate)
+        return pb.EnrollReply(
+            certificate=certificate, ca_certificate=authority.ca_certificate, server_time=time.time()
+        )
 
     async def Renew(self, request: pb.RenewRequest, _: Any) -> pb.RenewReply:
         """Answer Renew: certify a known agent's key again."""

@@ -4,7 +4,7 @@ import argparse
 import asyncio
 import importlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -66,12 +66,17 @@ async def do_enroll(config: AgentConfig, token: str) -> int:
     from edge_agent.state import AgentState
 
     state = AgentState(config.state_dir, config.agent_id)
-    identity = await enrolled(config, state, token)
+    identity = await enrolled(config, state, token, on_wrong_clock=print)
     print(f"enrolled as {identity.agent_id}, until {identity.ends_at:%Y-%m-%d}; it renews itself")  # noqa: T201
     return 0
 
 
-async def enrolled(config: AgentConfig, state: "AgentState", token: str) -> "Identity":
+async def enrolled(
+    config: AgentConfig,
+    state: "AgentState",
+    token: str,
+    on_wrong_clock: Callable[[str], None] = lambda _: None,
+) -> "Identity":
     """Enroll, waiting for the server if need be, and return the identity."""
     from common.tls import JoinToken
     from edge_agent.enrolment import Enrolment
@@ -84,7 +89,7 @@ async def enrolled(config: AgentConfig, state: "AgentState", token: str) -> "Ide
     enrolment = await asyncio.to_thread(
         Enrolment, state.tls, state.agent_id, JoinToken.parse(token), config.server
     )
-    return await enroll_with(enrolment, config.server, tell)
+    return await enroll_with(enrolment, config.server, tell, on_wrong_clock)
 
 
 async def who_to_be(config: AgentConfig, state: "AgentState") -> "Identity | str":

@@ -403,10 +403,11 @@ class _Fate:
 
 
 class Certified(NamedTuple):
-    """The certificates, in PEM, that a server sends to a device that it has enrolled."""
+    """What a server sends to a device that it has enrolled: two certificates in PEM, and its time."""
 
     certificate: bytes
     ca_certificate: bytes
+    server_time: float
 
 
 async def ask_for_certificate(server: str, material: TlsMaterial, request: bytes) -> Certified:
@@ -425,7 +426,7 @@ async def ask_for_certificate(server: str, material: TlsMaterial, request: bytes
         reply = await _translated(stub.Enroll(pb.EnrollRequest(request=request), timeout=CALL_SECONDS))
     finally:
         await channel.close(None)
-    return Certified(reply.certificate, reply.ca_certificate)
+    return Certified(reply.certificate, reply.ca_certificate, reply.server_time)
 
 
 async def _translated(call: Awaitable[_T]) -> _T:

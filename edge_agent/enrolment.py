@@ -9,6 +9,7 @@ from common.errors import ECAvgError, UnavailableError, UsageError
 from common.faults import Point, crash_point
 from edge_agent.client import ask_for_certificate
 from edge_agent.identity import Identity, certificate_of, is_outside, wrong_clock
+from edge_agent.server_clock import ServerClock
 
 # Where the server breaks off so many handshakes, the token is at fault, not the network.
 MAX_UNTAKEN = 3
@@ -77,11 +78,17 @@ class Enrolment:
         return Identity(self._folder)
 
 
-async def enroll(enrolment: Enrolment, server: str, on_waiting: Callable[[str], None]) -> Identity:
+async def enroll(
+    enrolment: Enrolment,
+    server: str,
+    on_waiting: Callable[[str], None],
+    on_wrong_clock: Callable[[str], None] = lambda _: None,
+) -> Identity:
     """Have the device enrolled; a server that is out of reach is waited for.
 
     Args:
         on_waiting: as for CloudClient.
+        on_wrong_clock: as for CloudClient.
 
     Raises:
         UsageError: the server is not the token's, speaks plaintext, or does not take the token.
@@ -109,7 +116,9 @@ async def enroll(enrolment: Enrolment, server: str, on_waiting: Callable[[str], 
                 f"{server} does not take this join token: it has expired, was revoked, or is another"
                 " server's; ask for another one (`cloud-server token create`)"
             ) from error
-        return await asyncio.to_thread(enrolment.finish, *reply)
+        identity = await asyncio.to_thread(enrolment.finish, reply.certificate, reply.ca_certificate)
+        ServerClock(on_wrong_clock).heard(reply.server_time)
+        return identity
 
     async def before_retry(error: BaseException, _: float) -> None:
         nonlocal told

@@ -155,6 +155,18 @@ def test_device_with_a_wrong_clock_enrolls_takes_part_and_says_how_far_off(
     assert "WARNING" not in server.output
 
 
+def test_enrolment_says_how_far_off_the_clock_of_the_device_is(cluster: Cluster, clocks: Clocks) -> None:
+    cluster.server("--min-agents", 1000)
+    device = ("--server", f"127.0.0.1:{cluster.port}", "--state-dir", cluster.folder / "edge-1")
+    token = ("--token", cluster.join_token(1).read_text("utf-8"))
+    code, said, error = run("edge_agent", "enroll", *device, *token, clock=clocks.ahead(-3 * DAY))
+    assert (code, error) == (0, "")
+    assert said.splitlines()[0] == (
+        "this device's clock is 3 days behind the server's: set it (timedatectl set-ntp true)"
+    )
+    assert f"until {day(90)}; it renews itself" in said
+
+
 def test_device_whose_clock_is_past_the_end_of_the_ca_waits_until_it_is_set(
     cluster: Cluster, clocks: Clocks
 ) -> None:
