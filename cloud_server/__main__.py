@@ -5,10 +5,11 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from importlib import resources
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cloud_server.config import DEFAULT_PRESET, ENV_PREFIX, ServerConfig
-from common import cli
+from common import cli, clock
 from common.addresses import Address, http_url
 from common.config import is_loopback
 from common.errors import ECAvgError, UsageError
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 
 # How long the token is valid that a server prints by itself.
 FIRST_TOKEN_SECONDS = 24 * 3600.0
+# A server whose CA is not valid by its clock looks so often whether either has been put right.
+CA_POLL_SECONDS = 2.0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -77,7 +80,6 @@ async def serve(config: ServerConfig) -> int:
         RunError: the last round published no model.
     """
     # Imported here, so that --help and configuration errors are immediate.
-    from cloud_server.door.authority import Authority
     from cloud_server.door.connections import raise_file_limit
     from cloud_server.metrics import ServerMetrics
     from cloud_server.server import GrpcServer
@@ -89,7 +91,8 @@ async def serve(config: ServerConfig) -> int:
 
     telemetry.configure_logging(level=config.log_level)
     store = Store(config.state_dir)
-    authority = None if config.insecure else Authority(config.tls_folder)
+    authority = None if config.insecure else await open_authority(config.tls_folder)
+    warn_of_clock(store, authority)
     http_token = telemetry.http_token(config.http_host, config.http_token_file, config.http_token_path)
     metrics = ServerMetrics()
     trainer = TrainerProcess(config.state_dir, device=config.device)
@@ -141,6 +144,33 @@ async def serve(config: ServerConfig) -> int:
             authority.close()
         store.close()
     return 0
+
+
+async def open_authority(folder: Path) -> "Authority":
+    """Return the authority in a folder; wait while its CA is not valid by this machine's clock.
+
+    A machine without a battery gets the right time only after its services have started.
+    """
+    import asyncio
+
+    from cloud_server.door.authority import Authority, CaNotValidError
+
+    told = ""
+    while True:
+        try:
+            return await asyncio.to_thread(Authority, folder)
+        except CaNotValidError as error:
+            if not told:
+                told = str(error)
+                cli.warn("cloud-server", f"waiting: {told}")
+            await asyncio.sleep(CA_POLL_SECONDS)
+
+
+def warn_of_clock(store: "Store", authority: "Authority | None") -> None:
+    """Warn if this machine's clock is evidently wrong."""
+    newest = max(store.newest_record(), authority.newest_record() if authority else 0.0)
+    if doubt := clock.doubt(time.time(), newest):
+        cli.warn("cloud-server", doubt)
 
 
 class Service(NamedTuple):

@@ -26,6 +26,7 @@ from cloud_server.showing.standing import Standing, wait_for
 from cloud_server.store import Store
 from cloud_server.training.runner import JobRunner, JobWithdrawnError
 from cloud_server.upkeep.caretaker import Caretaker
+from common import clock
 from common.background import beside
 from common.errors import RunError
 from common.run_state import Phase, WorkProgress
@@ -114,19 +115,31 @@ class Coordinator:
 
     async def _collect(self) -> None:
         """Wait until the round closes by number or by time."""
+        now = self._clock_of_round()
         while True:
             changed = self._standing.next_change
-            await self._ledger.transition(lambda round_: round_.tick(self._clock()))
+            await self._ledger.transition(lambda round_: round_.tick(now()))
             if self._ledger.round.phase is not Phase.COLLECTING:
                 return
             if not self._caretaker.seconds_to_clean_up:
                 # A round may stay open for ever, so it is not only its end that cleans up.
                 await self._caretaker.clean_up()
-            await wait_for(changed, self._seconds_to_wait())
+            await wait_for(changed, self._seconds_to_wait(now()))
 
-    def _seconds_to_wait(self) -> float:
+    def _clock_of_round(self) -> Callable[[], float]:
+        """Return a clock that says how late it is for the open round, in seconds since the epoch.
+
+        A clock that is set while the round is open neither ends the round nor keeps it open: time is
+        measured from now on. If the clock was set since the round was opened, the round begins anew.
+        """
+        opened_at, now = self._ledger.round.opened_at, self._clock()
+        is_plausible = opened_at <= now and (opened_at >= clock.MADE_AT or now < clock.MADE_AT)
+        ahead = (now if is_plausible else opened_at) - time.monotonic()
+        return lambda: ahead + time.monotonic()
+
+    def _seconds_to_wait(self, now: float) -> float:
         """Return how long it is until something happens by time alone."""
-        now, deadline = self._clock(), self._ledger.round.deadline_at
+        deadline = self._ledger.round.deadline_at
         seconds = self._caretaker.seconds_to_clean_up
         return seconds if deadline is None or deadline <= now else min(seconds, deadline - now)
 

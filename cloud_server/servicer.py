@@ -4,6 +4,7 @@ Nothing is decided here; errors become statuses in common/rpc.py.
 """
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -131,7 +132,9 @@ class ECAvgServicer(pb_grpc.ECAvgServicer):
         """Answer Enroll: certify a new agent's key."""
         authority = self._tls()
         certificate = await asyncio.to_thread(authority.enroll, token_in_use(), request.request)
-        return pb.EnrollReply(certificate=certificate, ca_certificate=authority.ca_certificate)
+        return pb.EnrollReply(
+            certificate=certificate, ca_certificate=authority.ca_certificate, server_time=time.time()
+        )
 
     async def Renew(self, request: pb.RenewRequest, _: Any) -> pb.RenewReply:
         """Answer Renew: certify a known agent's key again."""
@@ -217,6 +220,7 @@ def _event(state: RunState) -> pb.WatchEvent:
         max_contributions=state.max_contributions,
         counted_round=state.counted_round,
         accepted_weights=state.accepted_weights,
+        server_time=time.time(),
     )
     if left_out := state.left_out:
         event.left_out.CopyFrom(

@@ -168,6 +168,10 @@ class Store:
         rows = self.read("SELECT agent_id, slot, joined_at FROM agents ORDER BY slot")
         return [AgentRow(**row) for row in rows]
 
+    def newest_record(self) -> float:
+        """Return the latest time at which a round was opened or changed; 0 if there is no round."""
+        return self.read("SELECT max(at) AS newest FROM phase_history")[0]["newest"] or 0.0
+
     # Rounds
 
     def open_round(self, number: int, initial_digest: str, now: float) -> None:

@@ -42,20 +42,22 @@ from common.files import replacing
 # The name is fixed, so that an agent recognises the server without DNS and at any address.
 SERVER_NAME = "server.ecavg"
 
-CA_LIFETIME = timedelta(days=30 * 365)
-SERVER_LIFETIME = timedelta(days=365)
+# An agent renews its certificate when a third of this time is left.
 AGENT_LIFETIME = timedelta(days=90)
-# A device's clock may be behind the server's clock by this much.
-CLOCK_SKEW = timedelta(days=1)
+# Every certificate holds from here on, because a device without a battery starts with this time.
+BEGINNING = datetime(1970, 1, 1, tzinfo=UTC)
+# RFC 5280, section 4.1.2.5, has this end for a certificate that does not end.
+NEVER = datetime(9999, 12, 31, 23, 59, 59, tzinfo=UTC)
 
 _TOKEN = re.compile(r"ecavg1\.([A-Za-z0-9_-]{86})")
 _TOKEN_PURPOSE = b"ecavg join token 1"
 _CURVE = ec.SECP256R1()
 # Source: FIPS 186-4, section D.1.2.3.
 _CURVE_ORDER = 0xFFFFFFFF00000000FFFFFFFFFFFFFFFFBCE6FAADA7179E84F3B9CAC2FC632551
-# The server decides when a token expires. The certificates of a token are always valid, because the clock of
-# a device may still be wrong when the device enrolls.
-_ANY_TIME = datetime(2000, 1, 1, tzinfo=UTC), datetime(9999, 12, 31, tzinfo=UTC)
+# Only agents' certificates end, and by the server's clock alone. An end of the others would protect nothing:
+# the keys of CA and server lie side by side, and the server decides when a token expires. But it would shut
+# out every device whose clock is wrong.
+_ANY_TIME = BEGINNING, NEVER
 
 Key = ec.EllipticCurvePrivateKey
 PublicKey = ec.EllipticCurvePublicKey
@@ -136,16 +138,16 @@ def new_key() -> Key:
     return ec.generate_private_key(_CURVE)
 
 
-def make_ca(key: Key, now: datetime) -> Certificate:
+def make_ca(key: Key) -> Certificate:
     """Return a CA certificate with a random name, so that error messages tell two servers apart."""
     name = f"ECAvg CA {secrets.token_hex(4)}"
-    return _sign(name, key.public_key(), name, key, _lifetime(now, CA_LIFETIME), *_authority_extensions())
+    return _sign(name, key.public_key(), name, key, _ANY_TIME, *_authority_extensions())
 
 
-def make_server_certificate(ca: Certificate, ca_key: Key, key: PublicKey, now: datetime) -> Certificate:
-    """Return the certificate of the one server of this CA."""
+def make_server_certificate(ca: Certificate, ca_key: Key, key: PublicKey) -> Certificate:
+    """Return the certificate of the one server of this CA, which ends with the CA."""
     purpose = _leaf_extensions(ExtendedKeyUsageOID.SERVER_AUTH, x509.DNSName(SERVER_NAME))
-    return _sign(SERVER_NAME, key, ca, ca_key, _lifetime(now, SERVER_LIFETIME), *purpose)
+    return _sign(SERVER_NAME, key, ca, ca_key, _ANY_TIME, *purpose)
 
 
 def make_agent_certificate(
@@ -153,7 +155,7 @@ def make_agent_certificate(
 ) -> Certificate:
     """Return an agent's certificate, which names no host and therefore cannot pass for the server's."""
     purpose = _leaf_extensions(ExtendedKeyUsageOID.CLIENT_AUTH, x509.UniformResourceIdentifier("ecavg:agent"))
-    return _sign(agent_id, key, ca, ca_key, _lifetime(now, AGENT_LIFETIME), *purpose)
+    return _sign(agent_id, key, ca, ca_key, (BEGINNING, now + AGENT_LIFETIME), *purpose)
 
 
 def make_request(key: Key, agent_id: str) -> bytes:
@@ -205,10 +207,21 @@ def token_id_of(certificate: Certificate) -> str | None:
     return token_id if kind == "token" else None
 
 
-def renewal_time(certificate: Certificate) -> datetime:
-    """Return the time at which the certificate should be renewed: a third of its lifetime is then left."""
-    starts, ends = certificate.not_valid_before_utc, certificate.not_valid_after_utc
-    return ends - (ends - starts) / 3
+def renewal_time(certificate: Certificate, ca: Certificate) -> datetime:
+    """Return when an agent's certificate should be renewed: a third of AGENT_LIFETIME is then left.
+
+    A certificate that ends with its CA is never renewed, because the next one would end no later.
+    """
+    ends = certificate.not_valid_after_utc
+    return NEVER if ends >= ca.not_valid_after_utc else ends - AGENT_LIFETIME / 3
+
+
+def validity(*certificates: Certificate) -> tuple[datetime, datetime]:
+    """Return the first and the last moment at which all of the certificates are valid."""
+    return (
+        max(each.not_valid_before_utc for each in certificates),
+        min(each.not_valid_after_utc for each in certificates),
+    )
 
 
 def common_name(named: Certificate | x509.CertificateSigningRequest) -> str:
@@ -401,11 +414,6 @@ def _usage(*, signs_certificates: bool) -> x509.KeyUsage:
         encipher_only=False,
         decipher_only=False,
     )
-
-
-def _lifetime(now: datetime, length: timedelta) -> tuple[datetime, datetime]:
-    """Return the first and the last moment of a validity that begins CLOCK_SKEW before now."""
-    return now - min(CLOCK_SKEW, length), now + length
 
 
 def _token_name(token_id: str) -> str:

@@ -4,8 +4,7 @@ import argparse
 import asyncio
 import importlib
 import sys
-from collections.abc import Sequence
-from datetime import UTC, datetime
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -82,12 +81,17 @@ async def do_enroll(config: AgentConfig, token: str) -> int:
     from edge_agent.state import AgentState
 
     state = AgentState(config.state_dir, config.agent_id)
-    identity = await enrolled(config, state, token)
+    identity = await enrolled(config, state, token, on_wrong_clock=print)
     print(f"enrolled as {identity.agent_id}, until {identity.ends_at:%Y-%m-%d}; it renews itself")  # noqa: T201
     return 0
 
 
-async def enrolled(config: AgentConfig, state: "AgentState", token: str) -> "Identity":
+async def enrolled(
+    config: AgentConfig,
+    state: "AgentState",
+    token: str,
+    on_wrong_clock: Callable[[str], None] = lambda _: None,
+) -> "Identity":
     """Enroll, waiting for the server if need be, and return the identity."""
     from common.proxy import route
     from common.tls import JoinToken
@@ -101,11 +105,13 @@ async def enrolled(config: AgentConfig, state: "AgentState", token: str) -> "Ide
     enrolment = await asyncio.to_thread(
         Enrolment, state.tls, state.agent_id, JoinToken.parse(token), config.server
     )
-    return await enroll_with(enrolment, config.server, tell)
+    return await enroll_with(enrolment, config.server, tell, on_wrong_clock)
 
 
 async def who_to_be(config: AgentConfig, state: "AgentState") -> "Identity | str":
-    """Return this agent's identity, or with --insecure its name.
+    """Return this agent's identity, or with --insecure its name; enroll the agent if it has not enrolled.
+
+    A certificate that seems to have ended is tried: the device's clock may be wrong, and the server decides.
 
     Raises:
         UsageError: the agent has not enrolled, and has no join token to do so.
@@ -116,31 +122,53 @@ async def who_to_be(config: AgentConfig, state: "AgentState") -> "Identity | str
         return state.agent_id
     from edge_agent.identity import find
 
-    identity = find(state.tls)
-    if identity and identity.ends_at > datetime.now(UTC):
-        return identity
-    if config.join_token_file:
-        token = read_token(config.join_token_file)
-        # A server that is being started takes about as long as PyTorch takes to be imported.
-        importing = asyncio.create_task(asyncio.to_thread(importlib.import_module, "torch"))
-        newcomer = await enrolled(config, state, token)
-        await importing
-        return newcomer
-    what = f"the certificate in {state.tls} has ended" if identity else "this agent has not enrolled"
-    raise UsageError(
-        f"{what}: run `edge-agent enroll --server {config.server} --state-dir {state.path} --token TOKEN`,"
-        " with a token of `cloud-server token create`"
-    )
+    return find(state.tls) or await enrolled_by_file(config, state, "this agent has not enrolled")
+
+
+async def enrolled_by_file(config: AgentConfig, state: "AgentState", why: str) -> "Identity":
+    """Enroll the agent with the join token in its file.
+
+    Raises:
+        UsageError: there is no such file; the message begins with `why`.
+    """
+    if not config.join_token_file:
+        raise UsageError(
+            f"{why}: run `edge-agent enroll --server {config.server} --state-dir {state.path} --token TOKEN`,"
+            " with a token of `cloud-server token create`"
+        )
+    token = read_token(config.join_token_file)
+    # A server that is being started takes about as long as PyTorch takes to be imported.
+    importing = asyncio.create_task(asyncio.to_thread(importlib.import_module, "torch"))
+    newcomer = await enrolled(config, state, token)
+    await importing
+    return newcomer
 
 
 async def take_part(config: AgentConfig) -> int:
-    """Take part in the server's run until it is over."""
+    """Take part in the server's run until it is over; enroll anew if the certificate has ended."""
     from common import telemetry
     from edge_agent.state import AgentState
 
     telemetry.configure_logging(level=config.log_level)
     state = AgentState(config.state_dir, config.agent_id)
     caller = await who_to_be(config, state)
+
+    from edge_agent.identity import EndedError
+
+    while True:
+        try:
+            return await take_part_as(caller, config, state)
+        except EndedError as error:
+            caller = await enrolled_by_file(config, state, str(error))
+
+
+async def take_part_as(caller: "Identity | str", config: AgentConfig, state: "AgentState") -> int:
+    """Take part in the server's run until it is over, as an agent that has enrolled.
+
+    Raises:
+        EndedError: the agent's certificate has ended, and the agent has to enroll anew.
+    """
+    from common import telemetry
 
     # Imported here, so that --help and configuration errors are immediate.
     from common.background import beside
@@ -158,7 +186,7 @@ async def take_part(config: AgentConfig) -> int:
         text = f"waiting for {route(config.server)}: {trouble}" if trouble else f"reached {config.server}"
         display.message(text)
 
-    client = CloudClient(config.server, caller, metrics, tell)
+    client = CloudClient(config.server, caller, metrics, tell, display.message)
     http = None
     try:
         agent = EdgeAgent(config, state, client, metrics, display)

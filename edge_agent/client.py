@@ -7,7 +7,6 @@ import time
 from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import aclosing, asynccontextmanager, contextmanager
-from datetime import UTC, datetime
 from enum import Enum
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, NoReturn, TypeVar
@@ -39,6 +38,7 @@ from common.tls import TlsMaterial
 from common.transfer import DIGEST, Blob, Encoded, Receiver, WriteBehind, chunks_of
 from edge_agent.identity import Identity, explain
 from edge_agent.metrics import AgentMetrics
+from edge_agent.server_clock import ServerClock
 from edge_agent.state import Report
 
 Kind = Literal["weights", "data"]
@@ -49,7 +49,7 @@ OnBytes = Callable[[int, int], None]
 CALL_SECONDS = 60.0
 # A Watch that lasted for so long was a good one: the next pause is a short one again.
 STEADY_SECONDS = 10.0
-# Wall clocks jump, and devices sleep, so the time of the renewal is looked at so often.
+# The server's clock may be set, and devices sleep, so the time of the renewal is looked at so often.
 RENEWAL_POLL_SECONDS = 3600.0
 # So much time passes between two renewals at least, should a clock be wrong.
 MIN_RENEWAL_SECONDS = 60.0
@@ -92,6 +92,7 @@ class CloudClient:
     Args:
         caller: who calls; a name alone means plaintext.
         on_waiting: called once with the reason when the server is out of reach, and with "" when it is back.
+        on_wrong_clock: called once with one line if the clocks of device and server differ.
     """
 
     patience_seconds = math.inf
@@ -102,6 +103,7 @@ class CloudClient:
         caller: Identity | str,
         metrics: AgentMetrics,
         on_waiting: Callable[[str], None] = lambda _: None,
+        on_wrong_clock: Callable[[str], None] = lambda _: None,
     ) -> None:
         self._server = server
         self._identity: Identity | None = caller if isinstance(caller, Identity) else None
@@ -109,6 +111,7 @@ class CloudClient:
         self._metadata = tuple((name | {rpc.INSTANCE_KEY: secrets.token_hex(8)}).items())
         self._metrics = metrics
         self._on_waiting = on_waiting
+        self._server_clock = ServerClock(on_wrong_clock)
         # The trouble that was told last; "": the server is there.
         self._trouble = ""
         self._heard_at = -math.inf
@@ -126,7 +129,7 @@ class CloudClient:
     async def keep_identity(self) -> None:
         """Renew the certificate whenever it is time, for as long as this runs."""
         while self._identity:
-            seconds = (self._identity.renews_at - datetime.now(UTC)).total_seconds()
+            seconds = self._identity.renews_at.timestamp() - await self._server_clock.now()
             if seconds > 0:
                 await asyncio.sleep(min(seconds, RENEWAL_POLL_SECONDS))
                 continue
@@ -174,6 +177,7 @@ class CloudClient:
                 async with aclosing(self._watch_once()) as events:
                     async for event in events:
                         self._heard()
+                        self._server_clock.heard(event.server_time)
                         is_over = event.run_over
                         yield _run_state(event)
                 # Once the run is over, this end is waited for: it tells the server that the agent has heard.
@@ -424,10 +428,11 @@ class _Fate:
 
 
 class Certified(NamedTuple):
-    """The certificates, in PEM, that a server sends to a device that it has enrolled."""
+    """What a server sends to a device that it has enrolled: two certificates in PEM, and its time."""
 
     certificate: bytes
     ca_certificate: bytes
+    server_time: float
 
 
 async def ask_for_certificate(server: str, material: TlsMaterial, request: bytes) -> Certified:
@@ -446,7 +451,7 @@ async def ask_for_certificate(server: str, material: TlsMaterial, request: bytes
         reply = await _translated(stub.Enroll(pb.EnrollRequest(request=request), timeout=CALL_SECONDS))
     finally:
         await channel.close(None)
-    return Certified(reply.certificate, reply.ca_certificate)
+    return Certified(reply.certificate, reply.ca_certificate, reply.server_time)
 
 
 async def _translated(call: Awaitable[_T]) -> _T:

@@ -5,14 +5,19 @@ from collections.abc import Callable
 from pathlib import Path
 
 from common import rpc, tls
-from common.errors import UnavailableError, UsageError
+from common.errors import ECAvgError, UnavailableError, UsageError
 from common.faults import Point, crash_point
 from common.proxy import route
 from edge_agent.client import ask_for_certificate
-from edge_agent.identity import Identity, certificate_of
+from edge_agent.identity import Identity, certificate_of, is_outside, wrong_clock
+from edge_agent.server_clock import ServerClock
 
 # Where the server breaks off so many handshakes, the token is at fault, not the network.
 MAX_UNTAKEN = 3
+
+
+class WrongClockError(ECAvgError):
+    """An error for a device that cannot believe the server's certificate before its clock is set."""
 
 
 class Enrolment:
@@ -39,9 +44,15 @@ class Enrolment:
         Raises:
             OSError: nobody answers.
             UnavailableError: the proxy on the way does not connect.
-            UsageError: whoever answers speaks plaintext.
+            UsageError: whoever answers speaks plaintext, or shows something else than a certificate.
+            WrongClockError: the certificate is not valid by this device's clock.
         """
-        self._leaf = tls.load_certificate(certificate_of(self._server))
+        try:
+            self._leaf = tls.load_certificate(certificate_of(self._server))
+        except ValueError as error:
+            raise UsageError(f"{self._server} shows no certificate of a server: check the address") from error
+        if is_outside(tls.validity(self._leaf)):
+            raise WrongClockError(wrong_clock(tls.validity(self._leaf)))
         leaf = self._token.leaf(self._key)
         return tls.TlsMaterial(tls.pem(self._key), tls.pem(leaf), tls.pem(self._leaf))
 
@@ -69,18 +80,24 @@ class Enrolment:
         return Identity(self._folder)
 
 
-async def enroll(enrolment: Enrolment, server: str, on_waiting: Callable[[str], None]) -> Identity:
+async def enroll(
+    enrolment: Enrolment,
+    server: str,
+    on_waiting: Callable[[str], None],
+    on_wrong_clock: Callable[[str], None] = lambda _: None,
+) -> Identity:
     """Have the device enrolled; a server that is out of reach is waited for.
 
     Args:
         on_waiting: as for CloudClient.
+        on_wrong_clock: as for CloudClient.
 
     Raises:
         UsageError: the server is not the token's, speaks plaintext, or does not take the token.
         Refusal: the server says no.
     """
     num_untaken = 0
-    is_waiting = False
+    told = ""
 
     async def attempt() -> Identity:
         nonlocal num_untaken
@@ -89,6 +106,8 @@ async def enroll(enrolment: Enrolment, server: str, on_waiting: Callable[[str], 
         except OSError as error:
             num_untaken = 0
             raise UnavailableError(f"nobody answers there ({error.strerror or error})") from error
+        except WrongClockError as error:
+            raise UnavailableError(str(error)) from error
         try:
             reply = await ask_for_certificate(server, material, enrolment.request)
         except UnavailableError as error:
@@ -99,15 +118,18 @@ async def enroll(enrolment: Enrolment, server: str, on_waiting: Callable[[str], 
                 f"{route(server)} does not take this join token: it has expired, was revoked, or is another"
                 " server's; ask for another one (`cloud-server token create`)"
             ) from error
-        return await asyncio.to_thread(enrolment.finish, *reply)
+        identity = await asyncio.to_thread(enrolment.finish, reply.certificate, reply.ca_certificate)
+        ServerClock(on_wrong_clock).heard(reply.server_time)
+        return identity
 
     async def before_retry(error: BaseException, _: float) -> None:
-        nonlocal is_waiting
-        if not is_waiting:
-            is_waiting = True
-            on_waiting(str(error))
+        nonlocal told
+        # A wrong clock is told even while the server is waited for already, because only a person mends it.
+        if not told or (isinstance(error.__cause__, WrongClockError) and str(error) != told):
+            told = str(error)
+            on_waiting(told)
 
     identity: Identity = await rpc.retrying(before_retry)(attempt)
-    if is_waiting:
+    if told:
         on_waiting("")
     return identity

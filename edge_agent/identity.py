@@ -5,16 +5,22 @@ STATE/tls/identity.pem   the agent's certificate and the CA that it believes; th
 """
 
 import ssl
-from contextlib import suppress
-from datetime import UTC, datetime
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from datetime import datetime
 from pathlib import Path
 
-from common import proxy, tls
+from common import clock, proxy, tls
 from common.errors import ECAvgError, UsageError
 
 PROBE_SECONDS = 5.0
 
 NOT_OUR_SERVER = "the server is not the one that this agent enrolled with (its certificate is of another CA)"
+
+
+class EndedError(UsageError):
+    """An error for an agent whose certificate has ended, by the clock of the server and of the device."""
 
 
 class Identity:
@@ -42,16 +48,28 @@ class Identity:
     @property
     def renews_at(self) -> datetime:
         """Return when the certificate should be renewed."""
-        return tls.renewal_time(self._certificate)
+        return tls.renewal_time(self._certificate, self._ca)
 
     @property
     def material(self) -> tls.TlsMaterial:
         """Return the TLS material for connections."""
         return tls.TlsMaterial(tls.pem(self._key), tls.pem(self._certificate), tls.pem(self._ca))
 
+    @property
+    def probe(self) -> ssl.SSLContext:
+        """Return the same for a connection by Python's own TLS, whose handshake ends as that of gRPC."""
+        context = ssl.create_default_context(cadata=tls.pem(self._ca).decode())
+        context.load_cert_chain(self._folder / "identity.pem", self._folder / "key.pem")
+        context.set_alpn_protocols(["h2"])
+        return context
+
     def request(self) -> bytes:
         """Return a request for a new certificate for the same key."""
         return tls.make_request(self._key, self.agent_id)
+
+    def validity_of_server(self, leaf: tls.Certificate) -> tuple[datetime, datetime] | None:
+        """Return from when until when this device can believe a server; None: it is of another CA."""
+        return tls.validity(leaf, self._ca) if tls.is_issued_by(leaf, self._ca) else None
 
     def renew(self, certificate: bytes) -> None:
         """Go on with this certificate, durably.
@@ -81,16 +99,76 @@ def explain(server: str, identity: Identity | None, trouble: str) -> str:
 
     Args:
         trouble: what gRPC says of it.
+
+    Raises:
+        EndedError: the server does not take this agent's certificate, which has ended.
     """
     if identity is None:
         return _SPEAKS_TLS if "closed" in trouble and _speaks_tls(server) else trouble
     if "WRONG_VERSION_NUMBER" in trouble:
         return _SPEAKS_PLAINTEXT
-    if "CERTIFICATE_VERIFY_FAILED" in trouble:
+    # gRPC says no more than this of a handshake that the other side ends.
+    is_broken_off = "failed to connect" in trouble and ("closed" in trouble or "reset" in trouble)
+    if not is_broken_off and "CERTIFICATE_VERIFY_FAILED" not in trouble:
+        return trouble
+    try:
+        validity = identity.validity_of_server(tls.load_certificate(certificate_of(server)))
+        is_believed = validity is not None and not is_outside(validity)
+        is_turned_away = is_believed and _is_turned_away(server, identity)
+    except (OSError, ValueError, ECAvgError):
+        return trouble
+    if validity is None:
         return f"{NOT_OUR_SERVER}: check --server, or enroll anew"
-    if identity.ends_at <= datetime.now(UTC):
-        return f"this agent's certificate ended on {identity.ends_at:%Y-%m-%d}: enroll anew"
-    return trouble
+    if not is_believed:
+        return wrong_clock(validity)
+    return _explain_refusal(identity) if is_turned_away else trouble
+
+
+def is_outside(validity: tuple[datetime, datetime]) -> bool:
+    """Return True if a certificate is not valid by this device's clock."""
+    starts, ends = validity
+    return not starts.timestamp() <= time.time() < ends.timestamp()
+
+
+def wrong_clock(validity: tuple[datetime, datetime]) -> str:
+    """Return the line for a device whose clock is outside the validity of the server's certificate."""
+    starts, ends = validity
+    return (
+        f"this device's clock says {clock.day(time.time())}, and the server's certificate is valid from"
+        f" {starts:%Y-%m-%d} until {ends:%Y-%m-%d}: set the clock ({clock.HOW_TO_SET})"
+    )
+
+
+def _explain_refusal(identity: Identity) -> str:
+    """Return why the server turns this agent's certificate away, where only the clocks may be wrong.
+
+    Raises:
+        EndedError: the certificate has ended by the clock of this device, too.
+    """
+    ends, today = f"{identity.ends_at:%Y-%m-%d}", clock.day(time.time())
+    if identity.ends_at.timestamp() <= time.time():
+        raise EndedError(
+            f"this agent's certificate ended on {ends}, by the server's clock and by this device's ({today})"
+        )
+    return (
+        f"the server turns this agent's certificate away, which is valid until {ends}, while this device's"
+        f" clock says {today}: set the clock that is wrong ({clock.HOW_TO_SET}), or enroll anew"
+    )
+
+
+def _is_turned_away(server: str, identity: Identity) -> bool:
+    """Return True if the server proves that it is ours, and then ends the connection over our certificate.
+
+    In TLS 1.3 the handshake of this side is over before the server looks at the certificate. A server that
+    takes the certificate begins to speak, and gRPC's server does not say why it ends the connection.
+    """
+    with _connected(server, identity.probe) as asked:
+        try:
+            return not asked.recv(1)
+        except TimeoutError:
+            return False
+        except OSError:
+            return True
 
 
 _SPEAKS_TLS = (
@@ -112,16 +190,23 @@ def certificate_of(server: str) -> bytes:
     context = ssl.create_default_context()
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     try:
-        with (
-            proxy.connect(server, PROBE_SECONDS) as connection,
-            # Asked for by the address, a server would complain in its log that it has no such name.
-            context.wrap_socket(connection, server_hostname=tls.SERVER_NAME) as asked,
-        ):
+        with _connected(server, context) as asked:
             return ssl.DER_cert_to_PEM_cert(asked.getpeercert(binary_form=True) or b"").encode()
     except ssl.SSLError as error:
         if error.reason == "WRONG_VERSION_NUMBER":
             raise UsageError(_SPEAKS_PLAINTEXT) from error
         raise
+
+
+@contextmanager
+def _connected(server: str, context: ssl.SSLContext) -> Iterator[ssl.SSLSocket]:
+    """Connect to the server, and yield the connection after the handshake of this side."""
+    with (
+        proxy.connect(server, PROBE_SECONDS) as connection,
+        # Asked for by the address, a server would complain in its log that it has no such name.
+        context.wrap_socket(connection, server_hostname=tls.SERVER_NAME) as asked,
+    ):
+        yield asked
 
 
 def _speaks_tls(server: str) -> bool:

@@ -18,6 +18,7 @@ from cloud_server.door.authority import Authority, EnrolledAgent, TokenRow
 from cloud_server.state_dir import StateDir
 from cloud_server.store import Store
 from cloud_server.upkeep import forgetting, forgotten
+from common import cli, clock
 from common.config import load
 from common.errors import NotFoundError, UsageError
 from common.faults import Point, crash_point
@@ -183,6 +184,8 @@ def _print_forgotten(agent_id: str, row: ForgettingRow, *, is_enrolled: bool) ->
 
 def _create_token(config: ServerConfig, arguments: argparse.Namespace) -> None:
     with _authority(config, make=True) as authority:
+        if doubt := clock.doubt(authority.now(), authority.newest_record()):
+            cli.warn("cloud-server", doubt)
         print(authority.create_token(arguments.uses, arguments.ttl_seconds))  # noqa: T201
 
 
@@ -244,8 +247,8 @@ def _revoke_agent(config: ServerConfig, arguments: argparse.Namespace) -> None:
 def _token_state(row: TokenRow, now: float) -> str:
     if row.revoked_at is not None:
         return "revoked"
-    if row.expires_at <= now:
-        return "expired"
+    if not row.holds(now):
+        return "expired" if row.expires_at <= now else "made while the clock was ahead"
     return "used up" if row.num_used >= row.uses else "live"
 
 

@@ -1,7 +1,7 @@
 """The authority of a server: its CA, its join tokens, and the agents that have enrolled.
 
     TLS/ca.pem, ca.key          the CA; a CA that the operator puts there before the first start is used
-    TLS/server.pem, server.key  the server's own certificate, renewed before it expires
+    TLS/server.pem, server.key  the server's own certificate, which ends with the CA
     TLS/authority.sqlite3       tokens and agents
 
 Any thread may call the methods, and other processes may have the same folder open meanwhile. A change that
@@ -24,7 +24,7 @@ import structlog
 
 from cloud_server.disk.database import connect, migrate
 from cloud_server.disk.failures import storage_errors
-from common import tls
+from common import clock, tls
 from common.errors import (
     ConflictError,
     ForbiddenError,
@@ -63,6 +63,13 @@ _MIGRATIONS = (
         revoked_at REAL
     );
     """,
+    # Only a token that is made after the revocation of an agent lets the agent come back. Clocks do not say
+    # what came first, because they may be set in between; the numbers of the rows do.
+    """
+    ALTER TABLE agents ADD COLUMN last_token INTEGER NOT NULL DEFAULT 0;
+    UPDATE agents SET last_token = coalesce(
+        (SELECT max(tokens.rowid) FROM tokens WHERE tokens.created_at <= agents.revoked_at), 0);
+    """,
 )
 
 _COMMANDS = {"tokens": "token", "agents": "agents"}
@@ -75,6 +82,8 @@ log = structlog.get_logger()
 class TokenRow:
     """The record of a join token."""
 
+    # Tokens are numbered in the order in which they were made.
+    number: int
     token_id: str
     uses: int
     num_used: int
@@ -82,6 +91,13 @@ class TokenRow:
     created_at: float
     expires_at: float
     revoked_at: float | None
+
+    def holds(self, now: float) -> bool:
+        """Return True if the token has not expired, and was not made while the clock was ahead.
+
+        A token of the future would otherwise let devices in until that future is over.
+        """
+        return self.created_at - clock.SET_BACK_SECONDS <= now < self.expires_at
 
 
 @dataclass(frozen=True)
@@ -97,6 +113,12 @@ class EnrolledAgent:
     # The agent's latest certificate is valid until this time.
     expires_at: float
     revoked_at: float | None
+    # The number of the last token that was made before the revocation; 0: the agent is not revoked.
+    last_token: int
+
+
+class CaNotValidError(UsageError):
+    """An error for a CA that has ended, or is not valid yet, by this machine's clock."""
 
 
 class Holder(NamedTuple):
@@ -118,6 +140,7 @@ class Authority:
 
     Raises:
         UsageError: the folder cannot be used, or a key in it does not belong to its certificate.
+        CaNotValidError: the CA that the operator put there has ended, or is not valid yet.
     """
 
     def __init__(self, folder: Path, clock: Callable[[], float] = time.time) -> None:
@@ -160,31 +183,31 @@ class Authority:
     def material(self) -> tls.TlsMaterial:
         """Return the key, the certificate and the roots for the next handshake.
 
-        The certificate is renewed if its renewal time has come. The roots are the CA and the live tokens.
+        The roots are the CA and the live tokens.
         """
-        if self._utc_now() >= tls.renewal_time(self._server):
-            with self._folder_locked():
-                self._server = self._read_or_make_server_certificate()
-            log.info("server_certificate_renewed", ends=self._server.not_valid_after_utc.isoformat())
+        now = self._clock()
         live = self._read(
-            "SELECT root FROM tokens WHERE revoked_at IS NULL AND expires_at > ? ORDER BY token_id",
-            self._clock(),
+            "SELECT root FROM tokens WHERE revoked_at IS NULL AND expires_at > ? AND created_at <= ?"
+            " ORDER BY token_id",
+            now,
+            now + clock.SET_BACK_SECONDS,
         )
         roots = [self.ca_certificate, *(row["root"].encode() for row in live)]
         return tls.TlsMaterial(tls.pem(self._server_key), tls.pem(self._server), b"".join(roots))
 
     def _read_or_make_server_certificate(self) -> tls.Certificate:
         """Return the server's certificate; make a new one if there is none, or if it no longer serves."""
-        path, now = self._folder / "server.pem", self._utc_now()
+        path = self._folder / "server.pem"
         try:
             certificate = tls.read_certificates(path)[0]
             is_ours = tls.is_key_of(self._server_key, certificate) and tls.is_issued_by(certificate, self._ca)
-            if is_ours and now < tls.renewal_time(certificate):
+            # One that was made under another rule, or for another CA, may end earlier.
+            if is_ours and tls.validity(certificate, self._ca) == tls.validity(self._ca):
                 return certificate
         except FileNotFoundError:
             pass
         public_key = self._server_key.public_key()
-        certificate = tls.make_server_certificate(self._ca, self._ca_key, public_key, now)
+        certificate = tls.make_server_certificate(self._ca, self._ca_key, public_key)
         tls.write_private(path, tls.pem(certificate))
         return certificate
 
@@ -196,11 +219,21 @@ class Authority:
         key = tls.read_or_make_key(key_path)
         crash_point(Point.SERVER_CA_KEY_WRITTEN)
         if not certificate_path.exists():
-            tls.write_private(certificate_path, tls.pem(tls.make_ca(key, self._utc_now())))
+            tls.write_private(certificate_path, tls.pem(tls.make_ca(key)))
         certificate = tls.read_certificates(certificate_path)[0]
         if not tls.is_key_of(key, certificate):
             raise UsageError(f"{key_path} is not the key of {certificate_path}: put the right one there")
+        self._check_validity(certificate_path, certificate)
         return certificate, key
+
+    def _check_validity(self, path: Path, ca: tls.Certificate) -> None:
+        """Raise CaNotValidError unless the CA is valid by this machine's clock."""
+        starts, ends = tls.validity(ca)
+        if not starts <= self._utc_now() < ends:
+            raise CaNotValidError(
+                f"{path} is valid from {starts:%Y-%m-%d} until {ends:%Y-%m-%d}, and this machine's clock says"
+                f" {self._utc_now():%Y-%m-%d}: set the clock ({clock.HOW_TO_SET}), or put another CA there"
+            )
 
     # Join tokens
 
@@ -225,8 +258,9 @@ class Authority:
     def tokens(self) -> list[TokenRow]:
         """Return every token that was ever made, the latest last."""
         rows = self._read(
-            "SELECT token_id, uses, created_at, expires_at, revoked_at, (SELECT count(*) FROM enrolments"
-            " WHERE enrolments.token_id = tokens.token_id) AS num_used FROM tokens ORDER BY created_at"
+            "SELECT rowid AS number, token_id, uses, created_at, expires_at, revoked_at,"
+            " (SELECT count(*) FROM enrolments WHERE enrolments.token_id = tokens.token_id) AS num_used"
+            " FROM tokens ORDER BY rowid"
         )
         return [TokenRow(**row) for row in rows]
 
@@ -306,7 +340,10 @@ class Authority:
         Raises:
             NotFoundError: there is no such agent.
         """
-        self._revoke("agents", "agent_id", agent_id)
+        # A second revocation changes nothing, so tokens that were made since the first still count.
+        newest = "(SELECT coalesce(max(rowid), 0) FROM tokens)"
+        also = f"last_token = iif(revoked_at IS NULL, {newest}, last_token)"
+        self._revoke("agents", "agent_id", agent_id, also)
 
     def holder(self, certificate: bytes) -> Holder:
         """Return the holder of a certificate, given in PEM.
@@ -334,11 +371,15 @@ class Authority:
             )
         if agent.revoked_at is not None:
             raise ForbiddenError(revocation(agent_id))
-        if leaf.not_valid_after_utc <= self._utc_now():
-            raise UnauthenticatedError("the certificate has ended: enroll again with a join token")
+        ends, now = leaf.not_valid_after_utc, self._utc_now()
+        if ends <= now:
+            raise UnauthenticatedError(
+                f"the certificate has ended (on {ends:%Y-%m-%d}, and the server's clock says {now:%Y-%m-%d}):"
+                " enroll again with a join token"
+            )
         return Holder(agent_id, token_id=None)
 
-    def _costs_a_use(self, token: dict[str, Any], agent_id: str, key: str) -> bool:
+    def _costs_a_use(self, token: TokenRow, agent_id: str, key: str) -> bool:
         """Return True if this enrolment uses up one use of the token.
 
         Raises:
@@ -346,7 +387,7 @@ class Authority:
             ConflictError: another key is enrolled under this agent id, or this key under another agent id.
         """
         before = self._read(
-            "SELECT agent_id FROM enrolments WHERE token_id = ? AND key = ?", token["token_id"], key
+            "SELECT agent_id FROM enrolments WHERE token_id = ? AND key = ?", token.token_id, key
         )
         if before and before[0]["agent_id"] != agent_id:
             raise ConflictError(
@@ -354,11 +395,11 @@ class Authority:
                 " or remove its state directory",
                 Reason.AGENT_ID_TAKEN,
             )
-        if not before and self._num_used(token["token_id"]) >= token["uses"]:
+        if not before and token.num_used >= token.uses:
             raise ForbiddenError(f"the join token is used up: {_ASK_OPERATOR}", Reason.TOKEN)
         agent = self._agent(agent_id)
         if agent and agent.revoked_at is not None:
-            if token["created_at"] <= agent.revoked_at:
+            if token.number <= agent.last_token:
                 raise ForbiddenError(revocation(agent_id))
         elif agent and agent.key != key:
             raise ConflictError(
@@ -368,34 +409,44 @@ class Authority:
             )
         return not before
 
-    def _live_token(self, token_id: str, now: float) -> dict[str, Any]:
+    def _live_token(self, token_id: str, now: float) -> TokenRow:
         """Return the token's record; raise ForbiddenError if the token has expired or was revoked."""
-        token = self._read("SELECT * FROM tokens WHERE token_id = ?", token_id)[0]
-        if token["revoked_at"] is not None or token["expires_at"] <= now:
-            what = "was revoked" if token["revoked_at"] is not None else "has expired"
+        (token,) = (each for each in self.tokens() if each.token_id == token_id)
+        if token.revoked_at is not None or not token.holds(now):
+            what = "was revoked" if token.revoked_at is not None else "has expired"
             raise ForbiddenError(f"the join token {what}: {_ASK_OPERATOR}", Reason.TOKEN)
         return token
-
-    def _num_used(self, token_id: str) -> int:
-        num_used: int = self._read("SELECT count(*) AS number FROM enrolments WHERE token_id = ?", token_id)[
-            0
-        ]["number"]
-        return num_used
 
     def _agent(self, agent_id: str) -> EnrolledAgent | None:
         """Return the record of the agent, or None if the agent has never enrolled."""
         rows = self._read("SELECT * FROM agents WHERE agent_id = ?", agent_id)
         return EnrolledAgent(**rows[0]) if rows else None
 
-    def _revoke(self, table: str, column: str, name: str) -> None:
-        """Record the revocation of a token or an agent; a second one leaves the time of the first."""
+    def _revoke(self, table: str, column: str, name: str, also: str = "") -> None:
+        """Record the revocation of a token or an agent; a second one leaves the time of the first.
+
+        Args:
+            table: the table of the record.
+            column: the column with the name.
+            name: the token or the agent.
+            also: another assignment, in SQL.
+        """
+        changes = ", ".join(filter(None, ["revoked_at = coalesce(revoked_at, ?)", also]))
         with self._transaction() as database:
             changed = database.execute(
-                f"UPDATE {table} SET revoked_at = coalesce(revoked_at, ?) WHERE {column} = ?",  # noqa: S608
+                f"UPDATE {table} SET {changes} WHERE {column} = ?",  # noqa: S608
                 (self._clock(), name),
             )
             if not changed.rowcount:
                 raise NotFoundError(f"there is no {name!r}: `cloud-server {_COMMANDS[table]} list` shows all")
+
+    def newest_record(self) -> float:
+        """Return the latest time at which a token was made or an agent enrolled; 0 if there is none."""
+        rows = self._read(
+            "SELECT max(at) AS newest FROM"
+            " (SELECT created_at AS at FROM tokens UNION ALL SELECT enrolled_at FROM agents)"
+        )
+        return rows[0]["newest"] or 0.0
 
     def now(self) -> float:
         """Return the seconds since the epoch, by the clock that decides when tokens expire."""

@@ -1,7 +1,9 @@
 """What is done to a state directory beside the rounds: clean-ups, provenance, and forgetting agents."""
 
 import asyncio
+import math
 import sqlite3
+import time
 from collections.abc import Callable, Collection
 from pathlib import Path
 
@@ -56,14 +58,15 @@ class Caretaker:
         self._standing = standing
         self._presence = presence
         self._clock = clock
-        self._clean_up_at = 0.0
+        # By the monotonic clock.
+        self._clean_up_at = -math.inf
 
     # ------------------------------------------------------------------ what old rounds leave
 
     @property
     def seconds_to_clean_up(self) -> float:
         """Return how long it is until the next clean-up is due; 0: it is due now."""
-        return max(0.0, self._clean_up_at - self._clock())
+        return max(0.0, self._clean_up_at - time.monotonic())
 
     async def clean_up(self) -> None:
         """Remove what old rounds have left; a disk that does not let it is no reason to stop."""
@@ -77,7 +80,7 @@ class Caretaker:
         except (OSError, StorageError) as error:
             log.warning("clean_up_failed", reason=str(error))
         seconds = max(1.0, min(CLEAN_UP_SECONDS, self._config.keep_partial_seconds))
-        self._clean_up_at = self._clock() + seconds
+        self._clean_up_at = time.monotonic() + seconds
         self._uploads.forget_sizes()
 
     def _clean_up(self, active: Collection[Path]) -> None:

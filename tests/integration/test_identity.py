@@ -17,9 +17,11 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
+from cryptography.x509 import DNSName
+from cryptography.x509.oid import ExtendedKeyUsageOID
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from cloud_server.door.authority import Authority
+from cloud_server.door.authority import Authority, CaNotValidError
 from cloud_server.server import GrpcServer
 from common import rpc, tls
 from common.background import beside
@@ -450,6 +452,37 @@ async def test_revoked_agent_comes_back_with_a_newer_token_only(served: Served) 
         pass
 
 
+@pytest.mark.parametrize("days", [-1000, 1000])
+def test_revocation_and_token_are_ordered_whatever_the_clock_says(tmp_path: Path, days: float) -> None:
+    """The clock is set between the two: behind, an old token must not do; ahead, a new one must."""
+    clock, key = Clock(), tls.new_key()
+    request = tls.make_request(key, "edge-1")
+    with closing(Authority(tmp_path / "tls", clock)) as authority:
+        old, *_ = (tls.JoinToken.parse(authority.create_token(9, HOUR)).token_id for _ in range(2))
+        authority.enroll(old, request)
+        clock.ahead_seconds = days * 24 * HOUR
+        authority.revoke_agent("edge-1")
+        clock.ahead_seconds = 0
+        with pytest.raises(ForbiddenError, match="agent edge-1 has been revoked"):
+            authority.enroll(old, request)
+        new = tls.JoinToken.parse(authority.create_token(9, HOUR)).token_id
+        authority.revoke_agent("edge-1")
+        authority.enroll(new, request)
+
+
+async def test_token_made_while_the_clock_was_ahead_does_not_count_after_it_is_set(served: Served) -> None:
+    """It would let devices in for years."""
+    served.clock.ahead_seconds = 10 * 365 * 24 * HOUR
+    token = served.token(uses=2)
+    await served.enroll("edge-1", token)
+    served.clock.ahead_seconds = 0
+    with pytest.raises(UsageError, match="does not take this join token"):
+        await served.enroll("edge-2", token)
+    with pytest.raises(ForbiddenError, match="expired"):
+        served.authority.enroll(token.token_id, tls.make_request(tls.new_key(), "edge-2"))
+    await served.enroll("edge-2")
+
+
 def test_what_does_not_exist_cannot_be_revoked(tmp_path: Path) -> None:
     with closing(Authority(tmp_path / "tls")) as authority:
         with pytest.raises(NotFoundError, match="cloud-server agents list"):
@@ -465,7 +498,7 @@ async def test_agent_renews_its_certificate_and_the_upload_under_way_goes_on(
     served: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tls, "AGENT_LIFETIME", timedelta(seconds=55))
-    monkeypatch.setattr(Identity, "renews_at", property(lambda _: datetime.now(UTC)))
+    monkeypatch.setattr(Identity, "renews_at", property(lambda _: tls.BEGINNING))
     identity = await served.enroll("edge-1")
     first, ends_at = identity.material.certificate, identity.ends_at
     path, blob = shard(tmp_path)
@@ -500,29 +533,8 @@ async def test_certificate_that_has_ended_is_not_taken(served: Served, monkeypat
     identity = await served.enroll("edge-1")
     async with member(served, identity) as client:
         served.clock.ahead_seconds = 60
-        with pytest.raises(UnauthenticatedError, match="has ended: enroll again"):
+        with pytest.raises(UnauthenticatedError, match=r"has ended \(on .*\): enroll again"):
             await client.join()
-
-
-async def test_server_renews_its_certificate_without_a_restart(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(tls, "SERVER_LIFETIME", timedelta(hours=6))
-    async with serving(tmp_path) as served:
-        identity = await served.enroll("edge-1")
-        before = tls.load_certificate(served.authority.material().certificate)
-        async with member(served, identity) as client:
-            watch = client.watch()
-            await anext(watch)
-            staying = asyncio.ensure_future(anext(watch))
-            served.clock.ahead_seconds = 3 * HOUR
-            async with member(served, identity):
-                pass
-            after = tls.read_certificates(tmp_path / "server/tls/server.pem")[0]
-            assert after.not_valid_after_utc - before.not_valid_after_utc >= timedelta(hours=2.9)
-            assert not staying.done()  # what is open notices nothing
-            staying.cancel()
-            await asyncio.wait([staying])
 
 
 # ---------------------------------------------------------------------- plaintext
@@ -656,10 +668,45 @@ async def test_ca_half_made_is_completed(tmp_path: Path) -> None:
     assert len(fingerprints) == 1
 
 
+@pytest.mark.parametrize("days", [-366, 366])
+def test_ca_that_has_ended_or_is_not_valid_yet_is_named_with_its_dates(tmp_path: Path, days: float) -> None:
+    """Also when the server's certificate is there already, and when the clock is set afterwards."""
+    folder, clock, key = tmp_path / "tls", Clock(), tls.new_key()
+    tls.make_private_folder(folder)
+    year = (datetime.now(UTC) - timedelta(days=1), datetime.now(UTC) + timedelta(days=365))
+    mine = tls._sign("mine", key.public_key(), "mine", key, year, *tls._authority_extensions())
+    (folder / "ca.pem").write_bytes(tls.pem(mine))
+    (folder / "ca.key").write_bytes(tls.pem(key))
+    Authority(folder, clock).close()
+    clock.ahead_seconds = days * 24 * HOUR
+    with pytest.raises(
+        CaNotValidError, match=rf"ca\.pem is valid from {year[0]:%Y-%m-%d} until {year[1]:%F}"
+    ):
+        Authority(folder, clock)
+    clock.ahead_seconds = 0
+    with closing(Authority(folder, clock)) as authority:
+        server = tls.load_certificate(authority.material().certificate)
+    # It ends with the CA, because TLS refuses a certificate whose issuer has ended.
+    assert server.not_valid_after_utc == mine.not_valid_after_utc
+
+
+def test_server_certificate_that_ends_before_its_ca_is_made_anew(tmp_path: Path) -> None:
+    with closing(Authority(tmp_path / "tls")) as authority:
+        ca, ca_key = authority._ca, authority._ca_key
+        key = tls.read_key(tmp_path / "tls/server.key").public_key()
+        name = tls._leaf_extensions(ExtendedKeyUsageOID.SERVER_AUTH, DNSName(tls.SERVER_NAME))
+        year = (datetime.now(UTC) - timedelta(days=1), datetime.now(UTC) + timedelta(days=365))
+        short = tls._sign(tls.SERVER_NAME, key, ca, ca_key, year, *name)
+    tls.write_private(tmp_path / "tls/server.pem", tls.pem(short))
+    with closing(Authority(tmp_path / "tls")) as authority:
+        server = tls.load_certificate(authority.material().certificate)
+    assert tls.validity(server) == (tls.BEGINNING, tls.NEVER)
+
+
 def test_ca_of_ones_own_is_used(tmp_path: Path) -> None:
     tls.make_private_folder(tmp_path / "tls")
     key = tls.new_key()
-    mine = tls.make_ca(key, datetime.now(UTC))
+    mine = tls.make_ca(key)
     (tmp_path / "tls/ca.pem").write_bytes(tls.pem(mine))
     with pytest.raises(UsageError, match=r"ca\.key is not: put the CA's key there"):
         Authority(tmp_path / "tls")

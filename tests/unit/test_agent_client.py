@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import random
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
@@ -19,6 +20,7 @@ from common.transfer import Blob
 from edge_agent import client as client_module
 from edge_agent.client import CloudClient, UnknownAgentError
 from edge_agent.metrics import AgentMetrics
+from edge_agent.server_clock import ServerClock
 
 CONTENT = b"abcdefgh"
 BLOB = Blob(hashlib.sha256(CONTENT).hexdigest(), len(CONTENT))
@@ -195,3 +197,41 @@ async def test_upload_that_fails_the_server_inside_is_given_up(tmp_path: Path) -
     client = client_of(QueryUpload=unary(pb.QueryUploadReply()), Upload=lambda **_: Failing())
     with pytest.raises(InvalidError, match="refused"):
         await client.upload(tmp_path / "blob", BLOB, "data", lambda *_: None)
+
+
+@pytest.mark.parametrize(
+    ("own", "server", "said"),
+    [
+        (2e9, 2e9 + 299, ""),
+        (2e9, 2e9 - 299, ""),
+        (2e9, 2e9 + 3000, "this device's clock is 50 minutes behind the server's: set it"),
+        (2e9, 2e9 - 3 * 86400, "this device's clock is 3 days ahead of the server's: set it"),
+        (1000.0, 2e9, "this device's clock is 63 years behind the server's: set it"),
+        (
+            2e9,
+            1000.0,
+            "this device's clock is 63 years ahead of the server's, which is wrong: have that one set",
+        ),
+    ],
+)
+async def test_difference_of_the_clocks_is_told_once_and_names_the_wrong_one(
+    own: float, server: float, said: str
+) -> None:
+    told: list[str] = []
+    clock = ServerClock(told.append, wall=lambda: own)
+    for _ in range(2):
+        clock.heard(server)
+    assert len(told) == bool(said)
+    assert not said or told[0].startswith(said)
+
+
+async def test_servers_time_is_carried_on_by_the_monotonic_clock_and_senseless_times_are_left_aside() -> None:
+    told: list[str] = []
+    monotonic = 5.0
+    clock = ServerClock(told.append, wall=lambda: 2e9, monotonic=lambda: monotonic)
+    clock.heard(2e9)
+    for senseless in (math.nan, math.inf, -math.inf, -1.0, 0.0, 1e18):
+        clock.heard(senseless)
+    monotonic += 7
+    assert await clock.now() == 2e9 + 7
+    assert told == []

@@ -3,8 +3,9 @@
 import asyncio
 import hashlib
 import json
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager, closing, suppress
+from contextlib import AsyncExitStack, asynccontextmanager, closing, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -170,14 +171,17 @@ class World:
 
 @asynccontextmanager
 async def world(
-    state_dir: Path, outcomes: list[Result | None] | None = None, **keys: Any
+    state_dir: Path,
+    outcomes: list[Result | None] | None = None,
+    clock: Callable[[], float] = time.time,
+    **keys: Any,
 ) -> AsyncIterator[World]:
     config = ServerConfig(state_dir=state_dir, **{"min_agents": 1, "rounds": 0} | keys)
     with closing(Store(state_dir)) as store:
         trainer = PlayedTrainer(state_dir, outcomes or [])
         metrics = ServerMetrics()
         working = asyncio.create_task(trainer.work())
-        service = await open_service(config, store, trainer, metrics)
+        service = await open_service(config, store, trainer, metrics, clock=clock)
         running = asyncio.create_task(service.coordinator.run())
         try:
             yield World(*service, store, trainer, config, metrics, running)
@@ -417,6 +421,32 @@ async def test_finished_run_ends_at_once_and_goes_on_when_more_rounds_are_wanted
     async with world(tmp_path, rounds=2) as here:
         await here.until(lambda: here.standing.state_for().round == 2)
         assert here.standing.state_for().initial_weights.digest == published
+
+
+@pytest.mark.parametrize("wrong", [1000.0, time.time() + 3e8], ids=["1970", "ten years ahead"])
+@pytest.mark.parametrize("restarts", [False, True])
+async def test_clock_that_is_set_neither_ends_a_round_nor_keeps_it_open(
+    tmp_path: Path, wrong: float, restarts: bool
+) -> None:
+    """Not while the server runs, and not while it is stopped."""
+    now = wrong
+    long = {"min_agents": 2, "max_agents": 2, "deadline_seconds": 3600, "on_too_few": "fail"}
+    short = {"min_agents": 1, "max_agents": 2, "deadline_seconds": 0.3}
+    keys = long if wrong < time.time() else short
+    async with AsyncExitStack() as stack:
+        here = await stack.enter_async_context(world(tmp_path, clock=lambda: now, **keys))
+        await here.until(lambda: here.ledger.round.phase is Phase.COLLECTING)
+        if restarts:
+            await stack.aclose()
+        now = time.time()
+        if restarts:
+            here = await stack.enter_async_context(world(tmp_path, clock=lambda: now, **keys))
+        for number in range(here.ledger.policy.min_agents):
+            assert await here.contribute(f"edge-{number}") is Outcome.ACCEPTED
+        await here.until(lambda: here.ledger.round.number > 1)
+        first = here.store.round(1)
+        assert first
+        assert first.phase == Phase.PUBLISHED
 
 
 async def test_too_few_agents_at_the_deadline_fail_the_round_if_so_configured(tmp_path: Path) -> None:
