@@ -54,17 +54,22 @@ def rehearse(run: RunConfig, allowed_factories: Collection[str] | None = None) -
     _fill(known)
     if not all(map(torch.equal, known.values(), ours.state_dict().values())):
         raise UsageError(f"model {run.model!r}: its state_dict has copies, so no weights can be loaded by it")
+    copy_into(theirs, model.state_dict())
+    if not _agree(model, theirs, images):
+        raise UsageError(
+            f"model {run.model!r} is not determined by its state_dict and the run's seed: after a training"
+            " step, another model with its state_dict gives different outputs. Register all that changes in"
+            " training as parameters, or as buffers with persistent=True"
+        )
     copy_into(theirs, known)
-    first, second = (_outputs(each, images) for each in (ours, theirs))
-    if not first.isfinite().all():
-        return ()
-    if not _are_alike(first.flatten().tolist(), second.flatten().tolist()):
+    if not _agree(ours, theirs, images):
         raise UsageError(
             f"model {run.model!r} is not determined by its state_dict and the run's seed: two of them with"
             " one state_dict give different outputs. Register what is drawn at random as a buffer, with"
             " persistent=True, or draw it from PyTorch's generator"
         )
-    return tuple(first[:, :NUM_PROBED].flatten().tolist())
+    probe = _outputs(ours, images)
+    return tuple(probe[:, :NUM_PROBED].flatten().tolist()) if probe.isfinite().all() else ()
 
 
 def check_probe(run: RunConfig, own: Probe, servers: Sequence[float]) -> None:
@@ -79,6 +84,12 @@ def check_probe(run: RunConfig, own: Probe, servers: Sequence[float]) -> None:
             " state_dict leaves out a part that differs, or its code is another version. Install the same"
             " code and PyTorch on both, and register such a part as a buffer with persistent=True"
         )
+
+
+def _agree(model: nn.Module, other: nn.Module, images: Tensor) -> bool:
+    """Return True if both models give the same outputs, or if the first gives none that are finite."""
+    first, second = (_outputs(each, images) for each in (model, other))
+    return not first.isfinite().all() or _are_alike(first.flatten().tolist(), second.flatten().tolist())
 
 
 def _are_alike(expected: Sequence[float], found: Sequence[float]) -> bool:

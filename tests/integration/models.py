@@ -162,6 +162,23 @@ def unseeded(num_classes: int, image_shape: Shape) -> nn.Module:
     return Projection(num_classes, image_shape, persistent=False, seeded=False)
 
 
+class Drifting(Auxiliary):
+    """A model with a statistic that training changes and the state_dict leaves out."""
+
+    def __init__(self, num_classes: int, image_shape: Shape) -> None:
+        super().__init__(num_classes, image_shape)
+        self.register_buffer("seen", torch.zeros(()), persistent=False)
+
+    def forward(self, x: Tensor) -> Any:
+        if self.training:
+            self.seen += 1
+        return super().forward(x + self.seen)
+
+
+def drifting(num_classes: int, image_shape: Shape) -> nn.Module:
+    return Drifting(num_classes, image_shape)
+
+
 def by_environment(num_classes: int, image_shape: Shape) -> nn.Module:
     """Return a model that depends on the machine: here on a variable."""
     model = linear(num_classes, image_shape)

@@ -38,6 +38,7 @@ def test_models_of_torchvision_are_let_pass(name: str) -> None:
     ("name", "message"),
     [
         ("unseeded", "not determined by its state_dict and the run's seed"),
+        ("drifting", "after a training step, another model with its state_dict gives different outputs"),
         ("copies", "its state_dict has copies, so no weights can be loaded by it"),
         ("frozen", "has no parameter that could be trained"),
         ("extra_state", "its state_dict has '_extra_state', which is dict and no tensor"),
