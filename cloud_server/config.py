@@ -6,7 +6,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from cloud_server.state_dir import StateDir
-from common.config import ProcessConfig, RunConfig
+from common.config import ProcessConfig, RunConfig, UserPath
 
 ENV_PREFIX = "ECAVG_SERVER_"
 DEFAULT_PRESET = "digits-mlp"
@@ -26,7 +26,7 @@ class ServerConfig(ProcessConfig):
     http_host: str = "127.0.0.1"
     """Address of the status page and `/metrics`."""
 
-    http_token_file: Path | None = None
+    http_token_file: UserPath | None = None
     """Bearer token of the page and `/metrics` (default: `STATE/http-token` beyond loopback, none on it)
 
     The file is made if need be. Beyond loopback a token is always asked for.
@@ -35,7 +35,7 @@ class ServerConfig(ProcessConfig):
     http_port: Port = 8080
     """Port of the status page and `/metrics`; 0 picks one."""
 
-    state_dir: Path = Path("ecavg-server")
+    state_dir: UserPath = Path("ecavg-server")
     """Folder (STATE) where everything is kept; one server at a time uses it."""
 
     rounds: int = Field(1, ge=0)
@@ -98,7 +98,7 @@ class ServerConfig(ProcessConfig):
     keep_partial_seconds: float = Field(7 * 24 * 3600, gt=0)
     """How long uploads are kept that were not finished, or not contributed."""
 
-    tls_dir: Path | None = None
+    tls_dir: UserPath | None = None
     """CA, certificates, tokens and enrolled agents (default: `STATE/tls`)"""
 
     insecure: bool = False

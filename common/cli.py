@@ -72,7 +72,7 @@ def add_flags(
         text = f"A complete configuration to start from (default: {default_preset})"
         parser.add_argument("--preset", metavar="NAME", default=default_preset, help=text)
         config_help += " and of [run], laid over the preset"
-    parser.add_argument("--config", metavar="FILE", type=Path, help=config_help)
+    parser.add_argument("--config", metavar="FILE", help=config_help)
     for name, field in config_class.model_fields.items():
         if isinstance(field.default, BaseModel):
             text = f"Set any key of a table, for example {name}.seed=3; repeatable"

@@ -33,7 +33,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from common.config import is_loopback
 from common.errors import UsageError, one_line
-from common.files import replacing
+from common.files import read_text, replacing
 
 LOG_LEVELS = ("debug", "info", "warning", "error")
 # Two "progress" events of one label are at least so far apart.
@@ -324,9 +324,12 @@ def http_token(host: str, file: Path | None, default: Path) -> str | None:
         if not path.exists():
             with replacing(path, mode=0o600) as partial:
                 partial.write_text(secrets.token_urlsafe(32) + "\n", "utf-8")
-        token = path.read_text("utf-8").strip()
     except OSError as error:
         raise UsageError(f"cannot use the token file {path}: {error.strerror}") from error
+    lines = [line.strip() for line in read_text(path, "token file").splitlines() if line.strip()]
+    if len(lines) > 1:
+        raise UsageError(f"token file {path} has {len(lines)} lines: write one token there")
+    token = "".join(lines)
     if len(token) < MIN_TOKEN_LENGTH:
         raise UsageError(
             f"the token in {path} is too short: write {MIN_TOKEN_LENGTH} characters or more there"

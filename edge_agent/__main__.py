@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from common import cli
 from common.config import is_loopback
 from common.errors import UsageError
+from common.files import read_text
 from edge_agent.config import ENV_PREFIX, AgentConfig, EnrollConfig
 
 if TYPE_CHECKING:
@@ -53,13 +54,21 @@ def enroll(argv: Sequence[str]) -> int:
 
 
 def read_token(file: Path | None) -> str:
-    """Return the join token in a file; raise UsageError if there is none to read."""
+    """Return the join token in a file, beside which the file may have other words.
+
+    Raises:
+        UsageError: there is no file, or it has no join token or several of them.
+    """
     if file is None:
         raise UsageError("give the join token with --token, as the cloud-server printed it")
-    try:
-        return file.read_text("utf-8").strip()
-    except OSError as error:
-        raise UsageError(f"cannot read the join token in {file}: {error.strerror}") from error
+    words = read_text(file, "join token file").split()
+    tokens = {word for word in words if word.startswith("ecavg1.")}
+    if len(tokens) != 1:
+        raise UsageError(
+            f"join token file {file} has {len(tokens) or 'no'} join tokens: write one there, ecavg1.…,"
+            " as the cloud-server printed it"
+        )
+    return tokens.pop()
 
 
 async def do_enroll(config: AgentConfig, token: str) -> int:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from common.config import AGENT_ID_PATTERN, FrozenModel
 from common.errors import UsageError
-from common.files import replacing
+from common.files import read_text, replacing
 from common.transfer import Blob
 
 DEFAULT_STATE_DIR = "ecavg-agent"
@@ -95,7 +95,7 @@ class AgentState:
             if descriptor is not None:
                 break
         else:
-            holder = _read(candidates[-1] / "lock")
+            holder = (candidates[-1] / "lock").read_text("ascii", errors="replace")
             raise UsageError(
                 f"state directory {candidates[-1]} is in use by the edge-agent with process id {holder};"
                 " give this one another --state-dir"
@@ -206,10 +206,7 @@ class AgentState:
 
     def _remember_id(self, agent_id: str | None) -> str:
         file = self.path / "agent-id"
-        try:
-            known = _read(file).strip()
-        except UnicodeDecodeError:
-            known = "?"
+        known = read_text(file, "file").strip() if file.exists() else ""
         if known and not re.fullmatch(AGENT_ID_PATTERN, known):
             raise UsageError(f"{file} is damaged; remove {self.path} to start afresh")
         if agent_id and known and agent_id != known:

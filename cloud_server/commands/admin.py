@@ -48,9 +48,9 @@ def main(argv: Sequence[str]) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     folder_flags = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
-    folder_flags.add_argument("--state-dir", metavar="DIR", type=Path, help="the server's")
-    folder_flags.add_argument("--tls-dir", metavar="DIR", type=Path, help="the server's")
-    folder_flags.add_argument("--config", metavar="FILE", type=Path, default=None, help="the server's")
+    folder_flags.add_argument("--state-dir", metavar="DIR", help="the server's")
+    folder_flags.add_argument("--tls-dir", metavar="DIR", help="the server's")
+    folder_flags.add_argument("--config", metavar="FILE", default=None, help="the server's")
 
     parser = argparse.ArgumentParser(
         prog="cloud-server", description="Let agents in, and keep them out. The server may run meanwhile."

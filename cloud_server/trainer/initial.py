@@ -14,7 +14,7 @@ import structlog
 import torch
 from torch import nn
 
-from common.config import RunConfig
+from common.config import RunConfig, expand_home
 from common.errors import InvalidError, RunError, UsageError
 from common.models import build_model
 from common.schema import check_finite, read_header
@@ -62,6 +62,10 @@ def _load_file(model: nn.Module, path: Path, run: RunConfig) -> None:
     Raises:
         UsageError: the file cannot be read, is not valid, or does not fit the model.
     """
+    try:
+        path = expand_home(path)
+    except ValueError as error:
+        raise UsageError(f"run.initial_weights: {error}") from error
     try:
         check_finite(path, read_header(path))
         load_into(model, path)
