@@ -12,25 +12,62 @@ import tomllib
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn, TextIO, TypeVar
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from common import streams
 from common.config import ProcessConfig, deep_merge, load
-from common.errors import ECAvgError, UsageError, one_line
+from common.errors import ECAvgError, RunError, UsageError, one_line
 
 Config = TypeVar("Config", bound=ProcessConfig)
 
+# The exit code of a command that was interrupted at the terminal: 128 and the number of the signal.
+INTERRUPTED = 128 + signal.SIGINT
+# Python and PyTorch take the working folder or the root for the value of an empty variable.
+_FOLDER_VARIABLES = ("HOME", "XDG_CACHE_HOME", "TORCH_HOME", "TMPDIR")
 # A thread that is still alive after this time is taken to be busy for long.
 BUSY_SECONDS = 0.3
 # The number of the parameter M_ARENA_MAX of mallopt(3).
 _M_ARENA_MAX = -8
 
 
+class Parser(argparse.ArgumentParser):
+    """A parser of a command line whose help is a result of the command."""
+
+    def print_help(self, file: Any = None) -> None:
+        """Print the help; raise RunError if it cannot be printed."""
+        if file is None:
+            print_result(self.format_help().rstrip("\n"))
+        else:
+            super().print_help(file)
+
+    def error(self, message: str) -> NoReturn:
+        """Print the usage and what is wrong, and exit with code 2."""
+        super().error(one_line(message))
+
+
+def enter(command: str, body: Callable[[], int]) -> int:
+    """Run a command from its beginning to its end, and return its exit code.
+
+    This function first makes the process independent of its standard streams, and removes the empty ones of
+    the environment variables that name folders. Whatever the command raises becomes one line on stderr.
+    """
+    streams.prepare()
+    for name in _FOLDER_VARIABLES:
+        if not os.environ.get(name):
+            os.environ.pop(name, None)
+    try:
+        return body()
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except Exception as error:
+        return fail(command, error)
+
+
 def parse_command_line(
-    parser: argparse.ArgumentParser,
+    parser: Parser,
     config_class: type[Config],
     env_prefix: str,
     argv: Sequence[str] | None,
@@ -123,13 +160,52 @@ def fail(command: str, error: Exception) -> int:
     structlog = sys.modules.get("structlog")
     if structlog and structlog.is_configured():
         structlog.get_logger().debug("failed", exc_info=error)
-    print(f"{command}: {one_line(_describe(error))}", file=sys.stderr)  # noqa: T201
+    _print_line(f"{command}: {_describe(error)}", sys.stderr)
     return error.exit_code if isinstance(error, ECAvgError) else 1
 
 
 def warn(command: str, text: str) -> None:
     """Print a warning as one line on stderr."""
-    print(f"{command}: WARNING: {text}", file=sys.stderr, flush=True)  # noqa: T201
+    _print_line(f"{command}: WARNING: {text}", sys.stderr)
+
+
+def print_note(text: str) -> None:
+    """Print one line on stderr, beside the result on stdout."""
+    _print_line(text, sys.stderr)
+
+
+def print_status(text: str) -> None:
+    """Print one line on stdout that says how things are; the line is dropped if it cannot be written."""
+    _print_line(text, sys.stdout)
+
+
+def print_result(text: str) -> None:
+    """Print on stdout what the command was asked for, in one line or several.
+
+    Raises:
+        RunError: stdout cannot be written.
+    """
+    streams.lost_by(sys.stdout)
+    for line in text.split("\n"):
+        _print_line(line, sys.stdout)
+    if reason := streams.lost_by(sys.stdout):
+        raise RunError(f"stdout cannot be written: {reason}")
+
+
+def print_done(text: str, details: str = "") -> None:
+    """Print on stdout what the command has done, and the details.
+
+    Raises:
+        RunError: stdout cannot be written; the message says what has been done.
+    """
+    try:
+        print_result(f"{text}\n{details}" if details else text)
+    except RunError as error:
+        raise RunError(f"{text}; but {error}") from error
+
+
+def _print_line(text: str, stream: TextIO) -> None:
+    print(one_line(text), file=stream, flush=True)
 
 
 def _describe(error: Exception) -> str:

@@ -68,7 +68,7 @@ def _first_bytes(path: Path, num_bytes: int) -> bytes:
     # A named pipe that nobody writes to is empty. Without this flag, opening it would wait for ever.
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     os.set_blocking(descriptor, True)
-    with open(descriptor, "rb") as file:
+    with os.fdopen(descriptor, "rb") as file:
         return file.read(num_bytes)
 
 

@@ -6,11 +6,14 @@ count the lost lines. This holds for every writer: the log, the progress bars, P
 flush at the end of the process.
 """
 
+import errno
 import io
 import os
 import sys
-from collections.abc import Buffer
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer
 
 
 class _DroppingFile(io.FileIO):
@@ -20,14 +23,15 @@ class _DroppingFile(io.FileIO):
     # Why the last lost line was lost; empty if none was lost.
     reason = ""
 
-    def write(self, content: Buffer, /) -> int:
+    def write(self, content: "ReadableBuffer", /) -> int:
         """Write the content, or as much as goes, and return how many bytes need not be written again."""
         try:
             # A descriptor that does not block, and has no room now, makes this None.
             written = super().write(content)
             reason = "its reader does not keep up"
         except OSError as error:
-            written, reason = None, error.strerror or str(error)
+            closed = error.errno == errno.EBADF
+            written, reason = None, "it is closed" if closed else error.strerror or str(error)
         if written is not None:
             return written
         self.reason = reason

@@ -23,6 +23,8 @@ import structlog
 import uvicorn
 from prometheus_client import CollectorRegistry, PlatformCollector, ProcessCollector, disable_created_metrics
 from prometheus_client.exposition import choose_encoder
+from prometheus_client.metrics_core import CounterMetricFamily, Metric
+from prometheus_client.registry import Collector
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from starlette.applications import Starlette
@@ -31,6 +33,7 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from common import streams
 from common.config import is_loopback
 from common.errors import UsageError, one_line
 from common.files import read_text, replacing
@@ -61,7 +64,7 @@ _T = TypeVar("_T")
 
 
 def configure_logging(*, level: str = "info", as_json: bool | None = None) -> None:
-    """Set up the log, which goes to stderr.
+    """Set up the log, which goes to stderr. A line that cannot be written is dropped: see common/streams.py.
 
     Each line has an event name, its fields, the UTC time and the fields that `structlog.contextvars` binds.
     The log also shows Python's warnings, and what libraries log through `logging` from "warning" on.
@@ -291,13 +294,26 @@ class _ProgressLog:
 
 
 def make_registry() -> CollectorRegistry:
-    """Return a registry with the standard metrics of this process: CPU seconds, memory and open files."""
+    """Return a registry with the metrics of any process: CPU seconds, memory, open files, lost log lines."""
     # Without this call, each counter would have a second series with the time of its creation.
     disable_created_metrics()  # type: ignore[no-untyped-call]
     registry = CollectorRegistry()
     ProcessCollector(registry=registry)
     PlatformCollector(registry=registry)
+    registry.register(_DroppedLines())
     return registry
+
+
+class _DroppedLines(Collector):
+    """The metric of the log lines that this process could not write."""
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield the metric with its present value."""
+        yield CounterMetricFamily(
+            "ecavg_log_lines_dropped_total",
+            "Lines that could not be written to stdout or stderr: full disk, closed, or no reader.",
+            value=streams.num_dropped(),
+        )
 
 
 # --- HTTP --------------------------------------------------------------------------------------------

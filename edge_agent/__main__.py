@@ -1,6 +1,5 @@
 """`edge-agent`: the composition root, which builds the parts and runs them."""
 
-import argparse
 import asyncio
 import importlib
 import sys
@@ -24,32 +23,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run `edge-agent` with these arguments, and return its exit code."""
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["enroll"]:
-        return enroll(argv[1:])
-    parser = argparse.ArgumentParser(
+        return cli.enter("edge-agent enroll", lambda: enroll(argv[1:]))
+    return cli.enter("edge-agent", lambda: start(argv))
+
+
+def start(argv: Sequence[str]) -> int:
+    """Run the agent itself."""
+    parser = cli.Parser(
         prog="edge-agent",
         description="Pre-train on this device's data, send weights and data to a cloud-server,"
         " and use the better model that comes back.",
         epilog="`edge-agent enroll` comes first, once: it gives this device its certificate.",
     )
-    try:
-        config = cli.parse_command_line(parser, AgentConfig, ENV_PREFIX, argv)
-    except UsageError as error:
-        return cli.fail("edge-agent", error)
+    config = cli.parse_command_line(parser, AgentConfig, ENV_PREFIX, argv)
     return cli.run("edge-agent", lambda: take_part(config))
 
 
 def enroll(argv: Sequence[str]) -> int:
     """Run `edge-agent enroll`: get this device its certificate."""
-    parser = argparse.ArgumentParser(
+    parser = cli.Parser(
         prog="edge-agent enroll",
         description="Make a key on this device, and have the server certify it. Only the certificate is kept,"
         " the token is not.",
     )
-    try:
-        config = cli.parse_command_line(parser, EnrollConfig, ENV_PREFIX, argv)
-        token = config.token or read_token(config.join_token_file)
-    except UsageError as error:
-        return cli.fail("edge-agent enroll", error)
+    config = cli.parse_command_line(parser, EnrollConfig, ENV_PREFIX, argv)
+    token = config.token or read_token(config.join_token_file)
     return cli.run("edge-agent enroll", lambda: do_enroll(config, token))
 
 
@@ -77,7 +75,7 @@ async def do_enroll(config: AgentConfig, token: str) -> int:
 
     state = AgentState(config.state_dir, config.agent_id)
     identity = await enrolled(config, state, token)
-    print(f"enrolled as {identity.agent_id}, until {identity.ends_at:%Y-%m-%d}; it renews itself")  # noqa: T201
+    cli.print_done(f"enrolled as {identity.agent_id}, until {identity.ends_at:%Y-%m-%d}; it renews itself")
     return 0
 
 
@@ -89,7 +87,7 @@ async def enrolled(config: AgentConfig, state: "AgentState", token: str) -> "Ide
 
     def tell(trouble: str) -> None:
         text = f"waiting for {config.server}: {trouble}" if trouble else f"reached {config.server}"
-        print(text, flush=True)  # noqa: T201
+        cli.print_status(text)
 
     enrolment = await asyncio.to_thread(
         Enrolment, state.tls, state.agent_id, JoinToken.parse(token), config.server

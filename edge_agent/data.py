@@ -91,8 +91,8 @@ def load_agent_data(
     """Read this agent's part of `source`, or of the run's dataset where that is None.
 
     Args:
-        data_dir: where named datasets are, or are downloaded to; None: the default, see `data_root`. With a folder
-            `train` in it, an image folder.
+        data_dir: where named datasets are, or are downloaded to; None: the default, see `data_root`.
+            With a folder `train` in it, an image folder.
         partition: None: all of the source.
         seed_name: names the random stream that picks the held-out part: the agent's id.
         allowed_factories: the "package.module:factory" names that may be imported.

@@ -27,8 +27,9 @@ from cloud_server.store import Store
 from cloud_server.upkeep import provenance
 from cloud_server.upkeep.forgotten import forgettings, to_forget
 from cloud_server.upkeep.retired import needed_blobs
-from common.config import RunConfig
-from common.errors import RunError, UsageError
+from common import cli
+from common.config import RunConfig, expand_home
+from common.errors import RunError, UsageError, one_line
 from common.run_state import Phase
 from common.transfer import DIGEST, blob_of
 
@@ -58,19 +59,26 @@ def main(argv: Sequence[str]) -> int:
     Raises:
         UsageError: the folder is not a state directory, or a server uses it.
     """
-    parser = argparse.ArgumentParser(
+    parser = cli.Parser(
         prog="cloud-server check",
         description="Verify every digest and record of a server that is stopped. Changes nothing."
         " Exits with 0 when all is well, 1 when anything is wrong, 2 when there is nothing to check.",
     )
-    parser.add_argument("state", metavar="STATE", type=Path, help="the server's --state-dir")
+    parser.add_argument("state", metavar="STATE", type=_folder, help="the server's --state-dir")
     state_dir: Path = parser.parse_args(argv).state
     with unused(StateDir(state_dir)):
         check = Check(StateDir(state_dir))
         for problem in check.problems():
-            print(problem, flush=True)  # noqa: T201
-    print(check.summary())  # noqa: T201
+            cli.print_result(one_line(str(problem)))
+    cli.print_result(check.summary())
     return 1 if check.num_problems else 0
+
+
+def _folder(text: str) -> Path:
+    try:
+        return expand_home(Path(text))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 class Check:
