@@ -59,11 +59,20 @@ def enter(command: str, body: Callable[[], int]) -> int:
         if not os.environ.get(name):
             os.environ.pop(name, None)
     try:
+        _check_working_folder()
         return body()
     except KeyboardInterrupt:
         return INTERRUPTED
     except Exception as error:
         return fail(command, error)
+
+
+def _check_working_folder() -> None:
+    """Raise UsageError if the working folder has been removed, because PyTorch cannot be imported there."""
+    try:
+        os.getcwd()  # noqa: PTH109
+    except OSError as error:
+        raise UsageError("the working folder has been removed: change to another folder first") from error
 
 
 def parse_command_line(

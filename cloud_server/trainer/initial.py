@@ -144,7 +144,13 @@ def _fetch(weights: Any) -> StateDict:
         OSError: the disk has no room for the download.
     """
     name = weights.url.rpartition("/")[2]
-    path = Path(torch.hub.get_dir(), "checkpoints", name)
+    try:
+        path = expand_home(Path(torch.hub.get_dir(), "checkpoints", name))
+    except ValueError as error:
+        raise UsageError(
+            "run.initial_weights: there is no folder for the published weights, because this user has no home"
+            " folder: set HOME or TORCH_HOME"
+        ) from error
     if path.exists():
         # PyTorch checks the digest only when it downloads the file.
         _check_digest(path)
