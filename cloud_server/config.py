@@ -6,7 +6,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from cloud_server.state_dir import StateDir
-from common.config import ProcessConfig, RunConfig, UserPath
+from common.config import Name, ProcessConfig, RunConfig, UserPath
 
 ENV_PREFIX = "ECAVG_SERVER_"
 DEFAULT_PRESET = "digits-mlp"
@@ -17,13 +17,13 @@ Port = Annotated[int, Field(ge=0, le=65535)]
 class ServerConfig(ProcessConfig):
     """Keys at the top of a server's configuration file; each is a flag as well."""
 
-    host: str = "0.0.0.0"  # noqa: S104  agents are elsewhere
+    host: Name = "0.0.0.0"  # noqa: S104  agents are elsewhere
     """Address on which agents are answered."""
 
     port: Port = 50051
     """gRPC port; 0 picks a free one and says which."""
 
-    http_host: str = "127.0.0.1"
+    http_host: Name = "127.0.0.1"
     """Address of the status page and `/metrics`."""
 
     http_token_file: UserPath | None = None
@@ -53,7 +53,7 @@ class ServerConfig(ProcessConfig):
     on_too_few: Literal["wait", "fail"] = Field("wait", title="wait|fail")
     """Fewer than `min_agents` at the deadline: wait for more, or fail the round."""
 
-    device: str = "auto"
+    device: Name = "auto"
     """Where to train: `auto`, `cpu`, `cuda`, `cuda:1`; `auto` and `cuda` take every GPU."""
 
     max_attempts: int = Field(3, ge=1, le=100)

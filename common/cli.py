@@ -27,6 +27,8 @@ Config = TypeVar("Config", bound=ProcessConfig)
 INTERRUPTED = 128 + signal.SIGINT
 # Python and PyTorch take the working folder or the root for the value of an empty variable.
 _FOLDER_VARIABLES = ("HOME", "XDG_CACHE_HOME", "TORCH_HOME", "TMPDIR")
+# The text of the error that Python raises where the system has no room for another thread.
+_NO_MORE_THREADS = "can't start new thread"
 # A thread that is still alive after this time is taken to be busy for long.
 BUSY_SECONDS = 0.3
 # The number of the parameter M_ARENA_MAX of mallopt(3).
@@ -51,13 +53,11 @@ class Parser(argparse.ArgumentParser):
 def enter(command: str, body: Callable[[], int]) -> int:
     """Run a command from its beginning to its end, and return its exit code.
 
-    This function first makes the process independent of its standard streams, and removes the empty ones of
-    the environment variables that name folders. Whatever the command raises becomes one line on stderr.
+    This function first makes the process independent of its standard streams, and of environment variables
+    that are not meant for it. Whatever the command raises becomes one line on stderr.
     """
     streams.prepare()
-    for name in _FOLDER_VARIABLES:
-        if not os.environ.get(name):
-            os.environ.pop(name, None)
+    _clean_environment()
     try:
         _check_working_folder()
         return body()
@@ -65,6 +65,15 @@ def enter(command: str, body: Callable[[], int]) -> int:
         return INTERRUPTED
     except Exception as error:
         return fail(command, error)
+
+
+def _clean_environment() -> None:
+    """Remove what is meant for other programs from the environment, and folder names that are empty."""
+    # With this variable prometheus_client writes files, which only a server of several processes needs.
+    os.environ.pop("PROMETHEUS_MULTIPROC_DIR", None)
+    for name in _FOLDER_VARIABLES:
+        if not os.environ.get(name):
+            os.environ.pop(name, None)
 
 
 def _check_working_folder() -> None:
@@ -226,6 +235,14 @@ def _describe(error: Exception) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, OSError):
         return text
+    if isinstance(error, MemoryError):
+        return "there is no memory left: end other programs, or use a smaller model or batch"
+    if isinstance(error, ImportError):
+        return f"the installation is not complete ({text}): install this program again"
+    if isinstance(error, RuntimeError) and text == _NO_MORE_THREADS:
+        return f"{text}: raise the limit on the processes of this user or container"
+    if type(error).__module__ == "sqlite3":
+        return f"the database cannot be used: {text}"
     return f"{type(error).__name__}: {text}; a fault of this program: --log-level debug shows more"
 
 

@@ -6,8 +6,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
-from common.config import AGENT_ID_PATTERN, DATASETS, ProcessConfig, UserPath, expand_home
-from common.errors import UsageError
+from common.config import AGENT_ID_PATTERN, DATASETS, Name, ProcessConfig, UserPath, expand_home
+from common.errors import UsageError, one_line
 
 ENV_PREFIX = "ECAVG_AGENT_"
 
@@ -55,13 +55,13 @@ class AgentConfig(ProcessConfig):
     `ecavg-agent-2`, … is taken.
     """
 
-    device: str = "auto"
+    device: Name = "auto"
     """Where to train: `auto`, `cpu`, `cuda`, `cuda:1`; `auto` is the first GPU, or the CPU."""
 
     checkpoint_seconds: float = Field(5, ge=0)
     """Least time between two checkpoints of pre-training, which are taken after an epoch."""
 
-    metrics_host: str = "127.0.0.1"
+    metrics_host: Name = "127.0.0.1"
     """Address of `/metrics` and the health checks."""
 
     metrics_token_file: UserPath | None = None
@@ -73,7 +73,7 @@ class AgentConfig(ProcessConfig):
     metrics_port: Port | None = None
     """Port of `/metrics`; 0 picks one (default: none, and no HTTP server)"""
 
-    allow_factory: tuple[str, ...] = ()
+    allow_factory: tuple[Name, ...] = ()
     """`package.module:factory` that the server may name as its model; repeatable."""
 
     join_token_file: UserPath | None = None
@@ -137,7 +137,8 @@ class AgentConfig(ProcessConfig):
     @classmethod
     def _exists(cls, value: Path | None) -> Path | None:
         if value is not None and not _is_folder(value):
-            raise ValueError(f"data folder {value} does not exist: make it, or name the right one")
+            text = one_line(str(value))
+            raise ValueError(f"data folder {text} does not exist: make it, or name the right one")
         return value
 
     @property
@@ -149,7 +150,7 @@ class AgentConfig(ProcessConfig):
 class EnrollConfig(AgentConfig):
     """The keys of an agent, and those that only `edge-agent enroll` takes."""
 
-    token: str | None = None
+    token: Name | None = None
     """Join token, as the cloud-server printed it."""
 
 

@@ -28,7 +28,13 @@ class Identity:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._key = tls.read_key(folder / "key.pem")
-        self._certificate, self._ca = tls.read_certificates(folder / "identity.pem")
+        certificates = tls.read_certificates(folder / "identity.pem")
+        if len(certificates) != 2:
+            raise UsageError(
+                f"{folder / 'identity.pem'} should have two certificates, and has {len(certificates)}:"
+                f" restore it, or remove {folder} and enroll anew"
+            )
+        self._certificate, self._ca = certificates
 
     @property
     def agent_id(self) -> str:
@@ -105,7 +111,8 @@ _SPEAKS_PLAINTEXT = (
 def certificate_of(server: str) -> bytes:
     """Return the certificate, PEM and unverified, of whoever answers at the address."""
     host, _, port = server.rpartition(":")
-    context = ssl.create_default_context()
+    # A default context would also open the file that the variable SSLKEYLOGFILE names.
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     try:
         with (
@@ -118,6 +125,9 @@ def certificate_of(server: str) -> bytes:
         if error.reason == "WRONG_VERSION_NUMBER":
             raise UsageError(_SPEAKS_PLAINTEXT) from error
         raise
+    except UnicodeError as error:
+        # Python encodes the name of a host before it looks for it.
+        raise UsageError(f"{host!r} cannot be the name of a host: check --server") from error
 
 
 def _speaks_tls(server: str) -> bool:

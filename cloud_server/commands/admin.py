@@ -66,14 +66,14 @@ def _parser() -> cli.Parser:
     create.set_defaults(do=_create_token)
     token.add_parser("list", parents=[folder_flags], help="all of them").set_defaults(do=_list_tokens)
     revoke = token.add_parser("revoke", parents=[folder_flags], help="nobody enrolls with it any more")
-    revoke.add_argument("token_id", metavar="ID", help="as `token list` shows it")
+    revoke.add_argument("token_id", metavar="ID", type=_name, help="as `token list` shows it")
     revoke.set_defaults(do=_revoke_token)
     agents = nouns.add_parser("agents", help="enrolled agents").add_subparsers(required=True)
     agents.add_parser("list", parents=[folder_flags], help="all of them").set_defaults(do=_list_agents)
     revoke = agents.add_parser(
         "revoke", parents=[folder_flags], help="cut an agent off, at once and for good"
     )
-    revoke.add_argument("agent_id", metavar="AGENT", help="its id")
+    revoke.add_argument("agent_id", metavar="AGENT", type=_name, help="its id")
     revoke.set_defaults(do=_revoke_agent)
     forget = nouns.add_parser(
         "forget",
@@ -82,7 +82,7 @@ def _parser() -> cli.Parser:
         description="Delete everything an agent has sent, and what is recorded of it; published models stay."
         " It is revoked. Works while the server runs, and when not; once begun it is done to the end.",
     )
-    forget.add_argument("agent_id", metavar="AGENT", help="its id")
+    forget.add_argument("agent_id", metavar="AGENT", type=_name, help="its id")
     forget.set_defaults(do=_forget_agent)
     return parser
 
@@ -271,6 +271,12 @@ def _print_table(headings: list[str], rows: list[list[str]]) -> None:
     text = io.StringIO()
     Console(file=text, width=160, markup=False, highlight=False).print(table)
     cli.print_result(text.getvalue().rstrip("\n"))
+
+
+def _name(text: str) -> str:
+    if not text.isprintable():
+        raise argparse.ArgumentTypeError("should be printable characters")
+    return text
 
 
 def _positive(text: str) -> float:

@@ -11,7 +11,7 @@ import shutil
 import sqlite3
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import closing, suppress
+from contextlib import closing
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -123,8 +123,7 @@ class Check:
         with tempfile.TemporaryDirectory(prefix="ecavg-check-") as folder:
             copy = StateDir(Path(folder)).database
             for suffix in ("", "-wal"):
-                with suppress(FileNotFoundError):
-                    shutil.copyfile(f"{self._state_dir.database}{suffix}", f"{copy}{suffix}")
+                _copy_if_there(Path(f"{self._state_dir.database}{suffix}"), Path(f"{copy}{suffix}"))
             damage = list(_database_problems(copy, self._state_dir))
             yield from damage
             if damage:
@@ -365,6 +364,23 @@ class Check:
                 yield Problem(self._where(path), "it is no agent's upload", _REMOVE)
             else:
                 self._num_partials += 1
+
+
+def _copy_if_there(source: Path, target: Path) -> None:
+    """Copy a file; do nothing if it does not exist.
+
+    Raises:
+        UsageError: the file cannot be read, or the copy cannot be written.
+    """
+    try:
+        shutil.copyfile(source, target)
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        raise UsageError(
+            f"cannot copy {source} to {target.parent}: {error.strerror}; the variable TMPDIR can name another"
+            " folder for the copy"
+        ) from error
 
 
 def _database_problems(copy: Path, state_dir: StateDir) -> Iterator[Problem]:

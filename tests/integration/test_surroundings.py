@@ -5,16 +5,23 @@ No command may end with a traceback, nor blame itself: each says in one line wha
 
 import os
 import re
+import shutil
+import subprocess
+import sys
 import urllib.request
 from collections.abc import Iterator, Mapping
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from cloud_server.door.authority import Authority
 from cloud_server.state_dir import StateDir
+from tests.conftest import need
+from tests.faults.test_disk import fill, mount
 from tests.integration.test_round import QUICK
-from tests.processes import Cluster, Command, cluster_in, free_port, until
+from tests.processes import ROOT, Cluster, Command, cluster_in, enroll, free_port, until
 
 DROPPED = re.compile(r"^ecavg_log_lines_dropped_total (\S+)", re.MULTILINE)
 
@@ -149,7 +156,10 @@ def forked(*words: object, folder: Path, **options: Any) -> Command:
 
 
 def commands(used: Path, folder: Path) -> dict[tuple[object, ...], int]:
-    """Return commands that end by themselves, and the exit codes that each has where nothing is odd."""
+    """Return commands that end by themselves, and the exit code of each where nothing is odd.
+
+    Those with the code 0 print a result on stdout, the others an error on stderr.
+    """
     server, agent = ("--state-dir", used), ("--server", "127.0.0.1:1", "--state-dir", folder / "agent")
     return {
         ("cloud_server", "--help"): 0,
@@ -175,14 +185,289 @@ def check_manners(output: str) -> None:
 
 @pytest.mark.parametrize("name", ENVIRONMENTS)
 def test_commands_work_in_any_environment(name: str, used: Path, tmp_path: Path) -> None:
-    env = ENVIRONMENTS[name]
-    started = {
-        command: (forked(*words, folder=tmp_path, env=env), code)
-        for command, (words, code) in enumerate(commands(used, tmp_path).items())
-    }
-    for command, code in started.values():
+    started = [
+        (forked(*words, folder=tmp_path, env=ENVIRONMENTS[name]), code)
+        for words, code in commands(used, tmp_path).items()
+    ]
+    for command, code in started:
         assert command.wait() == code, command.output
         check_manners(command.output)
         if code:
-            (line,) = (each for each in command.output.splitlines() if not each.startswith(("usage", " ")))
-            assert line.startswith(("cloud-server", "edge-agent", "python -m cloud_server.trainer"))
+            check_one_line(command.output)
+
+
+def check_one_line(output: str) -> None:
+    """Check that a command has said one line, beside the usage that argparse shows."""
+    (line,) = (each for each in output.splitlines() if not each.startswith(("usage", " ")))
+    assert line.startswith(("cloud-server", "edge-agent", "python -m cloud_server.trainer"))
+
+
+@pytest.mark.parametrize("name", STREAMS)
+def test_commands_fail_only_where_a_result_is_lost(name: str, used: Path, tmp_path: Path) -> None:
+    streams = STREAMS[name]
+    started = [
+        (forked(*words, folder=tmp_path, streams=streams), code or int(1 in streams))
+        for words, code in commands(used, tmp_path).items()
+    ]
+    for command, code in started:
+        assert command.wait() == code, command.output
+        check_manners(command.output)
+        if code == 1 and 2 not in streams:
+            check_one_line(command.output)
+            assert "stdout cannot be written" in command.output
+
+
+# ---------------------------------------------------------------------- no home, odd names, other systems
+
+
+# There is no HOME, no PATH and no LANG, but what other programs have set, and what Compose passes empty.
+BARE = {
+    "PYTHONPATH": str(ROOT),
+    "OMP_NUM_THREADS": "1",
+    "PROMETHEUS_MULTIPROC_DIR": "/nowhere",
+    "SSLKEYLOGFILE": "/nowhere/keys",
+    "WEB_CONCURRENCY": "auto",
+    "WORLD_SIZE": "",
+}
+# In a user namespace a process may have an id that no file knows, as with `docker run --user 12345`.
+NOBODY = ("unshare", "--user", "--map-user=12345", "--map-group=12345")
+
+
+@contextmanager
+def cold(*words: object, cwd: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """Run a command as a user whom no file knows, and kill it at the end."""
+    process = subprocess.Popen(
+        [*NOBODY, sys.executable, "-m", *map(str, words)],
+        cwd=cwd,
+        env=BARE,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_user_without_a_home_takes_part_in_a_folder_of_any_name(tmp_path: Path) -> None:
+    """Server, trainer and agent have default settings, and all files come from Windows."""
+    need("user namespace", subprocess.run([*NOBODY, "true"], check=False).returncode == 0, "util-linux")
+    folder = tmp_path / os.fsdecode(b"bl an\nk \xff \xe2\x98\x83")
+    folder.mkdir()
+    settings = 'min_agents = 1\r\nhost = "127.0.0.1"\r\nport = 0\r\nhttp_port = 0\r\nstate_dir = ""\r\n'
+    settings += "[run.pretrain]\r\nepochs = 1\r\n"
+    (tmp_path / "server.toml").write_bytes(settings.encode("utf-16"))
+    with cold("cloud_server", "--config", tmp_path / "server.toml", cwd=folder) as server:
+        lines: list[str] = []
+        while not (ready := re.search(r"ready: agents on (\S+),", line := server.stdout.readline().decode())):
+            assert line, lines
+            lines.append(line)
+        token = re.search(r"ecavg1\.\S+", "".join(lines))[0]
+        (tmp_path / "token").write_bytes(f"\r\n{token}\r\n\r\n".encode("utf-16"))
+        agent_words = (
+            "edge_agent", "--server", ready[1], "--join-token-file", tmp_path / "token", "--metrics-port", 0
+        )  # fmt: skip
+        with cold(*agent_words, cwd=folder) as agent:
+            output = agent.stdout.read().decode()
+            assert agent.wait(60) == 0, output
+            check_manners(output)
+        output = server.stdout.read().decode()
+        assert server.wait(60) == 0, output
+        check_manners(output)
+    assert {path.name for path in folder.iterdir()} == {"ecavg-agent", "ecavg-server"}
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("cloud_server", "--state-dir", "~/state"), "state_dir: the home folder in '~/state' is not known"),
+        (("cloud_server", "check", "~/state"), "the home folder in '~/state' is not known: set HOME"),
+        (("cloud_server", "--config", "~/c.toml"), "configuration file ~/c.toml: the home folder in"),
+        (("edge_agent", "--server", "a:1", "--data", "~/i"), "data: the home folder in '~/i' is not known"),
+    ],
+)  # fmt: skip
+def test_home_that_is_not_known_is_named(words: tuple[str, ...], message: str, tmp_path: Path) -> None:
+    need("user namespace", subprocess.run([*NOBODY, "true"], check=False).returncode == 0, "util-linux")
+    with cold(*words, cwd=tmp_path) as process:
+        output = process.stdout.read().decode()
+        assert process.wait(60) == 2
+    assert message in output
+    check_one_line(output)
+    assert list(tmp_path.iterdir()) == []
+
+
+# An argument of bytes that are not UTF-8 reaches Python as a text that cannot be encoded.
+ODD = os.fsdecode(b"\xff")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("cloud_server", "--host", ODD), "host: should be at most 500 printable characters"),
+        (("cloud_server", "--http-host", ODD), "http_host: should be at most 500 printable characters"),
+        (("cloud_server", "--device", ODD), "device: should be at most 500 printable characters"),
+        (("cloud_server", "--tls-dir", "a\nb", "--http-token-file", "/proc", "--http-port", 0), "/proc"),
+        (("cloud_server", "token", "revoke", ODD), "argument ID: should be printable characters"),
+        (("cloud_server", "agents", "revoke", ODD), "argument AGENT: should be printable characters"),
+        (("cloud_server", "forget", ODD), "argument AGENT: should be printable characters"),
+        (("cloud_server", "check", f"/{ODD}\n"), "is no state directory"),
+        (("edge_agent", "--server", "a:1", "--data-dir", f"/{ODD}\n"), "does not exist: make it"),
+        (("edge_agent", "--server", "a:1", "--data", ODD), "is neither a folder nor a dataset"),
+        (("edge_agent", "--server", "a:1", "--device", ODD), "device: should be at most 500 printable"),
+        (("edge_agent", "enroll", "--server", "a:1", "--token", ODD), "should be at most 500 printable"),
+        (("cloud_server.trainer", "--state-dir", "x", "--what", f"{ODD}\n"), "unrecognized arguments"),
+    ],
+)  # fmt: skip
+def test_odd_names_are_named_in_one_line(words: tuple[object, ...], message: str, tmp_path: Path) -> None:
+    command = forked(*words, folder=tmp_path, cwd=tmp_path)
+    assert command.wait() == 2
+    check_one_line(command.output)
+    assert message in command.output
+
+
+@pytest.mark.parametrize(
+    "env",
+    [
+        {"LANG": "C", "LC_ALL": "POSIX"},
+        {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"},
+        {"PYTHONIOENCODING": "ascii"},
+        {"PYTHONIOENCODING": "latin-1:strict"},
+    ],
+    ids=lambda env: " ".join(f"{name}={value}" for name, value in env.items()),
+)
+def test_names_are_shown_in_any_locale(env: dict[str, str], tmp_path: Path) -> None:
+    """Each command prints a path with a character that the encoding of its output does not have."""
+    state = tmp_path / "☃"
+    for words, code in (
+        (("cloud_server", "token", "create", "--state-dir", state), 0),
+        (("cloud_server", "agents", "list", "--state-dir", tmp_path / "❄"), 2),
+        (("cloud_server", "check", state), 2),
+        (("edge_agent", "--server", "127.0.0.1:1", "--state-dir", state), 2),
+    ):
+        command = Command(*map(str, words), folder=tmp_path / "logs", env=env)
+        assert command.wait() == code, command.output
+        check_manners(command.output)
+        assert len(command.output.splitlines()) == (1 if code else 2)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("server.toml", "# Käse".encode("latin-1"), "is not UTF-8 text: save it as UTF-8"),
+        ("server.toml", b"#" * (2**20 + 1), "has more than 1024 KiB: name the right file"),
+        ("agent.toml", "# Käse".encode("latin-1"), "is not UTF-8 text: save it as UTF-8"),
+        ("token", "ecavg1.ä".encode("latin-1"), "is not UTF-8 text: save it as UTF-8"),
+        ("token", b"\r\n", "has no join tokens: write one there"),
+        ("token", b"ecavg1.a\necavg1.b\n", "has 2 join tokens: write one there"),
+        ("http-token", "geheimes Köfferchen".encode("latin-1"), "is not UTF-8 text: save it as UTF-8"),
+        ("http-token", b"sixteen characters\nsixteen characters\n", "has 2 lines: write one token there"),
+        ("identity.pem", "-----".encode("utf-16"), "cannot be used"),
+    ],
+)  # fmt: skip
+def test_text_file_of_another_system_is_named(
+    name: str, content: bytes, message: str, tmp_path: Path
+) -> None:
+    file = tmp_path / name
+    file.write_bytes(content)
+    here = ("--server", "127.0.0.1:1", "--state-dir", tmp_path / "agent")
+    if name == "identity.pem":
+        enroll(tmp_path / "tls", tmp_path / "agent", "edge-1")
+        (tmp_path / "agent/tls/identity.pem").write_bytes(content)
+    words: tuple[object, ...] = {
+        "server.toml": ("cloud_server", "--config", file),
+        "agent.toml": ("edge_agent", *here, "--config", file),
+        "token": ("edge_agent", "enroll", *here, "--join-token-file", file),
+        "http-token": ("cloud_server", "--state-dir", tmp_path / "server", "--http-token-file", file),
+        "identity.pem": ("edge_agent", *here),
+    }[name]
+    command = forked(*words, folder=tmp_path)
+    assert command.wait() == 2, command.output
+    check_one_line(command.output)
+    assert name in command.output
+    assert message in command.output
+
+
+# ---------------------------------------------------------------------- no network, no room
+
+
+@pytest.mark.parametrize("server", ["127.0.0.1:1", "nowhere.invalid:50051"])
+@pytest.mark.parametrize("is_enrolled", [True, False])
+def test_agent_without_a_network_waits_until_it_is_stopped(
+    server: str, is_enrolled: bool, tmp_path: Path
+) -> None:
+    words: tuple[object, ...] = ("--server", server, "--state-dir", tmp_path / "agent")
+    if is_enrolled:
+        enroll(tmp_path / "tls", tmp_path / "agent", "edge-1")
+    else:
+        with closing(Authority(tmp_path / "tls")) as authority:
+            words = ("enroll", *words, "--token", authority.create_token(1, 3600))
+    agent = forked("edge_agent", *words, folder=tmp_path)
+    agent.wait_for(f"waiting for {re.escape(server)}: ")
+    assert agent.terminate() == 0
+    check_manners(agent.output)
+
+
+@pytest.fixture
+def small_disk(used: Path, tmp_path: Path) -> Iterator[Path]:
+    """Mount a file system of 16 MiB that has a copy of the used state directory."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = mount("-t", "tmpfs", "-o", "size=16m", "tmpfs", disk)
+    if mounted.returncode != 0:
+        pytest.skip(f"mounting a small file system takes root: {mounted.stderr.strip()}")
+    try:
+        shutil.copytree(used, disk / "server")
+        yield disk
+    finally:
+        subprocess.run(["umount", "--lazy", disk], check=True)
+
+
+@pytest.mark.parametrize("what", ["full", "read-only"])
+def test_disk_that_takes_nothing_is_named(what: str, small_disk: Path, tmp_path: Path) -> None:
+    if what == "full":
+        fill(small_disk)
+    else:
+        assert mount("-o", "remount,ro", small_disk).returncode == 0
+    server = ("--state-dir", small_disk / "server")
+    agent = ("--server", "127.0.0.1:1", "--state-dir", small_disk / "agent")
+    token = "ecavg1." + "A" * 86
+    started = [
+        forked(*words, folder=tmp_path)
+        for words in (
+            ("cloud_server", *server, "--http-port", 0),
+            ("cloud_server", "--state-dir", small_disk / "new", "--http-port", 0),
+            ("cloud_server", "token", "create", *server),
+            ("cloud_server", "agents", "list", *server),
+            ("cloud_server", "forget", "edge-1", *server),
+            ("edge_agent", *agent),
+            ("edge_agent", "enroll", *agent, "--token", token),
+        )
+    ]
+    for command in started:
+        code = command.wait()
+        check_manners(command.output)
+        check_one_line(command.output)
+        assert str(small_disk) in command.output
+        # A full disk may have room at the next start, and a supervisor does not start again after a 2.
+        assert code == 2 or (what == "full" and code == 1)
+    check = forked("cloud_server", "check", small_disk / "server", folder=tmp_path)
+    assert check.wait() == 0, check.output
+
+
+@pytest.mark.parametrize("words", [("cloud_server",), ("edge_agent", "--server", "a:1")])
+def test_working_folder_that_has_been_removed_is_named(words: tuple[str, ...], tmp_path: Path) -> None:
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    done = subprocess.run(
+        ["sh", "-c", 'rmdir "$PWD" && exec "$@"', "sh", sys.executable, "-m", *words],
+        cwd=gone,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    check_one_line(done.stderr)
+    assert "the working folder has been removed" in done.stderr
