@@ -526,7 +526,7 @@ async def serve_http(app: Starlette, *, host: str, port: int) -> HttpServer:
         app,
         lifespan="off",
         ws="none",
-        # Otherwise uvicorn takes the number from WEB_CONCURRENCY, a variable that is meant for other programs.
+        # Otherwise uvicorn takes the number from WEB_CONCURRENCY, which is meant for other programs.
         workers=1,
         log_config=None,
         access_log=False,
