@@ -9,6 +9,7 @@ flush at the end of the process.
 import errno
 import io
 import os
+import select
 import sys
 from typing import TYPE_CHECKING, TextIO
 
@@ -16,27 +17,52 @@ if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
 
 
+# The log waits so long for a reader that does not keep up. From then on it loses lines until there is room.
+PATIENCE_SECONDS = 1.0
+# A pipe that has any room takes so many bytes without waiting (pipe(7): PIPE_BUF).
+_PIPE_BYTES = 4096
+
+
 class _DroppingFile(io.FileIO):
-    """A descriptor of the process; what cannot be written to it is dropped."""
+    """A descriptor of the process; what cannot be written to it is dropped.
+
+    Args:
+        descriptor: the number of the descriptor, which stays open.
+        patience: the seconds to wait for a pipe or a terminal that takes nothing; None for ever.
+    """
 
     num_dropped = 0
     # Why the last lost line was lost; empty if none was lost.
     reason = ""
 
+    def __init__(self, descriptor: int, patience: float | None) -> None:
+        super().__init__(descriptor, "w", closefd=False)
+        self._patience = self._patience_now = patience
+
     def write(self, content: "ReadableBuffer", /) -> int:
-        """Write the content, or as much as goes, and return how many bytes need not be written again."""
-        try:
-            # A descriptor that does not block, and has no room now, makes this None.
-            written = super().write(content)
-            reason = "its reader does not keep up"
-        except OSError as error:
-            closed = error.errno == errno.EBADF
-            written, reason = None, "it is closed" if closed else error.strerror or str(error)
+        """Write the content or its beginning, and return how many bytes need not be written again."""
+        content = bytes(content)
+        written, reason = None, "its reader does not keep up"
+        if self._has_room():
+            try:
+                # A descriptor that does not block, and has no room now, makes this None.
+                written = super().write(content[:_PIPE_BYTES])
+            except OSError as error:
+                reason = "it is closed" if error.errno == errno.EBADF else error.strerror or str(error)
         if written is not None:
             return written
         self.reason = reason
-        self.num_dropped += max(1, bytes(content).count(b"\n"))
-        return len(bytes(content))
+        self.num_dropped += max(1, content.count(b"\n"))
+        return len(content)
+
+    def _has_room(self) -> bool:
+        """Wait until the descriptor takes a few bytes, or fails; return False if that takes too long."""
+        poll = select.poll()
+        poll.register(self.fileno(), select.POLLOUT)
+        has_room = bool(poll.poll(None if self._patience_now is None else 1000 * self._patience_now))
+        if self._patience is not None:
+            self._patience_now = self._patience if has_room else 0.0
+        return has_room
 
 
 def prepare() -> None:
@@ -50,9 +76,9 @@ def prepare() -> None:
         _keep_number(descriptor)
     # A stream that has been replaced, as in a test, is left to whoever has replaced it.
     if sys.stdout is sys.__stdout__:
-        sys.stdout = _dropping(1, sys.stdout)
+        sys.stdout = _dropping(1, sys.stdout, patience=None)
     if sys.stderr is sys.__stderr__:
-        sys.stderr = _dropping(2, sys.stderr)
+        sys.stderr = _dropping(2, sys.stderr, patience=PATIENCE_SECONDS)
 
 
 def lost_by(stream: TextIO) -> str:
@@ -86,14 +112,15 @@ def _keep_number(descriptor: int) -> None:
             os.set_inheritable(null, True)
 
 
-def _dropping(descriptor: int, stream: TextIO | None) -> TextIO:
+def _dropping(descriptor: int, stream: TextIO | None, patience: float | None) -> TextIO:
     """Return a stream that writes each line at once to the descriptor, and drops what cannot be written.
 
     Args:
         descriptor: the number of the descriptor.
         stream: Python's stream for the descriptor, which is None if the descriptor was closed.
+        patience: as for `_DroppingFile`.
     """
-    file = io.BufferedWriter(_DroppingFile(descriptor, "w", closefd=False))
+    file = io.BufferedWriter(_DroppingFile(descriptor, patience))
     encoding = stream.encoding if stream else "utf-8"
     return io.TextIOWrapper(file, encoding, errors="backslashreplace", line_buffering=True)
 

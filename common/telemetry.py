@@ -214,6 +214,8 @@ class _ProgressBars:
             TimeRemainingColumn(elapsed_when_finished=True),
             TextColumn("{task.fields[detail]}", markup=False),
             console=Console(stderr=True),
+            # What is printed to a file must not go to the terminal.
+            redirect_stdout=sys.stdout.isatty(),
         )
         # The time beside each bar is that of its last movement.
         self._bars: dict[str, tuple[TaskID, float]] = {}

@@ -217,7 +217,7 @@ def _spoil(number: int, what: str) -> None:
         return
     reading, writing = os.pipe()
     os.close(reading)
-    descriptor = writing if what == "no reader" else os.open(what, os.O_RDWR)
+    descriptor = writing if what == "no reader" else os.open(what, os.O_RDWR | os.O_NOCTTY)
     os.dup2(descriptor, number)
     for each in {writing, descriptor}:
         os.close(each)

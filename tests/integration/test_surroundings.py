@@ -4,6 +4,7 @@ No command may end with a traceback, nor blame itself: each says in one line wha
 """
 
 import os
+import pty
 import re
 import shutil
 import subprocess
@@ -67,6 +68,16 @@ def test_run_goes_on_where_no_log_can_be_written(cluster: Cluster, streams: Mapp
     assert no_file_has_a_standard_number(agent, streams)
     assert (agent.wait(), server.wait()) == (0, 0)
     assert [cluster.report(number)["outcome"] for number in (1, 2)] == ["published", "published"]
+
+
+def test_run_goes_on_when_the_terminal_with_its_bars_has_gone(cluster: Cluster) -> None:
+    ours, theirs = pty.openpty()
+    server = cluster.server("--min-agents", 1, *QUICK, streams={2: os.ttyname(theirs)})
+    for each in (ours, theirs):
+        os.close(each)
+    agent = cluster.agent("edge-1", "--partition", "1/1")
+    assert (agent.wait(), server.wait()) == (0, 0)
+    assert cluster.report()["outcome"] == "published"
 
 
 def no_file_has_a_standard_number(command: Command, streams: Mapping[int, str]) -> bool:

@@ -51,6 +51,25 @@ def test_pipe_that_is_full_and_does_not_block_loses_lines() -> None:
     assert run(code).stdout == "True its reader does not keep up\n"
 
 
+def test_log_does_not_wait_for_ever_for_a_reader_that_has_stopped_to_read() -> None:
+    code = (
+        "reading, writing = os.pipe()\n"
+        "os.dup2(writing, 2)\n"
+        "for _ in range(1000): print('x' * 999, file=sys.stderr)\n"
+        "print(streams.num_dropped() > 900, streams.lost_by(sys.stderr))\n"
+        "os.read(reading, 65536)\n"
+        "print('y' * 9999, file=sys.stderr)\n"
+        "print(streams.lost_by(sys.stderr) or os.read(reading, 65536).endswith(b'y\\n'))"
+    )
+    assert run(code).stdout == "True its reader does not keep up\nTrue\n"
+
+
+def test_result_waits_for_its_reader() -> None:
+    code = "cli.print_result('\\n'.join(str(number) for number in range(30_000)))"
+    done = run(code, "| (sleep 1.5; tail -n 1)")
+    assert (done.stdout, done.stderr) == ("29999\n", "")
+
+
 def test_closed_descriptors_keep_their_numbers() -> None:
     code = (
         "file = open('/dev/zero')\n"
