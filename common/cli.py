@@ -25,8 +25,8 @@ Config = TypeVar("Config", bound=ProcessConfig)
 
 # The exit code of a command that was interrupted at the terminal: 128 and the number of the signal.
 INTERRUPTED = 128 + signal.SIGINT
-# Python and PyTorch take the working folder or the root for the value of an empty variable.
-_FOLDER_VARIABLES = ("HOME", "XDG_CACHE_HOME", "TORCH_HOME", "TMPDIR")
+# CUDA_VISIBLE_DEVICES and its kind, which hide all GPUs when they are empty.
+_MAY_BE_EMPTY = "_VISIBLE_DEVICES"
 # The text of the error that Python raises where the system has no room for another thread.
 _NO_MORE_THREADS = "can't start new thread"
 # A thread that is still alive after this time is taken to be busy for long.
@@ -68,12 +68,16 @@ def enter(command: str, body: Callable[[], int]) -> int:
 
 
 def _clean_environment() -> None:
-    """Remove what is meant for other programs from the environment, and folder names that are empty."""
+    """Remove what is meant for other programs from the environment, and what is empty.
+
+    Libraries take an empty HOME for the root, an empty TORCH_HOME for the working folder, and cannot be
+    imported with an empty TORCH_LOGS. Compose passes variables that are not set as empty ones.
+    """
     # With this variable prometheus_client writes files, which only a server of several processes needs.
     os.environ.pop("PROMETHEUS_MULTIPROC_DIR", None)
-    for name in _FOLDER_VARIABLES:
-        if not os.environ.get(name):
-            os.environ.pop(name, None)
+    for name, value in list(os.environ.items()):
+        if not value and not name.endswith(_MAY_BE_EMPTY):
+            del os.environ[name]
 
 
 def _check_working_folder() -> None:
@@ -238,7 +242,9 @@ def _describe(error: Exception) -> str:
     if isinstance(error, MemoryError):
         return "there is no memory left: end other programs, or use a smaller model or batch"
     if isinstance(error, ImportError):
-        return f"the installation is not complete ({text}): install this program again"
+        return (
+            f"a library cannot be loaded ({text[:300]}): give it more memory, or install this program again"
+        )
     if isinstance(error, RuntimeError) and text == _NO_MORE_THREADS:
         return f"{text}: raise the limit on the processes of this user or container"
     if type(error).__module__ == "sqlite3":

@@ -231,14 +231,14 @@ def test_commands_fail_only_where_a_result_is_lost(name: str, used: Path, tmp_pa
 # ---------------------------------------------------------------------- no home, odd names, other systems
 
 
-# There is no HOME, no PATH and no LANG, but what other programs have set, and what Compose passes empty.
+# There is no home, no PATH and no LANG, but what other programs have set, and what Compose passes empty.
 BARE = {
     "PYTHONPATH": str(ROOT),
     "OMP_NUM_THREADS": "1",
     "PROMETHEUS_MULTIPROC_DIR": "/nowhere",
     "SSLKEYLOGFILE": "/nowhere/keys",
     "WEB_CONCURRENCY": "auto",
-    "WORLD_SIZE": "",
+    **dict.fromkeys(("HOME", "GRPC_VERBOSITY", "OMP_WAIT_POLICY", "TMPDIR", "TORCH_LOGS", "WORLD_SIZE"), ""),
 }
 # In a user namespace a process may have an id that no file knows, as with `docker run --user 12345`.
 NOBODY = ("unshare", "--user", "--map-user=12345", "--map-group=12345")
@@ -482,3 +482,13 @@ def test_working_folder_that_has_been_removed_is_named(words: tuple[str, ...], t
     assert done.returncode == 2
     check_one_line(done.stderr)
     assert "the working folder has been removed" in done.stderr
+
+
+def test_agent_without_a_home_is_told_where_to_say_where_its_dataset_is(cluster: Cluster) -> None:
+    cluster.server("--preset", "mnist-mlp", "--min-agents", 1)
+    agent = cluster.agent("edge-1", env={"HOME": "relative"})
+    assert agent.wait() == 2
+    assert agent.output.splitlines()[-1] == (
+        "edge-agent: there is no ~/.cache/ecavg, because this user has no home folder: name a folder for the"
+        " datasets with --data-dir, or set HOME"
+    )

@@ -40,8 +40,8 @@ def raising(error: Exception) -> Callable[[], int]:
         ),
         (
             ImportError("libgomp.so.1: cannot open"), 1,
-            "edge-agent: the installation is not complete (libgomp.so.1: cannot open): install this program"
-            " again",
+            "edge-agent: a library cannot be loaded (libgomp.so.1: cannot open): give it more memory, or"
+            " install this program again",
         ),
         (
             RuntimeError("can't start new thread"), 1,
@@ -111,13 +111,19 @@ def test_interrupted_command_ends_without_a_traceback(capsys: pytest.CaptureFixt
     assert capsys.readouterr().err == ""
 
 
-def test_empty_folder_variables_count_as_not_set(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("HOME", "TORCH_HOME"):
+def test_empty_variables_count_as_not_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ("HOME", "TORCH_LOGS", "XDG_CACHE_HOME", "CUDA_VISIBLE_DEVICES")
+    for name in names:
         monkeypatch.setenv(name, "")
     monkeypatch.setenv("XDG_CACHE_HOME", "/cache")
-    assert (
-        cli.enter("cloud-server", lambda: len({"HOME", "TORCH_HOME", "XDG_CACHE_HOME"} & {*os.environ})) == 1
-    )
+    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", "/nowhere")
+
+    def body() -> int:
+        left = {*names, "PROMETHEUS_MULTIPROC_DIR"} & {*os.environ}
+        assert left == {"XDG_CACHE_HOME", "CUDA_VISIBLE_DEVICES"}
+        return 5
+
+    assert cli.enter("cloud-server", body) == 5
 
 
 @pytest.fixture
