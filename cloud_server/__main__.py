@@ -50,14 +50,23 @@ def start(argv: Sequence[str]) -> int:
 
 
 def check(argv: Sequence[str]) -> int:
-    """Return 0 when all is well in a state directory, 1 when not, 2 when it cannot be checked."""
+    """Return 0 when all is well in a state directory, 1 when not.
+
+    Raises:
+        UsageError: there is nothing to check, or it cannot be checked now.
+        RunError: stdout cannot be written.
+    """
     from cloud_server.commands.check import main as check_state
 
     return check_state(argv)
 
 
 def administer(argv: Sequence[str]) -> int:
-    """Return 0, or 1 when the disk takes no data, or 2 for what does not exist."""
+    """Run `cloud-server token`, `agents` or `forget`, and return 0.
+
+    Raises:
+        ECAvgError: the command cannot be done.
+    """
     from cloud_server.commands.admin import main as do_command
 
     return do_command(argv)

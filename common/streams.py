@@ -52,7 +52,7 @@ class _DroppingFile(io.FileIO):
         if written is not None:
             return written
         self.reason = reason
-        self.num_dropped += max(1, content.count(b"\n"))
+        self.num_dropped += content.count(b"\n")
         return len(content)
 
     def _has_room(self) -> bool:

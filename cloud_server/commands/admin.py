@@ -34,6 +34,7 @@ def main(argv: Sequence[str]) -> int:
     Raises:
         UsageError: there is no such token or agent, or the state directory cannot be used.
         StorageError: the disk takes no data.
+        RunError: stdout cannot be written.
     """
     arguments = _parser().parse_args(argv)
     flags = {name: getattr(arguments, name) for name in ("state_dir", "tls_dir") if hasattr(arguments, name)}

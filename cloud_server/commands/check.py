@@ -58,6 +58,7 @@ def main(argv: Sequence[str]) -> int:
 
     Raises:
         UsageError: the folder is not a state directory, or a server uses it.
+        RunError: stdout cannot be written.
     """
     parser = cli.Parser(
         prog="cloud-server check",

@@ -43,6 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _start(argv: Sequence[str] | None) -> int:
+    """Do jobs until the process is ended, alone or as the launcher of several ranks."""
     arguments = _parser().parse_args(argv)
     # The default action of a signal ends the process even inside a call of PyTorch. Python's handler would
     # only run after that call.

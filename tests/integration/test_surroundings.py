@@ -492,3 +492,13 @@ def test_agent_without_a_home_is_told_where_to_say_where_its_dataset_is(cluster:
         "edge-agent: there is no ~/.cache/ecavg, because this user has no home folder: name a folder for the"
         " datasets with --data-dir, or set HOME"
     )
+
+
+def test_trainer_names_variables_that_are_not_those_of_torchrun(tmp_path: Path) -> None:
+    words = ("cloud_server.trainer", "--state-dir", tmp_path, "--device", "cpu")
+    trainer = forked(*words, folder=tmp_path, env={"WORLD_SIZE": "2"})
+    assert trainer.wait() == 2
+    check_manners(trainer.output)
+    assert (
+        "trainer: the environment has WORLD_SIZE, but RANK, WORLD_SIZE, LOCAL_RANK are not" in trainer.output
+    )
