@@ -502,3 +502,28 @@ def test_trainer_names_variables_that_are_not_those_of_torchrun(tmp_path: Path) 
     assert (
         "trainer: the environment has WORLD_SIZE, but RANK, WORLD_SIZE, LOCAL_RANK are not" in trainer.output
     )
+
+
+def test_certificate_without_its_ca_is_named(tmp_path: Path) -> None:
+    enroll(tmp_path / "tls", tmp_path / "agent", "edge-1")
+    file = tmp_path / "agent/tls/identity.pem"
+    end = "-----END CERTIFICATE-----\n"
+    file.write_text(file.read_text("utf-8").partition(end)[0] + end, "utf-8")
+    agent = forked("edge_agent", "--server", "a:1", "--state-dir", tmp_path / "agent", folder=tmp_path)
+    assert agent.wait() == 2
+    check_one_line(agent.output)
+    assert f"{file} should have two certificates, and has 1" in agent.output
+
+
+def test_host_whose_name_no_host_can_have_is_named(tmp_path: Path) -> None:
+    words = (
+        "--server",
+        f"{'a' * 64}.b:1",
+        "--state-dir",
+        tmp_path / "agent",
+        "--token",
+        "ecavg1." + "A" * 86,
+    )
+    enrolment = forked("edge_agent", "enroll", *words, folder=tmp_path)
+    assert enrolment.wait() == 2
+    check_one_line(enrolment.output)
