@@ -1,6 +1,5 @@
 """`cloud-server`: the composition root, which builds the parts and runs them."""
 
-import argparse
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -12,7 +11,7 @@ from cloud_server.config import DEFAULT_PRESET, ENV_PREFIX, ServerConfig
 from common import cli, clock
 from common.addresses import Address, http_url
 from common.config import is_loopback
-from common.errors import ECAvgError, UsageError
+from common.errors import RunError
 
 if TYPE_CHECKING:
     from cloud_server.coordinator import Coordinator
@@ -35,41 +34,46 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run `cloud-server` with these arguments, and return its exit code."""
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["check"]:
-        return check(argv[1:])
+        return cli.enter("cloud-server check", lambda: check(argv[1:]))
     if argv[:1] in (["token"], ["agents"], ["forget"]):
-        return administer(argv)
-    parser = argparse.ArgumentParser(
+        return cli.enter("cloud-server", lambda: administer(argv))
+    return cli.enter("cloud-server", lambda: start(argv))
+
+
+def start(argv: Sequence[str]) -> int:
+    """Run the server itself."""
+    parser = cli.Parser(
         prog="cloud-server",
         description="Average what edge agents pre-trained, fine-tune it on their data, give it back.",
         epilog="`cloud-server check STATE` verifies the state directory of a server that is stopped."
         " `cloud-server token create|list|revoke` and `cloud-server agents list|revoke` say who may come in;"
         " `cloud-server forget AGENT` deletes all that an agent has sent.",
     )
-    try:
-        config = cli.parse_command_line(parser, ServerConfig, ENV_PREFIX, argv, default_preset=DEFAULT_PRESET)
-    except UsageError as error:
-        return cli.fail("cloud-server", error)
+    config = cli.parse_command_line(parser, ServerConfig, ENV_PREFIX, argv, default_preset=DEFAULT_PRESET)
     return cli.run("cloud-server", lambda: serve(config))
 
 
 def check(argv: Sequence[str]) -> int:
-    """Return 0 when all is well in a state directory, 1 when not, 2 when it cannot be checked."""
+    """Return 0 when all is well in a state directory, 1 when not.
+
+    Raises:
+        UsageError: there is nothing to check, or it cannot be checked now.
+        RunError: stdout cannot be written.
+    """
     from cloud_server.commands.check import main as check_state
 
-    try:
-        return check_state(argv)
-    except UsageError as error:
-        return cli.fail("cloud-server check", error)
+    return check_state(argv)
 
 
 def administer(argv: Sequence[str]) -> int:
-    """Return 0, or 1 when the disk takes no data, or 2 for what does not exist."""
+    """Run `cloud-server token`, `agents` or `forget`, and return 0.
+
+    Raises:
+        ECAvgError: the command cannot be done.
+    """
     from cloud_server.commands.admin import main as do_command
 
-    try:
-        return do_command(argv)
-    except ECAvgError as error:
-        return cli.fail("cloud-server", error)
+    return do_command(argv)
 
 
 async def serve(config: ServerConfig) -> int:
@@ -125,11 +129,10 @@ async def serve(config: ServerConfig) -> int:
         service = opened
         tell_who_may_come(config, authority)
         if http_token:
-            print(f"the status page asks for the token in {config.http_token_path}")  # noqa: T201
-        print(  # noqa: T201
+            cli.print_status(f"the status page asks for the token in {config.http_token_path}")
+        cli.print_status(
             f"cloud-server ready: agents on {Address(config.host, port)},"
-            f" status page on {http_url(config.http_host, http.port)}",
-            flush=True,
+            f" status page on {http_url(config.http_host, http.port)}"
         )
         async with beside(server.guard()):
             await opened.coordinator.run()
@@ -301,7 +304,10 @@ async def open_service(
 
 
 def tell_who_may_come(config: ServerConfig, authority: "Authority | None") -> None:
-    """Print the CA's fingerprint, and a join token as long as no agent has enrolled."""
+    """Print the CA's fingerprint, and a join token as long as no agent has enrolled.
+
+    If stdout cannot be written, the log says how to make a token.
+    """
     if authority is None:
         if not is_loopback(config.host):
             cli.warn(
@@ -310,11 +316,18 @@ def tell_who_may_come(config: ServerConfig, authority: "Authority | None") -> No
                 " and whoever reaches the port can join under any name",
             )
         return
-    print(f"CA fingerprint (SHA-256): {authority.fingerprint}")  # noqa: T201
-    if not authority.agents():
-        uses, hours = config.agents_to_close, FIRST_TOKEN_SECONDS / 3600
-        token = authority.create_token(uses, FIRST_TOKEN_SECONDS)
-        print(f"join token, for {uses} agents within {hours:g} hours: {token}")  # noqa: T201
+    cli.print_status(f"CA fingerprint (SHA-256): {authority.fingerprint}")
+    if authority.agents():
+        return
+    uses, hours = config.agents_to_close, FIRST_TOKEN_SECONDS / 3600
+    try:
+        with authority.token_to_show(uses, FIRST_TOKEN_SECONDS) as token:
+            cli.print_result(f"join token, for {uses} agents within {hours:g} hours: {token}")
+    except RunError as error:
+        import structlog
+
+        make_one = f"cloud-server token create --uses {uses} --state-dir {config.state_dir}"
+        structlog.get_logger().warning("join_token_not_shown", reason=str(error), make_one=make_one)
 
 
 if __name__ == "__main__":

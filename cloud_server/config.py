@@ -7,7 +7,7 @@ from pydantic import Field, field_validator, model_validator
 
 from cloud_server.state_dir import StateDir
 from common import addresses
-from common.config import ProcessConfig, RunConfig
+from common.config import Name, ProcessConfig, RunConfig, UserPath
 
 ENV_PREFIX = "ECAVG_SERVER_"
 DEFAULT_PRESET = "digits-mlp"
@@ -18,16 +18,16 @@ Port = Annotated[int, Field(ge=0, le=65535)]
 class ServerConfig(ProcessConfig):
     """Keys at the top of a server's configuration file; each is a flag as well."""
 
-    host: str = "0.0.0.0"  # noqa: S104  agents are elsewhere
+    host: Name = "0.0.0.0"  # noqa: S104  agents are elsewhere
     """Address on which agents are answered."""
 
     port: Port = 50051
     """gRPC port; 0 picks a free one and says which."""
 
-    http_host: str = "127.0.0.1"
+    http_host: Name = "127.0.0.1"
     """Address of the status page and `/metrics`."""
 
-    http_token_file: Path | None = None
+    http_token_file: UserPath | None = None
     """Bearer token of the page and `/metrics` (default: `STATE/http-token` beyond loopback, none on it)
 
     The file is made if need be. Beyond loopback a token is always asked for.
@@ -36,7 +36,7 @@ class ServerConfig(ProcessConfig):
     http_port: Port = 8080
     """Port of the status page and `/metrics`; 0 picks one."""
 
-    state_dir: Path = Path("ecavg-server")
+    state_dir: UserPath = Path("ecavg-server")
     """Folder (STATE) where everything is kept; one server at a time uses it."""
 
     rounds: int = Field(1, ge=0)
@@ -54,7 +54,7 @@ class ServerConfig(ProcessConfig):
     on_too_few: Literal["wait", "fail"] = Field("wait", title="wait|fail")
     """Fewer than `min_agents` at the deadline: wait for more, or fail the round."""
 
-    device: str = "auto"
+    device: Name = "auto"
     """Where to train: `auto`, `cpu`, `cuda`, `cuda:1`; `auto` and `cuda` take every GPU."""
 
     max_attempts: int = Field(3, ge=1, le=100)
@@ -99,7 +99,7 @@ class ServerConfig(ProcessConfig):
     keep_partial_seconds: float = Field(7 * 24 * 3600, gt=0)
     """How long uploads are kept that were not finished, or not contributed."""
 
-    tls_dir: Path | None = None
+    tls_dir: UserPath | None = None
     """CA, certificates, tokens and enrolled agents (default: `STATE/tls`)"""
 
     insecure: bool = False

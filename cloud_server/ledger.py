@@ -21,7 +21,7 @@ from cloud_server.round import Policy, Round
 from cloud_server.run import Run
 from cloud_server.showing.standing import Standing
 from cloud_server.store import Store
-from common.errors import BudgetError, NotFoundError, Reason
+from common.errors import BudgetError, InvalidError, NotFoundError, Reason
 from common.faults import Point, crash_point
 from common.run_state import Outcome
 from common.transfer import to_the_end
@@ -232,7 +232,11 @@ class Ledger:
         if class_names and agent_id == classes.named_by:
             is_in_use = await asyncio.to_thread(self._store.num_accepted)
             classes = classes if is_in_use else Classes()
-        return classes.agree(agent_id, class_names, self._run.config.spec.num_classes)
+        try:
+            return classes.agree(agent_id, class_names, self._run.config.spec.num_classes)
+        except InvalidError as error:
+            log.warning("agent_refused", agent_id=agent_id, reason=error.reason.value, message=str(error))
+            raise
 
     def expel(self, agent_id: str) -> None:
         """Treat the agent as one that never joined; inside `exclusively` only."""

@@ -12,25 +12,84 @@ import tomllib
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn, TextIO, TypeVar
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from common import streams
 from common.config import ProcessConfig, deep_merge, load
-from common.errors import ECAvgError, UsageError, one_line
+from common.errors import ECAvgError, RunError, UsageError, one_line
 
 Config = TypeVar("Config", bound=ProcessConfig)
 
+# The exit code of a command that was interrupted at the terminal: 128 and the number of the signal.
+INTERRUPTED = 128 + signal.SIGINT
+# CUDA_VISIBLE_DEVICES and its kind, which hide all GPUs when they are empty.
+_MAY_BE_EMPTY = "_VISIBLE_DEVICES"
+# The text of the error that Python raises where the system has no room for another thread.
+_NO_MORE_THREADS = "can't start new thread"
 # A thread that is still alive after this time is taken to be busy for long.
 BUSY_SECONDS = 0.3
 # The number of the parameter M_ARENA_MAX of mallopt(3).
 _M_ARENA_MAX = -8
 
 
+class Parser(argparse.ArgumentParser):
+    """A parser of a command line whose help is a result of the command."""
+
+    def print_help(self, file: Any = None) -> None:
+        """Print the help; raise RunError if it cannot be printed."""
+        if file is None:
+            print_result(self.format_help().rstrip("\n"))
+        else:
+            super().print_help(file)
+
+    def error(self, message: str) -> NoReturn:
+        """Print the usage and what is wrong, and exit with code 2."""
+        super().error(one_line(message))
+
+
+def enter(command: str, body: Callable[[], int]) -> int:
+    """Run a command from its beginning to its end, and return its exit code.
+
+    This function first makes the process independent of its standard streams, and of environment variables
+    that are not meant for it. Whatever the command raises becomes one line on stderr.
+    """
+    streams.prepare()
+    _clean_environment()
+    try:
+        _check_working_folder()
+        return body()
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except Exception as error:
+        return fail(command, error)
+
+
+def _clean_environment() -> None:
+    """Remove what is meant for other programs from the environment, and what is empty.
+
+    Libraries take an empty HOME for the root, an empty TORCH_HOME for the working folder, and cannot be
+    imported with an empty TORCH_LOGS. Compose passes variables that are not set as empty ones.
+    """
+    # With this variable prometheus_client writes files, which only a server of several processes needs.
+    os.environ.pop("PROMETHEUS_MULTIPROC_DIR", None)
+    for name, value in list(os.environ.items()):
+        if not value and not name.endswith(_MAY_BE_EMPTY):
+            del os.environ[name]
+
+
+def _check_working_folder() -> None:
+    """Raise UsageError if the working folder has been removed, because PyTorch cannot be imported there."""
+    try:
+        os.getcwd()  # noqa: PTH109
+    except OSError as error:
+        raise UsageError("the working folder has been removed: change to another folder first") from error
+
+
 def parse_command_line(
-    parser: argparse.ArgumentParser,
+    parser: Parser,
     config_class: type[Config],
     env_prefix: str,
     argv: Sequence[str] | None,
@@ -72,7 +131,7 @@ def add_flags(
         text = f"A complete configuration to start from (default: {default_preset})"
         parser.add_argument("--preset", metavar="NAME", default=default_preset, help=text)
         config_help += " and of [run], laid over the preset"
-    parser.add_argument("--config", metavar="FILE", type=Path, help=config_help)
+    parser.add_argument("--config", metavar="FILE", help=config_help)
     for name, field in config_class.model_fields.items():
         if isinstance(field.default, BaseModel):
             text = f"Set any key of a table, for example {name}.seed=3; repeatable"
@@ -123,13 +182,52 @@ def fail(command: str, error: Exception) -> int:
     structlog = sys.modules.get("structlog")
     if structlog and structlog.is_configured():
         structlog.get_logger().debug("failed", exc_info=error)
-    print(f"{command}: {one_line(_describe(error))}", file=sys.stderr)  # noqa: T201
+    _print_line(f"{command}: {_describe(error)}", sys.stderr)
     return error.exit_code if isinstance(error, ECAvgError) else 1
 
 
 def warn(command: str, text: str) -> None:
     """Print a warning as one line on stderr."""
-    print(f"{command}: WARNING: {text}", file=sys.stderr, flush=True)  # noqa: T201
+    _print_line(f"{command}: WARNING: {text}", sys.stderr)
+
+
+def print_note(text: str) -> None:
+    """Print one line on stderr, beside the result on stdout."""
+    _print_line(text, sys.stderr)
+
+
+def print_status(text: str) -> None:
+    """Print one line on stdout that says how things are; the line is dropped if it cannot be written."""
+    _print_line(text, sys.stdout)
+
+
+def print_result(text: str) -> None:
+    """Print on stdout what the command was asked for, in one line or several.
+
+    Raises:
+        RunError: stdout cannot be written.
+    """
+    streams.lost_by(sys.stdout)
+    for line in text.split("\n"):
+        _print_line(line, sys.stdout)
+    if reason := streams.lost_by(sys.stdout):
+        raise RunError(f"stdout cannot be written: {reason}")
+
+
+def print_done(text: str, details: str = "") -> None:
+    """Print on stdout what the command has done, and the details.
+
+    Raises:
+        RunError: stdout cannot be written; the message says what has been done.
+    """
+    try:
+        print_result(f"{text}\n{details}" if details else text)
+    except RunError as error:
+        raise RunError(f"{text}; but {error}") from error
+
+
+def _print_line(text: str, stream: TextIO) -> None:
+    print(one_line(text), file=stream, flush=True)
 
 
 def _describe(error: Exception) -> str:
@@ -141,6 +239,16 @@ def _describe(error: Exception) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, OSError):
         return text
+    if isinstance(error, MemoryError):
+        return "there is no memory left: end other programs, or use a smaller model or batch"
+    if isinstance(error, ImportError):
+        return (
+            f"a library cannot be loaded ({text[:300]}): give it more memory, or install this program again"
+        )
+    if isinstance(error, RuntimeError) and text == _NO_MORE_THREADS:
+        return f"{text}: raise the limit on the processes of this user or container"
+    if type(error).__module__ == "sqlite3":
+        return f"the database cannot be used: {text}"
     return f"{type(error).__name__}: {text}; a fault of this program: --log-level debug shows more"
 
 

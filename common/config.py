@@ -26,6 +26,7 @@ from pydantic import (
 )
 
 from common.errors import UsageError, one_line
+from common.files import read_text
 
 PROTOCOL_VERSION = 1
 AGENT_ID_PATTERN = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
@@ -95,6 +96,29 @@ def class_name(text: str) -> str:
 # A name is shown on terminals, and comes from a server.
 Name = Annotated[str, AfterValidator(_printable)]
 ClassName = Annotated[str, AfterValidator(class_name)]
+
+
+def expand_home(path: Path) -> Path:
+    """Return the path with the home folder in the place of a leading `~` or `~user`.
+
+    Raises:
+        ValueError: the home folder is not known, or the path has a character that no path may have.
+    """
+    if "\0" in str(path):
+        raise ValueError("should be a path, which has no NUL character")
+    try:
+        expanded = path.expanduser()
+    except RuntimeError:
+        expanded = path
+    # The variable HOME may be a relative path.
+    if str(path).startswith("~") and not expanded.is_absolute():
+        raise ValueError(f"the home folder in {str(path)!r} is not known: set HOME, or write it without ~")
+    return expanded
+
+
+# A path of a key. The home folder is filled in wherever the path comes from, because a shell does that only
+# at the beginning of a word.
+UserPath = Annotated[Path, AfterValidator(expand_home)]
 # The pixels of an image along one side.
 Pixels = Annotated[int, Field(ge=1, le=65_536)]
 # One image may have so many values, channels included.
@@ -405,6 +429,8 @@ class RunConfig(DocumentedModel):
 
 # An error quotes so much of what the user has written.
 MAX_QUOTED_CHARACTERS = 500
+# A larger configuration file is another file than the user meant.
+MAX_CONFIG_BYTES = 2**20
 
 
 class ProcessConfig(DocumentedModel):
@@ -419,11 +445,13 @@ def load(
     *,
     env_prefix: str,
     preset: str | None = None,
-    config_file: Path | None = None,
+    config_file: str | None = None,
     flags: Mapping[str, Any],
     environ: Mapping[str, str] = os.environ,
 ) -> Config:
     """Merge preset, file, environment and flags into one validated configuration.
+
+    An empty text in the file, the environment or a flag counts as not given.
 
     Raises:
         UsageError: naming the key that is unknown or out of range, and where it came from.
@@ -431,10 +459,10 @@ def load(
     layers: dict[str, dict[str, Any]] = {}
     if preset is not None:
         layers[f"preset {preset}"] = read_preset(preset)
-    if config_file is not None:
-        layers[str(config_file)] = _read_toml(config_file)
+    if config_file:
+        layers[config_file] = _without_empty(_read_toml(config_file))
     layers["the environment"] = _read_environment(config_class, env_prefix, environ)
-    layers["the command line"] = dict(flags)
+    layers["the command line"] = _without_empty(flags)
 
     merged: dict[str, Any] = {}
     for layer in layers.values():
@@ -443,6 +471,15 @@ def load(
         return config_class(**merged)
     except ValidationError as error:
         raise UsageError(one_line(_first_of(error, layers))) from error
+
+
+def _without_empty(layer: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the layer without the keys whose value is an empty text, or a list of empty texts alone."""
+    given = {
+        key: [item for item in value if item != ""] if isinstance(value, list) else value
+        for key, value in layer.items()
+    }
+    return {key: value for key, value in given.items() if value != "" and (value != [] or layer[key] == [])}
 
 
 def is_loopback(host: str) -> bool:
@@ -469,20 +506,24 @@ def _presets() -> Any:
     return resources.files("common") / "presets"
 
 
-def _read_toml(path: Path) -> dict[str, Any]:
+def _read_toml(file: str) -> dict[str, Any]:
     try:
-        return tomllib.loads(path.read_text("utf-8"))
-    except OSError as error:
-        raise UsageError(f"cannot read configuration file {path}: {error.strerror}") from error
+        text = read_text(expand_home(Path(file)), "configuration file", MAX_CONFIG_BYTES)
+    except ValueError as error:
+        raise UsageError(f"configuration file {file}: {error}") from error
+    try:
+        return tomllib.loads(text)
     except (ValueError, RecursionError) as error:
-        # The file is no TOML or no UTF-8, or has an integer of thousands of digits.
-        raise UsageError(f"configuration file {path} is not TOML: {error}") from error
+        # The file is no TOML, or has an integer of thousands of digits.
+        raise UsageError(f"configuration file {file} is not TOML: {error}") from error
 
 
 def _read_environment(
     config_class: type[ProcessConfig], prefix: str, environ: Mapping[str, str]
 ) -> dict[str, Any]:
-    for variable in environ:
+    # Compose passes a variable that is not set as an empty one.
+    given = {variable: value for variable, value in environ.items() if value}
+    for variable in given:
         key = variable.removeprefix(prefix).split("__")[0].lower()
         if variable.startswith(prefix) and key not in config_class.model_fields:
             raise UsageError(f"unknown key {key!r} in the environment variable {variable}")
@@ -495,7 +536,7 @@ def _read_environment(
         env_nested_delimiter="__",
         case_sensitive=False,
     )
-    source.env_vars = {name.lower(): value for name, value in environ.items()}
+    source.env_vars = {name.lower(): value for name, value in given.items()}
     try:
         return source()
     except ValueError as error:

@@ -1,5 +1,6 @@
-"""Files that are there whole or not at all, and the errors of a disk that is full."""
+"""Files that are there whole or not at all, small text files of the user, and the errors of a full disk."""
 
+import codecs
 import errno
 import os
 import re
@@ -8,12 +9,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from common.errors import UsageError
+
 # A disk without room, and a user whose quota is used up: deleting files cures both.
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 # FAT and some network disks have no links.
 _NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 # Libraries written in Rust, such as safetensors, give the error number in the text of their own errors.
 _IN_WORDS = re.compile(r"\(os error (\d+)\)")
+
+
+# A file with a token or a name. A larger one is another file than the user meant.
+MAX_TEXT_BYTES = 64 * 1024
 
 
 def is_full(error: BaseException) -> bool:
@@ -27,6 +34,42 @@ def error_number(error: BaseException) -> int | None:
         return error.errno
     found = _IN_WORDS.search(str(error))
     return int(found[1]) if found else None
+
+
+def read_text(path: Path, what: str, max_bytes: int = MAX_TEXT_BYTES) -> str:
+    """Return the text of a small file that a person or another program has written.
+
+    The text is UTF-8, or UTF-16 if it begins with the byte order mark: PowerShell's `>` writes that. A byte
+    order mark is not part of the text. The file may be a pipe, as in `--join-token-file <(command)`.
+
+    Args:
+        path: the path of the file.
+        what: the name of the file's purpose in messages, for example "join token file".
+        max_bytes: the largest size of the file.
+
+    Raises:
+        UsageError: the file cannot be read, has more bytes or another encoding.
+    """
+    try:
+        content = _first_bytes(path, max_bytes + 1)
+    except OSError as error:
+        raise UsageError(f"cannot read {what} {path}: {error.strerror}") from error
+    if len(content) > max_bytes:
+        raise UsageError(f"{what} {path} has more than {max_bytes // 1024} KiB: name the right file")
+    is_utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    try:
+        return content.decode("utf-16" if is_utf16 else "utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{what} {path} is not UTF-8 text: save it as UTF-8") from error
+
+
+def _first_bytes(path: Path, num_bytes: int) -> bytes:
+    """Return so many bytes from the beginning of the file, or all of them if it has fewer."""
+    # A named pipe that nobody writes to is empty. Without this flag, opening it would wait for ever.
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    os.set_blocking(descriptor, True)
+    with os.fdopen(descriptor, "rb") as file:
+        return file.read(num_bytes)
 
 
 @contextmanager

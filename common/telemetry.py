@@ -23,6 +23,8 @@ import structlog
 import uvicorn
 from prometheus_client import CollectorRegistry, PlatformCollector, ProcessCollector, disable_created_metrics
 from prometheus_client.exposition import choose_encoder
+from prometheus_client.metrics_core import CounterMetricFamily, Metric
+from prometheus_client.registry import Collector
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from starlette.applications import Starlette
@@ -31,10 +33,11 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from common import streams
 from common.addresses import Address
 from common.config import is_loopback
 from common.errors import UsageError, encodable, one_line
-from common.files import replacing
+from common.files import read_text, replacing
 
 LOG_LEVELS = ("debug", "info", "warning", "error")
 # Two "progress" events of one label are at least so far apart.
@@ -62,7 +65,7 @@ _T = TypeVar("_T")
 
 
 def configure_logging(*, level: str = "info", as_json: bool | None = None) -> None:
-    """Set up the log, which goes to stderr.
+    """Set up the log, which goes to stderr. A line that cannot be written is dropped: see common/streams.py.
 
     Each line has an event name, its fields, the UTC time and the fields that `structlog.contextvars` binds.
     The log also shows Python's warnings, and what libraries log through `logging` from "warning" on.
@@ -214,6 +217,8 @@ class _ProgressBars:
             TimeRemainingColumn(elapsed_when_finished=True),
             TextColumn("{task.fields[detail]}", markup=False),
             console=Console(stderr=True),
+            # What is printed to a file must not go to the terminal.
+            redirect_stdout=sys.stdout.isatty(),
         )
         # The time beside each bar is that of its last movement.
         self._bars: dict[str, tuple[TaskID, float]] = {}
@@ -294,13 +299,26 @@ class _ProgressLog:
 
 
 def make_registry() -> CollectorRegistry:
-    """Return a registry with the standard metrics of this process: CPU seconds, memory and open files."""
+    """Return a registry with the metrics of any process: CPU seconds, memory, open files, lost log lines."""
     # Without this call, each counter would have a second series with the time of its creation.
     disable_created_metrics()  # type: ignore[no-untyped-call]
     registry = CollectorRegistry()
     ProcessCollector(registry=registry)
     PlatformCollector(registry=registry)
+    registry.register(_DroppedLines())
     return registry
+
+
+class _DroppedLines(Collector):
+    """The metric of the log lines that this process could not write."""
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield the metric with its present value."""
+        yield CounterMetricFamily(
+            "ecavg_log_lines_dropped_total",
+            "Lines that could not be written to stdout or stderr: full disk, closed, or no reader.",
+            value=streams.num_dropped(),
+        )
 
 
 # --- HTTP --------------------------------------------------------------------------------------------
@@ -327,9 +345,12 @@ def http_token(host: str, file: Path | None, default: Path) -> str | None:
         if not path.exists():
             with replacing(path, mode=0o600) as partial:
                 partial.write_text(secrets.token_urlsafe(32) + "\n", "utf-8")
-        token = path.read_text("utf-8").strip()
     except OSError as error:
         raise UsageError(f"cannot use the token file {path}: {error.strerror}") from error
+    lines = [line.strip() for line in read_text(path, "token file").splitlines() if line.strip()]
+    if len(lines) > 1:
+        raise UsageError(f"token file {path} has {len(lines)} lines: write one token there")
+    token = "".join(lines)
     if len(token) < MIN_TOKEN_LENGTH:
         raise UsageError(
             f"the token in {path} is too short: write {MIN_TOKEN_LENGTH} characters or more there"
@@ -510,6 +531,8 @@ async def serve_http(app: Starlette, *, host: str, port: int) -> HttpServer:
         app,
         lifespan="off",
         ws="none",
+        # Otherwise uvicorn takes the number from WEB_CONCURRENCY, which is meant for other programs.
+        workers=1,
         log_config=None,
         access_log=False,
         server_header=False,

@@ -319,9 +319,13 @@ def make_private_folder(path: Path) -> None:
 
 @contextmanager
 def _unreadable_is_usage_error(path: Path) -> Iterator[None]:
-    """Turn the errors for unreadable content of the file at `path` into UsageError."""
+    """Turn the errors for a file at `path` that cannot be read, or not be understood, into UsageError."""
     try:
         yield
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise UsageError(f"cannot read {path}: {error.strerror}") from error
     except (ValueError, TypeError) as error:
         raise UsageError(f"{path} cannot be used ({error}): remove it, or put the right one there") from error
 

@@ -1,6 +1,5 @@
 """`edge-agent`: the composition root, which builds the parts and runs them."""
 
-import argparse
 import asyncio
 import importlib
 import sys
@@ -12,6 +11,7 @@ from common import addresses, cli
 from common.addresses import http_url
 from common.config import is_loopback
 from common.errors import UsageError
+from common.files import read_text
 from edge_agent.config import ENV_PREFIX, AgentConfig, EnrollConfig
 
 if TYPE_CHECKING:
@@ -25,38 +25,35 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run `edge-agent` with these arguments, and return its exit code."""
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["enroll"]:
-        return enroll(argv[1:])
-    parser = argparse.ArgumentParser(
+        return cli.enter("edge-agent enroll", lambda: enroll(argv[1:]))
+    return cli.enter("edge-agent", lambda: start(argv))
+
+
+def start(argv: Sequence[str]) -> int:
+    """Run the agent itself."""
+    parser = cli.Parser(
         prog="edge-agent",
         description="Pre-train on this device's data, send weights and data to a cloud-server,"
         " and use the better model that comes back.",
         epilog="`edge-agent enroll` comes first, once: it gives this device its certificate.",
     )
-    try:
-        config = _configuration(parser, AgentConfig, argv)
-    except UsageError as error:
-        return cli.fail("edge-agent", error)
+    config = _configuration(parser, AgentConfig, argv)
     return cli.run("edge-agent", lambda: take_part(config))
 
 
 def enroll(argv: Sequence[str]) -> int:
     """Run `edge-agent enroll`: get this device its certificate."""
-    parser = argparse.ArgumentParser(
+    parser = cli.Parser(
         prog="edge-agent enroll",
         description="Make a key on this device, and have the server certify it. Only the certificate is kept,"
         " the token is not.",
     )
-    try:
-        config = _configuration(parser, EnrollConfig, argv)
-        token = config.token or read_token(config.join_token_file)
-    except UsageError as error:
-        return cli.fail("edge-agent enroll", error)
+    config = _configuration(parser, EnrollConfig, argv)
+    token = config.token or read_token(config.join_token_file)
     return cli.run("edge-agent enroll", lambda: do_enroll(config, token))
 
 
-def _configuration(
-    parser: argparse.ArgumentParser, config_class: type[Config], argv: Sequence[str]
-) -> Config:
+def _configuration(parser: cli.Parser, config_class: type[Config], argv: Sequence[str]) -> Config:
     """Return the configuration of an agent; raise UsageError if its way to the server cannot be used."""
     config = cli.parse_command_line(parser, config_class, ENV_PREFIX, argv)
     # Imported here, because --help does without.
@@ -67,13 +64,21 @@ def _configuration(
 
 
 def read_token(file: Path | None) -> str:
-    """Return the join token in a file; raise UsageError if there is none to read."""
+    """Return the join token in a file, beside which the file may have other words.
+
+    Raises:
+        UsageError: there is no file, or it has no join token or several of them.
+    """
     if file is None:
         raise UsageError("give the join token with --token, as the cloud-server printed it")
-    try:
-        return file.read_text("utf-8").strip()
-    except OSError as error:
-        raise UsageError(f"cannot read the join token in {file}: {error.strerror}") from error
+    words = read_text(file, "join token file").split()
+    tokens = {word for word in words if word.startswith("ecavg1.")}
+    if len(tokens) != 1:
+        raise UsageError(
+            f"join token file {file} has {len(tokens) or 'no'} join tokens: write one there, ecavg1.…,"
+            " as the cloud-server printed it"
+        )
+    return tokens.pop()
 
 
 async def do_enroll(config: AgentConfig, token: str) -> int:
@@ -81,8 +86,8 @@ async def do_enroll(config: AgentConfig, token: str) -> int:
     from edge_agent.state import AgentState
 
     state = AgentState(config.state_dir, config.agent_id)
-    identity = await enrolled(config, state, token, on_wrong_clock=print)
-    print(f"enrolled as {identity.agent_id}, until {identity.ends_at:%Y-%m-%d}; it renews itself")  # noqa: T201
+    identity = await enrolled(config, state, token, on_wrong_clock=cli.print_status)
+    cli.print_done(f"enrolled as {identity.agent_id}, until {identity.ends_at:%Y-%m-%d}; it renews itself")
     return 0
 
 
@@ -100,7 +105,7 @@ async def enrolled(
 
     def tell(trouble: str) -> None:
         text = f"waiting for {route(config.server)}: {trouble}" if trouble else f"reached {config.server}"
-        print(text, flush=True)  # noqa: T201
+        cli.print_status(text)
 
     enrolment = await asyncio.to_thread(
         Enrolment, state.tls, state.agent_id, JoinToken.parse(token), config.server

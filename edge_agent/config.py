@@ -7,11 +7,12 @@ from typing import Annotated, Literal
 from pydantic import Field, ValidationInfo, field_validator
 
 from common import addresses
-from common.config import AGENT_ID_PATTERN, DATASETS, ProcessConfig
+from common.config import AGENT_ID_PATTERN, DATASETS, Name, ProcessConfig, UserPath, expand_home
 from common.errors import UsageError, one_line
 
 ENV_PREFIX = "ECAVG_AGENT_"
 
+DEFAULT_DATA_DIR = Path("~/.cache/ecavg")
 FACTORY_PATTERN = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
 Port = Annotated[int, Field(ge=0, le=65535)]
@@ -33,7 +34,7 @@ class AgentConfig(ProcessConfig):
     (`DIR/{train,test}/<class>/*`) or `package.module:factory`.
     """
 
-    data_dir: Path | None = None
+    data_dir: UserPath | None = None
     """Where named datasets are, or are downloaded to (default: `~/.cache/ecavg`)
 
     A folder that is given must exist.
@@ -48,23 +49,23 @@ class AgentConfig(ProcessConfig):
     With `data`, the default is all of it.
     """
 
-    state_dir: Path | None = None
+    state_dir: UserPath | None = None
     """Where model, report and progress are kept (default: `ecavg-agent-ID`, or `ecavg-agent` without an id)
 
     One agent at a time uses the folder (STATE). Without an `agent_id` the next free one of
     `ecavg-agent-2`, … is taken.
     """
 
-    device: str = "auto"
+    device: Name = "auto"
     """Where to train: `auto`, `cpu`, `cuda`, `cuda:1`; `auto` is the first GPU, or the CPU."""
 
     checkpoint_seconds: float = Field(5, ge=0)
     """Least time between two checkpoints of pre-training, which are taken after an epoch."""
 
-    metrics_host: str = "127.0.0.1"
+    metrics_host: Name = "127.0.0.1"
     """Address of `/metrics` and the health checks."""
 
-    metrics_token_file: Path | None = None
+    metrics_token_file: UserPath | None = None
     """Bearer token of `/metrics` (default: `STATE/metrics-token` beyond loopback, none on it)
 
     The file is made if need be. Beyond loopback a token is always asked for.
@@ -73,10 +74,10 @@ class AgentConfig(ProcessConfig):
     metrics_port: Port | None = None
     """Port of `/metrics`; 0 picks one (default: none, and no HTTP server)"""
 
-    allow_factory: tuple[str, ...] = ()
+    allow_factory: tuple[Name, ...] = ()
     """`package.module:factory` that the server may name as its model; repeatable."""
 
-    join_token_file: Path | None = None
+    join_token_file: UserPath | None = None
     """Join token to enroll with at the start, if this agent has not enrolled."""
 
     insecure: bool = False
@@ -116,24 +117,31 @@ class AgentConfig(ProcessConfig):
     @field_validator("partition", "data")
     @classmethod
     def _is_usable(cls, value: str | None, info: ValidationInfo) -> str | None:
-        """Check the source and the partition at once, not when the server has been reached."""
+        """Check the source and the partition at once, not when the server has been reached.
+
+        A source that is a folder becomes a path without `~`.
+        """
         # Imported here, with NumPy, because --help does without.
         from edge_agent.partition import parse_partition
 
-        if value is not None:
-            try:
-                parse_partition(value) if info.field_name == "partition" else check_source(value)
-            except UsageError as error:
-                raise ValueError(str(error)) from error
-        return value
+        if value is None:
+            return None
+        try:
+            if info.field_name == "partition":
+                parse_partition(value)
+                return value
+            source = value if _is_named(value) else str(expand_home(Path(value)))
+            check_source(source)
+            return source
+        except UsageError as error:
+            raise ValueError(str(error)) from error
 
     @field_validator("data_dir")
     @classmethod
     def _exists(cls, value: Path | None) -> Path | None:
         if value is not None and not _is_folder(value):
-            raise ValueError(
-                f"data folder {one_line(str(value))} does not exist: make it, or name the right one"
-            )
+            text = one_line(str(value))
+            raise ValueError(f"data folder {text} does not exist: make it, or name the right one")
         return value
 
     @property
@@ -145,7 +153,7 @@ class AgentConfig(ProcessConfig):
 class EnrollConfig(AgentConfig):
     """The keys of an agent, and those that only `edge-agent enroll` takes."""
 
-    token: str | None = None
+    token: Name | None = None
     """Join token, as the cloud-server printed it."""
 
 
@@ -155,7 +163,7 @@ def check_source(source: str) -> None:
     Raises:
         UsageError: it names neither a dataset, nor code of the user's, nor a folder.
     """
-    if source in DATASETS or FACTORY_PATTERN.fullmatch(source) or _is_folder(Path(source)):
+    if _is_named(source) or _is_folder(Path(source)):
         return
     raise UsageError(
         f"data source {source!r} is neither a folder nor a dataset: give an existing image folder,"
@@ -163,9 +171,30 @@ def check_source(source: str) -> None:
     )
 
 
+def _is_named(source: str) -> bool:
+    return source in DATASETS or FACTORY_PATTERN.fullmatch(source) is not None
+
+
 def _is_folder(path: Path) -> bool:
     try:
-        return path.expanduser().is_dir()
-    except (RuntimeError, OSError):
-        # The path names the home of nobody, or is too long for a name.
+        return path.is_dir()
+    except OSError:
+        # The path is too long for a name, or leads through a folder that this user may not enter.
         return False
+
+
+def data_root(data_dir: Path | None) -> Path:
+    """Return the folder of the named datasets: `data_dir`, or the default one in the user's home.
+
+    Raises:
+        UsageError: the default is needed, and this user has no home.
+    """
+    if data_dir:
+        return data_dir
+    try:
+        return expand_home(DEFAULT_DATA_DIR)
+    except ValueError as error:
+        raise UsageError(
+            f"there is no {DEFAULT_DATA_DIR}, because this user has no home folder: name a folder for the"
+            " datasets with --data-dir, or set HOME"
+        ) from error

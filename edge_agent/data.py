@@ -28,13 +28,12 @@ from common.errors import UsageError
 from common.models import import_factory
 from common.shards import Shard, check_splittable
 from common.training import derive_seed
-from edge_agent.config import FACTORY_PATTERN, check_source
+from edge_agent.config import FACTORY_PATTERN, check_source, data_root
 from edge_agent.image_folder import class_folders, list_image_folder, stamp_of
 from edge_agent.not_read import find_not_read
 from edge_agent.partition import Partition, partition_indices
 from edge_agent.shard_files import image_digests
 
-DEFAULT_DATA_DIR = Path("~/.cache/ecavg")
 # The class of each dataset in torchvision.datasets.
 _TORCHVISION: Mapping[str, str] = {
     "mnist": "MNIST",
@@ -95,8 +94,8 @@ def load_agent_data(
     """Read this agent's part of `source`, or of the run's dataset where that is None.
 
     Args:
-        data_dir: where named datasets are, or are downloaded to; None: DEFAULT_DATA_DIR. With a folder
-            `train` in it, an image folder.
+        data_dir: where named datasets are, or are downloaded to; None: the default, see `data_root`.
+            With a folder `train` in it, an image folder.
         partition: None: all of the source.
         seed_name: names the random stream that picks the held-out part: the agent's id.
         allowed_factories: the "package.module:factory" names that may be imported.
@@ -194,12 +193,12 @@ def _image_folder(dataset: str, source: str | None, data_dir: Path | None) -> Pa
         UsageError: nothing is meant.
     """
     if (source or dataset) in _TORCHVISION:
-        root = (data_dir or DEFAULT_DATA_DIR).expanduser()
+        root = data_root(data_dir)
         return root if (root / "train").is_dir() else None
     if source is None or source in DATASETS or FACTORY_PATTERN.fullmatch(source):
         return None
     check_source(source)
-    return Path(source).expanduser()
+    return Path(source)
 
 
 def hold_out(images: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -298,7 +297,7 @@ def _open_digits() -> Source:
 
 
 def _open_dataset(name: str, data_dir: Path | None) -> Source:
-    root = (data_dir or DEFAULT_DATA_DIR).expanduser()
+    root = data_root(data_dir)
     if data_dir is not None and not root.is_dir():
         raise UsageError(f"data folder {root} does not exist: make it, or name the right one with --data-dir")
     try:

@@ -33,7 +33,13 @@ class Identity:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._key = tls.read_key(folder / "key.pem")
-        self._certificate, self._ca = tls.read_certificates(folder / "identity.pem")
+        certificates = tls.read_certificates(folder / "identity.pem")
+        if len(certificates) != 2:
+            raise UsageError(
+                f"{folder / 'identity.pem'} should have two certificates, and has {len(certificates)}:"
+                f" restore it, or remove {folder} and enroll anew"
+            )
+        self._certificate, self._ca = certificates
 
     @property
     def agent_id(self) -> str:
@@ -58,7 +64,9 @@ class Identity:
     @property
     def probe(self) -> ssl.SSLContext:
         """Return the same for a connection by Python's own TLS, whose handshake ends as that of gRPC."""
-        context = ssl.create_default_context(cadata=tls.pem(self._ca).decode())
+        # A default context would also open the file that the variable SSLKEYLOGFILE names.
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.load_verify_locations(cadata=tls.pem(self._ca).decode())
         context.load_cert_chain(self._folder / "identity.pem", self._folder / "key.pem")
         context.set_alpn_protocols(["h2"])
         return context
@@ -187,7 +195,8 @@ def certificate_of(server: str) -> bytes:
         UnavailableError: the proxy on the way does not connect.
         UsageError: whoever answers speaks plaintext.
     """
-    context = ssl.create_default_context()
+    # As above: a default context would open the file that SSLKEYLOGFILE names.
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     try:
         with _connected(server, context) as asked:

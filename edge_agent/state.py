@@ -5,12 +5,13 @@ import os
 import re
 import secrets
 import socket
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from common.config import AGENT_ID_PATTERN, FrozenModel
-from common.errors import UsageError
-from common.files import replacing
+from common.errors import RunError, UsageError
+from common.files import is_full, read_text, replacing
 from common.transfer import Blob
 
 DEFAULT_STATE_DIR = "ecavg-agent"
@@ -88,24 +89,27 @@ class AgentState:
 
     Raises:
         UsageError: the directory is not writable, in use by another agent, or another agent's.
+        RunError: the disk has no room.
     """
 
     def __init__(self, path: Path | None, agent_id: str | None) -> None:
         candidates = [path] if path else _default_directories(agent_id)
         for candidate in candidates:
-            descriptor = _lock(candidate)
+            with _unwritable_is_named(candidate):
+                descriptor = _lock(candidate)
             if descriptor is not None:
                 break
         else:
-            holder = _read(candidates[-1] / "lock")
+            holder = (candidates[-1] / "lock").read_text("ascii", errors="replace")
             raise UsageError(
                 f"state directory {candidates[-1]} is in use by the edge-agent with process id {holder};"
                 " give this one another --state-dir"
             )
         self.path = candidate
         self._descriptor = descriptor
-        self.work.mkdir(exist_ok=True)
-        self.agent_id = self._remember_id(agent_id)
+        with _unwritable_is_named(candidate):
+            self.work.mkdir(exist_ok=True)
+            self.agent_id = self._remember_id(agent_id)
         self.progress = self._read_progress()
 
     def close(self) -> None:
@@ -208,10 +212,7 @@ class AgentState:
 
     def _remember_id(self, agent_id: str | None) -> str:
         file = self.path / "agent-id"
-        try:
-            known = _read(file).strip()
-        except UnicodeDecodeError:
-            known = "?"
+        known = read_text(file, "file").strip() if file.exists() else ""
         if known and not re.fullmatch(AGENT_ID_PATTERN, known):
             raise UsageError(f"{file} is damaged; remove {self.path} to start afresh")
         if agent_id and known and agent_id != known:
@@ -232,13 +233,21 @@ def _default_directories(agent_id: str | None) -> list[Path]:
     return [Path(DEFAULT_STATE_DIR), *others]
 
 
+@contextmanager
+def _unwritable_is_named(directory: Path) -> Iterator[None]:
+    """Turn the errors of a directory that cannot be written into an error that names the directory."""
+    try:
+        yield
+    except OSError as error:
+        # A full disk may be over at the next start, so that a supervisor should start the agent again.
+        kind = RunError if is_full(error) else UsageError
+        raise kind(f"state directory {directory} cannot be written: {error.strerror}") from error
+
+
 def _lock(directory: Path) -> int | None:
     """Return the descriptor that holds the lock as long as it is open; None: another process has the lock."""
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(directory / "lock", os.O_RDWR | os.O_CREAT, 0o644)
-    except OSError as error:
-        raise UsageError(f"state directory {directory} cannot be written: {error.strerror}") from error
+    directory.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(directory / "lock", os.O_RDWR | os.O_CREAT, 0o644)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

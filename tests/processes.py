@@ -22,13 +22,16 @@ from tests.zygote import IS_COLD, the_zygote
 
 ROOT = Path(__file__).parent.parent
 WAIT_SECONDS = 60.0
+NO_STREAMS: Mapping[int, str] = {}
 
 
 class Command:
     """A process of `cloud-server` or `edge-agent`, whose output goes to a file.
 
     Args:
+        env: environment variables beside those of the tests; None for one that is not to be set.
         forked: True to fork the process from a process that has imported the modules already.
+        streams: standard streams of a forked process that are not as usual; see tests/zygote.py.
     """
 
     # A subprocess.Popen, or a tests.zygote.ForkedProcess.
@@ -39,18 +42,20 @@ class Command:
         module: str,
         *args: object,
         folder: Path,
-        env: Mapping[str, str] | None = None,
+        env: Mapping[str, str | None] | None = None,
         cwd: Path = ROOT,
         forked: bool = False,
+        streams: Mapping[int, str] = NO_STREAMS,
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.output_path = folder / f"{module}.{time.monotonic_ns()}.log"
         self.output_path.touch()
         words = list(map(str, args))
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
+        variables = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
+        environment = {name: value for name, value in variables.items() if value is not None}
         if forked:
             self.process = the_zygote().start(
-                module, words, output=self.output_path, env=environment, cwd=cwd
+                module, words, output=self.output_path, env=environment, cwd=cwd, streams=streams
             )
             return
         with self.output_path.open("wb") as output:
@@ -144,11 +149,17 @@ class Cluster:
         self.http_port = 0
         self._commands: list[Command] = []
 
-    def server(self, *args: object, env: Mapping[str, str] | None = None, ready: bool = True) -> Command:
+    def server(
+        self,
+        *args: object,
+        env: Mapping[str, str] | None = None,
+        ready: bool = True,
+        streams: Mapping[int, str] = NO_STREAMS,
+    ) -> Command:
         """Start the server; a later start uses the ports of the first start again."""
         command = self._start(
             "cloud_server", "--host", "127.0.0.1", "--port", self.port, "--http-port", self.http_port,
-            "--state-dir", self.state_dir, *args, folder=self.folder, env=env,
+            "--state-dir", self.state_dir, *args, folder=self.folder, env=env, streams=streams,
         )  # fmt: skip
         if ready:
             match = command.wait_for(r"ready: agents on \S+?:(\d+), status page on http://\S+?:(\d+)/")
@@ -156,7 +167,12 @@ class Cluster:
         return command
 
     def agent(
-        self, name: str, *args: object, env: Mapping[str, str] | None = None, forked: bool = not IS_COLD
+        self,
+        name: str,
+        *args: object,
+        env: Mapping[str, str] | None = None,
+        forked: bool = not IS_COLD,
+        streams: Mapping[int, str] = NO_STREAMS,
     ) -> Command:
         """Start an agent; enroll it first, unless it does not need to be or enrolls itself."""
         if not {"--insecure", "--join-token-file"} & set(args):
@@ -164,6 +180,7 @@ class Cluster:
         return self._start(
             "edge_agent", "--server", f"127.0.0.1:{self.port}", "--agent-id", name,
             "--state-dir", self.folder / name, *args, folder=self.folder, env=env, forked=forked,
+            streams=streams,
         )  # fmt: skip
 
     def enroll(self, name: str) -> Identity:
@@ -194,8 +211,11 @@ class Cluster:
         folder: Path,
         env: Mapping[str, str] | None,
         forked: bool = not IS_COLD,
+        streams: Mapping[int, str] = NO_STREAMS,
     ) -> Command:
-        command = Command(module, *args, folder=folder / "logs", env=env, forked=forked)
+        command = Command(
+            module, *args, folder=folder / "logs", env=env, forked=forked or bool(streams), streams=streams
+        )
         self._commands.append(command)
         return command
 

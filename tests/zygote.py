@@ -54,10 +54,23 @@ class Zygote:
         )
 
     def start(
-        self, module: str, args: Sequence[str], *, output: Path, env: Mapping[str, str], cwd: Path
+        self,
+        module: str,
+        args: Sequence[str],
+        *,
+        output: Path,
+        env: Mapping[str, str],
+        cwd: Path,
+        streams: Mapping[int, str],
     ) -> "ForkedProcess":
-        """Start `python -m module args` with this environment, and nothing of the zygote's own."""
-        pid = self.ask(start=[module, *args], output=str(output), env=dict(env), cwd=str(cwd))
+        """Start `python -m module args` with this environment, and nothing of the zygote's own.
+
+        Args:
+            streams: standard streams that are not as usual, by number; see `_spoil`.
+        """
+        pid = self.ask(
+            start=[module, *args], output=str(output), env=dict(env), cwd=str(cwd), streams=dict(streams)
+        )
         return ForkedProcess(self, pid)
 
     def ask(self, **request: Any) -> Any:
@@ -167,7 +180,9 @@ def fork(body: Callable[[], int]) -> int:
     os._exit(code)
 
 
-def _run_command(start: list[str], output: str, env: Mapping[str, str], cwd: str) -> int:
+def _run_command(
+    start: list[str], output: str, env: Mapping[str, str], cwd: str, streams: Mapping[str, str]
+) -> int:
     os.setsid()
     null, log = os.open(os.devnull, os.O_RDONLY), os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for source, target in ((null, 0), (log, 1), (log, 2)):
@@ -181,7 +196,31 @@ def _run_command(start: list[str], output: str, env: Mapping[str, str], cwd: str
     _arm()
     if module.startswith("cloud_server") and args[:1] != ["forget"]:
         _take_trainers_from_a_nursery()
+    for number, what in streams.items():
+        _spoil(int(number), what)
     return _run_module(module, args)
+
+
+def _spoil(number: int, what: str) -> None:
+    """Make a standard stream one that cannot be written, as the shell or a supervisor might.
+
+    Args:
+        number: 0, 1 or 2.
+        what: "closed", "no reader" for a pipe whose reader has gone, or the path of a file.
+    """
+    if what == "closed":
+        os.close(number)
+        name = ("stdin", "stdout", "stderr")[number]
+        # Python's own start does the same with a descriptor that is closed.
+        setattr(sys, name, None)
+        setattr(sys, f"__{name}__", None)
+        return
+    reading, writing = os.pipe()
+    os.close(reading)
+    descriptor = writing if what == "no reader" else os.open(what, os.O_RDWR | os.O_NOCTTY)
+    os.dup2(descriptor, number)
+    for each in {writing, descriptor}:
+        os.close(each)
 
 
 def _arm() -> None:

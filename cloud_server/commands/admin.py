@@ -1,7 +1,7 @@
 """The commands `cloud-server token`, `agents` and `forget`, which also work while the server runs."""
 
 import argparse
-import sys
+import io
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
@@ -20,7 +20,7 @@ from cloud_server.store import Store
 from cloud_server.upkeep import forgetting, forgotten
 from common import cli, clock
 from common.config import load
-from common.errors import NotFoundError, UsageError
+from common.errors import NotFoundError, RunError, UsageError
 from common.faults import Point, crash_point
 
 DEFAULT_TTL_SECONDS = 3600.0
@@ -34,6 +34,7 @@ def main(argv: Sequence[str]) -> int:
     Raises:
         UsageError: there is no such token or agent, or the state directory cannot be used.
         StorageError: the disk takes no data.
+        RunError: stdout cannot be written.
     """
     arguments = _parser().parse_args(argv)
     flags = {name: getattr(arguments, name) for name in ("state_dir", "tls_dir") if hasattr(arguments, name)}
@@ -47,13 +48,13 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    folder_flags = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
-    folder_flags.add_argument("--state-dir", metavar="DIR", type=Path, help="the server's")
-    folder_flags.add_argument("--tls-dir", metavar="DIR", type=Path, help="the server's")
-    folder_flags.add_argument("--config", metavar="FILE", type=Path, default=None, help="the server's")
+def _parser() -> cli.Parser:
+    folder_flags = cli.Parser(add_help=False, argument_default=argparse.SUPPRESS)
+    folder_flags.add_argument("--state-dir", metavar="DIR", help="the server's")
+    folder_flags.add_argument("--tls-dir", metavar="DIR", help="the server's")
+    folder_flags.add_argument("--config", metavar="FILE", default=None, help="the server's")
 
-    parser = argparse.ArgumentParser(
+    parser = cli.Parser(
         prog="cloud-server", description="Let agents in, and keep them out. The server may run meanwhile."
     )
     nouns = parser.add_subparsers(required=True, metavar="token|agents|forget")
@@ -66,14 +67,14 @@ def _parser() -> argparse.ArgumentParser:
     create.set_defaults(do=_create_token)
     token.add_parser("list", parents=[folder_flags], help="all of them").set_defaults(do=_list_tokens)
     revoke = token.add_parser("revoke", parents=[folder_flags], help="nobody enrolls with it any more")
-    revoke.add_argument("token_id", metavar="ID", help="as `token list` shows it")
+    revoke.add_argument("token_id", metavar="ID", type=_name, help="as `token list` shows it")
     revoke.set_defaults(do=_revoke_token)
     agents = nouns.add_parser("agents", help="enrolled agents").add_subparsers(required=True)
     agents.add_parser("list", parents=[folder_flags], help="all of them").set_defaults(do=_list_agents)
     revoke = agents.add_parser(
         "revoke", parents=[folder_flags], help="cut an agent off, at once and for good"
     )
-    revoke.add_argument("agent_id", metavar="AGENT", help="its id")
+    revoke.add_argument("agent_id", metavar="AGENT", type=_name, help="its id")
     revoke.set_defaults(do=_revoke_agent)
     forget = nouns.add_parser(
         "forget",
@@ -82,7 +83,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Delete everything an agent has sent, and what is recorded of it; published models stay."
         " It is revoked. Works while the server runs, and when not; once begun it is done to the end.",
     )
-    forget.add_argument("agent_id", metavar="AGENT", help="its id")
+    forget.add_argument("agent_id", metavar="AGENT", type=_name, help="its id")
     forget.set_defaults(do=_forget_agent)
     return parser
 
@@ -109,7 +110,7 @@ def _authority(config: ServerConfig, *, make: bool = False) -> Iterator[Authorit
         )
     with closing(Authority(config.tls_folder)) as authority:
         if is_new:
-            print(f"made a CA in {config.tls_folder}", file=sys.stderr)  # noqa: T201
+            cli.print_note(f"made a CA in {config.tls_folder}")
         yield authority
 
 
@@ -133,7 +134,7 @@ def _forget_agent(config: ServerConfig, arguments: argparse.Namespace) -> None:
         raise UsageError(
             f"there is no agent {agent_id!r} in {config.state_dir}: name one, and the server's --state-dir"
         )
-    print(f"agent {agent_id} is revoked; nothing of it is kept here (any more)")  # noqa: T201
+    cli.print_done(f"agent {agent_id} is revoked; nothing of it is kept here (any more)")
 
 
 def _forget(state_dir: Path, agent_id: str) -> ForgettingRow:
@@ -173,20 +174,24 @@ def _ask_to_forget(store: Store, agent_id: str) -> str:
 def _print_forgotten(agent_id: str, row: ForgettingRow, *, is_enrolled: bool) -> None:
     """Print that the agent is forgotten, and which published models have used its data."""
     how = "and revoked" if is_enrolled else "but was not enrolled: with --insecure anybody may take its name"
-    print(f"agent {agent_id} is forgotten, {how}; in provenance.jsonl it is {row.pseudonym}")  # noqa: T201
-    if not row.models:
-        print("no published model had used its data")  # noqa: T201
-        return
-    print("published models that had used its data, and stay; later ones come of them:")  # noqa: T201
-    for number, digest in row.models:
-        print(f"round {number}: {digest}")  # noqa: T201
+    models = ["no published model had used its data"]
+    if row.models:
+        models = ["published models that had used its data, and stay; later ones come of them:"]
+        models += [f"round {number}: {digest}" for number, digest in row.models]
+    cli.print_done(
+        f"agent {agent_id} is forgotten, {how}; in provenance.jsonl it is {row.pseudonym}", "\n".join(models)
+    )
 
 
 def _create_token(config: ServerConfig, arguments: argparse.Namespace) -> None:
     with _authority(config, make=True) as authority:
         if doubt := clock.doubt(authority.now(), authority.newest_record()):
             cli.warn("cloud-server", doubt)
-        print(authority.create_token(arguments.uses, arguments.ttl_seconds))  # noqa: T201
+        try:
+            with authority.token_to_show(arguments.uses, arguments.ttl_seconds) as token:
+                cli.print_result(token)
+        except RunError as error:
+            raise RunError(f"{error}; the new token, which nobody has seen, is revoked") from error
 
 
 def _list_tokens(config: ServerConfig, _: argparse.Namespace) -> None:
@@ -209,7 +214,7 @@ def _list_tokens(config: ServerConfig, _: argparse.Namespace) -> None:
 def _revoke_token(config: ServerConfig, arguments: argparse.Namespace) -> None:
     with _authority(config) as authority:
         authority.revoke_token(arguments.token_id)
-    print(f"token {arguments.token_id} is revoked; agents that enrolled with it stay")  # noqa: T201
+    cli.print_done(f"token {arguments.token_id} is revoked; agents that enrolled with it stay")
 
 
 def _list_agents(config: ServerConfig, _: argparse.Namespace) -> None:
@@ -234,14 +239,14 @@ def _revoke_agent(config: ServerConfig, arguments: argparse.Namespace) -> None:
     with _authority(config) as authority:
         authority.revoke_agent(arguments.agent_id)
         agents, tokens, now = authority.agents(), authority.tokens(), authority.now()
-    print(f"agent {arguments.agent_id} is revoked")  # noqa: T201
     (agent,) = (each for each in agents if each.agent_id == arguments.agent_id)
     (token,) = (each for each in tokens if each.token_id == agent.token_id)
-    if _token_state(token, now) == "live":
-        print(  # noqa: T201
-            f"whoever has the token that it enrolled with can still enroll others:"
-            f" cloud-server token revoke {token.token_id}"
-        )
+    advice = (
+        f"whoever has the token that it enrolled with can still enroll others:"
+        f" cloud-server token revoke {token.token_id}"
+    )
+    is_live = _token_state(token, now) == "live"
+    cli.print_done(f"agent {arguments.agent_id} is revoked", advice if is_live else "")
 
 
 def _token_state(row: TokenRow, now: float) -> str:
@@ -266,7 +271,15 @@ def _print_table(headings: list[str], rows: list[list[str]]) -> None:
         table.add_column(heading, overflow="fold")
     for row in rows:
         table.add_row(*row)
-    Console(width=160, markup=False, highlight=False).print(table)
+    text = io.StringIO()
+    Console(file=text, width=160, markup=False, highlight=False).print(table)
+    cli.print_result(text.getvalue().rstrip("\n"))
+
+
+def _name(text: str) -> str:
+    if not text.isprintable():
+        raise argparse.ArgumentTypeError("should be printable characters")
+    return text
 
 
 def _positive(text: str) -> float:

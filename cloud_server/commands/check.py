@@ -11,7 +11,7 @@ import shutil
 import sqlite3
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import closing, suppress
+from contextlib import closing
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,8 +27,9 @@ from cloud_server.store import Store
 from cloud_server.upkeep import provenance
 from cloud_server.upkeep.forgotten import forgettings, to_forget
 from cloud_server.upkeep.retired import needed_blobs
-from common.config import RunConfig
-from common.errors import RunError, UsageError
+from common import cli
+from common.config import RunConfig, expand_home
+from common.errors import RunError, UsageError, one_line
 from common.run_state import Phase
 from common.transfer import DIGEST, blob_of
 
@@ -57,20 +58,28 @@ def main(argv: Sequence[str]) -> int:
 
     Raises:
         UsageError: the folder is not a state directory, or a server uses it.
+        RunError: stdout cannot be written.
     """
-    parser = argparse.ArgumentParser(
+    parser = cli.Parser(
         prog="cloud-server check",
         description="Verify every digest and record of a server that is stopped. Changes nothing."
         " Exits with 0 when all is well, 1 when anything is wrong, 2 when there is nothing to check.",
     )
-    parser.add_argument("state", metavar="STATE", type=Path, help="the server's --state-dir")
+    parser.add_argument("state", metavar="STATE", type=_folder, help="the server's --state-dir")
     state_dir: Path = parser.parse_args(argv).state
     with unused(StateDir(state_dir)):
         check = Check(StateDir(state_dir))
         for problem in check.problems():
-            print(problem, flush=True)  # noqa: T201
-    print(check.summary())  # noqa: T201
+            cli.print_result(one_line(str(problem)))
+    cli.print_result(check.summary())
     return 1 if check.num_problems else 0
+
+
+def _folder(text: str) -> Path:
+    try:
+        return expand_home(Path(text))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 class Check:
@@ -115,8 +124,7 @@ class Check:
         with tempfile.TemporaryDirectory(prefix="ecavg-check-") as folder:
             copy = StateDir(Path(folder)).database
             for suffix in ("", "-wal"):
-                with suppress(FileNotFoundError):
-                    shutil.copyfile(f"{self._state_dir.database}{suffix}", f"{copy}{suffix}")
+                _copy_if_there(Path(f"{self._state_dir.database}{suffix}"), Path(f"{copy}{suffix}"))
             damage = list(_database_problems(copy, self._state_dir))
             yield from damage
             if damage:
@@ -357,6 +365,23 @@ class Check:
                 yield Problem(self._where(path), "it is no agent's upload", _REMOVE)
             else:
                 self._num_partials += 1
+
+
+def _copy_if_there(source: Path, target: Path) -> None:
+    """Copy a file; do nothing if it does not exist.
+
+    Raises:
+        UsageError: the file cannot be read, or the copy cannot be written.
+    """
+    try:
+        shutil.copyfile(source, target)
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        raise UsageError(
+            f"cannot copy {source} to {target.parent}: {error.strerror}; the variable TMPDIR can name another"
+            " folder for the copy"
+        ) from error
 
 
 def _database_problems(copy: Path, state_dir: StateDir) -> Iterator[Problem]:

@@ -24,7 +24,7 @@ def locked(state_dir: StateDir) -> Iterator[None]:
         InUseError: another process has it.
     """
     # The kernel lets go of the lock when the process ends, however it ends; the text only tells who it was.
-    with state_dir.lock.open("a+") as file:
+    with state_dir.lock.open("a+", encoding="utf-8", errors="replace") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -47,7 +47,7 @@ def unused(state_dir: StateDir) -> Iterator[None]:
     """
     if not state_dir.lock.is_file() or not state_dir.blobs.is_dir():
         raise UsageError(f"{state_dir} is no state directory: name the one that cloud-server has")
-    with state_dir.lock.open() as file:
+    with state_dir.lock.open(encoding="utf-8", errors="replace") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -255,6 +255,21 @@ class Authority:
             )
         return str(token)
 
+    @contextmanager
+    def token_to_show(self, uses: int, ttl_seconds: float) -> Iterator[str]:
+        """Make a join token for the body to show; it is revoked if the body raises, as nobody has seen it.
+
+        Args:
+            uses: as for `create_token`.
+            ttl_seconds: as for `create_token`.
+        """
+        token = self.create_token(uses, ttl_seconds)
+        try:
+            yield token
+        except BaseException:
+            self.revoke_token(tls.JoinToken.parse(token).token_id)
+            raise
+
     def tokens(self) -> list[TokenRow]:
         """Return every token that was ever made, the latest last."""
         rows = self._read(

@@ -25,6 +25,7 @@ import structlog
 
 from cloud_server.jobs import JobDirectory, pending_jobs
 from cloud_server.state_dir import StateDir
+from common import cli
 from common.errors import UsageError
 from common.telemetry import configure_logging
 
@@ -38,24 +39,31 @@ log = structlog.get_logger()
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the trainer and return the exit code of the process."""
+    return cli.enter("trainer", lambda: _start(argv))
+
+
+def _start(argv: Sequence[str] | None) -> int:
+    """Do jobs until the process is ended, alone or as the launcher of several ranks."""
     arguments = _parser().parse_args(argv)
     # The default action of a signal ends the process even inside a call of PyTorch. Python's handler would
     # only run after that call.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     threading.Thread(target=_exit_with_server, daemon=True).start()
     configure_logging()
+    if "RANK" not in os.environ and (num_ranks := _num_gpus(arguments.device)) > 1:
+        return _launch(num_ranks, arguments)
     try:
-        if "RANK" not in os.environ and (num_ranks := _num_gpus(arguments.device)) > 1:
-            return _launch(num_ranks, arguments)
         _work(StateDir(arguments.state_dir), arguments.device)
-    except UsageError as error:
-        print(f"trainer: {error}", file=sys.stderr)  # noqa: T201
-        return error.exit_code
+    except Exception as error:
+        if not isinstance(error, UsageError):
+            # Nobody sees what this process does but in its log.
+            log.exception("trainer_failed")
+        raise
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> cli.Parser:
     """Return the parser of the command line."""
-    parser = argparse.ArgumentParser(
+    parser = cli.Parser(
         prog="python -m cloud_server.trainer",
         description="Do the training of a cloud-server. The server starts this by itself;"
         " run it under torchrun to train on several machines.",

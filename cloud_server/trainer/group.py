@@ -8,6 +8,7 @@ from typing import NamedTuple, Self
 import torch
 import torch.distributed as dist
 
+from common.errors import UsageError
 from common.training import select_device
 
 # A rank waits within a collective for the next job, or until rank 0 has averaged, which may take any time.
@@ -28,11 +29,18 @@ class Group(NamedTuple):
         """Join the other ranks, if torchrun's variables in the environment say that there are any.
 
         Raises:
-            UsageError: this machine has no such device.
+            UsageError: this machine has no such device, or the variables are not those of torchrun.
         """
-        if int(environ.get("WORLD_SIZE", "1")) == 1:
+        if (environ.get("WORLD_SIZE") or "1") == "1":
             return cls()
-        group = cls(*(int(environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")))
+        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+        try:
+            group = cls(*(int(environ[name]) for name in names))
+        except (KeyError, ValueError) as error:
+            raise UsageError(
+                f"the environment has WORLD_SIZE, but {', '.join(names)} are not three numbers: start the"
+                " trainer with torchrun, or remove these variables"
+            ) from error
         device = group.device(device_name)
         if device.type == "cuda":
             torch.cuda.set_device(device)

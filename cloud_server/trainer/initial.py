@@ -14,7 +14,7 @@ import structlog
 import torch
 from torch import nn
 
-from common.config import RunConfig
+from common.config import RunConfig, expand_home
 from common.errors import InvalidError, RunError, UsageError
 from common.models import build_model
 from common.proxy import route_of_download
@@ -62,6 +62,10 @@ def _load_file(model: nn.Module, path: Path, run: RunConfig) -> None:
     Raises:
         UsageError: the file cannot be read, is not valid, or does not fit the model.
     """
+    try:
+        path = expand_home(path)
+    except ValueError as error:
+        raise UsageError(f"run.initial_weights: {error}") from error
     try:
         check_finite(path, read_header(path))
         load_into(model, path)
@@ -140,7 +144,13 @@ def _fetch(weights: Any) -> StateDict:
         OSError: the disk has no room for the download.
     """
     name = weights.url.rpartition("/")[2]
-    path = Path(torch.hub.get_dir(), "checkpoints", name)
+    try:
+        path = expand_home(Path(torch.hub.get_dir(), "checkpoints", name))
+    except ValueError as error:
+        raise UsageError(
+            "run.initial_weights: there is no folder for the published weights, because this user has no home"
+            " folder: set HOME or TORCH_HOME"
+        ) from error
     if path.exists():
         # PyTorch checks the digest only when it downloads the file.
         _check_digest(path)

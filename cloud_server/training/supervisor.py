@@ -114,7 +114,7 @@ class TrainerProcess:
             async with self._started() as process:
                 return await self._wait_for_exit(process)
         except OSError as error:
-            # The system has no process or memory left, or the log is not writable.
+            # The system has no process or memory left.
             log.error("trainer_not_started", reason=str(error))
             return os.EX_OSERR
 
@@ -132,7 +132,7 @@ class TrainerProcess:
     @asynccontextmanager
     async def _started(self) -> AsyncIterator[Process]:
         """Start a trainer, and end the trainer when the context ends."""
-        with _pipe() as (stdin, server_end), _append_to(self._log_path) as output:
+        with _pipe() as (stdin, server_end), _open_log(self._log_path) as output:
             process = await create_subprocess_exec(
                 *self._command, stdin=stdin, stdout=output, stderr=output, process_group=0
             )
@@ -177,8 +177,13 @@ def _pipe() -> Iterator[tuple[BinaryIO, BinaryIO]]:
         yield reader, writer
 
 
-def _append_to(path: Path) -> BinaryIO:
-    return path.open("ab")
+def _open_log(path: Path) -> BinaryIO:
+    """Open the log of the trainer; if it cannot be written, the trainer works without a log."""
+    try:
+        return path.open("ab")
+    except OSError as error:
+        log.warning("trainer_log_not_written", reason=str(error))
+        return Path(os.devnull).open("ab")
 
 
 def _rotate(log_path: Path) -> None:

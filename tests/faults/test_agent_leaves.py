@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from common import rpc
+from common.config import CLASS_NAMES
 from common.errors import BudgetError, InvalidError, NotFoundError, Reason, UnavailableError, UsageError
 from common.run_state import Phase, PublishedModel, RunState, Verdict
 from common.transfer import Blob
@@ -38,7 +39,9 @@ class Steered(Client):
 
     async def join(self, class_names: Sequence[str] = ()) -> Joined:
         self.num_joins += 1
-        return Joined(self.run_ids[min(self.num_joins, len(self.run_ids)) - 1], RUN, 1, 1)
+        # The classes are named already, so that the agent joins once.
+        run = RUN.model_copy(update={"class_names": CLASS_NAMES["digits"]})
+        return Joined(self.run_ids[min(self.num_joins, len(self.run_ids)) - 1], run, 1, 1)
 
     async def watch(self) -> AsyncIterator[RunState]:
         while True:
@@ -281,8 +284,8 @@ async def test_agent_that_is_not_known_at_its_upload_joins_again(
     async def refuse(*args: Any) -> None:
         raise UnknownAgentError("who?")
 
-    async def join_and_hear() -> Joined:
-        joined = await join()
+    async def join_and_hear(class_names: Sequence[str]) -> Joined:
+        joined = await join(class_names)
         started.send(over=started.client.num_joins == 2)
         return joined
 

@@ -87,7 +87,7 @@ def check_config(content: bytes) -> None:
         )
         for config_class, flags in loaders:
             try:
-                config.load(config_class, env_prefix="X_", config_file=path, flags=flags, environ={})
+                config.load(config_class, env_prefix="X_", config_file=str(path), flags=flags, environ={})
             except UsageError as error:
                 _is_one_line(error)
     try:

@@ -276,7 +276,7 @@ WRONG_HOSTS = {
     "localhost:50051": "localhost",
     "tcp://localhost": "localhost",
     "localhost/": "localhost",
-    "": None,
+    " ": None,
     "*": None,
     "my host": None,
     "192.0.2.300": None,

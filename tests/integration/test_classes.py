@@ -44,6 +44,7 @@ def test_device_with_other_class_folders_is_refused_with_both_lists(cluster: Clu
     assert other.wait() == 2
     assert "not Dog; here are Dog, cat, fish, the run has cat, dog, fish" in last_line(other)
     assert "Traceback" not in other.output
+    assert "agent_refused" in server.output
 
     (tmp_path / "other/train/Dog").rename(tmp_path / "other/train/dog")
     other = cluster.agent("edge-2", "--data", tmp_path / "other")

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import closing
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,6 +19,7 @@ from cloud_server.state_dir import StateDir
 from common import tls
 from tests.conftest import need
 from tests.processes import ROOT, Cluster, Command
+from tests.zygote import IS_COLD
 
 DAY = 86400
 YEAR = 365.25 * DAY
@@ -60,12 +62,12 @@ class TimedCluster(Cluster):
         self,
         module: str,
         *args: object,
-        folder: Path,
         env: Mapping[str, str] | None,
-        forked: bool = True,
+        forked: bool = not IS_COLD,
+        **options: Any,
     ) -> Command:
         has_clock = "LD_PRELOAD" in (env or {})
-        return super()._start(module, *args, folder=folder, env=env, forked=forked and not has_clock)
+        return super()._start(module, *args, env=env, forked=forked and not has_clock, **options)
 
 
 @pytest.fixture(scope="session")

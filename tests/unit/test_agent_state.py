@@ -89,11 +89,19 @@ def test_damaged_progress_says_what_to_do(disk: AgentState) -> None:
         AgentState(disk.path, None)
 
 
-@pytest.mark.parametrize("content", [b"\x80\x04\x95", b"../edge", b"edge 1"])
-def test_damaged_agent_id_is_named(content: bytes, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [(b"\x80\x04\x95", "not UTF-8 text"), (b"../edge", "damaged; remove"), (b"edge 1", "damaged; remove")],
+)
+def test_damaged_agent_id_is_named(content: bytes, what: str, tmp_path: Path) -> None:
     (tmp_path / "agent-id").write_bytes(content)
-    with pytest.raises(UsageError, match=r"agent-id is damaged; remove"):
+    with pytest.raises(UsageError, match=rf"agent-id is {what}"):
         AgentState(tmp_path, None)
+
+
+def test_agent_id_may_have_been_written_on_windows(tmp_path: Path) -> None:
+    (tmp_path / "agent-id").write_bytes("edge-1\r\n".encode("utf-16"))
+    assert AgentState(tmp_path, None).agent_id == "edge-1"
 
 
 def test_only_what_is_needed_stays(disk: AgentState) -> None:

@@ -3,15 +3,19 @@
 import asyncio
 import errno
 import os
+import sqlite3
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
+from cloud_server.config import ServerConfig
 from common import cli
 from common.errors import InvalidError, UsageError, one_line
+from edge_agent.config import AgentConfig, data_root
 from tests.processes import ROOT
 
 
@@ -30,6 +34,23 @@ def raising(error: Exception) -> Callable[[], int]:
         (OSError(errno.ENOSPC, "No space left", "/a/b"), 1, "edge-agent: No space left: /a/b"),
         (OSError(errno.EIO, "Input/output error"), 1, "edge-agent: Input/output error"),
         (OSError("cannot write /a:\nit broke"), 1, "edge-agent: cannot write /a: it broke"),
+        (
+            MemoryError(), 1,
+            "edge-agent: there is no memory left: end other programs, or use a smaller model or batch",
+        ),
+        (
+            ImportError("libgomp.so.1: cannot open"), 1,
+            "edge-agent: a library cannot be loaded (libgomp.so.1: cannot open): give it more memory, or"
+            " install this program again",
+        ),
+        (
+            RuntimeError("can't start new thread"), 1,
+            "edge-agent: can't start new thread: raise the limit on the processes of this user or container",
+        ),
+        (
+            sqlite3.DatabaseError("disk image is malformed"), 1,
+            "edge-agent: the database cannot be used: disk image is malformed",
+        ),
         (
             KeyError("x"), 1,
             "edge-agent: KeyError: 'x'; a fault of this program: --log-level debug shows more",
@@ -86,3 +107,71 @@ def test_threads_that_are_done_do_not_end_the_process(monkeypatch: pytest.Monkey
         return await asyncio.to_thread(lambda: 4)
 
     assert cli.run("edge-agent", body) == 4
+
+
+def test_interrupted_command_ends_without_a_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+    def body() -> int:
+        raise KeyboardInterrupt
+
+    assert cli.enter("cloud-server", body) == 130
+    assert capsys.readouterr().err == ""
+
+
+def test_empty_variables_count_as_not_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ("HOME", "TORCH_LOGS", "XDG_CACHE_HOME", "CUDA_VISIBLE_DEVICES")
+    for name in names:
+        monkeypatch.setenv(name, "")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/cache")
+    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", "/nowhere")
+
+    def body() -> int:
+        left = {*names, "PROMETHEUS_MULTIPROC_DIR"} & {*os.environ}
+        assert left == {"XDG_CACHE_HOME", "CUDA_VISIBLE_DEVICES"}
+        return 5
+
+    assert cli.enter("cloud-server", body) == 5
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    return tmp_path
+
+
+def server_config(*argv: str) -> ServerConfig:
+    return cli.parse_command_line(
+        cli.Parser(), ServerConfig, "ECAVG_SERVER_", argv, default_preset="digits-mlp"
+    )
+
+
+def test_home_is_filled_in_wherever_a_path_comes_from(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (home / "server.toml").write_text('state_dir = "~/file"\nhttp_token_file = "~/token"\n', "utf-8")
+    monkeypatch.setenv("ECAVG_SERVER_TLS_DIR", "~/environment")
+    config = server_config("--config", "~/server.toml", "--state-dir", "~/flag")
+    paths = (config.state_dir, config.tls_dir, config.http_token_file)
+    assert paths == (home / "flag", home / "environment", home / "token")
+    (home / "images").mkdir()
+    argv = ("--server", "a:1", "--data", "~/images")
+    assert cli.parse_command_line(cli.Parser(), AgentConfig, "X_", argv).data == str(home / "images")
+    assert data_root(None) == home / ".cache/ecavg"
+
+
+@pytest.mark.parametrize("value", ["~nobody-of-this-name", "relative"])
+def test_home_that_is_not_known_is_named(value: str, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", value)
+    with pytest.raises(UsageError, match="the home folder in '~/x' is not known: set HOME"):
+        server_config("--state-dir", "~/x")
+    with pytest.raises(UsageError, match="name a folder for the datasets with --data-dir, or set HOME"):
+        data_root(None)
+
+
+def test_empty_values_count_as_not_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "server.toml"
+    file.write_text('tls_dir = ""\nhost = ""\nhttp_host = "::1"\n', "utf-8")
+    for name in ("STATE_DIR", "PORT", "HTTP_HOST", "RUN__SEED", "RUN"):
+        monkeypatch.setenv(f"ECAVG_SERVER_{name}", "")
+    config = server_config("--config", str(file), "--http-port", "", "--host", "")
+    assert config == server_config("--http-host", "::1")
+    argv = ("--server", "a:1", "--agent-id", "", "--data", "", "--allow-factory", "", "--share-data", "")
+    given = cli.parse_command_line(cli.Parser(), AgentConfig, "X_", argv)
+    assert given == cli.parse_command_line(cli.Parser(), AgentConfig, "X_", argv[:2])

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 from safetensors import SafetensorError
 
-from common.files import error_number, is_full, link
+from common.errors import UsageError
+from common.files import MAX_TEXT_BYTES, error_number, is_full, link, read_text
 
 
 @pytest.fixture
@@ -77,3 +78,52 @@ def test_a_disk_that_refuses_for_another_reason_is_not_full(number: int) -> None
 def test_the_number_of_the_error_counts_more_than_its_text() -> None:
     assert not is_full(OSError(errno.EACCES, "after (os error 28)"))
     assert error_number(ValueError("28")) is None
+
+
+@pytest.mark.parametrize(
+    ("encoding", "prefix"), [("utf-8", b""), ("utf-8-sig", b""), ("utf-16", b""), ("utf-16-be", b"\xfe\xff")]
+)
+def test_small_text_file_is_read_in_the_encodings_that_editors_write(
+    encoding: str, prefix: bytes, tmp_path: Path
+) -> None:
+    file = tmp_path / "token"
+    file.write_bytes(prefix + " Käse\r\n".encode(encoding))
+    assert read_text(file, "token file") == " Käse\r\n"
+
+
+def make_large(file: Path) -> None:
+    file.write_bytes(b"x" * (MAX_TEXT_BYTES + 1))
+
+
+def make_loop(file: Path) -> None:
+    file.symlink_to(file)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda file: file.write_bytes("Käse".encode("latin-1")), "is not UTF-8 text: save it as UTF-8"),
+        (lambda file: file.write_bytes(b"\xff\xfex"), "is not UTF-8 text: save it as UTF-8"),
+        (lambda file: file.mkdir(), "Is a directory"),
+        (lambda file: file.symlink_to("/dev/zero"), "has more than 64 KiB: name the right file"),
+        (make_large, "has more than 64 KiB: name the right file"),
+        (make_loop, "Too many levels of symbolic links"),
+        (lambda file: None, "No such file or directory"),
+    ],
+)  # fmt: skip
+def test_text_file_that_cannot_be_read_is_named(make, message: str, tmp_path: Path) -> None:
+    file = tmp_path / "token"
+    make(file)
+    with pytest.raises(UsageError, match=message) as error:
+        read_text(file, "token file")
+    assert f"token file {file}" in str(error.value)
+
+
+def test_pipe_is_read_to_its_end_and_one_that_nobody_writes_to_is_empty(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "named")
+    assert read_text(tmp_path / "named", "token file") == ""
+    reading, writing = os.pipe()
+    os.write(writing, b"token\n")
+    os.close(writing)
+    assert read_text(Path(f"/dev/fd/{reading}"), "token file") == "token\n"
+    os.close(reading)

@@ -327,3 +327,15 @@ def test_file_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
     path.unlink()
     path.mkdir()
     assert refusal(digits(path)) == f"run.initial_weights: cannot read {path}: Is a directory"
+
+
+def test_without_a_home_the_published_weights_have_no_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("TORCH_HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", "~")
+    assert "set HOME or TORCH_HOME" in refusal(cifar("resnet18"))
+
+
+def test_home_is_filled_in_before_the_name_of_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert str(tmp_path / "w.safetensors") in refusal(digits(Path("~/w.safetensors")))

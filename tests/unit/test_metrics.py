@@ -14,6 +14,7 @@ from edge_agent.metrics import AgentMetrics
 from edge_agent.metrics import Phase as AgentPhase
 
 SERVER_CONTRACT = {
+    "ecavg_log_lines_dropped_total": set(),
     "ecavg_server_rounds_total": {"outcome"},
     "ecavg_server_round": set(),
     "ecavg_server_phase": {"phase"},
@@ -32,6 +33,7 @@ SERVER_CONTRACT = {
     "grpc_server_handling_seconds": {"grpc_service", "grpc_method"},
 }
 AGENT_CONTRACT = {
+    "ecavg_log_lines_dropped_total": set(),
     "ecavg_agent_phase": {"phase"},
     "ecavg_agent_pretrain_loss": set(),
     "ecavg_agent_accuracy_ratio": {"stage"},

@@ -255,3 +255,13 @@ def test_the_trainer_is_this_python(tmp_path):
     assert command == [
         sys.executable, "-m", "cloud_server.trainer", "--state-dir", str(tmp_path), "--device", "cpu"
     ]  # fmt: skip
+
+
+async def test_trainer_works_without_a_log_that_cannot_be_opened(tmp_path, fifo):
+    (tmp_path / "trainer.log").mkdir()
+    trainer = TrainerProcess(tmp_path, command=shell(f"echo lost; echo at work > {fifo}; exec sleep 60"))
+    with capture_logs() as events:
+        await trainer.start()
+        assert await line_of(fifo) == "at work"
+        await trainer.stop()
+    assert [event["event"] for event in events] == ["trainer_log_not_written"]

@@ -406,7 +406,7 @@ def test_beyond_loopback_there_is_always_a_token(tmp_path: Path) -> None:
     file.write_text("short\n", "utf-8")
     with pytest.raises(UsageError, match="is too short: write 16 characters"):
         telemetry.http_token("127.0.0.1", file, default)
-    with pytest.raises(UsageError, match="cannot use the token file"):
+    with pytest.raises(UsageError, match="cannot read token file"):
         telemetry.http_token("127.0.0.1", tmp_path, default)
 
 
