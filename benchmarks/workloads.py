@@ -52,7 +52,8 @@ class Blocks(nn.Module):
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         # One value is used, because a model of which nothing can be trained is refused.
-        return x_BCHW.new_zeros(len(x_BCHW), self.num_classes) + self.blocks[0][0]
+        logits: Tensor = x_BCHW.new_zeros(len(x_BCHW), self.num_classes) + self.blocks[0][0]
+        return logits
 
 
 def _torchvision(name: str, num_classes: int) -> nn.Module:
