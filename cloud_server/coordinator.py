@@ -186,7 +186,9 @@ class Coordinator:
                 await self._publish(job, await self._jobs.finish(job, self._show_progress))
 
     def _round_job(self) -> Job:
-        return records.round_job(self._ledger.round, self._config.run, self._config.device)
+        return records.round_job(
+            self._ledger.round, self._config.run, self._config.device, self._ledger.planned_rounds
+        )
 
     def _check_wanted(self, job: Job) -> None:
         """Raise JobWithdrawnError if the job counts an agent that has been forgotten since."""

@@ -36,6 +36,7 @@ class Membership:
     slot: int
     num_partitions: int
     probe: tuple[float, ...]
+    planned_rounds: int
 
 
 class Desk:
@@ -82,7 +83,9 @@ class Desk:
         slot = await self._ledger.join(agent_id, class_names, self._uploads.let_in)
         run = self._run.config.model_copy(update={"class_names": self._ledger.class_names})
         num_partitions = run.num_partitions or self._ledger.policy.max_agents
-        return Membership(self._run.run_id, run, slot, num_partitions, self._run.probe)
+        return Membership(
+            self._run.run_id, run, slot, num_partitions, self._run.probe, self._run.planned_rounds
+        )
 
     def watch(self, agent_id: str) -> AsyncIterator[RunState]:
         """Yield the state now, then after each change; slow readers skip states, never the latest."""

@@ -66,6 +66,8 @@ class Job(FrozenModel):
     # The digest of the weights from which the agents' pre-training started.
     initial_weights: str | None
     contributions: tuple[Contribution, ...] = ()
+    # How many rounds the learning-rate schedule of the run is for.
+    planned_rounds: int = 1
 
 
 class Progress(FrozenModel):
@@ -153,7 +155,7 @@ class Result(FrozenModel):
     # The duration of the steps "audit", "aggregate", "fine_tune" and "evaluate".
     seconds: dict[str, float] = Field(default_factory=dict)
     error: JobError | None = None
-    # Outputs of the initial model, for the probe of common/probe.py; empty in the result of a round.
+    # Outputs of the initial model, for the probe of common/rehearsal.py; empty in the result of a round.
     probe: tuple[float, ...] = ()
     num_parameters: int | None = None
     # Seconds since the epoch.

@@ -82,6 +82,11 @@ class Ledger:
         return self._round.policy
 
     @property
+    def planned_rounds(self) -> int:
+        """Return how many rounds the learning-rate schedule of the run is for."""
+        return self._run.planned_rounds
+
+    @property
     def class_names(self) -> tuple[str, ...]:
         """Return the names of the classes, label 0 first; empty as long as nobody has named them."""
         return self._classes.names

@@ -69,7 +69,7 @@ def initialise_job(run: RunConfig, device: str) -> Job:
     return Job(kind="initialise", name="initialise", round=0, run=run, device=device, initial_weights=None)
 
 
-def round_job(round_: Round, run: RunConfig, device: str) -> Job:
+def round_job(round_: Round, run: RunConfig, device: str, planned_rounds: int) -> Job:
     """Return the job that makes the global model of a round that has closed."""
     return Job(
         kind="round",
@@ -79,6 +79,7 @@ def round_job(round_: Round, run: RunConfig, device: str) -> Job:
         device=device,
         initial_weights=round_.initial_digest,
         contributions=tuple(contribution for _, contribution in sorted(round_.contributions.items())),
+        planned_rounds=planned_rounds,
     )
 
 

@@ -27,8 +27,10 @@ class Run:
     config: RunConfig
     # The names, shapes and dtypes of the model's weights: every upload is checked against them.
     weights_schema: schema.Schema
-    # Outputs of the model, by which agents know that they have the same one: see common/probe.py.
+    # Outputs of the model, by which agents know that they have the same one: see common/rehearsal.py.
     probe: tuple[float, ...]
+    # How many rounds the learning-rate schedule is for; see common/schedule.py.
+    planned_rounds: int
 
 
 async def open_run(config: ServerConfig, store: Store, jobs: JobRunner, clock: Callable[[], float]) -> Run:
@@ -51,7 +53,7 @@ async def open_run(config: ServerConfig, store: Store, jobs: JobRunner, clock: C
     first = await asyncio.to_thread(store.round, 1)
     assert first is not None
     header = schema.read_header(store.blobs.path(first.initial_digest))
-    return Run(row.run_id, config.run, header.schema, row.probe)
+    return Run(row.run_id, config.run, header.schema, row.probe, row.planned_rounds)
 
 
 def adopt_model(store: Store, directory: JobDirectory, result: Result) -> None:
@@ -88,6 +90,12 @@ async def _begin(config: ServerConfig, store: Store, jobs: JobRunner, clock: Cal
     await when_disk_allows(lambda: to_the_end(asyncio.to_thread(adopt_model, store, directory, result)))
     run_json = config.run.model_dump_json()
     await asyncio.to_thread(
-        store.create_run, uuid.uuid4().hex, run_json, result.weights.sha256, clock(), result.probe
+        store.create_run,
+        uuid.uuid4().hex,
+        run_json,
+        result.weights.sha256,
+        clock(),
+        result.probe,
+        config.rounds or 1,
     )
     crash_point(Point.SERVER_RUN_CREATED)

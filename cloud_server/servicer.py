@@ -62,6 +62,7 @@ class ECAvgServicer(pb_grpc.ECAvgServicer):
             slot=joined.slot,
             num_partitions=joined.num_partitions,
             probe=joined.probe,
+            planned_rounds=joined.planned_rounds,
         )
 
     async def Watch(self, _: pb.WatchRequest, __: Any) -> AsyncIterator[pb.WatchEvent]:

@@ -121,6 +121,7 @@ class Store:
         initial_digest: str,
         now: float,
         probe: Sequence[float] = (),
+        planned_rounds: int = 1,
     ) -> None:
         """Record the run and its first round in one step.
 
@@ -129,8 +130,9 @@ class Store:
         """
         with self.transaction() as database:
             database.execute(
-                "INSERT INTO run (run_id, config_json, created_at, probe) VALUES (?, ?, ?, ?)",
-                (run_id, config_json, now, json.dumps(probe)),
+                "INSERT INTO run (run_id, config_json, created_at, probe, planned_rounds)"
+                " VALUES (?, ?, ?, ?, ?)",
+                (run_id, config_json, now, json.dumps(probe), planned_rounds),
             )
             _insert_round(database, 1, initial_digest, now)
 
@@ -413,6 +415,7 @@ def _run(row: Mapping[str, Any]) -> RunRow:
         probe=tuple(json.loads(row["probe"])),
         class_names=tuple(json.loads(row["class_names"])),
         class_names_of=row["class_names_of"],
+        planned_rounds=row["planned_rounds"],
     )
 
 

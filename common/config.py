@@ -183,6 +183,14 @@ class TrainingConfig(DocumentedModel):
     quarter and lowers it linearly after that.
     """
 
+    schedule_over: Literal["round", "run"] = "round"
+    """Whether each round has a schedule of its own, or the whole run has one.
+
+    `"run"`: pre-training and fine-tuning of all rounds follow one schedule, in the order in which they
+    happen. It is for the rounds that were asked for when the run began (one, where the run has no end). Each
+    round after those begins at a fifth of the learning rate and lowers it to 0.
+    """
+
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of each label that is spread evenly over all classes."""
 

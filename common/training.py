@@ -31,6 +31,7 @@ from common.checkpoint import CHECKPOINT_SECONDS, Checkpoints, Finished, fingerp
 from common.config import DatasetSpec, TrainingConfig
 from common.errors import DivergedError, UsageError
 from common.precision import Precision, decide, describe, has_bfloat16
+from common.schedule import Place, learning_rate_factor, whole
 
 # Reading the loss waits for the device, so it is not read at every step.
 REPORT_SECONDS = 0.1
@@ -70,6 +71,8 @@ class Recipe(NamedTuple):
     precision: Precision
     # Each epoch of N images is made by `batches.balanced_order`, instead of showing each image once.
     class_balanced: bool = False
+    # The place in the schedule of the run; None: the training has a schedule of its own.
+    place: Place | None = None
 
 
 class Ranks(NamedTuple):
@@ -371,20 +374,6 @@ def main_output(outputs: Any) -> Any:
     return outputs[0] if isinstance(outputs, (tuple, list)) and outputs else outputs
 
 
-def learning_rate_factor(schedule: str, step: int, num_steps: int) -> float:
-    """Return the factor of the learning rate at `step`, from 0 on: 1 at most, 0 after the last step.
-
-    "cosine" is SGDR's half wave (arXiv 1608.03983, eq. 5); "one-cycle" rises linearly over the first
-    quarter and falls linearly from there (arXiv 1708.07120).
-    """
-    if schedule == "cosine":
-        return 0.5 * (1 + math.cos(math.pi * step / num_steps))
-    if schedule == "one-cycle":
-        num_rising = math.ceil(num_steps / 4)
-        return min((step + 1) / num_rising, (num_steps - step) / (num_steps - num_rising + 1))
-    return 1.0
-
-
 class _Reports:
     """The losses on their way to `on_step`, now and then: reading a loss waits for the device."""
 
@@ -423,6 +412,7 @@ class _Training:
     ) -> None:
         self._data, self._balanced_N = data, balanced_N
         self._config, self._seed = recipe.config, recipe.seed
+        self._place = recipe.place or whole(recipe.config)
         self._rank, self._world_size = ranks
         # One image alone may have no variance.
         smallest = ranks.world_size * (2 if _batch_norms(model) else 1)
@@ -467,7 +457,7 @@ class _Training:
 
     def _step(self, step: int, draws: Draws, mine: slice, batch_size: int) -> Tensor:
         """Take one step of the optimizer; return the sum of the loss over this rank's part of the batch."""
-        factor = learning_rate_factor(self._config.schedule, step, self._num_steps)
+        factor = learning_rate_factor(self._config.schedule, self._place, step, len(self._batches))
         for group in self.optimizer.param_groups:
             group["lr"] = self._config.learning_rate * factor
         x_BCHW, y_B = draws.take(self._data, mine, self._config.augment)
@@ -504,7 +494,8 @@ def _touch_others(outputs: Any) -> Tensor | float:
 
 def _identity(recipe: Recipe, model: nn.Module, examples: Examples) -> str:
     """Return the fingerprint of a training, by which its checkpoint is known."""
-    settings = (recipe.config.model_dump(mode="json"), recipe.precision, recipe.spec, recipe.seed)
+    place = recipe.place or whole(recipe.config)
+    settings = (recipe.config.model_dump(mode="json"), recipe.precision, recipe.spec, recipe.seed, place)
     return fingerprint(settings, model, *examples)
 
 

@@ -79,8 +79,10 @@ class Joined(NamedTuple):
     # Slots are numbered from 1 on.
     slot: int
     num_partitions: int
-    # Outputs of the server's model, for the probe of common/probe.py.
+    # Outputs of the server's model, for the probe of common/rehearsal.py.
     probe: tuple[float, ...] = ()
+    # How many rounds the learning-rate schedule is for.
+    planned_rounds: int = 1
 
 
 class CloudClient:
@@ -162,7 +164,8 @@ class CloudClient:
         if not (reply.slot and reply.num_partitions):
             _strange("a slot or a number of partitions that is 0")
         run, probe = _run_config(reply.run_json), tuple(reply.probe)
-        return Joined(reply.run_id, run, reply.slot, reply.num_partitions, probe)
+        planned_rounds = max(1, reply.planned_rounds)
+        return Joined(reply.run_id, run, reply.slot, reply.num_partitions, probe, planned_rounds)
 
     async def watch(self) -> AsyncIterator[RunState]:
         """Yield the state of the run whenever it changes, across reconnections, until the run is over.

@@ -21,6 +21,7 @@ from common.faults import Point, crash_point
 from common.files import link, replacing
 from common.models import build_model, errors_of_model
 from common.rehearsal import check_probe, rehearse
+from common.schedule import Place, place_of
 from common.schema import most_file_bytes
 from common.shards import Shard, cloud_holdout, gather, read_shard
 from common.training import (
@@ -74,6 +75,7 @@ def load_local_models(
         config.allow_factory,
         config.checkpoint_seconds,
         shared_fraction=config.shared_fraction,
+        planned_rounds=joined.planned_rounds,
     )
 
 
@@ -97,6 +99,7 @@ class LocalModels:
 
     Args:
         shared_fraction: how much of the examples to train on is uploaded.
+        planned_rounds: how many rounds the learning-rate schedule of the run is for.
 
     Attributes:
         stamp: the stamp of the data; see edge_agent/data.py.
@@ -118,8 +121,10 @@ class LocalModels:
         checkpoint_seconds: float,
         *,
         shared_fraction: float = 1.0,
+        planned_rounds: int = 1,
     ) -> None:
         self._run = run
+        self._planned_rounds = planned_rounds
         self._held_out = data.held_out
         self._disk = disk
         self._device = device
@@ -157,7 +162,8 @@ class LocalModels:
             initial: the file of weights to start from; None: this agent's own weights.
         """
         model = self._model(initial)
-        self._train(model, self._run.pretrain, "pretrain", number, on_step)
+        place = place_of(self._run, "pretrain", number, self._planned_rounds)
+        self._train(model, self._run.pretrain, "pretrain", number, on_step, place)
         return model
 
     def keep(self, number: int, initial_weights: str | None, model: nn.Module) -> Trained:
@@ -267,7 +273,13 @@ class LocalModels:
         return model
 
     def _train(
-        self, model: nn.Module, config: TrainingConfig, stream: str, number: int, on_step: OnStep
+        self,
+        model: nn.Module,
+        config: TrainingConfig,
+        stream: str,
+        number: int,
+        on_step: OnStep,
+        place: Place | None = None,
     ) -> None:
         """Train on the examples that the cloud fine-tunes on, and on those that it never sees.
 
@@ -275,6 +287,7 @@ class LocalModels:
 
         Args:
             stream: names the random stream of this training in round `number`.
+            place: the place in the schedule of the run; None: this training has a schedule of its own.
         """
         fraction = self._run.fine_tune.holdout_fraction
         holdout_seed = derive_seed(self._run.seed, "cloud_holdout", self._disk.agent_id)
@@ -289,7 +302,7 @@ class LocalModels:
             training.train(
                 model,
                 examples,
-                Recipe(config, spec, seed, precision),
+                Recipe(config, spec, seed, precision, place=place),
                 device=device,
                 on_step=on_step,
                 checkpoint=CheckpointFile(self._disk.checkpoint, self._checkpoint_seconds),

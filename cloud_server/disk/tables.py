@@ -133,6 +133,7 @@ MIGRATIONS = (
     ALTER TABLE run ADD COLUMN class_names TEXT NOT NULL DEFAULT '[]';
     ALTER TABLE run ADD COLUMN class_names_of TEXT NOT NULL DEFAULT '';
     """,
+    "ALTER TABLE run ADD COLUMN planned_rounds INTEGER NOT NULL DEFAULT 1;",
 )
 
 
@@ -143,12 +144,14 @@ class RunRow:
     run_id: str
     config_json: str
     created_at: float
-    # Outputs of the model, by which agents know that they have the same one: see common/probe.py.
+    # Outputs of the model, by which agents know that they have the same one: see common/rehearsal.py.
     probe: tuple[float, ...] = ()
     # The names that agents have given the classes, label 0 first; empty: none has.
     class_names: tuple[str, ...] = ()
     # The agent that has given them.
     class_names_of: str = ""
+    # How many rounds the learning-rate schedule is for; see common/schedule.py.
+    planned_rounds: int = 1
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from torch import nn
 from cloud_server.contribution import Contribution
 from cloud_server.state_dir import blob_path
 from common.config import RunConfig
+from common.schedule import place_of
 from common.shards import Shard, cloud_holdout, gather, read_shard
 from common.training import (
     ALONE,
@@ -61,6 +62,7 @@ def fine_tune(
     run: RunConfig,
     *,
     round_number: int,
+    planned_rounds: int = 1,
     device: torch.device,
     precision_path: Path | None = None,
     on_step: OnStep | None = None,
@@ -72,7 +74,8 @@ def fine_tune(
         model: the model, with the weights from which the fine-tune starts.
         examples: the training part of the combined data.
         run: the configuration of the run.
-        round_number: the number of the round, from which the seed is derived.
+        round_number: the number of the round, from which the seed and the place in the schedule follow.
+        planned_rounds: how many rounds the learning-rate schedule is for.
         device: the device to train on.
         precision_path: the file that keeps the choice of the precision; None keeps it nowhere.
         on_step: a callback for reports on the training.
@@ -82,7 +85,8 @@ def fine_tune(
     kept_at = precision_path if ranks == ALONE else None
     precision = choose_precision(model, examples, config, spec=run.spec, device=device, kept_at=kept_at)
     seed = derive_seed(run.seed, round_number, "fine_tune")
-    recipe = Recipe(config, run.spec, seed, precision, config.class_balanced)
+    place = place_of(run, "fine_tune", round_number, planned_rounds)
+    recipe = Recipe(config, run.spec, seed, precision, config.class_balanced, place)
     train(model, examples, recipe, device=device, on_step=on_step, ranks=ranks)
 
 

@@ -138,18 +138,20 @@ class JoinRequest(_message.Message):
     def __init__(self, protocol_version: _Optional[int] = ..., class_names: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class JoinReply(_message.Message):
-    __slots__ = ("run_id", "run_json", "slot", "num_partitions", "probe")
+    __slots__ = ("run_id", "run_json", "slot", "num_partitions", "probe", "planned_rounds")
     RUN_ID_FIELD_NUMBER: _ClassVar[int]
     RUN_JSON_FIELD_NUMBER: _ClassVar[int]
     SLOT_FIELD_NUMBER: _ClassVar[int]
     NUM_PARTITIONS_FIELD_NUMBER: _ClassVar[int]
     PROBE_FIELD_NUMBER: _ClassVar[int]
+    PLANNED_ROUNDS_FIELD_NUMBER: _ClassVar[int]
     run_id: str
     run_json: str
     slot: int
     num_partitions: int
     probe: _containers.RepeatedScalarFieldContainer[float]
-    def __init__(self, run_id: _Optional[str] = ..., run_json: _Optional[str] = ..., slot: _Optional[int] = ..., num_partitions: _Optional[int] = ..., probe: _Optional[_Iterable[float]] = ...) -> None: ...
+    planned_rounds: int
+    def __init__(self, run_id: _Optional[str] = ..., run_json: _Optional[str] = ..., slot: _Optional[int] = ..., num_partitions: _Optional[int] = ..., probe: _Optional[_Iterable[float]] = ..., planned_rounds: _Optional[int] = ...) -> None: ...
 
 class WatchRequest(_message.Message):
     __slots__ = ()

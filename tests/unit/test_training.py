@@ -17,6 +17,7 @@ from common.batches import CROP_PADDING, horizontal_flip, random_crop
 from common.config import DatasetSpec, RunConfig, TrainingConfig
 from common.errors import DivergedError, UsageError
 from common.models import build_model
+from common.schedule import Place
 from common.training import (
     CheckpointFile,
     Examples,
@@ -24,7 +25,6 @@ from common.training import (
     StepReport,
     derive_seed,
     evaluate,
-    learning_rate_factor,
     make_deterministic,
     predict,
     recompute_statistics,
@@ -246,20 +246,26 @@ def test_no_epochs_leave_the_weights_alone() -> None:
     assert torch.equal(model[0].weight, make_model()[0].weight)
 
 
-@pytest.mark.parametrize("num_steps", [1, 2, 3, 4, 10, 1001])
-def test_schedules_peak_at_one_and_end_at_zero(num_steps: int) -> None:
-    for schedule in ("constant", "cosine", "one-cycle"):
-        factors = [learning_rate_factor(schedule, step, num_steps) for step in range(num_steps)]
-        assert max(factors) == 1
-        assert min(factors) > 0
-    for schedule in ("cosine", "one-cycle"):
-        assert learning_rate_factor(schedule, num_steps, num_steps) == pytest.approx(0)
-
-
-def test_one_cycle_rises_for_a_quarter_then_falls() -> None:
-    factors = [learning_rate_factor("one-cycle", step, 100) for step in range(100)]
-    assert factors[:25] == pytest.approx([(step + 1) / 25 for step in range(25)])
-    assert factors[24:] == pytest.approx([1 - step / 76 for step in range(76)])
+def test_training_follows_its_part_of_the_schedule_of_the_run() -> None:
+    """Two trainings of one epoch each, in a schedule of two, take the steps of one training of two epochs."""
+    rates = []
+    for places in ([None], [Place(0, 2), Place(1, 2)]):
+        seen: list[float] = []
+        with pytest.MonkeyPatch.context() as patch:
+            step = torch.optim.SGD.step
+            patch.setattr(
+                torch.optim.SGD,
+                "step",
+                lambda self, step=step, seen=seen: seen.append(self.param_groups[0]["lr"]) or step(self),
+            )
+            for place in places:
+                epochs = 2 // len(places)
+                config = TrainingConfig(epochs=epochs, batch_size=5, schedule="one-cycle")
+                recipe = Recipe(config, SPEC, 0, "float32", place=place)
+                train(make_model(), Examples(*make_data(20)), recipe, device=CPU)
+        rates.append(seen)
+    assert rates[0] == rates[1]
+    assert len(rates[0]) == 8
 
 
 def test_reports_are_rare_carry_the_mean_loss_and_end_with_the_last_step(

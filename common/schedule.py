@@ -1,0 +1,82 @@
+"""The learning-rate schedule over a whole run: which part of it a training of a round follows.
+
+A schedule that begins anew in each round raises the learning rate again each time, and throws away what the
+rounds before have settled. With `schedule_over = "run"` the pre-training and the fine-tuning of all rounds
+follow one schedule instead, in the order in which they happen:
+
+    round 1: pre-train, fine-tune │ round 2: pre-train, fine-tune │ …
+    └────────────────────────── one schedule ──────────────────────────┘
+
+The rounds that were asked for when the run began are the plan of the run, which never changes. A run without
+an end plans one round. Each round after the plan follows a small schedule of its own: from EXTRA_PEAK of the
+learning rate linearly down to zero over the epochs of the round. So the rate never jumps up again.
+"""
+
+import math
+from typing import Literal, NamedTuple
+
+from common.config import RunConfig, TrainingConfig
+
+# The learning rate at the beginning of a round after the plan, as a share of the highest one. Re-warming to
+# the full rate forgets what was learnt (arXiv 2503.02844, 2403.08763).
+EXTRA_PEAK = 0.2
+
+
+class Place(NamedTuple):
+    """The place of a training in a schedule, both counted in epochs."""
+
+    # The epochs of the schedule before this training.
+    begin: int
+    # The epochs of the whole schedule.
+    total: int
+    # True in a round after the plan of the run.
+    is_extra: bool = False
+
+
+def whole(config: TrainingConfig) -> Place:
+    """Return the place of a training that has a schedule of its own."""
+    return Place(0, config.epochs)
+
+
+def place_of(
+    run: RunConfig, training: Literal["pretrain", "fine_tune"], round_number: int, planned_rounds: int
+) -> Place:
+    """Return the place of a round's pre-training or fine-tuning in its schedule.
+
+    Args:
+        run: the configuration of the run.
+        training: which of the two trainings of a round.
+        round_number: the number of the round, from 1 on.
+        planned_rounds: how many rounds the schedule of the run is for.
+    """
+    config = run.pretrain if training == "pretrain" else run.fine_tune
+    if config.schedule_over == "round":
+        return whole(config)
+    epochs = run.pretrain.epochs + run.fine_tune.epochs
+    within = 0 if training == "pretrain" else run.pretrain.epochs
+    if round_number > planned_rounds:
+        return Place(within, epochs, is_extra=True)
+    return Place((round_number - 1) * epochs + within, planned_rounds * epochs)
+
+
+def learning_rate_factor(schedule: str, place: Place, step: int, steps_per_epoch: int) -> float:
+    """Return the factor of the learning rate at a step: 1 at most, 0 after the last step of the schedule.
+
+    "cosine" is SGDR's half wave (arXiv 1608.03983, eq. 5); "one-cycle" rises linearly over the first quarter
+    and falls linearly from there (arXiv 1708.07120). In a round after the plan, both fall linearly.
+
+    Args:
+        schedule: the name of the schedule.
+        place: the place of the training in the schedule.
+        step: the step of the training, from 0 on.
+        steps_per_epoch: the steps of each epoch of this training.
+    """
+    step, num_steps = place.begin * steps_per_epoch + step, place.total * steps_per_epoch
+    if schedule == "constant":
+        return 1.0
+    if place.is_extra:
+        return EXTRA_PEAK * (1 - step / num_steps)
+    if schedule == "cosine":
+        return 0.5 * (1 + math.cos(math.pi * step / num_steps))
+    num_rising = math.ceil(num_steps / 4)
+    return min((step + 1) / num_rising, (num_steps - step) / (num_steps - num_rising + 1))

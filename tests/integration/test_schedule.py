@@ -1,0 +1,54 @@
+"""One learning-rate schedule over the rounds of a run, through the real commands."""
+
+from pathlib import Path
+
+from cloud_server.jobs import round_job
+from cloud_server.state_dir import StateDir
+from tests.processes import Cluster
+
+OVER_RUN = (
+    "--min-agents", 2,
+    "--set", "run.pretrain.schedule_over=run", "--set", "run.fine_tune.schedule_over=run",
+    "--set", "run.pretrain.epochs=2", "--set", "run.fine_tune.epochs=1", "--set", "run.seed=3",
+)  # fmt: skip
+
+
+def play(cluster: Cluster, rounds: int, *, killed: bool = False) -> list[str]:
+    """Play the run until it has so many rounds, and return the digests of all its models."""
+    server = cluster.server(*OVER_RUN, "--rounds", rounds)
+    agents = [cluster.agent(f"edge-{n}", "--partition", f"{n}/2") for n in (1, 2)]
+    if killed:
+        agents[0].wait_for("round 1: accuracy before")
+        agents[0].kill()
+        agents[0] = cluster.agent("edge-1", "--partition", "1/2")
+    assert [each.wait() for each in (*agents, server)] == [0, 0, 0]
+    return [cluster.report(number)["weights"]["sha256"] for number in range(1, rounds + 1)]
+
+
+def planned_rounds(cluster: Cluster, number: int) -> int:
+    return round_job(StateDir(cluster.state_dir), number).read_job().planned_rounds
+
+
+def test_agent_that_is_started_again_has_the_same_place_in_the_schedule(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    undisturbed = play(cluster, 3)
+    other = Cluster(tmp_path / "other")
+    try:
+        assert play(other, 3, killed=True) == undisturbed
+    finally:
+        other.close()
+
+
+def test_plan_stays_when_more_rounds_are_asked_for(cluster: Cluster) -> None:
+    first = play(cluster, 2)
+    assert play(cluster, 3)[:2] == first
+    assert [planned_rounds(cluster, number) for number in (1, 2, 3)] == [2, 2, 2]
+
+
+def test_run_without_an_end_plans_one_round(cluster: Cluster) -> None:
+    server = cluster.server(*OVER_RUN, "--rounds", 0)
+    agents = [cluster.agent(f"edge-{n}", "--partition", f"{n}/2") for n in (1, 2)]
+    agents[0].wait_for("round 2: accuracy before")
+    assert [each.terminate() for each in (*agents, server)] == [0, 0, 0]
+    assert planned_rounds(cluster, 2) == 1

@@ -1,0 +1,71 @@
+import pytest
+
+from common.config import RunConfig
+from common.schedule import EXTRA_PEAK, Place, learning_rate_factor, place_of, whole
+
+STEPS = 7
+
+
+def run_of(over: str, schedule: str = "one-cycle") -> RunConfig:
+    table = {"schedule_over": over, "schedule": schedule}
+    return RunConfig.model_validate({"pretrain": table | {"epochs": 4}, "fine_tune": table | {"epochs": 2}})
+
+
+def factors(schedule: str, place: Place, epochs: int, steps: int = STEPS) -> list[float]:
+    return [learning_rate_factor(schedule, place, step, steps) for step in range(epochs * steps)]
+
+
+def rates_of(run: RunConfig, rounds: range, planned_rounds: int) -> list[float]:
+    """Return the factors of all steps of these rounds, in the order in which they happen."""
+    rates = []
+    for number in rounds:
+        for training, epochs in (("pretrain", 4), ("fine_tune", 2)):
+            rates += factors(run.pretrain.schedule, place_of(run, training, number, planned_rounds), epochs)
+    return rates
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 3, 4, 10, 1001])
+def test_schedules_peak_at_one_and_end_at_zero(num_steps: int) -> None:
+    for schedule in ("constant", "cosine", "one-cycle"):
+        values = factors(schedule, Place(0, 1), 1, num_steps)
+        assert max(values) == 1
+        assert min(values) > 0
+    for schedule in ("cosine", "one-cycle"):
+        assert learning_rate_factor(schedule, Place(0, 1), num_steps, num_steps) == pytest.approx(0)
+
+
+def test_one_cycle_rises_for_a_quarter_then_falls() -> None:
+    values = factors("one-cycle", Place(0, 1), 1, 100)
+    assert values[:25] == pytest.approx([(step + 1) / 25 for step in range(25)])
+    assert values[24:] == pytest.approx([1 - step / 76 for step in range(76)])
+
+
+@pytest.mark.parametrize("schedule", ["constant", "cosine", "one-cycle"])
+def test_all_rounds_of_the_plan_follow_one_schedule(schedule: str) -> None:
+    assert rates_of(run_of("run", schedule), range(1, 4), 3) == factors(schedule, Place(0, 18), 18)
+
+
+def test_each_round_has_a_schedule_of_its_own_unless_asked_for() -> None:
+    run = run_of("round")
+    assert place_of(run, "pretrain", 3, 5) == whole(run.pretrain)
+    assert place_of(run, "fine_tune", 3, 5) == whole(run.fine_tune)
+
+
+def test_one_training_may_follow_the_run_and_the_other_not() -> None:
+    table = {"pretrain": {"epochs": 4, "schedule_over": "run"}, "fine_tune": {"epochs": 2}}
+    run = RunConfig.model_validate(table)
+    assert place_of(run, "pretrain", 2, 2) == Place(6, 12)
+    assert place_of(run, "fine_tune", 2, 2) == Place(0, 2)
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "one-cycle"])
+def test_rounds_after_the_plan_begin_small_and_end_at_zero(schedule: str) -> None:
+    for number in (3, 4):
+        rates = rates_of(run_of("run", schedule), range(number, number + 1), 2)
+        assert rates[0] == EXTRA_PEAK
+        assert rates == sorted(rates, reverse=True)
+        assert 0 < rates[-1] < EXTRA_PEAK / len(rates) * 1.01
+
+
+def test_constant_rate_stays_constant_after_the_plan() -> None:
+    assert set(rates_of(run_of("run", "constant"), range(1, 5), 2)) == {1.0}
