@@ -38,9 +38,10 @@ def test_images_are_taken_normalised_and_their_targets_with_them() -> None:
     others = torch.rand(20, 3)
     data = DeviceData(images, SPEC, CPU, [labels, others])
     assert len(data) == 20
-    for which in (torch.tensor([7, 3, 3]), slice(18, 25)):
-        x, y, other = data.take(which)
-        torch.testing.assert_close(x, normalised(images[which]))
+    parts = [torch.tensor([7, 3, 3]), slice(18, 25)]
+    for which, (rows, y, other) in zip(parts, data.rows(parts), strict=True):
+        assert torch.equal(rows, images[which])
+        torch.testing.assert_close(data.normalise(rows), normalised(images[which]))
         assert torch.equal(y, labels[which])
         assert torch.equal(other, others[which])
 
@@ -61,7 +62,7 @@ def test_other_images_and_missing_targets_are_refused(
 
 def test_crop_and_flip_equal_torchvision_image_by_image() -> None:
     x = normalised(make_images(200))
-    _, corners, flipped = draw_epoch(200, 0, CPU)
+    _, corners, flipped = draw_epoch(200, 0)
     found = horizontal_flip(random_crop(x, corners), flipped)
     for image, (top, left), flip, result in zip(x, corners.tolist(), flipped, found, strict=True):
         expected = v2.crop(v2.pad(image, [CROP_PADDING]), top, left, 7, 9)
@@ -70,16 +71,18 @@ def test_crop_and_flip_equal_torchvision_image_by_image() -> None:
 
 def test_an_image_is_augmented_alike_in_any_part_of_the_epoch_that_has_it() -> None:
     data = DeviceData(make_images(30), SPEC, CPU, [torch.arange(30)])
-    draws = draw_epoch(30, 5, CPU)
-    plain, labels = draws.take(data, slice(0, 30), ())
-    assert torch.equal(labels, draws.order_N)
+    draws = draw_epoch(30, 5)
+    (whole,) = draws.batches(data, [slice(0, 30)])
+    assert torch.equal(whole.labels_B, draws.order_N)
+    plain = whole.augmented(data, ())
     cropped = random_crop(plain, draws.corners_N2)
     for augment, expected in (
         (("random_crop",), cropped),
         (("horizontal_flip",), horizontal_flip(plain, draws.flipped_N)),
         (("horizontal_flip", "random_crop"), horizontal_flip(cropped, draws.flipped_N)),
     ):
-        parts = [draws.take(data, slice(begin, begin + 8), augment)[0] for begin in range(0, 30, 8)]
+        batches = draws.batches(data, [slice(begin, begin + 8) for begin in range(0, 30, 8)])
+        parts = [batch.augmented(data, augment) for batch in batches]
         assert torch.equal(torch.cat(parts), expected)
 
 
@@ -88,13 +91,13 @@ def test_an_epoch_is_drawn_from_its_seed_alone() -> None:
         return [torch.equal(*pair) for pair in zip(one, other, strict=True)]
 
     torch.manual_seed(1)
-    first = draw_epoch(30, 5, CPU)
+    first = draw_epoch(30, 5)
     torch.manual_seed(2)  # what the process drew before does not matter
-    assert same(first, draw_epoch(30, 5, CPU)) == [True] * 3
-    assert same(first, draw_epoch(30, 6, CPU)) == [False] * 3
+    assert same(first, draw_epoch(30, 5)) == [True] * 3
+    assert same(first, draw_epoch(30, 6)) == [False] * 3
     assert sorted(first.order_N.tolist()) == list(range(30))
     labels = torch.tensor([0] * 25 + [1] * 5)
-    assert labels[draw_epoch(30, 5, CPU, labels).order_N].bincount().tolist() == [15, 15]
+    assert labels[draw_epoch(30, 5, labels).order_N].bincount().tolist() == [15, 15]
 
 
 @given(st.lists(st.sampled_from([0, 1, 2, 5, 900]), min_size=1, max_size=60), st.integers(0, 2**40))
