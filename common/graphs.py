@@ -183,10 +183,11 @@ class ReplayedSteps:
     def _compare(self, inputs: Sequence[Tensor], state: "_State") -> None:
         """Take the step as a replay and as usual, and replay from now on if both do the same."""
         started = time.perf_counter()
-        fixed = [each.clone() for each in inputs]
-        replay = self._recorder.record(partial(self._step, fixed))
+        # The step is recorded with other inputs, so that one which was read too early shows.
+        fixed = [each.flip(0) for each in inputs]
+        replay = partial(_refill_and_replay, fixed, self._recorder.record(partial(self._step, fixed)))
         state.restore()
-        replay()
+        replay(inputs)
         replayed = state.now()
         # The usual step comes last, so that its result counts. At this moment the memory of both is in use,
         # as when the last, smaller batch of an epoch is taken beside the replays.
@@ -196,7 +197,7 @@ class ReplayedSteps:
             _say_not_used("a replay gives other bits")
             return
         log.info("graph_recorded", seconds=round(time.perf_counter() - started, 2))
-        self._replay = partial(_refill_and_replay, fixed, replay)
+        self._replay = replay
 
 
 def _refill_and_replay(
