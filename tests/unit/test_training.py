@@ -2,6 +2,8 @@ import math
 import os
 import subprocess
 import sys
+import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as v2
 
 from common import training
-from common.batches import CROP_PADDING, horizontal_flip, random_crop
+from common.batches import CROP_PADDING, draw_epoch, horizontal_flip, random_crop
 from common.config import DatasetSpec, RunConfig, TrainingConfig
 from common.errors import DivergedError, UsageError
 from common.models import build_model
@@ -104,6 +106,109 @@ def test_global_random_state_is_left_as_it_was() -> None:
     before = torch.get_rng_state()
     run(model, make_data(20), epochs=1, batch_size=8)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+WRITTEN_OUT: dict[str, tuple[dict[str, Any], Callable[[Any], torch.optim.Optimizer]]] = {
+    "sgd": (
+        {"weight_decay": 1e-2, "augment": ("random_crop", "horizontal_flip")},
+        lambda p: torch.optim.SGD(p, 0.02, 0.9, weight_decay=1e-2, fused=True),
+    ),
+    "nesterov": (
+        {"nesterov": True, "label_smoothing": 0.1},
+        lambda p: torch.optim.SGD(p, 0.02, 0.9, nesterov=True, fused=True),
+    ),
+    "adam": (
+        {"optimizer": "adam", "augment": ("horizontal_flip",)},
+        lambda p: torch.optim.Adam(p, 0.02, fused=True),
+    ),
+    "adamw": (
+        {"optimizer": "adamw", "weight_decay": 0.1, "augment": ("random_crop",)},
+        lambda p: torch.optim.AdamW(p, 0.02, weight_decay=0.1, fused=True),
+    ),
+}
+
+
+def written_out(model: nn.Module, optimizer: Any, config: TrainingConfig, seed: int, balanced: bool) -> float:
+    """Train as `train` does on a CPU, in a plain loop; return the mean loss of the last epoch."""
+    images, labels = make_data(43)
+    std = torch.tensor(SPEC.std).view(-1, 1, 1)
+    shift = -torch.tensor(SPEC.mean).view(-1, 1, 1) / std
+    x = torch.addcmul(shift, images.float(), 1 / (255 * std))
+    num_batches = 5
+    for epoch in range(config.epochs):
+        torch.manual_seed(derive_seed(seed, "layers", epoch, 0))
+        order, corners, flipped = draw_epoch(
+            43, derive_seed(seed, "data", epoch), labels if balanced else None
+        )
+        total = torch.zeros((), dtype=torch.float64)
+        for index in range(num_batches):
+            part = slice(10 * index, 10 * index + 10)
+            step = epoch * num_batches + index
+            factor = learning_rate_factor(config.schedule, step, config.epochs * num_batches)
+            optimizer.param_groups[0]["lr"] = config.learning_rate * factor
+            batch, y = x[order[part]], labels[order[part]]
+            if "random_crop" in config.augment:
+                batch = random_crop(batch, corners[part])
+            if "horizontal_flip" in config.augment:
+                batch = horizontal_flip(batch, flipped[part])
+            logits = model(batch.contiguous(memory_format=torch.channels_last))
+            loss = F.cross_entropy(logits, y, reduction="sum", label_smoothing=config.label_smoothing)
+            optimizer.zero_grad()
+            (loss * (1 / len(y))).backward()
+            optimizer.step()
+            total += loss.detach()
+    return total.item() / 43
+
+
+@pytest.mark.parametrize("balanced", [False, True])
+@pytest.mark.parametrize("fits", [True, False])
+@pytest.mark.parametrize("name", WRITTEN_OUT)
+def test_training_has_the_bits_of_a_loop_that_is_written_out(
+    name: str, fits: bool, balanced: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("common.batches._fits", lambda tensors, device: fits)
+    changes, optimizer = WRITTEN_OUT[name]
+    config = TrainingConfig(**{"epochs": 3, "batch_size": 10, "learning_rate": 0.02, **changes})
+    found, expected = (make_model(batch_norm=True, dropout=0.3) for _ in range(2))
+    expected.to(memory_format=torch.channels_last)
+    global_state = torch.get_rng_state()
+    loss = written_out(expected, optimizer(expected.parameters()), config, 5, balanced)
+    torch.set_rng_state(global_state)
+
+    assert run(found, make_data(43), seed=5, class_balanced=balanced, **config.model_dump()) == loss
+
+    for key, tensor in expected.state_dict().items():
+        assert torch.equal(found.state_dict()[key], tensor), key
+
+
+def test_images_that_do_not_fit_are_measured_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    images, labels = make_data(43)
+    measured = []
+    for fits in (True, False):
+        monkeypatch.setattr("common.batches._fits", lambda tensors, device, fits=fits: fits)
+        model = make_normalised_model()
+        recompute_statistics(model, images, spec=SPEC, device=CPU, seed=2, batch_size=10)
+        found = evaluate(model, images, labels, spec=SPEC, device=CPU, batch_size=10)
+        measured.append((found.loss, [tensor.tolist() for tensor in model.state_dict().values()]))
+    assert measured[0] == measured[1]
+
+
+def test_thread_that_gathers_batches_ends_with_a_stopped_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    class StoppedError(Exception):
+        pass
+
+    def stop(report: StepReport) -> None:
+        seen.append({thread.name[:7] for thread in threading.enumerate()})
+        raise StoppedError
+
+    monkeypatch.setattr("common.batches._fits", lambda tensors, device: False)
+    seen: list[set[str]] = []
+    with pytest.raises(StoppedError) as stopped:
+        run(make_model(), make_data(50), epochs=1, batch_size=5, on_step=stop)
+    # The error holds on to the frames of the training, and the thread has ended all the same.
+    assert stopped.value.__traceback__
+    assert "batches" in seen[0]
+    assert "batches" not in {thread.name[:7] for thread in threading.enumerate()}
 
 
 @pytest.mark.parametrize(
@@ -441,11 +546,14 @@ def test_deterministic_mode_is_on_and_trains(monkeypatch: pytest.MonkeyPatch) ->
         make_deterministic()
         assert torch.are_deterministic_algorithms_enabled()
         assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+        assert not torch.backends.cudnn.allow_tf32
+        assert torch.backends.cudnn.conv.fp32_precision != "tf32"
         augment = ("random_crop", "horizontal_flip")
         run(make_model(batch_norm=True), make_data(20), epochs=1, batch_size=10, augment=augment)
     finally:
         torch.use_deterministic_algorithms(False)
         torch.utils.deterministic.fill_uninitialized_memory = True
+        torch.backends.cudnn.allow_tf32 = True
         monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
 
 
