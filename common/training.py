@@ -217,7 +217,7 @@ def _rehearsal(
         raise _NoCopyError(str(error)) from error
     if not all(parameter.is_leaf for parameter in copied.parameters()):
         raise _NoCopyError("the parameters of its copy cannot be trained, as with TorchScript")
-    recipe = Recipe(config, spec, seed=0, precision=precision)
+    recipe = Recipe(config.model_copy(update={"graphs": "off"}), spec, seed=0, precision=precision)
     return _Training(copied, data, recipe, None, ALONE).rehearsal()
 
 
@@ -492,10 +492,11 @@ class _Training:
             reason = "several GPUs train together"
         elif not self._step.is_fused:
             reason = "not all parameters are floating-point numbers"
-        elif num_full < MIN_STEPS:
-            reason = f"the training has {num_full} full batches, fewer than {MIN_STEPS}"
         if reason:
             log.info("graph_not_used", reason=reason)
+        elif num_full < MIN_STEPS:
+            reason = f"too few full batches to record one: {num_full} of at least {MIN_STEPS}"
+            log.debug("graph_not_used", reason=reason)
         return None if reason else recorder
 
     def _set_learning_rate(self, step: int) -> None:

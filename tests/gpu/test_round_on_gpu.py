@@ -11,9 +11,10 @@ from tests.processes import Cluster, cluster_in
 DEVICE = "cuda"
 # Each training has more than fifty full batches.
 SETTINGS = (
-    "--min-agents", 2, "--rounds", 1, "--device", DEVICE, "--dataset", "digits",
+    "--min-agents", 2, "--rounds", 1, "--device", DEVICE,
     "--set", "run.pretrain.epochs=10", "--set", "run.fine_tune.epochs=10",
     "--set", "run.pretrain.batch_size=32", "--set", "run.fine_tune.batch_size=32",
+    "--set", "run.adapt_epochs=0",
 )  # fmt: skip
 
 

@@ -212,6 +212,8 @@ def test_replay_that_draws_another_number_is_not_used() -> None:
 class Odd(nn.Module):
     """A model that does something in its forward pass which a replay would not do."""
 
+    mean: Tensor
+
     def __init__(self, what: str = "") -> None:
         super().__init__()
         self.linear = nn.Linear(192, 3)
@@ -283,7 +285,7 @@ def test_error_of_the_model_is_raised_as_usual(num_good: int) -> None:
     ("config", "said"),
     [
         ({"graphs": "off"}, []),
-        ({"epochs": 1}, ["the training has 4 full batches, fewer than 12"]),
+        ({"epochs": 1}, ["too few full batches to record one: 4 of at least 12"]),
         ({"epochs": 3}, [""]),
     ],
 )
