@@ -13,7 +13,7 @@ import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -57,7 +57,7 @@ class CudaRecorder:
         """
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.device(self._device), _spare_generator(self._device):
-            before, stream = torch.cuda.current_stream(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
+            before, stream = torch.cuda.current_stream(), _recording_stream(self._device)
             stream.wait_stream(before)
             # This also leaves the stream where a failed recording does not.
             with torch.cuda.stream(stream):
@@ -86,6 +86,12 @@ def _record(graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream, step: Callab
                 raise
     except Exception as error:
         raise RecordingError(first or _describe(error)) from None
+
+
+@cache
+def _recording_stream(device: torch.device) -> torch.cuda.Stream:
+    """Return the stream on which all recordings of this process are made: libraries keep memory for each."""
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 @contextmanager

@@ -35,6 +35,8 @@ from common.precision import Precision, decide, describe, has_bfloat16
 
 # Reading the loss waits for the device, so it is not read at every step.
 REPORT_SECONDS = 0.1
+# For the same reason the logits of so many batches are fetched at once.
+NUM_FETCHED = 16
 
 
 class StepReport(NamedTuple):
@@ -316,16 +318,17 @@ def predict(
     """
     data = DeviceData(images, spec, device)
     memory_format = _place(model, device)
-    logits = []
+    logits: list[Tensor] = []
+    waiting: list[Tensor] = []
     parts = [slice(begin, begin + batch_size) for begin in range(0, len(data), batch_size)]
     with _evaluation_mode(model), closing(data.rows(parts)) as batches:
-        for (images,) in batches:
+        for number, (images,) in enumerate(batches, 1):
             x_BCHW = data.normalise(images)
             outputs = model(x_BCHW.contiguous(memory_format=memory_format))
-            # The next batch does not wait for this one's logits.
-            logits.append(main_output(outputs).float().to("cpu", non_blocking=True))
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+            waiting.append(main_output(outputs).float())
+            if number % NUM_FETCHED == 0 or number == len(parts):
+                logits.append(torch.cat(waiting).cpu())
+                waiting.clear()
     return torch.cat(logits)
 
 
@@ -531,7 +534,7 @@ class _Step:
         self._memory_format = _place(model, device)
         # The fused kernels know floating-point parameters only, and complex ones are none.
         self.is_fused = all(parameter.is_floating_point() for parameter in model.parameters())
-        self.optimizer = _make_optimizer(model, recipe.config, self.is_fused, _has_tensor_rate(device))
+        self.optimizer = _make_optimizer(model, recipe.config, self.is_fused, device)
         self._losses = torch.zeros(2, dtype=torch.float64, device=device)
         self.epoch_loss, self.reported_loss = self._losses.unbind()
         self._model = model.train()
@@ -647,14 +650,14 @@ def _has_tensor_rate(device: torch.device) -> bool:
 
 
 def _make_optimizer(
-    model: nn.Module, config: TrainingConfig, is_fused: bool, has_tensor_rate: bool
+    model: nn.Module, config: TrainingConfig, is_fused: bool, device: torch.device
 ) -> torch.optim.Optimizer:
     parameters, decay = list(model.parameters()), config.weight_decay
     # An optimizer that is not fused would read the tensor in every step, and wait for it.
-    is_recordable = is_fused and has_tensor_rate
+    is_recordable = is_fused and _has_tensor_rate(device)
     rate: Any = config.learning_rate
     if is_recordable:
-        rate = torch.tensor(rate, device=parameters[0].device)
+        rate = torch.tensor(rate, device=device)
     if config.optimizer == "sgd":
         return torch.optim.SGD(
             parameters,

@@ -422,6 +422,8 @@ def test_evaluation_equals_a_plain_loop_over_images(was_training: bool) -> None:
     assert found.loss == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-5)
     assert found.num_examples == 23
     torch.testing.assert_close(predicted, logits)
+    # More batches than are fetched at once.
+    torch.testing.assert_close(predict(model, images, spec=SPEC, device=CPU, batch_size=1), logits)
 
 
 def test_predictions_can_be_trained_with() -> None:
