@@ -304,4 +304,6 @@ def _changed(before: dict[str, Any], after: dict[str, Any]) -> str:
 
 def _describe(error: Exception) -> str:
     """Return kind and first line of an error."""
+    if isinstance(error, RecordingError):
+        return str(error)
     return f"{type(error).__name__}: {error}".partition("\n")[0]

@@ -540,7 +540,9 @@ class _Step:
         self._model = model.train()
         if world_size > 1:
             device_ids = [device] if device.type == "cuda" else None
-            self._model = DistributedDataParallel(model, device_ids)
+            self._model = DistributedDataParallel(
+                model, device_ids, broadcast_buffers=_has_shared_buffers(model)
+            )
 
     def changed_tensors(self) -> list[Tensor]:
         """Return the tensors besides the model's that a step changes."""
@@ -582,6 +584,16 @@ class _Step:
         logits_BK = logits_BK.float()
         smoothing = self._config.label_smoothing
         return F.cross_entropy(logits_BK, y_B, reduction="sum", label_smoothing=smoothing)
+
+
+def _has_shared_buffers(model: nn.Module) -> bool:
+    """Return True if the ranks must have the same buffers.
+
+    BatchNorm's running statistics are not read while a model is trained, and those of rank 0 are kept.
+    """
+    kinds = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+    statistics = {id(each) for norm in model.modules() if type(norm) in kinds for each in norm.buffers()}
+    return any(id(each) not in statistics for each in model.buffers())
 
 
 def _touch_others(outputs: Any) -> Tensor | float:

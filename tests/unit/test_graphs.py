@@ -3,8 +3,10 @@
 import gc
 import random
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -338,3 +340,84 @@ def test_global_random_state_is_left_as_it_was() -> None:
 def test_nothing_is_recorded_on_a_cpu() -> None:
     assert graphs.recorder_for(CPU) is None
     assert isinstance(graphs.recorder_for(torch.device("cuda:0")), graphs.CudaRecorder)
+
+
+class FakeCuda:
+    """The parts of `torch.cuda` that a recording uses, which write down what happens."""
+
+    def __init__(self, patch: pytest.MonkeyPatch, error_at_the_end: Exception | None = None) -> None:
+        self.events: list[Any] = []
+        self.random_state = "usual"
+        self.error_at_the_end = error_at_the_end
+        patch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=self.replay))
+        patch.setattr(torch.cuda, "graph", self.graph)
+        patch.setattr(torch.cuda, "device", lambda device: nullcontext())
+        patch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+        patch.setattr(torch.cuda, "current_stream", self.stream)
+        patch.setattr(torch.cuda, "default_generators", (None, self))
+        patch.setattr(graphs, "_recording_stream", lambda device: self.stream())
+
+    def stream(self) -> Any:
+        return SimpleNamespace(wait_stream=lambda other: None)
+
+    def replay(self) -> None:
+        self.events.append("replay")
+
+    @contextmanager
+    def graph(self, graph: Any, stream: Any, capture_error_mode: str) -> Iterator[None]:
+        self.events.append(("begin", capture_error_mode))
+        try:
+            yield
+        finally:
+            self.events.append("end")
+            if self.error_at_the_end:
+                raise self.error_at_the_end
+
+    def graphsafe_get_state(self) -> str:
+        return self.random_state
+
+    def clone_state(self) -> str:
+        return "spare"
+
+    def graphsafe_set_state(self, state: str) -> None:
+        self.random_state = state
+
+
+def test_cuda_graph_is_recorded_after_a_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = FakeCuda(monkeypatch)
+    replay = graphs.CudaRecorder(torch.device("cuda:1")).record(lambda: cuda.events.append("step"))
+    replay()
+    assert cuda.events == ["step"] * 3 + [("begin", "thread_local"), "step", "end", "replay"]
+    # The graph goes on with the random state that it was recorded with.
+    assert cuda.random_state == "spare"
+
+
+@pytest.mark.parametrize("num_good", [0, 3])
+def test_failed_recording_says_what_failed_first_and_leaves_the_random_state(
+    num_good: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cuda = FakeCuda(monkeypatch, error_at_the_end=RuntimeError("a previous error during capture"))
+
+    def step() -> None:
+        cuda.events.append("step")
+        if len(cuda.events) > num_good:
+            raise RuntimeError("not permitted when stream is capturing")
+
+    with pytest.raises(Exception, match="not permitted when stream is capturing"):
+        graphs.CudaRecorder(torch.device("cuda:1")).record(step)
+    assert cuda.random_state == "usual"
+
+
+def test_reason_is_the_error_that_a_recording_met_first() -> None:
+    class Unrecordable:
+        def record(self, step: Callable[[], object]) -> Callable[[], object]:
+            raise graphs.RecordingError("AcceleratorError: CUDA error: not permitted")
+
+    assert Trained(make_model(), Unrecordable()).said == ["AcceleratorError: CUDA error: not permitted"]
+
+
+def test_recording_that_only_fails_at_its_end_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = FakeCuda(monkeypatch, error_at_the_end=RuntimeError("a previous error during capture"))
+    with pytest.raises(graphs.RecordingError, match="RuntimeError: a previous error during capture"):
+        graphs.CudaRecorder(torch.device("cuda:1")).record(lambda: None)
+    assert cuda.random_state == "usual"

@@ -36,6 +36,7 @@ from common.training import (
 from common.weights import read_state_dict, write_state_dict
 from tests.recipes import recipe_of
 
+ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
 SPEC = DatasetSpec(3, (3, 8, 8), (0.4, 0.5, 0.6), (0.2, 0.25, 0.3))
 
@@ -557,6 +558,53 @@ def test_deterministic_mode_is_on_and_trains(monkeypatch: pytest.MonkeyPatch) ->
         torch.utils.deterministic.fill_uninitialized_memory = True
         torch.backends.cudnn.allow_tf32 = True
         monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+
+
+STATISTICS_SCRIPT = """
+import sys
+from pathlib import Path
+from unittest.mock import patch
+import torch
+from common import training
+from common.config import TrainingConfig
+from tests.unit.test_training import SPEC, make_data, make_model
+
+rank, folder = int(sys.argv[1]), Path(sys.argv[2])
+torch.distributed.init_process_group(
+    "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2
+)
+
+def trained():
+    model = make_model(batch_norm=True, dropout=0.3)
+    recipe = training.Recipe(TrainingConfig(epochs=2, batch_size=10), SPEC, 3, "float32")
+    ranks, device = training.Ranks(rank, 2), torch.device("cpu")
+    training.train(model, training.Examples(*make_data(45)), recipe, device=device, ranks=ranks)
+    return model.state_dict()
+
+found = trained()
+with patch("common.training._has_shared_buffers", return_value=True) as shared:
+    expected = trained()
+assert shared.called
+torch.distributed.destroy_process_group()
+different = [name for name in found if not torch.equal(found[name], expected[name])]
+# The other rank's statistics are its own, and nobody uses them.
+assert different == (["1.running_mean", "1.running_var"] if rank else []), different
+"""
+
+
+def test_ranks_need_not_share_statistics(tmp_path: Path) -> None:
+    ranks = [
+        subprocess.Popen([sys.executable, "-c", STATISTICS_SCRIPT, str(rank), str(tmp_path)], cwd=ROOT)
+        for rank in range(2)
+    ]
+    assert [process.wait(100) for process in ranks] == [0, 0]
+
+
+def test_ranks_share_other_buffers() -> None:
+    model = make_model(batch_norm=True)
+    assert not training._has_shared_buffers(model)
+    model[2].register_buffer("mean", torch.zeros(1))
+    assert training._has_shared_buffers(model)
 
 
 RANK_SCRIPT = """
