@@ -4,11 +4,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help install demo test coverage check soak fuzz bench bench-peers docs format proto clean
+.PHONY: help install demo test test-gpu coverage check soak fuzz bench bench-peers docs format proto clean
 
 help:
 	@echo "make demo    one round of handwritten digits: a server and two agents on this machine"
 	@echo "make test    the tests: of many cases of a kind, one"
+	@echo "make test-gpu  the tests that need a GPU, and the speed of training on it (ten minutes)"
 	@echo "make coverage  the same, and which lines they do not reach"
 	@echo "make check   style, types, house rules, and what bandit and pip-audit say"
 	@echo "make soak    every case that make test leaves, and 200 random kills (half an hour)"
@@ -32,6 +33,11 @@ demo: $(READY)
 # The total of what the tests reach in their own process is printed at the end, and has a floor (pyproject.toml).
 test: $(READY)
 	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal --cov --cov-report=
+
+# Without a GPU every test is skipped, and the benchmark says that there is none.
+test-gpu: $(READY)
+	$(BIN)/python -m pytest -p no:benchmark tests/gpu
+	$(BIN)/python -m benchmarks.train --device cuda --precision bfloat16 --data-on-host --images 12800 --repeats 2
 
 coverage: $(READY)
 	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal --cov --cov-report=term-missing

@@ -23,7 +23,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from benchmarks import figures
-from benchmarks.train import Case, Pictures, device_name, set_up, train_step
+from benchmarks.train import Case, Pictures, as_the_product, device_name, set_up, train_step
 from common.config import RunConfig, TrainingConfig
 from common.models import build_model
 from common.shards import Shard
@@ -159,7 +159,8 @@ def _ours(case: Case, watch: _Watch) -> Reached:
             next_due = next(due)
 
     try:
-        train(model, examples, recipe, device=case.device, on_step=on_step)
+        with as_the_product(case.device):
+            train(model, examples, recipe, device=case.device, on_step=on_step)
     except _Done as done:
         return done.reached
     raise AssertionError("the last report is of the last step")

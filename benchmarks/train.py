@@ -8,6 +8,12 @@ nothing. Our loop is compared with it on the same model, data and optimizer, wit
 The usual loop has a DataLoader with one worker for each core, which makes PIL images and applies RandomCrop,
 RandomHorizontalFlip, ToTensor and Normalize of torchvision, in float32. For the comparison with it, our loop
 crops and flips, too. The loops take turns, and each run of ours is compared with the run next to it.
+
+On a GPU our loop runs as in the product, with deterministic algorithms, once as CUDA graphs and once without
+(`eager`). The other loops keep PyTorch's defaults. `--data-on-host` adds our loop with the images in the
+memory of the host. The share of the peak is the number of multiplications and additions of a training step,
+as `torch.utils.flop_counter` counts them, times the images a second, over the peak that the card's maker
+states.
 """
 
 import argparse
@@ -15,8 +21,10 @@ import copy
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -24,12 +32,22 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
+from torch.utils.flop_counter import FlopCounterMode
 from torchvision import transforms
 
 from benchmarks import figures
 from common.config import DATASETS, DatasetSpec, RunConfig, TrainingConfig
+from common.errors import UsageError
 from common.models import build_model
-from common.training import Examples, Recipe, choose_precision, select_device, train
+from common.training import (
+    Examples,
+    Recipe,
+    choose_precision,
+    main_output,
+    make_deterministic,
+    select_device,
+    train,
+)
 
 SEED = 0
 
@@ -51,6 +69,8 @@ WORKLOADS = {
 }
 # The presets of these models augment their images.
 AUGMENTED = {"mobilenet_v2", "resnet50"}
+# The peaks of GPUs in bfloat16 without sparsity, in TFLOP/s. The first name that is in the card's counts.
+PEAKS = {"H100 PCIe": 756, "H100": 989, "H200": 989, "A100": 312, "L40S": 362, "L4": 121}
 
 
 class Case(NamedTuple):
@@ -71,23 +91,34 @@ def main(argv: list[str] | None = None) -> int:
     arguments = _parse(argv)
     device = set_up(arguments)
     machine = figures.machine()
+    peak = arguments.peak_tflops or _known_peak(device, arguments.precision)
     measured = {
-        name: _measure(_case(name, device, arguments), arguments.repeats) for name in arguments.models
+        name: _measure(
+            _case(name, device, arguments), arguments.repeats, peak, has_host_loop=arguments.data_on_host
+        )
+        for name in arguments.models
     }
     result = {
         "benchmark": "train",
         "device": device_name(device),
         "threads": torch.get_num_threads(),
         "precision": arguments.precision,
+        "peak_tflops": peak,
         "models": measured,
         "machine": machine,
     }
+    headings = {
+        "of_bare": "speed, of bare",
+        "of_usual": "of usual",
+        "of_eager": "of eager",
+        "on_host_of_ours": "on host, of ours",
+        "share_of_peak": "share of peak",
+    }
     rows = [
-        (name, each["images_per_second"]["ours"]["median"], each["of_bare"], each["of_usual"])
+        (name, each["images_per_second"]["ours"]["median"], *(each.get(key, "") for key in headings))
         for name, each in measured.items()
     ]
-    headings = ("", "ours, images/s", "speed, of bare", "speed, of usual")
-    figures.emit(result, f"training on {result['device']}", headings, rows)
+    figures.emit(result, f"training on {result['device']}", ("", "ours, images/s", *headings.values()), rows)
     return 0
 
 
@@ -95,7 +126,25 @@ def set_up(arguments: argparse.Namespace) -> torch.device:
     """Set PyTorch's number of threads as `--threads` says, and return the device that `--device` names."""
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    return select_device(arguments.device)
+    try:
+        return select_device(arguments.device)
+    except UsageError as error:
+        sys.exit(str(error))
+
+
+@contextmanager
+def as_the_product(device: torch.device) -> Iterator[None]:
+    """Compute on a GPU as agents and trainer do: the same bits each time; afterwards, as PyTorch does."""
+    if device.type == "cpu":
+        yield
+        return
+    make_deterministic()
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.backends.cudnn.deterministic = False
+        torch.backends.cudnn.allow_tf32 = True
 
 
 def device_name(device: torch.device) -> str:
@@ -115,6 +164,8 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--images", type=int, metavar="N", help="of an epoch (default: by model and device)")
     parser.add_argument("--epochs", type=int, default=1, metavar="N", help="of each training")
     parser.add_argument("--repeats", type=int, default=3, metavar="N", help="trainings in each way")
+    parser.add_argument("--data-on-host", action="store_true", help="also with images that stay on the host")
+    parser.add_argument("--peak-tflops", type=float, metavar="X", help="of the device (default: by its name)")
     return parser.parse_args(argv)
 
 
@@ -142,8 +193,20 @@ def _case(name: str, device: torch.device, arguments: argparse.Namespace) -> Cas
     )
 
 
-def _measure(case: Case, repeats: int) -> dict[str, Any]:
-    """Run the four loops in turn; compare our augmented loop with the usual loop, which augments, too."""
+def _known_peak(device: torch.device, precision: str) -> float | None:
+    """Return the peak of the GPU in TFLOP/s; None: it is not known."""
+    if precision != "bfloat16":
+        return None
+    return next((peak for name, peak in PEAKS.items() if name in device_name(device)), None)
+
+
+def _measure(case: Case, repeats: int, peak: float | None, *, has_host_loop: bool) -> dict[str, Any]:
+    """Run the loops in turn; compare our augmented loop with the usual loop, which augments, too.
+
+    Args:
+        peak: the peak of the device, in TFLOP/s; None: there is no share of it.
+        has_host_loop: whether our loop is also measured with images that are not on the device.
+    """
     augmented = case._replace(
         config=case.config.model_copy(update={"augment": ("random_crop", "horizontal_flip")})
     )
@@ -153,6 +216,11 @@ def _measure(case: Case, repeats: int) -> dict[str, Any]:
         "ours_augmented": lambda: _train_ours(augmented),
         "usual": lambda: _train_usual(case),
     }
+    if case.device.type == "cuda":
+        eager = case._replace(config=case.config.model_copy(update={"graphs": "off"}))
+        loops["eager"] = lambda: _train_ours(eager)
+    if has_host_loop:
+        loops["on_host"] = lambda: _train_ours_on_host(case)
     seconds: dict[str, list[float]] = {name: [] for name in loops}
     cpu_seconds: dict[str, list[float]] = {name: [] for name in loops}
     for index in range(repeats + 1):
@@ -165,25 +233,53 @@ def _measure(case: Case, repeats: int) -> dict[str, Any]:
                 seconds[name].append(time.perf_counter() - started)
                 cpu_seconds[name].append(time.process_time() - cpu_started)
     num_images = len(case.images) * case.config.epochs
+    compared = {
+        "of_bare": figures.ratios(seconds["bare"], seconds["ours"]),
+        "of_usual": figures.ratios(seconds["usual"], seconds["ours_augmented"]),
+    }
+    if "eager" in loops:
+        compared["of_eager"] = figures.ratios(seconds["eager"], seconds["ours"])
+    if "on_host" in loops:
+        compared["on_host_of_ours"] = figures.ratios(seconds["ours"], seconds["on_host"])
+    flops = _flops_per_image(case)
+    if peak:
+        compared["share_of_peak"] = figures.spread(
+            [num_images * flops / each / (peak * 1e12) for each in seconds["ours"]]
+        )
     return {
         "images": num_images,
         "batch_size": case.config.batch_size,
         "images_per_second": {
             name: figures.spread([num_images / each for each in taken]) for name, taken in seconds.items()
         },
-        "of_bare": figures.ratios(seconds["bare"], seconds["ours"]),
+        "flops_per_image": flops,
+        **compared,
         # The processor time of this process lacks the time of the usual loop's workers, so there is no such
         # figure for the usual loop. With one thread, the figure equals the ratio on an idle machine.
         "of_bare_cpu": figures.ratios(cpu_seconds["bare"], cpu_seconds["ours"]),
-        "of_usual": figures.ratios(seconds["usual"], seconds["ours_augmented"]),
     }
+
+
+def _flops_per_image(case: Case) -> float:
+    """Return the multiplications and additions of a training step, for one image."""
+    model = copy.deepcopy(case.model).train()
+    counter = FlopCounterMode(display=False)
+    with counter:
+        main_output(model(case.images[:2].float())).sum().backward()
+    return counter.get_total_flops() / 2
 
 
 def _train_ours(case: Case) -> None:
     examples = Examples(case.images, case.labels)
     precision = choose_precision(case.model, examples, case.config, spec=case.spec, device=case.device)
     recipe = Recipe(case.config, case.spec, SEED, precision)
-    train(copy.deepcopy(case.model), examples, recipe, device=case.device, on_step=lambda _: None)
+    with as_the_product(case.device):
+        train(copy.deepcopy(case.model), examples, recipe, device=case.device, on_step=lambda _: None)
+
+
+def _train_ours_on_host(case: Case) -> None:
+    with patch("common.batches._fits", return_value=False):
+        _train_ours(case)
 
 
 def _train_bare(case: Case) -> None:

@@ -3,8 +3,11 @@
 Shapes: B images of a batch, N of a data set, C channels, H height, W width.
 """
 
-from collections.abc import Collection, Sequence
-from typing import NamedTuple
+from collections import deque
+from collections.abc import Callable, Collection, Generator, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
+from typing import NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +18,11 @@ from common.errors import UsageError
 
 # So many pixels are added on each side, as usual for 32x32 images (He et al., arXiv 1512.03385, 4.2).
 CROP_PADDING = 4
+# So many batches are made ready ahead of the step, where the images are not on the device.
+NUM_AHEAD = 2
+
+_Part = TypeVar("_Part")
+_Made = TypeVar("_Made")
 
 
 class DeviceData:
@@ -23,6 +31,10 @@ class DeviceData:
     Args:
         images: uint8 [N, C, H, W].
         targets: any number of tensors [N, …], such as labels.
+
+    Attributes:
+        device: the device on which the images come out.
+        home: the device on which they are kept.
 
     Raises:
         ValueError: other images, or not as many targets.
@@ -35,8 +47,9 @@ class DeviceData:
             found = ", ".join(f"{len(tensor)} {tensor.dtype}" for tensor in (images, *targets))
             raise ValueError(f"uint8 images and as many targets are wanted, not {found}")
         self.device = device
-        home = device if _fits((images, *targets), device) else images.device
-        self._tensors = [tensor.to(home) for tensor in (images, *targets)]
+        self._is_resident = _fits((images, *targets), device)
+        self.home = device if self._is_resident else images.device
+        self._tensors = [tensor.to(self.home) for tensor in (images, *targets)]
         mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (spec.mean, spec.std))
         self._scale = (1 / (255 * std)).to(device)
         self._shift = (-mean / std).to(device)
@@ -49,19 +62,81 @@ class DeviceData:
         """Return C, H and W."""
         return tuple(self._tensors[0].shape[1:])
 
-    def take(self, which: Tensor | slice) -> list[Tensor]:
-        """Return x [B, C, H, W], normalised, and the targets of these images, all on the device."""
-        if isinstance(which, Tensor):
-            which = which.to(self._tensors[0].device)
-        rows = [tensor[which] for tensor in self._tensors]
-        if rows[0].device != self.device:
-            rows = [tensor.pin_memory().to(self.device, non_blocking=True) for tensor in rows]
-        images, *targets = rows
-        return [torch.addcmul(self._shift, images.float(), self._scale), *targets]
+    def normalise(self, images_BCHW: Tensor) -> Tensor:
+        """Return images, uint8 on the device, as float32 with the mean and the deviation of the dataset."""
+        return torch.addcmul(self._shift, images_BCHW.float(), self._scale)
+
+    def rows(self, parts: Iterable[Tensor | slice]) -> Generator[list[Tensor]]:
+        """Yield the images (uint8 [B, C, H, W]) and the targets of each part in turn, on the device.
+
+        Images that are not on the device are gathered by a thread, ahead of need. The thread ends with the
+        generator, so a caller that may stop early closes it.
+
+        Args:
+            parts: slices, or indices (int64 [B], at home).
+        """
+        if self._is_resident:
+            for part in parts:
+                yield self._gather(part)
+            return
+        with closing(_ahead(self._gather, parts)) as gathered:
+            for rows in gathered:
+                # Only the caller's thread puts work on the device, so all of it is in one order.
+                yield [row.to(self.device, non_blocking=True) for row in rows]
+
+    def _gather(self, part: Tensor | slice) -> list[Tensor]:
+        """Return the images and targets of a part, at home; pinned if they are still to go to a GPU."""
+        rows = [tensor[part] for tensor in self._tensors]
+        is_to_go = self.device.type == "cuda" and not self._is_resident
+        return [row.pin_memory() for row in rows] if is_to_go else rows
+
+
+def _ahead(make: Callable[[_Part], _Made], parts: Iterable[_Part]) -> Generator[_Made]:
+    """Yield what a thread makes of each part in turn; it is at most `NUM_AHEAD` parts ahead.
+
+    An error in the thread is raised here. The thread ends with the generator.
+    """
+    executor = ThreadPoolExecutor(1, thread_name_prefix="batches")
+    made: deque[Future[_Made]] = deque()
+    try:
+        for part in parts:
+            made.append(executor.submit(make, part))
+            if len(made) > NUM_AHEAD:
+                yield made.popleft().result()
+        while made:
+            yield made.popleft().result()
+    finally:
+        executor.shutdown(cancel_futures=True)
+
+
+class Batch(NamedTuple):
+    """The images of a step as they are kept, and the random choices about them; all on the device."""
+
+    # uint8
+    images_BCHW: Tensor
+    # int64
+    labels_B: Tensor
+    # The corners for random_crop, int64.
+    corners_B2: Tensor
+    # Whether to mirror, for horizontal_flip, bool.
+    flipped_B: Tensor
+
+    def augmented(self, data: DeviceData, augment: Collection[str]) -> Tensor:
+        """Return the images [B, C, H, W], normalised and augmented.
+
+        Args:
+            augment: any of "random_crop" and "horizontal_flip".
+        """
+        x_BCHW = data.normalise(self.images_BCHW)
+        if "random_crop" in augment:
+            x_BCHW = random_crop(x_BCHW, self.corners_B2)
+        if "horizontal_flip" in augment:
+            x_BCHW = horizontal_flip(x_BCHW, self.flipped_B)
+        return x_BCHW
 
 
 class Draws(NamedTuple):
-    """The random choices about one epoch's data."""
+    """The random choices about one epoch's data, on the CPU."""
 
     # The indices, int64.
     order_N: Tensor
@@ -70,21 +145,18 @@ class Draws(NamedTuple):
     # Whether to mirror, for horizontal_flip, bool.
     flipped_N: Tensor
 
-    def take(self, data: DeviceData, part: slice, augment: Collection[str]) -> list[Tensor]:
-        """Return the examples of `data` at this part of the order, the images augmented.
-
-        Args:
-            augment: any of "random_crop" and "horizontal_flip".
-        """
-        x_BCHW, *targets = data.take(self.order_N[part])
-        if "random_crop" in augment:
-            x_BCHW = random_crop(x_BCHW, self.corners_N2[part])
-        if "horizontal_flip" in augment:
-            x_BCHW = horizontal_flip(x_BCHW, self.flipped_N[part])
-        return [x_BCHW, *targets]
+    def batches(self, data: DeviceData, parts: Iterable[slice]) -> Generator[Batch]:
+        """Yield the batch of each part of the order in turn; a caller that may stop early closes this."""
+        # The order stays where the images are, so no step waits for indices to come back from the device.
+        order_N = self.order_N.to(data.home)
+        corners_N2, flipped_N = self.corners_N2.to(data.device), self.flipped_N.to(data.device)
+        parts = list(parts)
+        with closing(data.rows(order_N[part] for part in parts)) as rows:
+            for part, (images, labels) in zip(parts, rows, strict=True):
+                yield Batch(images, labels, corners_N2[part], flipped_N[part])
 
 
-def draw_epoch(num_images: int, seed: int, device: torch.device, balanced_N: Tensor | None = None) -> Draws:
+def draw_epoch(num_images: int, seed: int, balanced_N: Tensor | None = None) -> Draws:
     """Draw for one epoch, on the CPU, so that every device and rank sees the same.
 
     Args:
@@ -97,7 +169,7 @@ def draw_epoch(num_images: int, seed: int, device: torch.device, balanced_N: Ten
         order = balanced_order(balanced_N, generator)
     corners = torch.randint(2 * CROP_PADDING + 1, (num_images, 2), generator=generator)
     flipped = torch.rand(num_images, generator=generator) < 0.5
-    return Draws(order.to(device), corners.to(device), flipped.to(device))
+    return Draws(order, corners, flipped)
 
 
 def balanced_order(labels_N: Tensor, generator: torch.Generator) -> Tensor:

@@ -13,7 +13,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,15 +26,18 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
-from common.batches import DeviceData, Draws, batch_bounds, draw_epoch
+from common.batches import Batch, DeviceData, batch_bounds, draw_epoch
 from common.checkpoint import CHECKPOINT_SECONDS, Checkpoints, Finished, fingerprint
 from common.config import DatasetSpec, TrainingConfig
 from common.errors import DivergedError, UsageError
+from common.graphs import MIN_STEPS, Recorder, ReplayedSteps, Step, recorder_for
 from common.precision import Precision, decide, describe, has_bfloat16
 from common.schedule import Place, learning_rate_factor, whole
 
 # Reading the loss waits for the device, so it is not read at every step.
 REPORT_SECONDS = 0.1
+# For the same reason the logits of so many batches are fetched at once.
+NUM_FETCHED = 16
 
 
 class StepReport(NamedTuple):
@@ -140,6 +143,8 @@ def make_deterministic() -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cudnn.deterministic = True
     torch.backends.cudnn.benchmark = False
+    # Otherwise convolutions in float32 compute with the ten bits of TF32, unlike matrix products.
+    torch.backends.cudnn.allow_tf32 = False
 
 
 def choose_precision(
@@ -217,7 +222,7 @@ def _rehearsal(
         raise _NoCopyError(str(error)) from error
     if not all(parameter.is_leaf for parameter in copied.parameters()):
         raise _NoCopyError("the parameters of its copy cannot be trained, as with TorchScript")
-    recipe = Recipe(config, spec, seed=0, precision=precision)
+    recipe = Recipe(config.model_copy(update={"graphs": "off"}), spec, seed=0, precision=precision)
     return _Training(copied, data, recipe, None, ALONE).rehearsal()
 
 
@@ -316,12 +321,17 @@ def predict(
     """
     data = DeviceData(images, spec, device)
     memory_format = _place(model, device)
-    logits = []
-    with _evaluation_mode(model):
-        for begin in range(0, len(data), batch_size):
-            (x_BCHW,) = data.take(slice(begin, begin + batch_size))
+    logits: list[Tensor] = []
+    waiting: list[Tensor] = []
+    parts = [slice(begin, begin + batch_size) for begin in range(0, len(data), batch_size)]
+    with _evaluation_mode(model), closing(data.rows(parts)) as batches:
+        for number, (images,) in enumerate(batches, 1):
+            x_BCHW = data.normalise(images)
             outputs = model(x_BCHW.contiguous(memory_format=memory_format))
-            logits.append(main_output(outputs).float().cpu())
+            waiting.append(main_output(outputs).float())
+            if number % NUM_FETCHED == 0 or number == len(parts):
+                logits.append(torch.cat(waiting).cpu())
+                waiting.clear()
     return torch.cat(logits)
 
 
@@ -353,13 +363,13 @@ def recompute_statistics(
         return
     data = DeviceData(images, spec, device)
     memory_format = _place(model, device)
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed)).to(data.home)
     # Of nearly equal size: each batch counts alike in the mean. One image alone may have no variance.
     num_batches = min(math.ceil(len(images) / batch_size), len(images) // 2)
-    with _evaluation_mode(model), _cumulative_mean(norms):
-        for indices in order.tensor_split(num_batches):
-            (x_BCHW,) = data.take(indices)
-            model(x_BCHW.contiguous(memory_format=memory_format))
+    parts = order.tensor_split(num_batches)
+    with _evaluation_mode(model), _cumulative_mean(norms), closing(data.rows(parts)) as batches:
+        for (some,) in batches:
+            model(data.normalise(some).contiguous(memory_format=memory_format))
 
 
 def main_output(outputs: Any) -> Any:
@@ -375,24 +385,29 @@ def main_output(outputs: Any) -> Any:
 
 
 class _Reports:
-    """The losses on their way to `on_step`, now and then: reading a loss waits for the device."""
+    """The losses on their way to `on_step`, now and then: reading a loss waits for the device.
 
-    def __init__(self, on_step: OnStep | None, num_steps: int) -> None:
+    Args:
+        loss_sum: the sum of the loss over the images since the last report, on the device.
+    """
+
+    def __init__(self, on_step: OnStep | None, num_steps: int, loss_sum: Tensor) -> None:
         self._on_step = on_step
         self._num_steps = num_steps
-        self._losses: list[Tensor] = []
+        self._loss_sum = loss_sum
         self._num_images = 0
         self._due = 0.0
 
-    def add(self, step: int, loss_sum: Tensor, num_images: int) -> None:
+    def add(self, step: int, num_images: int) -> None:
+        """Count a finished step with so many images, and report if it is time."""
         if self._on_step is None:
             return
-        self._losses.append(loss_sum)
         self._num_images += num_images
         if time.monotonic() < self._due and step < self._num_steps:
             return
-        loss = torch.stack(self._losses).sum().item() / self._num_images
-        self._losses, self._num_images = [], 0
+        loss = self._loss_sum.item() / self._num_images
+        self._loss_sum.zero_()
+        self._num_images = 0
         self._on_step(StepReport(step, self._num_steps, loss))
         self._due = time.monotonic() + REPORT_SECONDS
 
@@ -418,66 +433,157 @@ class _Training:
         smallest = ranks.world_size * (2 if _batch_norms(model) else 1)
         self._batches = batch_bounds(len(data), self._config.batch_size, smallest)
         self._num_steps = self._config.epochs * len(self._batches)
-        self._reports = _Reports(on_step, self._num_steps)
-        is_coarse = recipe.precision == "bfloat16"
-        self._autocast = torch.autocast(data.device.type, torch.bfloat16, enabled=is_coarse)
-        self._memory_format = _place(model, data.device)
-        self.optimizer = _make_optimizer(model, self._config)
-        self._model = model.train()
-        if ranks.world_size > 1:
-            device_ids = [data.device] if data.device.type == "cuda" else None
-            self._model = DistributedDataParallel(model, device_ids)
+        self._step = _Step(model, data, recipe, ranks.world_size)
+        self._reports = _Reports(on_step, self._num_steps, self._step.reported_loss)
+        # The size of all batches but the last.
+        self._full_size = self._batches[0][1]
+        self._take_full: Step = partial(self._step.take, batch_size=self._full_size)
+        if recorder := self._recorder():
+            changed, device = self._step.changed_tensors, data.device
+            self._take_full = ReplayedSteps(self._take_full, model, changed, recorder, device).take
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """Return the optimizer."""
+        return self._step.optimizer
 
     def rehearsal(self) -> Callable[[], object]:
         """Return a step that can be taken again and again, to see how long it takes."""
-        draws = draw_epoch(len(self._data), self._seed, self._data.device)
-        begin, end = self._batches[0]
-        return lambda: self._step(0, draws, slice(begin, end), end - begin)
+        draws = draw_epoch(len(self._data), self._seed)
+        (batch,) = draws.batches(self._data, [slice(0, self._full_size)])
+        self._set_learning_rate(0)
+        return lambda: self._step.take(batch, self._full_size)
 
     def run_epoch(self, epoch: int) -> float:
         """Make one pass over the data, epochs counted from 0; return its mean loss over all ranks."""
         # Dropout and the like draw from this stream.
         torch.manual_seed(derive_seed(self._seed, "layers", epoch, self._rank))
-        data_seed = derive_seed(self._seed, "data", epoch)
-        draws = draw_epoch(len(self._data), data_seed, self._data.device, self._balanced_N)
-        total = torch.zeros((), dtype=torch.float64, device=self._data.device)
-        for index, (begin, end) in enumerate(self._batches):
-            step = epoch * len(self._batches) + index
-            mine = self._my_part(begin, end)
-            loss_sum = self._step(step, draws, mine, end - begin)
-            total += loss_sum
-            self._reports.add(step + 1, loss_sum, mine.stop - mine.start)
+        draws = draw_epoch(len(self._data), derive_seed(self._seed, "data", epoch), self._balanced_N)
+        total = self._step.epoch_loss.zero_()
+        parts = [self._my_part(begin, end) for begin, end in self._batches]
+        with closing(draws.batches(self._data, parts)) as batches:
+            for index, (batch, (begin, end)) in enumerate(zip(batches, self._batches, strict=True)):
+                step = epoch * len(self._batches) + index
+                self._set_learning_rate(step)
+                if end - begin == self._full_size:
+                    self._take_full(batch)
+                else:
+                    self._step.take(batch, end - begin)
+                self._reports.add(step + 1, len(batch.labels_B))
         if self._world_size > 1:
             dist.all_reduce(total)
         return total.item() / len(self._data)
+
+    def _recorder(self) -> Recorder | None:
+        """Return what records the step with a full batch; None: it is always taken as usual."""
+        recorder = recorder_for(self._data.device)
+        if recorder is None or self._config.graphs == "off":
+            return None
+        num_full = self._config.epochs * sum(end - begin == self._full_size for begin, end in self._batches)
+        reason = ""
+        if self._world_size > 1:
+            reason = "several GPUs train together"
+        elif not self._step.is_fused:
+            reason = "not all parameters are floating-point numbers"
+        if reason:
+            log.info("graph_not_used", reason=reason)
+        elif num_full < MIN_STEPS:
+            reason = f"too few full batches to record one: {num_full} of at least {MIN_STEPS}"
+            log.debug("graph_not_used", reason=reason)
+        return None if reason else recorder
+
+    def _set_learning_rate(self, step: int) -> None:
+        factor = learning_rate_factor(self._config.schedule, self._place, step, len(self._batches))
+        self._step.set_learning_rate(self._config.learning_rate * factor)
 
     def _my_part(self, begin: int, end: int) -> slice:
         size, rank, ranks = end - begin, self._rank, self._world_size
         return slice(begin + size * rank // ranks, begin + size * (rank + 1) // ranks)
 
-    def _step(self, step: int, draws: Draws, mine: slice, batch_size: int) -> Tensor:
-        """Take one step of the optimizer; return the sum of the loss over this rank's part of the batch."""
-        factor = learning_rate_factor(self._config.schedule, self._place, step, len(self._batches))
+
+class _Step:
+    """A step of the optimizer, and all that it needs and changes but the batch.
+
+    Attributes:
+        optimizer: the optimizer.
+        is_fused: True if the optimizer is a fused one.
+        epoch_loss: the sum of the loss over the images of this rank, for the caller to set to zero; float64.
+        reported_loss: the same, once more.
+    """
+
+    def __init__(self, model: nn.Module, data: DeviceData, recipe: Recipe, world_size: int) -> None:
+        self._data, self._config, self._world_size = data, recipe.config, world_size
+        device = data.device
+        # Without a cache, a graph does not depend on what was computed before it.
+        self._autocast = torch.autocast(
+            device.type,
+            torch.bfloat16,
+            enabled=recipe.precision == "bfloat16",
+            cache_enabled=device.type == "cpu",
+        )
+        self._memory_format = _place(model, device)
+        # The fused kernels know floating-point parameters only, and complex ones are none.
+        self.is_fused = all(parameter.is_floating_point() for parameter in model.parameters())
+        self.optimizer = _make_optimizer(model, recipe.config, self.is_fused, device)
+        self._losses = torch.zeros(2, dtype=torch.float64, device=device)
+        self.epoch_loss, self.reported_loss = self._losses.unbind()
+        self._model = model.train()
+        if world_size > 1:
+            device_ids = [device] if device.type == "cuda" else None
+            self._model = DistributedDataParallel(
+                model, device_ids, broadcast_buffers=_has_shared_buffers(model)
+            )
+
+    def changed_tensors(self) -> list[Tensor]:
+        """Return the tensors besides the model's that a step changes."""
+        states = self.optimizer.state.values()
+        return [self._losses, *(each for state in states for each in state.values() if torch.is_tensor(each))]
+
+    def set_learning_rate(self, rate: float) -> None:
+        """Set the learning rate of the next steps."""
         for group in self.optimizer.param_groups:
-            group["lr"] = self._config.learning_rate * factor
-        x_BCHW, y_B = draws.take(self._data, mine, self._config.augment)
+            if isinstance(group["lr"], Tensor):
+                # A recorded step reads the number from this tensor.
+                group["lr"].fill_(rate)
+            else:
+                group["lr"] = rate
+
+    def take(self, batch: Sequence[Tensor], batch_size: int) -> None:
+        """Take one step.
+
+        Args:
+            batch: the fields of a `Batch`; this rank's part.
+            batch_size: the number of images over all ranks.
+        """
+        batch = Batch(*batch)
+        x_BCHW = batch.augmented(self._data, self._config.augment)
         x_BCHW = x_BCHW.contiguous(memory_format=self._memory_format)
         with self._autocast:
             outputs = self._model(x_BCHW)
-            loss_sum = self._loss_sum(main_output(outputs), y_B)
+            loss_sum = self._loss_sum(main_output(outputs), batch.labels_B)
         if self._world_size > 1:
             loss_sum = loss_sum + _touch_others(outputs)
         self.optimizer.zero_grad()
         # DistributedDataParallel averages over ranks: times world_size it is the mean over the batch.
         (loss_sum * (self._world_size / batch_size)).backward()  # type: ignore[no-untyped-call]
         self.optimizer.step()
-        return loss_sum.detach()
+        self._losses += loss_sum.detach()
 
     def _loss_sum(self, logits_BK: Tensor, y_B: Tensor) -> Tensor:
         # The three digits of bfloat16 are too few for log-probabilities.
         logits_BK = logits_BK.float()
         smoothing = self._config.label_smoothing
         return F.cross_entropy(logits_BK, y_B, reduction="sum", label_smoothing=smoothing)
+
+
+def _has_shared_buffers(model: nn.Module) -> bool:
+    """Return True if the ranks must have the same buffers.
+
+    BatchNorm's running statistics are not read while a model is trained, and those of rank 0 are kept.
+    """
+    kinds = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+    statistics = {id(each) for norm in model.modules() if type(norm) in kinds for each in norm.buffers()}
+    return any(id(each) not in statistics for each in model.buffers())
 
 
 def _touch_others(outputs: Any) -> Tensor | float:
@@ -494,8 +600,10 @@ def _touch_others(outputs: Any) -> Tensor | float:
 
 def _identity(recipe: Recipe, model: nn.Module, examples: Examples) -> str:
     """Return the fingerprint of a training, by which its checkpoint is known."""
+    # With graphs and without, a training is the same.
+    config = recipe.config.model_dump(mode="json", exclude={"graphs"})
     place = recipe.place or whole(recipe.config)
-    settings = (recipe.config.model_dump(mode="json"), recipe.precision, recipe.spec, recipe.seed, place)
+    settings = (config, recipe.precision, recipe.spec, recipe.seed, place)
     return fingerprint(settings, model, *examples)
 
 
@@ -539,10 +647,20 @@ def _batch_norms(model: nn.Module) -> list[_BatchNorm]:
     return [module for module in model.modules() if isinstance(module, _BatchNorm)]
 
 
-def _make_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
-    parameters, rate, decay = list(model.parameters()), config.learning_rate, config.weight_decay
-    # The fused kernels know floating-point parameters only, and complex ones are none.
-    is_fused = all(parameter.is_floating_point() for parameter in parameters)
+def _has_tensor_rate(device: torch.device) -> bool:
+    """Return True if the learning rate is to be a tensor, as a recorded step needs it."""
+    return device.type == "cuda"
+
+
+def _make_optimizer(
+    model: nn.Module, config: TrainingConfig, is_fused: bool, device: torch.device
+) -> torch.optim.Optimizer:
+    parameters, decay = list(model.parameters()), config.weight_decay
+    # An optimizer that is not fused would read the tensor in every step, and wait for it.
+    is_recordable = is_fused and _has_tensor_rate(device)
+    rate: Any = config.learning_rate
+    if is_recordable:
+        rate = torch.tensor(rate, device=device)
     if config.optimizer == "sgd":
         return torch.optim.SGD(
             parameters,
@@ -553,4 +671,4 @@ def _make_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Opt
             fused=is_fused,
         )
     kind = torch.optim.Adam if config.optimizer == "adam" else torch.optim.AdamW
-    return kind(parameters, lr=rate, weight_decay=decay, fused=is_fused)
+    return kind(parameters, lr=rate, weight_decay=decay, fused=is_fused, capturable=is_recordable)

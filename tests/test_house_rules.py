@@ -21,6 +21,7 @@ TORCH = {"torch", "torchvision"}
 MAY_IMPORT_TORCH = {
     "common/batches.py",
     "common/checkpoint.py",
+    "common/graphs.py",
     "common/models.py",
     "common/rehearsal.py",
     "common/precision.py",

@@ -37,7 +37,7 @@ class RoundPipeline:
         self, job: Job, directory: JobDirectory, blobs_dir: Path, device: torch.device, group: Group
     ) -> None:
         self._job = job
-        self._run = job.run
+        self._run = job.run if job.attempt == 1 else _without_graphs(job.run)
         # The members of the round; screening removes some of them from this list.
         self._members = members_of(job, blobs_dir, directory.scratch_path)
         # The round's initial weights, which are the base of differences.
@@ -216,6 +216,15 @@ class RoundPipeline:
         started = time.perf_counter()
         yield
         self._seconds[what] = self._seconds.get(what, 0.0) + time.perf_counter() - started
+
+
+def _without_graphs(run: RunConfig) -> RunConfig:
+    """Return the run without CUDA graphs, with which it makes the same model.
+
+    A first attempt may have failed because of them: an error that the GPU reports is not always to be caught.
+    """
+    fine_tune = run.fine_tune.model_copy(update={"graphs": "off"})
+    return run.model_copy(update={"fine_tune": fine_tune})
 
 
 @lru_cache(maxsize=1)

@@ -1,4 +1,6 @@
+import threading
 from collections.abc import Sequence
+from contextlib import closing
 
 import pytest
 import torch
@@ -7,6 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torchvision.transforms.v2 import functional as v2
 
+from common import batches
 from common.batches import (
     CROP_PADDING,
     DeviceData,
@@ -38,9 +41,10 @@ def test_images_are_taken_normalised_and_their_targets_with_them() -> None:
     others = torch.rand(20, 3)
     data = DeviceData(images, SPEC, CPU, [labels, others])
     assert len(data) == 20
-    for which in (torch.tensor([7, 3, 3]), slice(18, 25)):
-        x, y, other = data.take(which)
-        torch.testing.assert_close(x, normalised(images[which]))
+    parts = [torch.tensor([7, 3, 3]), slice(18, 25)]
+    for which, (rows, y, other) in zip(parts, data.rows(parts), strict=True):
+        assert torch.equal(rows, images[which])
+        torch.testing.assert_close(data.normalise(rows), normalised(images[which]))
         assert torch.equal(y, labels[which])
         assert torch.equal(other, others[which])
 
@@ -59,9 +63,63 @@ def test_other_images_and_missing_targets_are_refused(
         DeviceData(images, SPEC, CPU, targets)
 
 
+@pytest.fixture
+def _nothing_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batches, "_fits", lambda tensors, device: False)
+
+
+def threads() -> set[str]:
+    return {thread.name for thread in threading.enumerate() if thread.name.startswith("batches")}
+
+
+@pytest.mark.parametrize("num_parts", [0, 1, 2, 3, 10])
+@pytest.mark.usefixtures("_nothing_fits")
+def test_images_that_do_not_fit_come_out_in_the_same_order(num_parts: int) -> None:
+    images, labels = make_images(30), torch.arange(30)
+    data = DeviceData(images, SPEC, CPU, [labels])
+    parts = [torch.tensor([index, 29 - index, index]) for index in range(num_parts)]
+    found = list(data.rows(parts))
+    assert len(found) == num_parts
+    for part, (rows, y) in zip(parts, found, strict=True):
+        assert torch.equal(rows, images[part])
+        assert torch.equal(y, labels[part])
+    assert not threads()
+
+
+@pytest.mark.usefixtures("_nothing_fits")
+def test_images_that_do_not_fit_are_gathered_ahead_but_not_far(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = DeviceData(make_images(30), SPEC, CPU, [torch.arange(30)])
+    gathered = []
+    by = set()
+
+    def gather(part: Tensor) -> list[Tensor]:
+        by.add(threading.current_thread().name)
+        gathered.append(part)
+        return [part]
+
+    monkeypatch.setattr(data, "_gather", gather)
+    with closing(data.rows(torch.arange(30).split(1))) as rows:
+        for taken in range(1, 11):
+            next(rows)
+            assert taken <= len(gathered) <= taken + batches.NUM_AHEAD
+    assert len(gathered) < 30
+    assert all(name.startswith("batches") for name in by)
+    assert not threads()
+
+
+@pytest.mark.usefixtures("_nothing_fits")
+def test_error_of_the_thread_reaches_the_caller(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = DeviceData(make_images(30), SPEC, CPU, [torch.arange(30)])
+    rows = data.rows([torch.tensor([1]), torch.tensor([30]), torch.tensor([2])])
+    assert len(next(rows)) == 2
+    with pytest.raises(IndexError):
+        next(rows)
+    assert not threads()
+
+
 def test_crop_and_flip_equal_torchvision_image_by_image() -> None:
     x = normalised(make_images(200))
-    _, corners, flipped = draw_epoch(200, 0, CPU)
+    _, corners, flipped = draw_epoch(200, 0)
     found = horizontal_flip(random_crop(x, corners), flipped)
     for image, (top, left), flip, result in zip(x, corners.tolist(), flipped, found, strict=True):
         expected = v2.crop(v2.pad(image, [CROP_PADDING]), top, left, 7, 9)
@@ -70,16 +128,18 @@ def test_crop_and_flip_equal_torchvision_image_by_image() -> None:
 
 def test_an_image_is_augmented_alike_in_any_part_of_the_epoch_that_has_it() -> None:
     data = DeviceData(make_images(30), SPEC, CPU, [torch.arange(30)])
-    draws = draw_epoch(30, 5, CPU)
-    plain, labels = draws.take(data, slice(0, 30), ())
-    assert torch.equal(labels, draws.order_N)
+    draws = draw_epoch(30, 5)
+    (whole,) = draws.batches(data, [slice(0, 30)])
+    assert torch.equal(whole.labels_B, draws.order_N)
+    plain = whole.augmented(data, ())
     cropped = random_crop(plain, draws.corners_N2)
     for augment, expected in (
         (("random_crop",), cropped),
         (("horizontal_flip",), horizontal_flip(plain, draws.flipped_N)),
         (("horizontal_flip", "random_crop"), horizontal_flip(cropped, draws.flipped_N)),
     ):
-        parts = [draws.take(data, slice(begin, begin + 8), augment)[0] for begin in range(0, 30, 8)]
+        bounds = [slice(begin, begin + 8) for begin in range(0, 30, 8)]
+        parts = [batch.augmented(data, augment) for batch in draws.batches(data, bounds)]
         assert torch.equal(torch.cat(parts), expected)
 
 
@@ -88,13 +148,13 @@ def test_an_epoch_is_drawn_from_its_seed_alone() -> None:
         return [torch.equal(*pair) for pair in zip(one, other, strict=True)]
 
     torch.manual_seed(1)
-    first = draw_epoch(30, 5, CPU)
+    first = draw_epoch(30, 5)
     torch.manual_seed(2)  # what the process drew before does not matter
-    assert same(first, draw_epoch(30, 5, CPU)) == [True] * 3
-    assert same(first, draw_epoch(30, 6, CPU)) == [False] * 3
+    assert same(first, draw_epoch(30, 5)) == [True] * 3
+    assert same(first, draw_epoch(30, 6)) == [False] * 3
     assert sorted(first.order_N.tolist()) == list(range(30))
     labels = torch.tensor([0] * 25 + [1] * 5)
-    assert labels[draw_epoch(30, 5, CPU, labels).order_N].bincount().tolist() == [15, 15]
+    assert labels[draw_epoch(30, 5, labels).order_N].bincount().tolist() == [15, 15]
 
 
 @given(st.lists(st.sampled_from([0, 1, 2, 5, 900]), min_size=1, max_size=60), st.integers(0, 2**40))

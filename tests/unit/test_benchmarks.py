@@ -95,6 +95,18 @@ def test_train_compares_with_both_loops() -> None:
     assert set(measured["of_bare"]) == set(measured["of_usual"]) == SPREAD
 
 
+def test_train_measures_images_on_the_host_and_the_share_of_a_peak() -> None:
+    more = ("--data-on-host", "--peak-tflops", 2)
+    measured = run("train", "--models", "mlp", "--images", 128, "--repeats", 1, "--device", "cpu", *more)
+    mlp = measured["models"]["mlp"]
+    assert set(mlp["on_host_of_ours"]) == SPREAD
+    # Two matrices, once forwards and twice backwards, but not for the gradient of the images.
+    flops = 2 * (2 * 784 * 128 + 3 * 128 * 10)
+    assert mlp["flops_per_image"] == pytest.approx(flops, rel=1e-4)
+    share = mlp["images_per_second"]["ours"]["median"] * flops / 2e12
+    assert mlp["share_of_peak"]["median"] == pytest.approx(share, rel=1e-3)
+
+
 def test_to_accuracy_stops_at_it_or_gives_up(tmp_path: Path) -> None:
     for split in ("train", "test"):
         for label in range(10):

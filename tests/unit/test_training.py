@@ -2,6 +2,8 @@ import math
 import os
 import subprocess
 import sys
+import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +15,11 @@ from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as v2
 
 from common import training
-from common.batches import CROP_PADDING, horizontal_flip, random_crop
+from common.batches import CROP_PADDING, draw_epoch, horizontal_flip, random_crop
 from common.config import DatasetSpec, RunConfig, TrainingConfig
 from common.errors import DivergedError, UsageError
 from common.models import build_model
-from common.schedule import Place
+from common.schedule import Place, learning_rate_factor, whole
 from common.training import (
     CheckpointFile,
     Examples,
@@ -34,6 +36,7 @@ from common.training import (
 from common.weights import read_state_dict, write_state_dict
 from tests.recipes import recipe_of
 
+ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
 SPEC = DatasetSpec(3, (3, 8, 8), (0.4, 0.5, 0.6), (0.2, 0.25, 0.3))
 
@@ -104,6 +107,109 @@ def test_global_random_state_is_left_as_it_was() -> None:
     before = torch.get_rng_state()
     run(model, make_data(20), epochs=1, batch_size=8)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+WRITTEN_OUT: dict[str, tuple[dict[str, Any], Callable[[Any], torch.optim.Optimizer]]] = {
+    "sgd": (
+        {"weight_decay": 1e-2, "augment": ("random_crop", "horizontal_flip")},
+        lambda p: torch.optim.SGD(p, 0.02, 0.9, weight_decay=1e-2, fused=True),
+    ),
+    "nesterov": (
+        {"nesterov": True, "label_smoothing": 0.1},
+        lambda p: torch.optim.SGD(p, 0.02, 0.9, nesterov=True, fused=True),
+    ),
+    "adam": (
+        {"optimizer": "adam", "augment": ("horizontal_flip",)},
+        lambda p: torch.optim.Adam(p, 0.02, fused=True),
+    ),
+    "adamw": (
+        {"optimizer": "adamw", "weight_decay": 0.1, "augment": ("random_crop",)},
+        lambda p: torch.optim.AdamW(p, 0.02, weight_decay=0.1, fused=True),
+    ),
+}
+
+
+def written_out(model: nn.Module, optimizer: Any, config: TrainingConfig, seed: int, balanced: bool) -> float:
+    """Train as `train` does on a CPU, in a plain loop; return the mean loss of the last epoch."""
+    images, labels = make_data(43)
+    std = torch.tensor(SPEC.std).view(-1, 1, 1)
+    shift = -torch.tensor(SPEC.mean).view(-1, 1, 1) / std
+    x = torch.addcmul(shift, images.float(), 1 / (255 * std))
+    num_batches = 5
+    for epoch in range(config.epochs):
+        torch.manual_seed(derive_seed(seed, "layers", epoch, 0))
+        order, corners, flipped = draw_epoch(
+            43, derive_seed(seed, "data", epoch), labels if balanced else None
+        )
+        total = torch.zeros((), dtype=torch.float64)
+        for index in range(num_batches):
+            part = slice(10 * index, 10 * index + 10)
+            step = epoch * num_batches + index
+            factor = learning_rate_factor(config.schedule, whole(config), step, num_batches)
+            optimizer.param_groups[0]["lr"] = config.learning_rate * factor
+            batch, y = x[order[part]], labels[order[part]]
+            if "random_crop" in config.augment:
+                batch = random_crop(batch, corners[part])
+            if "horizontal_flip" in config.augment:
+                batch = horizontal_flip(batch, flipped[part])
+            logits = model(batch.contiguous(memory_format=torch.channels_last))
+            loss = F.cross_entropy(logits, y, reduction="sum", label_smoothing=config.label_smoothing)
+            optimizer.zero_grad()
+            (loss * (1 / len(y))).backward()
+            optimizer.step()
+            total += loss.detach()
+    return total.item() / 43
+
+
+@pytest.mark.parametrize("balanced", [False, True])
+@pytest.mark.parametrize("fits", [True, False])
+@pytest.mark.parametrize("name", WRITTEN_OUT)
+def test_training_has_the_bits_of_a_loop_that_is_written_out(
+    name: str, fits: bool, balanced: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("common.batches._fits", lambda tensors, device: fits)
+    changes, optimizer = WRITTEN_OUT[name]
+    config = TrainingConfig(**{"epochs": 3, "batch_size": 10, "learning_rate": 0.02, **changes})
+    found, expected = (make_model(batch_norm=True, dropout=0.3) for _ in range(2))
+    expected.to(memory_format=torch.channels_last)
+    global_state = torch.get_rng_state()
+    loss = written_out(expected, optimizer(expected.parameters()), config, 5, balanced)
+    torch.set_rng_state(global_state)
+
+    assert run(found, make_data(43), seed=5, class_balanced=balanced, **config.model_dump()) == loss
+
+    for key, tensor in expected.state_dict().items():
+        assert torch.equal(found.state_dict()[key], tensor), key
+
+
+def test_images_that_do_not_fit_are_measured_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    images, labels = make_data(43)
+    measured = []
+    for fits in (True, False):
+        monkeypatch.setattr("common.batches._fits", lambda tensors, device, fits=fits: fits)
+        model = make_normalised_model()
+        recompute_statistics(model, images, spec=SPEC, device=CPU, seed=2, batch_size=10)
+        found = evaluate(model, images, labels, spec=SPEC, device=CPU, batch_size=10)
+        measured.append((found.loss, [tensor.tolist() for tensor in model.state_dict().values()]))
+    assert measured[0] == measured[1]
+
+
+def test_thread_that_gathers_batches_ends_with_a_stopped_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    class StoppedError(Exception):
+        pass
+
+    def stop(report: StepReport) -> None:
+        seen.append({thread.name[:7] for thread in threading.enumerate()})
+        raise StoppedError
+
+    monkeypatch.setattr("common.batches._fits", lambda tensors, device: False)
+    seen: list[set[str]] = []
+    with pytest.raises(StoppedError) as stopped:
+        run(make_model(), make_data(50), epochs=1, batch_size=5, on_step=stop)
+    # The error holds on to the frames of the training, and the thread has ended all the same.
+    assert stopped.value.__traceback__
+    assert "batches" in seen[0]
+    assert "batches" not in {thread.name[:7] for thread in threading.enumerate()}
 
 
 @pytest.mark.parametrize(
@@ -323,6 +429,8 @@ def test_evaluation_equals_a_plain_loop_over_images(was_training: bool) -> None:
     assert found.loss == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-5)
     assert found.num_examples == 23
     torch.testing.assert_close(predicted, logits)
+    # More batches than are fetched at once.
+    torch.testing.assert_close(predict(model, images, spec=SPEC, device=CPU, batch_size=1), logits)
 
 
 def test_predictions_can_be_trained_with() -> None:
@@ -447,12 +555,62 @@ def test_deterministic_mode_is_on_and_trains(monkeypatch: pytest.MonkeyPatch) ->
         make_deterministic()
         assert torch.are_deterministic_algorithms_enabled()
         assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+        assert not torch.backends.cudnn.allow_tf32
+        assert torch.backends.cudnn.conv.fp32_precision != "tf32"
         augment = ("random_crop", "horizontal_flip")
         run(make_model(batch_norm=True), make_data(20), epochs=1, batch_size=10, augment=augment)
     finally:
         torch.use_deterministic_algorithms(False)
         torch.utils.deterministic.fill_uninitialized_memory = True
+        torch.backends.cudnn.allow_tf32 = True
         monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+
+
+STATISTICS_SCRIPT = """
+import sys
+from pathlib import Path
+from unittest.mock import patch
+import torch
+from common import training
+from common.config import TrainingConfig
+from tests.unit.test_training import SPEC, make_data, make_model
+
+rank, folder = int(sys.argv[1]), Path(sys.argv[2])
+torch.distributed.init_process_group(
+    "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2
+)
+
+def trained():
+    model = make_model(batch_norm=True, dropout=0.3)
+    recipe = training.Recipe(TrainingConfig(epochs=2, batch_size=10), SPEC, 3, "float32")
+    ranks, device = training.Ranks(rank, 2), torch.device("cpu")
+    training.train(model, training.Examples(*make_data(45)), recipe, device=device, ranks=ranks)
+    return model.state_dict()
+
+found = trained()
+with patch("common.training._has_shared_buffers", return_value=True) as shared:
+    expected = trained()
+assert shared.called
+torch.distributed.destroy_process_group()
+different = [name for name in found if not torch.equal(found[name], expected[name])]
+# The other rank's statistics are its own, and nobody uses them.
+assert different == (["1.running_mean", "1.running_var"] if rank else []), different
+"""
+
+
+def test_ranks_need_not_share_statistics(tmp_path: Path) -> None:
+    ranks = [
+        subprocess.Popen([sys.executable, "-c", STATISTICS_SCRIPT, str(rank), str(tmp_path)], cwd=ROOT)
+        for rank in range(2)
+    ]
+    assert [process.wait(100) for process in ranks] == [0, 0]
+
+
+def test_ranks_share_other_buffers() -> None:
+    model = make_model(batch_norm=True)
+    assert not training._has_shared_buffers(model)
+    model[2].register_buffer("mean", torch.zeros(1))
+    assert training._has_shared_buffers(model)
 
 
 RANK_SCRIPT = """
