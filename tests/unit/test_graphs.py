@@ -15,6 +15,7 @@ import torch
 from structlog.testing import capture_logs
 from torch import Tensor, nn
 
+from cloud_server.contribution import Contribution
 from cloud_server.jobs import Job, JobDirectory
 from cloud_server.trainer import pipeline
 from cloud_server.trainer.group import Group
@@ -442,6 +443,7 @@ def test_further_attempts_at_a_round_do_without_graphs(
         run=RunConfig(),
         device="cpu",
         initial_weights=None,
+        contributions=(Contribution("edge-1", "0" * 64, (), 1),),
     )
     work = pipeline.RoundPipeline(job, JobDirectory(tmp_path / "jobs/round-0001"), tmp_path, CPU, Group())
     work._fine_tune(nn.Identity(), Examples(torch.zeros(1, 1, 8, 8), torch.zeros(1, dtype=torch.int64)))
