@@ -3,8 +3,8 @@
     python -m benchmarks.agents --agents 100 --rounds 3 --tls
 
 The agents are those of benchmarks/crowd.py, in one process for each core. All of them contribute to every
-round, so that all come at once. Their enrolment is not measured. The server's processor time is counted from its ready
-line to its end, without the trainer.
+round, so that all come at once. Their enrolment is not measured. The server's processor time is counted from
+its ready line to its end, without the trainer.
 """
 
 import json

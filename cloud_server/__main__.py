@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from cloud_server.door.authority import Authority
     from cloud_server.ledger import Ledger
     from cloud_server.metrics import ServerMetrics
+    from cloud_server.showing.reports import Reports
     from cloud_server.showing.standing import Standing
     from cloud_server.store import Store
     from cloud_server.training.runner import Trainer
@@ -104,6 +105,7 @@ async def serve(config: ServerConfig) -> int:
         calls_per_second=config.max_calls_per_second,
     )
     service: Service | None = None
+    opened: Service | None = None
 
     async def status() -> Mapping[str, Any]:
         return await service.standing.status() if service else {"phase": "starting"}
@@ -137,6 +139,8 @@ async def serve(config: ServerConfig) -> int:
         service = None
         display.close()
         await server.stop(grace_seconds=1)
+        if opened:
+            await opened.reports.close()
         if http:
             await http.stop()
         await trainer.stop()
@@ -180,6 +184,7 @@ class Service(NamedTuple):
     desk: "Desk"
     ledger: "Ledger"
     standing: "Standing"
+    reports: "Reports"
 
 
 async def open_service(
@@ -297,7 +302,7 @@ async def open_service(
     )
     await when_disk_allows(lambda: asyncio.to_thread(provenance.write, store))
     await caretaker.clean_up()
-    return Service(coordinator, desk, ledger, standing)
+    return Service(coordinator, desk, ledger, standing, reports)
 
 
 def tell_who_may_come(config: ServerConfig, authority: "Authority | None") -> None:

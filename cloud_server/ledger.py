@@ -1,14 +1,20 @@
 """The open round and the agents of the run: recorded first, then believed, then shown.
 
 One lock guards both. Three locks are taken in this order, and never in another: the ledger's, the reports'
-(showing/reports.py), the jobs' (training/runner.py).
+(showing/reports.py), the jobs' (training/runner.py). The store's own lock comes last: only threads hold it.
+
+What agents change is recorded in groups: all changes that wait for the lock at that moment share one
+transaction, and so one flush of the disk (see `Ledger.record`).
 """
 
 import asyncio
 import math
+import sqlite3
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import TypeVar
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
 
 import structlog
 
@@ -21,7 +27,7 @@ from cloud_server.round import Policy, Round
 from cloud_server.run import Run
 from cloud_server.showing.standing import Standing
 from cloud_server.store import Store
-from common.errors import BudgetError, NotFoundError, Reason
+from common.errors import BudgetError, NotFoundError, Reason, StorageError
 from common.faults import Point, crash_point
 from common.run_state import Outcome
 from common.transfer import to_the_end
@@ -32,6 +38,34 @@ CUT_OFF_SECONDS = 5.0
 _T = TypeVar("_T")
 
 log = structlog.get_logger()
+
+
+@dataclass
+class Group:
+    """Changes that become durable together, and what they make of the ledger's memory then."""
+
+    # The round with the changes that came before in it.
+    round: Round
+    # The agents whose own part in the round has changed.
+    agents: list[str] = field(default_factory=list)
+    # Done on the event loop, in this order, once all is durable.
+    afterwards: list[Callable[[], None]] = field(default_factory=list)
+
+
+class _Member(NamedTuple):
+    """A change that waits for its group, and the answer that its caller waits for."""
+
+    change: Callable[[Group], Any]
+    answer: "asyncio.Future[Any]"
+
+    def give(self, result: object) -> None:
+        """Answer with the result of the change, or with the error that it raised."""
+        if self.answer.done():
+            return
+        if isinstance(result, Exception):
+            self.answer.set_exception(result)
+        else:
+            self.answer.set_result(result)
 
 
 class Ledger:
@@ -68,6 +102,9 @@ class Ledger:
         self._max_joined = max_joined
         self._clock = clock
         self._lock = asyncio.Lock()
+        # The changes that wait for the lock to be recorded together, and the tasks that record groups.
+        self._open_group: list[_Member] | None = None
+        self._leaders: set[asyncio.Task[None]] = set()
         # When agents were expelled, by the monotonic clock.
         self._expelled_at: dict[str, float] = {}
 
@@ -106,10 +143,14 @@ class Ledger:
 
         return await to_the_end(locked())
 
-    def believe(self, updated: Round) -> None:
-        """Go on with a round that is on record, and show it to everyone; inside `exclusively` only."""
+    def believe(self, updated: Round, concerned: Iterable[str] = ()) -> None:
+        """Go on with a round that is on record, and show it to everyone; inside `exclusively` only.
+
+        Args:
+            concerned: the agents whose own part in the round has changed.
+        """
         self._round = updated
-        self._standing.show(updated)
+        self._standing.show(updated, concerned)
 
     async def transition(self, change: Callable[[Round], Round]) -> None:
         """Record the phase that `change` gives the round, then go on with it; wait while the disk is full."""
@@ -147,13 +188,82 @@ class Ledger:
 
         await when_disk_allows(lambda: self.exclusively(open_round))
 
-    async def record(self, number: int, decision: Decision, updated: Round | None = None) -> None:
-        """Record how an agent's part in round `number` ended; inside `exclusively` only.
+    async def record(self, change: Callable[["Group"], _T]) -> _T:
+        """Return what the change returns, once all that it has recorded is durable.
+
+        The change runs in a thread, inside a transaction, together with all other changes that wait for the
+        ledger at that moment. A cancelled caller does not cut it short. It changes the group only after the
+        last step that may fail.
+
+        Raises:
+            StorageError: the disk takes no data; nothing of the whole group is recorded.
+            Exception: what the change raises; nothing of this change is recorded.
+        """
+        if self._open_group is None:
+            self._open_group = []
+            leader = asyncio.create_task(self._record_group(self._open_group))
+            self._leaders.add(leader)
+            leader.add_done_callback(self._leaders.discard)
+        member = _Member(change, asyncio.get_running_loop().create_future())
+        self._open_group.append(member)
+        result: _T = await to_the_end(member.answer)
+        return result
+
+    async def _record_group(self, members: list["_Member"]) -> None:
+        """Record the changes of all members as soon as the ledger is free, and answer them."""
+
+        async def record() -> None:
+            # Who comes from now on waits for the next group.
+            self._open_group = None
+            group = Group(self._round)
+            results = await asyncio.to_thread(self._in_one_transaction, group, members)
+            for step in group.afterwards:
+                step()
+            if group.round is not self._round:
+                self.believe(group.round, group.agents)
+            for member, result in zip(members, results, strict=True):
+                member.give(result)
+
+        try:
+            await self.exclusively(record)
+        except Exception as error:
+            for member in members:
+                member.give(error)
+        finally:
+            if self._open_group is members:
+                self._open_group = None
+            for member in members:
+                member.answer.cancel()
+
+    def _in_one_transaction(self, group: "Group", members: Sequence["_Member"]) -> list[Any]:
+        """Return what each change returned or raised; all of them are durable then."""
+        results = []
+        with self._store.transaction():
+            for member in members:
+                try:
+                    with self._store.savepoint():
+                        results.append(member.change(group))
+                # A disk that takes no data fails the whole group.
+                except (StorageError, sqlite3.OperationalError):
+                    raise
+                except Exception as error:
+                    results.append(error)
+        return results
+
+    def count(self, group: "Group", number: int, decision: Decision, updated: Round | None = None) -> None:
+        """Record, as a part of a group, how an agent's part in round `number` ended.
 
         Args:
             updated: the open round with that decision in it; None: the decision is about an older one.
         """
-        await asyncio.to_thread(self._store.record_contribution, number, decision)
+        self._store.record_contribution(number, decision)
+        group.afterwards.append(partial(self._tell_of, number, decision))
+        if updated:
+            group.round = updated
+            group.agents.append(decision.agent_id)
+
+    def _tell_of(self, number: int, decision: Decision) -> None:
+        """Tell log and metrics of a decision that is on record."""
         crash_point(Point.SERVER_CONTRIBUTION_RECORDED)
         self._metrics.count_contribution(decision.outcome.value)
         told = {"round": number, "agent_id": decision.agent_id}
@@ -161,22 +271,19 @@ class Ledger:
             log.warning("contribution_rejected", **told, reason=decision.why.reason.value)
         else:
             log.info("contribution", **told, outcome=decision.outcome.value)
-        if updated:
-            self.believe(updated)
 
     async def reject(self, agent_id: str, reason: Reason, message: str) -> None:
         """Record that what the agent has sent is unfit, unless a contribution of the agent stands."""
 
-        async def record() -> None:
-            updated = self._round.reject(agent_id, reason, message)
-            if agent_id not in self._slots or updated is self._round:
+        def record(group: Group) -> None:
+            updated = group.round.reject(agent_id, reason, message)
+            if agent_id not in self._slots or updated is group.round:
                 return
             why = updated.rejections[agent_id]
-            await self.record(
-                updated.number, Decision(agent_id, Outcome.REJECTED, self._clock(), why=why), updated
-            )
+            decision = Decision(agent_id, Outcome.REJECTED, self._clock(), why=why)
+            self.count(group, updated.number, decision, updated)
 
-        await self.exclusively(record)
+        await self.record(record)
 
     # ------------------------------------------------------------------ who belongs to the run
 

@@ -91,11 +91,30 @@ class Store:
     def transaction(self) -> Iterator[sqlite3.Connection]:
         """Return a context in which to write records: all of them become durable at its end, or none.
 
-        No other thread reads or writes records during the context.
+        No other thread reads or writes records during the context. Inside another transaction, the records
+        become durable at the end of that one.
         """
-        with self._lock, storage_errors(), self._database as database:
-            database.execute("BEGIN IMMEDIATE")
-            yield database
+        with self._lock, storage_errors():
+            if self._database.in_transaction:
+                yield self._database
+                return
+            with self._database as database:
+                database.execute("BEGIN IMMEDIATE")
+                yield database
+
+    @contextmanager
+    def savepoint(self) -> Iterator[None]:
+        """Return a context, inside a transaction, whose records are undone if the context raises."""
+        self._database.execute("SAVEPOINT one")
+        try:
+            yield
+        except BaseException:
+            # After some errors, such as a full disk, SQLite has undone the whole transaction.
+            if self._database.in_transaction:
+                self._database.execute("ROLLBACK TO one")
+                self._database.execute("RELEASE one")
+            raise
+        self._database.execute("RELEASE one")
 
     def read(self, query: str, *values: object) -> list[dict[str, Any]]:
         """Return the rows that a query finds; inside a transaction, also uncommitted ones."""
@@ -275,6 +294,11 @@ class Store:
         """Return the decision on every agent's contribution to a round, in agent-id order."""
         rows = self.read("SELECT * FROM contributions WHERE round = ? ORDER BY agent_id", number)
         return [_decision(row) for row in rows]
+
+    def contribution(self, number: int, agent_id: str) -> Decision | None:
+        """Return the decision on an agent's contribution to a round; None if there is none."""
+        rows = self.read("SELECT * FROM contributions WHERE round = ? AND agent_id = ?", number, agent_id)
+        return _decision(rows[0]) if rows else None
 
     def num_accepted(self) -> dict[int, int]:
         """Return the number of accepted contributions, by round; rounds without any are left out."""

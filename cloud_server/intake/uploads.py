@@ -110,7 +110,9 @@ class Uploads:
         path = await asyncio.to_thread(self._store.partial_path, agent_id, digest)
         return await asyncio.to_thread(_durable_size, path), False
 
-    async def check_complete(self, contribution: Contribution) -> None:
+    # These three read the disk, and are called in a thread.
+
+    def check_complete(self, contribution: Contribution) -> None:
         """Check that every blob that a contribution names is stored, checked, and uploaded by its agent.
 
         Raises:
@@ -118,10 +120,10 @@ class Uploads:
         """
         shards = [(digest, "data") for digest in contribution.shard_digests]
         for digest, kind in [(contribution.weights_digest, "weights"), *shards]:
-            if not await asyncio.to_thread(self._store.has_upload, contribution.agent_id, digest, kind):
+            if not self._store.has_upload(contribution.agent_id, digest, kind):
                 raise NotFoundError(f"the {kind} blob {digest[:16]}… is not uploaded", Reason.MISSING_BLOB)
 
-    async def count_shared(self, shards: Sequence[str], num_examples: int) -> int:
+    def count_shared(self, shards: Sequence[str], num_examples: int) -> int:
         """Return how many examples an agent's shards hold.
 
         That the agent has trained on more, which it does not share, is believed.
@@ -129,7 +131,7 @@ class Uploads:
         Raises:
             InvalidError: the agent says that it has trained on fewer.
         """
-        num_shared = await asyncio.to_thread(self._num_labels, shards)
+        num_shared = self._num_labels(shards)
         if num_shared > num_examples:
             raise InvalidError(
                 f"num_examples is {num_examples}, but the contribution's shards have {num_shared} labels:"
@@ -137,13 +139,13 @@ class Uploads:
             )
         return num_shared
 
-    async def check_base(self, weights: str, initial_weights: str | None) -> None:
+    def check_base(self, weights: str, initial_weights: str | None) -> None:
         """Check that the base of the stored weights is the initial weights that the agent claims.
 
         Raises:
             InvalidError: the base is another one.
         """
-        header = await asyncio.to_thread(schema.read_header, self._store.blobs.path(weights))
+        header = schema.read_header(self._store.blobs.path(weights))
         base = wire.encoding_of(header).base
         if base != initial_weights:
             found = f"differences from {base[:16]}…" if base else "no differences"

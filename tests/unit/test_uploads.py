@@ -203,15 +203,15 @@ async def test_num_examples_is_no_fewer_than_the_shards_hold(
     await send(uploads, second, 0, (tmp_path / "shard").read_bytes())
 
     for claimed in (13, 14, 2**40):
-        assert await uploads.count_shared([first.digest, second.digest], claimed) == 13
+        assert uploads.count_shared([first.digest, second.digest], claimed) == 13
     for claimed in (1, 12):
         with pytest.raises(InvalidError, match=f"num_examples is {claimed}, .* 13 labels") as refused:
-            await uploads.count_shared([first.digest, second.digest], claimed)
+            uploads.count_shared([first.digest, second.digest], claimed)
         assert refused.value.reason == Reason.MALFORMED_REQUEST
 
 
 async def test_agent_that_shares_nothing_is_believed(uploads: Uploads) -> None:
-    assert await uploads.count_shared([], 2**40) == 0
+    assert uploads.count_shared([], 2**40) == 0
 
 
 # Weights
@@ -271,8 +271,8 @@ async def test_differences_must_be_from_what_the_agent_says_it_started_from(
     encode(base.path, tmp_path / "int8", "int8", base=base)
     encode(base.path, tmp_path / "bfloat16", "bfloat16")
     int8, bfloat16 = [await send_weights(uploads, tmp_path / wire) for wire in ("int8", "bfloat16")]
-    await uploads.check_base(int8.digest, base.digest)
-    await uploads.check_base(bfloat16.digest, None)
+    uploads.check_base(int8.digest, base.digest)
+    uploads.check_base(bfloat16.digest, None)
     other = "5" * 64
     for blob, start, text in (
         (
@@ -284,5 +284,5 @@ async def test_differences_must_be_from_what_the_agent_says_it_started_from(
         (bfloat16, base.digest, f"no differences, and pre-training started from {base.digest[:16]}…"),
     ):
         with pytest.raises(InvalidError, match=text) as refused:
-            await uploads.check_base(blob.digest, start)
+            uploads.check_base(blob.digest, start)
         assert refused.value.reason == Reason.INITIAL_WEIGHTS
