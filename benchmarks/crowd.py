@@ -91,7 +91,8 @@ class Agent:
         self._has_sent_shard = False
         # The digest of the weights in use, and the weights.
         self._model = ("", b"")
-        self._is_connected = False
+        # The latest published round that the agent knows of.
+        self._latest = 0
         self.lived = Life(name)
 
     async def live(self) -> Life:
@@ -139,8 +140,11 @@ class Agent:
     def _note(self, event: Any, is_first: bool) -> None:
         self.lived.num_events += 1
         published = event.latest_model.round
-        if published and not is_first:
-            self.lived.known_at.setdefault(published, time.time())
+        if published > self._latest:
+            self._latest = published
+            # An agent that was away when the model was published hears of it in its first event.
+            if not is_first:
+                self.lived.known_at[published] = time.time()
         if event.counted_round:
             self.lived.counted.add(event.counted_round)
 

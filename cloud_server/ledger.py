@@ -3,8 +3,8 @@
 One lock guards both. Three locks are taken in this order, and never in another: the ledger's, the reports'
 (showing/reports.py), the jobs' (training/runner.py). The store's own lock comes last: only threads hold it.
 
-What agents change is recorded in groups: all changes that wait for the lock at that moment share one
-transaction, and so one flush of the disk (see `Ledger.record`).
+What agents change is recorded in groups: all changes that wait at a moment share one transaction, and so one
+flush of the disk (see `Ledger.record`).
 """
 
 import asyncio
@@ -14,7 +14,7 @@ import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import structlog
 
@@ -22,6 +22,7 @@ from cloud_server import records
 from cloud_server.classes import Classes
 from cloud_server.contribution import Decision
 from cloud_server.disk.failures import when_disk_allows
+from cloud_server.disk.together import Together
 from cloud_server.metrics import ServerMetrics
 from cloud_server.round import Policy, Round
 from cloud_server.run import Run
@@ -46,26 +47,14 @@ class Group:
 
     # The round with the changes that came before in it.
     round: Round
+    # What the labels stand for, likewise.
+    classes: Classes
+    # The slots of the agents that join, by agent id.
+    slots: dict[str, int] = field(default_factory=dict)
     # The agents whose own part in the round has changed.
     agents: list[str] = field(default_factory=list)
     # Done on the event loop, in this order, once all is durable.
     afterwards: list[Callable[[], None]] = field(default_factory=list)
-
-
-class _Member(NamedTuple):
-    """A change that waits for its group, and the answer that its caller waits for."""
-
-    change: Callable[[Group], Any]
-    answer: "asyncio.Future[Any]"
-
-    def give(self, result: object) -> None:
-        """Answer with the result of the change, or with the error that it raised."""
-        if self.answer.done():
-            return
-        if isinstance(result, Exception):
-            self.answer.set_exception(result)
-        else:
-            self.answer.set_result(result)
 
 
 class Ledger:
@@ -102,9 +91,7 @@ class Ledger:
         self._max_joined = max_joined
         self._clock = clock
         self._lock = asyncio.Lock()
-        # The changes that wait for the lock to be recorded together, and the tasks that record groups.
-        self._open_group: list[_Member] | None = None
-        self._leaders: set[asyncio.Task[None]] = set()
+        self._together = Together[Callable[[Group], Any], Any](self._record_together)
         # When agents were expelled, by the monotonic clock.
         self._expelled_at: dict[str, float] = {}
 
@@ -188,61 +175,42 @@ class Ledger:
 
         await when_disk_allows(lambda: self.exclusively(open_round))
 
-    async def record(self, change: Callable[["Group"], _T]) -> _T:
+    async def record(self, change: Callable[[Group], _T]) -> _T:
         """Return what the change returns, once all that it has recorded is durable.
 
-        The change runs in a thread, inside a transaction, together with all other changes that wait for the
-        ledger at that moment. A cancelled caller does not cut it short. It changes the group only after the
-        last step that may fail.
+        The change runs in a thread, inside a transaction, together with all other changes that wait at that
+        moment. A cancelled caller does not cut it short. It changes the group only after the last step that
+        may fail.
 
         Raises:
             StorageError: the disk takes no data; nothing of the whole group is recorded.
             Exception: what the change raises; nothing of this change is recorded.
         """
-        if self._open_group is None:
-            self._open_group = []
-            leader = asyncio.create_task(self._record_group(self._open_group))
-            self._leaders.add(leader)
-            leader.add_done_callback(self._leaders.discard)
-        member = _Member(change, asyncio.get_running_loop().create_future())
-        self._open_group.append(member)
-        result: _T = await to_the_end(member.answer)
+        result: _T = await self._together.do(change)
         return result
 
-    async def _record_group(self, members: list["_Member"]) -> None:
-        """Record the changes of all members as soon as the ledger is free, and answer them."""
+    async def _record_together(self, changes: Sequence[Callable[[Group], Any]]) -> list[Any]:
+        """Return what each change returned or raised, once all of them are durable, and believe them."""
 
-        async def record() -> None:
-            # Who comes from now on waits for the next group.
-            self._open_group = None
-            group = Group(self._round)
-            results = await asyncio.to_thread(self._in_one_transaction, group, members)
+        async def record() -> list[Any]:
+            group = Group(self._round, self._classes)
+            results = await asyncio.to_thread(self._in_one_transaction, group, changes)
+            self._classes = group.classes
             for step in group.afterwards:
                 step()
             if group.round is not self._round:
                 self.believe(group.round, group.agents)
-            for member, result in zip(members, results, strict=True):
-                member.give(result)
+            return results
 
-        try:
-            await self.exclusively(record)
-        except Exception as error:
-            for member in members:
-                member.give(error)
-        finally:
-            if self._open_group is members:
-                self._open_group = None
-            for member in members:
-                member.answer.cancel()
+        return await self.exclusively(record)
 
-    def _in_one_transaction(self, group: "Group", members: Sequence["_Member"]) -> list[Any]:
-        """Return what each change returned or raised; all of them are durable then."""
+    def _in_one_transaction(self, group: Group, changes: Sequence[Callable[[Group], Any]]) -> list[Any]:
         results = []
         with self._store.transaction():
-            for member in members:
+            for change in changes:
                 try:
                     with self._store.savepoint():
-                        results.append(member.change(group))
+                        results.append(change(group))
                 # A disk that takes no data fails the whole group.
                 except (StorageError, sqlite3.OperationalError):
                     raise
@@ -250,7 +218,7 @@ class Ledger:
                     results.append(error)
         return results
 
-    def count(self, group: "Group", number: int, decision: Decision, updated: Round | None = None) -> None:
+    def count(self, group: Group, number: int, decision: Decision, updated: Round | None = None) -> None:
         """Record, as a part of a group, how an agent's part in round `number` ended.
 
         Args:
@@ -299,46 +267,52 @@ class Ledger:
             NotFoundError: the agent has just been forgotten.
             InvalidError: the classes are not those of the run.
         """
-
-        async def enter() -> None:
-            classes = await self._agreed(agent_id, class_names)
-            await admit()
-            if classes != self._classes:
-                await asyncio.to_thread(self._store.set_class_names, classes.names, agent_id)
-                self._classes = classes
-                log.info("classes_named", agent_id=agent_id, class_names=classes.names)
-
-        async def admit() -> None:
-            if agent_id in self._slots:
-                return
-            if self._expelled_at.get(agent_id, -math.inf) > time.monotonic() - CUT_OFF_SECONDS:
-                raise NotFoundError(f"agent {agent_id} has just been forgotten", Reason.UNKNOWN_AGENT)
-            if len(self._slots) >= self._max_joined:
-                raise BudgetError(
-                    f"{len(self._slots)} agents have joined this run, and it takes no more: ask the server's"
-                    " operator to raise max_joined",
-                    Reason.RUN_FULL,
-                )
-            slot = await asyncio.to_thread(self._store.join, agent_id, self._clock())
-            crash_point(Point.SERVER_AGENT_JOINED)
-            on_joined(agent_id)
-            self._slots[agent_id] = slot
-            log.info("agent_joined", agent_id=agent_id, slot=slot)
-            self._standing.show_agent(agent_id, slot)
-
         if agent_id not in self._slots or class_names:
-            await self.exclusively(enter)
+            await self.record(lambda group: self._enter(group, agent_id, class_names, on_joined))
         return self._slots[agent_id]
 
-    async def _agreed(self, agent_id: str, class_names: Sequence[str]) -> Classes:
+    def _enter(
+        self, group: Group, agent_id: str, class_names: Sequence[str], on_joined: Callable[[str], None]
+    ) -> None:
+        classes = self._agreed(group.classes, agent_id, class_names)
+        if agent_id not in self._slots and agent_id not in group.slots:
+            self._check_admission(group, agent_id)
+            group.slots[agent_id] = self._store.join(agent_id, self._clock())
+            group.afterwards.append(lambda: self._let_in(agent_id, group.slots[agent_id], on_joined))
+        if classes != group.classes:
+            self._store.set_class_names(classes.names, agent_id)
+            group.classes = classes
+            group.afterwards.append(
+                lambda: log.info("classes_named", agent_id=agent_id, class_names=classes.names)
+            )
+
+    def _check_admission(self, group: Group, agent_id: str) -> None:
+        """Raise what `join` raises, unless the run takes one more agent."""
+        if self._expelled_at.get(agent_id, -math.inf) > time.monotonic() - CUT_OFF_SECONDS:
+            raise NotFoundError(f"agent {agent_id} has just been forgotten", Reason.UNKNOWN_AGENT)
+        num_joined = len(self._slots) + len(group.slots)
+        if num_joined >= self._max_joined:
+            raise BudgetError(
+                f"{num_joined} agents have joined this run, and it takes no more: ask the server's"
+                " operator to raise max_joined",
+                Reason.RUN_FULL,
+            )
+
+    def _let_in(self, agent_id: str, slot: int, on_joined: Callable[[str], None]) -> None:
+        """Go on with an agent that is on record, and show it."""
+        crash_point(Point.SERVER_AGENT_JOINED)
+        on_joined(agent_id)
+        self._slots[agent_id] = slot
+        log.info("agent_joined", agent_id=agent_id, slot=slot)
+        self._standing.show_agent(agent_id, slot)
+
+    def _agreed(self, classes: Classes, agent_id: str, class_names: Sequence[str]) -> Classes:
         """Return the classes of the run after this agent has joined with these.
 
         The agent that has named the classes may correct them, until the first contribution counts.
         """
-        classes = self._classes
-        if class_names and agent_id == classes.named_by:
-            is_in_use = await asyncio.to_thread(self._store.num_accepted)
-            classes = classes if is_in_use else Classes()
+        if class_names and agent_id == classes.named_by and not self._store.num_accepted():
+            classes = Classes()
         return classes.agree(agent_id, class_names, self._run.config.spec.num_classes)
 
     def expel(self, agent_id: str) -> None:

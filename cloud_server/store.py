@@ -369,19 +369,53 @@ class Store:
         Raises:
             NotFoundError: there is no such upload.
         """
-        partial = self.partial_path(agent_id, digest)
-        # The lock keeps the blob from being removed before its record is written.
+        (error,) = self.commit_uploads([UploadRow(agent_id, digest, kind, now)])
+        if error:
+            raise error
+
+    def commit_uploads(self, uploads: Sequence[UploadRow]) -> list[Exception | None]:
+        """Do the work of `commit_upload` for several uploads, with one flush of the records for all.
+
+        Returns:
+            For each upload None, or the error that concerns this upload alone.
+        """
+        # The lock keeps a blob from being removed before its record is written.
         with self._lock:
-            self.blobs.link(partial, digest)
-            crash_point(Point.SERVER_BLOB_LINKED)
-            with self.transaction() as database:
-                database.execute(
-                    "INSERT INTO uploads (agent_id, digest, kind, at) VALUES (?, ?, ?, ?)"
-                    " ON CONFLICT DO UPDATE SET at = excluded.at",
-                    (agent_id, digest, kind, now),
-                )
-            crash_point(Point.SERVER_UPLOAD_RECORDED)
-            self.blobs.seal(partial, digest)
+            linked = [self._link(upload) for upload in uploads]
+            self.blobs.sync_folders({upload.digest for upload in uploads})
+            for _ in linked:
+                crash_point(Point.SERVER_BLOB_LINKED)
+            with self.transaction():
+                done = [
+                    partial if isinstance(partial, Exception) else self._record_upload(upload) or partial
+                    for upload, partial in zip(uploads, linked, strict=True)
+                ]
+            for upload, partial in zip(uploads, done, strict=True):
+                crash_point(Point.SERVER_UPLOAD_RECORDED)
+                if isinstance(partial, Path):
+                    self.blobs.seal(partial, upload.digest)
+        return [partial if isinstance(partial, Exception) else None for partial in done]
+
+    def _link(self, upload: UploadRow) -> Path | Exception:
+        """Return the file of an upload that is among the blobs now, or the error of one that cannot be."""
+        try:
+            partial = self.partial_path(upload.agent_id, upload.digest)
+            self.blobs.link(partial, upload.digest)
+            return partial
+        except NotFoundError as error:
+            return error
+
+    def _record_upload(self, upload: UploadRow) -> Exception | None:
+        try:
+            self._database.execute(
+                "INSERT INTO uploads (agent_id, digest, kind, at) VALUES (:agent_id, :digest, :kind, :at)"
+                " ON CONFLICT DO UPDATE SET at = excluded.at",
+                vars(upload),
+            )
+            return None
+        # The agent has been forgotten meanwhile.
+        except sqlite3.IntegrityError as error:
+            return error
 
     def has_upload(self, agent_id: str, digest: str, kind: str) -> bool:
         """Return True if this agent's upload was committed and its blob is stored.

@@ -2,13 +2,15 @@
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
+from contextlib import asynccontextmanager, suppress
 from functools import partial
 from pathlib import Path
 
 from cloud_server.contribution import Contribution
 from cloud_server.disk.failures import storage_errors
+from cloud_server.disk.tables import UploadRow
+from cloud_server.disk.together import Together
 from cloud_server.intake.budgets import Budgets
 from cloud_server.intake.gates import BlobGate, DataGate, WeightsGate
 from cloud_server.store import Store
@@ -33,6 +35,9 @@ UNFIT = {
 _AGENT_BLOBS = 4
 # So many agents can spend all they may before a round's budget is spent.
 _LEAST_AGENTS = 8
+
+
+Commits = Together[UploadRow, None]
 
 
 class Uploads:
@@ -69,13 +74,14 @@ class Uploads:
         agent_bytes = agent_bytes or _AGENT_BLOBS * sum(gate.max_bytes for gate in self._gates.values())
         round_bytes = round_bytes or 2 * agent_bytes * max(_LEAST_AGENTS, num_agents)
         self._budgets = Budgets(agent_bytes, round_bytes, partial(unused_sizes, store))
+        self._commits = Commits(self._commit)
         self._active: dict[tuple[str, str], Upload] = {}
         self._shut_out: set[str] = set()
 
     @property
     def active(self) -> list[Path]:
         """Return the files that are being written."""
-        return [upload.path for upload in self._active.values()]
+        return [upload.path for upload in self._active.values() if upload.path]
 
     def begin_round(self) -> None:
         """Count what agents send from zero on."""
@@ -105,10 +111,12 @@ class Uploads:
         """Return how many bytes are durably stored, and whether the blob is complete and checked."""
         # A stream of the same blob may be about to complete it.
         await self._supersede(agent_id, digest)
-        if await asyncio.to_thread(self._store.has_upload, agent_id, digest, kind):
+        return await asyncio.to_thread(self._stored, agent_id, kind, digest)
+
+    def _stored(self, agent_id: str, kind: str, digest: str) -> tuple[int, bool]:
+        if self._store.has_upload(agent_id, digest, kind):
             return self._store.blobs.size(digest) or 0, True
-        path = await asyncio.to_thread(self._store.partial_path, agent_id, digest)
-        return await asyncio.to_thread(_durable_size, path), False
+        return _durable_size(self._store.partial_path(agent_id, digest)), False
 
     # These three read the disk, and are called in a thread.
 
@@ -173,11 +181,12 @@ class Uploads:
         gate = self._gates[kind]
         gate.check_size(blob.size_bytes)
         self._budgets.check_sent(agent_id, max(0, blob.size_bytes - offset))
-        path = await asyncio.to_thread(self._store.partial_path, agent_id, blob.digest)
         await self._supersede(agent_id, blob.digest)
         if agent_id in self._shut_out:
             raise NotFoundError(f"agent {agent_id} has not joined this run", Reason.UNKNOWN_AGENT)
-        upload = Upload(self._store, self._budgets, agent_id, kind, blob, path, gate, self._on_received)
+        upload = Upload(
+            self._store, self._budgets, self._commits, agent_id, kind, blob, gate, self._on_received
+        )
         key = (agent_id, blob.digest)
         self._active[key] = upload
         try:
@@ -189,6 +198,9 @@ class Uploads:
             await upload.close()
             if self._active.get(key) is upload:
                 del self._active[key]
+
+    async def _commit(self, uploads: Sequence[UploadRow]) -> list[Exception | None]:
+        return await asyncio.to_thread(self._store.commit_uploads, uploads)
 
     def _declared(self, agent_id: str) -> dict[str, int]:
         """Return, by digest, the sizes that an agent has declared to be sending."""
@@ -215,10 +227,10 @@ class Upload:
         self,
         store: Store,
         budgets: Budgets,
+        commits: Commits,
         agent_id: str,
         kind: str,
         blob: Blob,
-        path: Path,
         gate: BlobGate,
         on_received: Callable[[str, int], None],
     ) -> None:
@@ -227,9 +239,11 @@ class Upload:
         self.blob = blob
         self._store = store
         self._budgets = budgets
+        self._commits = commits
         self._agent_id = agent_id
         self._kind = kind
-        self.path = path
+        # The file that is written, once it is known.
+        self.path: Path | None = None
         self._gate = gate
         self._on_received = on_received
         self._receiver: Receiver | None = None
@@ -261,7 +275,7 @@ class Upload:
         """Check the whole blob, make it durable and record it; raise what Receiver and the gate raise."""
         async with self._exclusively():
             await self._behind.flush()
-            await to_the_end(asyncio.to_thread(self._finish, now))
+            await to_the_end(self._finish(now))
 
     async def close(self) -> None:
         """Keep what has arrived."""
@@ -281,6 +295,7 @@ class Upload:
 
     def _start(self, offset: int) -> None:
         with storage_errors():
+            self.path = self._store.partial_path(self._agent_id, self.blob.digest)
             receiver = Receiver(self.path, self.blob, self._passes_gate)
         self._receiver = receiver
         if receiver.received_bytes > self.blob.size_bytes:
@@ -289,8 +304,13 @@ class Upload:
         if receiver.received_bytes != offset:
             raise OffsetError(f"the upload goes on at {receiver.received_bytes}, not at {offset}")
 
-    def _finish(self, now: float) -> None:
+    async def _finish(self, now: float) -> None:
+        await asyncio.to_thread(self._check_whole)
+        await self._commits.do(UploadRow(self._agent_id, self.blob.digest, self._kind, now))
+
+    def _check_whole(self) -> None:
         assert self._receiver
+        assert self.path
         with storage_errors():
             self._receiver.finish()
             try:
@@ -300,7 +320,6 @@ class Upload:
             except InvalidError:
                 self._receiver.discard()
                 raise
-            self._store.commit_upload(self._agent_id, self.blob.digest, self._kind, now)
 
     def _write(self, chunk: bytes) -> None:
         assert self._receiver
@@ -319,15 +338,21 @@ class Upload:
         return True
 
 
-def unused_sizes(store: Store, agent_id: str) -> dict[str, int]:
-    """Return the sizes in bytes, by digest, of the agent's uploads that no kept contribution uses.
+def unused_sizes(store: Store, agent_ids: Collection[str]) -> dict[str, dict[str, int]]:
+    """Return the sizes in bytes of agents' uploads that no kept contribution uses, by agent id and digest.
 
-    A kept contribution is one of this agent's, in a round that is not retired. Partial uploads count too.
-
-    Raises:
-        NotFoundError: the agent never joined.
+    A kept contribution is one of the agent's, in a round that is not retired. Partial uploads count too. An
+    agent that is not in the run is left out.
     """
-    sizes = store.blobs.partial_sizes(store.slot(agent_id))
+    slots = {}
+    for agent_id in agent_ids:
+        with suppress(NotFoundError):
+            slots[agent_id] = store.slot(agent_id)
+    begun = store.blobs.partial_sizes(slots.values())
+    return {agent_id: begun[slot] | _unused_blobs(store, agent_id) for agent_id, slot in slots.items()}
+
+
+def _unused_blobs(store: Store, agent_id: str) -> dict[str, int]:
     unused = store.read(
         "WITH kept AS (SELECT weights, shards FROM contributions WHERE agent_id = ?1"
         " AND round IN (SELECT number FROM rounds WHERE NOT retired))"
@@ -335,7 +360,7 @@ def unused_sizes(store: Store, agent_id: str) -> dict[str, int]:
         " (SELECT weights FROM kept UNION ALL SELECT value FROM kept, json_each(kept.shards))",
         agent_id,
     )
-    return sizes | {row["digest"]: store.blobs.size(row["digest"]) or 0 for row in unused}
+    return {row["digest"]: store.blobs.size(row["digest"]) or 0 for row in unused}
 
 
 def _durable_size(path: Path) -> int:

@@ -303,7 +303,7 @@ async def test_nothing_is_kept_of_a_late_contribution(tmp_path: Path) -> None:
         await here.desk.contribute("late", 1, replace(late, shard_digests=("e" * 64,) * 1000))
         (row,) = (each for each in here.store.contributions(1) if each.agent_id == "late")
         assert (row.outcome, row.contribution) == ("late", None)
-        assert list(unused_sizes(here.store, "late")) == [late.weights_digest]
+        assert list(unused_sizes(here.store, ["late"])["late"]) == [late.weights_digest]
 
 
 async def test_result_of_a_job_that_was_withdrawn_is_not_the_next_ones(tmp_path: Path) -> None:
@@ -643,10 +643,13 @@ async def test_reports_that_come_at_once_are_written_together(
         assert len(written) == 1
 
 
-async def test_report_that_was_not_written_any_more_is_written_by_the_next_life(tmp_path: Path) -> None:
+async def test_report_that_was_not_written_any_more_is_written_by_the_next_life(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async with world(tmp_path, min_agents=1) as here:
         await here.contribute("a")
         await here.until(lambda: here.standing.state_for().round == 2)
+        monkeypatch.setattr(here.reports, "note_change", lambda _: None)
         await here.desk.report("a", 1, replace(REPORT, agent_id="a"))
         assert "applied" not in here.report()["agents"][0]
     async with world(tmp_path, min_agents=1) as here:

@@ -103,7 +103,7 @@ async def test_query_waits_for_an_upload_that_is_being_completed(
     uploads: Uploads, store: Store, shard: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     blob = blob_named(tmp_path)
-    gate = Gate(monkeypatch, store, "commit_upload")
+    gate = Gate(monkeypatch, store, "commit_uploads")
     broken = asyncio.create_task(send(uploads, blob, 0, shard))
     await asyncio.to_thread(gate.entered.wait)
     broken.cancel()
