@@ -4,6 +4,7 @@ Whoever makes something true and durable shows it here: the ledger and the coord
 """
 
 import asyncio
+import math
 from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
@@ -22,8 +23,10 @@ from common.transfer import Blob, Encoded
 
 # So many of the latest rounds are on the status page.
 STATUS_ROUNDS = 50
-# Agents hear of counts and progress so often at most; of everything else they hear at once.
+# Agents hear of counts and progress so often at most, and so many of them in a second, so that a thousand
+# agents hear of them every five seconds. Of everything else they hear at once.
 COUNTS_SECONDS = 1.0
+COUNTS_PER_SECOND = 200
 
 
 class Standing:
@@ -63,7 +66,7 @@ class Standing:
         self._watches: defaultdict[str, set[asyncio.Event]] = defaultdict(set)
         # The next time at which everyone hears of counts and progress; None: there is nothing to tell.
         self._next_counts: asyncio.TimerHandle | None = None
-        self._counts_told_at = -COUNTS_SECONDS
+        self._counts_told_at = -math.inf
         self._num_forgotten = 0
         # How far the trainer is in this phase.
         self._progress: WorkProgress | None = None
@@ -169,7 +172,8 @@ class Standing:
             self._counts_told_at = loop.time()
             self._tell_all()
 
-        self._next_counts = loop.call_at(max(loop.time(), self._counts_told_at + COUNTS_SECONDS), tell)
+        seconds = max(COUNTS_SECONDS, len(self._watches) / COUNTS_PER_SECOND)
+        self._next_counts = loop.call_at(max(loop.time(), self._counts_told_at + seconds), tell)
 
     def _display(self) -> None:
         """Show the run to whoever sits at the server, and wake whoever waits inside the server."""
