@@ -212,6 +212,7 @@ async def open_service(
     from cloud_server.coordinator import Coordinator
     from cloud_server.desk import Desk
     from cloud_server.disk.failures import when_disk_allows
+    from cloud_server.intake.turns import Turns
     from cloud_server.intake.uploads import Uploads
     from cloud_server.ledger import Ledger
     from cloud_server.round import Policy
@@ -239,6 +240,8 @@ async def open_service(
     current = records.recorded_round(store, run.config, policy)
     slots = {agent.agent_id: agent.slot for agent in store.agents()}
     reports = Reports(run.config, store)
+    turns = Turns(config.max_concurrent_uploads)
+    metrics.watch_uploads(lambda: {"receiving": turns.num_taken, "waiting": turns.num_waiting})
     presence = Presence(expected=current.contributions)
     standing = Standing(
         run.run_id,
@@ -250,6 +253,7 @@ async def open_service(
         metrics=metrics,
         on_change=on_change,
         clock=clock,
+        upload_places=lambda: turns.places,
     )
     ledger = Ledger(
         run,
@@ -271,6 +275,7 @@ async def open_service(
         num_agents=policy.max_agents,
         agent_bytes=config.max_agent_bytes,
         round_bytes=config.max_round_bytes,
+        turns=turns,
         on_received=metrics.count_received,
     )
     desk = Desk(

@@ -13,7 +13,6 @@ from cloud_server.disk.tables import ReportRow
 from cloud_server.intake.uploads import UNFIT, Upload, Uploads
 from cloud_server.ledger import Group, Ledger
 from cloud_server.metrics import ServerMetrics
-from cloud_server.round import Round
 from cloud_server.run import Run
 from cloud_server.showing.reports import Reports
 from cloud_server.showing.standing import Standing
@@ -163,7 +162,8 @@ class Desk:
             contribution = self._checked(contribution)
         updated, outcome = current.contribute(contribution)
         if updated is not current:
-            self._count(group, number, _decision(contribution, outcome, self._clock()), updated)
+            self._ledger.count(group, number, _decision(contribution, outcome, self._clock()), updated)
+            self._note_counted(group, number, contribution.agent_id, outcome)
         return outcome
 
     def _commit_late(self, group: Group, number: int, contribution: Contribution) -> Outcome:
@@ -173,13 +173,13 @@ class Desk:
             is_this_one = known.contribution.weights_digest == contribution.weights_digest
             return Outcome.ACCEPTED if is_this_one else Outcome.LATE
         if known is None:
-            self._count(group, number, _decision(contribution, Outcome.LATE, self._clock()))
+            self._ledger.count(group, number, _decision(contribution, Outcome.LATE, self._clock()))
+            self._note_counted(group, number, contribution.agent_id, Outcome.LATE)
         return Outcome.LATE
 
-    def _count(self, group: Group, number: int, decision: Decision, updated: Round | None = None) -> None:
-        self._ledger.count(group, number, decision, updated)
-        group.afterwards.append(lambda: self._uploads.forget_sizes_of(decision.agent_id))
-        if decision.outcome is Outcome.LATE:
+    def _note_counted(self, group: Group, number: int, agent_id: str, outcome: Outcome) -> None:
+        group.afterwards.append(lambda: self._uploads.forget_sizes_of(agent_id))
+        if outcome is Outcome.LATE:
             # The report of a round that is over names those who were late.
             group.afterwards.append(lambda: self._reports.note_change(number))
 

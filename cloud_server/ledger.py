@@ -1,7 +1,7 @@
 """The open round and the agents of the run: recorded first, then believed, then shown.
 
 One lock guards both. Three locks are taken in this order, and never in another: the ledger's, the reports'
-(showing/reports.py), the jobs' (training/runner.py). The store's own lock comes last: only threads hold it.
+(showing/reports.py), the jobs' (training/runner.py). The store's lock comes after them.
 
 What agents change is recorded in groups: all changes that wait at a moment share one transaction, and so one
 flush of the disk (see `Ledger.record`).

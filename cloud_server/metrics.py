@@ -18,6 +18,7 @@ from common.telemetry import make_registry
 
 RECEIVED_KINDS = ("weights", "data")
 SENT_KINDS = ("model",)
+UPLOAD_STATES = ("receiving", "waiting")
 # Connected and still to contribute, connected and done, or not connected.
 AGENT_STATES = ("watching", "contributed", "away")
 # A phase takes between milliseconds (digits) and hours (collecting, a long fine-tune).
@@ -50,6 +51,12 @@ class ServerMetrics:
             "ecavg_server_agents",
             "Agents of the run: connected and still to contribute (watching), connected and"
             " contributed, or away.",
+            ["state"],
+            registry=registry,
+        )
+        self._uploads = Gauge(
+            "ecavg_server_uploads",
+            "Uploads that are taken in, or that wait for their turn.",
             ["state"],
             registry=registry,
         )
@@ -125,6 +132,7 @@ class ServerMetrics:
         for reason in Reason:
             self._refusals.labels(reason.value)
         self.watch_agents(lambda: dict.fromkeys(AGENT_STATES, 0))
+        self.watch_uploads(lambda: dict.fromkeys(UPLOAD_STATES, 0))
 
     def set_phase(self, number: int, phase: str) -> None:
         """Show that the round `number` is in `phase`; a repeated call with the same values has no effect."""
@@ -147,6 +155,15 @@ class ServerMetrics:
         """
         for state in AGENT_STATES:
             self._agents.labels(state).set_function(lambda state=state: count()[state])  # type: ignore[misc]
+
+    def watch_uploads(self, count: Callable[[], Mapping[str, int]]) -> None:
+        """Have the numbers of uploads counted whenever somebody looks at the metrics.
+
+        Args:
+            count: returns the number of uploads in each of UPLOAD_STATES.
+        """
+        for state in UPLOAD_STATES:
+            self._uploads.labels(state).set_function(lambda state=state: count()[state])  # type: ignore[misc]
 
     def set_accuracies(self, ratios: Mapping[str, float]) -> None:
         """Replace the accuracies by those of a published round.

@@ -13,6 +13,7 @@ from cloud_server.disk.tables import UploadRow
 from cloud_server.disk.together import Together
 from cloud_server.intake.budgets import Budgets
 from cloud_server.intake.gates import BlobGate, DataGate, WeightsGate
+from cloud_server.intake.turns import Turns
 from cloud_server.store import Store
 from common import schema, wire
 from common.config import DatasetSpec, Wire
@@ -49,6 +50,7 @@ class Uploads:
         max_data_bytes: the size of the largest shard.
         num_agents: how many agents a round is meant for.
         agent_bytes, round_bytes: the budgets; None: generous ones, by what a blob may have.
+        turns: who may upload now.
         on_received: called from any thread with the kind and the bytes of each chunk that was taken in.
     """
 
@@ -63,6 +65,7 @@ class Uploads:
         num_agents: int = 1,
         agent_bytes: int | None = None,
         round_bytes: int | None = None,
+        turns: Turns,
         on_received: Callable[[str, int], None] = lambda _kind, _num_bytes: None,
     ) -> None:
         self._store = store
@@ -75,6 +78,7 @@ class Uploads:
         round_bytes = round_bytes or 2 * agent_bytes * max(_LEAST_AGENTS, num_agents)
         self._budgets = Budgets(agent_bytes, round_bytes, partial(unused_sizes, store))
         self._commits = Commits(self._commit)
+        self._turns = turns
         self._active: dict[tuple[str, str], Upload] = {}
         self._shut_out: set[str] = set()
 
@@ -171,7 +175,7 @@ class Uploads:
     async def open(
         self, agent_id: str, kind: str, blob: Blob, offset: int, now: float
     ) -> AsyncIterator["Upload"]:
-        """Receive a blob from `offset` on.
+        """Receive a blob from `offset` on, when its turn has come.
 
         Raises:
             OffsetError: the stored bytes end elsewhere.
@@ -181,23 +185,25 @@ class Uploads:
         gate = self._gates[kind]
         gate.check_size(blob.size_bytes)
         self._budgets.check_sent(agent_id, max(0, blob.size_bytes - offset))
-        await self._supersede(agent_id, blob.digest)
-        if agent_id in self._shut_out:
-            raise NotFoundError(f"agent {agent_id} has not joined this run", Reason.UNKNOWN_AGENT)
-        upload = Upload(
-            self._store, self._budgets, self._commits, agent_id, kind, blob, gate, self._on_received
-        )
-        key = (agent_id, blob.digest)
-        self._active[key] = upload
-        try:
-            await self._budgets.check_files(agent_id, self._declared(agent_id))
-            await upload.start(offset)
-            yield upload
-            await upload.finish(now)
-        finally:
-            await upload.close()
-            if self._active.get(key) is upload:
-                del self._active[key]
+        async with self._turns.turn(agent_id) as end_turn:
+            await self._supersede(agent_id, blob.digest)
+            if agent_id in self._shut_out:
+                raise NotFoundError(f"agent {agent_id} has not joined this run", Reason.UNKNOWN_AGENT)
+            upload = Upload(
+                self._store, self._budgets, self._commits, agent_id, kind, blob, gate, self._on_received
+            )
+            upload.end_turn = end_turn
+            key = (agent_id, blob.digest)
+            self._active[key] = upload
+            try:
+                await self._budgets.check_files(agent_id, self._declared(agent_id))
+                await upload.start(offset)
+                yield upload
+                await upload.finish(now)
+            finally:
+                await upload.close()
+                if self._active.get(key) is upload:
+                    del self._active[key]
 
     async def _commit(self, uploads: Sequence[UploadRow]) -> list[Exception | None]:
         return await asyncio.to_thread(self._store.commit_uploads, uploads)
@@ -216,6 +222,8 @@ class Uploads:
             # Under its lock, the older stream puts nothing more.
             async with older.lock:
                 await older.close()
+            # The stream of a connection that is gone may be open for a long time yet.
+            older.end_turn()
             if self._active.get(key) is older:
                 del self._active[key]
 
@@ -236,6 +244,8 @@ class Upload:
     ) -> None:
         self.lock = asyncio.Lock()
         self.superseded = False
+        # Lets the next upload have its turn.
+        self.end_turn: Callable[[], None] = lambda: None
         self.blob = blob
         self._store = store
         self._budgets = budgets

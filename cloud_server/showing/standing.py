@@ -37,6 +37,7 @@ class Standing:
         slots: the slot of every agent that has joined, by agent id.
         clock: seconds since the epoch.
         on_change: called after every change, for a progress display.
+        upload_places: returns the places in the queue, by agent id, of those that wait to upload.
     """
 
     def __init__(
@@ -51,6 +52,7 @@ class Standing:
         metrics: ServerMetrics,
         on_change: Callable[[RunState], None],
         clock: Callable[[], float],
+        upload_places: Callable[[], Mapping[str, int]] = dict,
     ) -> None:
         self._run_id = run_id
         self._round = current
@@ -61,6 +63,7 @@ class Standing:
         self._metrics = metrics
         self._on_change = on_change
         self._clock = clock
+        self._upload_places = upload_places
         self._changed = asyncio.Event()
         # One event for each open Watch, by agent id; an event that is set means that there is news.
         self._watches: defaultdict[str, set[asyncio.Event]] = defaultdict(set)
@@ -251,6 +254,7 @@ class Standing:
         current, progress, here = self._round, self._progress, self._presence.here
         audited = results.get(last_published, Result()).audit
         audits = {agent.agent_id: _audit_status(agent) for agent in audited}
+        places = self._upload_places()
         return {
             "run_id": self._run_id,
             "round": current.number,
@@ -259,7 +263,7 @@ class Standing:
             "progress": progress and {"done": progress.done, "total": progress.total, "loss": progress.loss},
             "agents": [
                 _agent_status(agent_id, slot, current, agent_id in here, reported.get(agent_id))
-                | {"audit": audits.get(agent_id)}
+                | {"audit": audits.get(agent_id), "upload_place": places.get(agent_id)}
                 for agent_id, slot in sorted(self._slots.items(), key=lambda item: item[1])
             ],
             "rounds": [

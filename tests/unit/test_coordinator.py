@@ -721,6 +721,32 @@ async def test_disk_that_refuses_a_group_refuses_all_of_it_and_takes_it_later(
         assert len(here.store.contributions(1)) == 3
 
 
+async def test_agent_that_waits_to_upload_is_told_its_place_on_the_page(tmp_path: Path) -> None:
+    async with world(tmp_path, min_agents=2, max_concurrent_uploads=1) as here:
+        await here.desk.join("a")
+
+        def uploads() -> dict[str, float]:
+            return values(here.metrics.registry, "ecavg_server_uploads")
+
+        release = asyncio.Event()
+
+        async def hold() -> None:
+            async with here.desk.receive("a", "weights", Blob("e" * 64, 1000), 0):
+                await release.wait()
+
+        first = asyncio.create_task(hold())
+        await here.until(lambda: uploads()["receiving"] == 1)
+        second = asyncio.create_task(here.contribute("b"))
+        await here.until(lambda: uploads()["waiting"] == 1)
+        agents = (await here.standing.status())["agents"]
+        assert [agent["upload_place"] for agent in agents] == [None, 1]
+        release.set()
+        assert await second is Outcome.ACCEPTED
+        assert uploads() == {"receiving": 0, "waiting": 0}
+        with pytest.raises(InvalidError, match="the stream ended after 0 of 1000 bytes"):
+            await first
+
+
 # Who is forgotten
 
 

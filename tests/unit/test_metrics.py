@@ -19,6 +19,7 @@ SERVER_CONTRACT = {
     "ecavg_server_phase": {"phase"},
     "ecavg_server_phase_duration_seconds": {"phase"},
     "ecavg_server_agents": {"state"},
+    "ecavg_server_uploads": {"state"},
     "ecavg_server_contributions_total": {"outcome"},
     "ecavg_server_reports_total": {"applied"},
     "ecavg_server_received_bytes_total": {"kind"},
