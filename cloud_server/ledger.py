@@ -196,10 +196,10 @@ class Ledger:
             group = Group(self._round, self._classes)
             results = await asyncio.to_thread(self._in_one_transaction, group, changes)
             self._classes = group.classes
-            for step in group.afterwards:
-                step()
             if group.round is not self._round:
                 self.believe(group.round, group.agents)
+            for step in group.afterwards:
+                step()
             return results
 
         return await self.exclusively(record)

@@ -55,8 +55,9 @@ class Together(Generic[_Item, _Result]):
                 await self._work_for(waiting)
         finally:
             self._worker = None
-            for each in self._waiting:
-                each.answer.cancel()
+            # Only a worker that was cancelled leaves somebody without an answer, here and below.
+            while self._waiting:
+                self._waiting.pop().answer.cancel()
 
     async def _work_for(self, waiting: Sequence[_Waiting[_Item, _Result]]) -> None:
         try:
@@ -67,6 +68,5 @@ class Together(Generic[_Item, _Result]):
             for each in waiting:
                 each.give(error)
         finally:
-            # Only a worker that was cancelled leaves somebody without an answer.
             for each in waiting:
                 each.answer.cancel()

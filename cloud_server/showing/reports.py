@@ -63,7 +63,11 @@ class Reports:
         """Write the reports of rounds whose records have changed, for as long as this runs."""
         while True:
             await self._has_changed.wait()
-            await self.write_changed()
+            try:
+                await self.write_changed()
+            except OSError:
+                # The files do not hold up the run; they are tried again.
+                log.exception("reports_not_written")
             await asyncio.sleep(WRITE_SECONDS)
 
     async def write_changed(self) -> None:
