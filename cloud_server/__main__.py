@@ -144,7 +144,7 @@ async def serve(config: ServerConfig) -> int:
         display.close()
         await server.stop(grace_seconds=1)
         if opened:
-            await opened.reports.close()
+            await opened.reports.write_if_possible()
         if http:
             await http.stop()
         await trainer.stop()

@@ -85,13 +85,12 @@ class Reports:
             if row.phase in OVER and not row.retired:
                 await self.write(row.number)
 
-    async def close(self) -> None:
-        """Write the reports of the rounds whose records have changed, if the disk allows it."""
+    async def write_if_possible(self) -> None:
+        """Write the reports of the rounds whose records have changed, unless the disk does not allow it."""
         try:
             for number in sorted(self._changed):
                 await self._write_locked(number)
         except (OSError, StorageError) as error:
-            # The next life of the server writes them.
             log.warning("reports_not_written", reason=str(error))
 
     async def _write_locked(self, number: int) -> None:

@@ -656,6 +656,20 @@ async def test_report_that_was_not_written_any_more_is_written_by_the_next_life(
         await here.until(lambda: "applied" in here.report()["agents"][0])
 
 
+async def test_report_is_written_before_what_it_is_made_from_is_given_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Reports, "keep_up", lambda _: asyncio.sleep(1000))
+    async with world(tmp_path, keep_rounds=1) as here:
+        for number in (1, 2):
+            assert await here.contribute("a", number) is Outcome.ACCEPTED
+            await here.until(lambda number=number: here.standing.state_for().round == number + 1)
+            await here.desk.report("a", number, replace(REPORT, agent_id="a"))
+        assert await here.contribute("a", 3) is Outcome.ACCEPTED
+        await here.until(lambda: here.standing.state_for().round == 4)
+        assert [here.report(number)["agents"][0].get("applied") for number in (1, 2)] == [True, True]
+
+
 # What comes at once becomes durable at once
 
 
