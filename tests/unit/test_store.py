@@ -404,6 +404,21 @@ def check_consistent(store: Store, state_dir: Path) -> None:
     assert (partial if partial.exists() else store.blobs.path(DIGEST)).read_bytes() == UPLOADED
 
 
+def test_part_of_a_transaction_that_fails_is_undone_alone(run_store):
+    def fail() -> None:
+        with run_store.savepoint():
+            run_store.join("z", 12.0)
+            raise ValueError
+
+    with run_store.transaction():
+        run_store.record_contribution(1, CONTRIBUTION)
+        pytest.raises(ValueError, fail)
+        run_store.join("y", 13.0)
+    assert run_store.contributions(1) == [CONTRIBUTION]
+    assert [agent.agent_id for agent in run_store.agents()][-1] == "y"
+    assert "z" not in [agent.agent_id for agent in run_store.agents()]
+
+
 # A disk that takes nothing more
 
 
