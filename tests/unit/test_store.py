@@ -408,11 +408,12 @@ def test_part_of_a_transaction_that_fails_is_undone_alone(run_store):
     def fail() -> None:
         with run_store.savepoint():
             run_store.join("z", 12.0)
-            raise ValueError
+            raise ValueError("no")
 
     with run_store.transaction():
         run_store.record_contribution(1, CONTRIBUTION)
-        pytest.raises(ValueError, fail)
+        with pytest.raises(ValueError, match="no"):
+            fail()
         run_store.join("y", 13.0)
     assert run_store.contributions(1) == [CONTRIBUTION]
     assert [agent.agent_id for agent in run_store.agents()][-1] == "y"
