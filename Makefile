@@ -76,6 +76,7 @@ bench: $(READY)
 	$(BIN)/python -m benchmarks.round_trip --agents 8 --model resnet50 --rounds 4
 	$(BIN)/python -m benchmarks.transfer --mib 512 --repeats 5
 	$(BIN)/python -m benchmarks.memory --agents 2,8,32 --mib 64
+	$(BIN)/python -m benchmarks.agents --agents 300 --rounds 3 --tls
 	$(BIN)/python -m benchmarks.waiting --rounds 5 --repeats 5
 	$(BIN)/python -m benchmarks.aggregate --agents 8 --repeats 5
 	$(BIN)/python -m benchmarks.train --repeats 3

@@ -95,6 +95,15 @@ class Processes:
 
         return self.wait_for(f"{pattern!r} from {name}", match, seconds=seconds)
 
+    def wait_for_end(self, name: str, *, seconds: float) -> None:
+        """Wait until the process has ended.
+
+        Raises:
+            RuntimeError: a process failed, or this one did not end in time.
+        """
+        process = self._started[name]
+        self.wait_for(f"end of {name}", lambda: process.poll() is not None, seconds=seconds)
+
     def tail(self, name: str, num_lines: int = 15) -> str:
         return "\n".join(self.log(name).read_text("utf-8", "replace").splitlines()[-num_lines:])
 
@@ -181,6 +190,15 @@ class Meter:
                 self._peaks[name] = max(self._peaks[name], total)
 
 
+def usage_of(pid: int) -> Usage:
+    """Return the processor time of one process since it started, and its peak memory.
+
+    Raises:
+        OSError: there is no such process.
+    """
+    return Usage(_entry(Path(f"/proc/{pid}")).own_ticks / _TICKS, peak_bytes(pid) / 2**20)
+
+
 def peak_bytes(pid: int | str = "self") -> int:
     """Return the peak physical memory of the process so far (VmHWM)."""
     for line in Path(f"/proc/{pid}/status").read_text("utf-8").splitlines():
@@ -246,18 +264,23 @@ def _table() -> dict[int, _Entry]:
     for folder in Path("/proc").glob("[0-9]*"):
         # A process may end before its file is read.
         with suppress(OSError):
-            text = (folder / "stat").read_text("utf-8", "replace")
-            # The second field, in brackets, may hold spaces. The list begins with the third field.
-            fields = text.rpartition(")")[2].split()
-            user, system, ended_user, ended_system = map(int, fields[11:15])
-            own = user + system
-            table[int(folder.name)] = _Entry(
-                parent=int(fields[1]),
-                own_ticks=own,
-                all_ticks=own + ended_user + ended_system,
-                resident_bytes=int(fields[21]) * _PAGE_BYTES,
-            )
+            table[int(folder.name)] = _entry(folder)
     return table
+
+
+def _entry(folder: Path) -> _Entry:
+    """Return the entry of the process whose folder in /proc this is."""
+    text = (folder / "stat").read_text("utf-8", "replace")
+    # The second field, in brackets, may hold spaces. The list begins with the third field.
+    fields = text.rpartition(")")[2].split()
+    user, system, ended_user, ended_system = map(int, fields[11:15])
+    own = user + system
+    return _Entry(
+        parent=int(fields[1]),
+        own_ticks=own,
+        all_ticks=own + ended_user + ended_system,
+        resident_bytes=int(fields[21]) * _PAGE_BYTES,
+    )
 
 
 def _descendants(pid: int, table: Mapping[int, _Entry] | None = None) -> list[int]:

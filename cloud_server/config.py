@@ -93,6 +93,12 @@ class ServerConfig(ProcessConfig):
     Ten times that may come at once. 16 calls may be open at a time.
     """
 
+    max_concurrent_uploads: int = Field(64, ge=1, le=100_000)
+    """Uploads that are taken in at a time; the others wait in the order in which they came.
+
+    An upload takes about 3 MiB of the server's memory. Where many devices have slow links, allow more.
+    """
+
     keep_rounds: int = Field(10, ge=1)
     """Rounds that are over whose models and uploads are kept; their reports are kept for ever."""
 

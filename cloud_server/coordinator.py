@@ -79,15 +79,13 @@ class Coordinator:
         Raises:
             RunError: the last round published no model.
         """
-        async with beside(self._caretaker.forget_those_asked_for()):
+        async with beside(self._caretaker.forget_those_asked_for(), self._reports.keep_up()):
             await self._run_rounds()
 
     # ------------------------------------------------------------------ the life of a run
 
     async def _run_rounds(self) -> None:
-        if self._ledger.round.is_over:
-            # The server may have been stopped before the report was written.
-            await self._reports.write(self._ledger.round.number)
+        await self._reports.write_all()
         while not self._has_run_enough():
             if self._ledger.round.is_over:
                 await self._ledger.open_next_round()
@@ -96,6 +94,7 @@ class Coordinator:
             await self._train()
             await self._end_round()
         await self._wait_for_reports()
+        await self._reports.write_changed()
         self._standing.show_run_over()
         await self._say_farewell()
         # Uploads may have come too late for the last round.
@@ -118,7 +117,8 @@ class Coordinator:
         now = self._clock_of_round()
         while True:
             changed = self._standing.next_change
-            await self._ledger.transition(lambda round_: round_.tick(now()))
+            if self._ledger.round.tick(now()) is not self._ledger.round:
+                await self._ledger.transition(lambda round_: round_.tick(now()))
             if self._ledger.round.phase is not Phase.COLLECTING:
                 return
             if not self._caretaker.seconds_to_clean_up:
@@ -157,8 +157,7 @@ class Coordinator:
         until = time.monotonic() + self._config.deadline_seconds
         while self._ledger.round.phase is Phase.PUBLISHED and time.monotonic() < until:
             changed = self._standing.next_change
-            rows = await asyncio.to_thread(self._store.reports, self._ledger.round.number)
-            if self._presence.live <= {row.agent_id for row in rows}:
+            if self._presence.live <= self._standing.reported:
                 return
             await wait_for(changed, LIVENESS_POLL_SECONDS)
 

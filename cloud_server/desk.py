@@ -11,7 +11,7 @@ import structlog
 from cloud_server.contribution import Contribution, Decision, Rejection
 from cloud_server.disk.tables import ReportRow
 from cloud_server.intake.uploads import UNFIT, Upload, Uploads
-from cloud_server.ledger import Ledger
+from cloud_server.ledger import Group, Ledger
 from cloud_server.metrics import ServerMetrics
 from cloud_server.run import Run
 from cloud_server.showing.reports import Reports
@@ -139,7 +139,7 @@ class Desk:
         """
         self._ledger.check_joined(agent_id)
         try:
-            outcome = await self._ledger.exclusively(lambda: self._commit(number, contribution))
+            outcome = await self._ledger.record(lambda group: self._commit(group, number, contribution))
         except InvalidError as error:
             if error.reason is Reason.INITIAL_WEIGHTS:
                 await self._ledger.reject(agent_id, error.reason, str(error))
@@ -149,51 +149,52 @@ class Desk:
             raise
         if outcome is not Outcome.LATE:
             return Verdict(outcome)
-        if number < self._ledger.round.number:
-            # The report of that round names those who were late.
-            await self._reports.write(number)
         text = f"round {number} had closed; this agent takes part in the next one"
         return Verdict(outcome, Reason.ROUND_CLOSED, text)
 
-    async def _commit(self, number: int, contribution: Contribution) -> Outcome:
+    def _commit(self, group: Group, number: int, contribution: Contribution) -> Outcome:
         # The agent may have been forgotten while this call waited for the ledger.
         self._ledger.check_joined(contribution.agent_id)
-        current = self._ledger.round
+        current = group.round
         if not 1 <= number <= current.number:
             raise InvalidError(f"round {number} is not open; round {current.number} is")
         if number < current.number:
-            return await self._commit_late(number, contribution)
+            return self._commit_late(group, number, contribution)
         # After the round has closed the blobs may be gone, and the answer does not depend on them.
         if current.phase is Phase.COLLECTING:
-            contribution = await self._checked(contribution)
+            contribution = self._checked(contribution)
         updated, outcome = current.contribute(contribution)
         if updated is not current:
-            decision = _decision(contribution, outcome, self._clock())
-            await self._ledger.record(number, decision, updated)
-            self._uploads.forget_sizes_of(contribution.agent_id)
+            self._ledger.count(group, number, _decision(contribution, outcome, self._clock()), updated)
+            self._note_counted(group, number, contribution.agent_id, outcome)
         return outcome
 
-    async def _commit_late(self, number: int, contribution: Contribution) -> Outcome:
+    def _commit_late(self, group: Group, number: int, contribution: Contribution) -> Outcome:
         """Return ACCEPTED if that is what the contribution was in its round, else record it as late."""
-        decisions = await asyncio.to_thread(self._store.contributions, number)
-        known = {decision.agent_id: decision for decision in decisions}.get(contribution.agent_id)
+        known = self._store.contribution(number, contribution.agent_id)
         if known and known.contribution:
             is_this_one = known.contribution.weights_digest == contribution.weights_digest
             return Outcome.ACCEPTED if is_this_one else Outcome.LATE
         if known is None:
-            await self._ledger.record(number, _decision(contribution, Outcome.LATE, self._clock()))
-            self._uploads.forget_sizes_of(contribution.agent_id)
+            self._ledger.count(group, number, _decision(contribution, Outcome.LATE, self._clock()))
+            self._note_counted(group, number, contribution.agent_id, Outcome.LATE)
         return Outcome.LATE
 
-    async def _checked(self, contribution: Contribution) -> Contribution:
+    def _note_counted(self, group: Group, number: int, agent_id: str, outcome: Outcome) -> None:
+        group.afterwards.append(lambda: self._uploads.forget_sizes_of(agent_id))
+        if outcome is Outcome.LATE:
+            # The report of a round that is over names those who were late.
+            group.afterwards.append(lambda: self._reports.note_change(number))
+
+    def _checked(self, contribution: Contribution) -> Contribution:
         """Return the contribution with the number of its shards' examples, once its blobs are checked.
 
         The ledger is locked meanwhile: no clean-up comes between these checks and the record.
         """
-        await self._uploads.check_complete(contribution)
+        self._uploads.check_complete(contribution)
         if needs_base(self._run.config):
-            await self._uploads.check_base(contribution.weights_digest, contribution.initial_digest)
-        num_shared = await self._uploads.count_shared(contribution.shard_digests, contribution.num_examples)
+            self._uploads.check_base(contribution.weights_digest, contribution.initial_digest)
+        num_shared = self._uploads.count_shared(contribution.shard_digests, contribution.num_examples)
         return replace(contribution, num_shared=num_shared)
 
     # ------------------------------------------------------------------ reports
@@ -205,23 +206,25 @@ class Desk:
             NotFoundError: that round has published nothing.
         """
         self._ledger.check_joined(agent_id)
-        round_row = await asyncio.to_thread(self._store.round, number)
-        if round_row is None or round_row.published_digest is None:
-            raise NotFoundError(f"round {number} has published no model", Reason.MALFORMED_REQUEST)
-        row = replace(row, at=self._clock())
 
-        async def record() -> bool:
+        def record(group: Group) -> None:
             # The agent may have been forgotten while this call waited for the ledger.
             self._ledger.check_joined(agent_id)
-            return await asyncio.to_thread(self._store.record_report, number, row)
+            round_row = self._store.round(number)
+            if round_row is None or round_row.published_digest is None:
+                raise NotFoundError(f"round {number} has published no model", Reason.MALFORMED_REQUEST)
+            is_first = self._store.record_report(number, replace(row, at=self._clock()))
+            group.afterwards.append(lambda: self._tell_of_report(number, row, is_first))
 
-        is_first = await self._ledger.exclusively(record)
+        await self._ledger.record(record)
+
+    def _tell_of_report(self, number: int, row: ReportRow, is_first: bool) -> None:
+        crash_point(Point.SERVER_AGENT_REPORT_RECORDED)
         if is_first:
             self._metrics.count_report(row.applied)
-        crash_point(Point.SERVER_AGENT_REPORT_RECORDED)
-        await self._reports.write(number)
-        log.info("agent_reported", round=number, agent_id=agent_id, applied=row.applied)
-        self._standing.note_change()
+        log.info("agent_reported", round=number, agent_id=row.agent_id, applied=row.applied)
+        self._reports.note_change(number)
+        self._standing.show_report(row.agent_id, number)
 
 
 def _decision(contribution: Contribution, outcome: Outcome, now: float) -> Decision:

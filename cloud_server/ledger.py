@@ -1,14 +1,20 @@
 """The open round and the agents of the run: recorded first, then believed, then shown.
 
 One lock guards both. Three locks are taken in this order, and never in another: the ledger's, the reports'
-(showing/reports.py), the jobs' (training/runner.py).
+(showing/reports.py), the jobs' (training/runner.py). The store's lock comes after them.
+
+What agents change is recorded in groups: all changes that wait at a moment share one transaction, and so one
+flush of the disk (see `Ledger.record`).
 """
 
 import asyncio
 import math
+import sqlite3
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import TypeVar
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, TypeVar
 
 import structlog
 
@@ -16,12 +22,13 @@ from cloud_server import records
 from cloud_server.classes import Classes
 from cloud_server.contribution import Decision
 from cloud_server.disk.failures import when_disk_allows
+from cloud_server.disk.together import Together
 from cloud_server.metrics import ServerMetrics
 from cloud_server.round import Policy, Round
 from cloud_server.run import Run
 from cloud_server.showing.standing import Standing
 from cloud_server.store import Store
-from common.errors import BudgetError, InvalidError, NotFoundError, Reason
+from common.errors import BudgetError, InvalidError, NotFoundError, Reason, StorageError
 from common.faults import Point, crash_point
 from common.run_state import Outcome
 from common.transfer import to_the_end
@@ -32,6 +39,22 @@ CUT_OFF_SECONDS = 5.0
 _T = TypeVar("_T")
 
 log = structlog.get_logger()
+
+
+@dataclass
+class Group:
+    """Changes that become durable together, and what they make of the ledger's memory then."""
+
+    # The round with the changes that came before in it.
+    round: Round
+    # What the labels stand for, likewise.
+    classes: Classes
+    # The slots of the agents that join, by agent id.
+    slots: dict[str, int] = field(default_factory=dict)
+    # The agents whose own part in the round has changed.
+    agents: list[str] = field(default_factory=list)
+    # Done on the event loop, in this order, once all is durable.
+    afterwards: list[Callable[[], None]] = field(default_factory=list)
 
 
 class Ledger:
@@ -68,6 +91,7 @@ class Ledger:
         self._max_joined = max_joined
         self._clock = clock
         self._lock = asyncio.Lock()
+        self._together = Together[Callable[[Group], Any], Any](self._record_together)
         # When agents were expelled, by the monotonic clock.
         self._expelled_at: dict[str, float] = {}
 
@@ -111,10 +135,14 @@ class Ledger:
 
         return await to_the_end(locked())
 
-    def believe(self, updated: Round) -> None:
-        """Go on with a round that is on record, and show it to everyone; inside `exclusively` only."""
+    def believe(self, updated: Round, concerned: Iterable[str] = ()) -> None:
+        """Go on with a round that is on record, and show it to everyone; inside `exclusively` only.
+
+        Args:
+            concerned: the agents whose own part in the round has changed.
+        """
         self._round = updated
-        self._standing.show(updated)
+        self._standing.show(updated, concerned)
 
     async def transition(self, change: Callable[[Round], Round]) -> None:
         """Record the phase that `change` gives the round, then go on with it; wait while the disk is full."""
@@ -152,13 +180,63 @@ class Ledger:
 
         await when_disk_allows(lambda: self.exclusively(open_round))
 
-    async def record(self, number: int, decision: Decision, updated: Round | None = None) -> None:
-        """Record how an agent's part in round `number` ended; inside `exclusively` only.
+    async def record(self, change: Callable[[Group], _T]) -> _T:
+        """Return what the change returns, once all that it has recorded is durable.
+
+        The change runs in a thread, inside a transaction, together with all other changes that wait at that
+        moment. A cancelled caller does not cut it short. It changes the group only after the last step that
+        may fail.
+
+        Raises:
+            StorageError: the disk takes no data; nothing of the whole group is recorded.
+            Exception: what the change raises; nothing of this change is recorded.
+        """
+        result: _T = await self._together.do(change)
+        return result
+
+    async def _record_together(self, changes: Sequence[Callable[[Group], Any]]) -> list[Any]:
+        """Return what each change returned or raised, once all of them are durable, and believe them."""
+
+        async def record() -> list[Any]:
+            group = Group(self._round, self._classes)
+            results = await asyncio.to_thread(self._in_one_transaction, group, changes)
+            self._classes = group.classes
+            if group.round is not self._round:
+                self.believe(group.round, group.agents)
+            for step in group.afterwards:
+                step()
+            return results
+
+        return await self.exclusively(record)
+
+    def _in_one_transaction(self, group: Group, changes: Sequence[Callable[[Group], Any]]) -> list[Any]:
+        results = []
+        with self._store.transaction():
+            for change in changes:
+                try:
+                    with self._store.savepoint():
+                        results.append(change(group))
+                # A disk that takes no data fails the whole group.
+                except (StorageError, sqlite3.OperationalError):
+                    raise
+                except Exception as error:
+                    results.append(error)
+        return results
+
+    def count(self, group: Group, number: int, decision: Decision, updated: Round | None = None) -> None:
+        """Record, as a part of a group, how an agent's part in round `number` ended.
 
         Args:
             updated: the open round with that decision in it; None: the decision is about an older one.
         """
-        await asyncio.to_thread(self._store.record_contribution, number, decision)
+        self._store.record_contribution(number, decision)
+        group.afterwards.append(partial(self._tell_of, number, decision))
+        if updated:
+            group.round = updated
+            group.agents.append(decision.agent_id)
+
+    def _tell_of(self, number: int, decision: Decision) -> None:
+        """Tell log and metrics of a decision that is on record."""
         crash_point(Point.SERVER_CONTRIBUTION_RECORDED)
         self._metrics.count_contribution(decision.outcome.value)
         told = {"round": number, "agent_id": decision.agent_id}
@@ -166,22 +244,19 @@ class Ledger:
             log.warning("contribution_rejected", **told, reason=decision.why.reason.value)
         else:
             log.info("contribution", **told, outcome=decision.outcome.value)
-        if updated:
-            self.believe(updated)
 
     async def reject(self, agent_id: str, reason: Reason, message: str) -> None:
         """Record that what the agent has sent is unfit, unless a contribution of the agent stands."""
 
-        async def record() -> None:
-            updated = self._round.reject(agent_id, reason, message)
-            if agent_id not in self._slots or updated is self._round:
+        def record(group: Group) -> None:
+            updated = group.round.reject(agent_id, reason, message)
+            if agent_id not in self._slots or updated is group.round:
                 return
             why = updated.rejections[agent_id]
-            await self.record(
-                updated.number, Decision(agent_id, Outcome.REJECTED, self._clock(), why=why), updated
-            )
+            decision = Decision(agent_id, Outcome.REJECTED, self._clock(), why=why)
+            self.count(group, updated.number, decision, updated)
 
-        await self.exclusively(record)
+        await self.record(record)
 
     # ------------------------------------------------------------------ who belongs to the run
 
@@ -197,46 +272,52 @@ class Ledger:
             NotFoundError: the agent has just been forgotten.
             InvalidError: the classes are not those of the run.
         """
-
-        async def enter() -> None:
-            classes = await self._agreed(agent_id, class_names)
-            await admit()
-            if classes != self._classes:
-                await asyncio.to_thread(self._store.set_class_names, classes.names, agent_id)
-                self._classes = classes
-                log.info("classes_named", agent_id=agent_id, class_names=classes.names)
-
-        async def admit() -> None:
-            if agent_id in self._slots:
-                return
-            if self._expelled_at.get(agent_id, -math.inf) > time.monotonic() - CUT_OFF_SECONDS:
-                raise NotFoundError(f"agent {agent_id} has just been forgotten", Reason.UNKNOWN_AGENT)
-            if len(self._slots) >= self._max_joined:
-                raise BudgetError(
-                    f"{len(self._slots)} agents have joined this run, and it takes no more: ask the server's"
-                    " operator to raise max_joined",
-                    Reason.RUN_FULL,
-                )
-            slot = await asyncio.to_thread(self._store.join, agent_id, self._clock())
-            crash_point(Point.SERVER_AGENT_JOINED)
-            on_joined(agent_id)
-            self._slots[agent_id] = slot
-            log.info("agent_joined", agent_id=agent_id, slot=slot)
-            self._standing.show_agent(agent_id, slot)
-
         if agent_id not in self._slots or class_names:
-            await self.exclusively(enter)
+            await self.record(lambda group: self._enter(group, agent_id, class_names, on_joined))
         return self._slots[agent_id]
 
-    async def _agreed(self, agent_id: str, class_names: Sequence[str]) -> Classes:
+    def _enter(
+        self, group: Group, agent_id: str, class_names: Sequence[str], on_joined: Callable[[str], None]
+    ) -> None:
+        classes = self._agreed(group.classes, agent_id, class_names)
+        if agent_id not in self._slots and agent_id not in group.slots:
+            self._check_admission(group, agent_id)
+            group.slots[agent_id] = self._store.join(agent_id, self._clock())
+            group.afterwards.append(lambda: self._let_in(agent_id, group.slots[agent_id], on_joined))
+        if classes != group.classes:
+            self._store.set_class_names(classes.names, agent_id)
+            group.classes = classes
+            group.afterwards.append(
+                lambda: log.info("classes_named", agent_id=agent_id, class_names=classes.names)
+            )
+
+    def _check_admission(self, group: Group, agent_id: str) -> None:
+        """Raise what `join` raises, unless the run takes one more agent."""
+        if self._expelled_at.get(agent_id, -math.inf) > time.monotonic() - CUT_OFF_SECONDS:
+            raise NotFoundError(f"agent {agent_id} has just been forgotten", Reason.UNKNOWN_AGENT)
+        num_joined = len(self._slots) + len(group.slots)
+        if num_joined >= self._max_joined:
+            raise BudgetError(
+                f"{num_joined} agents have joined this run, and it takes no more: ask the server's"
+                " operator to raise max_joined",
+                Reason.RUN_FULL,
+            )
+
+    def _let_in(self, agent_id: str, slot: int, on_joined: Callable[[str], None]) -> None:
+        """Go on with an agent that is on record, and show it."""
+        crash_point(Point.SERVER_AGENT_JOINED)
+        on_joined(agent_id)
+        self._slots[agent_id] = slot
+        log.info("agent_joined", agent_id=agent_id, slot=slot)
+        self._standing.show_agent(agent_id, slot)
+
+    def _agreed(self, classes: Classes, agent_id: str, class_names: Sequence[str]) -> Classes:
         """Return the classes of the run after this agent has joined with these.
 
         The agent that has named the classes may correct them, until the first contribution counts.
         """
-        classes = self._classes
-        if class_names and agent_id == classes.named_by:
-            is_in_use = await asyncio.to_thread(self._store.num_accepted)
-            classes = classes if is_in_use else Classes()
+        if class_names and agent_id == classes.named_by and not self._store.num_accepted():
+            classes = Classes()
         try:
             return classes.agree(agent_id, class_names, self._run.config.spec.num_classes)
         except InvalidError as error:

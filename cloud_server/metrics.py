@@ -18,6 +18,9 @@ from common.telemetry import make_registry
 
 RECEIVED_KINDS = ("weights", "data")
 SENT_KINDS = ("model",)
+UPLOAD_STATES = ("receiving", "waiting")
+# Connected and still to contribute, connected and done, or not connected.
+AGENT_STATES = ("watching", "contributed", "away")
 # A phase takes between milliseconds (digits) and hours (collecting, a long fine-tune).
 PHASE_SECONDS = (0.1, 0.3, 1, 3, 10, 30, 60, 180, 600, 1800, 3600, 10800, 36000)
 # A call takes between a millisecond (a small message) and hours (Watch, which is open for the whole run).
@@ -48,6 +51,12 @@ class ServerMetrics:
             "ecavg_server_agents",
             "Agents of the run: connected and still to contribute (watching), connected and"
             " contributed, or away.",
+            ["state"],
+            registry=registry,
+        )
+        self._uploads = Gauge(
+            "ecavg_server_uploads",
+            "Uploads that are taken in, or that wait for their turn.",
             ["state"],
             registry=registry,
         )
@@ -122,7 +131,8 @@ class ServerMetrics:
             self.count_sent(kind, 0)
         for reason in Reason:
             self._refusals.labels(reason.value)
-        self.set_agents(watching=0, contributed=0, away=0)
+        self.watch_agents(lambda: dict.fromkeys(AGENT_STATES, 0))
+        self.watch_uploads(lambda: dict.fromkeys(UPLOAD_STATES, 0))
 
     def set_phase(self, number: int, phase: str) -> None:
         """Show that the round `number` is in `phase`; a repeated call with the same values has no effect."""
@@ -137,11 +147,23 @@ class ServerMetrics:
         for each in Phase:
             self._phase.labels(each).set(each == phase)
 
-    def set_agents(self, *, watching: int, contributed: int, away: int) -> None:
-        """Show the numbers of agents: connected and still to contribute, connected and done, or away."""
-        self._agents.labels("watching").set(watching)
-        self._agents.labels("contributed").set(contributed)
-        self._agents.labels("away").set(away)
+    def watch_agents(self, count: Callable[[], Mapping[str, int]]) -> None:
+        """Have the numbers of agents counted whenever somebody looks at the metrics.
+
+        Args:
+            count: returns the number of agents in each of AGENT_STATES.
+        """
+        for state in AGENT_STATES:
+            self._agents.labels(state).set_function(lambda state=state: count()[state])  # type: ignore[misc]
+
+    def watch_uploads(self, count: Callable[[], Mapping[str, int]]) -> None:
+        """Have the numbers of uploads counted whenever somebody looks at the metrics.
+
+        Args:
+            count: returns the number of uploads in each of UPLOAD_STATES.
+        """
+        for state in UPLOAD_STATES:
+            self._uploads.labels(state).set_function(lambda state=state: count()[state])  # type: ignore[misc]
 
     def set_accuracies(self, ratios: Mapping[str, float]) -> None:
         """Replace the accuracies by those of a published round.

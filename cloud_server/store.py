@@ -91,11 +91,30 @@ class Store:
     def transaction(self) -> Iterator[sqlite3.Connection]:
         """Return a context in which to write records: all of them become durable at its end, or none.
 
-        No other thread reads or writes records during the context.
+        No other thread reads or writes records during the context. Inside another transaction, the records
+        become durable at the end of that one.
         """
-        with self._lock, storage_errors(), self._database as database:
-            database.execute("BEGIN IMMEDIATE")
-            yield database
+        with self._lock, storage_errors():
+            if self._database.in_transaction:
+                yield self._database
+                return
+            with self._database as database:
+                database.execute("BEGIN IMMEDIATE")
+                yield database
+
+    @contextmanager
+    def savepoint(self) -> Iterator[None]:
+        """Return a context, inside a transaction, whose records are undone if the context raises."""
+        self._database.execute("SAVEPOINT one")
+        try:
+            yield
+        except BaseException:
+            # After some errors, such as a full disk, SQLite has undone the whole transaction.
+            if self._database.in_transaction:
+                self._database.execute("ROLLBACK TO one")
+                self._database.execute("RELEASE one")
+            raise
+        self._database.execute("RELEASE one")
 
     def read(self, query: str, *values: object) -> list[dict[str, Any]]:
         """Return the rows that a query finds; inside a transaction, also uncommitted ones."""
@@ -278,6 +297,11 @@ class Store:
         rows = self.read("SELECT * FROM contributions WHERE round = ? ORDER BY agent_id", number)
         return [_decision(row) for row in rows]
 
+    def contribution(self, number: int, agent_id: str) -> Decision | None:
+        """Return the decision on an agent's contribution to a round; None if there is none."""
+        rows = self.read("SELECT * FROM contributions WHERE round = ? AND agent_id = ?", number, agent_id)
+        return _decision(rows[0]) if rows else None
+
     def num_accepted(self) -> dict[int, int]:
         """Return the number of accepted contributions, by round; rounds without any are left out."""
         rows = self.read(
@@ -347,19 +371,53 @@ class Store:
         Raises:
             NotFoundError: there is no such upload.
         """
-        partial = self.partial_path(agent_id, digest)
-        # The lock keeps the blob from being removed before its record is written.
+        (error,) = self.commit_uploads([UploadRow(agent_id, digest, kind, now)])
+        if error:
+            raise error
+
+    def commit_uploads(self, uploads: Sequence[UploadRow]) -> list[Exception | None]:
+        """Do the work of `commit_upload` for several uploads, with one flush of the records for all.
+
+        Returns:
+            For each upload None, or the error that concerns this upload alone.
+        """
+        # The lock keeps a blob from being removed before its record is written.
         with self._lock:
-            self.blobs.link(partial, digest)
-            crash_point(Point.SERVER_BLOB_LINKED)
-            with self.transaction() as database:
-                database.execute(
-                    "INSERT INTO uploads (agent_id, digest, kind, at) VALUES (?, ?, ?, ?)"
-                    " ON CONFLICT DO UPDATE SET at = excluded.at",
-                    (agent_id, digest, kind, now),
-                )
-            crash_point(Point.SERVER_UPLOAD_RECORDED)
-            self.blobs.seal(partial, digest)
+            linked = [self._link(upload) for upload in uploads]
+            self.blobs.sync_folders({upload.digest for upload in uploads})
+            for _ in linked:
+                crash_point(Point.SERVER_BLOB_LINKED)
+            with self.transaction():
+                done = [
+                    partial if isinstance(partial, Exception) else self._record_upload(upload) or partial
+                    for upload, partial in zip(uploads, linked, strict=True)
+                ]
+            for upload, partial in zip(uploads, done, strict=True):
+                crash_point(Point.SERVER_UPLOAD_RECORDED)
+                if isinstance(partial, Path):
+                    self.blobs.seal(partial, upload.digest)
+        return [partial if isinstance(partial, Exception) else None for partial in done]
+
+    def _link(self, upload: UploadRow) -> Path | Exception:
+        """Return the file of an upload that is among the blobs now, or the error of one that cannot be."""
+        try:
+            partial = self.partial_path(upload.agent_id, upload.digest)
+            self.blobs.link(partial, upload.digest)
+            return partial
+        except NotFoundError as error:
+            return error
+
+    def _record_upload(self, upload: UploadRow) -> Exception | None:
+        try:
+            self._database.execute(
+                "INSERT INTO uploads (agent_id, digest, kind, at) VALUES (:agent_id, :digest, :kind, :at)"
+                " ON CONFLICT DO UPDATE SET at = excluded.at",
+                vars(upload),
+            )
+            return None
+        # The agent has been forgotten meanwhile.
+        except sqlite3.IntegrityError as error:
+            return error
 
     def has_upload(self, agent_id: str, digest: str, kind: str) -> bool:
         """Return True if this agent's upload was committed and its blob is stored.

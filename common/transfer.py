@@ -77,19 +77,23 @@ async def chunks_of(path: Path, offset: int) -> AsyncIterator[bytes]:
         size = os.fstat(descriptor).st_size
         if offset > size:
             raise OffsetError(f"offset {offset} is beyond the {size} bytes of the blob")
-        while chunk := (
-            _read_from_memory(descriptor, offset)
-            or await asyncio.to_thread(os.pread, descriptor, CHUNK_BYTES, offset)
-        ):
+        while offset < size:
+            num_bytes = min(CHUNK_BYTES, size - offset)
+            chunk = _read_from_memory(descriptor, offset, num_bytes)
+            if not chunk:
+                chunk = await asyncio.to_thread(os.pread, descriptor, num_bytes, offset)
+            if not chunk:
+                # Somebody has cut the file short.
+                return
             yield chunk
             offset += len(chunk)
 
 
-def _read_from_memory(descriptor: int, offset: int) -> bytes:
-    """Return up to CHUNK_BYTES that the system holds in memory; b"" if the read would wait for the disk."""
+def _read_from_memory(descriptor: int, offset: int, num_bytes: int) -> bytes:
+    """Return up to `num_bytes` that the system holds in memory; b"" if the read would wait for the disk."""
     if not hasattr(os, "RWF_NOWAIT"):
         return b""
-    buffer = bytearray(CHUNK_BYTES)
+    buffer = bytearray(num_bytes)
     try:
         num_bytes = os.preadv(descriptor, [buffer], offset, os.RWF_NOWAIT)
     # The bytes are not in memory, or the file system does not support such reads. The caller then reads in

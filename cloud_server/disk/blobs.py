@@ -61,7 +61,7 @@ class Blobs:
             except FileNotFoundError:
                 _check_stored(blob)
             blob.chmod(0o444)
-            self._sync_folders_of(blob)
+        self.sync_folders([digest])
 
     # Uploads
 
@@ -73,22 +73,23 @@ class Blobs:
             os.utime(path)
         return path
 
-    def partial_sizes(self, slot: int) -> dict[str, int]:
-        """Return the bytes that each of an agent's begun uploads has, by digest."""
-        sizes = {}
-        prefix = f"{slot}-"
+    def partial_sizes(self, slots: Collection[int]) -> dict[int, dict[str, int]]:
+        """Return the bytes that each begun upload of these agents has, by slot and digest."""
+        sizes: dict[int, dict[str, int]] = {slot: {} for slot in slots}
         with os.scandir(self._partial_dir) as entries:
             for entry in entries:
-                if entry.name.startswith(prefix):
+                slot, _, digest = entry.name.partition("-")
+                if slot.isdecimal() and int(slot) in sizes:
                     # An upload may be completed meanwhile.
                     with suppress(FileNotFoundError):
-                        sizes[entry.name.removeprefix(prefix)] = entry.stat().st_size
+                        sizes[int(slot)][digest] = entry.stat().st_size
         return sizes
 
     def link(self, partial: Path, digest: str) -> None:
-        """Make the blob a second name of a whole upload, durably; do nothing if the blob is there already.
+        """Make the blob a second name of a whole upload; do nothing if the blob is there already.
 
-        Killed before the record is there, the upload is still whole under its first name.
+        The new name is durable after `sync_folders`. Killed before the record is there, the upload is still
+        whole under its first name.
 
         Raises:
             NotFoundError: there is neither an upload nor a blob.
@@ -103,7 +104,15 @@ class Blobs:
                     os.link(partial, blob)
                 except FileNotFoundError:
                     _check_stored(blob)
-            self._sync_folders_of(blob)
+
+    def sync_folders(self, digests: Collection[str]) -> None:
+        """Make the names of these blobs durable."""
+        with storage_errors():
+            for folder in {self.path(digest).parent for digest in digests}:
+                # There is no folder where nothing was linked.
+                with suppress(FileNotFoundError):
+                    sync(folder)
+            sync(self._blobs_dir)
 
     def seal(self, partial: Path, digest: str) -> None:
         """Make the blob read-only, and take the upload's own name away."""
@@ -128,10 +137,6 @@ class Blobs:
             for path in self._partial_dir.glob(f"{slot}-*"):
                 path.unlink(missing_ok=True)
             sync(self._partial_dir)
-
-    def _sync_folders_of(self, blob: Path) -> None:
-        sync(blob.parent)
-        sync(self._blobs_dir)
 
 
 def _check_stored(blob: Path) -> None:

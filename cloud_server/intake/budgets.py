@@ -10,9 +10,10 @@ Bytes sent are counted in memory: a server that is started again counts from zer
 """
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 
-from common.errors import BudgetError, Reason
+from cloud_server.disk.together import Together
+from common.errors import BudgetError, NotFoundError, Reason
 
 # A message or a file counts for so many bytes at least: either costs more than the bytes in it.
 LEAST_BYTES = 4096
@@ -55,16 +56,21 @@ class Budgets:
     Args:
         agent_bytes: what one agent may have here.
         round_bytes: what all agents together may send in a round.
-        unused_sizes: returns the sizes of an agent's files that no round uses, by digest; reads the disk.
+        unused_sizes: returns the sizes of these agents' files that no round uses, by agent id and digest;
+            leaves out agents that are not in the run; reads the disk.
     """
 
     def __init__(
-        self, agent_bytes: int, round_bytes: int, unused_sizes: Callable[[str], Mapping[str, int]]
+        self,
+        agent_bytes: int,
+        round_bytes: int,
+        unused_sizes: Callable[[Collection[str]], Mapping[str, Mapping[str, int]]],
     ) -> None:
         self._agent_bytes = agent_bytes
         self._round_bytes = round_bytes
         self._unused_sizes = unused_sizes
-        self._measuring = asyncio.Lock()
+        # Many agents begin to send at once, and one look at the disk serves them all.
+        self._measuring = Together[str, None](self._measure)
         # The files of those agents whose files have been measured.
         self._files: dict[str, _Files] = {}
         # What has happened to an agent's files while they are being measured.
@@ -142,17 +148,33 @@ class Budgets:
             )
 
     async def _measured(self, agent_id: str) -> _Files:
-        async with self._measuring:
-            while agent_id not in self._files:
-                notes = self._notes[agent_id] = {}
-                try:
-                    found = await asyncio.to_thread(lambda: _Files(self._unused_sizes(agent_id)))
-                    # The sizes are of use only if nobody has dropped them meanwhile.
-                    is_current = self._notes.get(agent_id) is notes
-                finally:
-                    self._notes.pop(agent_id, None)
-                if is_current:
-                    self._files[agent_id] = found
-                    for digest, num_bytes in notes.items():
-                        found.note(digest, num_bytes)
-            return self._files[agent_id]
+        # Again and again: somebody may drop the sizes while they are being measured.
+        while agent_id not in self._files:
+            await self._measuring.do(agent_id)
+        return self._files[agent_id]
+
+    async def _measure(self, agent_ids: Sequence[str]) -> list[Exception | None]:
+        """Measure the files of these agents.
+
+        Returns:
+            For each agent None, or NotFoundError for one that is not in the run.
+        """
+        begun: dict[str, dict[str, int | None]] = {agent_id: {} for agent_id in agent_ids}
+        self._notes |= begun
+        found: Mapping[str, Mapping[str, int]] = {}
+        try:
+            found = await asyncio.to_thread(self._unused_sizes, begun.keys())
+        finally:
+            for agent_id, notes in begun.items():
+                # The sizes are of use only if nobody has dropped them meanwhile.
+                if self._notes.get(agent_id) is notes:
+                    del self._notes[agent_id]
+                    if agent_id in found:
+                        self._keep(agent_id, _Files(found[agent_id]), notes)
+        unknown = NotFoundError("the agent has not joined this run: join first", Reason.UNKNOWN_AGENT)
+        return [None if agent_id in found else unknown for agent_id in agent_ids]
+
+    def _keep(self, agent_id: str, files: _Files, notes: Mapping[str, int | None]) -> None:
+        for digest, num_bytes in notes.items():
+            files.note(digest, num_bytes)
+        self._files[agent_id] = files

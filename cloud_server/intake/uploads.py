@@ -2,15 +2,18 @@
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
+from contextlib import asynccontextmanager, suppress
 from functools import partial
 from pathlib import Path
 
 from cloud_server.contribution import Contribution
 from cloud_server.disk.failures import storage_errors
+from cloud_server.disk.tables import UploadRow
+from cloud_server.disk.together import Together
 from cloud_server.intake.budgets import Budgets
 from cloud_server.intake.gates import BlobGate, DataGate, WeightsGate
+from cloud_server.intake.turns import Turns
 from cloud_server.store import Store
 from common import schema, wire
 from common.config import DatasetSpec, Wire
@@ -35,6 +38,9 @@ _AGENT_BLOBS = 4
 _LEAST_AGENTS = 8
 
 
+Commits = Together[UploadRow, None]
+
+
 class Uploads:
     """All uploads of one run. One stream at a time may write a blob of an agent; the newest wins.
 
@@ -44,6 +50,7 @@ class Uploads:
         max_data_bytes: the size of the largest shard.
         num_agents: how many agents a round is meant for.
         agent_bytes, round_bytes: the budgets; None: generous ones, by what a blob may have.
+        turns: who may upload now.
         on_received: called from any thread with the kind and the bytes of each chunk that was taken in.
     """
 
@@ -58,6 +65,7 @@ class Uploads:
         num_agents: int = 1,
         agent_bytes: int | None = None,
         round_bytes: int | None = None,
+        turns: Turns,
         on_received: Callable[[str, int], None] = lambda _kind, _num_bytes: None,
     ) -> None:
         self._store = store
@@ -69,13 +77,15 @@ class Uploads:
         agent_bytes = agent_bytes or _AGENT_BLOBS * sum(gate.max_bytes for gate in self._gates.values())
         round_bytes = round_bytes or 2 * agent_bytes * max(_LEAST_AGENTS, num_agents)
         self._budgets = Budgets(agent_bytes, round_bytes, partial(unused_sizes, store))
+        self._commits = Commits(self._commit)
+        self._turns = turns
         self._active: dict[tuple[str, str], Upload] = {}
         self._shut_out: set[str] = set()
 
     @property
     def active(self) -> list[Path]:
         """Return the files that are being written."""
-        return [upload.path for upload in self._active.values()]
+        return [upload.path for upload in self._active.values() if upload.path]
 
     def begin_round(self) -> None:
         """Count what agents send from zero on."""
@@ -105,12 +115,16 @@ class Uploads:
         """Return how many bytes are durably stored, and whether the blob is complete and checked."""
         # A stream of the same blob may be about to complete it.
         await self._supersede(agent_id, digest)
-        if await asyncio.to_thread(self._store.has_upload, agent_id, digest, kind):
-            return self._store.blobs.size(digest) or 0, True
-        path = await asyncio.to_thread(self._store.partial_path, agent_id, digest)
-        return await asyncio.to_thread(_durable_size, path), False
+        return await asyncio.to_thread(self._stored, agent_id, kind, digest)
 
-    async def check_complete(self, contribution: Contribution) -> None:
+    def _stored(self, agent_id: str, kind: str, digest: str) -> tuple[int, bool]:
+        if self._store.has_upload(agent_id, digest, kind):
+            return self._store.blobs.size(digest) or 0, True
+        return _durable_size(self._store.partial_path(agent_id, digest)), False
+
+    # These three read the disk, and are called in a thread.
+
+    def check_complete(self, contribution: Contribution) -> None:
         """Check that every blob that a contribution names is stored, checked, and uploaded by its agent.
 
         Raises:
@@ -118,10 +132,10 @@ class Uploads:
         """
         shards = [(digest, "data") for digest in contribution.shard_digests]
         for digest, kind in [(contribution.weights_digest, "weights"), *shards]:
-            if not await asyncio.to_thread(self._store.has_upload, contribution.agent_id, digest, kind):
+            if not self._store.has_upload(contribution.agent_id, digest, kind):
                 raise NotFoundError(f"the {kind} blob {digest[:16]}… is not uploaded", Reason.MISSING_BLOB)
 
-    async def count_shared(self, shards: Sequence[str], num_examples: int) -> int:
+    def count_shared(self, shards: Sequence[str], num_examples: int) -> int:
         """Return how many examples an agent's shards hold.
 
         That the agent has trained on more, which it does not share, is believed.
@@ -129,7 +143,7 @@ class Uploads:
         Raises:
             InvalidError: the agent says that it has trained on fewer.
         """
-        num_shared = await asyncio.to_thread(self._num_labels, shards)
+        num_shared = self._num_labels(shards)
         if num_shared > num_examples:
             raise InvalidError(
                 f"num_examples is {num_examples}, but the contribution's shards have {num_shared} labels:"
@@ -137,13 +151,13 @@ class Uploads:
             )
         return num_shared
 
-    async def check_base(self, weights: str, initial_weights: str | None) -> None:
+    def check_base(self, weights: str, initial_weights: str | None) -> None:
         """Check that the base of the stored weights is the initial weights that the agent claims.
 
         Raises:
             InvalidError: the base is another one.
         """
-        header = await asyncio.to_thread(schema.read_header, self._store.blobs.path(weights))
+        header = schema.read_header(self._store.blobs.path(weights))
         base = wire.encoding_of(header).base
         if base != initial_weights:
             found = f"differences from {base[:16]}…" if base else "no differences"
@@ -161,7 +175,7 @@ class Uploads:
     async def open(
         self, agent_id: str, kind: str, blob: Blob, offset: int, now: float
     ) -> AsyncIterator["Upload"]:
-        """Receive a blob from `offset` on.
+        """Receive a blob from `offset` on, when its turn has come.
 
         Raises:
             OffsetError: the stored bytes end elsewhere.
@@ -171,22 +185,28 @@ class Uploads:
         gate = self._gates[kind]
         gate.check_size(blob.size_bytes)
         self._budgets.check_sent(agent_id, max(0, blob.size_bytes - offset))
-        path = await asyncio.to_thread(self._store.partial_path, agent_id, blob.digest)
-        await self._supersede(agent_id, blob.digest)
-        if agent_id in self._shut_out:
-            raise NotFoundError(f"agent {agent_id} has not joined this run", Reason.UNKNOWN_AGENT)
-        upload = Upload(self._store, self._budgets, agent_id, kind, blob, path, gate, self._on_received)
-        key = (agent_id, blob.digest)
-        self._active[key] = upload
-        try:
-            await self._budgets.check_files(agent_id, self._declared(agent_id))
-            await upload.start(offset)
-            yield upload
-            await upload.finish(now)
-        finally:
-            await upload.close()
-            if self._active.get(key) is upload:
-                del self._active[key]
+        async with self._turns.turn(agent_id) as end_turn:
+            await self._supersede(agent_id, blob.digest)
+            if agent_id in self._shut_out:
+                raise NotFoundError(f"agent {agent_id} has not joined this run", Reason.UNKNOWN_AGENT)
+            upload = Upload(
+                self._store, self._budgets, self._commits, agent_id, kind, blob, gate, self._on_received
+            )
+            upload.end_turn = end_turn
+            key = (agent_id, blob.digest)
+            self._active[key] = upload
+            try:
+                await self._budgets.check_files(agent_id, self._declared(agent_id))
+                await upload.start(offset)
+                yield upload
+                await upload.finish(now)
+            finally:
+                await upload.close()
+                if self._active.get(key) is upload:
+                    del self._active[key]
+
+    async def _commit(self, uploads: Sequence[UploadRow]) -> list[Exception | None]:
+        return await asyncio.to_thread(self._store.commit_uploads, uploads)
 
     def _declared(self, agent_id: str) -> dict[str, int]:
         """Return, by digest, the sizes that an agent has declared to be sending."""
@@ -202,6 +222,8 @@ class Uploads:
             # Under its lock, the older stream puts nothing more.
             async with older.lock:
                 await older.close()
+            # The stream of a connection that is gone may be open for a long time yet.
+            older.end_turn()
             if self._active.get(key) is older:
                 del self._active[key]
 
@@ -213,21 +235,25 @@ class Upload:
         self,
         store: Store,
         budgets: Budgets,
+        commits: Commits,
         agent_id: str,
         kind: str,
         blob: Blob,
-        path: Path,
         gate: BlobGate,
         on_received: Callable[[str, int], None],
     ) -> None:
         self.lock = asyncio.Lock()
         self.superseded = False
+        # Lets the next upload have its turn.
+        self.end_turn: Callable[[], None] = lambda: None
         self.blob = blob
         self._store = store
         self._budgets = budgets
+        self._commits = commits
         self._agent_id = agent_id
         self._kind = kind
-        self.path = path
+        # The file that is written, once it is known.
+        self.path: Path | None = None
         self._gate = gate
         self._on_received = on_received
         self._receiver: Receiver | None = None
@@ -259,7 +285,7 @@ class Upload:
         """Check the whole blob, make it durable and record it; raise what Receiver and the gate raise."""
         async with self._exclusively():
             await self._behind.flush()
-            await to_the_end(asyncio.to_thread(self._finish, now))
+            await to_the_end(self._finish(now))
 
     async def close(self) -> None:
         """Keep what has arrived."""
@@ -279,6 +305,7 @@ class Upload:
 
     def _start(self, offset: int) -> None:
         with storage_errors():
+            self.path = self._store.partial_path(self._agent_id, self.blob.digest)
             receiver = Receiver(self.path, self.blob, self._passes_gate)
         self._receiver = receiver
         if receiver.received_bytes > self.blob.size_bytes:
@@ -287,8 +314,13 @@ class Upload:
         if receiver.received_bytes != offset:
             raise OffsetError(f"the upload goes on at {receiver.received_bytes}, not at {offset}")
 
-    def _finish(self, now: float) -> None:
+    async def _finish(self, now: float) -> None:
+        await asyncio.to_thread(self._check_whole)
+        await self._commits.do(UploadRow(self._agent_id, self.blob.digest, self._kind, now))
+
+    def _check_whole(self) -> None:
         assert self._receiver
+        assert self.path
         with storage_errors():
             self._receiver.finish()
             try:
@@ -298,7 +330,6 @@ class Upload:
             except InvalidError:
                 self._receiver.discard()
                 raise
-            self._store.commit_upload(self._agent_id, self.blob.digest, self._kind, now)
 
     def _write(self, chunk: bytes) -> None:
         assert self._receiver
@@ -317,15 +348,21 @@ class Upload:
         return True
 
 
-def unused_sizes(store: Store, agent_id: str) -> dict[str, int]:
-    """Return the sizes in bytes, by digest, of the agent's uploads that no kept contribution uses.
+def unused_sizes(store: Store, agent_ids: Collection[str]) -> dict[str, dict[str, int]]:
+    """Return the sizes in bytes of agents' uploads that no kept contribution uses, by agent id and digest.
 
-    A kept contribution is one of this agent's, in a round that is not retired. Partial uploads count too.
-
-    Raises:
-        NotFoundError: the agent never joined.
+    A kept contribution is one of the agent's, in a round that is not retired. Partial uploads count too. An
+    agent that is not in the run is left out.
     """
-    sizes = store.blobs.partial_sizes(store.slot(agent_id))
+    slots = {}
+    for agent_id in agent_ids:
+        with suppress(NotFoundError):
+            slots[agent_id] = store.slot(agent_id)
+    begun = store.blobs.partial_sizes(slots.values())
+    return {agent_id: begun[slot] | _unused_blobs(store, agent_id) for agent_id, slot in slots.items()}
+
+
+def _unused_blobs(store: Store, agent_id: str) -> dict[str, int]:
     unused = store.read(
         "WITH kept AS (SELECT weights, shards FROM contributions WHERE agent_id = ?1"
         " AND round IN (SELECT number FROM rounds WHERE NOT retired))"
@@ -333,7 +370,7 @@ def unused_sizes(store: Store, agent_id: str) -> dict[str, int]:
         " (SELECT weights FROM kept UNION ALL SELECT value FROM kept, json_each(kept.shards))",
         agent_id,
     )
-    return sizes | {row["digest"]: store.blobs.size(row["digest"]) or 0 for row in unused}
+    return {row["digest"]: store.blobs.size(row["digest"]) or 0 for row in unused}
 
 
 def _durable_size(path: Path) -> int:

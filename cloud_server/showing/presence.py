@@ -2,7 +2,7 @@
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Set
 from contextlib import contextmanager
 
 # An agent that has disconnected is expected back for this time, because it may be restarting.
@@ -19,10 +19,12 @@ class Presence:
 
     def __init__(self, expected: Iterable[str] = (), clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._watching: Counter[str] = Counter()
+        self._num_connections: Counter[str] = Counter()
+        # The agents with a connection, without those that were forgotten.
+        self._here: set[str] = set()
+        # When agents that are not here have disconnected.
         self._last_seen = dict.fromkeys(expected, clock())
         self._dismissed: set[str] = set()
-        self._forgotten: set[str] = set()
 
     @contextmanager
     def watching(self, agent_id: str) -> Iterator[None]:
@@ -30,14 +32,22 @@ class Presence:
 
         The agent may be counted twice, while an old connection has not ended yet.
         """
-        self._watching[agent_id] += 1
-        self._forgotten.discard(agent_id)
+        self._num_connections[agent_id] += 1
+        self._here.add(agent_id)
+        self._last_seen.pop(agent_id, None)
         try:
             yield
         finally:
-            self._watching[agent_id] -= 1
-            if agent_id not in self._forgotten:
-                self._last_seen[agent_id] = self._clock()
+            self._num_connections[agent_id] -= 1
+            if not self._num_connections[agent_id]:
+                del self._num_connections[agent_id]
+                self._leave(agent_id)
+
+    def _leave(self, agent_id: str) -> None:
+        """Expect the agent back, unless it was forgotten."""
+        if agent_id in self._here:
+            self._here.discard(agent_id)
+            self._last_seen[agent_id] = self._clock()
 
     def dismiss(self, agent_id: str) -> None:
         """Note that the agent has been told that the run is over."""
@@ -45,19 +55,19 @@ class Presence:
 
     def forget(self, agent_id: str) -> None:
         """Cease to count and to expect the agent, even if it still has a connection that is about to end."""
-        self._forgotten.add(agent_id)
+        self._here.discard(agent_id)
         self._last_seen.pop(agent_id, None)
 
     @property
-    def here(self) -> set[str]:
+    def here(self) -> Set[str]:
         """Return the agents that are connected."""
-        return set(+self._watching) - self._forgotten
+        return self._here
 
     @property
     def live(self) -> set[str]:
         """Return the agents that are connected, and those that are expected back."""
         recently = self._clock() - LIVENESS_SECONDS
-        return self.here | {agent for agent, at in self._last_seen.items() if at > recently}
+        return self._here | {agent for agent, at in self._last_seen.items() if at > recently}
 
     @property
     def not_dismissed(self) -> set[str]:

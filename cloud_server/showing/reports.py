@@ -8,15 +8,20 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import structlog
+
 from cloud_server.contribution import Decision
 from cloud_server.disk.failures import storage_errors, when_disk_allows
 from cloud_server.disk.tables import AgentRow, ReportRow, RoundRow
 from cloud_server.jobs import Result, round_job
+from cloud_server.round import OVER
 from cloud_server.store import Store
 from common.config import CANDIDATES, RunConfig
+from common.errors import StorageError
 from common.faults import Point, crash_point
 from common.files import replacing
 from common.run_state import Outcome, Phase
+from common.transfer import to_the_end
 
 # These fields are copied from the trainer's result, where there is one.
 _MEASURED = (
@@ -25,6 +30,10 @@ _MEASURED = (
 )  # fmt: skip
 # The trainer measures these parts of a round, under these names.
 _TRAINER_SECONDS = ("audit", "aggregate", "fine_tune", "evaluate")
+# While the records of rounds that are over change, their reports are written so often at most.
+WRITE_SECONDS = 1.0
+
+log = structlog.get_logger()
 
 
 class Reports:
@@ -35,18 +44,65 @@ class Reports:
         self.lock = asyncio.Lock()
         self._run = run
         self._store = store
+        # The rounds whose records have changed since their reports were written.
+        self._changed: set[int] = set()
+        self._has_changed = asyncio.Event()
 
     async def write(self, number: int) -> None:
-        """Write the report of a round that is over, from what is on record now."""
+        """Write the report of a round, from what is on record now; do nothing if the round is not over."""
+        # The lock is let go between two tries, so that nobody waits for a full disk while holding it.
+        await when_disk_allows(lambda: to_the_end(self._write_locked(number)))
+        crash_point(Point.SERVER_REPORT_WRITTEN)
 
-        async def locked() -> None:
-            # The lock is let go between two tries, so that nobody waits for a full disk while holding it.
-            async with self.lock:
+    def note_change(self, number: int) -> None:
+        """Note that a round's records have changed, whose report is written soon if the round is over."""
+        self._changed.add(number)
+        self._has_changed.set()
+
+    async def keep_up(self) -> None:
+        """Write the reports of rounds whose records have changed, for as long as this runs."""
+        while True:
+            await self._has_changed.wait()
+            try:
+                await self.write_changed()
+            except OSError:
+                # The files do not hold up the run; they are tried again.
+                log.exception("reports_not_written")
+            await asyncio.sleep(WRITE_SECONDS)
+
+    async def write_changed(self) -> None:
+        """Write the reports of the rounds whose records have changed."""
+        while self._changed:
+            await self.write(min(self._changed))
+        self._has_changed.clear()
+        async with self.lock:
+            # Another task may have been writing until now.
+            return
+
+    async def write_all(self) -> None:
+        """Write the reports of all rounds that are over: the server may have been stopped before it did."""
+        for row in await asyncio.to_thread(self._store.rounds):
+            if row.phase in OVER and not row.retired:
+                await self.write(row.number)
+
+    async def write_if_possible(self) -> None:
+        """Write the reports of the rounds whose records have changed, unless the disk does not allow it."""
+        try:
+            for number in sorted(self._changed):
+                await self._write_locked(number)
+        except (OSError, StorageError) as error:
+            log.warning("reports_not_written", reason=str(error))
+
+    async def _write_locked(self, number: int) -> None:
+        async with self.lock:
+            # Records that change from now on are for the next time.
+            self._changed.discard(number)
+            try:
                 with storage_errors():
                     await asyncio.to_thread(self._write, number)
-
-        await when_disk_allows(locked)
-        crash_point(Point.SERVER_REPORT_WRITTEN)
+            except BaseException:
+                self._changed.add(number)
+                raise
 
     def result_of(self, number: int) -> Result | None:
         """Return what the trainer found in a round; None: that is not known any more."""
@@ -56,8 +112,8 @@ class Reports:
     def _write(self, number: int) -> None:
         row = self._store.round(number)
         assert row is not None
-        if row.retired:
-            # What the report was made from is gone.
+        # What the report of a retired round was made from is gone.
+        if row.retired or row.phase not in OVER:
             return
         weights = self._store.blobs.path(row.published_digest) if row.published_digest else None
         run_row = self._store.run()

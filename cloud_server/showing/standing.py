@@ -4,7 +4,9 @@ Whoever makes something true and durable shows it here: the ledger and the coord
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+import math
+from collections import defaultdict
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,6 +23,10 @@ from common.transfer import Blob, Encoded
 
 # So many of the latest rounds are on the status page.
 STATUS_ROUNDS = 50
+# Agents hear of counts and progress so often at most, and so many of them in a second, so that a thousand
+# agents hear of them every five seconds. Of everything else they hear at once.
+COUNTS_SECONDS = 1.0
+COUNTS_PER_SECOND = 200
 
 
 class Standing:
@@ -31,6 +37,7 @@ class Standing:
         slots: the slot of every agent that has joined, by agent id.
         clock: seconds since the epoch.
         on_change: called after every change, for a progress display.
+        upload_places: returns the places in the queue, by agent id, of those that wait to upload.
     """
 
     def __init__(
@@ -45,6 +52,7 @@ class Standing:
         metrics: ServerMetrics,
         on_change: Callable[[RunState], None],
         clock: Callable[[], float],
+        upload_places: Callable[[], Mapping[str, int]] = dict,
     ) -> None:
         self._run_id = run_id
         self._round = current
@@ -55,8 +63,13 @@ class Standing:
         self._metrics = metrics
         self._on_change = on_change
         self._clock = clock
+        self._upload_places = upload_places
         self._changed = asyncio.Event()
-        self._news = asyncio.Event()
+        # One event for each open Watch, by agent id; an event that is set means that there is news.
+        self._watches: defaultdict[str, set[asyncio.Event]] = defaultdict(set)
+        # The next time at which everyone hears of counts and progress; None: there is nothing to tell.
+        self._next_counts: asyncio.TimerHandle | None = None
+        self._counts_told_at = -math.inf
         self._num_forgotten = 0
         # How far the trainer is in this phase.
         self._progress: WorkProgress | None = None
@@ -73,6 +86,9 @@ class Standing:
         self._results: dict[int, Result] = {}
         for row in store.rounds():
             self._note_end(row)
+        # The agents that have reported on the model of this round.
+        self._reported = {row.agent_id for row in store.reports(current.number)}
+        metrics.watch_agents(self._num_agents)
         # These two are set by show().
         self._initial_weights = Blob("", 0)
         self._initial_encoded: Encoded | None = None
@@ -80,26 +96,33 @@ class Standing:
 
     # ------------------------------------------------------------------ what is shown
 
-    def show(self, current: Round) -> None:
-        """Show the round as it is on record now."""
-        if current.phase is not self._round.phase:
+    def show(self, current: Round, concerned: Iterable[str] = ()) -> None:
+        """Show the round as it is on record now.
+
+        Args:
+            concerned: the agents whose own part in the round has changed.
+        """
+        before, self._round = self._round, current
+        if current.phase is not before.phase:
             self._progress = None
+        if current.number != before.number:
+            self._reported = set()
         if current.initial_digest != self._initial_weights.digest:
             self._initial_weights = self._blob(current.initial_digest)
             self._initial_encoded = self._encoded(current.initial_digest)
-        self._round = current
-        self._note_end(current)
-        if current.published_digest:
-            self._counted |= dict.fromkeys(current.counted, current.number)
-            self._left_out |= {
-                agent_id: LeftOut(current.number, *why) for agent_id, why in current.left_out.items()
-            }
-        self._tell_watchers()
+        if (current.number, current.phase) == (before.number, before.phase):
+            self._tell(concerned)
+            self._tell_all_soon()
+        else:
+            self._note_end(current)
+            self._note_counted(current)
+            self._tell_all()
+        self._display()
 
     def show_agent(self, agent_id: str, slot: int) -> None:
         """Show an agent that has joined."""
         self._slots[agent_id] = slot
-        self.note_change()
+        self._note_change()
 
     def forget(self, agent_id: str) -> None:
         """Drop everything that is known of an agent."""
@@ -107,37 +130,64 @@ class Standing:
         self._slots.pop(agent_id, None)
         self._counted.pop(agent_id, None)
         self._left_out.pop(agent_id, None)
+        self._reported.discard(agent_id)
         self._results.clear()
         self._metrics.forget(agent_id)
+
+    def show_report(self, agent_id: str, number: int) -> None:
+        """Show that an agent has reported on the model of a round."""
+        if number == self._round.number:
+            self._reported.add(agent_id)
+        self._note_change()
 
     def show_progress(self, progress: WorkProgress) -> None:
         """Show how far the trainer is in this phase."""
         self._progress = progress
-        self._tell_watchers()
+        self._tell_all_soon()
+        self._display()
 
     def show_run_over(self) -> None:
         """Tell every agent that the run is over."""
         self._run_over = True
-        self._tell_watchers()
+        self._tell_all()
+        self._display()
 
-    def _tell_watchers(self) -> None:
-        """Wake the agents that watch, too: a thousand watchers need not hear of those who come and go."""
-        self._news.set()
-        self._news = asyncio.Event()
-        self.note_change()
+    def _tell(self, agent_ids: Iterable[str]) -> None:
+        """Wake these agents' Watches."""
+        for agent_id in agent_ids:
+            for news in self._watches.get(agent_id, ()):
+                news.set()
 
-    def note_change(self) -> None:
+    def _tell_all(self) -> None:
+        """Wake every Watch."""
+        if self._next_counts:
+            self._next_counts.cancel()
+            self._next_counts = None
+        self._tell(self._watches)
+
+    def _tell_all_soon(self) -> None:
+        """Wake every Watch at the next time for counts: a thousand watchers need not hear of each other."""
+        if self._next_counts or not self._watches:
+            return
+        loop = asyncio.get_running_loop()
+
+        def tell() -> None:
+            self._counts_told_at = loop.time()
+            self._tell_all()
+
+        seconds = max(COUNTS_SECONDS, len(self._watches) / COUNTS_PER_SECOND)
+        self._next_counts = loop.call_at(max(loop.time(), self._counts_told_at + seconds), tell)
+
+    def _display(self) -> None:
+        """Show the run to whoever sits at the server, and wake whoever waits inside the server."""
+        self._metrics.set_phase(self._round.number, self._round.phase.value)
+        self._note_change()
+        self._on_change(self.state_for())
+
+    def _note_change(self) -> None:
         """Wake whoever waits for a change inside the server; reports and agents' presence count as well."""
         self._changed.set()
         self._changed = asyncio.Event()
-        self._metrics.set_phase(self._round.number, self._round.phase.value)
-        contributed, here = set(self._round.contributions), self._presence.here
-        self._metrics.set_agents(
-            watching=len(here - contributed),
-            contributed=len(here & contributed),
-            away=len(set(self._slots) - here),
-        )
-        self._on_change(self.state_for())
 
     # ------------------------------------------------------------------ who looks
 
@@ -146,11 +196,19 @@ class Standing:
         """Return an event that the next change sets; take it before looking, so that no change is missed."""
         return self._changed
 
+    @property
+    def reported(self) -> Set[str]:
+        """Return the agents that have reported on the model of the current round."""
+        return self._reported
+
     async def watch(self, agent_id: str) -> AsyncIterator[RunState]:
-        """Yield the state now, then after each change; slow readers skip states, never the latest."""
-        with self._counted_as_watching(agent_id):
+        """Yield the state now, then after each change; slow readers skip states, never the latest.
+
+        A change of counts or progress alone may come a little later, together with the next.
+        """
+        with self._counted_as_watching(agent_id) as news:
             while True:
-                news = self._news
+                news.clear()
                 state = self.state_for(agent_id)
                 yield state
                 if state.run_over:
@@ -196,6 +254,7 @@ class Standing:
         current, progress, here = self._round, self._progress, self._presence.here
         audited = results.get(last_published, Result()).audit
         audits = {agent.agent_id: _audit_status(agent) for agent in audited}
+        places = self._upload_places()
         return {
             "run_id": self._run_id,
             "round": current.number,
@@ -204,7 +263,7 @@ class Standing:
             "progress": progress and {"done": progress.done, "total": progress.total, "loss": progress.loss},
             "agents": [
                 _agent_status(agent_id, slot, current, agent_id in here, reported.get(agent_id))
-                | {"audit": audits.get(agent_id)}
+                | {"audit": audits.get(agent_id), "upload_place": places.get(agent_id)}
                 for agent_id, slot in sorted(self._slots.items(), key=lambda item: item[1])
             ],
             "rounds": [
@@ -221,13 +280,26 @@ class Standing:
     # ------------------------------------------------------------------ small parts
 
     @contextmanager
-    def _counted_as_watching(self, agent_id: str) -> Iterator[None]:
+    def _counted_as_watching(self, agent_id: str) -> Iterator[asyncio.Event]:
+        """Count the agent as connected, and return the event that is set when there is news for it."""
+        news = asyncio.Event()
+        self._watches[agent_id].add(news)
         try:
             with self._presence.watching(agent_id):
-                self.note_change()
-                yield
+                self._note_change()
+                yield news
         finally:
-            self.note_change()
+            self._watches[agent_id].discard(news)
+            if not self._watches[agent_id]:
+                del self._watches[agent_id]
+            self._note_change()
+
+    def _num_agents(self) -> dict[str, int]:
+        """Return the number of agents in each of AGENT_STATES."""
+        here = self._presence.here
+        contributed = len(here & self._round.contributions.keys())
+        away = len(self._slots.keys() - here)
+        return {"watching": len(here) - contributed, "contributed": contributed, "away": away}
 
     def _note_end(self, ended: Round | RoundRow) -> None:
         if ended.published_digest:
@@ -236,6 +308,13 @@ class Standing:
             )
         if ended.failure:
             self._last_failure = (ended.number, ended.failure)
+
+    def _note_counted(self, current: Round) -> None:
+        if current.published_digest:
+            self._counted |= dict.fromkeys(current.counted, current.number)
+            self._left_out |= {
+                agent_id: LeftOut(current.number, *why) for agent_id, why in current.left_out.items()
+            }
 
     def _blob(self, digest: str) -> Blob:
         return Blob(digest, self._store.blobs.size(digest) or 0)

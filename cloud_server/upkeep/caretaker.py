@@ -72,6 +72,8 @@ class Caretaker:
         """Remove what old rounds have left; a disk that does not let it is no reason to stop."""
 
         async def remove() -> None:
+            # What they are made from may go now. No agent can report while the ledger is locked.
+            await self._reports.write_if_possible()
             async with self._reports.lock:
                 await asyncio.to_thread(self._clean_up, self._uploads.active)
 

@@ -87,7 +87,7 @@ def forget_records(store: Store, row: ForgettingRow, also: Collection[str]) -> N
                 f"INSERT OR IGNORE INTO removals SELECT digest FROM {table} WHERE agent_id = ?",  # noqa: S608
                 agent,
             )
-        begun = store.blobs.partial_sizes(row.slot)
+        begun = store.blobs.partial_sizes([row.slot])[row.slot]
         database.executemany(
             "INSERT OR IGNORE INTO removals VALUES (?)", [(digest,) for digest in (*begun, *also)]
         )

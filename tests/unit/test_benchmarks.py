@@ -80,6 +80,18 @@ def test_waiting_is_measured_from_the_rounds_own_times() -> None:
         assert waited["min"] < result["first_model"]
 
 
+def test_agents_counts_what_each_of_a_crowd_costs_and_what_was_lost() -> None:
+    result = run("agents", "--agents", 6, "--rounds", 2, "--leaving", 0.5, "--tls")
+    assert set(result["faults"].values()) == {0}
+    assert result["comebacks"] > 0
+    assert result["server_cpu_ms_per_contribution"] == pytest.approx(
+        1000 * result["server_cpu_seconds"] / 12, rel=1e-3
+    )
+    assert result["server_peak_mib"] > 10
+    assert all(0 < call["p50"] <= call["p99"] <= call["max"] for call in result["calls"].values())
+    assert result["news_known"]["p50"] > 0
+
+
 def test_aggregate_compares_every_aggregator() -> None:
     result = run("aggregate", "--model", "squeezenet1_1", "--agents", 2, "--repeats", 1)
     assert set(result["aggregators"]) == {"mean", "trimmed_mean", "median", "geometric_median"}

@@ -17,7 +17,7 @@ from safetensors.numpy import save_file
 from cloud_server import ledger
 from cloud_server.__main__ import open_service
 from cloud_server.config import ServerConfig
-from cloud_server.contribution import Contribution
+from cloud_server.contribution import Contribution, Decision
 from cloud_server.coordinator import Coordinator
 from cloud_server.desk import Desk
 from cloud_server.disk.tables import ReportRow
@@ -34,7 +34,8 @@ from cloud_server.jobs import (
 )
 from cloud_server.ledger import Ledger
 from cloud_server.metrics import ServerMetrics
-from cloud_server.showing import presence
+from cloud_server.showing import presence, reports
+from cloud_server.showing.reports import Reports
 from cloud_server.showing.standing import Standing
 from cloud_server.store import Store
 from cloud_server.training import runner as job_runner
@@ -51,7 +52,7 @@ from common.errors import (
     UnavailableError,
     UsageError,
 )
-from common.run_state import Outcome, Phase
+from common.run_state import Outcome, Phase, Verdict
 from common.shards import Shard, write_shard
 from common.transfer import Blob
 from common.wire import Base, encode
@@ -131,6 +132,7 @@ class World:
     desk: Desk
     ledger: Ledger
     standing: Standing
+    reports: Reports
     store: Store
     trainer: PlayedTrainer
     config: ServerConfig
@@ -262,6 +264,7 @@ async def test_late_agents_are_reported_as_late_and_silent_ones_as_vanished(tmp_
         await here.until(lambda: here.standing.state_for().round == 2)
         assert here.report()["vanished"] == ["late", "silent"]
         assert (await here.desk.contribute("late", 1, late)).outcome is Outcome.LATE
+        await here.reports.write_changed()
         assert here.report()["late"] == ["late"]
         assert here.report()["vanished"] == ["silent"]
         await here.desk.join("newcomer")
@@ -300,7 +303,7 @@ async def test_nothing_is_kept_of_a_late_contribution(tmp_path: Path) -> None:
         await here.desk.contribute("late", 1, replace(late, shard_digests=("e" * 64,) * 1000))
         (row,) = (each for each in here.store.contributions(1) if each.agent_id == "late")
         assert (row.outcome, row.contribution) == ("late", None)
-        assert list(unused_sizes(here.store, "late")) == [late.weights_digest]
+        assert list(unused_sizes(here.store, ["late"])["late"]) == [late.weights_digest]
 
 
 async def test_result_of_a_job_that_was_withdrawn_is_not_the_next_ones(tmp_path: Path) -> None:
@@ -616,11 +619,146 @@ async def test_reports_of_agents_end_up_in_the_report(tmp_path: Path) -> None:
         await here.until(lambda: here.standing.state_for().round == 2)
         row = replace(REPORT, agent_id="a", accuracy_after=0.3, accuracy_adapted=0.6)
         await asyncio.gather(*(here.desk.report("a", 1, row) for _ in range(5)))
+        await here.reports.write_changed()
         (agent,) = here.report()["agents"]
         measured = [agent[f"accuracy_{stage}"] for stage in ("before", "after", "adapted")]
         assert (measured, agent["applied"]) == ([0.5, 0.3, 0.6], True)
         (shown,) = (await here.standing.status())["agents"]
         assert (shown["accuracy_after"], shown["accuracy_adapted"]) == (0.3, 0.6)
+
+
+async def test_reports_that_come_at_once_are_written_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    agents = [f"agent-{number}" for number in range(10)]
+    async with world(tmp_path, min_agents=10) as here:
+        for agent_id in agents:
+            await here.contribute(agent_id)
+        await here.until(lambda: here.standing.state_for().round == 2)
+        written, write = [], reports.write
+        monkeypatch.setattr(reports, "write", lambda *args: (written.append(args), write(*args)))
+        rows = [replace(REPORT, agent_id=agent_id) for agent_id in agents]
+        await asyncio.gather(*(here.desk.report(row.agent_id, 1, row) for row in rows))
+        await here.until(lambda: all("applied" in agent for agent in here.report()["agents"]))
+        assert len(written) == 1
+
+
+async def test_report_that_was_not_written_any_more_is_written_by_the_next_life(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with world(tmp_path, min_agents=1) as here:
+        await here.contribute("a")
+        await here.until(lambda: here.standing.state_for().round == 2)
+        monkeypatch.setattr(here.reports, "note_change", lambda _: None)
+        await here.desk.report("a", 1, replace(REPORT, agent_id="a"))
+        assert "applied" not in here.report()["agents"][0]
+    async with world(tmp_path, min_agents=1) as here:
+        await here.until(lambda: "applied" in here.report()["agents"][0])
+
+
+async def test_report_is_written_before_what_it_is_made_from_is_given_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Reports, "keep_up", lambda _: asyncio.sleep(1000))
+    async with world(tmp_path, keep_rounds=1) as here:
+        for number in (1, 2):
+            assert await here.contribute("a", number) is Outcome.ACCEPTED
+            await here.until(lambda number=number: here.standing.state_for().round == number + 1)
+            await here.desk.report("a", number, replace(REPORT, agent_id="a"))
+        assert await here.contribute("a", 3) is Outcome.ACCEPTED
+        await here.until(lambda: here.standing.state_for().round == 4)
+        assert [here.report(number)["agents"][0].get("applied") for number in (1, 2)] == [True, True]
+
+
+# What comes at once becomes durable at once
+
+
+def transactions_of(store: Store) -> list[str]:
+    """Return a list that grows with every transaction of the store from now on."""
+    seen: list[str] = []
+    store._database.set_trace_callback(lambda sql: seen.append(sql) if sql == "BEGIN IMMEDIATE" else None)
+    return seen
+
+
+async def test_contributions_that_come_at_once_share_a_transaction(tmp_path: Path) -> None:
+    async with world(tmp_path, min_agents=20) as here:
+        contributions = [await here.contribution_of(f"agent-{number}") for number in range(10)]
+        transactions = transactions_of(here.store)
+        verdicts = await asyncio.gather(
+            *(here.desk.contribute(each.agent_id, 1, each) for each in contributions)
+        )
+        assert {verdict.outcome for verdict in verdicts} == {Outcome.ACCEPTED}
+        assert len(transactions) == 1
+        assert len(here.store.contributions(1)) == len(here.ledger.round.contributions) == 10
+
+
+async def test_contribution_that_is_refused_harms_none_that_came_with_it(tmp_path: Path) -> None:
+    async with world(tmp_path, min_agents=9) as here:
+        good = [await here.contribution_of(f"agent-{number}") for number in range(3)]
+        missing = replace(await here.contribution_of("bad"), weights_digest="e" * 64)
+        calls = [
+            here.desk.contribute(each.agent_id, number, each)
+            for each, number in [(good[0], 1), (missing, 1), (good[1], 7), (good[2], 1)]
+        ]
+        first, second, third, fourth = await asyncio.gather(*calls, return_exceptions=True)
+        assert isinstance(second, NotFoundError)
+        assert isinstance(third, InvalidError)
+        assert isinstance(first, Verdict)
+        assert first == fourth == Verdict(Outcome.ACCEPTED)
+        recorded = [row.agent_id for row in here.store.contributions(1)]
+        assert recorded == list(here.ledger.round.contributions) == ["agent-0", "agent-2"]
+
+
+async def test_disk_that_refuses_a_group_refuses_all_of_it_and_takes_it_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with world(tmp_path, min_agents=9) as here:
+        contributions = [await here.contribution_of(f"agent-{number}") for number in range(3)]
+
+        async def contribute_all() -> list[Verdict | BaseException]:
+            calls = (here.desk.contribute(each.agent_id, 1, each) for each in contributions)
+            return await asyncio.gather(*calls, return_exceptions=True)
+
+        record = here.store.record_contribution
+
+        def refuse(number: int, decision: Decision) -> None:
+            record(number, decision)
+            if decision.agent_id == "agent-1":
+                raise StorageError("full")
+
+        monkeypatch.setattr(here.store, "record_contribution", refuse)
+        assert all(isinstance(answer, StorageError) for answer in await contribute_all())
+        assert here.store.contributions(1) == []
+        assert here.ledger.round.contributions == {}
+        monkeypatch.undo()
+        assert await contribute_all() == [Verdict(Outcome.ACCEPTED)] * 3
+        assert len(here.store.contributions(1)) == 3
+
+
+async def test_agent_that_waits_to_upload_is_told_its_place_on_the_page(tmp_path: Path) -> None:
+    async with world(tmp_path, min_agents=2, max_concurrent_uploads=1) as here:
+        await here.desk.join("a")
+
+        def uploads() -> dict[str, float]:
+            return values(here.metrics.registry, "ecavg_server_uploads")
+
+        release = asyncio.Event()
+
+        async def hold() -> None:
+            async with here.desk.receive("a", "weights", Blob("e" * 64, 1000), 0):
+                await release.wait()
+
+        first = asyncio.create_task(hold())
+        await here.until(lambda: uploads()["receiving"] == 1)
+        second = asyncio.create_task(here.contribute("b"))
+        await here.until(lambda: uploads()["waiting"] == 1)
+        agents = (await here.standing.status())["agents"]
+        assert [agent["upload_place"] for agent in agents] == [None, 1]
+        release.set()
+        assert await second is Outcome.ACCEPTED
+        assert uploads() == {"receiving": 0, "waiting": 0}
+        with pytest.raises(InvalidError, match="the stream ended after 0 of 1000 bytes"):
+            await first
 
 
 # Who is forgotten

@@ -4,7 +4,7 @@ import asyncio
 import random
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import pytest
 
@@ -87,7 +87,7 @@ def test_any_number_of_names_takes_bounded_memory_and_no_open_call_is_forgotten(
 
 
 def budgets(agent_bytes: int, round_bytes: int, files: dict[str, int] | None = None) -> Budgets:
-    return Budgets(agent_bytes, round_bytes, lambda _: dict(files or {}))
+    return Budgets(agent_bytes, round_bytes, lambda agents: {agent: dict(files or {}) for agent in agents})
 
 
 def test_agent_may_send_twice_its_budget_in_a_round() -> None:
@@ -140,7 +140,7 @@ async def test_what_waits_to_be_contributed_is_bounded() -> None:
 
 async def test_files_are_counted_anew_after_a_contribution() -> None:
     files = {"there": 1 << 20}
-    book = Budgets(1 << 20, 1 << 30, lambda _: dict(files))
+    book = Budgets(1 << 20, 1 << 30, lambda agents: {agent: dict(files) for agent in agents})
     with pytest.raises(BudgetError):
         await book.check_files("a", {"coming": 1})
     files.clear()
@@ -159,8 +159,8 @@ class Disk:
         self.release = threading.Event()
         self._loop = asyncio.get_running_loop()
 
-    def look(self, _: str) -> dict[str, int]:
-        found = dict(self.sizes)
+    def look(self, agents: Collection[str]) -> dict[str, dict[str, int]]:
+        found = {agent: dict(self.sizes) for agent in agents}
         self._loop.call_soon_threadsafe(self.looked.set)
         assert self.release.wait(10)
         return found

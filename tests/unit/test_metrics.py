@@ -20,6 +20,7 @@ SERVER_CONTRACT = {
     "ecavg_server_phase": {"phase"},
     "ecavg_server_phase_duration_seconds": {"phase"},
     "ecavg_server_agents": {"state"},
+    "ecavg_server_uploads": {"state"},
     "ecavg_server_contributions_total": {"outcome"},
     "ecavg_server_reports_total": {"applied"},
     "ecavg_server_received_bytes_total": {"kind"},
@@ -172,8 +173,7 @@ def test_phase_duration_is_taken_when_the_phase_is_left() -> None:
 
 
 def test_agents_are_counted_by_state(server: ServerMetrics) -> None:
-    server.set_agents(watching=2, contributed=1, away=0)
-    server.set_agents(watching=0, contributed=2, away=1)
+    server.watch_agents(lambda: {"watching": 0, "contributed": 2, "away": 1})
     assert values(server.registry, "ecavg_server_agents") == {"watching": 0, "contributed": 2, "away": 1}
 
 

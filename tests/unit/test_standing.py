@@ -13,6 +13,7 @@ from cloud_server.jobs import JobDirectory, Result
 from cloud_server.metrics import ServerMetrics
 from cloud_server.records import round_from
 from cloud_server.round import Policy, Round
+from cloud_server.showing import standing
 from cloud_server.showing.presence import Presence
 from cloud_server.showing.reports import Reports
 from cloud_server.showing.standing import Standing
@@ -148,12 +149,32 @@ async def test_watchers_do_not_hear_of_who_comes_and_goes(viewed: Viewed) -> Non
         other = viewed.standing.watch("edge-2")
         await anext(other)
         await other.aclose()
-        viewed.standing.note_change()  # as after a report
+        viewed.standing.show_report("edge-2", 1)
         await asyncio.sleep(0)
     assert not following.done()
     viewed.standing.show_progress(WorkProgress(1, 2))
     assert (await following).progress
     await watching.aclose()
+
+
+async def test_agent_hears_at_once_of_its_own_part_and_the_others_when_counts_are_due(
+    viewed: Viewed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(standing, "COUNTS_SECONDS", 1000.0)
+    first, second = (viewed.standing.watch(agent_id) for agent_id in (AGENT, "edge-2"))
+    await anext(first), await anext(second)
+    contributions = {"edge-3": Contribution("edge-3", "", (), 1)}
+    viewed.show(replace(viewed.round, contributions=contributions))
+    # These counts are the first, and the next are due much later.
+    assert (await anext(first)).num_contributions == (await anext(second)).num_contributions == 1
+    contributions |= {AGENT: Contribution(AGENT, "", (), 1)}
+    waiting = asyncio.ensure_future(anext(second))
+    viewed.standing.show(replace(viewed.round, contributions=contributions), [AGENT])
+    assert (await anext(first)).outcome is Outcome.ACCEPTED
+    assert not waiting.done()
+    viewed.standing.show(viewed.round.advance(Phase.AGGREGATING))
+    assert (await waiting).phase is Phase.AGGREGATING
+    assert (await anext(first)).phase is Phase.AGGREGATING
 
 
 async def test_page_that_is_made_while_somebody_is_forgotten_is_not_remembered(

@@ -28,7 +28,7 @@ import pytest
 from cloud_server import store as store_module
 from cloud_server.contribution import Contribution, Decision, Rejection
 from cloud_server.disk.failures import storage_errors
-from cloud_server.disk.tables import AgentRow, ReportRow, RoundRow, RunRow
+from cloud_server.disk.tables import AgentRow, ReportRow, RoundRow, RunRow, UploadRow
 from cloud_server.state_dir import blob_path
 from cloud_server.store import Store
 from common.errors import NotFoundError, Reason, StorageError, UsageError
@@ -255,6 +255,27 @@ def test_commit_again_changes_nothing(run_store):
     assert run_store.has_upload("a", DIGEST, "weights")
 
 
+def test_uploads_that_are_committed_together_share_a_transaction_and_one_that_fails_harms_none(run_store):
+    for agent_id in ("a", "b"):
+        run_store.partial_path(agent_id, DIGEST).write_bytes(UPLOADED)
+    statements = []
+    run_store._database.set_trace_callback(lambda statement: statements.append(statement.split()[0]))
+    first, missing, unknown, last = run_store.commit_uploads(
+        [
+            UploadRow("a", DIGEST, "weights", 12.0),
+            UploadRow("a", TRAINED_DIGEST, "weights", 12.0),
+            UploadRow("nobody", DIGEST, "weights", 12.0),
+            UploadRow("b", DIGEST, "weights", 13.0),
+        ]
+    )
+    run_store._database.set_trace_callback(None)
+    assert (first, last) == (None, None)
+    assert isinstance(missing, NotFoundError)
+    assert isinstance(unknown, NotFoundError)
+    assert statements.count("COMMIT") == 1
+    assert [row.agent_id for row in run_store.uploads()] == ["a", "b"]
+
+
 def test_commit_of_nothing_is_refused_and_leaves_no_record(run_store):
     with pytest.raises(NotFoundError):
         run_store.commit_upload("b", DIGEST, "weights", 12.0)
@@ -381,6 +402,22 @@ def check_consistent(store: Store, state_dir: Path) -> None:
     assert set(filter(None, needed)) <= set(blobs)
     partial = store.partial_path("a", DIGEST)
     assert (partial if partial.exists() else store.blobs.path(DIGEST)).read_bytes() == UPLOADED
+
+
+def test_part_of_a_transaction_that_fails_is_undone_alone(run_store):
+    def fail() -> None:
+        with run_store.savepoint():
+            run_store.join("z", 12.0)
+            raise ValueError("no")
+
+    with run_store.transaction():
+        run_store.record_contribution(1, CONTRIBUTION)
+        with pytest.raises(ValueError, match="no"):
+            fail()
+        run_store.join("y", 13.0)
+    assert run_store.contributions(1) == [CONTRIBUTION]
+    assert [agent.agent_id for agent in run_store.agents()][-1] == "y"
+    assert "z" not in [agent.agent_id for agent in run_store.agents()]
 
 
 # A disk that takes nothing more

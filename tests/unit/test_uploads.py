@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from cloud_server.intake.turns import Turns
 from cloud_server.intake.uploads import Uploads
 from cloud_server.store import Store
 from common.config import RunConfig, Wire
@@ -42,6 +43,7 @@ def uploads(store: Store, received: list[tuple[str, int]]) -> Uploads:
         weights_schema={},
         spec=RunConfig().spec,
         max_data_bytes=1 << 20,
+        turns=Turns(2),
         on_received=lambda kind, num_bytes: received.append((kind, num_bytes)),
     )
 
@@ -103,7 +105,7 @@ async def test_query_waits_for_an_upload_that_is_being_completed(
     uploads: Uploads, store: Store, shard: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     blob = blob_named(tmp_path)
-    gate = Gate(monkeypatch, store, "commit_upload")
+    gate = Gate(monkeypatch, store, "commit_uploads")
     broken = asyncio.create_task(send(uploads, blob, 0, shard))
     await asyncio.to_thread(gate.entered.wait)
     broken.cancel()
@@ -114,6 +116,58 @@ async def test_query_waits_for_an_upload_that_is_being_completed(
     gate.release.set()
     assert await asyncio.gather(*queries) == [(blob.size_bytes, True)] * 2
     await asyncio.gather(broken, impatient, return_exceptions=True)
+
+
+async def test_uploads_wait_in_the_order_of_their_arrival() -> None:
+    turns, order = Turns(2), []
+    going_on = {name: asyncio.Event() for name in "abcde"}
+
+    async def upload(name: str) -> None:
+        async with turns.turn(name):
+            order.append(name)
+            await going_on[name].wait()
+
+    tasks = {name: asyncio.create_task(upload(name)) for name in "abcde"}
+    await asyncio.sleep(0)
+    assert (order, turns.places, turns.num_taken) == (["a", "b"], {"c": 1, "d": 2, "e": 3}, 2)
+    tasks["c"].cancel()
+    await asyncio.wait([tasks["c"]])
+    assert turns.places == {"d": 1, "e": 2}
+    going_on["a"].set()
+    await tasks["a"]
+    await asyncio.sleep(0)
+    assert (order, turns.places) == (["a", "b", "d"], {"e": 1})
+    # The turn of one that is cancelled in the moment in which it has its turn goes to the next.
+    going_on["b"].set()
+    await tasks["b"]
+    tasks["e"].cancel()
+    await asyncio.wait([tasks["e"]])
+    going_on["d"].set()
+    await tasks["d"]
+    assert (turns.num_taken, turns.num_waiting) == (0, 0)
+
+
+async def test_stream_whose_agent_has_come_back_ends_its_turn(
+    store: Store, shard: bytes, tmp_path: Path
+) -> None:
+    uploads = Uploads(store, weights_schema={}, spec=RunConfig().spec, max_data_bytes=1 << 20, turns=Turns(1))
+    blob = blob_named(tmp_path)
+    started = asyncio.Event()
+
+    async def hang() -> None:
+        async with uploads.open("a", "data", blob, 0, 0.0) as upload:
+            await upload.write(shard[:500])
+            started.set()
+            # Nothing tells the server that this connection is gone.
+            await asyncio.Event().wait()
+
+    dead = asyncio.create_task(hang())
+    await started.wait()
+    assert await uploads.query("a", "data", blob.digest) == (500, False)
+    async with asyncio.timeout(10):
+        await send(uploads, blob, 500, shard[500:])
+    dead.cancel()
+    await asyncio.wait([dead])
 
 
 async def test_newest_stream_wins(uploads: Uploads, shard: bytes, tmp_path: Path) -> None:
@@ -203,15 +257,15 @@ async def test_num_examples_is_no_fewer_than_the_shards_hold(
     await send(uploads, second, 0, (tmp_path / "shard").read_bytes())
 
     for claimed in (13, 14, 2**40):
-        assert await uploads.count_shared([first.digest, second.digest], claimed) == 13
+        assert uploads.count_shared([first.digest, second.digest], claimed) == 13
     for claimed in (1, 12):
         with pytest.raises(InvalidError, match=f"num_examples is {claimed}, .* 13 labels") as refused:
-            await uploads.count_shared([first.digest, second.digest], claimed)
+            uploads.count_shared([first.digest, second.digest], claimed)
         assert refused.value.reason == Reason.MALFORMED_REQUEST
 
 
 async def test_agent_that_shares_nothing_is_believed(uploads: Uploads) -> None:
-    assert await uploads.count_shared([], 2**40) == 0
+    assert uploads.count_shared([], 2**40) == 0
 
 
 # Weights
@@ -224,7 +278,9 @@ def weights_in(path: Path, value: float) -> Base:
 
 def taking(store: Store, base: Base, *wires: Wire) -> Uploads:
     schema = read_header(base.path).schema
-    return Uploads(store, weights_schema=schema, wires=wires, spec=RunConfig().spec, max_data_bytes=1)
+    return Uploads(
+        store, weights_schema=schema, wires=wires, spec=RunConfig().spec, max_data_bytes=1, turns=Turns(2)
+    )
 
 
 async def send_weights(uploads: Uploads, path: Path) -> Blob:
@@ -271,8 +327,8 @@ async def test_differences_must_be_from_what_the_agent_says_it_started_from(
     encode(base.path, tmp_path / "int8", "int8", base=base)
     encode(base.path, tmp_path / "bfloat16", "bfloat16")
     int8, bfloat16 = [await send_weights(uploads, tmp_path / wire) for wire in ("int8", "bfloat16")]
-    await uploads.check_base(int8.digest, base.digest)
-    await uploads.check_base(bfloat16.digest, None)
+    uploads.check_base(int8.digest, base.digest)
+    uploads.check_base(bfloat16.digest, None)
     other = "5" * 64
     for blob, start, text in (
         (
@@ -284,5 +340,5 @@ async def test_differences_must_be_from_what_the_agent_says_it_started_from(
         (bfloat16, base.digest, f"no differences, and pre-training started from {base.digest[:16]}…"),
     ):
         with pytest.raises(InvalidError, match=text) as refused:
-            await uploads.check_base(blob.digest, start)
+            uploads.check_base(blob.digest, start)
         assert refused.value.reason == Reason.INITIAL_WEIGHTS
