@@ -52,6 +52,8 @@ class Run:
     def __init__(self, cluster: Cluster, settings: tuple[object, ...] = SETTINGS) -> None:
         self.cluster = cluster
         self.num_restarts = 0
+        # The processes that were killed and started again.
+        self._restarted: set[str] = set()
         self._settings = settings
         cluster.port, cluster.http_port = free_port(), free_port()
         self.processes: dict[str, Command] = {}
@@ -73,6 +75,7 @@ class Run:
                 code = process.process.poll()
                 if code == -signal.SIGKILL and not self._has_ended(name):
                     self.num_restarts += 1
+                    self._restarted.add(name)
                     self._start(name)
                 assert code in (None, 0, -signal.SIGKILL), f"{name} failed:\n{process.output[-3000:]}"
             if time.monotonic() > deadline:
@@ -85,11 +88,16 @@ class Run:
     def _has_ended(self, name: str) -> bool:
         """Return True if the process needs no other life.
 
-        An agent that was killed after it had said that the run is over would wait for a server that is gone.
+        An agent that is killed between hearing that the run is over and its own end would wait for a server
+        that is gone, in its next life. A server that ends by itself has told all agents.
         """
         process = self.processes[name]
         code = process.process.poll()
-        return code == 0 or (code == -signal.SIGKILL and "the run is over" in process.output)
+        if code == 0:
+            return True
+        if name != "server" and self.processes["server"].process.poll() == 0:
+            return code == -signal.SIGKILL or name in self._restarted
+        return code == -signal.SIGKILL and "the run is over" in process.output
 
     def is_running(self, name: str) -> bool:
         return self.processes[name].process.poll() is None
