@@ -98,11 +98,13 @@ class EdgeAgent:
         # The latest state may have been another run's.
         self._news.latest = None
         source = self._config.data, self._config.data_dir
-        joined = await self._client.join(await self._worker.run(class_names_of, *source))
-        # Only the run says which dataset this agent reads, where its own configuration does not.
-        names = await self._worker.run(class_names_of, *source, joined.run)
-        if not set(names) <= set(joined.run.class_names):
-            joined = await self._client.join(names)
+        names = await self._worker.run(class_names_of, *source)
+        joined = await self._client.join(names)
+        if not names:
+            # Only the run says which dataset this agent reads, where its own configuration does not.
+            names = await self._worker.run(class_names_of, *source, joined.run)
+            if not set(names) <= set(joined.run.class_names):
+                joined = await self._client.join(names)
         if joined.run_id != self._disk.progress.run_id:
             self._disk.discard_residuals_but(self._disk.residual(0))
             await self._worker.run(self._disk.save, Progress(run_id=joined.run_id))

@@ -7,6 +7,7 @@ agent saves afterwards decides what counts as done.
 import json
 import os
 from collections.abc import Collection
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ from common.errors import DivergedError, RunError
 from common.faults import Point, crash_point
 from common.files import link, replacing
 from common.models import build_model, errors_of_model
-from common.rehearsal import check_probe, rehearse
+from common.rehearsal import Probe, check_probe, rehearse
 from common.schedule import Place, place_of
 from common.schema import most_file_bytes
 from common.shards import Shard, cloud_holdout, gather, read_shard
@@ -57,7 +58,7 @@ def load_local_models(
             read, or do not fit the run.
         OSError: a shard file cannot be written.
     """
-    check_probe(joined.run, rehearse(joined.run, config.allow_factory), joined.probe)
+    _check_model(joined.run, config.allow_factory, joined.probe)
     data = load_agent_data(
         joined.run,
         source=config.data,
@@ -77,6 +78,16 @@ def load_local_models(
         shared_fraction=config.shared_fraction,
         planned_rounds=joined.planned_rounds,
     )
+
+
+@lru_cache(maxsize=1)
+def _check_model(run: RunConfig, allowed_factories: tuple[str, ...], probe: Probe) -> None:
+    """Rehearse the model, and compare it with the server's; once, however often the data are read.
+
+    Raises:
+        UsageError: the model cannot be used here, or is another one than the server's.
+    """
+    check_probe(run, rehearse(run, allowed_factories), probe)
 
 
 def _partition(joined: Joined, config: AgentConfig) -> Partition | None:
