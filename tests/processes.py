@@ -226,8 +226,8 @@ class Cluster:
 
 
 @contextmanager
-def cluster_in(folder: Path) -> Iterator[Cluster]:
-    cluster = Cluster(folder)
+def cluster_in(folder: Path, kind: type[Cluster] = Cluster) -> Iterator[Cluster]:
+    cluster = kind(folder)
     try:
         yield cluster
     finally:

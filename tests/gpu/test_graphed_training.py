@@ -12,6 +12,7 @@ from common import training
 from common.config import RunConfig, TrainingConfig
 from common.models import build_model
 from common.training import CheckpointFile, Examples, Recipe, StepReport, evaluate, predict, train
+from tests.recipes import TRAININGS, PowerCutError
 
 DEVICE = torch.device("cuda:0")
 MODELS = {
@@ -20,19 +21,13 @@ MODELS = {
     "resnet50": RunConfig(model="resnet50", dataset="cifar100", small_images=True),
 }
 CIFAR = MODELS["mobilenet_v2"].spec
-SETTINGS: dict[str, dict[str, Any]] = {
-    "sgd": {"schedule": "cosine", "augment": ("random_crop", "horizontal_flip")},
-    "sgd_without_momentum": {"momentum": 0.0, "schedule": "one-cycle"},
-    "nesterov": {"nesterov": True, "weight_decay": 1e-3, "label_smoothing": 0.1},
-    "adam": {"optimizer": "adam", "learning_rate": 1e-3, "augment": ("random_crop",)},
-    "adamw": {"optimizer": "adamw", "learning_rate": 1e-3, "weight_decay": 0.1, "schedule": "one-cycle"},
+# Adam and its kin take smaller steps here, because the networks are larger.
+SETTINGS = {
+    name: settings | ({"learning_rate": 1e-3} if "learning_rate" in settings else {})
+    for name, settings in TRAININGS.items()
 }
 # Four full batches in an epoch, and one of 44.
 NUM_IMAGES, BATCH_SIZE = 300, 64
-
-
-class PowerCutError(Exception):
-    pass
 
 
 class Dropping(nn.Module):

@@ -20,6 +20,18 @@ def linear(num_classes: int, image_shape: Shape) -> nn.Module:
     return nn.Sequential(nn.Flatten(), nn.Linear(math.prod(image_shape), num_classes))
 
 
+class Linear(nn.Module):
+    """The linear model as a module of its own, for others to change."""
+
+    def __init__(self, num_classes: int, image_shape: Shape) -> None:
+        super().__init__()
+        self.body = linear(num_classes, image_shape)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.body(x)
+        return logits
+
+
 # ---------------------------------------------------------------------- odd, and they work
 
 
@@ -67,15 +79,11 @@ def spectral(num_classes: int, image_shape: Shape) -> nn.Module:
     return Spectral(num_classes, image_shape)
 
 
-class FullPrecision(nn.Module):
+class FullPrecision(Linear):
     """A model with an operation that there is not in bfloat16."""
 
-    def __init__(self, num_classes: int, image_shape: Shape) -> None:
-        super().__init__()
-        self.body = linear(num_classes, image_shape)
-
     def forward(self, x: Tensor) -> Tensor:
-        logits: Tensor = self.body(x)
+        logits = super().forward(x)
         if logits.dtype is torch.bfloat16:
             raise RuntimeError("not implemented for 'BFloat16'")
         return logits
@@ -138,17 +146,15 @@ def weight_norm(num_classes: int, image_shape: Shape) -> nn.Module:
     return nn.Sequential(nn.Flatten(), first, nn.ReLU(), nn.Linear(32, num_classes))
 
 
-class IntegerParameter(nn.Module):
+class IntegerParameter(Linear):
     """A parameter that is an integer and is not trained."""
 
     def __init__(self, num_classes: int, image_shape: Shape) -> None:
-        super().__init__()
+        super().__init__(num_classes, image_shape)
         self.steps = nn.Parameter(torch.tensor(3), requires_grad=False)
-        self.body = linear(num_classes, image_shape)
 
     def forward(self, x: Tensor) -> Tensor:
-        logits: Tensor = self.body(x)
-        return logits * self.steps / 3
+        return super().forward(x) * self.steps / 3
 
 
 def integer_parameter(num_classes: int, image_shape: Shape) -> nn.Module:
@@ -191,15 +197,7 @@ def frozen(num_classes: int, image_shape: Shape) -> nn.Module:
     return linear(num_classes, image_shape).requires_grad_(False)
 
 
-class ExtraState(nn.Module):
-    def __init__(self, num_classes: int, image_shape: Shape) -> None:
-        super().__init__()
-        self.body = linear(num_classes, image_shape)
-
-    def forward(self, x: Tensor) -> Tensor:
-        logits: Tensor = self.body(x)
-        return logits
-
+class ExtraState(Linear):
     def get_extra_state(self) -> dict[str, int]:
         return {"version": 1}
 
@@ -210,9 +208,7 @@ def extra_state(num_classes: int, image_shape: Shape) -> nn.Module:
     return ExtraState(num_classes, image_shape)
 
 
-class OnlyEvaluates(ExtraState):
-    get_extra_state = nn.Module.get_extra_state
-
+class OnlyEvaluates(Linear):
     def forward(self, x: Tensor) -> Tensor:
         if self.training:
             raise RuntimeError("this model is for inference\nonly")
@@ -249,19 +245,14 @@ def double_complex(num_classes: int, image_shape: Shape) -> nn.Module:
     return model
 
 
-class Copies(nn.Module):
+class Copies(Linear):
     """A model whose state_dict has copies, so that nothing can be loaded through it."""
 
     def __init__(self, num_classes: int, image_shape: Shape) -> None:
-        super().__init__()
-        self.body = linear(num_classes, image_shape)
+        super().__init__(num_classes, image_shape)
         self.register_state_dict_post_hook(
             lambda _module, state, _prefix, _metadata: state.update({k: v.clone() for k, v in state.items()})
         )
-
-    def forward(self, x: Tensor) -> Tensor:
-        logits: Tensor = self.body(x)
-        return logits
 
 
 def copies(num_classes: int, image_shape: Shape) -> nn.Module:

@@ -18,7 +18,7 @@ from cloud_server.door.authority import Authority
 from cloud_server.state_dir import StateDir
 from common import tls
 from tests.conftest import need
-from tests.processes import ROOT, Cluster, Command
+from tests.processes import ROOT, Cluster, Command, cluster_in
 from tests.zygote import IS_COLD
 
 DAY = 86400
@@ -86,11 +86,8 @@ def clocks(library: Path, tmp_path: Path) -> Clocks:
 
 @pytest.fixture
 def cluster(tmp_path: Path) -> Iterator[Cluster]:
-    cluster = TimedCluster(tmp_path)
-    try:
+    with cluster_in(tmp_path, TimedCluster) as cluster:
         yield cluster
-    finally:
-        cluster.close()
 
 
 def run(*command: object, clock: Clock | None = None) -> tuple[int, str, str]:

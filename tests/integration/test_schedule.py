@@ -4,7 +4,7 @@ from pathlib import Path
 
 from cloud_server.jobs import round_job
 from cloud_server.state_dir import StateDir
-from tests.processes import Cluster
+from tests.processes import Cluster, cluster_in
 
 OVER_RUN = (
     "--min-agents", 2,
@@ -33,11 +33,8 @@ def test_agent_that_is_started_again_has_the_same_place_in_the_schedule(
     cluster: Cluster, tmp_path: Path
 ) -> None:
     undisturbed = play(cluster, 3)
-    other = Cluster(tmp_path / "other")
-    try:
+    with cluster_in(tmp_path / "other") as other:
         assert play(other, 3, killed=True) == undisturbed
-    finally:
-        other.close()
 
 
 def test_plan_stays_when_more_rounds_are_asked_for(cluster: Cluster) -> None:

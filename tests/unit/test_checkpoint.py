@@ -14,6 +14,7 @@ from common import checkpoint
 from common.config import DatasetSpec, RunConfig, TrainingConfig
 from common.models import build_model
 from common.training import CheckpointFile, Examples, Ranks, Recipe, StepReport, train
+from tests.recipes import PowerCutError, Tied
 
 SPEC = DatasetSpec(3, (3, 8, 8), (0.4, 0.5, 0.6), (0.2, 0.25, 0.3))
 NUM_EPOCHS = 4
@@ -23,28 +24,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "adamw": {"optimizer": "adamw", "learning_rate": 1e-2, "weight_decay": 0.1, "schedule": "one-cycle"},
     "adam": {"optimizer": "adam", "learning_rate": 1e-2, "augment": ("random_crop", "horizontal_flip")},
 }
-
-
-class PowerCutError(Exception):
-    pass
-
-
-class Tied(nn.Module):
-    """Two layers with one weight, a frozen one, and a buffer that a state_dict leaves out."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.second = nn.Linear(192, 192), nn.Linear(192, 192)
-        self.second.weight = self.first.weight
-        self.last = nn.Linear(192, 3)
-        self.first.bias.requires_grad_(False)
-        self.register_buffer("num_calls", torch.zeros(()), persistent=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.num_calls += 1
-        hidden = self.second(self.first(x.flatten(1)).relu()).relu()
-        logits: Tensor = self.last(hidden) * (1 + self.num_calls / 100)
-        return logits
 
 
 def make_model(kind: str = "convolutions", seed: int = 0) -> nn.Module:

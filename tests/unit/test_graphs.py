@@ -23,41 +23,27 @@ from common import graphs, training
 from common.config import DatasetSpec, RunConfig, TrainingConfig
 from common.models import build_model
 from common.training import CheckpointFile, Examples, Recipe, StepReport, train
+from tests.recipes import TRAININGS, PowerCutError, Tied
 from tests.tapes import BitFlipper, Caller, Failing, TapeRecorder
 
 CPU = torch.device("cpu")
 SPEC = DatasetSpec(3, (3, 8, 8), (0.4, 0.5, 0.6), (0.2, 0.25, 0.3))
-SETTINGS: dict[str, dict[str, Any]] = {
-    "sgd": {"schedule": "cosine", "augment": ("random_crop", "horizontal_flip")},
-    "sgd_without_momentum": {"momentum": 0.0, "schedule": "one-cycle"},
-    "nesterov": {"nesterov": True, "weight_decay": 1e-3, "label_smoothing": 0.1},
-    "adam": {"optimizer": "adam", "learning_rate": 1e-2, "augment": ("random_crop",)},
-    "adamw": {"optimizer": "adamw", "learning_rate": 1e-2, "weight_decay": 0.1, "schedule": "one-cycle"},
-}
 
 
-class PowerCutError(Exception):
-    pass
-
-
-class Tied(nn.Module):
-    """Two layers with one weight, a frozen bias, a buffer that a state_dict leaves out, a plain tensor."""
+class TiedWithPlainTensor(Tied):
+    """The same, with a tensor that is neither a parameter nor a buffer."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.first, self.second = nn.Linear(192, 192), nn.Linear(192, 192)
-        self.second.weight = self.first.weight
-        self.last = nn.Linear(192, 3)
-        self.first.bias.requires_grad_(False)
-        self.register_buffer("num_calls", torch.zeros(()), persistent=False)
         self.seen = torch.zeros(())
 
+    @property
+    def drift(self) -> Tensor:
+        return self.num_calls + self.seen
+
     def forward(self, x: Tensor) -> Tensor:
-        self.num_calls += 1
         self.seen.add_(0.5)
-        hidden = self.second(self.first(x.flatten(1)).relu()).relu()
-        logits: Tensor = self.last(hidden) * (1 + (self.num_calls + self.seen) / 100)
-        return logits
+        return super().forward(x)
 
     def __deepcopy__(self, memo: Any) -> Any:
         raise TypeError("this model cannot be copied")
@@ -66,7 +52,7 @@ class Tied(nn.Module):
 def make_model(kind: str = "convolutions") -> nn.Module:
     torch.manual_seed(0)
     if kind == "tied":
-        return Tied()
+        return TiedWithPlainTensor()
     if kind == "mobilenet_v2":
         run = RunConfig(model=kind, num_classes=3, image_shape=(3, 8, 8), small_images=True)
         return build_model(run, seed=0)
@@ -117,14 +103,14 @@ def assert_same(found: Trained, expected: Trained) -> None:
 
 
 @pytest.mark.parametrize("balanced", [False, True])
-@pytest.mark.parametrize("settings", SETTINGS)
+@pytest.mark.parametrize("settings", TRAININGS)
 @pytest.mark.parametrize("kind", ["convolutions", "tied"])
 def test_replayed_training_ends_with_the_bits_of_an_ordinary_one(
     kind: str, settings: str, balanced: bool
 ) -> None:
-    expected = Trained(make_model(kind), None, balanced=balanced, **SETTINGS[settings])
+    expected = Trained(make_model(kind), None, balanced=balanced, **TRAININGS[settings])
     recorder = TapeRecorder()
-    found = Trained(make_model(kind), recorder, balanced=balanced, **SETTINGS[settings])
+    found = Trained(make_model(kind), recorder, balanced=balanced, **TRAININGS[settings])
     assert_same(found, expected)
     # Twelve full batches: one is ordinary, one is taken both ways.
     assert (recorder.num_recorded, recorder.num_replayed) == (1, 11)
@@ -135,9 +121,9 @@ def test_replayed_training_ends_with_the_bits_of_an_ordinary_one(
 @pytest.mark.parametrize("settings", ["sgd", "adamw"])
 def test_large_model_is_as_before_its_recording_when_it_is_replayed(settings: str) -> None:
     # The kernels that a tape sees for this model are others than without one, so here a replay is a step.
-    expected = Trained(make_model("mobilenet_v2"), None, **SETTINGS[settings])
+    expected = Trained(make_model("mobilenet_v2"), None, **TRAININGS[settings])
     recorder = Caller()
-    assert_same(Trained(make_model("mobilenet_v2"), recorder, **SETTINGS[settings]), expected)
+    assert_same(Trained(make_model("mobilenet_v2"), recorder, **TRAININGS[settings]), expected)
     assert recorder.num_replayed == 11
 
 
@@ -156,14 +142,14 @@ def test_tape_knows_nothing_of_python_as_a_graph(monkeypatch: pytest.MonkeyPatch
         assert_same(Trained(make_model(), TapeRecorder(), **cosine), Trained(make_model(), None, **cosine))
 
 
-@pytest.mark.parametrize("settings", SETTINGS)
+@pytest.mark.parametrize("settings", TRAININGS)
 @pytest.mark.parametrize("cut_epoch", [0, 1, 2])
 def test_replayed_training_goes_on_from_a_checkpoint(settings: str, cut_epoch: int, tmp_path: Path) -> None:
     def cut(report: StepReport) -> None:
         if report.step > 5 * cut_epoch + 3:
             raise PowerCutError
 
-    config = SETTINGS[settings]
+    config = TRAININGS[settings]
     checkpoint = CheckpointFile(tmp_path / "x", 0.0)
     with pytest.raises(PowerCutError):
         Trained(make_model(), TapeRecorder(), checkpoint=checkpoint, on_step=cut, **config)
