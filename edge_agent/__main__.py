@@ -98,19 +98,25 @@ async def enrolled(
     on_wrong_clock: Callable[[str], None] = lambda _: None,
 ) -> "Identity":
     """Enroll, waiting for the server if need be, and return the identity."""
-    from common.proxy import route
     from common.tls import JoinToken
     from edge_agent.enrolment import Enrolment
     from edge_agent.enrolment import enroll as enroll_with
 
-    def tell(trouble: str) -> None:
-        text = f"waiting for {route(config.server)}: {trouble}" if trouble else f"reached {config.server}"
-        cli.print_status(text)
-
     enrolment = await asyncio.to_thread(
         Enrolment, state.tls, state.agent_id, JoinToken.parse(token), config.server
     )
+    tell = waiting_teller(config.server, cli.print_status)
     return await enroll_with(enrolment, config.server, tell, on_wrong_clock)
+
+
+def waiting_teller(server: str, show: Callable[[str], None]) -> Callable[[str], None]:
+    """Return what shows why the server is waited for, and with an empty text that it is reached."""
+    from common.proxy import route
+
+    def tell(trouble: str) -> None:
+        show(f"waiting for {route(server)}: {trouble}" if trouble else f"reached {server}")
+
+    return tell
 
 
 async def who_to_be(config: AgentConfig, state: "AgentState") -> "Identity | str":
@@ -177,7 +183,6 @@ async def take_part_as(caller: "Identity | str", config: AgentConfig, state: "Ag
 
     # Imported here, so that --help and configuration errors are immediate.
     from common.background import beside
-    from common.proxy import route
     from common.training import make_deterministic
     from edge_agent.agent import EdgeAgent
     from edge_agent.client import CloudClient
@@ -187,10 +192,7 @@ async def take_part_as(caller: "Identity | str", config: AgentConfig, state: "Ag
     metrics = AgentMetrics()
     display = telemetry.progress_display()
 
-    def tell(trouble: str) -> None:
-        text = f"waiting for {route(config.server)}: {trouble}" if trouble else f"reached {config.server}"
-        display.message(text)
-
+    tell = waiting_teller(config.server, display.message)
     client = CloudClient(config.server, caller, metrics, tell, display.message)
     http = None
     try:
