@@ -4,15 +4,19 @@ STATE/tls/key.pem        made here, before anything is asked for
 STATE/tls/identity.pem   the agent's certificate and the CA that it believes; there once it has enrolled
 """
 
+import socket
 import ssl
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
+from typing import TypeVar
 
 from common import clock, proxy, tls
 from common.errors import ECAvgError, UsageError
+
+_Result = TypeVar("_Result")
 
 PROBE_SECONDS = 5.0
 
@@ -172,7 +176,7 @@ def _is_turned_away(server: str, identity: Identity) -> bool:
     """
     with _connected(server, identity.probe) as asked:
         try:
-            return not asked.recv(1)
+            return not asked.receive()
         except TimeoutError:
             return False
         except OSError:
@@ -200,7 +204,7 @@ def certificate_of(server: str) -> bytes:
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     try:
         with _connected(server, context) as asked:
-            return ssl.DER_cert_to_PEM_cert(asked.getpeercert(binary_form=True) or b"").encode()
+            return ssl.DER_cert_to_PEM_cert(asked.certificate).encode()
     except ssl.SSLError as error:
         if error.reason == "WRONG_VERSION_NUMBER":
             raise UsageError(_SPEAKS_PLAINTEXT) from error
@@ -208,14 +212,55 @@ def certificate_of(server: str) -> bytes:
 
 
 @contextmanager
-def _connected(server: str, context: ssl.SSLContext) -> Iterator[ssl.SSLSocket]:
+def _connected(server: str, context: ssl.SSLContext) -> Iterator["_Tls"]:
     """Connect to the server, and yield the connection after the handshake of this side."""
-    with (
-        proxy.connect(server, PROBE_SECONDS) as connection,
+    with proxy.connect(server, PROBE_SECONDS) as connection:
+        yield _Tls(connection, context)
+
+
+class _Tls:
+    """TLS over a socket, which stays its owner's to close.
+
+    `SSLContext.wrap_socket` takes the socket over, and leaves it open if the other side resets the connection
+    before the handshake begins.
+
+    Raises:
+        OSError: the handshake fails.
+    """
+
+    def __init__(self, connection: socket.socket, context: ssl.SSLContext) -> None:
+        self._connection = connection
+        self._received, self._to_send = ssl.MemoryBIO(), ssl.MemoryBIO()
         # Asked for by the address, a server would complain in its log that it has no such name.
-        context.wrap_socket(connection, server_hostname=tls.SERVER_NAME) as asked,
-    ):
-        yield asked
+        self._tls = context.wrap_bio(self._received, self._to_send, server_hostname=tls.SERVER_NAME)
+        self._take(self._tls.do_handshake)
+
+    @property
+    def certificate(self) -> bytes:
+        """Return the certificate of the other side, in DER; empty: it has none."""
+        return self._tls.getpeercert(binary_form=True) or b""
+
+    def receive(self) -> bytes:
+        """Wait for the other side's next byte; empty: it has ended the connection."""
+        return self._take(lambda: self._tls.read(1))
+
+    def _take(self, step: Callable[[], _Result]) -> _Result:
+        """Repeat a step of the protocol until it has received what it waits for, and send what it says."""
+        while True:
+            try:
+                result = step()
+            except ssl.SSLWantReadError:
+                self._send()
+                if received := self._connection.recv(1 << 14):
+                    self._received.write(received)
+                else:
+                    self._received.write_eof()
+            else:
+                self._send()
+                return result
+
+    def _send(self) -> None:
+        self._connection.sendall(self._to_send.read())
 
 
 def _speaks_tls(server: str) -> bool:
