@@ -25,9 +25,10 @@ from torch.utils.data import DataLoader
 from benchmarks import figures
 from benchmarks.train import Case, Pictures, as_the_product, device_name, set_up, train_step
 from common.config import RunConfig, TrainingConfig
+from common.evaluation import evaluate
 from common.models import build_model
 from common.shards import Shard
-from common.training import Examples, Recipe, StepReport, choose_precision, evaluate, train
+from common.training import Examples, Recipe, StepReport, choose_precision, train
 from edge_agent.image_folder import FileSplit, list_image_folder
 
 SEED = 0

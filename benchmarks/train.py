@@ -37,17 +37,11 @@ from torchvision import transforms
 
 from benchmarks import figures
 from common.config import DATASETS, DatasetSpec, RunConfig, TrainingConfig
+from common.devices import make_deterministic, select_device
 from common.errors import UsageError
+from common.evaluation import main_output
 from common.models import build_model
-from common.training import (
-    Examples,
-    Recipe,
-    choose_precision,
-    main_output,
-    make_deterministic,
-    select_device,
-    train,
-)
+from common.training import Examples, Recipe, choose_precision, train
 
 SEED = 0
 

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from common.config import RunConfig
 from common.errors import ECAvgError, UsageError
-from common.training import derive_seed, main_output
+from common.evaluation import main_output
+from common.seeds import derive_seed
 
 _NO_AUXILIARY_HEADS = {"aux_logits": False, "init_weights": True}
 _OPTIONS: dict[str, dict[str, Any]] = {"googlenet": _NO_AUXILIARY_HEADS, "inception_v3": _NO_AUXILIARY_HEADS}

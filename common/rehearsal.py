@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from common.config import RunConfig, TrainingConfig
 from common.errors import DivergedError, UsageError
+from common.evaluation import main_output
 from common.models import build_model, errors_of_model
-from common.training import ALONE, Examples, Recipe, main_output, train
+from common.training import ALONE, Examples, Recipe, train
 from common.weights import StateDict, copy_into, dtype_name
 
 # Two images are the fewest with which every kind of layer can be trained.

@@ -7,13 +7,10 @@ Shapes: B images of a batch, N of a data set, C channels, H height, W width, K c
 """
 
 import copy
-import hashlib
-import json
 import math
-import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,21 +20,20 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from common.batches import Batch, DeviceData, batch_bounds, draw_epoch
 from common.checkpoint import CHECKPOINT_SECONDS, Checkpoints, Finished, fingerprint
 from common.config import DatasetSpec, TrainingConfig
-from common.errors import DivergedError, UsageError
+from common.errors import DivergedError
+from common.evaluation import batch_norms, main_output, place
 from common.graphs import MIN_STEPS, Recorder, ReplayedSteps, Step, recorder_for
 from common.precision import Precision, decide, describe, has_bfloat16
 from common.schedule import Place, learning_rate_factor, whole
+from common.seeds import derive_seed
 
 # Reading the loss waits for the device, so it is not read at every step.
 REPORT_SECONDS = 0.1
-# For the same reason the logits of so many batches are fetched at once.
-NUM_FETCHED = 16
 
 
 class StepReport(NamedTuple):
@@ -96,55 +92,6 @@ class CheckpointFile(NamedTuple):
     path: Path
     # At least so much time is between two checkpoints, and before the first.
     seconds: float = CHECKPOINT_SECONDS
-
-
-class Evaluation(NamedTuple):
-    """The quality of a model on a data set."""
-
-    # The accuracy, 0 to 1.
-    accuracy: float
-    # The mean cross-entropy, in nats.
-    loss: float
-    num_examples: int
-    # Whether each example is right: bool [N], on the CPU.
-    correct: Tensor
-
-
-def derive_seed(seed: int, *parts: str | int) -> int:
-    """Return a seed of 63 bits for the stream that `parts` name: SHA-256, so streams are independent."""
-    # JSON tells 1 from "1", and ("a", "b") from ("ab",).
-    text = json.dumps([seed, *parts])
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8]) >> 1
-
-
-def select_device(name: str) -> torch.device:
-    """Return the device called "auto", "cpu", "cuda" or "cuda:1"; auto is the first GPU, or else the CPU.
-
-    Raises:
-        UsageError: there is no such device here.
-    """
-    num_gpus = torch.cuda.device_count()
-    gpus = [f"cuda:{index}" for index in range(num_gpus)]
-    known = {"auto": gpus[0] if gpus else "cpu", "cpu": "cpu", **({"cuda": gpus[0]} if gpus else {})}
-    if name not in known and name not in gpus:
-        raise UsageError(f"device {name!r} is not there: choose {', '.join([*known, *gpus])}")
-    return torch.device(known.get(name, name))
-
-
-def make_deterministic() -> None:
-    """Let this process compute the same bits again and again; call it before the first use of a GPU.
-
-    A few CUDA operations (such as the backward pass of VGG's adaptive pooling) have no deterministic
-    form: PyTorch warns of them, and the model still trains.
-    """
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    # Filling memory that is about to be written costs time, and we read none before.
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    torch.backends.cudnn.deterministic = True
-    torch.backends.cudnn.benchmark = False
-    # Otherwise convolutions in float32 compute with the ten bits of TF32, unlike matrix products.
-    torch.backends.cudnn.allow_tf32 = False
 
 
 def choose_precision(
@@ -283,107 +230,6 @@ def train(
     return finished.loss
 
 
-def evaluate(
-    model: nn.Module,
-    images: Tensor,
-    labels: Tensor,
-    *,
-    spec: DatasetSpec,
-    device: torch.device,
-    batch_size: int = 512,
-) -> Evaluation:
-    """Measure the model in evaluation mode and float32; it is left on `device`, in the mode it was in.
-
-    Args:
-        images: uint8 [N, C, H, W], N of at least 1.
-        labels: int64 [N].
-    """
-    logits_NK = predict(model, images, spec=spec, device=device, batch_size=batch_size)
-    labels = labels.cpu()
-    correct_N = logits_NK.argmax(1) == labels
-    return Evaluation(
-        accuracy=int(correct_N.sum()) / len(labels),
-        loss=F.cross_entropy(logits_NK, labels, reduction="none").double().mean().item(),
-        num_examples=len(labels),
-        correct=correct_N,
-    )
-
-
-# This is not inference_mode, whose tensors cannot be trained with afterwards.
-@torch.no_grad()
-def predict(
-    model: nn.Module, images: Tensor, *, spec: DatasetSpec, device: torch.device, batch_size: int = 512
-) -> Tensor:
-    """Return the logits, float32 [N, K] on the CPU, in evaluation mode; the model is left as by `evaluate`.
-
-    Args:
-        images: uint8 [N, C, H, W], N of at least 1.
-    """
-    data = DeviceData(images, spec, device)
-    memory_format = _place(model, device)
-    logits: list[Tensor] = []
-    waiting: list[Tensor] = []
-    parts = [slice(begin, begin + batch_size) for begin in range(0, len(data), batch_size)]
-    with _evaluation_mode(model), closing(data.rows(parts)) as batches:
-        for number, (images,) in enumerate(batches, 1):
-            x_BCHW = data.normalise(images)
-            outputs = model(x_BCHW.contiguous(memory_format=memory_format))
-            waiting.append(main_output(outputs).float())
-            if number % NUM_FETCHED == 0 or number == len(parts):
-                logits.append(torch.cat(waiting).cpu())
-                waiting.clear()
-    return torch.cat(logits)
-
-
-@torch.no_grad()
-def recompute_statistics(
-    model: nn.Module,
-    images: Tensor,
-    *,
-    spec: DatasetSpec,
-    device: torch.device,
-    seed: int,
-    batch_size: int = 512,
-) -> None:
-    """Set BatchNorm's running statistics to their mean over the batches of one pass, in float32.
-
-    An average of weights has other activations than the models that were averaged, and an average of
-    their statistics does not fit them: this is the step that REPAIR calls reset (arXiv 2211.08403).
-    Nothing happens to a model without such statistics, or with fewer than two images. The model is
-    left on `device`, in the mode it was in.
-
-    Args:
-        images: uint8 [N, C, H, W].
-        seed: of the batches. They mix images from everywhere: in the order of the agents, each batch
-            would miss the variance that is between agents.
-        batch_size: at most, where it is 3 or more.
-    """
-    norms = [norm for norm in _batch_norms(model) if norm.track_running_stats]
-    if not norms or len(images) < 2:
-        return
-    data = DeviceData(images, spec, device)
-    memory_format = _place(model, device)
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed)).to(data.home)
-    # Of nearly equal size: each batch counts alike in the mean. One image alone may have no variance.
-    num_batches = min(math.ceil(len(images) / batch_size), len(images) // 2)
-    parts = order.tensor_split(num_batches)
-    with _evaluation_mode(model), _cumulative_mean(norms), closing(data.rows(parts)) as batches:
-        for (some,) in batches:
-            model(data.normalise(some).contiguous(memory_format=memory_format))
-
-
-def main_output(outputs: Any) -> Any:
-    """Return the logits among the outputs of a model, which may have auxiliary outputs besides.
-
-    They are the first item of a tuple or list, and of a mapping the item "out" (torchvision's segmentation
-    models call it so) or "logits" (transformers'), or else the first.
-    """
-    if isinstance(outputs, Mapping):
-        name = next((name for name in ("out", "logits") if name in outputs), next(iter(outputs), None))
-        return outputs[name] if name is not None else outputs
-    return outputs[0] if isinstance(outputs, (tuple, list)) and outputs else outputs
-
-
 class _Reports:
     """The losses on their way to `on_step`, now and then: reading a loss waits for the device.
 
@@ -430,7 +276,7 @@ class _Training:
         self._place = recipe.place or whole(recipe.config)
         self._rank, self._world_size = ranks
         # One image alone may have no variance.
-        smallest = ranks.world_size * (2 if _batch_norms(model) else 1)
+        smallest = ranks.world_size * (2 if batch_norms(model) else 1)
         self._batches = batch_bounds(len(data), self._config.batch_size, smallest)
         self._num_steps = self._config.epochs * len(self._batches)
         self._step = _Step(model, data, recipe, ranks.world_size)
@@ -521,7 +367,7 @@ class _Step:
             enabled=recipe.precision == "bfloat16",
             cache_enabled=device.type == "cpu",
         )
-        self._memory_format = _place(model, device)
+        self._memory_format = place(model, device)
         # The fused kernels know floating-point parameters only, and complex ones are none.
         self.is_fused = all(parameter.is_floating_point() for parameter in model.parameters())
         self.optimizer = _make_optimizer(model, recipe.config, self.is_fused, device)
@@ -605,46 +451,6 @@ def _identity(recipe: Recipe, model: nn.Module, examples: Examples) -> str:
     place = recipe.place or whole(recipe.config)
     settings = (config, recipe.precision, recipe.spec, recipe.seed, place)
     return fingerprint(settings, model, *examples)
-
-
-def _place(model: nn.Module, device: torch.device) -> torch.memory_format:
-    """Move the model, and lay it out the way convolutions are fastest: channels last, on CPUs also."""
-    has_convolutions = any(parameter.dim() == 4 for parameter in model.parameters())
-    memory_format = torch.channels_last if has_convolutions else torch.contiguous_format
-    model.to(device).to(memory_format=memory_format)
-    return memory_format
-
-
-@contextmanager
-def _evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Put Dropout and BatchNorm in evaluation mode; afterwards every module is back in its own mode."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
-@contextmanager
-def _cumulative_mean(norms: Sequence[_BatchNorm]) -> Iterator[None]:
-    """Forget the running statistics; meanwhile, they become the mean over the batches that are shown."""
-    momenta = [norm.momentum for norm in norms]
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.train()
-        # With None, each batch counts alike.
-        norm.momentum = None
-    try:
-        yield
-    finally:
-        for norm, momentum in zip(norms, momenta, strict=True):
-            norm.momentum = momentum
-
-
-def _batch_norms(model: nn.Module) -> list[_BatchNorm]:
-    return [module for module in model.modules() if isinstance(module, _BatchNorm)]
 
 
 def _has_tensor_rate(device: torch.device) -> bool:

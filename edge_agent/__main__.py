@@ -183,7 +183,7 @@ async def take_part_as(caller: "Identity | str", config: AgentConfig, state: "Ag
 
     # Imported here, so that --help and configuration errors are immediate.
     from common.background import beside
-    from common.training import make_deterministic
+    from common.devices import make_deterministic
     from edge_agent.agent import EdgeAgent
     from edge_agent.client import CloudClient
     from edge_agent.metrics import AgentMetrics

@@ -10,10 +10,10 @@ from typing import Any
 import structlog
 
 from common import rpc
+from common.devices import select_device
 from common.errors import Refusal
 from common.faults import Point, crash_point
 from common.telemetry import ProgressDisplay
-from common.training import select_device
 from edge_agent.client import CloudClient, Joined, UnknownAgentError
 from edge_agent.config import AgentConfig
 from edge_agent.data import class_names_of

@@ -26,8 +26,8 @@ import torch
 from common.config import CLASS_NAMES, DATASETS, RunConfig
 from common.errors import UsageError
 from common.models import import_factory
+from common.seeds import derive_seed
 from common.shards import Shard, check_splittable
-from common.training import derive_seed
 from edge_agent.config import FACTORY_PATTERN, check_source, data_root
 from edge_agent.image_folder import class_folders, list_image_folder, stamp_of
 from edge_agent.not_read import find_not_read

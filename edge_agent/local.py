@@ -15,25 +15,18 @@ import structlog
 import torch
 from torch import nn
 
-from common import training
 from common.config import RunConfig, TrainingConfig
 from common.errors import DivergedError, RunError
+from common.evaluation import Evaluation, evaluate
 from common.faults import Point, crash_point
 from common.files import link, replacing
 from common.models import build_model, errors_of_model
 from common.rehearsal import Probe, check_probe, rehearse
 from common.schedule import Place, place_of
 from common.schema import most_file_bytes
+from common.seeds import derive_seed
 from common.shards import Shard, cloud_holdout, gather, read_shard
-from common.training import (
-    CheckpointFile,
-    Evaluation,
-    Examples,
-    OnStep,
-    Recipe,
-    choose_precision,
-    derive_seed,
-)
+from common.training import CheckpointFile, Examples, OnStep, Recipe, choose_precision, train
 from common.transfer import Blob, blob_of
 from common.weights import load_into, write_state_dict
 from common.wire import Base, encode, wire_of
@@ -310,7 +303,7 @@ class LocalModels:
         precision = choose_precision(model, examples, config, spec=spec, device=device, kept_at=kept_at)
         seed = derive_seed(self._run.seed, stream, number, self._disk.agent_id)
         with errors_of_model(self._run, RunError):
-            training.train(
+            train(
                 model,
                 examples,
                 Recipe(config, spec, seed, precision, place=place),
@@ -352,7 +345,7 @@ class LocalModels:
 
     def _evaluate(self, model: nn.Module) -> Evaluation:
         with errors_of_model(self._run, RunError):
-            return training.evaluate(
+            return evaluate(
                 model,
                 torch.from_numpy(self._held_out.images),
                 torch.from_numpy(self._held_out.labels),

@@ -15,8 +15,9 @@ from cloud_server.trainer.aggregation import mean
 from cloud_server.trainer.alignment import align_all
 from cloud_server.trainer.permutations import apply, permutation_groups
 from common.config import RunConfig
+from common.evaluation import evaluate, recompute_statistics
 from common.models import build_model
-from common.training import derive_seed, evaluate, recompute_statistics
+from common.seeds import derive_seed
 from common.weights import copy_into, read_state_dict, write_state_dict
 from experiments import data
 

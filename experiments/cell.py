@@ -21,10 +21,11 @@ from torch import nn
 from cloud_server.contribution import Contribution
 from cloud_server.jobs import Job, Result
 from common.config import RunConfig
+from common.devices import select_device
 from common.errors import RunError
+from common.evaluation import evaluate
 from common.files import replacing
 from common.models import build_model
-from common.training import evaluate, select_device
 from common.weights import load_into
 from common.wire import Base, decode
 from edge_agent.state import Report

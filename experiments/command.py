@@ -22,8 +22,8 @@ def set_up_process() -> None:
     """Set this process to one thread, deterministic results, and the product's log to warnings and errors."""
     # PyTorch reads the variable when it is imported.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    from common.devices import make_deterministic
     from common.telemetry import configure_logging
-    from common.training import make_deterministic
 
     make_deterministic()
     configure_logging(level="warning")

@@ -13,8 +13,8 @@ import numpy as np
 
 from common.config import RunConfig
 from common.files import replacing
+from common.seeds import derive_seed
 from common.shards import Shard, split
-from common.training import derive_seed
 from edge_agent.data import ArraySplit, open_source
 
 FACTORY = "experiments.data:examples"

@@ -272,9 +272,9 @@ def _measure(cell: Cell, network: Any, contributions: Sequence[Any], variant: Va
     """Do one round as the server would, without the contributions that the gate refuses, and measure it."""
     import torch
 
+    from common.evaluation import predict
     from common.models import build_model
     from common.schema import check_finite, read_header
-    from common.training import predict
     from common.weights import load_into
     from experiments import data
     from experiments.round import round_job

@@ -23,8 +23,10 @@ from cloud_server.trainer.work import run_job
 from common.checkpoint import CHECKPOINT_SECONDS
 from common.config import CandidateName, RunConfig
 from common.errors import RunError
+from common.evaluation import evaluate
 from common.models import build_model
-from common.training import StepReport, derive_seed, evaluate
+from common.seeds import derive_seed
+from common.training import StepReport
 from common.transfer import Blob, blob_of
 from common.weights import load_into, write_state_dict
 from common.wire import is_encoded

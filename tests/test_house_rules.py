@@ -21,6 +21,8 @@ TORCH = {"torch", "torchvision"}
 MAY_IMPORT_TORCH = {
     "common/batches.py",
     "common/checkpoint.py",
+    "common/devices.py",
+    "common/evaluation.py",
     "common/graphs.py",
     "common/models.py",
     "common/rehearsal.py",

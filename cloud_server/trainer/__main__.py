@@ -132,7 +132,7 @@ def _work(state_dir: StateDir, device: str) -> NoReturn:
 
     from cloud_server.trainer.group import Group
     from cloud_server.trainer.work import run_job
-    from common.training import make_deterministic
+    from common.devices import make_deterministic
 
     make_deterministic()
     group = Group.join(device)

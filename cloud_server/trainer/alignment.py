@@ -23,7 +23,7 @@ from cloud_server.trainer.permutations import (
     as_matrix,
     permute_in_place,
 )
-from common.training import derive_seed
+from common.seeds import derive_seed
 from common.weights import StateDict, read_state_dict
 
 # A gain below this part of the largest possible gain of a group is a rounding error of float32.

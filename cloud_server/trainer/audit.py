@@ -37,8 +37,9 @@ from cloud_server.jobs import Flag
 from cloud_server.state_dir import blob_path
 from cloud_server.trainer.members import Member
 from common.config import RunConfig
+from common.evaluation import predict
+from common.seeds import derive_seed
 from common.shards import Shard, cloud_holdout, gather, read_shard
-from common.training import derive_seed, predict
 from common.weights import load_into
 
 # If only two agents contradict each other, nothing shows which one is right.

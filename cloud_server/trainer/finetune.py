@@ -15,17 +15,9 @@ from cloud_server.contribution import Contribution
 from cloud_server.state_dir import blob_path
 from common.config import RunConfig
 from common.schedule import place_of
+from common.seeds import derive_seed
 from common.shards import Shard, cloud_holdout, gather, read_shard
-from common.training import (
-    ALONE,
-    Examples,
-    OnStep,
-    Ranks,
-    Recipe,
-    choose_precision,
-    derive_seed,
-    train,
-)
+from common.training import ALONE, Examples, OnStep, Ranks, Recipe, choose_precision, train
 
 
 class CombinedData(NamedTuple):

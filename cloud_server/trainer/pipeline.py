@@ -22,9 +22,10 @@ from cloud_server.trainer.screening import Screening, screen
 from cloud_server.trainer.selection import Best, Selection
 from common.config import RunConfig
 from common.errors import InvalidError, RunError
+from common.evaluation import Evaluation
 from common.faults import Point, crash_point
 from common.models import build_model
-from common.training import Evaluation, Examples, Ranks, StepReport
+from common.training import Examples, Ranks, StepReport
 from common.wire import Base, decode, is_encoded, wire_of
 
 log = structlog.get_logger()

@@ -28,7 +28,8 @@ from cloud_server.trainer.finetune import CombinedData
 from cloud_server.trainer.members import Member
 from cloud_server.trainer.permutations import NotTraceable, apply, permutation_groups
 from common.config import RunConfig
-from common.training import Evaluation, derive_seed, evaluate, recompute_statistics
+from common.evaluation import Evaluation, evaluate, recompute_statistics
+from common.seeds import derive_seed
 from common.weights import StateDict, copy_into, load_into, read_state_dict, write_state_dict
 
 # A callback that gets the number of tensors that are done, and the number of all tensors.

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from common import training
 from common.config import RunConfig, TrainingConfig
+from common.evaluation import evaluate, predict
 from common.models import build_model
-from common.training import CheckpointFile, Examples, Recipe, StepReport, evaluate, predict, train
+from common.training import CheckpointFile, Examples, Recipe, StepReport, train
 from tests.recipes import TRAININGS, PowerCutError
 
 DEVICE = torch.device("cuda:0")

@@ -28,10 +28,12 @@ from cloud_server.trainer.finetune import CombinedData, combine
 from cloud_server.trainer.group import Group
 from common.config import FineTuneConfig, RunConfig
 from common.errors import Reason
+from common.evaluation import evaluate
 from common.models import build_model
 from common.schema import read_header
+from common.seeds import derive_seed
 from common.shards import Shard, write_shard
-from common.training import Examples, derive_seed, evaluate, train
+from common.training import Examples, train
 from common.transfer import blob_of
 from common.weights import read_state_dict, write_state_dict
 from common.wire import Base, decode, encode, encoding_of

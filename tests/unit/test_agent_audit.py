@@ -17,8 +17,9 @@ from cloud_server.trainer.screening import Screening, screen
 from common.config import RunConfig, TrainingConfig
 from common.errors import Reason
 from common.models import build_model
+from common.seeds import derive_seed
 from common.shards import Shard, cloud_holdout, write_shard
-from common.training import Examples, derive_seed, train
+from common.training import Examples, train
 from common.transfer import blob_of
 from common.weights import read_state_dict, write_state_dict
 from edge_agent.partition import partition_indices

@@ -11,8 +11,9 @@ from cloud_server.trainer.finetune import combine
 from common.config import RunConfig, TrainingConfig
 from common.errors import DivergedError, UsageError
 from common.models import build_model
+from common.seeds import derive_seed
 from common.shards import Shard, cloud_holdout, read_shard
-from common.training import Examples, OnStep, StepReport, derive_seed, train
+from common.training import Examples, OnStep, StepReport, train
 from common.transfer import Blob, blob_of
 from common.weights import read_state_dict, write_state_dict
 from edge_agent.data import AgentData
@@ -291,7 +292,7 @@ def test_own_model_is_kept_where_adaptation_diverges(
     def diverge(*_: object, **__: object) -> None:
         raise DivergedError("training diverged in epoch 1")
 
-    monkeypatch.setattr("common.training.train", diverge)
+    monkeypatch.setattr("edge_agent.local.train", diverge)
     report = local.measure(1, generalist(tmp_path / "global"), trained, ignore)
     assert (report.applied, report.accuracy_adapted) == (False, None)
     assert report.reason.endswith("; local adaptation: training diverged in epoch 1")
@@ -314,7 +315,7 @@ def test_agent_does_not_train_on_what_the_cloud_holds_back(
     def train(_: object, examples: Examples, *args: object, **kwargs: object) -> None:
         trained_on.update(examples._asdict())
 
-    monkeypatch.setattr("common.training.train", train)
+    monkeypatch.setattr("edge_agent.local.train", train)
     everything, held_out = make_shard(40, 0), make_shard(20, 1)
     for end in np.cumsum(sizes):  # the agent is started again with more data
         data = AgentData(Shard(everything.images[:end], everything.labels[:end]), held_out, num_skipped=0)
@@ -344,7 +345,7 @@ def test_private_examples_are_all_trained_on_and_of_shared_ones_what_the_cloud_t
     def train(_: object, examples: Examples, *args: object, **kwargs: object) -> None:
         trained_on.update(examples._asdict())
 
-    monkeypatch.setattr("common.training.train", train)
+    monkeypatch.setattr("edge_agent.local.train", train)
     everything = make_shard(200, 0)
     data = AgentData(everything, make_shard(20, 1), num_skipped=0)
     local = LocalModels(RUN, data, disk, torch.device("cpu"), (), 0.0, shared_fraction=fraction)
@@ -420,7 +421,7 @@ def test_one_network_is_built_and_what_is_known_of_the_model_in_use_is_not_measu
         monkeypatch.setattr(module, name, counted)
 
     counting(edge_agent.local, "build_model")
-    counting(edge_agent.local.training, "evaluate")
+    counting(edge_agent.local, "evaluate")
     local = specialist(disk)
     initial = generalist(tmp_path / "initial")
     local.keep(1, None, local.pretrain(1, initial, ignore))

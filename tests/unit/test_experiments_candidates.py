@@ -9,7 +9,7 @@ import torch
 
 from cloud_server.trainer.finetune import combine
 from common.config import RunConfig, deep_merge
-from common.training import evaluate
+from common.evaluation import evaluate
 from experiments import data
 from experiments.round import Network, round_job
 from experiments.tasks import TASKS, Setting

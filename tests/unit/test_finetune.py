@@ -15,8 +15,9 @@ from cloud_server.state_dir import blob_path
 from cloud_server.trainer.finetune import combine, fine_tune
 from common.config import FineTuneConfig, RunConfig
 from common.models import build_model
+from common.seeds import derive_seed
 from common.shards import Shard, cloud_holdout, write_shard
-from common.training import Examples, Recipe, derive_seed, train
+from common.training import Examples, Recipe, train
 
 RUN = RunConfig(hidden_units=16, fine_tune=FineTuneConfig(epochs=2, batch_size=32))
 CPU = torch.device("cpu")

@@ -18,7 +18,7 @@ from cloud_server.trainer.initial import initial_model
 from common.config import RunConfig
 from common.errors import RunError, UsageError
 from common.models import build_model
-from common.training import derive_seed
+from common.seeds import derive_seed
 from common.weights import write_state_dict
 
 StateDict = dict[str, Tensor]

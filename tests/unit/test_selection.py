@@ -15,8 +15,9 @@ from cloud_server.trainer.members import Member
 from cloud_server.trainer.permutations import apply, permutation_groups
 from cloud_server.trainer.selection import Selection
 from common.config import CANDIDATES, RunConfig
+from common.evaluation import evaluate
 from common.models import build_model
-from common.training import Examples, evaluate, train
+from common.training import Examples, train
 from common.weights import write_state_dict
 from tests.recipes import recipe_of
 

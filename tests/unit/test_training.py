@@ -17,22 +17,13 @@ from torchvision.transforms.v2 import functional as v2
 from common import training
 from common.batches import CROP_PADDING, draw_epoch, horizontal_flip, random_crop
 from common.config import DatasetSpec, RunConfig, TrainingConfig
+from common.devices import make_deterministic, select_device
 from common.errors import DivergedError, UsageError
+from common.evaluation import evaluate, predict, recompute_statistics
 from common.models import build_model
 from common.schedule import Place, learning_rate_factor, whole
-from common.training import (
-    CheckpointFile,
-    Examples,
-    Recipe,
-    StepReport,
-    derive_seed,
-    evaluate,
-    make_deterministic,
-    predict,
-    recompute_statistics,
-    select_device,
-    train,
-)
+from common.seeds import derive_seed
+from common.training import CheckpointFile, Examples, Recipe, StepReport, train
 from common.weights import read_state_dict, write_state_dict
 from tests.recipes import recipe_of
 
