@@ -16,7 +16,7 @@ import tempfile
 import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -111,7 +111,14 @@ def _enrolled(server: Server, names: Sequence[str]) -> list[tls.TlsMaterial]:
 def _lives(plans: Sequence[Plan]) -> list[Life]:
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(len(plans), mp_context=context) as pool:
-        return [life for lives in pool.map(live, plans) for life in lives]
+        crowds = [pool.submit(live, plan) for plan in plans]
+        # With an agent missing, the rounds of the others would never end.
+        for done in as_completed(crowds):
+            if error := done.exception():
+                for process in multiprocessing.active_children():
+                    process.kill()
+                raise error
+        return [life for crowd in crowds for life in crowd.result()]
 
 
 @contextmanager
@@ -145,6 +152,7 @@ def _cost(usage: Usage, lives: Sequence[Life], num_contributions: int) -> dict[s
         "server_peak_mib": usage.peak_mib,
         "events_per_contribution": sum(life.num_events for life in lives) / num_contributions,
         "comebacks": sum(life.num_comebacks for life in lives),
+        "broken_off": sum(life.num_broken_off for life in lives),
     }
 
 

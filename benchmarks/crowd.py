@@ -28,6 +28,8 @@ from common.tls import SERVER_NAME, TlsMaterial
 
 # Everyone stays in line for so long; a benchmark has no use for an agent that gives up.
 CALL_SECONDS = 600.0
+# The agents of the product, too, connect again after these.
+BROKEN_OFF = {grpc.StatusCode.CANCELLED, grpc.StatusCode.UNAVAILABLE}
 IMAGES = 8
 # An agent that hangs up comes back after at most this time.
 MOST_SECONDS_AWAY = 2.0
@@ -62,6 +64,8 @@ class Life:
     reported: set[int] = field(default_factory=set)
     num_events: int = 0
     num_comebacks: int = 0
+    # Connections that the server, or the machine, ended in the middle of a call.
+    num_broken_off: int = 0
     saw_the_end: bool = False
     began_at: float = 0.0
     ended_at: float = 0.0
@@ -99,9 +103,14 @@ class Agent:
         """Take part until the run is over."""
         self.lived.began_at = time.time()
         while not self.lived.saw_the_end:
-            async with self._connected() as stub:
-                await self._call("Join", stub.Join, pb.JoinRequest(protocol_version=PROTOCOL_VERSION))
-                await self._watch(stub)
+            try:
+                async with self._connected() as stub:
+                    await self._call("Join", stub.Join, pb.JoinRequest(protocol_version=PROTOCOL_VERSION))
+                    await self._watch(stub)
+            except grpc.aio.AioRpcError as error:
+                if error.code() not in BROKEN_OFF:
+                    raise
+                self.lived.num_broken_off += 1
             if not self.lived.saw_the_end:
                 self.lived.num_comebacks += 1
                 await asyncio.sleep(self._chance.uniform(0, MOST_SECONDS_AWAY))
