@@ -97,6 +97,16 @@ def test_server_killed_in_the_warm_up_goes_on_to_the_same_digest(
     assert main(["check", str(cluster.state_dir)]) == 0
 
 
+def test_trainer_killed_in_the_warm_up_does_it_again(cluster: Cluster, digest: str, tmp_path: Path) -> None:
+    _, environment = armed_with(Point.TRAINER_STEP_DONE, 2, tmp_path / "died")
+    server = cluster.server(*WARM, env=dict(environment))
+    agents = agents_of(cluster)
+    assert [each.wait() for each in (*agents, server)] == [0, 0, 0]
+    assert (tmp_path / "died").exists()
+    assert round_job(StateDir(cluster.state_dir), 0).read_job().attempt == 2
+    assert cluster.report()["weights"]["sha256"] == digest
+
+
 @pytest.mark.parametrize("point", [Point.AGENT_CONTRIBUTED, Point.AGENT_CONTRIBUTION_SAVED])
 def test_agent_killed_in_the_warm_up_goes_on_to_the_same_digest(
     cluster: Cluster, digest: str, tmp_path: Path, point: Point
