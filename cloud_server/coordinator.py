@@ -175,10 +175,8 @@ class Coordinator:
         All of it is done again where an agent that has contributed is forgotten meanwhile.
         """
         while not self._ledger.round.is_over:
-            if not self._ledger.round.contributions:
-                await self._ledger.transition(
-                    lambda round_: round_.fail("every agent that contributed is forgotten")
-                )
+            if obstacle := self._ledger.round.obstacle:
+                await self._ledger.transition(lambda round_, obstacle=obstacle: round_.fail(obstacle))  # type: ignore[misc]
                 return
             job = self._round_job()
             with suppress(JobWithdrawnError):

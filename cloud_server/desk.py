@@ -156,13 +156,13 @@ class Desk:
         # The agent may have been forgotten while this call waited for the ledger.
         self._ledger.check_joined(contribution.agent_id)
         current = group.round
-        if not 1 <= number <= current.number:
+        if not self._run.config.first_round <= number <= current.number:
             raise InvalidError(f"round {number} is not open; round {current.number} is")
         if number < current.number:
             return self._commit_late(group, number, contribution)
         # After the round has closed the blobs may be gone, and the answer does not depend on them.
         if current.phase is Phase.COLLECTING:
-            contribution = self._checked(contribution)
+            contribution = self._checked(contribution, is_warm_up=current.is_warm_up)
         updated, outcome = current.contribute(contribution)
         if updated is not current:
             self._ledger.count(group, number, _decision(contribution, outcome, self._clock()), updated)
@@ -186,13 +186,16 @@ class Desk:
             # The report of a round that is over names those who were late.
             group.afterwards.append(lambda: self._reports.note_change(number))
 
-    def _checked(self, contribution: Contribution) -> Contribution:
+    def _checked(self, contribution: Contribution, *, is_warm_up: bool) -> Contribution:
         """Return the contribution with the number of its shards' examples, once its blobs are checked.
 
         The ledger is locked meanwhile: no clean-up comes between these checks and the record.
+
+        Args:
+            is_warm_up: True where the weights are the server's own, which no agent uploads.
         """
-        self._uploads.check_complete(contribution)
-        if needs_base(self._run.config):
+        self._uploads.check_complete(contribution, with_weights=not is_warm_up)
+        if needs_base(self._run.config) and not is_warm_up:
             self._uploads.check_base(contribution.weights_digest, contribution.initial_digest)
         num_shared = self._uploads.count_shared(contribution.shard_digests, contribution.num_examples)
         return replace(contribution, num_shared=num_shared)

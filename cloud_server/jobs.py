@@ -52,12 +52,12 @@ class EncodedWeightsFile(WeightsFile):
 
 
 class Job(FrozenModel):
-    """A task for the trainer: to make the run's initial weights, or a round's global model."""
+    """A task for the trainer: to make or warm up the run's initial weights, or to make a global model."""
 
-    kind: Literal["initialise", "round"]
+    kind: Literal["initialise", "warm_up", "round"]
     # The name of the job's directory.
     name: str
-    # The number of the round, from 1 on; 0 for the job that makes the initial weights.
+    # The number of the round, from 1 on; 0 for the warm-up, and for the job that makes the initial weights.
     round: int
     attempt: int = 1
     run: RunConfig

@@ -72,7 +72,7 @@ def initialise_job(run: RunConfig, device: str) -> Job:
 def round_job(round_: Round, run: RunConfig, device: str, planned_rounds: int) -> Job:
     """Return the job that makes the global model of a round that has closed."""
     return Job(
-        kind="round",
+        kind="warm_up" if round_.is_warm_up else "round",
         name=job_name(round_.number),
         round=round_.number,
         run=run,

@@ -50,7 +50,7 @@ class Round:
         ValueError: PUBLISHED without a global model, or a global model in another phase.
     """
 
-    # Rounds are numbered from 1 on.
+    # Rounds are numbered from 1 on; round 0 is the warm-up of a run that has one.
     number: int
     policy: Policy
     # When the round opened, in seconds since the epoch.
@@ -80,6 +80,20 @@ class Round:
             )
 
     @property
+    def is_warm_up(self) -> bool:
+        """Return True in round 0, in which the cloud trains the initial weights on data that agents share."""
+        return self.number == 0
+
+    @property
+    def obstacle(self) -> str:
+        """Return why no model can be made of the contributions; empty: one can."""
+        if not self.contributions:
+            return "every agent that contributed is forgotten"
+        if self.is_warm_up and not any(each.shard_digests for each in self.contributions.values()):
+            return "no agent shares images: the run begins without a warm-up"
+        return ""
+
+    @property
     def counted(self) -> frozenset[str]:
         """Return the agents whose contributions are in the global model, once it is published."""
         return frozenset(self.contributions) - frozenset(self.left_out)
@@ -103,7 +117,8 @@ class Round:
 
         Raises:
             ConflictError: a different contribution of this agent has been accepted.
-            InvalidError: the pre-training did not start from this round's initial weights.
+            InvalidError: the pre-training did not start from this round's initial weights, or these are to
+                be warmed up, and the contribution has others.
         """
         agent_id = contribution.agent_id
         standing = self.contributions.get(agent_id)
@@ -120,6 +135,7 @@ class Round:
         if is_full or self.phase is not Phase.COLLECTING:
             return replace(self, rejections=others, late=self.late | {agent_id}), Outcome.LATE
         self._check_initial_weights(contribution.initial_digest)
+        self._check_not_trained(contribution.weights_digest)
         contributions = {**self.contributions, agent_id: contribution}
         return replace(self, rejections=others, contributions=contributions), Outcome.ACCEPTED
 
@@ -190,6 +206,14 @@ class Round:
             f" {self.initial_digest[:16]}…: download these initial weights, and train again",
             Reason.INITIAL_WEIGHTS,
         )
+
+    def _check_not_trained(self, digest: str) -> None:
+        if self.is_warm_up and digest != self.initial_digest:
+            raise InvalidError(
+                "round 0 warms up the initial weights, and takes data alone: contribute the initial weights"
+                " as they are",
+                Reason.INITIAL_WEIGHTS,
+            )
 
     def _enter(self, phase: Phase, **results: Any) -> "Round":
         if phase not in TRANSITIONS[self.phase]:

@@ -50,7 +50,7 @@ async def open_run(config: ServerConfig, store: Store, jobs: JobRunner, clock: C
             " give that one, or another --state-dir"
         )
     assert row is not None
-    first = await asyncio.to_thread(store.round, 1)
+    first = await asyncio.to_thread(store.round, config.run.first_round)
     assert first is not None
     header = schema.read_header(store.blobs.path(first.initial_digest))
     return Run(row.run_id, config.run, header.schema, row.probe, row.planned_rounds)
@@ -97,5 +97,6 @@ async def _begin(config: ServerConfig, store: Store, jobs: JobRunner, clock: Cal
         clock(),
         result.probe,
         config.rounds or 1,
+        config.run.first_round,
     )
     crash_point(Point.SERVER_RUN_CREATED)

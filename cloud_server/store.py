@@ -141,6 +141,7 @@ class Store:
         now: float,
         probe: Sequence[float] = (),
         planned_rounds: int = 1,
+        first_round: int = 1,
     ) -> None:
         """Record the run and its first round in one step.
 
@@ -153,7 +154,7 @@ class Store:
                 " VALUES (?, ?, ?, ?, ?)",
                 (run_id, config_json, now, json.dumps(probe), planned_rounds),
             )
-            _insert_round(database, 1, initial_digest, now)
+            _insert_round(database, first_round, initial_digest, now)
 
     def set_class_names(self, names: Sequence[str], agent_id: str) -> None:
         """Record the names that an agent has given the classes of the run, label 0 first."""

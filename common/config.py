@@ -305,6 +305,14 @@ class RunConfig(DocumentedModel):
     `"my.safetensors"`. Later rounds start from the global model.
     """
 
+    warm_up_epochs: Annotated[int, Field(ge=0, le=100_000)] = 0
+    """Epochs for which the cloud trains the initial weights on shared images, before round 1; 0 for none.
+
+    The images come in a round 0, in which nobody pre-trains; the cloud trains by `[run.fine_tune]`. Models
+    that had some training in common can be averaged in round 1 already. There is no warm-up where no agent
+    shares images, and none unless `initial_weights` is `"shared"`.
+    """
+
     aggregator: Literal["mean", "trimmed_mean", "median", "geometric_median"] = "mean"
     """How the values of several agents become one."""
 
@@ -426,6 +434,22 @@ class RunConfig(DocumentedModel):
         if self.class_names and not (len(self.class_names) == len(set(self.class_names)) == spec.num_classes):
             raise ValueError(f"class_names must be {spec.num_classes} different names")
         return self
+
+    @property
+    def has_warm_up(self) -> bool:
+        """Return True if the run begins with round 0, in which the cloud trains the initial weights."""
+        return self.warm_up_epochs > 0 and self.initial_weights == "shared"
+
+    @property
+    def first_round(self) -> int:
+        """Return the number of the run's first round: 0 for the warm-up, else 1."""
+        return 0 if self.has_warm_up else 1
+
+    def fine_tune_of(self, round_number: int) -> FineTuneConfig:
+        """Return the configuration of the cloud's training in a round; that of round 0 is the warm-up."""
+        if round_number:
+            return self.fine_tune
+        return self.fine_tune.model_copy(update={"epochs": self.warm_up_epochs})
 
     @property
     def spec(self) -> DatasetSpec:

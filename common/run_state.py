@@ -91,6 +91,11 @@ class RunState:
     left_out: LeftOut | None
 
     @property
+    def is_warm_up(self) -> bool:
+        """Return True in round 0, for which the cloud needs data and no weights."""
+        return self.round == 0
+
+    @property
     def latest_round(self) -> int:
         """Return the number of the last round that published a model; 0: none has."""
         return self.latest_model.round if self.latest_model else 0

@@ -7,6 +7,8 @@ follow one schedule instead, in the order in which they happen:
     round 1: pre-train, fine-tune │ round 2: pre-train, fine-tune │ …
     └────────────────────────── one schedule ──────────────────────────┘
 
+The warm-up of a run that has one (`run.warm_up_epochs`) is round 0, and comes before all of these.
+
 The rounds that were asked for when the run began are the plan of the run, which never changes. A run without
 an end plans one round. Each round after the plan follows a small schedule of its own: from EXTRA_PEAK of the
 learning rate linearly down to zero over the epochs of the round. So the rate never jumps up again.
@@ -46,17 +48,19 @@ def place_of(
     Args:
         run: the configuration of the run.
         training: which of the two trainings of a round.
-        round_number: the number of the round, from 1 on.
+        round_number: the number of the round, from 1 on; 0 for the warm-up.
         planned_rounds: how many rounds the schedule of the run is for.
     """
-    config = run.pretrain if training == "pretrain" else run.fine_tune
+    config = run.pretrain if training == "pretrain" else run.fine_tune_of(round_number)
     if config.schedule_over == "round":
         return whole(config)
     epochs = run.pretrain.epochs + run.fine_tune.epochs
     within = 0 if training == "pretrain" else run.pretrain.epochs
     if round_number > planned_rounds:
         return Place(within, epochs, is_extra=True)
-    return Place((round_number - 1) * epochs + within, planned_rounds * epochs)
+    warm_up = run.warm_up_epochs if run.has_warm_up else 0
+    begin = warm_up + (round_number - 1) * epochs + within if round_number else 0
+    return Place(begin, warm_up + planned_rounds * epochs)
 
 
 def learning_rate_factor(schedule: str, place: Place, step: int, steps_per_epoch: int) -> float:

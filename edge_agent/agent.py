@@ -88,7 +88,7 @@ class EdgeAgent:
             "run_id": progress.run_id,
             "round": latest.round if latest else None,
             "phase": latest.phase if latest else None,
-            "contributed_round": progress.contributed_round,
+            "contributed_round": max(0, progress.contributed_round),
             "evaluated_round": progress.evaluated_round,
             "accuracy_local": progress.trained.accuracy if progress.trained else None,
         }

@@ -9,7 +9,7 @@ import asyncio
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import structlog
 
@@ -43,6 +43,19 @@ from edge_agent.worker import Worker
 MAX_SENDINGS = 3
 
 _T = TypeVar("_T")
+
+
+class Offer(NamedTuple):
+    """What this agent offers to a round, beside its shards."""
+
+    round: int
+    weights: Blob
+    # The file of the weights; None: the server has them.
+    path: Path | None
+    # The digest of the weights that pre-training started from; None: this agent's own.
+    initial_weights: str | None
+    accuracy: float | None
+
 
 log = structlog.get_logger()
 
@@ -128,9 +141,7 @@ class Member:
             # The network would be idle while this device trains.
             uploading = asyncio.create_task(self._transfers.upload_shards())
             try:
-                trained = await self._pretrain(state)
-                self._metrics.set_phase(Phase.UPLOADING)
-                verdict = await self._send(trained, state, uploading)
+                verdict = await self._send(await self._offer(state), uploading)
             finally:
                 uploading.cancel()
                 await asyncio.gather(uploading, return_exceptions=True)
@@ -143,6 +154,15 @@ class Member:
         crash_point(Point.AGENT_CONTRIBUTION_SAVED)
         self._disk.discard(self._disk.local_weights, self._disk.encoded, self._disk.checkpoint)
         self._metrics.set_phase(Phase.WAITING)
+
+    async def _offer(self, state: RunState) -> Offer:
+        """Return what this agent has pre-trained; for the warm-up, the initial weights as they are."""
+        initial = state.initial_weights
+        if state.is_warm_up:
+            return Offer(state.round, initial, None, initial.digest, None)
+        trained = await self._pretrain(state)
+        path, weights = await self._encoded(trained, state)
+        return Offer(trained.round, weights, path, trained.initial_weights, trained.accuracy)
 
     async def _pretrain(self, state: RunState) -> Trained:
         """Return this round's weights, which an earlier life of this agent may have trained."""
@@ -183,36 +203,37 @@ class Member:
         crash_point(Point.AGENT_ENCODED)
         return self._disk.encoded, blob
 
-    async def _send(self, trained: Trained, state: RunState, uploading: asyncio.Task[None]) -> Verdict:
+    async def _send(self, offer: Offer, uploading: asyncio.Task[None]) -> Verdict:
         """Upload and commit.
 
         Args:
             uploading: the upload of the shards, which is under way.
         """
+        self._metrics.set_phase(Phase.UPLOADING)
         models = await self._data.models()
-        path, weights = await self._encoded(trained, state)
         for attempt in range(1, MAX_SENDINGS + 1):
             try:
                 await (uploading if attempt == 1 else self._transfers.upload_shards())
-                await self._transfers.upload_weights(path, weights)
-                await self._save(sent_weights=(*self._disk.progress.sent_weights, weights.digest))
+                if offer.path:
+                    await self._transfers.upload_weights(offer.path, offer.weights)
+                await self._save(sent_weights=(*self._disk.progress.sent_weights, offer.weights.digest))
                 return await self._client.contribute(
-                    trained.round,
-                    weights=weights,
+                    offer.round,
+                    weights=offer.weights,
                     shards=list(models.shards.values()),
                     num_examples=models.num_examples,
-                    accuracy_local=trained.accuracy,
-                    initial_weights=trained.initial_weights,
+                    accuracy_local=offer.accuracy,
+                    initial_weights=offer.initial_weights,
                 )
             except ConflictError as error:
-                return await self._verdict_on_conflict(trained.round, error)
+                return await self._verdict_on_conflict(offer.round, error)
             except (UnauthenticatedError, ForbiddenError):
                 # It is the agent that is refused, not the contribution.
                 raise
             except Refusal as error:
                 if error.reason is not Reason.MISSING_BLOB or attempt == MAX_SENDINGS:
                     return Verdict(Outcome.REJECTED, error.reason, str(error))
-                log.warning("uploading_again", round=trained.round, reason=str(error))
+                log.warning("uploading_again", round=offer.round, reason=str(error))
         raise AssertionError("the last attempt returns")
 
     async def _verdict_on_conflict(self, number: int, error: ConflictError) -> Verdict:

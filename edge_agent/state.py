@@ -70,8 +70,8 @@ class Progress(FrozenModel):
 
     run_id: str = ""
     trained: Trained | None = None
-    # The last round that this agent tried to contribute to.
-    contributed_round: int = 0
+    # The last round that this agent tried to contribute to; -1: none yet, not even the warm-up.
+    contributed_round: int = -1
     # The digests of the weights that this agent has named in contributions to a later round.
     sent_weights: tuple[str, ...] = ()
     # The model that was measured, until its report is acknowledged.

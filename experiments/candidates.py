@@ -118,7 +118,7 @@ class _Again:
 
     def _selection(self, name: str | None) -> Selection:
         """Return a selection with this candidate alone, which makes the candidate the best one."""
-        previous = self._job.initial_weights if self._job.round > 1 else None
+        previous = self._job.initial_weights if self._job.round > self._run.first_round else None
         return Selection(
             self._model,
             self._run.model_copy(update={"candidates": (name,)}),

@@ -224,7 +224,9 @@ class Check:
 
     def _sequence(self, rounds: Sequence[RoundRow]) -> Iterator[Problem]:
         """Check that the rounds have no gap, and that each starts from the weights of the round before it."""
-        for number, row in enumerate(rounds, start=1):
+        # A run that warms up its initial weights begins with round 0.
+        first = 0 if rounds and rounds[0].number == 0 else 1
+        for number, row in enumerate(rounds, first):
             if row.number != number:
                 yield Problem(f"record of round {number}", "is missing", _RESTORE_DATABASE)
                 return
@@ -323,7 +325,8 @@ class Check:
     def _jobs(self, rounds: dict[int, RoundRow]) -> Iterator[Problem]:
         """Check that all jobs and results can be read, and that the results are of the published models."""
         results: dict[int, jobs.Result] = {}
-        for number, directory in sorted([*jobs.round_jobs(self._state_dir), (0, self._initialise())]):
+        # The job that makes the initial weights belongs to no round.
+        for number, directory in sorted([*jobs.round_jobs(self._state_dir), (-1, self._initialise())]):
             where = self._where(directory.path)
             try:
                 if directory.is_begun:
@@ -338,7 +341,7 @@ class Check:
                 yield Problem(where, "its job or result cannot be read", remedy)
                 rounds.pop(number, None)
                 continue
-            if number and number not in rounds:
+            if number >= 0 and number not in rounds:
                 yield Problem(where, "there is no record of its round", _REMOVE)
         for row in rounds.values():
             result = results.get(row.number)

@@ -124,14 +124,17 @@ class Uploads:
 
     # These three read the disk, and are called in a thread.
 
-    def check_complete(self, contribution: Contribution) -> None:
+    def check_complete(self, contribution: Contribution, *, with_weights: bool = True) -> None:
         """Check that every blob that a contribution names is stored, checked, and uploaded by its agent.
+
+        Args:
+            with_weights: False where the agent need not have uploaded the weights.
 
         Raises:
             NotFoundError: this agent has not uploaded one of them.
         """
-        shards = [(digest, "data") for digest in contribution.shard_digests]
-        for digest, kind in [(contribution.weights_digest, "weights"), *shards]:
+        weights = [(contribution.weights_digest, "weights")] if with_weights else []
+        for digest, kind in [*weights, *((digest, "data") for digest in contribution.shard_digests)]:
             if not self._store.has_upload(contribution.agent_id, digest, kind):
                 raise NotFoundError(f"the {kind} blob {digest[:16]}… is not uploaded", Reason.MISSING_BLOB)
 

@@ -15,7 +15,7 @@ class RunDisplay:
 
     def show(self, state: RunState) -> None:
         """Move the bar of the current work to this state of the run."""
-        label = f"round {state.round}: "
+        label = "warm-up: " if state.is_warm_up else f"round {state.round}: "
         detail = ""
         if state.phase is Phase.COLLECTING:
             label += "contributions"

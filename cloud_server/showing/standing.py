@@ -302,7 +302,8 @@ class Standing:
         return {"watching": len(here) - contributed, "contributed": contributed, "away": away}
 
     def _note_end(self, ended: Round | RoundRow) -> None:
-        if ended.published_digest:
+        # Agents do not use the model of round 0: it is only where round 1 starts from.
+        if ended.published_digest and ended.number:
             self._latest_model = PublishedModel(
                 ended.number, self._blob(ended.published_digest), self._encoded(ended.published_digest)
             )

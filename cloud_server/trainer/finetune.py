@@ -66,14 +66,15 @@ def fine_tune(
         model: the model, with the weights from which the fine-tune starts.
         examples: the training part of the combined data.
         run: the configuration of the run.
-        round_number: the number of the round, from which the seed and the place in the schedule follow.
+        round_number: the number of the round, from which the seed and the place in the schedule follow; 0 for
+            the warm-up.
         planned_rounds: how many rounds the learning-rate schedule is for.
         device: the device to train on.
         precision_path: the file that keeps the choice of the precision; None keeps it nowhere.
         on_step: a callback for reports on the training.
         ranks: this process's place among the ranks.
     """
-    config = run.fine_tune
+    config = run.fine_tune_of(round_number)
     kept_at = precision_path if ranks == ALONE else None
     precision = choose_precision(model, examples, config, spec=run.spec, device=device, kept_at=kept_at)
     seed = derive_seed(run.seed, round_number, "fine_tune")

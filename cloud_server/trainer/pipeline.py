@@ -43,6 +43,8 @@ class RoundPipeline:
         self._members = members_of(job, blobs_dir, directory.scratch_path)
         # The round's initial weights, which are the base of differences.
         self._base = base_of(job, blobs_dir)
+        # The weights that become the candidate "previous"; None where they are not trained yet.
+        self._previous = self._base.path if self._base and job.round > job.run.first_round else None
         self._is_encoded = is_encoded(job.run)
         self._directory = directory
         self._blobs_dir = blobs_dir
@@ -120,14 +122,11 @@ class RoundPipeline:
 
     def _select(self, model: nn.Module, data: CombinedData) -> Selection:
         """Make and measure the candidates on rank 0; the fine-tune sends the start to the other ranks."""
-        previous = None
-        if self._job.initial_weights and self._job.round > 1:
-            previous = blob_path(self._blobs_dir, self._job.initial_weights)
         selection = Selection(
             model,
             self._run,
             self._members,
-            previous,
+            self._previous,
             data,
             device=self._device,
             scratch=self._directory.scratch_path,

@@ -7,7 +7,7 @@ The candidates of a round (run.candidates):
 - greedy_soup: the mean of the aligned weights of some agents; beginning with the best agent, each further
   agent is added if that makes the mean no worse (Wortsman et al., arXiv 2203.05482, recipe 1);
 - best_agent: the weights of the best agent, as they are;
-- previous: the weights from which the round started, from the second round on.
+- previous: the weights from which the round started, from the second round on, or after a warm-up.
 
 No agent has trained on the held-out data, see common/shards.py.
 """

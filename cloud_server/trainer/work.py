@@ -12,6 +12,7 @@ from cloud_server.trainer.group import Group
 from cloud_server.trainer.initial import initial_model
 from cloud_server.trainer.output import num_parameters, write_model
 from cloud_server.trainer.pipeline import RoundPipeline
+from cloud_server.trainer.warm_up import WarmUp
 from common.errors import ECAvgError, UsageError
 from common.faults import Point, crash_point
 from common.files import error_number, is_full
@@ -66,9 +67,10 @@ def _do(directory: JobDirectory, blobs_dir: Path, device_name: str, group: Group
     if group.rank == 0:
         directory.discard_output()
     crash_point(Point.TRAINER_JOB_TAKEN)
-    if job.kind == "round":
-        return RoundPipeline(job, directory, blobs_dir, device, group).run()
-    return _initialise(job, directory, group)
+    if job.kind == "initialise":
+        return _initialise(job, directory, group)
+    pipeline = WarmUp if job.kind == "warm_up" else RoundPipeline
+    return pipeline(job, directory, blobs_dir, device, group).run()
 
 
 def _initialise(job: Job, directory: JobDirectory, group: Group) -> Result:

@@ -124,6 +124,7 @@ def remove_blobs(store: Store, stored_before: float, *, spare: Collection[str] =
 
 
 def _first_not_retired(store: Store) -> int:
-    rows = store.read("SELECT coalesce(max(number), 0) + 1 AS number FROM rounds WHERE retired")
+    # The warm-up is round 0.
+    rows = store.read("SELECT coalesce(max(number), -1) + 1 AS number FROM rounds WHERE retired")
     first: int = rows[0]["number"]
     return first

@@ -176,7 +176,7 @@ async def test_adapting_that_is_left_ends_at_its_next_step(tmp_path: Path) -> No
 
     def then_publish(progress: Any) -> None:
         save(progress)
-        if progress.contributed_round:  # the model is worse than what was pre-trained
+        if progress.contributed_round > 0:  # the model is worse than what was pre-trained
             loop.call_soon_threadsafe(lambda: started.send(latest=1, phase="published"))
 
     started.show_step = show_step
@@ -398,7 +398,7 @@ def end_when_contributed(started: Started) -> None:
 
     def then_end(progress: Any) -> None:
         save(progress)
-        if progress.contributed_round:
+        if progress.contributed_round > 0:
             loop.call_soon_threadsafe(lambda: started.send(over=True))
 
     started.disk.save = then_end  # type: ignore[method-assign]

@@ -35,11 +35,12 @@ def local_of(number: int) -> bytes:
     return f"local weights {number}".encode()
 
 
-def begin(store: Store, state_dir: Path) -> None:
+def begin(store: Store, state_dir: Path, first_round: int = 1) -> None:
     made = state_dir / "jobs/made"
     made.write_bytes(INITIAL)
     store.blobs.adopt(made, digest_of(INITIAL))
-    store.create_run("run-1", RunConfig().model_dump_json(), digest_of(INITIAL), 0.0)
+    config_json = RunConfig().model_dump_json()
+    store.create_run("run-1", config_json, digest_of(INITIAL), 0.0, first_round=first_round)
     store.join(AGENT, 0.5)
 
 
@@ -99,10 +100,10 @@ def publish(store: Store, state_dir: Path, number: int) -> None:
     provenance.add_last_round(store)
 
 
-def run_rounds(store: Store, state_dir: Path, count: int) -> None:
-    """Publish so many rounds, and open the next one."""
-    begin(store, state_dir)
-    for number in range(1, count + 1):
+def run_rounds(store: Store, state_dir: Path, count: int, *, first_round: int = 1) -> None:
+    """Publish the rounds up to this number, and open the next one."""
+    begin(store, state_dir, first_round)
+    for number in range(first_round, count + 1):
         contribute(store, number)
         publish(store, state_dir, number)
         store.open_round(number + 1, digest_of(model_of(number)), number + 1)

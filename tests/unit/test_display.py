@@ -50,3 +50,9 @@ def test_bars_are_full_once_their_work_is_over() -> None:
     assert bars.figures == {"round 1: contributions": (2, 2), "round 1: fine-tuning": (8, 9)}
     display.show(replace(STATE, phase=Phase.PUBLISHED))
     assert bars.figures["round 1: fine-tuning"] == (9, 9)
+
+
+def test_round_0_is_shown_as_the_warm_up() -> None:
+    bars = Bars()
+    RunDisplay(bars).show(replace(STATE, round=0))
+    assert bars.figures == {"warm-up: contributions": (0, 3)}

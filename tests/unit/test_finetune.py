@@ -66,6 +66,16 @@ def test_every_option_makes_another_model(examples: Examples) -> None:
     assert len({tuple(state_dict["3.bias"].tolist()) for state_dict in made}) == len(made)
 
 
+def test_warm_up_is_the_fine_tune_for_epochs_of_its_own(examples: Examples) -> None:
+    run = RUN.model_copy(update={"warm_up_epochs": 3})
+    expected = build_model(RUN, seed=1)
+    config = RUN.fine_tune.model_copy(update={"epochs": 3})
+    recipe = Recipe(config, RUN.spec, derive_seed(RUN.seed, 0, "fine_tune"), "float32")
+    train(expected, examples, recipe, device=CPU)
+    assert equal(fine_tuned(examples, run, round_number=0), expected.state_dict())
+    assert equal(fine_tuned(examples, run), fine_tuned(examples, RUN))
+
+
 def put_shard(images: np.ndarray, labels: np.ndarray, blobs_dir: Path) -> str:
     write_shard(blobs_dir / "new", Shard(images, labels))
     digest = hashlib.sha256((blobs_dir / "new").read_bytes()).hexdigest()

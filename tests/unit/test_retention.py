@@ -88,6 +88,20 @@ def test_blobs_of_the_open_and_the_last_rounds_stay(store: Store, state_dir: Pat
     assert [row.number for row in store.rounds() if row.retired] == list(range(1, kept[0]))
 
 
+def test_warm_up_is_given_up_like_any_round(store: Store, state_dir: Path) -> None:
+    run_rounds(store, state_dir, 1, first_round=0)
+    clean_up(store, state_dir, keep_rounds=2)
+    assert digest_of(local_of(0)) in blobs(state_dir)
+    clean_up(store, state_dir, keep_rounds=1)
+    assert blobs(state_dir) == {
+        digest_of(content)
+        for content in (INITIAL, SHARD, model_of(0), encoded_of(0), local_of(1), model_of(1), encoded_of(1))
+    }
+    assert [number for number, _ in jobs.round_jobs(store.state_dir)] == [1]
+    store.close()
+    assert is_healthy(state_dir)
+
+
 def test_cleaned_up_state_passes_the_check(store: Store, state_dir: Path) -> None:
     run_rounds(store, state_dir, 5)
     clean_up(store, state_dir)

@@ -108,6 +108,25 @@ def test_pretraining_from_other_weights_than_the_initial_is_refused(
     assert refusal.value.reason is Reason.INITIAL_WEIGHTS
 
 
+def test_warm_up_takes_the_initial_weights_as_they_are_and_no_others():
+    warm_up = replace(round_of(), number=0)
+    _, outcome = warm_up.contribute(contribution("a", weights_digest=INITIAL))
+    assert outcome is Outcome.ACCEPTED
+    with pytest.raises(InvalidError, match="takes data alone") as refusal:
+        warm_up.contribute(contribution("a"))
+    assert refusal.value.reason is Reason.INITIAL_WEIGHTS
+
+
+def test_only_a_warm_up_needs_somebody_who_shares():
+    for number, obstacle in ((0, "no agent shares images: the run begins without a warm-up"), (1, "")):
+        unshared = {name: contribution(name, shard_digests=()) for name in ("a", "b")}
+        round_ = replace(round_of(), number=number, contributions=unshared)
+        assert round_.obstacle == obstacle
+        one_shares = replace(round_, contributions={**unshared, "c": contribution("c")})
+        assert one_shares.obstacle == ""
+    assert round_of().obstacle == "every agent that contributed is forgotten"
+
+
 @pytest.mark.parametrize("phase", NOT_COLLECTING)
 def test_late_contribution_is_late_whatever_it_started_from(phase):
     _, outcome = round_of(phase=phase).contribute(contribution("a", initial_digest="1" * 64))

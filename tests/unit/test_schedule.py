@@ -45,6 +45,25 @@ def test_all_rounds_of_the_plan_follow_one_schedule(schedule: str) -> None:
     assert rates_of(run_of("run", schedule), range(1, 4), 3) == factors(schedule, Place(0, 18), 18)
 
 
+@pytest.mark.parametrize("schedule", ["constant", "cosine", "one-cycle"])
+def test_warm_up_comes_first_in_the_schedule_of_the_run(schedule: str) -> None:
+    run = run_of("run", schedule).model_copy(update={"warm_up_epochs": 3})
+    warm_up = factors(schedule, place_of(run, "fine_tune", 0, 2), 3)
+    assert warm_up + rates_of(run, range(1, 3), 2) == factors(schedule, Place(0, 15), 15)
+
+
+def test_warm_up_may_have_a_schedule_of_its_own() -> None:
+    run = run_of("round").model_copy(update={"warm_up_epochs": 3})
+    assert place_of(run, "fine_tune", 0, 5) == Place(0, 3)
+
+
+@pytest.mark.parametrize("initial_weights", ["independent", "pretrained", "my.safetensors"])
+def test_run_without_shared_weights_has_no_warm_up_in_its_schedule(initial_weights: str) -> None:
+    run = run_of("run").model_copy(update={"warm_up_epochs": 3, "initial_weights": initial_weights})
+    assert run.first_round == 1
+    assert place_of(run, "pretrain", 1, 2) == Place(0, 12)
+
+
 def test_each_round_has_a_schedule_of_its_own_unless_asked_for() -> None:
     run = run_of("round")
     assert place_of(run, "pretrain", 3, 5) == whole(run.pretrain)

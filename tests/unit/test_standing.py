@@ -117,6 +117,15 @@ async def test_latest_model_and_failure_are_known_after_a_restart(store: Store, 
     assert Viewed(store, tmp_path).standing.state_for(AGENT).failure == ""  # no news any more
 
 
+async def test_model_of_a_warm_up_is_no_model_for_agents(store: Store, tmp_path: Path) -> None:
+    run_rounds(store, tmp_path, 0, first_round=0)
+    state = Viewed(store, tmp_path).standing.state_for(AGENT)
+    assert (state.round, state.latest_model, state.counted_round) == (1, None, 0)
+    assert state.initial_weights.digest == digest_of(model_of(0))
+    page = await Viewed(store, tmp_path).standing.status()
+    assert [each["round"] for each in page["rounds"]] == [0]
+
+
 async def test_progress_is_of_the_phase_that_it_was_made_in(viewed: Viewed) -> None:
     viewed.show(viewed.round.advance(Phase.AGGREGATING))
     viewed.standing.show_progress(WorkProgress(1, 2))

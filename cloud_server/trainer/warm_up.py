@@ -1,0 +1,30 @@
+"""The warm-up: the initial weights are trained on the combined data, before the edges part from them."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from cloud_server.jobs import Job, JobDirectory
+from cloud_server.trainer.group import Group
+from cloud_server.trainer.pipeline import RoundPipeline
+
+
+class WarmUp(RoundPipeline):
+    """The work on round 0: agents have sent data alone, and the initial weights are the only start."""
+
+    def __init__(
+        self, job: Job, directory: JobDirectory, blobs_dir: Path, device: torch.device, group: Group
+    ) -> None:
+        super().__init__(job, directory, blobs_dir, device, group)
+        assert self._base
+        self._previous = self._base.path
+        self._run = self._run.model_copy(update={"candidates": ("previous",)})
+        self._members = [replace(member, weights_path=self._previous) for member in self._members]
+
+    def _decode(self) -> None:
+        """Decode nothing, because the initial weights are here as they are."""
+
+    def _screen(self, model: nn.Module) -> None:
+        """Keep every member, because there are no updates to compare."""
