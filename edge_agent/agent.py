@@ -13,6 +13,7 @@ from common import rpc
 from common.devices import select_device
 from common.errors import Refusal
 from common.faults import Point, crash_point
+from common.run_state import Selection
 from common.telemetry import ProgressDisplay
 from edge_agent.client import CloudClient, Joined, UnknownAgentError
 from edge_agent.config import AgentConfig
@@ -50,9 +51,11 @@ class EdgeAgent:
         self._device = select_device(config.device)
         self._worker = Worker(display.message)
         self._news = News()
-        # The last round whose failure was shown, and the last whose left-out contribution was.
+        # The last round whose failure was shown, the last whose left-out contribution was, and the last that
+        # this agent was shown not to be drawn for.
         self._shown_failure = 0
         self._shown_left_out = 0
+        self._shown_not_drawn = 0
 
     async def run(self) -> None:
         """Take part in every round until the server says that the run is over.
@@ -109,7 +112,7 @@ class EdgeAgent:
             self._disk.discard_residuals_but(self._disk.residual(0))
             await self._worker.run(self._disk.save, Progress(run_id=joined.run_id))
             self._disk.discard_all_but(())
-            self._shown_failure = self._shown_left_out = 0
+            self._shown_failure = self._shown_left_out = self._shown_not_drawn = 0
         crash_point(Point.AGENT_JOINED)
         self._display.message(
             f"joined as {self._disk.agent_id}, slot {joined.slot}: {joined.run.model} on {joined.run.dataset}"
@@ -153,6 +156,9 @@ class EdgeAgent:
             if state.failed_round > self._shown_failure:
                 self._shown_failure = state.failed_round
                 self._display.message(f"round {state.failed_round} failed: {state.failure}")
+            if state.selection is Selection.NOT_DRAWN and state.round > self._shown_not_drawn:
+                self._shown_not_drawn = state.round
+                self._display.message(f"not drawn for round {state.round}: waiting for the model")
             if state.left_out and state.left_out.round > self._shown_left_out:
                 self._shown_left_out = number = state.left_out.round
                 self._display.message(f"round {number}: contribution left out: {state.left_out.message}")

@@ -33,7 +33,16 @@ from common.faults import Point, crash_point
 from common.files import sync
 from common.pb import ecavg_pb2 as pb
 from common.pb import ecavg_pb2_grpc as pb_grpc
-from common.run_state import LeftOut, Outcome, Phase, PublishedModel, RunState, Verdict, WorkProgress
+from common.run_state import (
+    LeftOut,
+    Outcome,
+    Phase,
+    PublishedModel,
+    RunState,
+    Selection,
+    Verdict,
+    WorkProgress,
+)
 from common.tls import TlsMaterial
 from common.transfer import DIGEST, Blob, Encoded, Receiver, WriteBehind, chunks_of
 from edge_agent.identity import Identity, explain
@@ -511,6 +520,7 @@ def _run_state(event: pb.WatchEvent) -> RunState:
         max_contributions=event.max_contributions,
         counted_round=event.counted_round,
         left_out=_left_out(event.left_out) if event.left_out.round else None,
+        selection=_member(Selection, pb.Selection, event.selection),
     )
 
 

@@ -114,7 +114,7 @@ class Member:
 
     def _is_open_round(self, state: RunState) -> bool:
         is_new = state.round > self._disk.progress.contributed_round
-        return state.phase is RoundPhase.COLLECTING and is_new and not state.run_over
+        return state.phase is RoundPhase.COLLECTING and is_new and state.takes_part and not state.run_over
 
     # ------------------------------------------------------------------ contribute
 
