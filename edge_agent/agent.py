@@ -10,6 +10,7 @@ from typing import Any
 import structlog
 
 from common import rpc
+from common.background import beside
 from common.devices import select_device
 from common.errors import Refusal
 from common.faults import Point, crash_point
@@ -23,6 +24,7 @@ from edge_agent.local_data import LocalData
 from edge_agent.member import Member
 from edge_agent.metrics import AgentMetrics, Phase
 from edge_agent.news import News
+from edge_agent.readiness import Readiness
 from edge_agent.state import AgentState, Progress
 from edge_agent.worker import Worker
 
@@ -51,6 +53,9 @@ class EdgeAgent:
         self._device = select_device(config.device)
         self._worker = Worker(display.message)
         self._news = News()
+        self._readiness = Readiness(
+            config.ready_command, config.ready_seconds, display.message, self._tell_readiness
+        )
         # The last round whose failure was shown, the last whose left-out contribution was, and the last that
         # this agent was shown not to be drawn for.
         self._shown_failure = 0
@@ -63,14 +68,11 @@ class EdgeAgent:
         Raises:
             UsageError: the data or the run's model cannot be used on this device.
         """
-        backoff = rpc.Backoff()
+        if not self._readiness.is_ready:
+            self._client.say_ready(False)
         try:
-            while not self._news.is_over:
-                try:
-                    await self._take_part(await self._join())
-                except UnknownAgentError:
-                    self._display.message("the server has begun another run")
-                    await asyncio.sleep(backoff())
+            async with beside(self._readiness.keep_asking()):
+                await self._take_part_in_runs()
         except Refusal as error:
             if not (self._news.is_over and rpc.is_retried(error)):
                 raise
@@ -78,6 +80,20 @@ class EdgeAgent:
         finally:
             self._worker.close()
         self._metrics.set_phase(Phase.DONE)
+
+    async def _take_part_in_runs(self) -> None:
+        """Take part in the server's run, and in others that it begins instead, until one is over."""
+        backoff = rpc.Backoff()
+        while not self._news.is_over:
+            try:
+                await self._take_part(await self._join())
+            except UnknownAgentError:
+                self._display.message("the server has begun another run")
+                await asyncio.sleep(backoff())
+
+    def _tell_readiness(self, is_ready: bool) -> None:
+        self._client.say_ready(is_ready)
+        self._news.ask_again()
 
     def is_ready(self) -> bool:
         """Return True once the server has been reached."""
@@ -142,6 +158,7 @@ class EdgeAgent:
                     worker=self._worker,
                     data=data,
                     news=self._news,
+                    readiness=self._readiness,
                     metrics=self._metrics,
                     display=self._display,
                 )

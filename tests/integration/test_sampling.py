@@ -5,7 +5,7 @@ from contextlib import closing
 from pathlib import Path
 
 from common.faults import Point
-from tests.processes import Cluster, Command, cluster_in
+from tests.processes import Cluster, Command, cluster_in, free_port
 
 AGENTS = ("edge-1", "edge-2", "edge-3")
 QUICK = (
@@ -18,11 +18,16 @@ QUICK = (
 SAMPLED = (*QUICK, "--min-agents", 1, "--min-connected", 3)
 
 
-def start_agents(cluster: Cluster) -> list[Command]:
-    return [
-        cluster.agent(name, "--partition", f"{number}/3", "--share-data", "all")
-        for number, name in enumerate(AGENTS, 1)
-    ]
+def start_agents(cluster: Cluster, *, not_ready: str = "") -> list[Command]:
+    """Start the agents; one of them is not ready until there is a file `ready`."""
+    return [start_agent(cluster, name, is_ready=name != not_ready) for name in AGENTS]
+
+
+def start_agent(cluster: Cluster, name: str, *, is_ready: bool = True) -> Command:
+    words = () if is_ready else ("test", "-e", cluster.folder / "ready")
+    command = [f"--ready-command={word}" for word in words]
+    partition = f"{AGENTS.index(name) + 1}/3"
+    return cluster.agent(name, "--partition", partition, "--ready-seconds", 0.1, *command)
 
 
 def run(cluster: Cluster, *server_args: object) -> list[str]:
@@ -90,7 +95,7 @@ def test_draw_outlives_the_server(cluster: Cluster, tmp_path: Path) -> None:
     server = cluster.server(*args, "--min-connected", 2)
     for agent in agents[:place] + agents[place + 1 :]:
         agent.wait_for("not drawn for round 1: waiting for the model")
-    agents[place] = cluster.agent(on_record[0], "--partition", f"{place + 1}/3")
+    agents[place] = start_agent(cluster, on_record[0])
     assert [agent.wait() for agent in agents] == [0, 0, 0]
     assert server.wait() == 0
     assert contributors(cluster, 1) == cluster.report(1)["drawn"] == on_record
@@ -113,3 +118,60 @@ def test_wrong_combinations_of_keys_are_one_line(cluster: Cluster) -> None:
         assert server.wait() == 2
         assert why in server.output
         assert len(server.output.splitlines()) == 1
+
+
+def test_agent_that_is_not_ready_is_passed_over_until_it_is(cluster: Cluster) -> None:
+    ready = cluster.folder / "ready"
+    server = cluster.server(*SAMPLED[:-2], "--min-connected", 2, "--agents-per-round", 2)
+    agents = start_agents(cluster, not_ready="edge-1")
+    agents[0].wait_for("not ready: test ended with exit code 1; taking part when ready_command says so")
+    agents[0].wait_for(r"round 1: accuracy before none, after \S+, applied")
+    ready.touch()
+    agents[0].wait_for("ready: taking part again")
+    assert [agent.wait() for agent in agents] == [0, 0, 0]
+    assert server.wait() == 0
+    first = cluster.report(1)
+    assert contributors(cluster, 1) == first["drawn"] == ["edge-2", "edge-3"]
+    assert "edge-1" not in first["vanished"]
+    assert reported(cluster, 1) == reported(cluster, 2) == list(AGENTS)
+    assert "round 1: local accuracy" not in agents[0].output
+
+
+def test_agent_that_is_not_ready_does_not_contribute_and_takes_the_model(cluster: Cluster) -> None:
+    server = cluster.server(*QUICK, "--min-agents", 1)
+    agents = [start_agent(cluster, "edge-1", is_ready=False)]
+    agents[0].wait_for("not ready: test ended with exit code 1")
+    agents[0].wait_for("shared are")
+    agents.append(start_agent(cluster, "edge-2"))
+    assert [agent.wait() for agent in agents] == [0, 0]
+    assert server.wait() == 0
+    for number in (1, 2):
+        report = cluster.report(number)
+        assert contributors(cluster, number) == ["edge-2"]
+        assert report["not_ready"] == ["edge-1"]
+        assert report["vanished"] == []
+        assert "drawn" not in report
+        assert reported(cluster, number) == ["edge-1", "edge-2"]
+
+
+def test_round_waits_for_an_agent_that_becomes_ready(cluster: Cluster) -> None:
+    server = cluster.server(*QUICK, "--min-agents", 1)
+    agent = start_agent(cluster, "edge-1", is_ready=False)
+    agent.wait_for("not ready: test ended with exit code 1")
+    agent.wait_for("shared are")
+    (cluster.folder / "ready").touch()
+    assert agent.wait() == 0
+    assert server.wait() == 0
+    assert contributors(cluster, 2) == ["edge-1"]
+    assert "not_ready" not in cluster.report(1)
+
+
+def test_command_that_cannot_be_run_is_one_line(cluster: Cluster) -> None:
+    cluster.port = free_port()
+    not_executable = cluster.folder / "idle.sh"
+    not_executable.write_text("exit 0", "utf-8")
+    for program in ("no-such-program", not_executable):
+        agent = cluster.agent("edge-1", "--ready-command", program)
+        assert agent.wait() == 2
+        assert f"{program} is no program that can be run" in agent.output
+        assert len(agent.output.splitlines()) == 1
