@@ -117,12 +117,12 @@ class Coordinator:
         now = self._clock_of_round()
         while True:
             changed = self._standing.next_change
-            await self._draw(now())
             if self._ledger.round.tick(now()) is not self._ledger.round:
                 await self._note_not_ready()
                 await self._ledger.transition(lambda round_: round_.tick(now()))
             if self._ledger.round.phase is not Phase.COLLECTING:
                 return
+            await self._draw(now())
             if not self._caretaker.seconds_to_clean_up:
                 # A round may stay open for ever, so it is not only its end that cleans up.
                 await self._caretaker.clean_up()

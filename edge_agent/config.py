@@ -61,7 +61,7 @@ class AgentConfig(ProcessConfig):
     """Where to train: `auto`, `cpu`, `cuda`, `cuda:1`; `auto` is the first GPU, or the CPU."""
 
     ready_command: tuple[Name, ...] = ()
-    """Program, and one by one its arguments, that says whether this device may take part now; repeatable
+    """Program, and one by one its arguments, that says whether this device may take part now; repeatable.
 
     Exit code 0: it may, for example because it is charging, on Wi-Fi and idle. Otherwise it is not drawn and
     begins no pre-training, but takes the models. The command runs without a shell, for 30 seconds at most.

@@ -267,7 +267,12 @@ class Standing:
             "progress": progress and {"done": progress.done, "total": progress.total, "loss": progress.loss},
             "agents": [
                 _agent_status(agent_id, slot, current, agent_id in here, reported.get(agent_id))
-                | {"audit": audits.get(agent_id), "upload_place": places.get(agent_id)}
+                | {
+                    "audit": audits.get(agent_id),
+                    "upload_place": places.get(agent_id),
+                    "selection": current.selection_of(agent_id),
+                    "is_ready": agent_id not in self._presence.not_ready,
+                }
                 for agent_id, slot in sorted(self._slots.items(), key=lambda item: item[1])
             ],
             "rounds": [

@@ -79,26 +79,54 @@ def test_same_seed_draws_the_same_sample(cluster: Cluster, tmp_path: Path) -> No
 
 
 def test_draw_outlives_the_server(cluster: Cluster, tmp_path: Path) -> None:
-    died = tmp_path / "died"
-    args = (*SAMPLED, "--agents-per-round", 1)
-    server = cluster.server(*args, env={"ECAVG_CRASH_AT": f"{Point.SERVER_SAMPLE_DRAWN}:1:{died}"})
-    agents = start_agents(cluster)
+    name, others = kill_after_draw(cluster, tmp_path / "died")
+    # The next life would draw one of the two others, which alone are there.
+    server = cluster.server(*SAMPLED[:-1], 2, "--agents-per-round", 1)
+    for other in others:
+        other.wait_for("not drawn for round 1: waiting for the model")
+    agents = [start_agent(cluster, name), *others]
+    assert [agent.wait() for agent in agents] == [0, 0, 0]
+    assert server.wait() == 0
+    assert contributors(cluster, 1) == cluster.report(1)["drawn"] == [name]
+
+
+def kill_after_draw(cluster: Cluster, died: Path) -> tuple[str, list[Command]]:
+    """Kill the server when it has drawn one of three agents, and then this agent.
+
+    Returns:
+        The name of the agent, and the two others.
+    """
+    environment = {"ECAVG_CRASH_AT": f"{Point.SERVER_SAMPLE_DRAWN}:1:{died}"}
+    server = cluster.server(*SAMPLED, "--agents-per-round", 1, env=environment)
+    agents = dict(zip(AGENTS, start_agents(cluster), strict=True))
     assert server.wait() != 0
     assert died.exists()
     with closing(sqlite3.connect(cluster.state_dir / "ecavg.sqlite3")) as database:
-        on_record = [name for (name,) in database.execute("SELECT agent_id FROM selections WHERE round = 1")]
-    assert len(on_record) == 1
+        ((name,),) = database.execute("SELECT agent_id FROM selections WHERE round = 1")
+    agents.pop(name).kill()
+    return name, list(agents.values())
 
-    # The next life would draw one of the two others, which alone are there.
-    place = AGENTS.index(on_record[0])
-    agents[place].kill()
-    server = cluster.server(*args, "--min-connected", 2)
-    for agent in agents[:place] + agents[place + 1 :]:
-        agent.wait_for("not drawn for round 1: waiting for the model")
-    agents[place] = start_agent(cluster, on_record[0])
-    assert [agent.wait() for agent in agents] == [0, 0, 0]
+
+def test_after_the_deadline_another_agent_takes_the_place_of_one_that_is_gone(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    name, others = kill_after_draw(cluster, tmp_path / "died")
+    server = cluster.server(*SAMPLED[:-1], 2, "--agents-per-round", 1, "--deadline-seconds", 1)
+    assert [agent.wait() for agent in others] == [0, 0]
     assert server.wait() == 0
-    assert contributors(cluster, 1) == cluster.report(1)["drawn"] == on_record
+    report = cluster.report(1)
+    (contributor,) = contributors(cluster, 1)
+    assert report["drawn"] == sorted([name, contributor])
+    assert report["vanished"] == [name]
+
+
+def test_report_says_who_was_drawn_and_did_not_contribute(cluster: Cluster) -> None:
+    run(cluster, "--agents-per-round", 1, "--over-selection", 2)
+    for number in (1, 2):
+        report = cluster.report(number)
+        assert len(report["drawn"]) == 2
+        assert len(contributors(cluster, number)) == 1
+        assert sorted(contributors(cluster, number) + report["late"] + report["vanished"]) == report["drawn"]
 
 
 def test_wrong_combinations_of_keys_are_one_line(cluster: Cluster) -> None:
