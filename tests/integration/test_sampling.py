@@ -1,11 +1,15 @@
 """Who takes part in a round: samples of the agents, and agents that are not ready, by real processes."""
 
+import json
 import sqlite3
 from contextlib import closing
 from pathlib import Path
 
+import pytest
+
 from common.faults import Point
-from tests.processes import Cluster, Command, cluster_in, free_port
+from tests.integration.test_round import get
+from tests.processes import Cluster, Command, cluster_in, free_port, until
 
 AGENTS = ("edge-1", "edge-2", "edge-3")
 QUICK = (
@@ -182,8 +186,32 @@ def test_agent_that_is_not_ready_does_not_contribute_and_takes_the_model(cluster
         assert reported(cluster, number) == ["edge-1", "edge-2"]
 
 
-def test_round_waits_for_an_agent_that_becomes_ready(cluster: Cluster) -> None:
-    server = cluster.server(*QUICK, "--min-agents", 1)
+def test_agent_that_is_busy_is_passed_over_from_then_on(cluster: Cluster) -> None:
+    busy = cluster.folder / "busy"
+    server = cluster.server(*SAMPLED[:-1], 2, "--agents-per-round", 2)
+    words = [f"--ready-command={word}" for word in ("test", "!", "-e", busy)]
+    agents = [cluster.agent("edge-1", "--partition", "1/3", "--ready-seconds", 0.1, *words)]
+    until(lambda: ready_agents(cluster) == {"edge-1": True}, agents[0])
+    busy.touch()
+    until(lambda: ready_agents(cluster) == {"edge-1": False}, agents[0])
+    agents += [start_agent(cluster, name) for name in AGENTS[1:]]
+    assert [agent.wait() for agent in agents] == [0, 0, 0]
+    assert server.wait() == 0
+    for number in (1, 2):
+        assert contributors(cluster, number) == cluster.report(number)["drawn"] == ["edge-2", "edge-3"]
+        assert cluster.report(number)["not_ready"] == ["edge-1"]
+        assert reported(cluster, number) == list(AGENTS)
+
+
+def ready_agents(cluster: Cluster) -> dict[str, bool]:
+    """Return whether each agent that is here is ready, as the status page shows it."""
+    agents = json.loads(get(f"http://127.0.0.1:{cluster.http_port}/api/status"))["agents"]
+    return {agent["agent_id"]: agent["is_ready"] for agent in agents if agent["state"] != "away"}
+
+
+@pytest.mark.parametrize("sample", [(), ("--agents-per-round", 1)], ids=["without-sample", "with-sample"])
+def test_round_waits_for_an_agent_that_becomes_ready(cluster: Cluster, sample: tuple[object, ...]) -> None:
+    server = cluster.server(*QUICK, "--min-agents", 1, *sample)
     agent = start_agent(cluster, "edge-1", is_ready=False)
     agent.wait_for("not ready: test ended with exit code 1")
     agent.wait_for("shared are")
@@ -191,7 +219,7 @@ def test_round_waits_for_an_agent_that_becomes_ready(cluster: Cluster) -> None:
     assert agent.wait() == 0
     assert server.wait() == 0
     assert contributors(cluster, 2) == ["edge-1"]
-    assert "not_ready" not in cluster.report(1)
+    assert not cluster.report(1).get("not_ready")
 
 
 def test_command_that_cannot_be_run_is_one_line(cluster: Cluster) -> None:
