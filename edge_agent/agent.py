@@ -107,6 +107,8 @@ class EdgeAgent:
             "run_id": progress.run_id,
             "round": latest.round if latest else None,
             "phase": latest.phase if latest else None,
+            "selection": latest.selection if latest else None,
+            "is_ready": self._readiness.is_ready,
             "contributed_round": progress.contributed_round,
             "evaluated_round": progress.evaluated_round,
             "accuracy_local": progress.trained.accuracy if progress.trained else None,

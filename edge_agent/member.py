@@ -85,6 +85,7 @@ class Member:
         if arrived := self._disk.progress.arrived:
             await self._go_on_with(arrived)
         await self._notice_forgetting()
+        self._metrics.set_phase(Phase.WAITING)
         while True:
             state = await self._news.next(self._is_called_for)
             if self._is_new_model(state):
