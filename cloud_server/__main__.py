@@ -233,7 +233,7 @@ async def open_service(
     from cloud_server.intake.turns import Turns
     from cloud_server.intake.uploads import Uploads
     from cloud_server.ledger import Ledger
-    from cloud_server.round import Policy
+    from cloud_server.round import Policy, Sampling
     from cloud_server.run import open_run
     from cloud_server.showing.presence import Presence
     from cloud_server.showing.reports import Reports
@@ -254,6 +254,9 @@ async def open_service(
         max_agents=config.agents_to_close,
         deadline_seconds=config.deadline_seconds,
         on_too_few=config.on_too_few,
+        sampling=Sampling(run.config.seed, config.agents_to_draw, config.connected_to_draw)
+        if config.agents_per_round
+        else None,
     )
     current = records.recorded_round(store, run.config, policy)
     slots = {agent.agent_id: agent.slot for agent in store.agents()}
@@ -290,14 +293,22 @@ async def open_service(
         wires=contributed_wires(run.config),
         spec=run.config.spec,
         max_data_bytes=config.max_upload_bytes,
-        num_agents=policy.max_agents,
+        num_agents=config.expected_agents,
         agent_bytes=config.max_agent_bytes,
         round_bytes=config.max_round_bytes,
         turns=turns,
         on_received=metrics.count_received,
     )
     desk = Desk(
-        run, ledger, uploads, store=store, reports=reports, standing=standing, metrics=metrics, clock=clock
+        run,
+        ledger,
+        uploads,
+        store=store,
+        reports=reports,
+        standing=standing,
+        metrics=metrics,
+        clock=clock,
+        num_agents=config.expected_agents,
     )
     caretaker = Caretaker(
         config,
@@ -344,7 +355,7 @@ def tell_who_may_come(config: ServerConfig, authority: "Authority | None") -> No
     cli.print_status(f"CA fingerprint (SHA-256): {authority.fingerprint}")
     if authority.agents():
         return
-    uses, hours = config.agents_to_close, FIRST_TOKEN_SECONDS / 3600
+    uses, hours = config.expected_agents, FIRST_TOKEN_SECONDS / 3600
     try:
         with authority.token_to_show(uses, FIRST_TOKEN_SECONDS) as token:
             cli.print_result(f"join token, for {uses} agents within {hours:g} hours: {token}")

@@ -1,5 +1,6 @@
 """The cloud server's own configuration; `[run]` is in common/config.py."""
 
+import math
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -53,6 +54,24 @@ class ServerConfig(ProcessConfig):
 
     on_too_few: Literal["wait", "fail"] = Field("wait", title="wait|fail")
     """Fewer than `min_agents` at the deadline: wait for more, or fail the round."""
+
+    agents_per_round: int | None = Field(None, ge=1, le=100_000)
+    """Draw the agents of each round by lot, and close it at so many contributions (default: all take part)
+
+    The others get the model as well.
+    """
+
+    over_selection: float | None = Field(None, ge=1, le=10)
+    """Draw so many times `agents_per_round`, in case some of them fail (default: 1)
+
+    The contributions that come last are in vain. With 1 it makes no difference who is faster.
+    """
+
+    min_connected: int | None = Field(None, ge=1, le=100_000)
+    """Agents that must be connected and ready before a round draws (default: as many as are drawn)
+
+    After half of `deadline_seconds`, `min_agents` are enough.
+    """
 
     device: Name = "auto"
     """Where to train: `auto`, `cpu`, `cuda`, `cuda:1`; `auto` and `cuda` take every GPU."""
@@ -127,6 +146,22 @@ class ServerConfig(ProcessConfig):
             raise ValueError(f"max_agents {self.max_agents} is below min_agents {self.min_agents}")
         return self
 
+    @model_validator(mode="after")
+    def _sample_is_possible(self) -> Self:
+        number = self.agents_per_round
+        if number is None:
+            for name in ("over_selection", "min_connected"):
+                if getattr(self, name) is not None:
+                    raise ValueError(f"{name} is for a server with agents_per_round: set that as well")
+            return self
+        if number < self.min_agents:
+            raise ValueError(f"agents_per_round {number} is below min_agents {self.min_agents}")
+        if self.max_agents is not None and self.max_agents < number:
+            raise ValueError(f"max_agents {self.max_agents} is below agents_per_round {number}")
+        if self.connected_to_draw < self.min_agents:
+            raise ValueError(f"min_connected {self.min_connected} is below min_agents {self.min_agents}")
+        return self
+
     @property
     def tls_folder(self) -> Path:
         """Return the folder of the authority."""
@@ -140,14 +175,29 @@ class ServerConfig(ProcessConfig):
     @property
     def connections(self) -> int:
         """Return how many connections from agents there may be."""
-        return self.max_connections or max(256, 2 * self.agents_to_close + 128)
+        return self.max_connections or max(256, 2 * self.expected_agents + 128)
 
     @property
     def joined(self) -> int:
         """Return how many agents the run takes."""
-        return self.max_joined or max(10_000, 10 * self.agents_to_close)
+        return self.max_joined or max(10_000, 10 * self.expected_agents)
 
     @property
     def agents_to_close(self) -> int:
         """Return how many contributions close a round at once."""
-        return self.max_agents or self.min_agents
+        return self.agents_per_round or self.max_agents or self.min_agents
+
+    @property
+    def agents_to_draw(self) -> int:
+        """Return how many agents a round draws; 0: it draws none."""
+        return math.ceil((self.agents_per_round or 0) * (self.over_selection or 1))
+
+    @property
+    def connected_to_draw(self) -> int:
+        """Return how many agents must be connected and ready before a round draws."""
+        return self.min_connected or self.agents_to_draw
+
+    @property
+    def expected_agents(self) -> int:
+        """Return how many agents limits are for that are not set."""
+        return max(self.max_agents or self.min_agents, self.agents_to_draw, self.connected_to_draw)

@@ -118,13 +118,28 @@ class Coordinator:
         while True:
             changed = self._standing.next_change
             if self._ledger.round.tick(now()) is not self._ledger.round:
+                await self._note_not_ready()
                 await self._ledger.transition(lambda round_: round_.tick(now()))
             if self._ledger.round.phase is not Phase.COLLECTING:
                 return
+            await self._draw(now())
             if not self._caretaker.seconds_to_clean_up:
                 # A round may stay open for ever, so it is not only its end that cleans up.
                 await self._caretaker.clean_up()
             await wait_for(changed, self._seconds_to_wait(now()))
+
+    async def _draw(self, now: float) -> None:
+        """Draw the agents that take part in the round, if it is time."""
+        if self._ledger.policy.sampling:
+            ready = self._presence.ready
+            if self._ledger.round.draw(ready, now) is not self._ledger.round:
+                await self._ledger.draw(ready, self._presence.not_ready, now)
+
+    async def _note_not_ready(self) -> None:
+        """Note whom a round that is about to close goes on without; a draw has noted that before."""
+        not_ready = self._presence.not_ready - self._ledger.round.contributions.keys()
+        if not_ready and not self._ledger.policy.sampling:
+            await self._ledger.note_not_ready(not_ready)
 
     def _clock_of_round(self) -> Callable[[], float]:
         """Return a clock that says how late it is for the open round, in seconds since the epoch.
@@ -139,9 +154,9 @@ class Coordinator:
 
     def _seconds_to_wait(self, now: float) -> float:
         """Return how long it is until something happens by time alone."""
-        deadline = self._ledger.round.deadline_at
-        seconds = self._caretaker.seconds_to_clean_up
-        return seconds if deadline is None or deadline <= now else min(seconds, deadline - now)
+        current, seconds = self._ledger.round, self._caretaker.seconds_to_clean_up
+        times = [current.deadline_at, current.draws_with_fewer_at if current.policy.sampling else None]
+        return min([seconds, *(at - now for at in times if at is not None and at > now)])
 
     async def _end_round(self) -> None:
         """Write the report, and give up what is too old."""

@@ -46,6 +46,7 @@ class Desk:
 
     Args:
         clock: seconds since the epoch.
+        num_agents: how many parts a shared dataset is dealt out in where the run does not say.
     """
 
     def __init__(
@@ -59,8 +60,10 @@ class Desk:
         standing: Standing,
         metrics: ServerMetrics,
         clock: Callable[[], float],
+        num_agents: int,
     ) -> None:
         self._run = run
+        self._num_agents = num_agents
         self._ledger = ledger
         self._uploads = uploads
         self._store = store
@@ -82,15 +85,19 @@ class Desk:
         """
         slot = await self._ledger.join(agent_id, class_names, self._uploads.let_in)
         run = self._run.config.model_copy(update={"class_names": self._ledger.class_names})
-        num_partitions = run.num_partitions or self._ledger.policy.max_agents
+        num_partitions = run.num_partitions or self._num_agents
         return Membership(
             self._run.run_id, run, slot, num_partitions, self._run.probe, self._run.planned_rounds
         )
 
-    def watch(self, agent_id: str) -> AsyncIterator[RunState]:
-        """Yield the state now, then after each change; slow readers skip states, never the latest."""
+    def watch(self, agent_id: str, *, is_ready: bool = True) -> AsyncIterator[RunState]:
+        """Yield the state now, then after each change; slow readers skip states, never the latest.
+
+        Args:
+            is_ready: True if the agent may be drawn for a round.
+        """
         self._ledger.check_joined(agent_id)
-        return self._standing.watch(agent_id)
+        return self._standing.watch(agent_id, is_ready=is_ready)
 
     # ------------------------------------------------------------------ blobs
 

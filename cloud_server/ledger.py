@@ -11,7 +11,7 @@ import asyncio
 import math
 import sqlite3
 import time
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
@@ -22,6 +22,7 @@ from cloud_server import records
 from cloud_server.classes import Classes
 from cloud_server.contribution import Decision
 from cloud_server.disk.failures import when_disk_allows
+from cloud_server.disk.tables import SelectionRow
 from cloud_server.disk.together import Together
 from cloud_server.metrics import ServerMetrics
 from cloud_server.round import Policy, Round
@@ -179,6 +180,37 @@ class Ledger:
             self.believe(records.recorded_round(self._store, self._run.config, self.policy))
 
         await when_disk_allows(lambda: self.exclusively(open_round))
+
+    async def draw(self, ready: Set[str], not_ready: Set[str], now: float) -> None:
+        """Record the agents that are drawn from these for the round, if any, then go on with them.
+
+        Args:
+            ready: the ids of the agents that may be drawn.
+            not_ready: the ids of the agents that are passed over.
+            now: how late it is for the round, in seconds since the epoch.
+        """
+
+        async def record() -> None:
+            updated = self._round.draw(ready & self._slots.keys(), now)
+            if updated is self._round:
+                return
+            drawn = updated.drawn - self._round.drawn
+            selection = SelectionRow(drawn, frozenset(not_ready))
+            await asyncio.to_thread(self._store.record_selection, updated.number, selection)
+            crash_point(Point.SERVER_SAMPLE_DRAWN)
+            self.believe(updated, concerned=drawn)
+            log.info("agents_drawn", round=updated.number, drawn=sorted(drawn), not_ready=sorted(not_ready))
+
+        await when_disk_allows(lambda: self.exclusively(record))
+
+    async def note_not_ready(self, not_ready: Set[str]) -> None:
+        """Record the agents that a round without a sample goes on without, because they are not ready."""
+        selection = SelectionRow(not_ready=frozenset(not_ready))
+
+        async def record() -> None:
+            await asyncio.to_thread(self._store.record_selection, self._round.number, selection)
+
+        await when_disk_allows(lambda: self.exclusively(record))
 
     async def record(self, change: Callable[[Group], _T]) -> _T:
         """Return what the change returns, once all that it has recorded is durable.

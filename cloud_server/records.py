@@ -25,7 +25,13 @@ def recorded_round(store: Store, run: RunConfig, policy: Policy) -> Round:
     row = store.last_round()
     assert row is not None
     is_independent = run.initial_weights == "independent" and not store.has_published()
-    return round_from(row, store.contributions(row.number), policy, may_be_independent=is_independent)
+    return round_from(
+        row,
+        store.contributions(row.number),
+        policy,
+        may_be_independent=is_independent,
+        drawn=store.selection(row.number).drawn,
+    )
 
 
 def round_from(
@@ -34,6 +40,7 @@ def round_from(
     policy: Policy,
     *,
     may_be_independent: bool = False,
+    drawn: frozenset[str] = frozenset(),
 ) -> Round:
     """Return the round that the records of the store describe."""
     accepted = [decision for decision in decisions if decision.outcome is Outcome.ACCEPTED]
@@ -44,6 +51,7 @@ def round_from(
         initial_digest=row.initial_digest,
         may_be_independent=may_be_independent,
         phase=Phase(row.phase),
+        drawn=drawn,
         contributions={each.agent_id: each.contribution for each in accepted if each.contribution},
         rejections={
             each.agent_id: each.why for each in decisions if each.outcome is Outcome.REJECTED and each.why

@@ -9,13 +9,14 @@ Nothing here reads a clock, a disk or a network: the ledger passes the time in, 
 method returns, and only then acts on it. A round is never changed, only followed by another.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from cloud_server.contribution import Contribution, Rejection
 from common.errors import ConflictError, InvalidError, Reason, second_device
-from common.run_state import Outcome, Phase
+from common.run_state import Outcome, Phase, Selection
+from common.seeds import derive_seed
 
 TRANSITIONS: Mapping[Phase, frozenset[Phase]] = {
     Phase.COLLECTING: frozenset({Phase.AGGREGATING, Phase.FAILED}),
@@ -29,8 +30,20 @@ OVER = tuple(phase for phase, following in TRANSITIONS.items() if not following)
 
 
 @dataclass(frozen=True)
+class Sampling:
+    """The rule by which the agents are drawn that take part in a round."""
+
+    # The seed of the run, from which each agent has a lot in each round.
+    seed: int
+    # So many agents are drawn; at most `max_agents` of them contribute.
+    size: int
+    # So many agents must be connected and ready before a sample is drawn.
+    min_connected: int
+
+
+@dataclass(frozen=True)
 class Policy:
-    """The rule by which a round closes."""
+    """The rule by which a round closes, and by which agents are drawn for it."""
 
     # So many contributions close the round once the deadline has passed.
     min_agents: int
@@ -40,6 +53,8 @@ class Policy:
     deadline_seconds: float | None
     # What happens when fewer than min_agents have contributed at the deadline.
     on_too_few: Literal["wait", "fail"] = "wait"
+    # None: every agent takes part.
+    sampling: Sampling | None = None
 
 
 @dataclass(frozen=True)
@@ -60,6 +75,8 @@ class Round:
     # True where agents may also start from weights of their own.
     may_be_independent: bool = False
     phase: Phase = Phase.COLLECTING
+    # The ids of the agents in the sample; empty: no sample is drawn, or not yet.
+    drawn: frozenset[str] = frozenset()
     # The accepted contributions, by agent id.
     contributions: Mapping[str, Contribution] = field(default_factory=dict)
     # Why contributions were refused, by agent id.
@@ -117,8 +134,8 @@ class Round:
 
         Raises:
             ConflictError: a different contribution of this agent has been accepted.
-            InvalidError: the pre-training did not start from this round's initial weights, or these are to
-                be warmed up, and the contribution has others.
+            InvalidError: the agent is not in the sample of this round; the pre-training did not start from
+                this round's initial weights; or these are to be warmed up, and the contribution has others.
         """
         agent_id = contribution.agent_id
         standing = self.contributions.get(agent_id)
@@ -134,10 +151,43 @@ class Round:
         is_full = len(self.contributions) >= self.policy.max_agents
         if is_full or self.phase is not Phase.COLLECTING:
             return replace(self, rejections=others, late=self.late | {agent_id}), Outcome.LATE
+        self._check_drawn(agent_id)
         self._check_initial_weights(contribution.initial_digest)
         self._check_not_trained(contribution.weights_digest)
         contributions = {**self.contributions, agent_id: contribution}
         return replace(self, rejections=others, contributions=contributions), Outcome.ACCEPTED
+
+    def draw(self, ready: Set[str], now: float) -> "Round":
+        """Return the round with a sample of these agents at `now` (seconds since the epoch), if it is time.
+
+        A sample is drawn once, when `min_connected` agents are ready, or `min_agents` after half the time to
+        the deadline. If it has fewer than `max_agents`, agents that become ready later fill it up. After the
+        deadline, agents that are not ready and have not contributed no longer count here, so that others are
+        drawn in their place.
+
+        Each agent has a lot in each round, and the lowest lots are drawn. So the sample depends only on the
+        seed and on who is ready, and whoever is drawn later is the next in line.
+        """
+        num_wanted = self._num_to_draw(ready, now)
+        if num_wanted <= 0:
+            return self
+        others = [agent_id for agent_id in ready - self.drawn if self.outcome_of(agent_id) is None]
+        chosen = sorted(others, key=self._lot)[:num_wanted]
+        return replace(self, drawn=self.drawn.union(chosen)) if chosen else self
+
+    def selection_of(self, agent_id: str) -> Selection | None:
+        """Return whether the agent is in the sample; None: there is no sample, every agent takes part."""
+        if self.policy.sampling is None:
+            return None
+        if agent_id in self.drawn:
+            return Selection.DRAWN
+        return Selection.NOT_DRAWN if self.drawn else Selection.PENDING
+
+    @property
+    def draws_with_fewer_at(self) -> float | None:
+        """Return when `min_agents` are enough to draw a sample, in seconds since the epoch; None: never."""
+        seconds = self.policy.deadline_seconds
+        return None if seconds is None else self.opened_at + seconds / 2
 
     def reject(self, agent_id: str, reason: Reason, message: str) -> "Round":
         """Return the round with this refusal, unless it has closed or a contribution of the agent stands."""
@@ -147,10 +197,11 @@ class Round:
 
     def without(self, agent_id: str) -> "Round":
         """Return the round as if this agent had never been heard of."""
-        if self.outcome_of(agent_id) is None:
+        if self.outcome_of(agent_id) is None and agent_id not in self.drawn:
             return self
         return replace(
             self,
+            drawn=self.drawn - {agent_id},
             contributions={key: value for key, value in self.contributions.items() if key != agent_id},
             rejections={key: value for key, value in self.rejections.items() if key != agent_id},
             late=self.late - {agent_id},
@@ -196,6 +247,30 @@ class Round:
     def fail(self, reason: str) -> "Round":
         """Return the round over without a model; raise ValueError like `advance`."""
         return self._enter(Phase.FAILED, failure=reason)
+
+    def _num_to_draw(self, ready: Set[str], now: float) -> int:
+        sampling = self.policy.sampling
+        if sampling is None or self.phase is not Phase.COLLECTING:
+            return 0
+        if not self.drawn:
+            is_late = self.draws_with_fewer_at is not None and now >= self.draws_with_fewer_at
+            needed = self.policy.min_agents if is_late else sampling.min_connected
+            return sampling.size - len(self.contributions) if len(ready) >= needed else 0
+        is_overdue = self.deadline_at is not None and now >= self.deadline_at
+        hoped_for = self.drawn & ready - self.rejections.keys() if is_overdue else self.drawn
+        return self.policy.max_agents - len(hoped_for | self.contributions.keys())
+
+    def _lot(self, agent_id: str) -> int:
+        assert self.policy.sampling
+        return derive_seed(self.policy.sampling.seed, "sample", self.number, agent_id)
+
+    def _check_drawn(self, agent_id: str) -> None:
+        if self.selection_of(agent_id) in (None, Selection.DRAWN):
+            return
+        raise InvalidError(
+            f"{agent_id} is not drawn for round {self.number}: wait for the model of the round",
+            Reason.NOT_DRAWN,
+        )
 
     def _check_initial_weights(self, digest: str | None) -> None:
         if digest == self.initial_digest or (digest is None and self.may_be_independent):

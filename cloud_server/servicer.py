@@ -19,7 +19,7 @@ from common.errors import InvalidError, Reason, UnavailableError
 from common.faults import Point, crash_point
 from common.pb import ecavg_pb2 as pb
 from common.pb import ecavg_pb2_grpc as pb_grpc
-from common.run_state import Outcome, Phase, RunState, Verdict
+from common.run_state import Outcome, Phase, RunState, Selection, Verdict
 from common.transfer import DIGEST, Blob, Encoded, chunks_of
 
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["ECAvg"].full_name
@@ -32,6 +32,7 @@ _MAX_EXAMPLES = 2**40
 
 _PHASES: dict[Phase, Any] = {phase: pb.Phase.Value(f"PHASE_{phase.name}") for phase in Phase}
 _OUTCOMES: dict[Outcome, Any] = {each: pb.Outcome.Value(f"OUTCOME_{each.name}") for each in Outcome}
+_SELECTIONS: dict[Selection, Any] = {each: pb.Selection.Value(f"SELECTION_{each.name}") for each in Selection}
 _REASONS: dict[Reason, Any] = {reason: pb.Reason.Value(f"REASON_{reason.name}") for reason in Reason}
 _KINDS = {pb.BLOB_KIND_WEIGHTS: "weights", pb.BLOB_KIND_DATA: "data"}
 
@@ -65,9 +66,9 @@ class ECAvgServicer(pb_grpc.ECAvgServicer):
             planned_rounds=joined.planned_rounds,
         )
 
-    async def Watch(self, _: pb.WatchRequest, __: Any) -> AsyncIterator[pb.WatchEvent]:
+    async def Watch(self, request: pb.WatchRequest, _: Any) -> AsyncIterator[pb.WatchEvent]:
         """Answer Watch: the state of the run, after each change."""
-        async for state in self._desk.watch(calling_agent()):
+        async for state in self._desk.watch(calling_agent(), is_ready=not request.not_ready):
             yield _event(state)
 
     async def QueryUpload(self, request: pb.QueryUploadRequest, _: Any) -> pb.QueryUploadReply:
@@ -229,6 +230,8 @@ def _event(state: RunState) -> pb.WatchEvent:
         )
     if state.outcome:
         event.outcome = _OUTCOMES[state.outcome]
+    if state.selection:
+        event.selection = _SELECTIONS[state.selection]
     if state.progress:
         event.progress.CopyFrom(
             pb.Progress(done=state.progress.done, total=state.progress.total, loss=state.progress.loss)

@@ -27,6 +27,7 @@ from cloud_server.disk.tables import (
     ReportRow,
     RoundRow,
     RunRow,
+    SelectionRow,
     UploadRow,
 )
 from cloud_server.state_dir import StateDir
@@ -265,6 +266,30 @@ class Store:
         """Return the time at which the round first entered each phase, by phase."""
         history = self.read("SELECT phase, at FROM phase_history WHERE round = ? ORDER BY entry", number)
         return {row["phase"]: row["at"] for row in reversed(history)}
+
+    def record_selection(self, number: int, selection: SelectionRow) -> None:
+        """Record agents that are drawn for a round, and those that are not ready, beside earlier ones.
+
+        An agent that was not ready before may be drawn, and stays drawn. Agents that have not joined, or were
+        forgotten since, are passed over.
+        """
+        rows = [(number, "not_ready", agent_id) for agent_id in sorted(selection.not_ready)]
+        rows += [(number, "drawn", agent_id) for agent_id in sorted(selection.drawn)]
+        with self.transaction() as database:
+            database.executemany(
+                "INSERT INTO selections (round, selection, agent_id)"
+                " SELECT ?, ?, agent_id FROM agents WHERE agent_id = ?"
+                " ON CONFLICT DO UPDATE SET selection = 'drawn' WHERE excluded.selection = 'drawn'",
+                rows,
+            )
+
+    def selection(self, number: int) -> SelectionRow:
+        """Return who was drawn for a round, and who was not ready."""
+        rows = self.read("SELECT agent_id, selection FROM selections WHERE round = ?", number)
+        return SelectionRow(
+            drawn=frozenset(row["agent_id"] for row in rows if row["selection"] == "drawn"),
+            not_ready=frozenset(row["agent_id"] for row in rows if row["selection"] == "not_ready"),
+        )
 
     # Contributions and reports
 

@@ -91,6 +91,8 @@ class Reason(StrEnum):
     CLASS_NAMES = "class_names"
     # Another device, which runs at the same time, has the same identity.
     IDENTITY_IN_USE = "identity_in_use"
+    # The agent is not in the sample of agents that take part in the round.
+    NOT_DRAWN = "not_drawn"
     # The server failed inside; its log says more.
     INTERNAL = "internal"
 

@@ -64,6 +64,8 @@ class Point(StrEnum):
     SERVER_ENCODED_MODEL_ADOPTED = "server_encoded_model_adopted"
     SERVER_REPORT_WRITTEN = "server_report_written"
     SERVER_ROUND_OPENED = "server_round_opened"
+    # No agent has been told yet whether it is drawn.
+    SERVER_SAMPLE_DRAWN = "server_sample_drawn"
     # The agent has not compared the adapted model with the others yet.
     AGENT_ADAPTED = "agent_adapted"
     AGENT_EVALUATED = "agent_evaluated"

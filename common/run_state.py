@@ -36,6 +36,17 @@ class Outcome(StrEnum):
     LATE = "late"
 
 
+class Selection(StrEnum):
+    """Whether an agent is in the sample of agents that take part in a round."""
+
+    # The sample is not drawn yet.
+    PENDING = "pending"
+    # The agent takes part.
+    DRAWN = "drawn"
+    # The agent waits for the model, or until it is drawn in the place of another.
+    NOT_DRAWN = "not_drawn"
+
+
 class WorkProgress(NamedTuple):
     """How far the cloud's work in the present phase is."""
 
@@ -89,6 +100,13 @@ class RunState:
     counted_round: int
     # This agent's accepted contribution to this round or the one before, if the model contains nothing of it.
     left_out: LeftOut | None
+    # Whether this agent is in the sample of this round; None: there is no sample, every agent takes part.
+    selection: Selection | None = None
+
+    @property
+    def takes_part(self) -> bool:
+        """Return True if this agent may contribute to this round."""
+        return self.selection in (None, Selection.DRAWN)
 
     @property
     def is_warm_up(self) -> bool:

@@ -10,9 +10,11 @@ from typing import Any
 import structlog
 
 from common import rpc
+from common.background import beside
 from common.devices import select_device
 from common.errors import Refusal
 from common.faults import Point, crash_point
+from common.run_state import Selection
 from common.telemetry import ProgressDisplay
 from edge_agent.client import CloudClient, Joined, UnknownAgentError
 from edge_agent.config import AgentConfig
@@ -22,6 +24,7 @@ from edge_agent.local_data import LocalData
 from edge_agent.member import Member
 from edge_agent.metrics import AgentMetrics, Phase
 from edge_agent.news import News
+from edge_agent.readiness import Readiness
 from edge_agent.state import AgentState, Progress
 from edge_agent.worker import Worker
 
@@ -50,9 +53,14 @@ class EdgeAgent:
         self._device = select_device(config.device)
         self._worker = Worker(display.message)
         self._news = News()
-        # The last round whose failure was shown, and the last whose left-out contribution was.
+        self._readiness = Readiness(
+            config.ready_command, config.ready_seconds, display.message, self._tell_readiness
+        )
+        # The last round whose failure was shown, the last whose left-out contribution was, and the last that
+        # this agent was shown not to be drawn for.
         self._shown_failure = 0
         self._shown_left_out = 0
+        self._shown_not_drawn = 0
 
     async def run(self) -> None:
         """Take part in every round until the server says that the run is over.
@@ -60,14 +68,11 @@ class EdgeAgent:
         Raises:
             UsageError: the data or the run's model cannot be used on this device.
         """
-        backoff = rpc.Backoff()
+        if not self._readiness.is_ready:
+            self._client.say_ready(False)
         try:
-            while not self._news.is_over:
-                try:
-                    await self._take_part(await self._join())
-                except UnknownAgentError:
-                    self._display.message("the server has begun another run")
-                    await asyncio.sleep(backoff())
+            async with beside(self._readiness.keep_asking()):
+                await self._take_part_in_runs()
         except Refusal as error:
             if not (self._news.is_over and rpc.is_retried(error)):
                 raise
@@ -75,6 +80,20 @@ class EdgeAgent:
         finally:
             self._worker.close()
         self._metrics.set_phase(Phase.DONE)
+
+    async def _take_part_in_runs(self) -> None:
+        """Take part in the server's run, and in others that it begins instead, until one is over."""
+        backoff = rpc.Backoff()
+        while not self._news.is_over:
+            try:
+                await self._take_part(await self._join())
+            except UnknownAgentError:
+                self._display.message("the server has begun another run")
+                await asyncio.sleep(backoff())
+
+    def _tell_readiness(self, is_ready: bool) -> None:
+        self._client.say_ready(is_ready)
+        self._news.ask_again()
 
     def is_ready(self) -> bool:
         """Return True once the server has been reached."""
@@ -88,6 +107,8 @@ class EdgeAgent:
             "run_id": progress.run_id,
             "round": latest.round if latest else None,
             "phase": latest.phase if latest else None,
+            "selection": latest.selection if latest else None,
+            "is_ready": self._readiness.is_ready,
             "contributed_round": max(0, progress.contributed_round),
             "evaluated_round": progress.evaluated_round,
             "accuracy_local": progress.trained.accuracy if progress.trained else None,
@@ -109,7 +130,7 @@ class EdgeAgent:
             self._disk.discard_residuals_but(self._disk.residual(0))
             await self._worker.run(self._disk.save, Progress(run_id=joined.run_id))
             self._disk.discard_all_but(())
-            self._shown_failure = self._shown_left_out = 0
+            self._shown_failure = self._shown_left_out = self._shown_not_drawn = 0
         crash_point(Point.AGENT_JOINED)
         self._display.message(
             f"joined as {self._disk.agent_id}, slot {joined.slot}: {joined.run.model} on {joined.run.dataset}"
@@ -139,6 +160,7 @@ class EdgeAgent:
                     worker=self._worker,
                     data=data,
                     news=self._news,
+                    readiness=self._readiness,
                     metrics=self._metrics,
                     display=self._display,
                 )
@@ -153,6 +175,9 @@ class EdgeAgent:
             if state.failed_round > self._shown_failure:
                 self._shown_failure = state.failed_round
                 self._display.message(f"round {state.failed_round} failed: {state.failure}")
+            if state.selection is Selection.NOT_DRAWN and state.round > self._shown_not_drawn:
+                self._shown_not_drawn = state.round
+                self._display.message(f"not drawn for round {state.round}: waiting for the model")
             if state.left_out and state.left_out.round > self._shown_left_out:
                 self._shown_left_out = number = state.left_out.round
                 self._display.message(f"round {number}: contribution left out: {state.left_out.message}")

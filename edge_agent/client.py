@@ -33,7 +33,16 @@ from common.faults import Point, crash_point
 from common.files import sync
 from common.pb import ecavg_pb2 as pb
 from common.pb import ecavg_pb2_grpc as pb_grpc
-from common.run_state import LeftOut, Outcome, Phase, PublishedModel, RunState, Verdict, WorkProgress
+from common.run_state import (
+    LeftOut,
+    Outcome,
+    Phase,
+    PublishedModel,
+    RunState,
+    Selection,
+    Verdict,
+    WorkProgress,
+)
 from common.tls import TlsMaterial
 from common.transfer import DIGEST, Blob, Encoded, Receiver, WriteBehind, chunks_of
 from edge_agent.identity import Identity, explain
@@ -68,7 +77,7 @@ class UnknownAgentError(ECAvgError):
 
 
 class _ReplacedError(Exception):
-    """The connection was given up for one with a newer certificate."""
+    """The Watch was given up for one with a newer certificate, or that says whether the agent is ready."""
 
 
 class Joined(NamedTuple):
@@ -117,8 +126,9 @@ class CloudClient:
         # The trouble that was told last; "": the server is there.
         self._trouble = ""
         self._heard_at = -math.inf
-        # The open Watch.
+        # The open Watch; None: there is none, or another one is to take its place.
         self._watching: Any = None
+        self._is_ready = True
         # How many calls are under way on each connection.
         self._num_calls: Counter[grpc.aio.Channel] = Counter()
         self._connect()
@@ -166,6 +176,11 @@ class CloudClient:
         run, probe = _run_config(reply.run_json), tuple(reply.probe)
         planned_rounds = max(1, reply.planned_rounds)
         return Joined(reply.run_id, run, reply.slot, reply.num_partitions, probe, planned_rounds)
+
+    def say_ready(self, is_ready: bool) -> None:
+        """Tell the server whether this agent may be drawn for a round; it may as long as nothing is said."""
+        self._is_ready = is_ready
+        self._watch_anew()
 
     async def watch(self) -> AsyncIterator[RunState]:
         """Yield the state of the run whenever it changes, across reconnections, until the run is over.
@@ -279,8 +294,13 @@ class CloudClient:
     def _reconnect(self) -> None:
         """Open a new connection: transfers end on the old one, and Watch begins anew."""
         self._connect()
+        self._watch_anew()
+
+    def _watch_anew(self) -> None:
+        """Have a new Watch take the place of the open one."""
         if self._watching:
             self._watching.cancel()
+            self._watching = None
 
     @asynccontextmanager
     async def _line(self) -> AsyncIterator[Any]:
@@ -309,15 +329,16 @@ class CloudClient:
         return reply
 
     async def _watch_once(self) -> AsyncGenerator[pb.WatchEvent, None]:
-        """Yield the events of one connection; raise _ReplacedError when that has been replaced."""
+        """Yield the events of one Watch; raise _ReplacedError when another is to take its place."""
         async with self._line() as stub:
-            call = self._watching = stub.Watch(pb.WatchRequest(), metadata=self._metadata)
+            request = pb.WatchRequest(not_ready=not self._is_ready)
+            call = self._watching = stub.Watch(request, metadata=self._metadata)
             try:
                 async for event in _answered(call):
                     yield event
             except asyncio.CancelledError:
                 task = asyncio.current_task()
-                if stub is self._stub or (task and task.cancelling()):
+                if self._watching is call or (task and task.cancelling()):
                     raise
                 raise _ReplacedError from None
             finally:
@@ -511,6 +532,7 @@ def _run_state(event: pb.WatchEvent) -> RunState:
         max_contributions=event.max_contributions,
         counted_round=event.counted_round,
         left_out=_left_out(event.left_out) if event.left_out.round else None,
+        selection=_member(Selection, pb.Selection, event.selection),
     )
 
 

@@ -1,6 +1,7 @@
 """The edge agent's own configuration; what the run does comes from the server."""
 
 import re
+import shutil
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -58,6 +59,16 @@ class AgentConfig(ProcessConfig):
 
     device: Name = "auto"
     """Where to train: `auto`, `cpu`, `cuda`, `cuda:1`; `auto` is the first GPU, or the CPU."""
+
+    ready_command: tuple[Name, ...] = ()
+    """Program, and one by one its arguments, that says whether this device may take part now; repeatable.
+
+    Exit code 0: it may, for example because it is charging, on Wi-Fi and idle. Otherwise it is not drawn and
+    begins no pre-training, but takes the models. The command runs without a shell, for 30 seconds at most.
+    """
+
+    ready_seconds: float = Field(60, ge=0.1, le=86_400)
+    """Time from one answer of `ready_command` to its next run."""
 
     checkpoint_seconds: float = Field(5, ge=0)
     """Least time between two checkpoints of pre-training, which are taken after an epoch."""
@@ -135,6 +146,14 @@ class AgentConfig(ProcessConfig):
             return source
         except UsageError as error:
             raise ValueError(str(error)) from error
+
+    @field_validator("ready_command")
+    @classmethod
+    def _can_be_run(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if value and shutil.which(value[0]) is None:
+            text = one_line(value[0])
+            raise ValueError(f"{text} is no program that can be run: name one, or make the file executable")
+        return value
 
     @field_validator("data_dir")
     @classmethod

@@ -35,6 +35,7 @@ from edge_agent.local import LocalModels
 from edge_agent.local_data import LocalData
 from edge_agent.metrics import AgentMetrics, Phase
 from edge_agent.news import News
+from edge_agent.readiness import Readiness
 from edge_agent.state import AgentState, Arrived, Report, Trained
 from edge_agent.transfers import Transfers, is_whole
 from edge_agent.worker import Worker
@@ -65,6 +66,7 @@ class Member:
 
     Args:
         news: where the run's states come in.
+        readiness: says whether this device may take part in a round now.
     """
 
     def __init__(
@@ -76,6 +78,7 @@ class Member:
         worker: Worker,
         data: LocalData,
         news: News,
+        readiness: Readiness,
         metrics: AgentMetrics,
         display: ProgressDisplay,
     ) -> None:
@@ -85,6 +88,7 @@ class Member:
         self._worker = worker
         self._data = data
         self._news = news
+        self._readiness = readiness
         self._metrics = metrics
         self._display = display
         self._transfers = Transfers(client, disk, worker, display, data)
@@ -94,6 +98,7 @@ class Member:
         if arrived := self._disk.progress.arrived:
             await self._go_on_with(arrived)
         await self._notice_forgetting()
+        self._metrics.set_phase(Phase.WAITING)
         while True:
             state = await self._news.next(self._is_called_for)
             if self._is_new_model(state):
@@ -127,7 +132,8 @@ class Member:
 
     def _is_open_round(self, state: RunState) -> bool:
         is_new = state.round > self._disk.progress.contributed_round
-        return state.phase is RoundPhase.COLLECTING and is_new and not state.run_over
+        may_take_part = state.takes_part and self._readiness.is_ready
+        return state.phase is RoundPhase.COLLECTING and is_new and may_take_part and not state.run_over
 
     # ------------------------------------------------------------------ contribute
 

@@ -22,7 +22,7 @@ class Phase(StrEnum):
     PRE_TRAINING = "pre_training"
     # The agent uploads weights and data, then its contribution.
     UPLOADING = "uploading"
-    # The agent waits for the other agents, and for the cloud.
+    # The agent waits for the other agents and for the cloud, or until it is drawn and ready.
     WAITING = "waiting"
     # The agent downloads the global model.
     DOWNLOADING = "downloading"

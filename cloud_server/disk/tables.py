@@ -134,6 +134,14 @@ MIGRATIONS = (
     ALTER TABLE run ADD COLUMN class_names_of TEXT NOT NULL DEFAULT '';
     """,
     "ALTER TABLE run ADD COLUMN planned_rounds INTEGER NOT NULL DEFAULT 1;",
+    """
+    CREATE TABLE selections (
+        round INTEGER NOT NULL REFERENCES rounds (number),
+        agent_id TEXT NOT NULL REFERENCES agents (agent_id),
+        selection TEXT NOT NULL CHECK (selection IN ('drawn', 'not_ready')),
+        PRIMARY KEY (round, agent_id)
+    );
+    """,
 )
 
 
@@ -182,6 +190,16 @@ class RoundRow:
     retired: bool = False
     # True if the shards of the round have been given up.
     without_data: bool = False
+
+
+@dataclass(frozen=True)
+class SelectionRow:
+    """Who was drawn for a round, and who was passed over, as it is on record."""
+
+    # The ids of the agents that were drawn; empty: no sample was drawn.
+    drawn: frozenset[str] = frozenset()
+    # The ids of the agents that were connected, and not ready.
+    not_ready: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)

@@ -22,18 +22,22 @@ class Presence:
         self._num_connections: Counter[str] = Counter()
         # The agents with a connection, without those that were forgotten.
         self._here: set[str] = set()
+        # The agents among them that are not to be drawn.
+        self._not_ready: set[str] = set()
         # When agents that are not here have disconnected.
         self._last_seen = dict.fromkeys(expected, clock())
         self._dismissed: set[str] = set()
 
     @contextmanager
-    def watching(self, agent_id: str) -> Iterator[None]:
+    def watching(self, agent_id: str, *, is_ready: bool = True) -> Iterator[None]:
         """Count the agent as connected.
 
-        The agent may be counted twice, while an old connection has not ended yet.
+        The agent may be counted twice, while an old connection has not ended yet. The newest connection says
+        whether the agent is ready.
         """
         self._num_connections[agent_id] += 1
         self._here.add(agent_id)
+        (self._not_ready.discard if is_ready else self._not_ready.add)(agent_id)
         self._last_seen.pop(agent_id, None)
         try:
             yield
@@ -45,6 +49,7 @@ class Presence:
 
     def _leave(self, agent_id: str) -> None:
         """Expect the agent back, unless it was forgotten."""
+        self._not_ready.discard(agent_id)
         if agent_id in self._here:
             self._here.discard(agent_id)
             self._last_seen[agent_id] = self._clock()
@@ -56,12 +61,23 @@ class Presence:
     def forget(self, agent_id: str) -> None:
         """Cease to count and to expect the agent, even if it still has a connection that is about to end."""
         self._here.discard(agent_id)
+        self._not_ready.discard(agent_id)
         self._last_seen.pop(agent_id, None)
 
     @property
     def here(self) -> Set[str]:
         """Return the agents that are connected."""
         return self._here
+
+    @property
+    def not_ready(self) -> Set[str]:
+        """Return the agents that are connected, and not to be drawn."""
+        return self._not_ready
+
+    @property
+    def ready(self) -> Set[str]:
+        """Return the agents that are connected, and may be drawn."""
+        return self._here - self._not_ready
 
     @property
     def live(self) -> set[str]:

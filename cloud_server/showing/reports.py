@@ -12,7 +12,7 @@ import structlog
 
 from cloud_server.contribution import Decision
 from cloud_server.disk.failures import storage_errors, when_disk_allows
-from cloud_server.disk.tables import AgentRow, ReportRow, RoundRow
+from cloud_server.disk.tables import AgentRow, ReportRow, RoundRow, SelectionRow
 from cloud_server.jobs import Result, round_job
 from cloud_server.round import OVER
 from cloud_server.store import Store
@@ -126,6 +126,7 @@ class Reports:
             self._store.reports(number),
             self._store.agents(),
             self.result_of(number),
+            selection=self._store.selection(number),
             weights_bytes=weights.stat().st_size if weights else None,
         )
         write(report, self._store.state_dir.round(number), weights)
@@ -140,6 +141,7 @@ def build(
     members: Sequence[AgentRow],
     result: Result | None,
     *,
+    selection: SelectionRow,
     weights_bytes: int | None,
 ) -> dict[str, Any]:
     """Return the report of a round that has ended; what was not measured is absent."""
@@ -156,8 +158,10 @@ def build(
             if each.outcome is Outcome.REJECTED and each.why
         ],
         "late": [each.agent_id for each in decisions if each.outcome is Outcome.LATE],
-        "vanished": _vanished(row, decisions, members),
+        "vanished": _vanished(row, decisions, members, selection),
     }
+    chosen = {"drawn": sorted(selection.drawn), "not_ready": sorted(selection.not_ready)}
+    report |= {name: agent_ids for name, agent_ids in chosen.items() if selection.drawn or agent_ids}
     if row.failure:
         report["failure"] = row.failure
     seconds: dict[str, float] = {}
@@ -221,9 +225,17 @@ def _without_name(fields: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in fields.items() if name != "name"}
 
 
-def _vanished(row: RoundRow, decisions: Sequence[Decision], members: Sequence[AgentRow]) -> list[str]:
-    """Return the agents that had joined before the round closed, and of which it heard nothing."""
+def _vanished(
+    row: RoundRow, decisions: Sequence[Decision], members: Sequence[AgentRow], selection: SelectionRow
+) -> list[str]:
+    """Return the agents of which a round heard nothing, though they were drawn.
+
+    Without a sample these are the agents that had joined before the round closed, and were ready.
+    """
     heard = {each.agent_id for each in decisions}
+    if selection.drawn:
+        return sorted(selection.drawn - heard)
+    heard |= selection.not_ready
     closed_at = row.phase_times.get(Phase.AGGREGATING.value, math.inf)
     return sorted(
         member.agent_id for member in members if member.joined_at < closed_at and member.agent_id not in heard

@@ -201,12 +201,15 @@ class Standing:
         """Return the agents that have reported on the model of the current round."""
         return self._reported
 
-    async def watch(self, agent_id: str) -> AsyncIterator[RunState]:
+    async def watch(self, agent_id: str, *, is_ready: bool = True) -> AsyncIterator[RunState]:
         """Yield the state now, then after each change; slow readers skip states, never the latest.
 
         A change of counts or progress alone may come a little later, together with the next.
+
+        Args:
+            is_ready: True if the agent may be drawn for a round.
         """
-        with self._counted_as_watching(agent_id) as news:
+        with self._counted_as_watching(agent_id, is_ready=is_ready) as news:
             while True:
                 news.clear()
                 state = self.state_for(agent_id)
@@ -238,6 +241,7 @@ class Standing:
             max_contributions=self._round.policy.max_agents,
             counted_round=self._counted.get(agent_id or "", 0),
             left_out=left_out if left_out and left_out.round >= self._round.number - 1 else None,
+            selection=self._round.selection_of(agent_id) if agent_id else None,
         )
 
     async def status(self) -> dict[str, Any]:
@@ -263,7 +267,12 @@ class Standing:
             "progress": progress and {"done": progress.done, "total": progress.total, "loss": progress.loss},
             "agents": [
                 _agent_status(agent_id, slot, current, agent_id in here, reported.get(agent_id))
-                | {"audit": audits.get(agent_id), "upload_place": places.get(agent_id)}
+                | {
+                    "audit": audits.get(agent_id),
+                    "upload_place": places.get(agent_id),
+                    "selection": current.selection_of(agent_id),
+                    "is_ready": agent_id not in self._presence.not_ready,
+                }
                 for agent_id, slot in sorted(self._slots.items(), key=lambda item: item[1])
             ],
             "rounds": [
@@ -280,12 +289,12 @@ class Standing:
     # ------------------------------------------------------------------ small parts
 
     @contextmanager
-    def _counted_as_watching(self, agent_id: str) -> Iterator[asyncio.Event]:
+    def _counted_as_watching(self, agent_id: str, *, is_ready: bool) -> Iterator[asyncio.Event]:
         """Count the agent as connected, and return the event that is set when there is news for it."""
         news = asyncio.Event()
         self._watches[agent_id].add(news)
         try:
-            with self._presence.watching(agent_id):
+            with self._presence.watching(agent_id, is_ready=is_ready):
                 self._note_change()
                 yield news
         finally:

@@ -271,6 +271,29 @@ async def test_late_agents_are_reported_as_late_and_silent_ones_as_vanished(tmp_
         assert here.report()["vanished"] == ["silent"]
 
 
+async def test_agent_that_is_not_drawn_is_refused_until_the_one_that_is_drawn_is_forgotten(
+    tmp_path: Path,
+) -> None:
+    async with world(tmp_path, agents_per_round=1) as here, AsyncExitStack() as watches:
+        for name in ("a", "b"):
+            await here.desk.join(name)
+            watch = here.desk.watch(name)
+            watches.push_async_callback(watch.aclose)  # type: ignore[attr-defined]
+            await anext(watch)
+        await here.until(lambda: bool(here.ledger.round.drawn))
+        (drawn,) = here.ledger.round.drawn
+        (other,) = {"a", "b"} - {drawn}
+        with pytest.raises(InvalidError) as refused:
+            await here.contribute(other)
+        assert refused.value.reason is Reason.NOT_DRAWN
+        assert here.store.contributions(1) == []
+        ask_to_forget(here.store, drawn, time.time())
+        await here.until(lambda: here.ledger.round.drawn == {other})
+        assert await here.contribute(other) is Outcome.ACCEPTED
+        await here.until(lambda: here.standing.state_for().round == 2)
+        assert here.report()["drawn"] == [other]
+
+
 async def test_accepted_contribution_repeated_after_its_round_is_still_accepted(tmp_path: Path) -> None:
     async with world(tmp_path) as here:
         contribution = await here.contribution_of("a")

@@ -15,7 +15,7 @@ from cloud_server import store as store_module
 from cloud_server.commands import check
 from cloud_server.contribution import Contribution, Decision
 from cloud_server.disk.lock import InUseError
-from cloud_server.disk.tables import ReportRow
+from cloud_server.disk.tables import ReportRow, SelectionRow
 from cloud_server.jobs import JobDirectory
 from cloud_server.store import Store
 from cloud_server.upkeep import forgetting, forgotten, provenance
@@ -41,6 +41,7 @@ from tests.unit.test_retention import Killed, dying_at
 OTHER = "edge-2"
 SECRET = b"what only the other has"
 NOW = 100.0
+CHOSEN = {"drawn": [AGENT, OTHER], "not_ready": [OTHER]}
 
 
 def upload(store: Store, agent_id: str, content: bytes, kind: str) -> str:
@@ -78,6 +79,7 @@ def make(store: Store, state_dir: Path) -> None:
     assert store.join(OTHER, 0.6) == 2
     store.set_class_names(("cat", "dog"), OTHER)
     for number in (1, 2):
+        store.record_selection(number, SelectionRow(frozenset({AGENT}), frozenset({OTHER})))
         contribute(store, number)
         contribute_other(store, number, Outcome.ACCEPTED if number == 1 else Outcome.LATE)
         publish(store, state_dir, number)
@@ -85,7 +87,9 @@ def make(store: Store, state_dir: Path) -> None:
         path = state_dir / f"rounds/{number:04d}/report.json"
         report_json = json.loads(path.read_text("utf-8"))
         report_json |= {"agents": [{"agent_id": AGENT}, {"agent_id": OTHER}], "soup": [OTHER, AGENT]}
-        path.write_text(json.dumps(report_json | {"late": [OTHER], "rejected": [{"agent_id": OTHER}]}))
+        path.write_text(
+            json.dumps(report_json | {"late": [OTHER], "rejected": [{"agent_id": OTHER}]} | CHOSEN)
+        )
         store.open_round(number + 1, digest_of(model_of(number)), number + 1)
     contribute(store, 3)
     contribute_other(store, 3)
@@ -143,6 +147,7 @@ def test_nothing_of_a_forgotten_agent_is_left_and_all_of_the_others(store: Store
     report = json.loads((state_dir / "rounds/0001/report.json").read_text("utf-8"))
     assert report["agents"] == [{"agent_id": AGENT}]
     assert (report["soup"], report["late"], report["rejected"]) == ([AGENT], [], [])
+    assert (report["drawn"], report["not_ready"]) == ([AGENT], [])
 
 
 def test_the_models_that_had_used_its_data_are_told(store: Store, state_dir: Path) -> None:

@@ -14,10 +14,10 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from cloud_server.contribution import Contribution, Decision, Rejection
 from cloud_server.records import round_from
-from cloud_server.round import TRANSITIONS, Policy, Round
+from cloud_server.round import TRANSITIONS, Policy, Round, Sampling
 from cloud_server.store import Store
 from common.errors import ConflictError, InvalidError, Reason
-from common.run_state import Outcome, Phase
+from common.run_state import Outcome, Phase, Selection
 
 POLICY = Policy(min_agents=2, max_agents=3, deadline_seconds=60)
 OPENED_AT = 1_000.0
@@ -42,6 +42,93 @@ def round_of(*agent_ids: str, policy: Policy = POLICY, phase: Phase = Phase.COLL
         published_digest="f" * 64 if phase is Phase.PUBLISHED else None,
         failure="out of memory" if phase is Phase.FAILED else "",
     )
+
+
+# Samples
+
+FLEET = frozenset(f"edge-{number}" for number in range(20))
+SAMPLED = Policy(1, 2, deadline_seconds=60, sampling=Sampling(seed=0, size=3, min_connected=5))
+
+
+def sampled_round(*agent_ids: str) -> Round:
+    return round_of(*agent_ids, policy=SAMPLED)
+
+
+def test_nobody_is_drawn_before_enough_agents_are_ready():
+    few = frozenset(sorted(FLEET)[:4])
+    waiting = sampled_round()
+    assert waiting.draw(few, OPENED_AT + 29) is waiting
+    assert waiting.selection_of("edge-1") is Selection.PENDING
+    with pytest.raises(InvalidError, match="not drawn for round 1"):
+        waiting.contribute(contribution("edge-1"))
+    assert len(waiting.draw(FLEET, OPENED_AT).drawn) == 3
+    # After half the time to the deadline fewer are enough.
+    assert len(waiting.draw(few, OPENED_AT + 30).drawn) == 3
+    assert waiting.draw(frozenset(), OPENED_AT + 30) is waiting
+
+
+def test_sample_depends_on_seed_round_and_who_is_ready_alone():
+    drawn = sampled_round().draw(FLEET, OPENED_AT).drawn
+    assert drawn < FLEET
+    assert sampled_round().draw(frozenset(sorted(FLEET, reverse=True)), OPENED_AT + 5).drawn == drawn
+    assert replace(sampled_round(), number=2).draw(FLEET, OPENED_AT).drawn != drawn
+    other_seed = replace(SAMPLED, sampling=Sampling(1, 3, 5))
+    assert round_of(policy=other_seed).draw(FLEET, OPENED_AT).drawn != drawn
+
+
+def test_every_agent_is_drawn_equally_often():
+    rounds = [replace(sampled_round(), number=number).draw(FLEET, OPENED_AT) for number in range(1, 2001)]
+    times = [sum(agent_id in each.drawn for each in rounds) for agent_id in FLEET]
+    # 300 on average, with a standard deviation of 16.
+    assert all(240 < number < 360 for number in times)
+
+
+def test_those_that_are_not_drawn_do_not_contribute_and_those_that_are_do():
+    drawn = sampled_round().draw(FLEET, OPENED_AT)
+    first, second, third = sorted(drawn.drawn)
+    other = min(FLEET - drawn.drawn)
+    assert drawn.selection_of(other) is Selection.NOT_DRAWN
+    with pytest.raises(InvalidError) as refused:
+        drawn.contribute(contribution(other))
+    assert refused.value.reason is Reason.NOT_DRAWN
+    one, _ = drawn.contribute(contribution(first))
+    two, outcome = one.contribute(contribution(second))
+    assert outcome is Outcome.ACCEPTED
+    assert two.tick(IN_TIME).phase is Phase.AGGREGATING
+    assert two.contribute(contribution(third))[1] is Outcome.LATE
+
+
+def test_draw_that_is_large_enough_stands_until_the_deadline():
+    drawn = sampled_round().draw(FLEET, OPENED_AT)
+    assert drawn.draw(FLEET - drawn.drawn, IN_TIME) is drawn
+
+
+def test_after_the_deadline_others_are_drawn_in_the_place_of_those_that_are_gone():
+    drawn = sampled_round().draw(FLEET, OPENED_AT)
+    first, second, _ = sorted(drawn.drawn)
+    # One that is still there, and one that another takes the place of.
+    again = drawn.draw(FLEET - drawn.drawn | {first}, OVERDUE)
+    assert len(again.drawn - drawn.drawn) == 1
+    assert drawn.drawn < again.drawn
+    # A contribution counts, wherever its agent is; a refused one does not.
+    contributed, _ = drawn.contribute(contribution(second))
+    assert contributed.draw(FLEET - {second}, OVERDUE) is contributed
+    refused = contributed.reject(first, Reason.NON_FINITE, "NaN")
+    assert len(refused.draw(FLEET - drawn.drawn | {first}, OVERDUE).drawn) == 4
+
+
+def test_draw_that_is_too_small_is_filled_up_by_who_comes_later():
+    small = sampled_round().draw(frozenset({"edge-1"}), OPENED_AT + 30)
+    assert small.drawn == {"edge-1"}
+    full = small.draw(frozenset({"edge-1", "edge-2"}), OPENED_AT + 31)
+    assert full.drawn == {"edge-1", "edge-2"}
+    assert full.draw(FLEET, OPENED_AT + 32) is full
+
+
+def test_round_without_a_sample_takes_everyone():
+    anyone = round_of()
+    assert anyone.draw(FLEET, OVERDUE) is anyone
+    assert anyone.selection_of("edge-1") is None
 
 
 # Contributions
