@@ -60,7 +60,7 @@ class EdgeAgent:
         # this agent was shown not to be drawn for.
         self._shown_failure = 0
         self._shown_left_out = 0
-        self._shown_not_drawn = 0
+        self._shown_not_drawn = -1
 
     async def run(self) -> None:
         """Take part in every round until the server says that the run is over.
@@ -130,7 +130,7 @@ class EdgeAgent:
             self._disk.discard_residuals_but(self._disk.residual(0))
             await self._worker.run(self._disk.save, Progress(run_id=joined.run_id))
             self._disk.discard_all_but(())
-            self._shown_failure = self._shown_left_out = self._shown_not_drawn = 0
+            self._shown_failure = self._shown_left_out = self._shown_not_drawn = -1
         crash_point(Point.AGENT_JOINED)
         self._display.message(
             f"joined as {self._disk.agent_id}, slot {joined.slot}: {joined.run.model} on {joined.run.dataset}"
@@ -177,7 +177,11 @@ class EdgeAgent:
                 self._display.message(f"round {state.failed_round} failed: {state.failure}")
             if state.selection is Selection.NOT_DRAWN and state.round > self._shown_not_drawn:
                 self._shown_not_drawn = state.round
-                self._display.message(f"not drawn for round {state.round}: waiting for the model")
+                self._display.message(
+                    f"not drawn for round {state.round}: waiting for the model"
+                    if state.round
+                    else "not drawn for the warm-up: waiting for round 1"
+                )
             if state.left_out and state.left_out.round > self._shown_left_out:
                 self._shown_left_out = number = state.left_out.round
                 self._display.message(f"round {number}: contribution left out: {state.left_out.message}")

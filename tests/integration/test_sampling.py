@@ -231,3 +231,15 @@ def test_command_that_cannot_be_run_is_one_line(cluster: Cluster) -> None:
         assert agent.wait() == 2
         assert f"{program} is no program that can be run" in agent.output
         assert len(agent.output.splitlines()) == 1
+
+
+def test_warm_up_draws_its_own_sample(cluster: Cluster) -> None:
+    outputs = run(cluster, "--agents-per-round", 2, "--rounds", 1, "--set", "run.warm_up_epochs=1")
+    for number in (0, 1):
+        report = cluster.report(number)
+        assert report["outcome"] == "published"
+        assert contributors(cluster, number) == report["drawn"]
+        assert len(report["drawn"]) == 2
+    for name, output in zip(AGENTS, outputs, strict=True):
+        is_told = "not drawn for the warm-up: waiting for round 1" in output
+        assert is_told == (name not in cluster.report(0)["drawn"])
