@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.transforms.v2 import functional as v2
 
 from common import training
@@ -510,6 +511,60 @@ def test_statistics_stay_where_there_is_nothing_to_recompute() -> None:
     before = {name: tensor.clone() for name, tensor in one.state_dict().items()}
     recompute_statistics(one, images[:1], spec=SPEC, device=CPU, seed=0)
     assert all(torch.equal(tensor, before[name]) for name, tensor in one.state_dict().items())
+
+
+class FarDevice(TorchDispatchMode):
+    """A device that has shapes but no numbers, and the count of how often the host waited for one.
+
+    PyTorch's "meta" device refuses to give numbers, and with this mode it gives zeros.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_waits = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = kwargs or {}
+        if args and isinstance(args[0], Tensor) and args[0].is_meta:
+            if func is torch.ops.aten._local_scalar_dense.default:
+                self.num_waits += 1
+                return 1
+            if func is torch.ops.aten._to_copy.default and given.get("device") == CPU:
+                self.num_waits += 1
+                return torch.zeros(args[0].shape, dtype=given.get("dtype") or args[0].dtype)
+        if func is torch.ops.aten.copy_.default and args[1].is_meta and not args[0].is_meta:
+            self.num_waits += 1
+            return args[0]
+        return func(*args, **given)
+
+
+@pytest.fixture
+def far(monkeypatch: pytest.MonkeyPatch) -> torch.device:
+    monkeypatch.setattr("common.batches._fits", lambda tensors, device: True)
+    return torch.device("meta")
+
+
+@pytest.mark.parametrize(("num_batches", "num_waits"), [(1, 1), (16, 1), (17, 2), (50, 4)])
+def test_evaluation_waits_for_the_device_once_in_sixteen_batches(
+    far: torch.device, num_batches: int, num_waits: int
+) -> None:
+    images, labels = make_data(2 * num_batches)
+    with FarDevice() as mode:
+        evaluate(make_normalised_model(), images, labels, spec=SPEC, device=far, batch_size=2)
+    assert mode.num_waits == num_waits
+
+
+@pytest.mark.parametrize("num_batches", [1, 50])
+def test_recomputing_statistics_waits_for_the_device_once_for_each_layer(
+    far: torch.device, num_batches: int
+) -> None:
+    model = make_normalised_model()
+    with FarDevice() as mode:
+        images, _ = make_data(3 * num_batches)
+        recompute_statistics(model, images, spec=SPEC, device=far, seed=0, batch_size=3)
+    # The model has two layers of BatchNorm, and its counts are on the device again.
+    assert mode.num_waits == 2
+    assert {buffer.device for buffer in model.buffers()} == {far}
 
 
 def test_model_that_fails_in_evaluation_is_back_in_its_mode() -> None:
