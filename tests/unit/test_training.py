@@ -659,6 +659,83 @@ def test_ranks_share_other_buffers() -> None:
     assert training._has_shared_buffers(model)
 
 
+class HalvedNorm(nn.BatchNorm2d):
+    """A BatchNorm that normalises each of two ranks' parts by itself, and counts only the first."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second = x[: len(x) // 2], x[len(x) // 2 :]
+        return torch.cat(
+            [super().forward(first), F.batch_norm(second, None, None, self.weight, self.bias, training=True)]
+        )
+
+
+def make_deep_model(kind: str) -> nn.Module:
+    """Return a model with a norm that is "none", "whole", or "halved"."""
+    torch.manual_seed(0)
+    norm = {"none": lambda _: nn.Identity(), "whole": nn.BatchNorm2d, "halved": HalvedNorm}[kind]
+    # The gradient of a bias before a BatchNorm is a rounding error, of which Adam would make a full step.
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, bias=False), norm(8), nn.ReLU(), nn.Conv2d(8, 8, 3, bias=False), norm(8),
+        nn.ReLU(), nn.Flatten(), nn.Linear(128, 3),
+    )  # fmt: skip
+
+
+DEEP_SCRIPT = """
+import sys
+from pathlib import Path
+import torch
+from common.training import Ranks
+from common.weights import write_state_dict
+from tests.unit.test_training import DEEP_KINDS, train_deep
+
+rank, folder = int(sys.argv[1]), Path(sys.argv[2])
+torch.distributed.init_process_group(
+    "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2
+)
+for kind, optimizer in DEEP_KINDS:
+    model = train_deep(kind, optimizer, Ranks(rank, 2))
+    write_state_dict(model.state_dict(), folder / f"{kind}-{optimizer}-{rank}")
+torch.distributed.destroy_process_group()
+"""
+
+DEEP_KINDS = [(kind, optimizer) for kind in ("none", "whole") for optimizer in ("sgd", "adamw")]
+# So far apart, relatively and absolutely, numbers may be after 20 steps because of rounding.
+RTOL, ATOL = 1e-5, 1e-6
+
+
+def train_deep(kind: str, optimizer: Any, ranks: training.Ranks = training.ALONE) -> nn.Module:
+    model = make_deep_model(kind)
+    augment = ("random_crop", "horizontal_flip")
+    config = TrainingConfig(
+        epochs=4, batch_size=10, optimizer=optimizer, learning_rate=0.01, augment=augment, label_smoothing=0.1
+    )
+    recipe = Recipe(config, SPEC, 3, "float32")
+    train(model, Examples(*make_data(45)), recipe, device=CPU, ranks=ranks)
+    return model
+
+
+def are_close(found: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
+    return all(torch.allclose(found[name], expected[name], rtol=RTOL, atol=ATOL) for name in expected)
+
+
+def test_two_ranks_equal_one_but_for_the_statistics_of_their_batches(tmp_path: Path) -> None:
+    processes = [
+        subprocess.Popen([sys.executable, "-c", DEEP_SCRIPT, str(rank), str(tmp_path)], cwd=ROOT)
+        for rank in range(2)
+    ]
+    assert [process.wait(100) for process in processes] == [0, 0]
+    for kind, optimizer in DEEP_KINDS:
+        first, second = (read_state_dict(tmp_path / f"{kind}-{optimizer}-{rank}") for rank in range(2))
+        different = [name for name in first if not torch.equal(first[name], second[name])]
+        assert different == [name for name in first if "running" in name]
+        alone = train_deep(kind, optimizer).state_dict()
+        # Without BatchNorm it does not matter how many ranks there are.
+        assert are_close(first, alone) == (kind == "none")
+        if kind == "whole":
+            # BatchNorm takes mean and variance of a rank's part of the batch, and that is all that differs.
+            assert are_close(first, train_deep("halved", optimizer).state_dict())
+
+
 RANK_SCRIPT = """
 import sys
 from pathlib import Path
