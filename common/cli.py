@@ -19,7 +19,7 @@ from pydantic.fields import FieldInfo
 
 from common import streams
 from common.config import ProcessConfig, deep_merge, load
-from common.errors import ECAvgError, RunError, UsageError, one_line
+from common.errors import ECAvgError, RunError, UsageError, is_out_of_memory, one_line
 
 Config = TypeVar("Config", bound=ProcessConfig)
 
@@ -239,7 +239,7 @@ def _describe(error: Exception) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, OSError):
         return text
-    if isinstance(error, MemoryError):
+    if is_out_of_memory(error):
         return "there is no memory left: end other programs, or use a smaller model or batch"
     if isinstance(error, ImportError):
         return (

@@ -224,3 +224,13 @@ class UnavailableError(Refusal):
     """An error for a server that is starting, stopping or out of reach."""
 
     default_reason = Reason.UNAVAILABLE
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return True if the memory of the machine or of its GPU was not enough.
+
+    PyTorch and the libraries below it raise a RuntimeError, and each of them has words of its own.
+    """
+    words = ("out of memory", "can't allocate memory", "not enough memory", "_ALLOC_FAILED")
+    is_said = isinstance(error, RuntimeError) and any(each in str(error) for each in words)
+    return is_said or isinstance(error, MemoryError)

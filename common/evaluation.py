@@ -34,7 +34,7 @@ class Evaluation(NamedTuple):
 
 def evaluate(
     model: nn.Module,
-    images: Tensor,
+    images: Tensor | DeviceData,
     labels: Tensor,
     *,
     spec: DatasetSpec,
@@ -44,7 +44,7 @@ def evaluate(
     """Measure the model in evaluation mode and float32; it is left on `device`, in the mode it was in.
 
     Args:
-        images: uint8 [N, C, H, W], N of at least 1.
+        images: uint8 [N, C, H, W], N of at least 1; as `DeviceData`, they are not moved to the device again.
         labels: int64 [N].
     """
     logits_NK = predict(model, images, spec=spec, device=device, batch_size=batch_size)
@@ -61,21 +61,26 @@ def evaluate(
 # This is not inference_mode, whose tensors cannot be trained with afterwards.
 @torch.no_grad()
 def predict(
-    model: nn.Module, images: Tensor, *, spec: DatasetSpec, device: torch.device, batch_size: int = 512
+    model: nn.Module,
+    images: Tensor | DeviceData,
+    *,
+    spec: DatasetSpec,
+    device: torch.device,
+    batch_size: int = 512,
 ) -> Tensor:
     """Return the logits, float32 [N, K] on the CPU, in evaluation mode; the model is left as by `evaluate`.
 
     Args:
-        images: uint8 [N, C, H, W], N of at least 1.
+        images: as in `evaluate`.
     """
-    data = DeviceData(images, spec, device)
+    data = _moved(images, spec, device)
     memory_format = place(model, device)
     logits: list[Tensor] = []
     waiting: list[Tensor] = []
     parts = [slice(begin, begin + batch_size) for begin in range(0, len(data), batch_size)]
     with _evaluation_mode(model), closing(data.rows(parts)) as batches:
-        for number, (images,) in enumerate(batches, 1):
-            x_BCHW = data.normalise(images)
+        for number, (some,) in enumerate(batches, 1):
+            x_BCHW = data.normalise(some)
             outputs = model(x_BCHW.contiguous(memory_format=memory_format))
             waiting.append(main_output(outputs).float())
             if number % NUM_FETCHED == 0 or number == len(parts):
@@ -87,7 +92,7 @@ def predict(
 @torch.no_grad()
 def recompute_statistics(
     model: nn.Module,
-    images: Tensor,
+    images: Tensor | DeviceData,
     *,
     spec: DatasetSpec,
     device: torch.device,
@@ -102,7 +107,7 @@ def recompute_statistics(
     left on `device`, in the mode it was in.
 
     Args:
-        images: uint8 [N, C, H, W].
+        images: uint8 [N, C, H, W]; as `DeviceData`, they are not moved to the device again.
         seed: of the batches. They mix images from everywhere: in the order of the agents, each batch
             would miss the variance that is between agents.
         batch_size: at most, where it is 3 or more.
@@ -110,11 +115,11 @@ def recompute_statistics(
     norms = [norm for norm in batch_norms(model) if norm.track_running_stats]
     if not norms or len(images) < 2:
         return
-    data = DeviceData(images, spec, device)
+    data = _moved(images, spec, device)
     memory_format = place(model, device)
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed)).to(data.home)
+    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed)).to(data.home)
     # Of nearly equal size: each batch counts alike in the mean. One image alone may have no variance.
-    num_batches = min(math.ceil(len(images) / batch_size), len(images) // 2)
+    num_batches = min(math.ceil(len(data) / batch_size), len(data) // 2)
     parts = order.tensor_split(num_batches)
     with _evaluation_mode(model), _cumulative_mean(norms), closing(data.rows(parts)) as batches:
         for (some,) in batches:
@@ -156,17 +161,28 @@ def _evaluation_mode(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def _cumulative_mean(norms: Sequence[_BatchNorm]) -> Iterator[None]:
     """Forget the running statistics; meanwhile, they become the mean over the batches that are shown."""
-    momenta = [norm.momentum for norm in norms]
+    before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
     for norm in norms:
         norm.reset_running_stats()
         norm.train()
         # With None, each batch counts alike.
         norm.momentum = None
+        # A layer reads its count in each batch. On the device each reading would wait for all work there.
+        if norm.num_batches_tracked is not None:
+            norm.num_batches_tracked = norm.num_batches_tracked.cpu()
     try:
         yield
     finally:
-        for norm, momentum in zip(norms, momenta, strict=True):
+        for norm, (momentum, count) in zip(norms, before, strict=True):
             norm.momentum = momentum
+            if count is not None and norm.num_batches_tracked is not None:
+                count.copy_(norm.num_batches_tracked)
+            norm.num_batches_tracked = count
+
+
+def _moved(images: Tensor | DeviceData, spec: DatasetSpec, device: torch.device) -> DeviceData:
+    """Return the images on the device."""
+    return images if isinstance(images, DeviceData) else DeviceData(images, spec, device)
 
 
 def batch_norms(model: nn.Module) -> list[_BatchNorm]:

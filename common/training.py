@@ -25,7 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 from common.batches import Batch, DeviceData, batch_bounds, draw_epoch
 from common.checkpoint import CHECKPOINT_SECONDS, Checkpoints, Finished, fingerprint
 from common.config import DatasetSpec, TrainingConfig
-from common.errors import DivergedError
+from common.errors import DivergedError, is_out_of_memory
 from common.evaluation import batch_norms, main_output, place
 from common.graphs import MIN_STEPS, Recorder, ReplayedSteps, Step, recorder_for
 from common.precision import Precision, decide, describe, has_bfloat16
@@ -143,12 +143,18 @@ def can_train_in_bfloat16(
     """Return True if a training step with a few of the examples works in bfloat16; the model is not changed.
 
     Some operations, such as Fourier transforms, have no bfloat16. A model that cannot be copied is not tried.
+
+    Raises:
+        RuntimeError: there is not enough memory.
     """
     data = DeviceData(examples.images[:2], spec, device, [examples.labels[:2]])
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         try:
             _rehearsal(model, data, config, spec, "bfloat16")()
         except (RuntimeError, _NoCopyError) as error:
+            if is_out_of_memory(error):
+                # This says nothing of bfloat16, and with memory the training would have other bits.
+                raise
             log.warning("bfloat16_failed", reason=str(error).partition("\n")[0])
             return False
     return True

@@ -99,10 +99,20 @@ class BitFlipper:
 class Failing:
     """A recorder that takes some steps and then fails, while recording or at the replay."""
 
-    def __init__(self, num_steps: int, *, at_replay: bool = False) -> None:
+    def __init__(
+        self,
+        num_steps: int,
+        *,
+        at_replay: bool = False,
+        error: type[Exception] = ValueError,
+        text: str = "this GPU has no graphs\nand more",
+    ) -> None:
         self._num_steps, self._at_replay = num_steps, at_replay
+        self._error, self._text = error, text
+        self.num_asked = 0
 
     def record(self, step: Call) -> Call:
+        self.num_asked += 1
         if self._at_replay:
             return lambda: self._fail(step)
         return self._fail(step)
@@ -110,4 +120,4 @@ class Failing:
     def _fail(self, step: Call) -> Call:
         for _ in range(self._num_steps):
             step()
-        raise ValueError("this GPU has no graphs\nand more")
+        raise self._error(self._text)

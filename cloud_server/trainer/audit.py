@@ -36,6 +36,7 @@ from cloud_server.contribution import Contribution
 from cloud_server.jobs import Flag
 from cloud_server.state_dir import blob_path
 from cloud_server.trainer.members import Member
+from common.batches import DeviceData
 from common.config import RunConfig
 from common.evaluation import predict
 from common.seeds import derive_seed
@@ -213,9 +214,10 @@ def _predictions(
 ) -> npt.NDArray[np.float32]:
     """Return each agent's predictions for the images: [K, N, C], distributions over the classes."""
     p_KNC = np.empty((len(weights_paths), len(images), run.spec.num_classes), np.float32)
+    data = DeviceData(images, run.spec, device)
     for path, p_NC in zip(weights_paths, p_KNC, strict=True):
         load_into(model, path)
-        p_NC[:] = predict(model, images, spec=run.spec, device=device).softmax(1).numpy()
+        p_NC[:] = predict(model, data, spec=run.spec, device=device).softmax(1).numpy()
         # Weights that are too large to compute with give predictions that are not finite.
         p_NC[~np.isfinite(p_NC).all(1)] = 1 / run.spec.num_classes
     return p_KNC

@@ -14,9 +14,9 @@ No agent has trained on the held-out data, see common/shards.py.
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import structlog
 import torch
@@ -26,14 +26,23 @@ from cloud_server.trainer.aggregation import aggregate
 from cloud_server.trainer.alignment import align_all
 from cloud_server.trainer.finetune import CombinedData
 from cloud_server.trainer.members import Member
-from cloud_server.trainer.permutations import NotTraceable, apply, permutation_groups
+from cloud_server.trainer.permutations import (
+    NotTraceable,
+    PermutationGroup,
+    apply,
+    permutation_groups,
+)
+from common.batches import DeviceData
 from common.config import RunConfig
-from common.evaluation import Evaluation, evaluate, recompute_statistics
+from common.evaluation import Evaluation, batch_norms, evaluate, recompute_statistics
 from common.seeds import derive_seed
 from common.weights import StateDict, copy_into, load_into, read_state_dict, write_state_dict
 
 # A callback that gets the number of tensors that are done, and the number of all tensors.
 OnTensor = Callable[[int, int], None]
+
+# The candidates' weights: the aggregator, and the files that are aggregated.
+Key = tuple[str, tuple[Path, ...]]
 
 log = structlog.get_logger()
 
@@ -86,7 +95,11 @@ class Selection:
         self._device = device
         self._scratch = scratch
         self._on_tensor = on_tensor
-        self._measured: dict[tuple[str, tuple[Path, ...]], Evaluation | None] = {}
+        self._measured: dict[Key, Evaluation | None] = {}
+        # The aggregate that was last loaded into the model, and the versions of the model's tensors then.
+        self._filled: tuple[Key, list[tuple[int, int]]] | None = None
+        # The images that are on the device while candidates are made, by the name of their part of the data.
+        self._moved: dict[str, DeviceData] = {}
 
     def run(self, on_progress: Callable[[int, int], None] = lambda *_: None) -> None:
         """Make and measure all candidates; without held-out data, the first that can be made is the best.
@@ -112,6 +125,8 @@ class Selection:
         # None of the candidates could be made, for example because the model cannot be aligned.
         if self.best is None:
             self._make_average()
+        # The fine-tune needs the memory.
+        self._moved.clear()
 
     def offer(self, name: str) -> Evaluation | None:
         """Measure the model as it is, and keep it if it is the best so far, or if there is no data."""
@@ -124,7 +139,8 @@ class Selection:
         """Evaluate the model as it is on held-out data; return None if there is no such data."""
         if not len(self._data.held_out.labels):
             return None
-        return evaluate(self._model, *self._data.held_out, spec=self._run.spec, device=self._device)
+        images, labels = self._on_device("held_out"), self._data.held_out.labels
+        return evaluate(self._model, images, labels, spec=self._run.spec, device=self._device)
 
     def take_best(self) -> Best:
         """Return the best model so far, and load its weights into the model."""
@@ -180,7 +196,7 @@ class Selection:
         if len(self._members) < 2:
             return None
         try:
-            groups = permutation_groups(self._model, self._run.spec.image_shape)
+            groups = _groups_of(self._model, self._run.spec.image_shape)
         except NotTraceable as error:
             log.warning("averaged_without_alignment", model=self._run.model, reason=str(error))
             return None
@@ -231,6 +247,14 @@ class Selection:
 
     def _fill(self, members: Sequence[Member], aggregator: str) -> None:
         """Load the aggregate of the members into the model; a single member's weights stay as they are."""
+        key = _key(members, aggregator)
+        if self._filled == (key, self._versions()):
+            return
+        self._load(members, aggregator)
+        self._filled = key, self._versions()
+
+    def _load(self, members: Sequence[Member], aggregator: str) -> None:
+        """Do what `_fill` says, whatever the model holds."""
         if len(members) == 1:
             load_into(self._model, members[0].weights_path)
             return
@@ -244,14 +268,26 @@ class Selection:
             on_tensor=self._on_tensor,
         )
         copy_into(self._model, state_dict)
-        if self._run.recompute_statistics:
+        if self._run.recompute_statistics and batch_norms(self._model):
             recompute_statistics(
                 self._model,
-                self._data.train.images,
+                self._on_device("train"),
                 spec=self._run.spec,
                 device=self._device,
                 seed=derive_seed(self._run.seed, "statistics"),
             )
+
+    def _versions(self) -> list[tuple[int, int]]:
+        """Return numbers that change when a tensor of the model is replaced or written to."""
+        tensors = self._model.state_dict(keep_vars=True).values()
+        return [(id(tensor), tensor._version) for tensor in tensors]
+
+    def _on_device(self, part: Literal["train", "held_out"]) -> DeviceData:
+        """Return the images of a part of the data, which are moved to the device when they are first used."""
+        if part not in self._moved:
+            images = getattr(self._data, part).images
+            self._moved[part] = DeviceData(images, self._run.spec, self._device)
+        return self._moved[part]
 
     def _is_best(self, evaluation: Evaluation | None) -> bool:
         """Return True if a model with this evaluation is better than the best model so far."""
@@ -276,12 +312,18 @@ class Selection:
             self.accuracies[name] = evaluation.accuracy
 
 
+@lru_cache(maxsize=1)
+def _groups_of(model: nn.Module, image_shape: Sequence[int]) -> list[PermutationGroup]:
+    """Return the permutation groups of the network, which are found once for all rounds."""
+    return permutation_groups(model, image_shape)
+
+
 def _rank(evaluation: Evaluation) -> tuple[float, float]:
     """Return the rank of an evaluation, where more is better; the loss decides between equal accuracies."""
     return evaluation.accuracy, -evaluation.loss
 
 
-def _key(members: Sequence[Member], aggregator: str) -> tuple[str, tuple[Path, ...]]:
+def _key(members: Sequence[Member], aggregator: str) -> Key:
     """Return a key for the aggregate of the members; for a single member, the aggregator does not matter."""
     paths = tuple(sorted(member.weights_path for member in members))
     return ("" if len(paths) == 1 else aggregator), paths

@@ -13,7 +13,7 @@ from cloud_server.trainer.initial import initial_model
 from cloud_server.trainer.output import num_parameters, write_model
 from cloud_server.trainer.pipeline import RoundPipeline
 from cloud_server.trainer.warm_up import WarmUp
-from common.errors import ECAvgError, UsageError
+from common.errors import ECAvgError, UsageError, is_out_of_memory
 from common.faults import Point, crash_point
 from common.files import error_number, is_full
 from common.rehearsal import rehearse
@@ -93,7 +93,7 @@ def _describe(error: Exception) -> JobError:
     text = str(error).partition("\n")[0]
     if isinstance(error, UsageError):
         return JobError(kind="usage", message=text)
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in text:
+    if is_out_of_memory(error):
         return JobError(kind="out_of_memory", message=f"training ran out of memory: {text}")
     if is_full(error) or error_number(error) == errno.EROFS:
         return JobError(kind="storage", message=f"the server's disk takes no data: {text}")

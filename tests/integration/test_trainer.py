@@ -26,6 +26,8 @@ from cloud_server.trainer import pipeline, work
 from cloud_server.trainer.aggregation import mean
 from cloud_server.trainer.finetune import CombinedData, combine
 from cloud_server.trainer.group import Group
+from cloud_server.training import runner
+from common import training
 from common.config import FineTuneConfig, RunConfig
 from common.errors import Reason
 from common.evaluation import evaluate
@@ -39,6 +41,7 @@ from common.weights import read_state_dict, write_state_dict
 from common.wire import Base, decode, encode, encoding_of
 from tests.processes import ROOT, WAIT_SECONDS, until
 from tests.recipes import recipe_of
+from tests.tapes import Failing
 
 RUN = RunConfig(hidden_units=32, fine_tune=FineTuneConfig(epochs=3, batch_size=64, learning_rate=0.05))
 ENDLESS = RUN.model_copy(update={"fine_tune": RUN.fine_tune.model_copy(update={"epochs": 100_000})})
@@ -238,6 +241,8 @@ class Full(Exception): ...
     [
         (torch.OutOfMemoryError("CUDA out of memory"), "out_of_memory", "out of memory"),
         (MemoryError(), "out_of_memory", "out of memory"),
+        (RuntimeError("CUDA error: out of memory\nmore"), "out_of_memory", "CUDA error: out of memory"),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when"), "out_of_memory", "CUBLAS_STATUS"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "out_of_memory", "can't allocate"),
         (Full("first line\nsecond line"), "failed", "Full: first line; see trainer.log"),
     ],
@@ -253,6 +258,33 @@ def test_what_goes_wrong_is_the_result(do, monkeypatch, error, kind, message):
     assert message in result.error.message
     assert "\n" not in result.error.message
     assert not directory.weights_path.exists()
+
+
+def test_round_whose_graph_takes_the_last_memory_is_done_with_half_the_batch_and_no_graph(
+    do, contributions, monkeypatch
+):
+    recorder = Failing(0, error=torch.OutOfMemoryError, text="CUDA out of memory")
+    take = training._Step.take
+
+    def take_or_fail(step, batch, batch_size):
+        # There is no memory for a full batch any more, and enough for half of one.
+        if recorder.num_asked and batch_size > 32:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        take(step, batch, batch_size)
+
+    monkeypatch.setattr(training, "MIN_STEPS", 1)
+    monkeypatch.setattr(training, "recorder_for", lambda device: recorder)
+    monkeypatch.setattr(training._Step, "take", take_or_fail)
+    first = job(contributions)
+    result, _ = do(run=first.run)
+    assert result.error.kind == "out_of_memory"
+    second = runner._next_attempt(first, result.error)
+    assert (second.attempt, second.run.fine_tune.batch_size) == (2, 32)
+    result, _ = do(name="again", attempt=second.attempt, run=second.run)
+    assert result.error is None
+    assert result.accuracy_fine_tuned > 0.5
+    # The second attempt did not even try to record.
+    assert recorder.num_asked == 1
 
 
 @pytest.mark.parametrize(

@@ -39,6 +39,10 @@ def raising(error: Exception) -> Callable[[], int]:
             "edge-agent: there is no memory left: end other programs, or use a smaller model or batch",
         ),
         (
+            RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB.\nSee the documentation"), 1,
+            "edge-agent: there is no memory left: end other programs, or use a smaller model or batch",
+        ),
+        (
             ImportError("libgomp.so.1: cannot open"), 1,
             "edge-agent: a library cannot be loaded (libgomp.so.1: cannot open): give it more memory, or"
             " install this program again",

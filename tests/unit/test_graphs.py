@@ -182,6 +182,67 @@ def test_failure_while_recording_leaves_an_ordinary_training(recorder: Failing, 
     assert found.said == ["ValueError: this GPU has no graphs"]
 
 
+NO_MEMORY = "CUDA out of memory. Tried to allocate 2.00 GiB."
+
+
+def without_memory(num_steps: int = 0, *, at_replay: bool = False) -> Failing:
+    """Return a recorder that runs out of memory after some steps."""
+    return Failing(num_steps, at_replay=at_replay, error=torch.OutOfMemoryError, text=NO_MEMORY)
+
+
+@pytest.mark.parametrize("at_replay", [False, True])
+@pytest.mark.parametrize("num_steps", [0, 2])
+def test_lack_of_memory_for_a_graph_leaves_an_ordinary_training(num_steps: int, at_replay: bool) -> None:
+    found = Trained(make_model(), without_memory(num_steps, at_replay=at_replay))
+    assert_same(found, Trained(make_model(), None))
+    assert found.said == [f"OutOfMemoryError: {NO_MEMORY}"]
+
+
+@pytest.mark.parametrize("num_good", [0, 1])
+def test_lack_of_memory_for_the_comparison_leaves_an_ordinary_training(
+    num_good: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected, copy, num_copies = Trained(make_model(), None), graphs._State.now, 0
+
+    def copy_or_fail(state: Any) -> Any:
+        nonlocal num_copies
+        num_copies += 1
+        if num_copies > num_good:
+            raise torch.OutOfMemoryError(NO_MEMORY)
+        return copy(state)
+
+    monkeypatch.setattr(graphs._State, "now", copy_or_fail)
+    found = Trained(make_model(), Caller())
+    assert_same(found, expected)
+    assert found.said == [f"OutOfMemoryError: {NO_MEMORY}"]
+
+
+def test_lack_of_memory_in_a_usual_step_as_well_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    recorder, take = without_memory(), training._Step.take
+
+    def take_or_fail(step: Any, batch: Any, batch_size: int) -> None:
+        if recorder.num_asked:
+            raise torch.OutOfMemoryError(NO_MEMORY)
+        take(step, batch, batch_size)
+
+    monkeypatch.setattr(training._Step, "take", take_or_fail)
+    with pytest.raises(torch.OutOfMemoryError):
+        Trained(make_model(), recorder)
+
+
+def test_lack_of_memory_while_cuda_records_leaves_the_random_state(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = FakeCuda(monkeypatch, error_at_the_end=RuntimeError("a previous error during capture"))
+
+    def step() -> None:
+        cuda.events.append("step")
+        if ("begin", "thread_local") in cuda.events:
+            raise torch.OutOfMemoryError(NO_MEMORY)
+
+    with pytest.raises(graphs.RecordingError, match=f"OutOfMemoryError: {NO_MEMORY}"):
+        graphs.CudaRecorder(torch.device("cuda:1")).record(step)
+    assert cuda.random_state == "usual"
+
+
 @pytest.mark.parametrize("name", ["0.weight", "1.running_mean", "1.num_batches_tracked"])
 def test_replay_that_differs_in_one_bit_is_not_used(name: str) -> None:
     model = make_model()

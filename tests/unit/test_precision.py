@@ -178,6 +178,15 @@ def test_model_that_cannot_take_a_step_in_bfloat16_is_found_out(name: str, *, ca
     assert are_equal(before, model.state_dict())
 
 
+def test_lack_of_memory_says_nothing_of_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(training._Step, "take", fail)
+    with pytest.raises(torch.OutOfMemoryError):
+        training.can_train_in_bfloat16(*odd_model("linear"), CPU)
+
+
 @pytest.mark.usefixtures("measured")
 @pytest.mark.parametrize("name", ["full_precision", "scripted"])
 def test_such_a_model_is_trained_in_float32(tmp_path: Path, name: str) -> None:

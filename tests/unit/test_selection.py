@@ -10,10 +10,13 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 from cloud_server.contribution import Contribution
+from cloud_server.trainer import selection as selection_module
 from cloud_server.trainer.finetune import CombinedData
 from cloud_server.trainer.members import Member
 from cloud_server.trainer.permutations import apply, permutation_groups
 from cloud_server.trainer.selection import Selection
+from common import evaluation as evaluation_module
+from common.batches import DeviceData
 from common.config import CANDIDATES, RunConfig
 from common.evaluation import evaluate
 from common.models import build_model
@@ -263,3 +266,79 @@ def test_the_same_selection_gives_the_same_bits(tmp_path, trained, data):
 
 def read_state_dict_of(model: nn.Module) -> dict:
     return {name: tensor.detach() for name, tensor in model.state_dict().items()}
+
+
+@pytest.fixture
+def count(monkeypatch):
+    """Return a function that counts the calls of a function or class that the module under test uses."""
+
+    def count(module, name: str) -> list:
+        calls, real = [], getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *args, **more: calls.append(name) or real(*args, **more))
+        return calls
+
+    return count
+
+
+@pytest.fixture
+def convolutions(trained) -> list[nn.Module]:
+    """Return two models that make a good soup, and one between them that would spoil it."""
+    torch.manual_seed(3)
+    start = ConvNet().state_dict()
+    models = [ConvNet() for _ in range(3)]
+    for model in models:
+        model.load_state_dict(start)
+    for model, begin in ((models[0], 0), (models[2], 700)):
+        trained(1, begin, begin + 700, model)
+    nn.init.normal_(models[1][4].weight)
+    return models
+
+
+def test_images_are_moved_to_the_device_once_for_all_candidates(selected, convolutions, count):
+    moves, uses = count(DeviceData, "__init__"), count(evaluation_module, "_moved")
+    selection = selected(*convolutions, structure=ConvNet())
+    # The images to measure on and those for the statistics, for all candidates together.
+    assert len(moves) == 2
+    assert len(uses) > 6
+    # Their memory is free for the fine-tune.
+    assert selection._moved == {}
+    assert selection.offer("fine_tuned")
+
+
+def test_soup_that_is_still_in_the_model_is_not_made_again(selected, convolutions, count):
+    made, recomputed = count(selection_module, "aggregate"), count(selection_module, "recompute_statistics")
+    run = RUN.model_copy(update={"candidates": ("aligned", "greedy_soup")})
+    found = selected(*convolutions, structure=ConvNet(), run=run)
+    assert set(found.soup) == {"a", "c"}
+    # One mean of all three, and one of the soup.
+    assert (len(made), len(recomputed)) == (2, 2)
+    assert found.take_best().name == "greedy_soup"
+    # Without the other candidate, the mean of all three is made after the soup, so the soup is made again.
+    made.clear()
+    alone = selected(
+        *convolutions, structure=ConvNet(), run=RUN.model_copy(update={"candidates": ("greedy_soup",)})
+    )
+    assert len(made) == 3
+    expected = alone.take_best().state_dict
+    assert all(torch.equal(tensor, expected[key]) for key, tensor in found.take_best().state_dict.items())
+
+
+def test_model_that_changed_since_is_filled_again(selected, convolutions, count):
+    found = selected(*convolutions, structure=ConvNet())
+    found._fill(found._members, "mean")
+    made = count(selection_module, "aggregate")
+    found._fill(found._members, "mean")
+    assert made == []
+    for change in (nn.init.zeros_, lambda weight: found.take_best()):
+        change(found._model[4].weight)
+        found._fill(found._members, "mean")
+        assert len(made) == 1
+        made.clear()
+
+
+def test_groups_of_a_network_are_found_once_for_all_rounds(selected, trained, count):
+    found, model = count(selection_module, "permutation_groups"), build_model(RUN, seed=9)
+    models = [trained(1, 0, 700), trained(2, 0, 700)]
+    first, second = (selected(*models, structure=model) for _ in range(2))
+    assert len(found) == 1
+    assert first.accuracies == second.accuracies

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.transforms.v2 import functional as v2
 
 from common import training
@@ -512,6 +513,60 @@ def test_statistics_stay_where_there_is_nothing_to_recompute() -> None:
     assert all(torch.equal(tensor, before[name]) for name, tensor in one.state_dict().items())
 
 
+class FarDevice(TorchDispatchMode):
+    """A device that has shapes but no numbers, and the count of how often the host waited for one.
+
+    PyTorch's "meta" device refuses to give numbers, and with this mode it gives zeros.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_waits = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = kwargs or {}
+        if args and isinstance(args[0], Tensor) and args[0].is_meta:
+            if func is torch.ops.aten._local_scalar_dense.default:
+                self.num_waits += 1
+                return 1
+            if func is torch.ops.aten._to_copy.default and given.get("device") == CPU:
+                self.num_waits += 1
+                return torch.zeros(args[0].shape, dtype=given.get("dtype") or args[0].dtype)
+        if func is torch.ops.aten.copy_.default and args[1].is_meta and not args[0].is_meta:
+            self.num_waits += 1
+            return args[0]
+        return func(*args, **given)
+
+
+@pytest.fixture
+def far(monkeypatch: pytest.MonkeyPatch) -> torch.device:
+    monkeypatch.setattr("common.batches._fits", lambda tensors, device: True)
+    return torch.device("meta")
+
+
+@pytest.mark.parametrize(("num_batches", "num_waits"), [(1, 1), (16, 1), (17, 2), (50, 4)])
+def test_evaluation_waits_for_the_device_once_in_sixteen_batches(
+    far: torch.device, num_batches: int, num_waits: int
+) -> None:
+    images, labels = make_data(2 * num_batches)
+    with FarDevice() as mode:
+        evaluate(make_normalised_model(), images, labels, spec=SPEC, device=far, batch_size=2)
+    assert mode.num_waits == num_waits
+
+
+@pytest.mark.parametrize("num_batches", [1, 50])
+def test_recomputing_statistics_waits_for_the_device_once_for_each_layer(
+    far: torch.device, num_batches: int
+) -> None:
+    model = make_normalised_model()
+    with FarDevice() as mode:
+        images, _ = make_data(3 * num_batches)
+        recompute_statistics(model, images, spec=SPEC, device=far, seed=0, batch_size=3)
+    # The model has two layers of BatchNorm, and its counts are on the device again.
+    assert mode.num_waits == 2
+    assert {buffer.device for buffer in model.buffers()} == {far}
+
+
 def test_model_that_fails_in_evaluation_is_back_in_its_mode() -> None:
     model = make_model()
     with pytest.raises(RuntimeError):
@@ -602,6 +657,83 @@ def test_ranks_share_other_buffers() -> None:
     assert not training._has_shared_buffers(model)
     model[2].register_buffer("mean", torch.zeros(1))
     assert training._has_shared_buffers(model)
+
+
+class HalvedNorm(nn.BatchNorm2d):
+    """A BatchNorm that normalises each of two ranks' parts by itself, and counts only the first."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second = x[: len(x) // 2], x[len(x) // 2 :]
+        return torch.cat(
+            [super().forward(first), F.batch_norm(second, None, None, self.weight, self.bias, training=True)]
+        )
+
+
+def make_deep_model(kind: str) -> nn.Module:
+    """Return a model with a norm that is "none", "whole", or "halved"."""
+    torch.manual_seed(0)
+    norm = {"none": lambda _: nn.Identity(), "whole": nn.BatchNorm2d, "halved": HalvedNorm}[kind]
+    # The gradient of a bias before a BatchNorm is a rounding error, of which Adam would make a full step.
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, bias=False), norm(8), nn.ReLU(), nn.Conv2d(8, 8, 3, bias=False), norm(8),
+        nn.ReLU(), nn.Flatten(), nn.Linear(128, 3),
+    )  # fmt: skip
+
+
+DEEP_SCRIPT = """
+import sys
+from pathlib import Path
+import torch
+from common.training import Ranks
+from common.weights import write_state_dict
+from tests.unit.test_training import DEEP_KINDS, train_deep
+
+rank, folder = int(sys.argv[1]), Path(sys.argv[2])
+torch.distributed.init_process_group(
+    "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2
+)
+for kind, optimizer in DEEP_KINDS:
+    model = train_deep(kind, optimizer, Ranks(rank, 2))
+    write_state_dict(model.state_dict(), folder / f"{kind}-{optimizer}-{rank}")
+torch.distributed.destroy_process_group()
+"""
+
+DEEP_KINDS = [(kind, optimizer) for kind in ("none", "whole") for optimizer in ("sgd", "adamw")]
+# So far apart, relatively and absolutely, numbers may be after 20 steps because of rounding.
+RTOL, ATOL = 1e-5, 1e-6
+
+
+def train_deep(kind: str, optimizer: Any, ranks: training.Ranks = training.ALONE) -> nn.Module:
+    model = make_deep_model(kind)
+    augment = ("random_crop", "horizontal_flip")
+    config = TrainingConfig(
+        epochs=4, batch_size=10, optimizer=optimizer, learning_rate=0.01, augment=augment, label_smoothing=0.1
+    )
+    recipe = Recipe(config, SPEC, 3, "float32")
+    train(model, Examples(*make_data(45)), recipe, device=CPU, ranks=ranks)
+    return model
+
+
+def are_close(found: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
+    return all(torch.allclose(found[name], expected[name], rtol=RTOL, atol=ATOL) for name in expected)
+
+
+def test_two_ranks_equal_one_but_for_the_statistics_of_their_batches(tmp_path: Path) -> None:
+    processes = [
+        subprocess.Popen([sys.executable, "-c", DEEP_SCRIPT, str(rank), str(tmp_path)], cwd=ROOT)
+        for rank in range(2)
+    ]
+    assert [process.wait(100) for process in processes] == [0, 0]
+    for kind, optimizer in DEEP_KINDS:
+        first, second = (read_state_dict(tmp_path / f"{kind}-{optimizer}-{rank}") for rank in range(2))
+        different = [name for name in first if not torch.equal(first[name], second[name])]
+        assert different == [name for name in first if "running" in name]
+        alone = train_deep(kind, optimizer).state_dict()
+        # Without BatchNorm it does not matter how many ranks there are.
+        assert are_close(first, alone) == (kind == "none")
+        if kind == "whole":
+            # BatchNorm takes mean and variance of a rank's part of the batch, and that is all that differs.
+            assert are_close(first, train_deep("halved", optimizer).state_dict())
 
 
 RANK_SCRIPT = """
