@@ -3,6 +3,7 @@
 import json
 import os
 import pty
+import re
 import signal
 import urllib.request
 from collections.abc import Iterator
@@ -49,7 +50,7 @@ def test_status_shows_run_round_phase_model_and_agents_with_before_and_after(
     assert command.wait() == 0
     lines = command.output.splitlines()
     report = running.report()
-    assert lines[0] == f"Run {report['run_id']}"
+    assert re.fullmatch(r"Run [0-9a-f]{32}", lines[0])
     assert lines[1:3] == ["Round 2: collecting", "0 of 1 contributions, at least 1"]
     assert lines[3].startswith("Global model of round 1: accuracy ")
     assert lines[3].endswith(f"{100 * report['accuracy_published']:.1f} % as published")
@@ -122,7 +123,7 @@ def test_watch_follows_the_run_to_its_end(cluster: Cluster, tmp_path: Path) -> N
     watch.wait_for("No agent has joined yet")
     agent = cluster.agent("edge-1", "--partition", "1/1")
     assert (agent.wait(), server.wait(), watch.wait()) == (0, 0, 0)
-    assert "Round 1: published" in watch.output
+    assert "Round 1: published\nThe run is over.\n" in watch.output
 
 
 def test_watch_survives_a_restart_of_the_server(cluster: Cluster, tmp_path: Path) -> None:
