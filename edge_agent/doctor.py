@@ -1,5 +1,6 @@
 """The command `edge-agent doctor`: is all there that an agent with this configuration needs?"""
 
+import asyncio
 import socket
 import time
 from pathlib import Path
@@ -127,7 +128,12 @@ def _check_tls(config: AgentConfig, folder: Path, identity: Identity | None) -> 
         return "the server speaks TLS; whether it is the right one is known when the agent has enrolled"
     if reason := distrust(config.server, identity):
         raise UsageError(reason)
-    return "server and agent take each other's certificates"
+    # Imported here, because gRPC may be what is broken.
+    from edge_agent.client import ask_for_health
+
+    # Whether an agent is revoked is known only when it calls.
+    asyncio.run(ask_for_health(config.server, identity.material))
+    return "server and agent take each other's certificates, and the server answers the agent's calls"
 
 
 def _compare_clocks(config: AgentConfig) -> str:

@@ -267,7 +267,7 @@ def user_of(directory: Path) -> str:
                 fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
             except BlockingIOError:
                 return file.read()
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         pass
     return ""
 
