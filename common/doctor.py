@@ -9,7 +9,7 @@ from datetime import datetime
 from importlib import metadata
 from pathlib import Path
 
-from common import cli
+from common import cli, clock
 from common.errors import RunError, UsageError
 
 # A check returns what is well, and raises an error that says what is wrong and what to do.
@@ -64,8 +64,8 @@ def writable(folder: Path) -> str:
     Raises:
         UsageError: it cannot.
     """
-    place = _nearest(folder)
     try:
+        place = _nearest(folder)
         # This file has no name on most file systems, and on others it is removed at once.
         with tempfile.TemporaryFile(dir=place):
             pass
@@ -87,6 +87,17 @@ def disk(folder: Path) -> str:
     if free < MIN_FREE_BYTES:
         raise UsageError(f"only {room}: make room, or choose a --state-dir on another disk")
     return room
+
+
+def read_clock() -> str:
+    """Return what this machine's clock says.
+
+    Raises:
+        UsageError: the clock is evidently wrong.
+    """
+    if doubt := clock.doubt(time.time(), 0.0):
+        raise UsageError(doubt)
+    return time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
 
 
 def _nearest(folder: Path) -> Path:

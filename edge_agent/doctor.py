@@ -2,11 +2,10 @@
 
 import asyncio
 import socket
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from common import addresses, clock, doctor, proxy, tls
+from common import addresses, doctor, proxy, tls
 from common.errors import ECAvgError, RunError, UnavailableError, UsageError
 from edge_agent.config import AgentConfig
 from edge_agent.identity import (
@@ -138,9 +137,7 @@ def _check_tls(config: AgentConfig, folder: Path, identity: Identity | None) -> 
 
 def _compare_clocks(config: AgentConfig) -> str:
     """Return what this device's clock says, compared with what is certain of the true time."""
-    if doubt := clock.doubt(time.time(), 0.0):
-        raise UsageError(doubt)
-    now = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
+    now = doctor.read_clock()
     if config.insecure:
         return now
     try:

@@ -45,7 +45,7 @@ def checks(config: ServerConfig) -> dict[str, doctor.Check]:
         "state": lambda: _find_state(StateDir(config.state_dir)),
         "disk": lambda: doctor.disk(config.state_dir),
         "tls": lambda: _look_at_authority(config),
-        "clock": _read_clock,
+        "clock": doctor.read_clock,
         "trainer": lambda: _start_trainer(config),
     }
 
@@ -111,12 +111,6 @@ def _days_left(folder: Path) -> str:
             f" {clock.day(time.time())}: put another CA there, or set the clock ({clock.HOW_TO_SET})"
         )
     return f"the certificates of the CA and the server hold for {days} days"
-
-
-def _read_clock() -> str:
-    if doubt := clock.doubt(time.time(), 0.0):
-        raise UsageError(doubt)
-    return time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
 
 
 def _start_trainer(config: ServerConfig) -> str:
