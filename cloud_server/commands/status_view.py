@@ -62,12 +62,10 @@ def _headline(document: Document) -> Text:
         lines.append("The run is over.")
     elif phase == "collecting":
         lines.append(_quorum(document))
-    lines += [
-        f"Round {row.get('round')} failed: {row['failure']}"
-        for row in document.get("rounds") or []
-        if row.get("failure")
-    ][-1:]
-    published = [row for row in document.get("rounds") or [] if row.get("outcome") == "published"]
+    rounds = document.get("rounds") or []
+    if rounds and rounds[-1].get("failure"):
+        lines.append(f"Round {rounds[-1].get('round')} failed: {rounds[-1]['failure']}")
+    published = [row for row in rounds if row.get("outcome") == "published"]
     if published:
         last = published[-1]
         lines.append(

@@ -179,6 +179,42 @@ def test_what_a_server_says_cannot_control_the_terminal(tmp_path: Path) -> None:
     assert command.output.replace("\n", "").isprintable()
 
 
+def test_work_under_way_and_trouble_are_shown(tmp_path: Path) -> None:
+    agents = [
+        {
+            "agent_id": "edge-1", "state": "contributed", "outcome": "accepted", "applied": False,
+            "accuracy_before": 0.9, "accuracy_after": 0.85, "accuracy_adapted": 0.91,
+            "audit": {"flags": ["labels"], "left_out": "quarantined"},
+        },
+        {"agent_id": "edge-2", "state": "away", "upload_place": 4, "message": "the disk is full"},
+    ]  # fmt: skip
+    document = {
+        "phase": "fine_tuning", "round": 3, "run_id": "ab",
+        "progress": {"done": 30, "total": 120, "loss": 0.1234},
+        "agents": agents,
+        "rounds": [
+            {"round": 1, "outcome": "published", "accuracy_start": 0.8, "accuracy_published": 0.9},
+            {"round": 2, "outcome": "failed", "failure": "too few agents"},
+        ],
+    }  # fmt: skip
+    with answering(json.dumps(document).encode()) as page:
+        command = status(tmp_path, "--server-url", page)
+        assert command.wait() == 0
+    lines = [re.sub(" {2,}", " | ", line) for line in command.output.splitlines()]
+    assert lines[:4] == [
+        "Run ab",
+        "Round 3: fine-tuning",
+        "Round 2 failed: too few agents",
+        "Global model of round 1: accuracy 80.0 % at the start, 90.0 % as published",
+    ]
+    assert lines[4].endswith(" step 30 of 120, loss 0.123")
+    assert lines[6] == (
+        "edge-1 | contributed, kept its own model, flagged: labels, left out of the model"
+        " | – | 90.0 % | 91.0 % | +1.0"
+    )
+    assert lines[7] == "edge-2 | away, waits to upload, place 4, the disk is full | – | – | – | –"
+
+
 @pytest.mark.parametrize("body", [b"<html>", b"\xff", b"[]", b"{}", b""])
 def test_another_server_is_one_line_and_code_2(body: bytes, tmp_path: Path) -> None:
     with answering(body) as page:
