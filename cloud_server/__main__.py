@@ -39,6 +39,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["check"]:
         return cli.enter("cloud-server check", lambda: check(argv[1:]))
+    if argv[:1] == ["doctor"]:
+        return cli.enter("cloud-server doctor", lambda: examine(argv[1:]))
+    if argv[:1] == ["status"]:
+        return cli.enter("cloud-server status", lambda: show_status(argv[1:]))
     if argv[:1] in (["token"], ["agents"], ["forget"]):
         return cli.enter("cloud-server", lambda: administer(argv))
     return cli.enter("cloud-server", lambda: start(argv))
@@ -51,7 +55,8 @@ def start(argv: Sequence[str]) -> int:
         description="Average what edge agents pre-trained, fine-tune it on their data, give it back.",
         epilog="`cloud-server check STATE` verifies the state directory of a server that is stopped."
         " `cloud-server token create|list|revoke` and `cloud-server agents list|revoke` say who may come in;"
-        " `cloud-server forget AGENT` deletes all that an agent has sent.",
+        " `cloud-server forget AGENT` deletes all that an agent has sent."
+        " `cloud-server status` shows how the run is, `cloud-server doctor` whether a server can be started.",
     )
     config = cli.parse_command_line(parser, ServerConfig, ENV_PREFIX, argv, default_preset=DEFAULT_PRESET)
     return cli.run("cloud-server", lambda: serve(config))
@@ -67,6 +72,30 @@ def check(argv: Sequence[str]) -> int:
     from cloud_server.commands.check import main as check_state
 
     return check_state(argv)
+
+
+def examine(argv: Sequence[str]) -> int:
+    """Return 0 if all that a server needs is there, 1 if not.
+
+    Raises:
+        UsageError: the configuration is wrong.
+        RunError: stdout cannot be written.
+    """
+    from cloud_server.commands.doctor import main as check_surroundings
+
+    return check_surroundings(argv)
+
+
+def show_status(argv: Sequence[str]) -> int:
+    """Show what the status page shows, and return 0.
+
+    Raises:
+        UsageError: the server asks for another token.
+        RunError: the server does not answer, or stdout cannot be written.
+    """
+    from cloud_server.commands.status import main as show
+
+    return show(argv)
 
 
 def administer(argv: Sequence[str]) -> int:

@@ -97,6 +97,7 @@ class Coordinator:
         await self._reports.write_changed()
         self._standing.show_run_over()
         await self._say_farewell()
+        await self._standing.wait_for_viewers()
         # Uploads may have come too late for the last round.
         await self._caretaker.clean_up()
         last = self._ledger.round

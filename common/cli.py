@@ -182,7 +182,7 @@ def fail(command: str, error: Exception) -> int:
     structlog = sys.modules.get("structlog")
     if structlog and structlog.is_configured():
         structlog.get_logger().debug("failed", exc_info=error)
-    _print_line(f"{command}: {_describe(error)}", sys.stderr)
+    _print_line(f"{command}: {describe(error)}", sys.stderr)
     return error.exit_code if isinstance(error, ECAvgError) else 1
 
 
@@ -230,7 +230,7 @@ def _print_line(text: str, stream: TextIO) -> None:
     print(one_line(text), file=stream, flush=True)
 
 
-def _describe(error: Exception) -> str:
+def describe(error: Exception) -> str:
     """Return the message for the user: an ECAvgError's own, or one made from the kind of the error."""
     if isinstance(error, ECAvgError):
         return str(error)

@@ -5,6 +5,7 @@ import os
 import torch
 
 from common.errors import UsageError
+from common.precision import has_bfloat16
 
 
 def select_device(name: str) -> torch.device:
@@ -19,6 +20,21 @@ def select_device(name: str) -> torch.device:
     if name not in known and name not in gpus:
         raise UsageError(f"device {name!r} is not there: choose {', '.join([*known, *gpus])}")
     return torch.device(known.get(name, name))
+
+
+def describe_device(name: str) -> str:
+    """Return what the device of this name is, after a small computation on it.
+
+    Raises:
+        UsageError: there is no such device here.
+    """
+    device = select_device(name)
+    torch.ones(2, 2, device=device).sum().item()
+    precision = "bfloat16 or float32" if has_bfloat16(device) else "float32"
+    what = f"{torch.get_num_threads()} threads"
+    if device.type == "cuda":
+        what = torch.cuda.get_device_name(device)
+    return f"{device} ({what}), which trains in {precision}"
 
 
 def make_deterministic() -> None:

@@ -4,15 +4,14 @@ import asyncio
 import importlib
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from common import addresses, cli
 from common.addresses import http_url
 from common.config import is_loopback
 from common.errors import UsageError
-from common.files import read_text
 from edge_agent.config import ENV_PREFIX, AgentConfig, EnrollConfig
+from edge_agent.join_token import how_to_enroll, read_token
 
 if TYPE_CHECKING:
     from edge_agent.identity import Identity
@@ -26,6 +25,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["enroll"]:
         return cli.enter("edge-agent enroll", lambda: enroll(argv[1:]))
+    if argv[:1] == ["doctor"]:
+        return cli.enter("edge-agent doctor", lambda: examine(argv[1:]))
     return cli.enter("edge-agent", lambda: start(argv))
 
 
@@ -35,7 +36,8 @@ def start(argv: Sequence[str]) -> int:
         prog="edge-agent",
         description="Pre-train on this device's data, send weights and data to a cloud-server,"
         " and use the better model that comes back.",
-        epilog="`edge-agent enroll` comes first, once: it gives this device its certificate.",
+        epilog="`edge-agent enroll` comes first, once: it gives this device its certificate."
+        " `edge-agent doctor` says whether all that the agent needs is there.",
     )
     config = _configuration(parser, AgentConfig, argv)
     return cli.run("edge-agent", lambda: take_part(config))
@@ -53,6 +55,26 @@ def enroll(argv: Sequence[str]) -> int:
     return cli.run("edge-agent enroll", lambda: do_enroll(config, token))
 
 
+def examine(argv: Sequence[str]) -> int:
+    """Run `edge-agent doctor`: return 0 if all that the agent needs is there, 1 if not.
+
+    Raises:
+        UsageError: the configuration is wrong.
+        RunError: stdout cannot be written.
+    """
+    parser = cli.Parser(
+        prog="edge-agent doctor",
+        description="Check all that the agent needs with these flags, and change nothing. Each line says ok,"
+        " or what is wrong and what to do. Exits with 0 when all is well, 1 when anything is wrong.",
+    )
+    config = cli.parse_command_line(parser, AgentConfig, ENV_PREFIX, argv)
+    # Imported here, so that --help and configuration errors are immediate.
+    from common.doctor import examine
+    from edge_agent.doctor import checks
+
+    return examine(checks(config))
+
+
 def _configuration(parser: cli.Parser, config_class: type[Config], argv: Sequence[str]) -> Config:
     """Return the configuration of an agent; raise UsageError if its way to the server cannot be used."""
     config = cli.parse_command_line(parser, config_class, ENV_PREFIX, argv)
@@ -61,24 +83,6 @@ def _configuration(parser: cli.Parser, config_class: type[Config], argv: Sequenc
 
     proxy.find(config.server)
     return config
-
-
-def read_token(file: Path | None) -> str:
-    """Return the join token in a file, beside which the file may have other words.
-
-    Raises:
-        UsageError: there is no file, or it has no join token or several of them.
-    """
-    if file is None:
-        raise UsageError("give the join token with --token, as the cloud-server printed it")
-    words = read_text(file, "join token file").split()
-    tokens = {word for word in words if word.startswith("ecavg1.")}
-    if len(tokens) != 1:
-        raise UsageError(
-            f"join token file {file} has {len(tokens) or 'no'} join tokens: write one there, ecavg1.…,"
-            " as the cloud-server printed it"
-        )
-    return tokens.pop()
 
 
 async def do_enroll(config: AgentConfig, token: str) -> int:
@@ -143,10 +147,7 @@ async def enrolled_by_file(config: AgentConfig, state: "AgentState", why: str) -
         UsageError: there is no such file; the message begins with `why`.
     """
     if not config.join_token_file:
-        raise UsageError(
-            f"{why}: run `edge-agent enroll --server {config.server} --state-dir {state.path} --token TOKEN`,"
-            " with a token of `cloud-server token create`"
-        )
+        raise UsageError(f"{why}: {how_to_enroll(config.server, state.path)}")
     token = read_token(config.join_token_file)
     # A server that is being started takes about as long as PyTorch takes to be imported.
     importing = asyncio.create_task(asyncio.to_thread(importlib.import_module, "torch"))

@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple, NoReturn, TypeVar
 
 import grpc
 import structlog
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from pydantic import ValidationError
 from tenacity import RetryCallState
 
@@ -476,6 +477,20 @@ async def ask_for_certificate(server: str, material: TlsMaterial, request: bytes
     finally:
         await channel.close(None)
     return Certified(reply.certificate, reply.ca_certificate, reply.server_time)
+
+
+async def ask_for_health(server: str, material: TlsMaterial) -> None:
+    """Make a call that changes nothing, and that the server answers to enrolled agents only.
+
+    Raises:
+        Refusal: the server says no; UnavailableError: it cannot be reached, or ends the handshake.
+    """
+    channel = rpc.channel(server, material)
+    try:
+        check = health_pb2_grpc.HealthStub(channel).Check
+        await _translated(check(health_pb2.HealthCheckRequest(), timeout=CALL_SECONDS))
+    finally:
+        await channel.close(None)
 
 
 async def _translated(call: Awaitable[_T]) -> _T:

@@ -29,7 +29,7 @@ from common.models import import_factory
 from common.seeds import derive_seed
 from common.shards import Shard, check_splittable
 from edge_agent.config import FACTORY_PATTERN, check_source, data_root
-from edge_agent.image_folder import class_folders, list_image_folder, stamp_of
+from edge_agent.image_folder import class_folders, list_image_folder, list_splits, stamp_of
 from edge_agent.not_read import find_not_read
 from edge_agent.partition import Partition, partition_indices
 from edge_agent.shard_files import image_digests
@@ -186,6 +186,30 @@ def open_source(
     )
 
 
+def find_source(source: str, data_dir: Path | None) -> Source | None:
+    """Find what is on this device of a source that an agent's own configuration names, whatever the run is.
+
+    Returns:
+        None for a dataset that is downloaded at the agent's start.
+
+    Raises:
+        UsageError: there is no such source, or it cannot be read.
+    """
+    if folder := _image_folder("", source, data_dir):
+        return Source(*list_splits(folder, tuple(class_folders(folder / "train")), "white"))
+    if source == "digits":
+        return _open_digits()
+    if source not in _TORCHVISION:
+        return _open_factory(source, {source})
+    try:
+        return _read_torchvision(source, data_root(data_dir), download=False)
+    except RuntimeError:
+        # So torchvision says that the dataset is not there.
+        return None
+    except Exception as error:
+        raise _unreadable(source, data_root(data_dir), error) from error
+
+
 def _image_folder(dataset: str, source: str | None, data_dir: Path | None) -> Path | None:
     """Return the image folder that is meant; None: something else is meant.
 
@@ -302,26 +326,31 @@ def _open_dataset(name: str, data_dir: Path | None) -> Source:
         raise UsageError(f"data folder {root} does not exist: make it, or name the right one with --data-dir")
     try:
         return _read_dataset(name, root)
+    # torchvision raises whatever a broken file or network led it to.
     except Exception as error:
-        # torchvision raises whatever a broken file or network led it to.
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UsageError(
-            f"cannot load {name} from {root}: {reason}; give a folder that has it with --data-dir,"
-            " or one to download it to"
-        ) from error
+        raise _unreadable(name, root, error) from error
 
 
-def _read_dataset(name: str, root: Path) -> Source:
+def _unreadable(name: str, root: Path, error: Exception) -> UsageError:
+    """Return the error for a dataset that cannot be read or downloaded."""
+    reason = " ".join(str(error).split()) or type(error).__name__
+    return UsageError(
+        f"cannot load {name} from {root}: {reason}; give a folder that has it with --data-dir,"
+        " or one to download it to"
+    )
+
+
+def _read_torchvision(name: str, root: Path, *, download: bool) -> Source:
     from torchvision import datasets
 
     dataset = getattr(datasets, _TORCHVISION[name])
+    parts = (dataset(root, train=train, download=download) for train in (True, False))
+    return Source(*(_to_split(part) for part in parts))
 
-    def read(*, download: bool) -> Source:
-        parts = (dataset(root, train=train, download=download) for train in (True, False))
-        return Source(*(_to_split(part) for part in parts))
 
+def _read_dataset(name: str, root: Path) -> Source:
     try:
-        return read(download=False)
+        return _read_torchvision(name, root, download=False)
     except RuntimeError:
         # So torchvision says that the dataset is not there.
         root.mkdir(parents=True, exist_ok=True)
@@ -329,7 +358,7 @@ def _read_dataset(name: str, root: Path) -> Source:
             raise PermissionError("it is not there, and the folder is not writable") from None
     with _locked(root / ".download.lock"):
         # Several agents on one machine may start together.
-        return read(download=True)
+        return _read_torchvision(name, root, download=True)
 
 
 def _to_split(dataset: Any) -> ArraySplit:

@@ -116,7 +116,7 @@ def explain(server: str, identity: Identity | None, trouble: str) -> str:
         EndedError: the server does not take this agent's certificate, which has ended.
     """
     if identity is None:
-        return _SPEAKS_TLS if "closed" in trouble and _speaks_tls(server) else trouble
+        return SPEAKS_TLS if "closed" in trouble and _speaks_tls(server) else trouble
     if "WRONG_VERSION_NUMBER" in trouble:
         return _SPEAKS_PLAINTEXT
     # gRPC says no more than this of a handshake that the other side ends.
@@ -124,16 +124,29 @@ def explain(server: str, identity: Identity | None, trouble: str) -> str:
     if not is_broken_off and "CERTIFICATE_VERIFY_FAILED" not in trouble:
         return trouble
     try:
-        validity = identity.validity_of_server(tls.load_certificate(certificate_of(server)))
-        is_believed = validity is not None and not is_outside(validity)
-        is_turned_away = is_believed and _is_turned_away(server, identity)
+        return distrust(server, identity) or trouble
+    except EndedError:
+        raise
     except (OSError, ValueError, ECAvgError):
         return trouble
+
+
+def distrust(server: str, identity: Identity) -> str:
+    """Return why server and agent do not believe each other's certificates; "": they do.
+
+    Raises:
+        EndedError: the server does not take this agent's certificate, which has ended.
+        OSError: nobody answers.
+        UnavailableError: the proxy on the way does not connect.
+        UsageError: whoever answers speaks plaintext.
+        ValueError: whoever answers shows no certificate.
+    """
+    validity = identity.validity_of_server(tls.load_certificate(certificate_of(server)))
     if validity is None:
         return f"{NOT_OUR_SERVER}: check --server, or enroll anew"
-    if not is_believed:
+    if is_outside(validity):
         return wrong_clock(validity)
-    return _explain_refusal(identity) if is_turned_away else trouble
+    return _explain_refusal(identity) if _is_turned_away(server, identity) else ""
 
 
 def is_outside(validity: tuple[datetime, datetime]) -> bool:
@@ -183,7 +196,7 @@ def _is_turned_away(server: str, identity: Identity) -> bool:
             return True
 
 
-_SPEAKS_TLS = (
+SPEAKS_TLS = (
     "the server speaks TLS and this agent plaintext: leave --insecure away, after `edge-agent enroll`"
 )
 _SPEAKS_PLAINTEXT = (

@@ -110,16 +110,29 @@ def list_image_folder(folder: Path, run: RunConfig) -> tuple[FileSplit, FileSpli
             f"data folder {folder}: image folders give 1 or 3 channels, and the run's image_shape asks for"
             f" {spec.image_shape[0]}"
         )
-    train, test = folder / "train", folder / "test"
+    train = folder / "train"
     class_names = run.class_names or tuple(class_folders(train))
     if len(class_names) != spec.num_classes:
         raise UsageError(
             f"data folder {train} has {len(class_names)} class folders, and the run {spec.num_classes}"
             " classes: set class_names in the server's [run] table"
         )
-    parts = (train, test) if test.is_dir() else (train,)
-    splits = [_list_images(part, class_names, run.background) for part in parts]
-    return splits[0], splits[1] if len(splits) > 1 else None
+    return list_splits(folder, class_names, run.background)
+
+
+def list_splits(
+    folder: Path, class_names: Sequence[str], background: Background
+) -> tuple[FileSplit, FileSplit | None]:
+    """Find the files and labels of `folder`/train and, where there is one, `folder`/test.
+
+    Raises:
+        UsageError: a folder cannot be read, or has no images, or is of none of these classes.
+    """
+    test = folder / "test"
+    return (
+        _list_images(folder / "train", class_names, background),
+        _list_images(test, class_names, background) if test.is_dir() else None,
+    )
 
 
 def class_folders(folder: Path) -> dict[str, Path]:

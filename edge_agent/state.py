@@ -93,7 +93,7 @@ class AgentState:
     """
 
     def __init__(self, path: Path | None, agent_id: str | None) -> None:
-        candidates = [path] if path else _default_directories(agent_id)
+        candidates = [path] if path else default_directories(agent_id)
         for candidate in candidates:
             with _unwritable_is_named(candidate):
                 descriptor = _lock(candidate)
@@ -226,7 +226,8 @@ class AgentState:
         return known
 
 
-def _default_directories(agent_id: str | None) -> list[Path]:
+def default_directories(agent_id: str | None) -> list[Path]:
+    """Return the state directories of an agent that is given none; the first one that is free is taken."""
     if agent_id:
         return [Path(f"{DEFAULT_STATE_DIR}-{agent_id}")]
     others = (Path(f"{DEFAULT_STATE_DIR}-{number}") for number in range(2, MAX_DEFAULTS))
@@ -256,6 +257,19 @@ def _lock(directory: Path) -> int | None:
     os.truncate(descriptor, 0)
     os.write(descriptor, str(os.getpid()).encode())
     return descriptor
+
+
+def user_of(directory: Path) -> str:
+    """Return the process id of the agent that uses the state directory; "": nobody does."""
+    try:
+        with (directory / "lock").open(encoding="ascii", errors="replace") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return file.read()
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    return ""
 
 
 def _new_agent_id() -> str:

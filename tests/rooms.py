@@ -45,7 +45,7 @@ ROOMS = (
     ),
     Room(
         "commands",
-        "check, token, agents, forget: what an operator runs",
+        "check, doctor, status, token, agents, forget: what an operator runs",
         ("upkeep", "door", "store", "jobs", "round", "disk", "config", "state_dir"),
     ),
     Room(

@@ -1,1 +1,1 @@
-"""What an operator runs beside the server: check, token, agents, forget."""
+"""What an operator runs beside the server: check, doctor, status, token, agents, forget."""

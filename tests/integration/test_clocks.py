@@ -18,7 +18,7 @@ from cloud_server.door.authority import Authority
 from cloud_server.state_dir import StateDir
 from common import tls
 from tests.conftest import need
-from tests.processes import ROOT, Cluster, Command, cluster_in
+from tests.processes import ROOT, Cluster, Command, cluster_in, free_port
 from tests.zygote import IS_COLD
 
 DAY = 86400
@@ -266,3 +266,15 @@ def test_ca_of_ones_own_that_is_not_valid_is_told_in_one_line_and_waited_for(
     server.wait_for("cloud-server ready")
     assert server.terminate() == 0
     assert_no_fault(server)
+
+
+def test_doctor_tells_a_clock_that_is_wrong(clocks: Clocks, tmp_path: Path) -> None:
+    flags = ("--server", f"127.0.0.1:{free_port()}", "--state-dir", tmp_path / "edge-1")
+    code, output, _ = run("edge_agent", "doctor", *flags, clock=clocks.in_1970())
+    (line,) = (line for line in output.splitlines() if " clock: " in line)
+    assert code == 1
+    assert re.fullmatch(
+        r"wrong  clock: this machine's clock says 1970-01-01, and this version was made on \S+:"
+        r" set the clock \(timedatectl set-ntp true\)",
+        line,
+    )

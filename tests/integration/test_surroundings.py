@@ -175,6 +175,7 @@ def commands(used: Path, folder: Path) -> dict[tuple[object, ...], int]:
     return {
         ("cloud_server", "--help"): 0,
         ("cloud_server", "check", used): 0,
+        ("cloud_server", "status", "--server-url", "nowhere"): 2,
         ("cloud_server", "token", "create", *server): 0,
         ("cloud_server", "token", "list", *server): 0,
         ("cloud_server", "agents", "list", *server): 0,

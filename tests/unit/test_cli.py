@@ -3,6 +3,8 @@
 import asyncio
 import errno
 import os
+import re
+import shutil
 import sqlite3
 import subprocess
 import sys
@@ -13,8 +15,8 @@ from pathlib import Path
 import pytest
 
 from cloud_server.config import ServerConfig
-from common import cli
-from common.errors import InvalidError, UsageError, one_line
+from common import cli, doctor
+from common.errors import InvalidError, RunError, UsageError, one_line
 from edge_agent.config import AgentConfig, data_root
 from tests.processes import ROOT
 
@@ -179,3 +181,31 @@ def test_empty_values_count_as_not_given(tmp_path: Path, monkeypatch: pytest.Mon
     argv = ("--server", "a:1", "--agent-id", "", "--data", "", "--allow-factory", "", "--share-data", "")
     given = cli.parse_command_line(cli.Parser(), AgentConfig, "X_", argv)
     assert given == cli.parse_command_line(cli.Parser(), AgentConfig, "X_", argv[:2])
+
+
+def test_check_that_breaks_leaves_the_others_to_be_done(capsys: pytest.CaptureFixture[str]) -> None:
+    def broken() -> str:
+        raise KeyError("a thing\nthat nobody thought of")
+
+    def wrong() -> str:
+        raise UsageError("it is not there: get it")
+
+    assert doctor.examine({"first": broken, "second": wrong, "third": lambda: "all is well"}) == 1
+    first, *rest = capsys.readouterr().out.splitlines()
+    assert first.startswith("wrong  first: KeyError: ")
+    assert rest == ["wrong  second: it is not there: get it", "ok     third: all is well"]
+    assert doctor.examine({"third": lambda: "all is well"}) == 0
+
+
+def test_disk_with_little_room_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert re.fullmatch(r"[\d.]+ GB are free for \S+/not/yet", doctor.disk(tmp_path / "not/yet"))
+    usage = shutil.disk_usage(tmp_path)._replace(free=300_000_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(UsageError, match=r"only 0\.3 GB are free for \S+: make room, or choose"):
+        doctor.disk(tmp_path)
+
+
+def test_library_that_is_not_installed_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "_PACKAGES", ("ecavg", "no-such-library"))
+    with pytest.raises(RunError, match="no-such-library is not installed: install this program again"):
+        doctor.versions()

@@ -4,7 +4,7 @@ import argparse
 import json
 import re
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -12,13 +12,15 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 
-from cloud_server.commands import admin
+from cloud_server.commands import admin, status
+from cloud_server.commands import doctor as server_doctor
 from cloud_server.config import DEFAULT_PRESET, ServerConfig
 from cloud_server.metrics import ServerMetrics
 from cloud_server.store import Store
 from common.cli import add_flags
 from common.pb import ecavg_pb2 as pb
 from docs import generate
+from edge_agent import doctor as agent_doctor
 from edge_agent.config import AgentConfig, EnrollConfig
 from edge_agent.metrics import AgentMetrics
 from edge_agent.state import Report
@@ -131,7 +133,15 @@ def test_every_subcommand_is_in_the_reference() -> None:
     for command, flags in commands.items():
         assert any(span.startswith(command) for span in code), command
         assert flags <= code
-    assert {"cloud-server check STATE", "edge-agent enroll", "edge-agent", "cloud-server"} <= code
+    assert flags_of(status._parser()) <= code
+    assert {"cloud-server check STATE", "cloud-server status", "cloud-server doctor", "cloud-server"} <= code
+    assert {"edge-agent enroll", "edge-agent doctor", "edge-agent"} <= code
+
+
+@pytest.mark.parametrize("checks", [server_doctor.checks, agent_doctor.checks])
+def test_every_check_of_a_doctor_is_in_the_reference(checks: Callable[[Any], dict[str, Any]]) -> None:
+    config = AgentConfig(server="localhost:1") if checks is agent_doctor.checks else ServerConfig()
+    assert set(checks(config)) <= code_in("commands.md")
 
 
 @pytest.mark.parametrize("metrics", [ServerMetrics, AgentMetrics])

@@ -1,0 +1,135 @@
+"""The command `cloud-server doctor`: is all there that a server with this configuration needs?"""
+
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from cloud_server.config import DEFAULT_PRESET, ENV_PREFIX, ServerConfig
+from cloud_server.disk.lock import unused
+from cloud_server.state_dir import StateDir
+from common import cli, clock, doctor, tls
+from common.addresses import Address
+from common.errors import RunError, UsageError
+
+# PyTorch is imported in this time even where the disk is slow.
+TRAINER_SECONDS = 120.0
+
+
+def main(argv: Sequence[str]) -> int:
+    """Do all checks, print a line about each, and return 0 if all is well, else 1.
+
+    Raises:
+        UsageError: the configuration is wrong.
+        RunError: stdout cannot be written.
+    """
+    parser = cli.Parser(
+        prog="cloud-server doctor",
+        description="Check all that a server needs with these flags before it is started, and change nothing."
+        " Each line says ok, or what is wrong and what to do."
+        " Exits with 0 when all is well, 1 when anything is wrong.",
+    )
+    config = cli.parse_command_line(parser, ServerConfig, ENV_PREFIX, argv, default_preset=DEFAULT_PRESET)
+    return doctor.examine(checks(config))
+
+
+def checks(config: ServerConfig) -> dict[str, doctor.Check]:
+    """Return the checks of a server by their names, in the order in which they are done."""
+    return {
+        "versions": doctor.versions,
+        "configuration": lambda: _describe(config),
+        "port": lambda: _bind(config.host, config.port, "--port"),
+        "page": lambda: _bind(config.http_host, config.http_port, "--http-port"),
+        "state": lambda: _find_state(StateDir(config.state_dir)),
+        "disk": lambda: doctor.disk(config.state_dir),
+        "tls": lambda: _look_at_authority(config),
+        "clock": doctor.read_clock,
+        "trainer": lambda: _start_trainer(config),
+    }
+
+
+def _describe(config: ServerConfig) -> str:
+    return (
+        f"rounds {config.rounds or 'without end'}, agents {config.min_agents} to {config.agents_to_close},"
+        f" model {config.run.model}, dataset {config.run.dataset}"
+    )
+
+
+def _bind(host: str, port: int, flag: str) -> str:
+    """Return that the port is free, after it was taken and given back without a connection to it."""
+    address = Address(host, port)
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as listener:
+        # A port whose last connections have just ended is free for a server.
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind((host, port))
+        except OSError as error:
+            raise UsageError(
+                f"nobody can listen on {address} ({error.strerror or error}): end the process that does, or"
+                f" choose another address or {flag}"
+            ) from error
+    return f"{address} is free" if port else f"a free port of {host} is taken"
+
+
+def _find_state(state_dir: StateDir) -> str:
+    """Return whether the state directory can be used; raise UsageError if a server is at work there."""
+    if state_dir.lock.is_file() and state_dir.blobs.is_dir():
+        with unused(state_dir):
+            pass
+    return doctor.writable(state_dir.path)
+
+
+def _look_at_authority(config: ServerConfig) -> str:
+    """Return how long the certificates hold, and raise UsageError if a server could not start with them."""
+    if config.insecure:
+        return "none with --insecure: whoever reaches the port can join under any name"
+    folder = config.tls_folder
+    if not (folder / "ca.pem").exists():
+        doctor.writable(folder)
+        return f"{folder} has no CA yet, the server makes one at its first start"
+    return _days_left(folder)
+
+
+def _days_left(folder: Path) -> str:
+    """Return how long the CA in the folder holds; the server's certificate ends with it."""
+    path = folder / "ca.pem"
+    try:
+        ca, key = tls.read_certificates(path)[0], tls.read_key(folder / "ca.key")
+    except FileNotFoundError as error:
+        raise UsageError(f"{path} is there and {folder / 'ca.key'} is not: put the CA's key there") from error
+    if not tls.is_key_of(key, ca):
+        raise UsageError(f"{folder / 'ca.key'} is not the key of {path}: put the right one there")
+    starts, ends = tls.validity(ca)
+    if ends == tls.NEVER:
+        return "the certificates of the CA and the server do not end"
+    days = doctor.days_until(ends)
+    if days < doctor.FEW_DAYS or starts.timestamp() > time.time():
+        raise UsageError(
+            f"{path} is valid from {starts:%Y-%m-%d} until {ends:%Y-%m-%d}, and this machine's clock says"
+            f" {clock.day(time.time())}: put another CA there, or set the clock ({clock.HOW_TO_SET})"
+        )
+    return f"the certificates of the CA and the server hold for {days} days"
+
+
+def _start_trainer(config: ServerConfig) -> str:
+    """Return what a process of its own says, which imports PyTorch and builds the run's model."""
+    try:
+        done = subprocess.run(  # noqa: S603
+            [sys.executable, "-m", "cloud_server.trainer.look", config.device],
+            input=config.run.model_dump_json(),
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=TRAINER_SECONDS,
+            check=False,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise RunError(
+            f"PyTorch was not there after {TRAINER_SECONDS:g} seconds: look at what keeps this machine busy"
+        ) from error
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or [""])[-1].removeprefix("trainer: ")
+        raise RunError(last or f"its process ended with code {done.returncode}: give it more memory")
+    return done.stdout.strip().splitlines()[-1]

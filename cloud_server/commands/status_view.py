@@ -1,0 +1,153 @@
+"""How `cloud-server status` draws the status at the terminal.
+
+The document comes from another process, perhaps of another version: what it does not have is left out.
+"""
+
+import io
+import sys
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from common import cli
+from common.errors import one_line
+
+# The width of what is not written to a terminal.
+WIDTH = 120
+NONE = "–"
+
+Document = Mapping[str, Any]
+
+_OUTCOMES = {"accepted": "contributed", "rejected": "rejected", "late": "late, joins the next round"}
+
+
+def show(document: Document) -> None:
+    """Print the status once, in colours if stdout is a terminal; raise RunError if it cannot be written."""
+    if sys.stdout.isatty():
+        Console(highlight=False, markup=False).print(_view(document))
+        return
+    text = io.StringIO()
+    Console(file=text, width=WIDTH, markup=False, highlight=False).print(_view(document))
+    cli.print_result("\n".join(line.rstrip() for line in text.getvalue().rstrip("\n").split("\n")))
+
+
+def shown_live(documents: Iterable[Document]) -> None:
+    """Show each status in the place of the one before, or below it if stdout is no terminal."""
+    if not sys.stdout.isatty():
+        for document in documents:
+            show(document)
+        return
+    with Live(console=Console(highlight=False, markup=False), auto_refresh=False) as live:
+        for document in documents:
+            live.update(_view(document), refresh=True)
+
+
+def _view(document: Document) -> RenderableType:
+    if "round" not in document:
+        return _text("The server is starting.")
+    parts = [_headline(document), _progress(document), _agents(document)]
+    return Group(*(part for part in parts if part))
+
+
+def _headline(document: Document) -> Text:
+    """Return the run, the round and its phase, how many have contributed, and why the last round failed."""
+    phase = str(document.get("phase")).replace("_", "-")
+    lines = [f"Run {document.get('run_id')}", f"Round {document.get('round')}: {phase}"]
+    if document.get("run_over"):
+        lines.append("The run is over.")
+    elif phase == "collecting":
+        lines.append(_quorum(document))
+    rounds = document.get("rounds") or []
+    if rounds and rounds[-1].get("failure"):
+        lines.append(f"Round {rounds[-1].get('round')} failed: {rounds[-1]['failure']}")
+    published = [row for row in rounds if row.get("outcome") == "published"]
+    if published:
+        last = published[-1]
+        lines.append(
+            f"Global model of round {last.get('round')}: accuracy"
+            f" {_percent(last.get('accuracy_start'))} at the start,"
+            f" {_percent(last.get('accuracy_published'))} as published"
+        )
+    return _text("\n".join(map(one_line, lines)))
+
+
+def _quorum(document: Document) -> str:
+    accepted = sum(agent.get("outcome") == "accepted" for agent in document.get("agents") or [])
+    return f"{accepted} of {document.get('max_agents')} contributions, at least {document.get('min_agents')}"
+
+
+def _progress(document: Document) -> RenderableType | None:
+    """Return a bar for the work under way, or None if there is none."""
+    work = document.get("progress")
+    if not work or not work.get("total"):
+        return None
+    done, total = work["done"], work["total"]
+    loss = "" if work.get("loss") is None else f", loss {work['loss']:.3f}"
+    line = Table.grid(padding=(0, 1))
+    line.add_row(ProgressBar(total, done, width=24), _text(f"step {done} of {total}{loss}"))
+    return line
+
+
+def _agents(document: Document) -> RenderableType:
+    agents = document.get("agents") or []
+    if not agents:
+        return _text("No agent has joined yet.")
+    table = Table(box=None, pad_edge=False)
+    table.add_column("agent", overflow="fold")
+    table.add_column("state", overflow="fold")
+    for heading in ("local", "before", "after", "gain"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for agent in agents:
+        table.add_row(*map(_text, _cells(agent)))
+    return table
+
+
+def _cells(agent: Document) -> tuple[str, ...]:
+    """Return an agent's row: the accuracy before is that of its own model where it has used no other."""
+    before, after = agent.get("accuracy_before"), agent.get("accuracy_after")
+    if agent.get("accuracy_adapted") is not None:
+        after = agent["accuracy_adapted"]
+    local = agent.get("accuracy_local")
+    return (
+        str(agent.get("agent_id")),
+        _state(agent),
+        _percent(local),
+        _percent(before),
+        _percent(after),
+        _gain(local if before is None else before, after),
+    )
+
+
+def _state(agent: Document) -> str:
+    """Return what the agent does, or has done, in words."""
+    is_away = agent.get("state") == "away"
+    parts = [_OUTCOMES.get(agent.get("outcome") or "", "" if is_away else "working")]
+    parts.append("away" if is_away else "")
+    if place := agent.get("upload_place"):
+        parts.append(f"waits to upload, place {place}")
+    if agent.get("applied") is not None:
+        parts.append("uses the global model" if agent["applied"] else "kept its own model")
+    audit = agent.get("audit") or {}
+    parts += [f"flagged: {flag}" for flag in audit.get("flags") or []]
+    if audit.get("left_out"):
+        parts.append("left out of the model")
+    parts.append(str(agent.get("message") or ""))
+    return ", ".join(filter(None, parts))
+
+
+def _percent(ratio: float | None) -> str:
+    return NONE if ratio is None else f"{100 * ratio:.1f} %"
+
+
+def _gain(before: float | None, after: float | None) -> str:
+    return NONE if before is None or after is None else f"{100 * (after - before):+.1f}"
+
+
+def _text(text: str) -> Text:
+    """Return text that cannot control the terminal; its lines stay lines."""
+    return Text("\n".join(map(one_line, text.split("\n"))))
