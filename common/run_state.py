@@ -89,6 +89,8 @@ class RunState:
     counted_round: int
     # This agent's accepted contribution to this round or the one before, if the model contains nothing of it.
     left_out: LeftOut | None
+    # True if the learning rate takes a full curve in this round after the plan: see common/schedule.py.
+    has_full_curve: bool = False
 
     @property
     def is_warm_up(self) -> bool:

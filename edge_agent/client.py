@@ -511,6 +511,7 @@ def _run_state(event: pb.WatchEvent) -> RunState:
         max_contributions=event.max_contributions,
         counted_round=event.counted_round,
         left_out=_left_out(event.left_out) if event.left_out.round else None,
+        has_full_curve=event.has_full_curve,
     )
 
 

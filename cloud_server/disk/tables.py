@@ -134,6 +134,7 @@ MIGRATIONS = (
     ALTER TABLE run ADD COLUMN class_names_of TEXT NOT NULL DEFAULT '';
     """,
     "ALTER TABLE run ADD COLUMN planned_rounds INTEGER NOT NULL DEFAULT 1;",
+    "ALTER TABLE rounds ADD COLUMN has_full_curve INTEGER NOT NULL DEFAULT 0;",
 )
 
 
@@ -182,6 +183,8 @@ class RoundRow:
     retired: bool = False
     # True if the shards of the round have been given up.
     without_data: bool = False
+    # True if the learning rate takes a full curve in this round after the plan: see common/schedule.py.
+    has_full_curve: bool = False
 
 
 @dataclass(frozen=True)
