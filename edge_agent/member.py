@@ -184,6 +184,8 @@ class Member:
         number, initial = state.round, self._initial_weights(state)
         path = await self._download_initial(state)
         models = await self._data.models()
+        if state.has_full_curve:
+            log.info("full_curve", round=number)
         pretrain = partial(models.pretrain, has_full_curve=state.has_full_curve)
         model = await self._training(f"round {number}: pre-training", pretrain, number, path)
         return await self._worker.run(models.keep, number, initial and initial.digest, model)

@@ -1,5 +1,6 @@
 """One learning-rate schedule over the rounds of a run, through the real commands."""
 
+import re
 from pathlib import Path
 
 from cloud_server.jobs import Job, round_job
@@ -12,6 +13,8 @@ OVER_RUN = (
     "--set", "run.pretrain.schedule_over=run", "--set", "run.fine_tune.schedule_over=run",
     "--set", "run.pretrain.epochs=2", "--set", "run.fine_tune.epochs=1", "--set", "run.seed=3",
 )  # fmt: skip
+# In the logs of server and agents.
+FULL_CURVE = r'"round": (\d+), (?:"reason": "[^"]*", )?"event": "full_curve"'
 
 
 def play(cluster: Cluster, rounds: int, *, killed: bool = False) -> list[str]:
@@ -69,16 +72,20 @@ def test_full_curve_comes_back_once_when_the_shared_images_have_grown_by_half(cl
     device.add(range(200, 400))
     server = cluster.server(*one_agent)
     device.start()
-    full_curve = int(server.wait_for(r'"round": (\d+), .*"event": "full_curve"')[1])
+    full_curve = int(server.wait_for(FULL_CURVE)[1])
+    lives = [device.command]
     device.command.kill()
     server.kill()
     server = cluster.server(*one_agent)
     device.start()
+    lives.append(device.command)
     next_rounds(cluster, device.command, 4)
     assert device.command.terminate() == server.terminate() == 0
 
     last = len(list((cluster.state_dir / "rounds").glob("*/report.json")))
     jobs = [job(cluster, number) for number in range(1, last + 1)]
     assert [each.round for each in jobs if each.has_full_curve] == [full_curve]
+    followed = {number for life in lives for number in re.findall(FULL_CURVE, life.output)}
+    assert followed == {str(full_curve)}
     shared = [cluster.report(each.round)["num_shared"] for each in jobs]
     assert shared[full_curve - 3] == shared[0] < shared[full_curve - 2] / 1.5
