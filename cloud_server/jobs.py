@@ -68,6 +68,8 @@ class Job(FrozenModel):
     contributions: tuple[Contribution, ...] = ()
     # How many rounds the learning-rate schedule of the run is for.
     planned_rounds: int = 1
+    # True if the learning rate takes a full curve in this round after the plan.
+    has_full_curve: bool = False
 
 
 class Progress(FrozenModel):

@@ -32,6 +32,7 @@ from cloud_server.store import Store
 from common.errors import BudgetError, InvalidError, NotFoundError, Reason, StorageError
 from common.faults import Point, crash_point
 from common.run_state import Outcome
+from common.schedule import is_full_curve_due
 from common.transfer import to_the_end
 
 # More than it takes until the last call of an agent that was revoked has ended.
@@ -175,8 +176,13 @@ class Ledger:
         async def open_round() -> None:
             number = self._round.number + 1
             start = self._round.published_digest or self._round.initial_digest
-            await asyncio.to_thread(self._store.open_round, number, start, self._clock())
+            is_planned = number <= self._run.planned_rounds
+            combined = [] if is_planned else await asyncio.to_thread(self._store.combined)
+            is_full = is_full_curve_due(self._run.config, combined)
+            await asyncio.to_thread(self._store.open_round, number, start, self._clock(), is_full)
             crash_point(Point.SERVER_ROUND_OPENED)
+            if is_full:
+                log.info("full_curve", round=number, reason="the shared data have grown by half")
             self.believe(records.recorded_round(self._store, self._run.config, self.policy))
 
         await when_disk_allows(lambda: self.exclusively(open_round))

@@ -50,6 +50,7 @@ def round_from(
         opened_at=row.opened_at,
         initial_digest=row.initial_digest,
         may_be_independent=may_be_independent,
+        has_full_curve=row.has_full_curve,
         phase=Phase(row.phase),
         drawn=drawn,
         contributions={each.agent_id: each.contribution for each in accepted if each.contribution},
@@ -88,6 +89,7 @@ def round_job(round_: Round, run: RunConfig, device: str, planned_rounds: int) -
         initial_weights=round_.initial_digest,
         contributions=tuple(contribution for _, contribution in sorted(round_.contributions.items())),
         planned_rounds=planned_rounds,
+        has_full_curve=round_.has_full_curve,
     )
 
 

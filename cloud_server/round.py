@@ -74,6 +74,8 @@ class Round:
     initial_digest: str
     # True where agents may also start from weights of their own.
     may_be_independent: bool = False
+    # True if the learning rate takes a full curve in this round after the plan: see common/schedule.py.
+    has_full_curve: bool = False
     phase: Phase = Phase.COLLECTING
     # The ids of the agents in the sample; empty: no sample is drawn, or not yet.
     drawn: frozenset[str] = frozenset()

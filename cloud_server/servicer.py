@@ -222,6 +222,7 @@ def _event(state: RunState) -> pb.WatchEvent:
         max_contributions=state.max_contributions,
         counted_round=state.counted_round,
         accepted_weights=state.accepted_weights,
+        has_full_curve=state.has_full_curve,
         server_time=time.time(),
     )
     if left_out := state.left_out:

@@ -35,6 +35,7 @@ from common.errors import NotFoundError, Reason, UsageError
 from common.faults import Point, crash_point
 from common.files import sync
 from common.run_state import Outcome, Phase
+from common.schedule import Combined
 
 # The values that are recorded for a decision that keeps no contribution.
 _NOTHING = Contribution("", "", (), 0)
@@ -197,14 +198,26 @@ class Store:
 
     # Rounds
 
-    def open_round(self, number: int, initial_digest: str, now: float) -> None:
+    def open_round(
+        self,
+        number: int,
+        initial_digest: str,
+        now: float,
+        has_full_curve: bool = False,
+    ) -> None:
         """Record a new round, in the phase COLLECTING.
+
+        Args:
+            number: the number of the round.
+            initial_digest: the digest of the weights that the agents' pre-training starts from.
+            now: seconds since the epoch.
+            has_full_curve: whether the learning rate takes a full curve in this round after the plan.
 
         Raises:
             sqlite3.IntegrityError: the number is taken.
         """
         with self.transaction() as database:
-            _insert_round(database, number, initial_digest, now)
+            _insert_round(database, number, initial_digest, now, has_full_curve=has_full_curve)
 
     def set_phase(
         self,
@@ -342,6 +355,15 @@ class Store:
             " WHERE outcome = 'accepted' AND reason = '' AND published IS NOT NULL GROUP BY agent_id"
         )
         return {row["agent_id"]: row["round"] for row in rows}
+
+    def combined(self) -> list[Combined]:
+        """Return how many shared examples each published round's model is made of, sorted by round."""
+        rows = self.read(
+            "SELECT coalesce(sum(num_shared), 0) AS num_shared, has_full_curve FROM rounds"
+            " LEFT JOIN contributions ON round = number AND outcome = 'accepted' AND reason = ''"
+            " WHERE published IS NOT NULL GROUP BY number ORDER BY number"
+        )
+        return [Combined(row["num_shared"], bool(row["has_full_curve"])) for row in rows]
 
     def last_left_out(self) -> dict[str, tuple[int, str, str]]:
         """Return, by agent id, the round, reason and message of the last accepted contribution not used."""
@@ -503,11 +525,19 @@ def _run(row: Mapping[str, Any]) -> RunRow:
     )
 
 
-def _insert_round(database: sqlite3.Connection, number: int, initial_digest: str, now: float) -> None:
+def _insert_round(
+    database: sqlite3.Connection,
+    number: int,
+    initial_digest: str,
+    now: float,
+    *,
+    has_full_curve: bool = False,
+) -> None:
     """Insert a new round, in the phase COLLECTING, and the first entry of its phase history."""
     database.execute(
-        "INSERT INTO rounds (number, phase, initial_weights, opened_at) VALUES (?, ?, ?, ?)",
-        (number, Phase.COLLECTING, initial_digest, now),
+        "INSERT INTO rounds (number, phase, initial_weights, opened_at, has_full_curve)"
+        " VALUES (?, ?, ?, ?, ?)",
+        (number, Phase.COLLECTING, initial_digest, now, has_full_curve),
     )
     _append_phase(database, number, Phase.COLLECTING, now)
 
@@ -529,6 +559,7 @@ def _round(row: Mapping[str, Any], phase_times: dict[str, float]) -> RoundRow:
         phase_times=phase_times,
         retired=bool(row["retired"]),
         without_data=bool(row["without_data"]),
+        has_full_curve=bool(row["has_full_curve"]),
     )
 
 

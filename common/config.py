@@ -188,7 +188,8 @@ class TrainingConfig(DocumentedModel):
 
     `"run"`: pre-training and fine-tuning of all rounds follow one schedule, in the order in which they
     happen. It is for the rounds that were asked for when the run began (one, where the run has no end). Each
-    round after those begins at a fifth of the learning rate and lowers it to 0.
+    round after those begins at a fifth of the learning rate and lowers it to 0, until the shared data have
+    grown by half: then one round has a full schedule again.
     """
 
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0

@@ -100,6 +100,8 @@ class RunState:
     counted_round: int
     # This agent's accepted contribution to this round or the one before, if the model contains nothing of it.
     left_out: LeftOut | None
+    # True if the learning rate takes a full curve in this round after the plan: see common/schedule.py.
+    has_full_curve: bool = False
     # Whether this agent is in the sample of this round; None: there is no sample, every agent takes part.
     selection: Selection | None = None
 

@@ -11,10 +11,12 @@ The warm-up of a run that has one (`run.warm_up_epochs`) is round 0, and comes b
 
 The rounds that were asked for when the run began are the plan of the run, which never changes. A run without
 an end plans one round. Each round after the plan follows a small schedule of its own: from EXTRA_PEAK of the
-learning rate linearly down to zero over the epochs of the round. So the rate never jumps up again.
+learning rate linearly down to zero over the epochs of the round. So the rate does not jump up again, except
+when the shared data have grown by half: then the next round follows the full schedule over its own epochs.
 """
 
 import math
+from collections.abc import Iterable
 from typing import Literal, NamedTuple
 
 from common.config import RunConfig, TrainingConfig
@@ -22,6 +24,17 @@ from common.config import RunConfig, TrainingConfig
 # The learning rate at the beginning of a round after the plan, as a share of the highest one. Re-warming to
 # the full rate forgets what was learnt (arXiv 2503.02844, 2403.08763).
 EXTRA_PEAK = 0.2
+# The full schedule comes back when the shared examples are so many times as many as when it was begun last.
+GROWTH = 1.5
+
+
+class Combined(NamedTuple):
+    """The data of a round that published a model."""
+
+    # How many shared examples are in the model.
+    num_shared: int
+    # True in a round after the plan that followed the full schedule.
+    has_full_curve: bool
 
 
 class Place(NamedTuple):
@@ -31,7 +44,7 @@ class Place(NamedTuple):
     begin: int
     # The epochs of the whole schedule.
     total: int
-    # True in a round after the plan of the run.
+    # True in a round after the plan of the run that begins small.
     is_extra: bool = False
 
 
@@ -40,8 +53,32 @@ def whole(config: TrainingConfig) -> Place:
     return Place(0, config.epochs)
 
 
+def is_full_curve_due(run: RunConfig, published: Iterable[Combined]) -> bool:
+    """Return whether the next round, if it comes after the plan, follows the full schedule.
+
+    The shared data are the most that any round has combined, so that agents that come and go are no growth.
+
+    Args:
+        run: the configuration of the run.
+        published: the rounds that published a model, in their order; the first of them began the plan.
+    """
+    if "run" not in (run.pretrain.schedule_over, run.fine_tune.schedule_over):
+        return False
+    most, most_at_begin = 0, None
+    for each in published:
+        most = max(most, each.num_shared)
+        if most_at_begin is None or each.has_full_curve:
+            most_at_begin = most
+    return most_at_begin is not None and 0 < most >= GROWTH * most_at_begin
+
+
 def place_of(
-    run: RunConfig, training: Literal["pretrain", "fine_tune"], round_number: int, planned_rounds: int
+    run: RunConfig,
+    training: Literal["pretrain", "fine_tune"],
+    round_number: int,
+    planned_rounds: int,
+    *,
+    has_full_curve: bool = False,
 ) -> Place:
     """Return the place of a round's pre-training or fine-tuning in its schedule.
 
@@ -50,6 +87,7 @@ def place_of(
         training: which of the two trainings of a round.
         round_number: the number of the round, from 1 on; 0 for the warm-up.
         planned_rounds: how many rounds the schedule of the run is for.
+        has_full_curve: whether a round after these follows the full schedule, over its own epochs.
     """
     config = run.pretrain if training == "pretrain" else run.fine_tune_of(round_number)
     if config.schedule_over == "round":
@@ -57,7 +95,7 @@ def place_of(
     epochs = run.pretrain.epochs + run.fine_tune.epochs
     within = 0 if training == "pretrain" else run.pretrain.epochs
     if round_number > planned_rounds:
-        return Place(within, epochs, is_extra=True)
+        return Place(within, epochs, is_extra=not has_full_curve)
     warm_up = run.warm_up_epochs if run.has_warm_up else 0
     begin = warm_up + (round_number - 1) * epochs + within if round_number else 0
     return Place(begin, warm_up + planned_rounds * epochs)

@@ -548,6 +548,7 @@ def _run_state(event: pb.WatchEvent) -> RunState:
         counted_round=event.counted_round,
         left_out=_left_out(event.left_out) if event.left_out.round else None,
         selection=_member(Selection, pb.Selection, event.selection),
+        has_full_curve=event.has_full_curve,
     )
 
 

@@ -159,14 +159,17 @@ class LocalModels:
         num_bytes: int = sum(each.nbytes for each in model.state_dict().values())
         return most_file_bytes(num_bytes)
 
-    def pretrain(self, number: int, initial: Path | None, on_step: OnStep) -> nn.Module:
+    def pretrain(
+        self, number: int, initial: Path | None, on_step: OnStep, *, has_full_curve: bool = False
+    ) -> nn.Module:
         """Train for a round, from the last checkpoint if there is one.
 
         Args:
             initial: the file of weights to start from; None: this agent's own weights.
+            has_full_curve: whether the learning rate takes a full curve in this round after the plan.
         """
         model = self._model(initial)
-        place = place_of(self._run, "pretrain", number, self._planned_rounds)
+        place = place_of(self._run, "pretrain", number, self._planned_rounds, has_full_curve=has_full_curve)
         self._train(model, self._run.pretrain, "pretrain", number, on_step, place)
         return model
 

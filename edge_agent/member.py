@@ -8,6 +8,7 @@ progress; a step that was cut short is taken again, to the same effect.
 import asyncio
 import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -189,7 +190,10 @@ class Member:
         number, initial = state.round, self._initial_weights(state)
         path = await self._download_initial(state)
         models = await self._data.models()
-        model = await self._training(f"round {number}: pre-training", models.pretrain, number, path)
+        if state.has_full_curve:
+            log.info("full_curve", round=number)
+        pretrain = partial(models.pretrain, has_full_curve=state.has_full_curve)
+        model = await self._training(f"round {number}: pre-training", pretrain, number, path)
         return await self._worker.run(models.keep, number, initial and initial.digest, model)
 
     def _is_kept(self, models: LocalModels, trained: Trained, number: int, initial: Blob | None) -> bool:

@@ -142,6 +142,7 @@ MIGRATIONS = (
         PRIMARY KEY (round, agent_id)
     );
     """,
+    "ALTER TABLE rounds ADD COLUMN has_full_curve INTEGER NOT NULL DEFAULT 0;",
 )
 
 
@@ -190,6 +191,8 @@ class RoundRow:
     retired: bool = False
     # True if the shards of the round have been given up.
     without_data: bool = False
+    # True if the learning rate takes a full curve in this round after the plan: see common/schedule.py.
+    has_full_curve: bool = False
 
 
 @dataclass(frozen=True)

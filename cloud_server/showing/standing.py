@@ -252,6 +252,7 @@ class Standing:
             counted_round=self._counted.get(agent_id or "", 0),
             left_out=left_out if left_out and left_out.round >= self._round.number - 1 else None,
             selection=self._round.selection_of(agent_id) if agent_id else None,
+            has_full_curve=self._round.has_full_curve,
         )
 
     async def status(self) -> dict[str, Any]:

@@ -55,6 +55,7 @@ def fine_tune(
     *,
     round_number: int,
     planned_rounds: int = 1,
+    has_full_curve: bool = False,
     device: torch.device,
     precision_path: Path | None = None,
     on_step: OnStep | None = None,
@@ -69,6 +70,7 @@ def fine_tune(
         round_number: the number of the round, from which the seed and the place in the schedule follow; 0 for
             the warm-up.
         planned_rounds: how many rounds the learning-rate schedule is for.
+        has_full_curve: whether the learning rate takes a full curve in this round after the plan.
         device: the device to train on.
         precision_path: the file that keeps the choice of the precision; None keeps it nowhere.
         on_step: a callback for reports on the training.
@@ -78,7 +80,7 @@ def fine_tune(
     kept_at = precision_path if ranks == ALONE else None
     precision = choose_precision(model, examples, config, spec=run.spec, device=device, kept_at=kept_at)
     seed = derive_seed(run.seed, round_number, "fine_tune")
-    place = place_of(run, "fine_tune", round_number, planned_rounds)
+    place = place_of(run, "fine_tune", round_number, planned_rounds, has_full_curve=has_full_curve)
     recipe = Recipe(config, run.spec, seed, precision, config.class_balanced, place)
     train(model, examples, recipe, device=device, on_step=on_step, ranks=ranks)
 

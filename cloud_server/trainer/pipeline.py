@@ -147,6 +147,7 @@ class RoundPipeline:
                 self._run,
                 round_number=self._job.round,
                 planned_rounds=self._job.planned_rounds,
+                has_full_curve=self._job.has_full_curve,
                 device=self._device,
                 precision_path=self._directory.precision_path,
                 on_step=self._tell_step if self._is_first else None,

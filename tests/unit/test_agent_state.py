@@ -1,4 +1,6 @@
+from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from cloud_server.trainer.finetune import combine
 from common.config import RunConfig, TrainingConfig
 from common.errors import DivergedError, UsageError
 from common.models import build_model
+from common.schedule import learning_rate_factor
 from common.seeds import derive_seed
 from common.shards import Shard, cloud_holdout, read_shard
 from common.training import Examples, OnStep, StepReport, train
@@ -124,6 +127,46 @@ def test_data_that_are_read_anew_meanwhile_do_not_disturb_what_is_trained(
     LocalModels(RUN, data, disk, torch.device("cpu"), (), 0.0)
     assert not any(path.exists() for path in local.shards)
     assert pretrain(local, ignore) == expected
+
+
+def test_full_curve_of_a_round_after_the_plan_is_followed_and_resumed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a full curve, the second round trains as the first does in a plan of one round."""
+    monkeypatch.setattr("common.training.REPORT_SECONDS", 0.0)
+    rates: list[float] = []
+    factor = learning_rate_factor
+
+    def recorded(*args: Any) -> float:
+        rates.append(factor(*args))
+        return rates[-1]
+
+    monkeypatch.setattr("common.training.learning_rate_factor", recorded)
+    run = RUN.model_copy(
+        update={"pretrain": RUN.pretrain.model_copy(update={"schedule_over": "run", "graphs": "off"})}
+    )
+
+    def train(name: str, number: int, *, has_full_curve: bool = False, on_step: OnStep = ignore) -> Blob:
+        rates.clear()
+        with closing(AgentState(tmp_path / name, "edge-1")) as disk:
+            models = local_models(disk, run)
+            network = models.pretrain(number, None, on_step, has_full_curve=has_full_curve)
+            return models.keep(number, None, network).weights
+
+    def cut(step: StepReport) -> None:
+        if step.step == 5:
+            raise InterruptedError
+
+    train("first", 1)
+    first = list(rates)
+    train("small", 2)
+    assert max(rates) < max(first)
+    expected = train("full", 2, has_full_curve=True)
+    assert rates == first
+    with pytest.raises(InterruptedError):
+        train("cut", 2, has_full_curve=True, on_step=cut)
+    assert train("cut", 2, has_full_curve=True) == expected
+    assert len(rates) < len(first)
 
 
 def test_interrupted_pretraining_goes_on_to_the_same_weights(

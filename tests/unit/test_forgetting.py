@@ -467,7 +467,11 @@ def test_who_was_forgotten_by_an_older_program_is_known_without_digests(
             with store.transaction() as database:
                 run = RunConfig().model_dump_json()
                 database.execute("INSERT INTO run VALUES (1, 'run-1', ?, 0.0)", (run,))
-            store.open_round(1, digest_of(INITIAL), 0.0)
+                database.execute(
+                    "INSERT INTO rounds (number, phase, initial_weights, opened_at)"
+                    " VALUES (1, 'collecting', ?, 0.0)",
+                    (digest_of(INITIAL),),
+                )
             store.set_phase(1, "published", 2.0, published_digest=digest_of(INITIAL))
             with store.transaction() as database:
                 models = json.dumps([[1, digest_of(INITIAL)]])

@@ -1,7 +1,15 @@
 import pytest
 
 from common.config import RunConfig
-from common.schedule import EXTRA_PEAK, Place, learning_rate_factor, place_of, whole
+from common.schedule import (
+    EXTRA_PEAK,
+    Combined,
+    Place,
+    is_full_curve_due,
+    learning_rate_factor,
+    place_of,
+    whole,
+)
 
 STEPS = 7
 
@@ -88,3 +96,50 @@ def test_rounds_after_the_plan_begin_small_and_end_at_zero(schedule: str) -> Non
 
 def test_constant_rate_stays_constant_after_the_plan() -> None:
     assert set(rates_of(run_of("run", "constant"), range(1, 5), 2)) == {1.0}
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "one-cycle"])
+def test_full_curve_after_the_plan_is_the_schedule_over_the_epochs_of_its_round(schedule: str) -> None:
+    run = run_of("run", schedule)
+    pretrain = place_of(run, "pretrain", 3, 2, has_full_curve=True)
+    fine_tune = place_of(run, "fine_tune", 3, 2, has_full_curve=True)
+    rates = factors(schedule, pretrain, 4) + factors(schedule, fine_tune, 2)
+    assert rates == factors(schedule, Place(0, 6), 6)
+
+
+def full_curves(*num_shared: int, over: str = "run") -> list[int]:
+    """Play rounds that combine so many shared examples, and return the numbers of those with a full curve.
+
+    One round is planned. The round after these counts as well.
+    """
+    published: list[Combined] = []
+    full = []
+    for number, shared in enumerate((*num_shared, 0), 1):
+        is_full = number > 1 and is_full_curve_due(run_of(over), published)
+        full += [number] if is_full else []
+        published.append(Combined(shared, is_full))
+    return full
+
+
+def test_full_curve_comes_back_once_when_the_shared_data_have_grown_by_half() -> None:
+    assert full_curves(100, 100, 149, 149) == []
+    assert full_curves(100, 100, 150, 150, 150) == [4]
+    assert full_curves(100, 120, 140, 160, 180, 200, 269, 270) == [5, 9]
+
+
+def test_agents_that_come_and_go_are_no_growth() -> None:
+    assert full_curves(100, 20, 100, 20, 100, 149) == []
+    assert full_curves(100, 150, 20, 150, 20, 150) == [3]
+
+
+def test_data_that_come_with_the_full_curve_count_for_it() -> None:
+    assert full_curves(100, 150, 220, 220, 220) == [3]
+
+
+def test_first_shared_data_have_a_full_curve() -> None:
+    assert full_curves(0, 0, 10, 10) == [4]
+
+
+def test_full_curve_comes_again_only_where_the_run_has_one_schedule() -> None:
+    assert full_curves(100, 1000, over="round") == []
+    assert not is_full_curve_due(run_of("run"), [])

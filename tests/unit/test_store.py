@@ -33,6 +33,7 @@ from cloud_server.state_dir import blob_path
 from cloud_server.store import Store
 from common.errors import NotFoundError, Reason, StorageError, UsageError
 from common.run_state import Outcome, Phase
+from common.schedule import Combined
 
 # There fsync costs nothing.
 MEMORY = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
@@ -142,6 +143,22 @@ def test_run_has_published_from_its_first_model_on(run_store):
     run_store.set_phase(2, "published", 22.0, published_digest="e" * 64)
     run_store.open_round(3, "e" * 64, 23.0)
     assert run_store.has_published()
+
+
+def test_what_published_rounds_have_combined_is_counted(run_store):
+    why = Rejection(Reason.LARGE_UPDATE, "too large")
+    parts = (("a", 5, None), ("b", 7, None)), (("a", 5, None), ("b", 7, why)), (), (("a", 9, None),)
+    for number, decisions in enumerate(parts, 1):
+        if number > 1:
+            run_store.open_round(number, "e" * 64, 20.0, number == 2)
+        for agent_id, num_shared, left_out in decisions:
+            part = Contribution(agent_id, DIGEST, (), 9, num_shared=num_shared)
+            decision = Decision(agent_id, Outcome.ACCEPTED, 20.0, part, left_out)
+            run_store.record_contribution(number, decision)
+        if number < 4:
+            run_store.set_phase(number, "published", 21.0, published_digest="e" * 64)
+    assert run_store.combined() == [Combined(12, False), Combined(5, True), Combined(0, False)]
+    assert [row.has_full_curve for row in run_store.rounds()] == [False, True, False, False]
 
 
 def test_phase_of_an_unknown_round_is_refused(run_store):
