@@ -203,7 +203,7 @@ class _Run:
         sent = [blobs.get(item.weights_digest) for item in contributions]
         base = Base(blobs.get(start), start) if start else None
         local = [self._measure_sent(path, base) for path in sent]
-        show = _prefixed(variant.label, self._on_progress)
+        show = prefixed(variant.label, self._on_progress)
         job = round_job(run, number, start, contributions)
         result = network.cloud.publish(job, show)
         if result.weights is None or result.start is None:
@@ -340,7 +340,7 @@ def _digest(model: nn.Module) -> str:
     return hashed.hexdigest()
 
 
-def _prefixed(what: str, on_progress: OnProgress) -> OnProgress:
+def prefixed(what: str, on_progress: OnProgress) -> OnProgress:
     return lambda phase, done, total: on_progress(f"{what}: {phase}", done, total)
 
 

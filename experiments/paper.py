@@ -234,7 +234,7 @@ def _run_cell(each: "AnyCell") -> float:
 # ---------------------------------------------------------------------- writing the table
 
 
-def _write(arguments: argparse.Namespace, groups: Mapping[str, Sequence["AnyCell"]]) -> None:
+def _write(arguments: argparse.Namespace, groups: Mapping[str, Sequence[Any]]) -> None:
     from experiments import plots, tables, worth
 
     if arguments.table == "worth":

@@ -139,9 +139,8 @@ def _transfer(axis: Axes, group: Any) -> None:
 def _worth(axis: Axes, rows: Any) -> None:
     """Draw the cloud alone as a line over its budgets, and each other row as a line over its rounds."""
     alone = [row for name, row in rows.items() if name.startswith("alone")]
-    images, accuracies = (
-        [worth_table.last_values(row, key) for row in alone] for key in ("images", "accuracy")
-    )
+    images = [worth_table.last_values(row, "images") for row in alone]
+    accuracies = [worth_table.last_values(row, "accuracy") for row in alone]
     axis.errorbar(
         [fmean(values) for values in images],
         [fmean(values) for values in accuracies],

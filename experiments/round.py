@@ -204,8 +204,8 @@ def round_job(
 class AfterWarmUp(RoundPipeline):
     """The work on a round whose initial weights the cloud has trained: they are a candidate in round 1, too.
 
-    The pipeline sees that by itself if the run's table has a warm-up. An experiment that takes the epochs of the
-    warm-up from the first fine-tune (worth.py) describes round 1 by a table that has none.
+    The pipeline sees that by itself if the run's table has a warm-up. The table of worth.py has none in round
+    1, because there the epochs of the warm-up are taken from the first fine-tune.
     """
 
     def __init__(

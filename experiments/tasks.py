@@ -29,8 +29,8 @@ class Task(NamedTuple):
     examples_per_agent: int
     # The table "transfer" makes these changes to the [run] table, because it has many settings.
     for_transfer: Mapping[str, Any]
-    # The table "worth" makes these changes: epochs that can be spread over 3 and over 5 rounds, and one recipe
-    # for edges and cloud.
+    # The table "worth" makes these changes: epochs that can be spread over 3 and over 5 rounds, and the same
+    # recipe for edges and cloud.
     for_worth: Mapping[str, Any]
     # The table "transfer" uses so many examples in all, however many agents there are.
     examples_in_all: int

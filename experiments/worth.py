@@ -1,7 +1,7 @@
 """The table `worth`: what edges and cloud are worth together, against the images that the cloud trains on.
 
-Every row has the same data and the same recipe. The cloud alone trains the initial weights on all agents' shared
-data. The other rows have one total budget of edge epochs and cloud epochs, which is spread over the rounds.
+Every row has the same data and the same recipe. The cloud alone trains the initial weights on the shared data
+of all agents. The other rows have one total budget of edge epochs and cloud epochs, spread over the rounds.
 """
 
 import shutil
@@ -17,7 +17,7 @@ from cloud_server.trainer.finetune import combine
 from common.config import RunConfig, deep_merge
 from common.devices import select_device
 from common.errors import RunError, UsageError
-from experiments.cell import Record, TestSet, read_record, write_record
+from experiments.cell import Record, TestSet, prefixed, read_record, write_record
 from experiments.round import Network, OnProgress, round_job
 from experiments.tables import grid, signed, spread
 from experiments.tasks import PLAIN, Setting
@@ -67,7 +67,8 @@ def check(run: RunConfig, rounds: Sequence[int]) -> None:
     """
     if run.initial_weights != "shared":
         raise UsageError(
-            f'the table worth needs initial_weights "shared" (not "{run.initial_weights}"): the cloud trains them'
+            'the table worth needs initial weights that the cloud can train: give "shared" in place of'
+            f' "{run.initial_weights}"'
         )
     if run.warm_up_epochs:
         raise UsageError("the table worth has rows with and without a warm-up: leave out warm_up_epochs")
@@ -103,9 +104,9 @@ class Part(NamedTuple):
 def begin_part(run: RunConfig, rounds: int) -> Part:
     """Return the part for the warm-up and the pre-training after it.
 
-    The warm-up counts in the cloud's budget, while the product adds it. So these two are described as the beginning
-    of a run of one round, whose fine-tune is as long as all that comes later. The schedule is then as long as in
-    the other rows.
+    The warm-up counts in the cloud's budget, while the product adds it. So these two are described as the
+    beginning of a run of one round, whose fine-tune is as long as all that comes later. So the schedule is as
+    long as in the other rows.
     """
     pretrain = run.pretrain.epochs // rounds
     rest = run.pretrain.epochs + run.fine_tune.epochs - WARM_UP - pretrain
@@ -115,7 +116,7 @@ def begin_part(run: RunConfig, rounds: int) -> Part:
 def first_fine_tune_part(run: RunConfig, rounds: int) -> Part:
     """Return the part for the fine-tune of round 1 after a warm-up, which has been cut by the warm-up.
 
-    The warm-up is described as epochs of the pre-training, so that the fine-tune has its place in the schedule.
+    The warm-up is described as a part of the pre-training, which gives the fine-tune its place.
     """
     pretrain, fine_tune = run.pretrain.epochs // rounds, run.fine_tune.epochs // rounds
     return Part(_changed(run, pretrain=pretrain + WARM_UP, fine_tune=fine_tune - WARM_UP), rounds)
@@ -181,15 +182,11 @@ class Cell(NamedTuple):
         """
         for name in self.missing:
             shutil.rmtree(self.path / "network", ignore_errors=True)
-            label = self.rows[name].label
-            network = Network(
-                self.setting,
-                self.path / "network",
-                select_device(self.device),
-                lambda what, done, of, label=label: on_progress(f"{label}: {what}", done, of),
-            )
+            row = self.rows[name]
+            show = prefixed(row.label, on_progress)
+            network = Network(self.setting, self.path / "network", select_device(self.device), show)
             with closing(network):
-                self.keep(name, _Way(self, self.rows[name], network, on_progress).steps())
+                self.keep(name, _Way(self, row, network, show).steps())
             shutil.rmtree(self.path / "network")
 
     @property
@@ -311,8 +308,10 @@ def last_values(row: Record, key: str) -> list[float]:
 
 def in_words(figures: Record) -> str:
     texts = [
-        "Images: on how many the cloud trains, each counted as often as it is trained on. Differences are per seed,"
-        " mean ± standard error. Seconds: of the cloud's training."
+        "An image counts as often as the cloud trains on it. Differences are taken seed by seed, and given"
+        " as mean ± standard error. The starts are those of each round's fine-tune, on the first seed. The"
+        " seconds are those of the cloud's training. Our rows have one learning-rate schedule over the run."
+        " The others have one for each training. The warm-up is one epoch, taken from the first fine-tune."
     ]
     for name, rows in figures.items():
         alone = last_values(rows[ALONE], "accuracy")
