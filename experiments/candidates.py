@@ -108,6 +108,7 @@ class _Again:
                 self._data.train,
                 self._run,
                 round_number=self._job.round,
+                planned_rounds=self._job.planned_rounds,
                 device=self._device,
                 precision_path=precision_path,
             )

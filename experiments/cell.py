@@ -66,37 +66,36 @@ class Cell(NamedTuple):
 
     @property
     def barrier(self) -> Record | None:
-        return _read(self.path / "barrier.json")
+        return read_record(self.path / "barrier.json")
 
     def record(self, name: str) -> Record | None:
         """Return the record of a variant; None if there is none, or only one with other settings."""
-        record = _read(self.path / f"{name}.json")
+        record = read_record(self.path / f"{name}.json")
         return record if record and record["identity"] == self._identity(name) else None
 
     def keep(self, name: str, measured: Record) -> None:
-        _write(self.path / f"{name}.json", {**measured, "identity": self._identity(name)})
+        write_record(self.path / f"{name}.json", {**measured, "identity": self._identity(name)})
 
     def keep_barrier(self, measured: Record) -> None:
-        _write(self.path / "barrier.json", measured)
+        write_record(self.path / "barrier.json", measured)
 
     def rounds_of(self, name: str) -> int:
         return self.num_rounds if VARIANTS[name].is_split else 1
+
+    def run(self, on_progress: OnProgress) -> None:
+        """Measure the variants, and the loss barrier, that are missing in the cell.
+
+        Raises:
+            UsageError: there are too few data, or another process is working on this cell.
+        """
+        if not self.is_done:
+            _Run(self, on_progress).run()
 
     def _identity(self, name: str) -> Record:
         variant = VARIANTS[name]
         run = self.setting.run_of(variant)
         unused = set() if variant.is_received and run.apply == "if-not-worse" else {"adapt_epochs"}
         return {"run": run.model_dump(mode="json", exclude=unused), "rounds": self.rounds_of(name)}
-
-
-def run(cell: Cell, on_progress: OnProgress) -> None:
-    """Measure the variants, and the loss barrier, that are missing in the cell.
-
-    Raises:
-        UsageError: there are too few data, or another process is working on this cell.
-    """
-    if not cell.is_done:
-        _Run(cell, on_progress).run()
 
 
 class _Run:
@@ -109,7 +108,7 @@ class _Run:
         self._on_progress = on_progress
         self._weighed_seconds = 0.0
         self._network = self._open_network("network")
-        self._test = _TestSet(cell.setting.run, self._device, cell.path / "measured.json")
+        self._test = TestSet(cell.setting.run, self._device, cell.path / "measured.json")
 
     def run(self) -> None:
         with closing(self._network):
@@ -204,7 +203,7 @@ class _Run:
         sent = [blobs.get(item.weights_digest) for item in contributions]
         base = Base(blobs.get(start), start) if start else None
         local = [self._measure_sent(path, base) for path in sent]
-        show = _prefixed(variant.label, self._on_progress)
+        show = prefixed(variant.label, self._on_progress)
         job = round_job(run, number, start, contributions)
         result = network.cloud.publish(job, show)
         if result.weights is None or result.start is None:
@@ -294,13 +293,13 @@ class _Run:
         When a stopped experiment goes on, the seconds noted before stand, because the pre-training is done.
         """
         path = self._cell.path / "pretrain.json"
-        known = _read(path)
+        known = read_record(path)
         self._pretrain_seconds = known["seconds"] if known else seconds
         if not known:
-            _write(path, {"seconds": seconds})
+            write_record(path, {"seconds": seconds})
 
 
-class _TestSet:
+class TestSet:
     """The common test set, on which the same weights are measured once, even if an experiment restarts."""
 
     def __init__(self, run: RunConfig, device: torch.device, path: Path) -> None:
@@ -309,7 +308,7 @@ class _TestSet:
         self._run = run
         self._device = device
         self._path = path
-        self._known: dict[str, Record] = _read(path) or {}
+        self._known: dict[str, Record] = read_record(path) or {}
         self._model = build_model(run, seed=0)
 
     def measure(self, model: nn.Module) -> Record:
@@ -318,7 +317,7 @@ class _TestSet:
         if digest not in self._known:
             found = evaluate(model, *self._examples, spec=self._run.spec, device=self._device)
             self._known[digest] = {"accuracy": found.accuracy, "loss": found.loss, "digest": digest}
-            _write(self._path, self._known)
+            write_record(self._path, self._known)
         return self._known[digest]
 
     def measure_file(self, path: Path) -> Record:
@@ -341,11 +340,11 @@ def _digest(model: nn.Module) -> str:
     return hashed.hexdigest()
 
 
-def _prefixed(what: str, on_progress: OnProgress) -> OnProgress:
+def prefixed(what: str, on_progress: OnProgress) -> OnProgress:
     return lambda phase, done, total: on_progress(f"{what}: {phase}", done, total)
 
 
-def _read(path: Path) -> Record | None:
+def read_record(path: Path) -> Record | None:
     try:
         record: Record = json.loads(path.read_text("utf-8"))
     except FileNotFoundError:
@@ -353,7 +352,7 @@ def _read(path: Path) -> Record | None:
     return record
 
 
-def _write(path: Path, record: Record) -> None:
+def write_record(path: Path, record: Record) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as partial:
         partial.write_text(json.dumps(record, indent=1) + "\n", "utf-8")

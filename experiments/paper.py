@@ -24,7 +24,10 @@ from experiments.command import console, write_text
 from experiments.tasks import TASKS, VARIANTS, Setting
 
 if TYPE_CHECKING:
+    from experiments import worth
     from experiments.cell import Cell
+
+    AnyCell = Cell | worth.Cell
 
 # This limit on the number of examples means all of them.
 ALL = 1_000_000_000
@@ -38,6 +41,7 @@ class Defaults(NamedTuple):
     agents: str
     variants: str
     wire: str = "float32"
+    rounds: str = "2"
 
 
 TABLES: Mapping[str, Defaults] = {
@@ -45,6 +49,8 @@ TABLES: Mapping[str, Defaults] = {
     "parts": Defaults("independent,shared", "iid", "2", ",".join(VARIANTS)),
     "transfer": Defaults("shared", "iid,dirichlet:0.3", "2,5,10", "plain_average,selection"),
     "wire": Defaults("shared", "iid", "2", "selection,rounds", "float32,bfloat16,int8"),
+    # This table has rows of its own in place of variants.
+    "worth": Defaults("shared", "iid", "2", "", rounds="1,3,5"),
 }
 
 
@@ -60,12 +66,13 @@ def run_table(arguments: argparse.Namespace) -> None:
         UsageError: an option asks for something impossible, such as more examples than there are.
     """
     from experiments import data, networked
+    from experiments.cell import Cell
 
     groups = _groups(arguments, data.prepare(_run(arguments, {}), arguments.data_dir, arguments.work_dir))
     cells = [cell for group in groups.values() for cell in group]
     _work(cells, arguments.jobs)
     _write(arguments, groups)
-    if arguments.networked:
+    if arguments.networked and isinstance(cells[0], Cell):
         with console.status("starting …") as status:
             text = networked.compare(cells[0], arguments.work_dir / "networked", status.update)
         console.print(text, markup=False, highlight=False, soft_wrap=True)
@@ -83,9 +90,14 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--initial-weights", metavar="W,…", help="independent, shared, … (default: the table's)")
     add("--wire", metavar="E,…", help="float32, bfloat16 or int8 (default: the table's)")
     add("--examples-per-agent", type=int, metavar="N", help="to train on (default: the task's)")
+    add("--examples-in-all", type=int, metavar="N", help="of all agents together, however many there are")
     add("--test-examples", type=int, metavar="N", help="at most (default: all; in transfer the task's)")
     add("--variants", metavar="V,…", help=f"of {', '.join(VARIANTS)} (default: the table's)")
-    add("--rounds", type=int, default=2, metavar="R", help="of the variant with shorter rounds (default: 2)")
+    add(
+        "--rounds",
+        metavar="R,…",
+        help="numbers of shorter rounds, in worth several (default: the table's)",
+    )
     add("--device", default="cpu", help="auto, cpu, cuda, cuda:1 (default: cpu)")
     add("--jobs", type=int, default=1, metavar="N", help="processes, each at a seed of its own (default: 1)")
     add("--networked", action="store_true", help="also one round with real processes, and compare")
@@ -94,36 +106,57 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     for name, value in TABLES[arguments.table]._asdict().items():
         if getattr(arguments, name) is None:
             setattr(arguments, name, value)
-    if unknown := set(arguments.variants.split(",")) - set(VARIANTS):
+    if arguments.table == "worth":
+        _check_worth(parser, arguments)
+    elif unknown := set(arguments.variants.split(",")) - set(VARIANTS):
         parser.error(f"unknown variants {', '.join(sorted(unknown))}: choose from {', '.join(VARIANTS)}")
+    arguments.round_counts = _round_counts(parser, arguments)
     if arguments.table == "claims" or arguments.networked:
         needed = TABLES["claims"].variants.split(",")
         arguments.variants = ",".join(dict.fromkeys([*needed, *arguments.variants.split(",")]))
     return arguments
 
 
+def _check_worth(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
+    for name in ("variants", "networked"):
+        if getattr(arguments, name):
+            parser.error(f"--{name} is not for the table worth: leave it out")
+    if "," in arguments.wire:
+        parser.error("--wire takes one encoding in the table worth")
+
+
+def _round_counts(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> list[int]:
+    """Return the numbers of `--rounds`: several in the table worth, one in the others."""
+    texts = arguments.rounds.split(",")
+    if not all(text.isdecimal() and int(text) for text in texts):
+        parser.error(f"--rounds {arguments.rounds}: give numbers from 1 on, such as 1 or 1,3,5")
+    if len(texts) > 1 and arguments.table != "worth":
+        parser.error(f"--rounds {arguments.rounds}: give one number; only the table worth takes several")
+    return [int(text) for text in texts]
+
+
 def _run(arguments: argparse.Namespace, changes: Mapping[str, Any]) -> RunConfig:
     task = TASKS[arguments.task]
-    run = deep_merge(
-        deep_merge(task.run, task.for_transfer if arguments.table == "transfer" else {}), changes
-    )
+    for_table = {"transfer": task.for_transfer, "worth": task.for_worth}.get(arguments.table, {})
+    run = deep_merge(deep_merge(task.run, for_table), changes)
     return command.run_config(run, arguments.set)
 
 
-def _groups(arguments: argparse.Namespace, folder: Path) -> dict[str, list["Cell"]]:
+def _groups(arguments: argparse.Namespace, folder: Path) -> dict[str, list["AnyCell"]]:
     """Return the cells of each setting, one for each seed, by the setting's name."""
     from experiments import data
-    from experiments.cell import Cell
 
     task, is_transfer = TASKS[arguments.task], arguments.table == "transfer"
     num_test = arguments.test_examples or (task.test_examples if is_transfer else ALL)
     available = len(data.read(folder, "train").labels)
-    groups: dict[str, list[Cell]] = {}
+    groups: dict[str, list[AnyCell]] = {}
     kinds = (arguments.initial_weights, arguments.partition_by, arguments.agents, arguments.wire)
     for initial, partition_by, agents, wire in product(*(values.split(",") for values in kinds)):
         num_agents = int(agents)
         in_all = num_agents * (arguments.examples_per_agent or task.examples_per_agent)
-        if is_transfer and not arguments.examples_per_agent:
+        if arguments.examples_in_all:
+            in_all = arguments.examples_in_all
+        elif is_transfer and not arguments.examples_per_agent:
             in_all = task.examples_in_all
         if in_all > available:
             raise UsageError(f"{in_all} examples are wanted, and there are {available}")
@@ -135,33 +168,40 @@ def _groups(arguments: argparse.Namespace, folder: Path) -> dict[str, list["Cell
                 {"seed": seed, "partition_by": partition_by, "initial_weights": initial, "wire": wire},
             )
             setting = Setting(arguments.task, run, folder, num_agents, in_all, num_test)
-            cells.append(
-                Cell(
-                    setting,
-                    arguments.variants.split(","),
-                    arguments.work_dir / setting.name,
-                    device=arguments.device,
-                    num_rounds=arguments.rounds,
-                    with_barrier=arguments.table == "claims",
-                    keep_weights=not is_transfer,
-                )
-            )
+            cells.append(_cell(arguments, setting))
     return groups
+
+
+def _cell(arguments: argparse.Namespace, setting: Setting) -> "AnyCell":
+    from experiments import worth
+    from experiments.cell import Cell
+
+    if arguments.table == "worth":
+        worth.check(setting.run, arguments.round_counts)
+        path = arguments.work_dir / "worth" / setting.name
+        return worth.Cell(setting, arguments.round_counts, path, device=arguments.device)
+    return Cell(
+        setting,
+        arguments.variants.split(","),
+        arguments.work_dir / setting.name,
+        device=arguments.device,
+        num_rounds=arguments.round_counts[0],
+        with_barrier=arguments.table == "claims",
+        keep_weights=arguments.table != "transfer",
+    )
 
 
 # ---------------------------------------------------------------------- measuring
 
 
-def _work(cells: Sequence["Cell"], num_jobs: int) -> None:
-    from experiments import cell
-
+def _work(cells: Sequence["AnyCell"], num_jobs: int) -> None:
     todo = [each for each in cells if not each.is_done]
     if not todo:
         return
     with command.progress_bars() as progress:
         whole = progress.add_task("seeds and settings", total=len(todo))
 
-        def finished(each: "Cell", seconds: float) -> None:
+        def finished(each: "AnyCell", seconds: float) -> None:
             progress.advance(whole)
             console.print(f"{each.path.name}: {seconds:.0f} s", highlight=False)
 
@@ -169,8 +209,7 @@ def _work(cells: Sequence["Cell"], num_jobs: int) -> None:
             part = progress.add_task("")
             for each in todo:
                 started = time.monotonic()
-                cell.run(
-                    each,
+                each.run(
                     lambda what, done, of: progress.update(part, description=what, completed=done, total=of),
                 )
                 finished(each, time.monotonic() - started)
@@ -185,23 +224,25 @@ def _work(cells: Sequence["Cell"], num_jobs: int) -> None:
                 raise
 
 
-def _run_cell(each: "Cell") -> float:
+def _run_cell(each: "AnyCell") -> float:
     """Measure the cell, and return the seconds that it took; this runs in a process of its own."""
-    from experiments import cell
-
     started = time.monotonic()
-    cell.run(each, lambda *_: None)
+    each.run(lambda *_: None)
     return time.monotonic() - started
 
 
 # ---------------------------------------------------------------------- writing the table
 
 
-def _write(arguments: argparse.Namespace, groups: Mapping[str, Sequence["Cell"]]) -> None:
-    from experiments import plots, tables
+def _write(arguments: argparse.Namespace, groups: Mapping[str, Sequence[Any]]) -> None:
+    from experiments import plots, tables, worth
 
-    figures = getattr(tables, arguments.table)(groups)
-    in_words = getattr(tables, f"{arguments.table}_in_words")(figures)
+    if arguments.table == "worth":
+        figures = worth.figures_of(groups)
+        in_words = worth.in_words(figures)
+    else:
+        figures = getattr(tables, arguments.table)(groups)
+        in_words = getattr(tables, f"{arguments.table}_in_words")(figures)
     stem = f"{arguments.task}-{arguments.table}"
     run = _run(arguments, {}).model_dump(mode="json")
     arguments.out_dir.mkdir(parents=True, exist_ok=True)
@@ -220,9 +261,9 @@ def _write(arguments: argparse.Namespace, groups: Mapping[str, Sequence["Cell"]]
 def _command(arguments: argparse.Namespace) -> str:
     names = [
         "task", "table", "seeds", "first_seed", "agents", "partition_by", "initial_weights",
-        "wire", "examples_per_agent", "test_examples", "variants", "rounds",
+        "wire", "examples_per_agent", "examples_in_all", "test_examples", "variants", "rounds",
     ]  # fmt: skip
-    defaults = {"first_seed": 0, "rounds": 2, **TABLES[arguments.table]._asdict()}
+    defaults = {"first_seed": 0, **TABLES[arguments.table]._asdict()}
     return command.in_words("experiments.paper", arguments, names, defaults)
 
 

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 
 from common.files import replacing
 from experiments import tables
+from experiments import worth as worth_table
 from experiments.tasks import VARIANTS
 
 mpl.use("svg")
@@ -59,6 +60,10 @@ def transfer(figures: Figures) -> dict[str, Figure]:
     plot = _panels({"": figures}, _transfer, "own held-out accuracy, after - before")
     plot.set_figwidth(1.3 * len(figures) + 1)
     return {"": plot}
+
+
+def worth(figures: Figures) -> dict[str, Figure]:
+    return {"": _panels(figures, _worth, "accuracy on the common test set")}
 
 
 def _panels(groups: Figures, draw: Any, y_label: str) -> Figure:
@@ -129,6 +134,32 @@ def _transfer(axis: Axes, group: Any) -> None:
     axis.axhline(0, color="black", linewidth=0.8)
     axis.set_xticks(range(len(group)), [name.replace(", ", "\n") for name in group])
     axis.legend()
+
+
+def _worth(axis: Axes, rows: Any) -> None:
+    """Draw the cloud alone as a line over its budgets, and each other row as a line over its rounds."""
+    alone = [row for name, row in rows.items() if name.startswith("alone")]
+    images = [worth_table.last_values(row, "images") for row in alone]
+    accuracies = [worth_table.last_values(row, "accuracy") for row in alone]
+    axis.errorbar(
+        [fmean(values) for values in images],
+        [fmean(values) for values in accuracies],
+        yerr=[pstdev(values) for values in accuracies],
+        marker="s", color="black", capsize=3, label="the cloud alone",
+    )  # fmt: skip
+    for name, row in rows.items():
+        if name.startswith("alone"):
+            continue
+        steps = list(zip(*(seed["steps"] for seed in row["seeds"]), strict=True))
+        xs, ys = ([fmean(step[key] for step in seeds) for seeds in steps] for key in ("images", "accuracy"))
+        style = "--" if name.endswith("warm_up") else "-"
+        axis.plot(xs, ys, style, marker="o", markersize=4, alpha=0.8, label=row["label"])
+    # The weak models of the first rounds would squeeze the scale.
+    least = min(min(worth_table.last_values(row, "accuracy")) for row in rows.values())
+    most = max(max(worth_table.last_values(row, "accuracy")) for row in rows.values())
+    axis.set_ylim(least - 1.5 * (most - least) - 0.001, most + 0.2 * (most - least) + 0.001)
+    axis.set_xlabel("images that the cloud trains on")
+    axis.legend(fontsize=7)
 
 
 def _changes(group: Any, variant: str) -> Iterator[tuple[int, float, str]]:

@@ -19,6 +19,7 @@ from cloud_server.jobs import Job, JobDirectory, Progress, Result
 from cloud_server.state_dir import StateDir, blob_path
 from cloud_server.trainer.group import Group
 from cloud_server.trainer.pipeline import RoundPipeline
+from cloud_server.trainer.warm_up import WarmUp
 from cloud_server.trainer.work import run_job
 from common.checkpoint import CHECKPOINT_SECONDS
 from common.config import CandidateName, RunConfig
@@ -92,6 +93,8 @@ class Edge:
     data: AgentData
     disk: AgentState
     device: torch.device
+    # The number of rounds that the learning-rate schedule of the run is for.
+    planned_rounds: int = 1
 
     @property
     def agent_id(self) -> str:
@@ -99,7 +102,25 @@ class Edge:
 
     @cached_property
     def models(self) -> LocalModels:
-        return LocalModels(self.run, self.data, self.disk, self.device, (), CHECKPOINT_SECONDS)
+        return LocalModels(
+            self.run,
+            self.data,
+            self.disk,
+            self.device,
+            (),
+            CHECKPOINT_SECONDS,
+            planned_rounds=self.planned_rounds,
+        )
+
+    def share(self, initial: str, blobs: Blobs) -> Contribution:
+        """Store the shards as blobs, with the initial weights in place of trained ones, as for a warm-up."""
+        return Contribution(
+            agent_id=self.agent_id,
+            weights_digest=initial,
+            shard_digests=tuple(blobs.put(path).digest for path in self.models.shards),
+            num_examples=self.models.num_examples,
+            initial_digest=initial,
+        )
 
     def contribute(
         self, number: int, initial: str | None, blobs: Blobs, on_progress: OnProgress
@@ -154,22 +175,45 @@ class Edge:
         return evaluate(model, images, labels, spec=self.run.spec, device=self.device).correct.numpy()
 
 
-def round_job(run: RunConfig, number: int, initial: str | None, contributions: Sequence[Contribution]) -> Job:
-    """Return the trainer's job for a round.
+def round_job(
+    run: RunConfig,
+    number: int,
+    initial: str | None,
+    contributions: Sequence[Contribution],
+    planned_rounds: int = 1,
+) -> Job:
+    """Return the trainer's job for a round; round 0 is the warm-up.
 
     Args:
+        planned_rounds: the number of rounds that the learning-rate schedule of the run is for.
         initial: the digest of the weights that the agents started from; None if each agent started from
             weights of its own.
     """
     return Job(
-        kind="round",
+        kind="round" if number else "warm_up",
         name="round",
         round=number,
         run=run,
         device="auto",
         initial_weights=initial,
         contributions=tuple(contributions),
+        planned_rounds=planned_rounds,
     )
+
+
+class AfterWarmUp(RoundPipeline):
+    """The work on a round whose initial weights the cloud has trained: they are a candidate in round 1, too.
+
+    The pipeline sees that by itself if the run's table has a warm-up. The table of worth.py has none in round
+    1, because there the epochs of the warm-up are taken from the first fine-tune.
+    """
+
+    def __init__(
+        self, job: Job, directory: JobDirectory, blobs_dir: Path, device: torch.device, group: Group
+    ) -> None:
+        super().__init__(job, directory, blobs_dir, device, group)
+        assert self._base
+        self._previous = self._base.path
 
 
 class Cloud:
@@ -204,12 +248,18 @@ class Cloud:
         path.unlink()
         return digest
 
-    def publish(self, job: Job, on_progress: OnProgress) -> Result:
-        """Do the round's job, and store the published model as a blob."""
+    def publish(self, job: Job, on_progress: OnProgress, *, is_warmed_up: bool = False) -> Result:
+        """Do the round's job, and store the published model as a blob.
+
+        Args:
+            is_warmed_up: True if the cloud has trained the weights from which round 1 starts.
+        """
         directory = _ShownDirectory(self._round_path, on_progress)
         directory.write_job(job)
         directory.discard_output()
-        result = RoundPipeline(job, directory, self.blobs.path, self._device, Group()).run()
+        of_round = AfterWarmUp if is_warmed_up else RoundPipeline
+        pipeline = WarmUp if job.kind == "warm_up" else of_round
+        result = pipeline(job, directory, self.blobs.path, self._device, Group()).run()
         self.blobs.put(directory.weights_path)
         directory.remove()
         return result
@@ -267,15 +317,24 @@ class Network:
         for edge in self.edges:
             edge.disk.close()
 
-    def contribute(self, run: RunConfig, number: int, latest: str | None) -> list[Contribution]:
+    def share(self) -> list[Contribution]:
+        """Let all agents share their data for the warm-up, and return their contributions."""
+        return [edge.share(self._initial_weights, self.cloud.blobs) for edge in self.edges]
+
+    def contribute(
+        self, run: RunConfig, number: int, latest: str | None, planned_rounds: int = 1
+    ) -> list[Contribution]:
         """Let all agents pre-train for a round, and return their contributions.
 
         Args:
             latest: the digest of the latest published model; None before the first one.
+            planned_rounds: the number of rounds that the learning-rate schedule of the run is for.
         """
         initial = self.start(latest)
         return [
-            replace(edge, run=run).contribute(number, initial, self.cloud.blobs, self._on_progress)
+            replace(edge, run=run, planned_rounds=planned_rounds).contribute(
+                number, initial, self.cloud.blobs, self._on_progress
+            )
             for edge in self.edges
         ]
 

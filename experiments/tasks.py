@@ -29,6 +29,9 @@ class Task(NamedTuple):
     examples_per_agent: int
     # The table "transfer" makes these changes to the [run] table, because it has many settings.
     for_transfer: Mapping[str, Any]
+    # The table "worth" makes these changes: epochs that can be spread over 3 and over 5 rounds, and the same
+    # recipe for edges and cloud.
+    for_worth: Mapping[str, Any]
     # The table "transfer" uses so many examples in all, however many agents there are.
     examples_in_all: int
     # The table "transfer" uses so many test examples. The other tables use all of them.
@@ -44,11 +47,24 @@ def _deep(model: str, dataset: str) -> dict[str, Any]:
 _SHORT = {"pretrain": {"epochs": 4}, "fine_tune": {"epochs": 2}}
 _SHORT_BFLOAT16 = {phase: {**short, "precision": "bfloat16"} for phase, short in _SHORT.items()}
 
+
+def _worth(edge_epochs: int, **recipe: Any) -> dict[str, Any]:
+    """Return the changes of the table "worth": the epochs in all, and the recipe of both trainings."""
+    return {"pretrain": {"epochs": edge_epochs, **recipe}, "fine_tune": {"epochs": 15, **recipe}}
+
+
 TASKS: Mapping[str, Task] = {
-    "digits": Task(read_preset("digits-mlp")["run"], 500, {}, 1_000, 10_000),
-    "mnist": Task(read_preset("mnist-mlp")["run"], 30_000, {}, 20_000, 10_000),
-    "cifar10": Task(_deep("mobilenet_v2", "cifar10"), 5_000, _SHORT, 6_000, 4_000),
-    "cifar100": Task(_deep("resnet50", "cifar100"), 2_000, _SHORT_BFLOAT16, 8_000, 2_000),
+    "digits": Task(read_preset("digits-mlp")["run"], 500, {}, _worth(15), 1_000, 10_000),
+    "mnist": Task(
+        read_preset("mnist-mlp")["run"],
+        30_000,
+        {},
+        _worth(15, learning_rate=0.1, schedule="cosine"),
+        20_000,
+        10_000,
+    ),
+    "cifar10": Task(_deep("mobilenet_v2", "cifar10"), 5_000, _SHORT, _worth(30), 6_000, 4_000),
+    "cifar100": Task(_deep("resnet50", "cifar100"), 2_000, _SHORT_BFLOAT16, _worth(30), 8_000, 2_000),
 }
 
 
@@ -67,11 +83,11 @@ class Variant(NamedTuple):
 
 
 DEFAULT = "selection"
-_PLAIN = {"candidates": ("average",), "recompute_statistics": False, "apply": "always"}
+PLAIN = {"candidates": ("average",), "recompute_statistics": False, "apply": "always"}
 
 VARIANTS: Mapping[str, Variant] = {
-    "random": Variant("random weights", _PLAIN, is_random=True),
-    "plain_average": Variant("plain average (the paper)", _PLAIN, is_received=True),
+    "random": Variant("random weights", PLAIN, is_random=True),
+    "plain_average": Variant("plain average (the paper)", PLAIN, is_received=True),
     "statistics": Variant("+ BatchNorm recomputed", {"candidates": ("average",)}),
     "aligned": Variant("aligned, BatchNorm recomputed", {"candidates": ("aligned",)}),
     "greedy_soup": Variant("greedy soup, aligned", {"candidates": ("greedy_soup",)}),
