@@ -1,0 +1,178 @@
+"""`cloud-server status` against a page that the test fills: what is drawn, and what is refused."""
+
+import json
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import pytest
+
+from cloud_server.commands import status
+from common.errors import RunError, UsageError
+
+AGENTS: list[dict[str, Any]] = [
+    {
+        "agent_id": "edge-1",
+        "outcome": "accepted",
+        "accuracy_local": 0.5,
+        "accuracy_before": None,
+        "accuracy_after": 0.625,
+        "applied": True,
+    },
+    {
+        "agent_id": "edge-2",
+        "state": "away",
+        "accuracy_local": 0.5,
+        "accuracy_before": 0.75,
+        "accuracy_after": 0.5,
+        "accuracy_adapted": 0.7,
+        "applied": False,
+        "audit": {"flags": ["labels"], "left_out": True},
+    },
+    {"agent_id": "edge-3\x1b[2J", "upload_place": 4, "message": "later"},
+]
+DOCUMENT: dict[str, Any] = {
+    "run_id": "r",
+    "round": 3,
+    "phase": "collecting",
+    "min_agents": 2,
+    "max_agents": 5,
+    "phases": {},
+    "agents": AGENTS,
+    "rounds": [
+        {"round": 1, "outcome": "published", "accuracy_start": 0.25, "accuracy_published": 0.5},
+        {"round": 2, "outcome": "failed", "failure": "too few agents"},
+    ],
+}
+
+
+class Page(ThreadingHTTPServer):
+    """A page that answers with each of its documents in turn, and with the last one from then on."""
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.answers: list[Any] = [DOCUMENT]
+        self.token = ""
+        self.code = 200
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}"
+
+
+class Handler(BaseHTTPRequestHandler):
+    """What answers a request of the test."""
+
+    server: Page
+
+    def do_GET(self) -> None:
+        page = self.server
+        is_known = self.headers["Authorization"] in (None if not page.token else "", f"Bearer {page.token}")
+        answers = page.answers
+        answer = answers.pop(0) if len(answers) > 1 else answers[0]
+        self.send_response(page.code if is_known else 401)
+        self.end_headers()
+        self.wfile.write(answer if isinstance(answer, bytes) else json.dumps(answer).encode())
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def page(monkeypatch: pytest.MonkeyPatch) -> Iterator[Page]:
+    monkeypatch.setattr(status, "POLL_SECONDS", 0.0)
+    with Page() as page:
+        thread = Thread(target=page.serve_forever)
+        thread.start()
+        yield page
+        page.shutdown()
+        thread.join()
+
+
+def shown(page: Page, capsys: pytest.CaptureFixture[str], *args: str) -> list[str]:
+    assert status.main(["--server-url", page.url, *args]) == 0
+    return capsys.readouterr().out.splitlines()
+
+
+def test_agents_have_a_row_each_with_what_they_do(page: Page, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = shown(page, capsys)
+    assert lines[:5] == [
+        "Run r",
+        "Round 3: collecting",
+        "1 of 5 contributions, at least 2",
+        "Round 2 failed: too few agents",
+        "Global model of round 1: accuracy 25.0 % at the start, 50.0 % as published",
+    ]
+    rows = [line.split("  ") for line in lines[6:]]
+    cells = [[cell.strip() for cell in row if cell.strip()] for row in rows]
+    assert cells[0] == ["edge-1", "contributed, uses the global model", "50.0 %", "–", "62.5 %", "+12.5"]
+    assert cells[1][1] == "away, kept its own model, flagged: labels, left out of the model"
+    assert cells[1][2:] == ["50.0 %", "75.0 %", "70.0 %", "-5.0"]
+    assert cells[2][1:] == ["working, waits to upload, place 4, later", "–", "–", "–", "–"]
+    assert "\x1b" not in "".join(lines)
+
+
+def test_work_under_way_has_a_bar(page: Page, capsys: pytest.CaptureFixture[str]) -> None:
+    work = {"done": 3, "total": 12, "loss": 0.25}
+    page.answers = [{**DOCUMENT, "phase": "fine_tuning", "progress": work, "agents": []}]
+    lines = shown(page, capsys)
+    assert lines[1] == "Round 3: fine-tuning"
+    assert lines[-2].endswith("step 3 of 12, loss 0.250")
+    assert lines[-1] == "No agent has joined yet."
+
+
+def test_server_that_is_starting_is_said(page: Page, capsys: pytest.CaptureFixture[str]) -> None:
+    page.answers = [{"phase": "starting"}]
+    assert shown(page, capsys) == ["The server is starting."]
+
+
+def test_watch_shows_each_change_until_the_run_is_over(
+    page: Page, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page.answers = [DOCUMENT, {**DOCUMENT, "phases": {"collecting": 1}}, {**DOCUMENT, "run_over": True}]
+    lines = shown(page, capsys, "--watch")
+    assert lines.count("Run r") == 2
+    assert lines.count("The run is over.") == 1
+
+
+def test_json_is_passed_on(page: Page, capsys: pytest.CaptureFixture[str]) -> None:
+    assert json.loads("".join(shown(page, capsys, "--json"))) == DOCUMENT
+
+
+def test_token_is_sent_and_a_wrong_one_is_told(
+    page: Page, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page.token, file = "secret", tmp_path / "token"
+    file.write_text("secret\n", "utf-8")
+    assert shown(page, capsys, "--http-token-file", str(file))[0] == "Run r"
+    file.write_text("other", "utf-8")
+    with pytest.raises(UsageError, match="asks for another token"):
+        shown(page, capsys, "--http-token-file", str(file))
+    with pytest.raises(UsageError, match="asks for a token"):
+        shown(page, capsys)
+
+
+@pytest.mark.parametrize(
+    ("code", "answer", "kind", "message"),
+    [
+        (503, DOCUMENT, RunError, "answers 503"),
+        (404, DOCUMENT, UsageError, "is no status page"),
+        (200, b"<html>", UsageError, "is no status page"),
+        (200, b"\xff", UsageError, "is no status page"),
+        (200, {"phase": 1}, UsageError, "is no status page"),
+    ],
+)
+def test_other_answers_are_errors_of_one_line(
+    page: Page, code: int, answer: object, kind: type[Exception], message: str
+) -> None:
+    page.code, page.answers = code, [answer]
+    with pytest.raises(kind, match=message):
+        status.main(["--server-url", page.url])
+
+
+@pytest.mark.parametrize("url", ["127.0.0.1:80", "ftp://host", "http://", "http://a b", "http://host:x"])
+def test_url_that_is_none_is_refused(url: str) -> None:
+    with pytest.raises(UsageError, match="write http://HOST:PORT"):
+        status.main(["--server-url", url])
