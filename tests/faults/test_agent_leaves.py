@@ -105,10 +105,10 @@ class Blocked:
     def __init__(self, then: Callable[..., Any]) -> None:
         self.entered, self._release, self._then = threading.Event(), threading.Event(), then
 
-    def __call__(self, *args: Any) -> Any:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         self.entered.set()
         assert self._release.wait(30)
-        return self._then(*args)
+        return self._then(*args, **kwargs)
 
     def let_go(self) -> None:
         self._release.set()
@@ -485,9 +485,9 @@ async def test_data_that_have_changed_are_read_again_before_the_training(
         loaded.append(models)
         pretrain = models.pretrain
 
-        def then_pretrain(*args: Any) -> Any:
+        def then_pretrain(*args: Any, **kwargs: Any) -> Any:
             trained.append(models)
-            return pretrain(*args)
+            return pretrain(*args, **kwargs)
 
         models.pretrain = then_pretrain
         return models
