@@ -4,6 +4,7 @@ The life of a round on the device is in member.py.
 """
 
 import asyncio
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -34,6 +35,18 @@ LAST_SECONDS = 60.0
 log = structlog.get_logger()
 
 
+@dataclass
+class _Shown:
+    """What the user has been shown of the run, each thing once."""
+
+    # The last round whose failure was shown; 0: none.
+    failure: int = 0
+    # The last round that left this agent's contribution out of its model, as was shown; 0: none.
+    left_out: int = 0
+    # The last round that this agent was shown not to be drawn for; -1: none, as round 0 is the warm-up.
+    not_drawn: int = -1
+
+
 class EdgeAgent:
     """One device, for as long as its process runs."""
 
@@ -56,11 +69,7 @@ class EdgeAgent:
         self._readiness = Readiness(
             config.ready_command, config.ready_seconds, display.message, self._tell_readiness
         )
-        # The last round whose failure was shown, the last whose left-out contribution was, and the last that
-        # this agent was shown not to be drawn for.
-        self._shown_failure = 0
-        self._shown_left_out = 0
-        self._shown_not_drawn = -1
+        self._shown = _Shown()
 
     async def run(self) -> None:
         """Take part in every round until the server says that the run is over.
@@ -130,7 +139,7 @@ class EdgeAgent:
             self._disk.discard_residuals_but(self._disk.residual(0))
             await self._worker.run(self._disk.save, Progress(run_id=joined.run_id))
             self._disk.discard_all_but(())
-            self._shown_failure = self._shown_left_out = self._shown_not_drawn = -1
+            self._shown = _Shown()
         crash_point(Point.AGENT_JOINED)
         self._display.message(
             f"joined as {self._disk.agent_id}, slot {joined.slot}: {joined.run.model} on {joined.run.dataset}"
@@ -172,18 +181,18 @@ class EdgeAgent:
     async def _follow(self) -> None:
         """Pass on the run's states, and show what went wrong with a round."""
         async for state in self._client.watch():
-            if state.failed_round > self._shown_failure:
-                self._shown_failure = state.failed_round
+            if state.failed_round > self._shown.failure:
+                self._shown.failure = state.failed_round
                 self._display.message(f"round {state.failed_round} failed: {state.failure}")
-            if state.selection is Selection.NOT_DRAWN and state.round > self._shown_not_drawn:
-                self._shown_not_drawn = state.round
+            if state.selection is Selection.NOT_DRAWN and state.round > self._shown.not_drawn:
+                self._shown.not_drawn = state.round
                 self._display.message(
                     f"not drawn for round {state.round}: waiting for the model"
                     if state.round
                     else "not drawn for the warm-up: waiting for round 1"
                 )
-            if state.left_out and state.left_out.round > self._shown_left_out:
-                self._shown_left_out = number = state.left_out.round
+            if state.left_out and state.left_out.round > self._shown.left_out:
+                self._shown.left_out = number = state.left_out.round
                 self._display.message(f"round {number}: contribution left out: {state.left_out.message}")
             if state.run_over:
                 self._client.patience_seconds = LAST_SECONDS

@@ -271,6 +271,8 @@ async def test_server_that_begins_another_run_is_joined_again(
     await started.run()
     assert started.client.num_joins == 2
     assert (started.disk.progress.run_id, started.disk.progress.evaluated_round) == ("two", 1)
+    # Nothing of a round is told, because none has failed or has left this agent out.
+    assert not [text for text in started.said if text.startswith("round 0")]
 
 
 async def test_agent_that_is_not_known_at_its_upload_joins_again(
