@@ -3,6 +3,7 @@
 import argparse
 import asyncio
 import ctypes
+import io
 import os
 import signal
 import sys
@@ -199,6 +200,16 @@ def print_note(text: str) -> None:
 def print_status(text: str) -> None:
     """Print one line on stdout that says how things are; the line is dropped if it cannot be written."""
     _print_line(text, sys.stdout)
+
+
+def rendered(renderable: Any, width: int) -> str:
+    """Return what rich makes of a renderable where there is no terminal, in lines of so many characters."""
+    # Imported here, because --help does without.
+    from rich.console import Console
+
+    text = io.StringIO()
+    Console(file=text, width=width, markup=False, highlight=False).print(renderable)
+    return text.getvalue().rstrip("\n")
 
 
 def print_result(text: str) -> None:

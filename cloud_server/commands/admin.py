@@ -1,14 +1,12 @@
 """The commands `cloud-server token`, `agents` and `forget`, which also work while the server runs."""
 
 import argparse
-import io
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
 from cloud_server.config import DEFAULT_PRESET, ENV_PREFIX, ServerConfig
@@ -271,9 +269,7 @@ def _print_table(headings: list[str], rows: list[list[str]]) -> None:
         table.add_column(heading, overflow="fold")
     for row in rows:
         table.add_row(*row)
-    text = io.StringIO()
-    Console(file=text, width=160, markup=False, highlight=False).print(table)
-    cli.print_result(text.getvalue().rstrip("\n"))
+    cli.print_result(cli.rendered(table, width=160))
 
 
 def _name(text: str) -> str:

@@ -3,7 +3,6 @@
 The document comes from another process, perhaps of another version: what it does not have is left out.
 """
 
-import io
 import sys
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -31,9 +30,8 @@ def show(document: Document) -> None:
     if sys.stdout.isatty():
         Console(highlight=False, markup=False).print(_view(document))
         return
-    text = io.StringIO()
-    Console(file=text, width=WIDTH, markup=False, highlight=False).print(_view(document))
-    cli.print_result("\n".join(line.rstrip() for line in text.getvalue().rstrip("\n").split("\n")))
+    lines = cli.rendered(_view(document), WIDTH).split("\n")
+    cli.print_result("\n".join(line.rstrip() for line in lines))
 
 
 def shown_live(documents: Iterable[Document]) -> None:
