@@ -208,12 +208,9 @@ class AfterWarmUp(RoundPipeline):
     1, because there the epochs of the warm-up are taken from the first fine-tune.
     """
 
-    def __init__(
-        self, job: Job, directory: JobDirectory, blobs_dir: Path, device: torch.device, group: Group
-    ) -> None:
-        super().__init__(job, directory, blobs_dir, device, group)
-        assert self._base
-        self._previous = self._base.path
+    @property
+    def _may_keep_start(self) -> bool:
+        return True
 
 
 class Cloud:

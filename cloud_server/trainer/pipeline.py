@@ -43,8 +43,6 @@ class RoundPipeline:
         self._members = members_of(job, blobs_dir, directory.scratch_path)
         # The round's initial weights, which are the base of differences.
         self._base = base_of(job, blobs_dir)
-        # The weights that become the candidate "previous"; None where they are not trained yet.
-        self._previous = self._base.path if self._base and job.round > job.run.first_round else None
         self._is_encoded = is_encoded(job.run)
         self._directory = directory
         self._blobs_dir = blobs_dir
@@ -88,6 +86,11 @@ class RoundPipeline:
         self._tell("evaluating", 1, 1)
         return result.model_copy(update={"seconds": self._seconds, "finished_at": time.time()})
 
+    @property
+    def _may_keep_start(self) -> bool:
+        """Return True if the weights that the round started from are a candidate: they have been trained."""
+        return self._job.round > self._job.run.first_round
+
     # ------------------------------------------------------------------ the steps
 
     def _decode(self) -> None:
@@ -126,7 +129,7 @@ class RoundPipeline:
             model,
             self._run,
             self._members,
-            self._previous,
+            self._base.path if self._base and self._may_keep_start else None,
             data,
             device=self._device,
             scratch=self._directory.scratch_path,

@@ -19,9 +19,13 @@ class WarmUp(RoundPipeline):
     ) -> None:
         super().__init__(job, directory, blobs_dir, device, group)
         assert self._base
-        self._previous = self._base.path
         self._run = self._run.model_copy(update={"candidates": ("previous",)})
-        self._members = [replace(member, weights_path=self._previous) for member in self._members]
+        self._members = [replace(member, weights_path=self._base.path) for member in self._members]
+
+    @property
+    def _may_keep_start(self) -> bool:
+        """Return True: there is no other candidate."""
+        return True
 
     def _decode(self) -> None:
         """Decode nothing, because the initial weights are here as they are."""
