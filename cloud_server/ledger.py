@@ -179,7 +179,9 @@ class Ledger:
             is_planned = number <= self._run.planned_rounds
             combined = [] if is_planned else await asyncio.to_thread(self._store.combined)
             is_full = is_full_curve_due(self._run.config, combined)
-            await asyncio.to_thread(self._store.open_round, number, start, self._clock(), is_full)
+            await asyncio.to_thread(
+                self._store.open_round, number, start, self._clock(), has_full_curve=is_full
+            )
             crash_point(Point.SERVER_ROUND_OPENED)
             if is_full:
                 log.info("full_curve", round=number, reason="the shared data have grown by half")

@@ -199,11 +199,7 @@ class Store:
     # Rounds
 
     def open_round(
-        self,
-        number: int,
-        initial_digest: str,
-        now: float,
-        has_full_curve: bool = False,
+        self, number: int, initial_digest: str, now: float, *, has_full_curve: bool = False
     ) -> None:
         """Record a new round, in the phase COLLECTING.
 

@@ -150,7 +150,7 @@ def test_what_published_rounds_have_combined_is_counted(run_store):
     parts = (("a", 5, None), ("b", 7, None)), (("a", 5, None), ("b", 7, why)), (), (("a", 9, None),)
     for number, decisions in enumerate(parts, 1):
         if number > 1:
-            run_store.open_round(number, "e" * 64, 20.0, number == 2)
+            run_store.open_round(number, "e" * 64, 20.0, has_full_curve=number == 2)
         for agent_id, num_shared, left_out in decisions:
             part = Contribution(agent_id, DIGEST, (), 9, num_shared=num_shared)
             decision = Decision(agent_id, Outcome.ACCEPTED, 20.0, part, left_out)
