@@ -1,12 +1,16 @@
-"""Recipes of trainings for tests, and a model with every kind of state."""
+"""Recipes of trainings for tests, with small images and models, one of which has every kind of state."""
 
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torchvision.transforms.v2 import functional as v2
 
-from common.config import RunConfig, TrainingConfig
+from common.config import DatasetSpec, RunConfig, TrainingConfig
 from common.training import Recipe
+
+CPU = torch.device("cpu")
+SPEC = DatasetSpec(3, (3, 8, 8), (0.4, 0.5, 0.6), (0.2, 0.25, 0.3))
 
 # Trainings that differ in all that a step depends on.
 TRAININGS: dict[str, dict[str, Any]] = {
@@ -50,3 +54,37 @@ class Tied(nn.Module):
 def recipe_of(run: RunConfig, seed: int, config: TrainingConfig | None = None) -> Recipe:
     """Return the recipe of the run's pre-training, or of a training with another config, in float32."""
     return Recipe(config or run.pretrain, run.spec, seed, "float32")
+
+
+def make_data(num_images: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Images whose brightest channel is their label."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(3, (num_images,), generator=generator)
+    images = torch.randint(0, 160, (num_images, 3, 8, 8), dtype=torch.uint8, generator=generator)
+    images[torch.arange(num_images), labels] += 80
+    return images, labels
+
+
+def make_model(seed: int = 0, *, batch_norm: bool = False, dropout: float = 0.0) -> nn.Module:
+    torch.manual_seed(seed)
+    norm = nn.BatchNorm2d(6) if batch_norm else nn.Identity()
+    return nn.Sequential(
+        nn.Conv2d(3, 6, 3), norm, nn.ReLU(), nn.Flatten(), nn.Dropout(dropout), nn.Linear(216, 3)
+    )
+
+
+def normalised(images: Tensor) -> Tensor:
+    return v2.normalize(v2.to_dtype(images, torch.float32, scale=True), list(SPEC.mean), list(SPEC.std))
+
+
+class Recorder(nn.Module):
+    """Keeps what it is shown."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(192, 3)
+        self.batches: list[Tensor] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.batches.append(x.detach().clone())
+        return self.linear(x.flatten(1))

@@ -204,10 +204,10 @@ async def test_late_contribution_while_the_next_round_opens_harms_neither(
         loop = asyncio.get_running_loop()
         open_round, record = here.store.open_round, here.store.record_contribution
 
-        def slow_open_round(*args: Any) -> None:
+        def slow_open_round(*args: Any, **kwargs: Any) -> None:
             loop.call_soon_threadsafe(opening.set)
             pause(0.05, loop)
-            open_round(*args)
+            open_round(*args, **kwargs)
 
         def slow_record(*args: Any) -> None:
             pause(0.1, loop)

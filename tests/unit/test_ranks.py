@@ -1,0 +1,194 @@
+"""Ranks that train one model together, as processes of their own over Gloo."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from common import training
+from common.config import TrainingConfig
+from common.training import Examples, Recipe, train
+from common.weights import read_state_dict, write_state_dict
+from tests.recipes import CPU, SPEC, make_data, make_model
+
+ROOT = Path(__file__).parents[2]
+
+STATISTICS_SCRIPT = """
+import sys
+from pathlib import Path
+from unittest.mock import patch
+import torch
+from common import training
+from common.config import TrainingConfig
+from tests.recipes import SPEC, make_data, make_model
+
+rank, folder = int(sys.argv[1]), Path(sys.argv[2])
+torch.distributed.init_process_group(
+    "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2
+)
+
+def trained():
+    model = make_model(batch_norm=True, dropout=0.3)
+    recipe = training.Recipe(TrainingConfig(epochs=2, batch_size=10), SPEC, 3, "float32")
+    ranks, device = training.Ranks(rank, 2), torch.device("cpu")
+    training.train(model, training.Examples(*make_data(45)), recipe, device=device, ranks=ranks)
+    return model.state_dict()
+
+found = trained()
+with patch("common.training._has_shared_buffers", return_value=True) as shared:
+    expected = trained()
+assert shared.called
+torch.distributed.destroy_process_group()
+different = [name for name in found if not torch.equal(found[name], expected[name])]
+# The other rank's statistics are its own, and nobody uses them.
+assert different == (["1.running_mean", "1.running_var"] if rank else []), different
+"""
+
+
+def test_ranks_need_not_share_statistics(tmp_path: Path) -> None:
+    ranks = [
+        subprocess.Popen([sys.executable, "-c", STATISTICS_SCRIPT, str(rank), str(tmp_path)], cwd=ROOT)
+        for rank in range(2)
+    ]
+    assert [process.wait(100) for process in ranks] == [0, 0]
+
+
+def test_ranks_share_other_buffers() -> None:
+    model = make_model(batch_norm=True)
+    assert not training._has_shared_buffers(model)
+    model[2].register_buffer("mean", torch.zeros(1))
+    assert training._has_shared_buffers(model)
+
+
+class HalvedNorm(nn.BatchNorm2d):
+    """A BatchNorm that normalises each of two ranks' parts by itself, and counts only the first."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second = x[: len(x) // 2], x[len(x) // 2 :]
+        return torch.cat(
+            [super().forward(first), F.batch_norm(second, None, None, self.weight, self.bias, training=True)]
+        )
+
+
+def make_deep_model(kind: str) -> nn.Module:
+    """Return a model with a norm that is "none", "whole", or "halved"."""
+    torch.manual_seed(0)
+    norm = {"none": lambda _: nn.Identity(), "whole": nn.BatchNorm2d, "halved": HalvedNorm}[kind]
+    # The gradient of a bias before a BatchNorm is a rounding error, of which Adam would make a full step.
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, bias=False), norm(8), nn.ReLU(), nn.Conv2d(8, 8, 3, bias=False), norm(8),
+        nn.ReLU(), nn.Flatten(), nn.Linear(128, 3),
+    )  # fmt: skip
+
+
+DEEP_SCRIPT = """
+import sys
+from pathlib import Path
+import torch
+from common.training import Ranks
+from common.weights import write_state_dict
+from tests.unit.test_ranks import DEEP_KINDS, train_deep
+
+rank, folder = int(sys.argv[1]), Path(sys.argv[2])
+torch.distributed.init_process_group(
+    "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2
+)
+for kind, optimizer in DEEP_KINDS:
+    model = train_deep(kind, optimizer, Ranks(rank, 2))
+    write_state_dict(model.state_dict(), folder / f"{kind}-{optimizer}-{rank}")
+torch.distributed.destroy_process_group()
+"""
+
+DEEP_KINDS = [(kind, optimizer) for kind in ("none", "whole") for optimizer in ("sgd", "adamw")]
+# So far apart, relatively and absolutely, numbers may be after 20 steps because of rounding.
+RTOL, ATOL = 1e-5, 1e-6
+
+
+def train_deep(kind: str, optimizer: Any, ranks: training.Ranks = training.ALONE) -> nn.Module:
+    model = make_deep_model(kind)
+    augment = ("random_crop", "horizontal_flip")
+    config = TrainingConfig(
+        epochs=4, batch_size=10, optimizer=optimizer, learning_rate=0.01, augment=augment, label_smoothing=0.1
+    )
+    recipe = Recipe(config, SPEC, 3, "float32")
+    train(model, Examples(*make_data(45)), recipe, device=CPU, ranks=ranks)
+    return model
+
+
+def are_close(found: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
+    return all(torch.allclose(found[name], expected[name], rtol=RTOL, atol=ATOL) for name in expected)
+
+
+def test_two_ranks_equal_one_but_for_the_statistics_of_their_batches(tmp_path: Path) -> None:
+    processes = [
+        subprocess.Popen([sys.executable, "-c", DEEP_SCRIPT, str(rank), str(tmp_path)], cwd=ROOT)
+        for rank in range(2)
+    ]
+    assert [process.wait(100) for process in processes] == [0, 0]
+    for kind, optimizer in DEEP_KINDS:
+        first, second = (read_state_dict(tmp_path / f"{kind}-{optimizer}-{rank}") for rank in range(2))
+        different = [name for name in first if not torch.equal(first[name], second[name])]
+        assert different == [name for name in first if "running" in name]
+        alone = train_deep(kind, optimizer).state_dict()
+        # Without BatchNorm it does not matter how many ranks there are.
+        assert are_close(first, alone) == (kind == "none")
+        if kind == "whole":
+            # BatchNorm takes mean and variance of a rank's part of the batch, and that is all that differs.
+            assert are_close(first, train_deep("halved", optimizer).state_dict())
+
+
+RANK_SCRIPT = """
+import sys
+from pathlib import Path
+import torch
+from common.config import DatasetSpec, TrainingConfig
+from common.training import Examples, Ranks, Recipe, train
+from common.weights import read_state_dict, write_state_dict
+
+rank, folder = int(sys.argv[1]), Path(sys.argv[2])
+given = read_state_dict(folder / "given")
+model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 3))
+model[1].load_state_dict({"weight": given["weight"], "bias": given["bias"]})
+torch.distributed.init_process_group(
+    "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2
+)
+loss = train(
+    model, Examples(given["images"], given["labels"]),
+    Recipe(
+        TrainingConfig.model_validate_json(sys.argv[3]), DatasetSpec(*eval(sys.argv[4])),
+        seed=3, precision="float32", class_balanced=True,
+    ),
+    device=torch.device("cpu"), ranks=Ranks(rank, 2),
+)
+torch.distributed.destroy_process_group()
+write_state_dict({**model[1].state_dict(), "loss": torch.tensor(loss)}, folder / str(rank))
+"""
+
+
+def test_two_ranks_train_what_one_process_trains(tmp_path: Path) -> None:
+    images, labels = make_data(23)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 3))
+    examples = Examples(images, labels)
+    write_state_dict({**model[1].state_dict(), **examples._asdict()}, tmp_path / "given")
+    config = TrainingConfig(epochs=2, batch_size=5, augment=("random_crop",))  # parts of 2 and 3 images
+    arguments = [str(tmp_path), config.model_dump_json(), repr(tuple(SPEC))]
+    ranks = [
+        subprocess.Popen([sys.executable, "-c", RANK_SCRIPT, str(rank), *arguments]) for rank in range(2)
+    ]
+    assert [process.wait(100) for process in ranks] == [0, 0]
+
+    recipe = Recipe(config, SPEC, 3, "float32", class_balanced=True)
+    loss = train(model, examples, recipe, device=CPU)
+
+    assert (tmp_path / "0").read_bytes() == (tmp_path / "1").read_bytes()
+    together = read_state_dict(tmp_path / "0")
+    assert together.keys() == {"weight", "bias", "loss"}
+    assert together["loss"].item() == pytest.approx(loss, rel=1e-5)
+    torch.testing.assert_close(together["weight"], model[1].weight.detach(), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(together["bias"], model[1].bias.detach(), rtol=1e-4, atol=1e-6)
