@@ -46,7 +46,7 @@ from edge_agent.enrolment import Enrolment, enroll
 from edge_agent.identity import Identity, find
 from edge_agent.metrics import AgentMetrics
 from tests.processes import ROOT, WAIT_SECONDS, Cluster
-from tests.unit.test_coordinator import World, world
+from tests.unit.world import World, world
 
 HOUR = 3600.0
 

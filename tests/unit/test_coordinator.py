@@ -1,12 +1,11 @@
-"""The order of things, with a real store and real files; only the trainer is played by the test."""
+"""The order of things: rounds that open, close, train and are forgotten, see world.py."""
 
 import asyncio
 import hashlib
-import json
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager, closing, suppress
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from contextlib import AsyncExitStack, closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +14,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from cloud_server import ledger
-from cloud_server.__main__ import open_service
-from cloud_server.config import ServerConfig
-from cloud_server.contribution import Contribution, Decision
-from cloud_server.coordinator import Coordinator
-from cloud_server.desk import Desk
+from cloud_server.contribution import Contribution
 from cloud_server.disk.tables import ReportRow
 from cloud_server.intake.uploads import unused_sizes
 from cloud_server.jobs import (
@@ -29,18 +24,12 @@ from cloud_server.jobs import (
     JobError,
     Progress,
     Result,
-    WeightsFile,
-    pending_jobs,
 )
-from cloud_server.ledger import Ledger
-from cloud_server.metrics import ServerMetrics
-from cloud_server.showing import presence, reports
+from cloud_server.showing import reports
 from cloud_server.showing.reports import Reports
-from cloud_server.showing.standing import Standing
 from cloud_server.store import Store
-from cloud_server.training import runner as job_runner
 from cloud_server.training.runner import JobRunner
-from cloud_server.upkeep import caretaker, retired
+from cloud_server.upkeep import retired
 from cloud_server.upkeep.forgotten import ask_to_forget, forgettings
 from common.config import RunConfig
 from common.errors import (
@@ -52,11 +41,12 @@ from common.errors import (
     UnavailableError,
     UsageError,
 )
-from common.run_state import Outcome, Phase, Verdict
+from common.run_state import Outcome, Phase
 from common.shards import Shard, write_shard
 from common.transfer import Blob
 from common.wire import Base, encode
 from tests.unit.test_metrics import values
+from tests.unit.world import PlayedTrainer, World, hurry, model_in, world, write_weights
 
 REPORT = ReportRow(
     agent_id="",
@@ -72,126 +62,7 @@ REPORT = ReportRow(
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(job_runner, "POLL_SECONDS", 0.001)
-    monkeypatch.setattr(presence, "LIVENESS_SECONDS", 0.0)
-    monkeypatch.setattr(caretaker, "FORGET_POLL_SECONDS", 0.001)
-
-
-@dataclass
-class PlayedTrainer:
-    """Does the jobs as the test has them done."""
-
-    state_dir: Path
-    outcomes: list[Result | None] = field(default_factory=list)  # of round jobs, in order; None: a model
-    num_exits: int = 0
-    audit: tuple[AgentAudit, ...] = ()  # of each round
-    jobs: list[Job] = field(default_factory=list)
-
-    is_slow: bool = False  # at its next round
-    dropped: asyncio.Event = field(default_factory=asyncio.Event)
-
-    async def restart(self) -> None:
-        self.num_exits += 1
-        self.dropped.set()
-
-    async def work(self) -> None:
-        while True:
-            for directory in pending_jobs(self.state_dir / "jobs"):
-                job = directory.read_job()
-                self.jobs.append(job)
-                outcome = self.outcomes.pop(0) if job.kind == "round" and self.outcomes else None
-                if job.kind == "round" and self.is_slow:
-                    self.is_slow = False  # and is restarted before it gets on
-                    directory.append_progress(Progress(phase="fine_tuning", done=1, total=2))
-                    await self.dropped.wait()
-                    continue
-                directory.append_progress(Progress(phase="aggregating", done=1, total=1))
-                model = model_in(directory, job.round).model_copy(update={"audit": self.audit})
-                directory.write_result(outcome or model)
-            await asyncio.sleep(0.001)
-
-
-def model_in(directory: JobDirectory, seed: int) -> Result:
-    digest = write_weights(directory.weights_path, seed)
-    size = directory.weights_path.stat().st_size
-    return Result(
-        weights=WeightsFile(sha256=digest, bytes=size), candidates={"average": 0.5}, start="average"
-    )
-
-
-def write_weights(path: Path, seed: int) -> str:
-    save_file({"weight": np.full((2, 3), seed, np.float32)}, path)
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-@dataclass
-class World:
-    """A coordinator that runs, and what it stands on."""
-
-    coordinator: Coordinator
-    desk: Desk
-    ledger: Ledger
-    standing: Standing
-    reports: Reports
-    store: Store
-    trainer: PlayedTrainer
-    config: ServerConfig
-    metrics: ServerMetrics
-    running: asyncio.Task[None]
-
-    async def contribution_of(self, agent_id: str, seed: int = 7) -> Contribution:
-        """Join and upload; what is left is to contribute."""
-        path = self.config.state_dir / "upload"
-        write_weights(path, seed)
-        return await self.upload(agent_id, path)
-
-    async def upload(self, agent_id: str, path: Path) -> Contribution:
-        await self.desk.join(agent_id)
-        content = await asyncio.to_thread(path.read_bytes)
-        digest = hashlib.sha256(content).hexdigest()
-        async with self.desk.receive(agent_id, "weights", Blob(digest, len(content)), 0) as upload:
-            await upload.write(content)
-        start = self.standing.state_for().initial_weights.digest
-        return Contribution(agent_id, digest, (), 1, start, 0.5)
-
-    async def contribute(self, agent_id: str, number: int = 1) -> Outcome:
-        contribution = await self.contribution_of(agent_id)
-        return (await self.desk.contribute(agent_id, number, contribution)).outcome
-
-    async def until(self, condition: Callable[[], bool]) -> None:
-        async with asyncio.timeout(10):
-            while not condition():
-                if self.running.done():
-                    self.running.result()
-                await asyncio.sleep(0.001)
-
-    def report(self, number: int = 1) -> dict[str, Any]:
-        path = self.config.state_dir / f"rounds/{number:04d}/report.json"
-        report: dict[str, Any] = json.loads(path.read_text("utf-8"))
-        return report
-
-
-@asynccontextmanager
-async def world(
-    state_dir: Path,
-    outcomes: list[Result | None] | None = None,
-    clock: Callable[[], float] = time.time,
-    **keys: Any,
-) -> AsyncIterator[World]:
-    config = ServerConfig(state_dir=state_dir, **{"min_agents": 1, "rounds": 0} | keys)
-    with closing(Store(state_dir)) as store:
-        trainer = PlayedTrainer(state_dir, outcomes or [])
-        metrics = ServerMetrics()
-        working = asyncio.create_task(trainer.work())
-        service = await open_service(config, store, trainer, metrics, clock=clock)
-        running = asyncio.create_task(service.coordinator.run())
-        try:
-            yield World(*service, store, trainer, config, metrics, running)
-        finally:
-            for task in (running, working):
-                task.cancel()
-                with suppress(asyncio.CancelledError, RunError):
-                    await task
+    hurry(monkeypatch)
 
 
 async def test_late_contribution_while_the_next_round_opens_harms_neither(
@@ -694,68 +565,6 @@ async def test_report_is_written_before_what_it_is_made_from_is_given_up(
 
 
 # What comes at once becomes durable at once
-
-
-def transactions_of(store: Store) -> list[str]:
-    """Return a list that grows with every transaction of the store from now on."""
-    seen: list[str] = []
-    store._database.set_trace_callback(lambda sql: seen.append(sql) if sql == "BEGIN IMMEDIATE" else None)
-    return seen
-
-
-async def test_contributions_that_come_at_once_share_a_transaction(tmp_path: Path) -> None:
-    async with world(tmp_path, min_agents=20) as here:
-        contributions = [await here.contribution_of(f"agent-{number}") for number in range(10)]
-        transactions = transactions_of(here.store)
-        verdicts = await asyncio.gather(
-            *(here.desk.contribute(each.agent_id, 1, each) for each in contributions)
-        )
-        assert {verdict.outcome for verdict in verdicts} == {Outcome.ACCEPTED}
-        assert len(transactions) == 1
-        assert len(here.store.contributions(1)) == len(here.ledger.round.contributions) == 10
-
-
-async def test_contribution_that_is_refused_harms_none_that_came_with_it(tmp_path: Path) -> None:
-    async with world(tmp_path, min_agents=9) as here:
-        good = [await here.contribution_of(f"agent-{number}") for number in range(3)]
-        missing = replace(await here.contribution_of("bad"), weights_digest="e" * 64)
-        calls = [
-            here.desk.contribute(each.agent_id, number, each)
-            for each, number in [(good[0], 1), (missing, 1), (good[1], 7), (good[2], 1)]
-        ]
-        first, second, third, fourth = await asyncio.gather(*calls, return_exceptions=True)
-        assert isinstance(second, NotFoundError)
-        assert isinstance(third, InvalidError)
-        assert isinstance(first, Verdict)
-        assert first == fourth == Verdict(Outcome.ACCEPTED)
-        recorded = [row.agent_id for row in here.store.contributions(1)]
-        assert recorded == list(here.ledger.round.contributions) == ["agent-0", "agent-2"]
-
-
-async def test_disk_that_refuses_a_group_refuses_all_of_it_and_takes_it_later(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    async with world(tmp_path, min_agents=9) as here:
-        contributions = [await here.contribution_of(f"agent-{number}") for number in range(3)]
-
-        async def contribute_all() -> list[Verdict | BaseException]:
-            calls = (here.desk.contribute(each.agent_id, 1, each) for each in contributions)
-            return await asyncio.gather(*calls, return_exceptions=True)
-
-        record = here.store.record_contribution
-
-        def refuse(number: int, decision: Decision) -> None:
-            record(number, decision)
-            if decision.agent_id == "agent-1":
-                raise StorageError("full")
-
-        monkeypatch.setattr(here.store, "record_contribution", refuse)
-        assert all(isinstance(answer, StorageError) for answer in await contribute_all())
-        assert here.store.contributions(1) == []
-        assert here.ledger.round.contributions == {}
-        monkeypatch.undo()
-        assert await contribute_all() == [Verdict(Outcome.ACCEPTED)] * 3
-        assert len(here.store.contributions(1)) == 3
 
 
 async def test_agent_that_waits_to_upload_is_told_its_place_on_the_page(tmp_path: Path) -> None:
