@@ -177,7 +177,7 @@ class Ledger:
             number = self._round.number + 1
             start = self._round.published_digest or self._round.initial_digest
             is_planned = number <= self._run.planned_rounds
-            combined = [] if is_planned else await asyncio.to_thread(self._store.combined)
+            combined = [] if is_planned else await asyncio.to_thread(records.combined, self._store)
             is_full = is_full_curve_due(self._run.config, combined)
             await asyncio.to_thread(
                 self._store.open_round, number, start, self._clock(), has_full_curve=is_full
@@ -204,7 +204,7 @@ class Ledger:
                 return
             drawn = updated.drawn - self._round.drawn
             selection = SelectionRow(drawn, frozenset(not_ready))
-            await asyncio.to_thread(self._store.record_selection, updated.number, selection)
+            await asyncio.to_thread(records.record_selection, self._store, updated.number, selection)
             crash_point(Point.SERVER_SAMPLE_DRAWN)
             self.believe(updated, concerned=drawn)
             log.info("agents_drawn", round=updated.number, drawn=sorted(drawn), not_ready=sorted(not_ready))
@@ -216,7 +216,7 @@ class Ledger:
         selection = SelectionRow(not_ready=frozenset(not_ready))
 
         async def record() -> None:
-            await asyncio.to_thread(self._store.record_selection, self._round.number, selection)
+            await asyncio.to_thread(records.record_selection, self._store, self._round.number, selection)
 
         await when_disk_allows(lambda: self.exclusively(record))
 

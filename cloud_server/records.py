@@ -11,13 +11,14 @@ from pydantic import ValidationError
 
 from cloud_server.classes import Classes
 from cloud_server.contribution import Decision, Rejection
-from cloud_server.disk.tables import RoundRow
+from cloud_server.disk.tables import RoundRow, SelectionRow
 from cloud_server.jobs import AgentAudit, Job, Result, job_name
 from cloud_server.round import Policy, Round
 from cloud_server.store import Store
 from common.config import RunConfig
 from common.errors import Reason
 from common.run_state import Outcome, Phase
+from common.schedule import Combined
 
 
 def recorded_round(store: Store, run: RunConfig, policy: Policy) -> Round:
@@ -30,7 +31,7 @@ def recorded_round(store: Store, run: RunConfig, policy: Policy) -> Round:
         store.contributions(row.number),
         policy,
         may_be_independent=is_independent,
-        drawn=store.selection(row.number).drawn,
+        drawn=selection_of(store, row.number).drawn,
     )
 
 
@@ -138,3 +139,39 @@ def _flat(table: Mapping[str, Any], prefix: str = "run") -> dict[str, Any]:
     for key, value in table.items():
         flat |= _flat(value, f"{prefix}.{key}") if isinstance(value, dict) else {f"{prefix}.{key}": value}
     return flat
+
+
+def record_selection(store: Store, number: int, selection: SelectionRow) -> None:
+    """Record agents that are drawn for a round, and those that are not ready, beside earlier ones.
+
+    An agent that was not ready before may be drawn, and stays drawn. Agents that have not joined, or were
+    forgotten since, are passed over.
+    """
+    rows = [(number, "not_ready", agent_id) for agent_id in sorted(selection.not_ready)]
+    rows += [(number, "drawn", agent_id) for agent_id in sorted(selection.drawn)]
+    with store.transaction() as database:
+        database.executemany(
+            "INSERT INTO selections (round, selection, agent_id)"
+            " SELECT ?, ?, agent_id FROM agents WHERE agent_id = ?"
+            " ON CONFLICT DO UPDATE SET selection = 'drawn' WHERE excluded.selection = 'drawn'",
+            rows,
+        )
+
+
+def selection_of(store: Store, number: int) -> SelectionRow:
+    """Return who was drawn for a round, and who was not ready."""
+    rows = store.read("SELECT agent_id, selection FROM selections WHERE round = ?", number)
+    return SelectionRow(
+        drawn=frozenset(row["agent_id"] for row in rows if row["selection"] == "drawn"),
+        not_ready=frozenset(row["agent_id"] for row in rows if row["selection"] == "not_ready"),
+    )
+
+
+def combined(store: Store) -> list[Combined]:
+    """Return how many shared examples each published round's model is made of, sorted by round."""
+    rows = store.read(
+        "SELECT coalesce(sum(num_shared), 0) AS num_shared, has_full_curve FROM rounds"
+        " LEFT JOIN contributions ON round = number AND outcome = 'accepted' AND reason = ''"
+        " WHERE published IS NOT NULL GROUP BY number ORDER BY number"
+    )
+    return [Combined(row["num_shared"], bool(row["has_full_curve"])) for row in rows]

@@ -1,7 +1,8 @@
 """The durable state of the server: the records in SQLite, and the blobs beside the database.
 
-The store knows the run, its agents, rounds, contributions, reports, uploads and encodings. The rules in
-`upkeep/` have records of their own, which they read and write by `read` and `transaction`.
+The store knows the run, its agents, rounds, contributions, reports, uploads and encodings. Other
+rules, such as those in `upkeep/`, have records of their own, which they read and write by `read` and
+`transaction`.
 
 When a method returns, its effect is on the disk and survives a crash of the process or the machine. A method
 of several steps can be called again after a crash between any two of the steps.
@@ -9,124 +10,34 @@ of several steps can be called again after a crash between any two of the steps.
 
 import json
 import sqlite3
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from threading import RLock
 from typing import Any
 
 from cloud_server.contribution import Contribution, Decision, Rejection
-from cloud_server.disk.blobs import Blobs
-from cloud_server.disk.database import connect, empty_log, migrate, version
-from cloud_server.disk.failures import storage_errors
-from cloud_server.disk.lock import locked
+from cloud_server.disk.opened import OpenStateDir
 from cloud_server.disk.tables import (
-    MIGRATIONS,
     AgentRow,
     EncodingRow,
     ReportRow,
     RoundRow,
     RunRow,
-    SelectionRow,
     UploadRow,
 )
-from cloud_server.state_dir import StateDir
-from common.errors import NotFoundError, Reason, UsageError
+from common.errors import NotFoundError, Reason
 from common.faults import Point, crash_point
-from common.files import sync
 from common.run_state import Outcome, Phase
-from common.schedule import Combined
 
 # The values that are recorded for a decision that keeps no contribution.
 _NOTHING = Contribution("", "", (), 0)
 
 
-class Store:
+class Store(OpenStateDir):
     """The state directory of one server; every method may be called from any thread.
 
     Every method that writes raises StorageError while the disk is full, read-only or failing, and
     sqlite3.IntegrityError for a round or an agent that was never recorded.
-
-    Attributes:
-        state_dir: the paths in the state directory.
-        blobs: the files of weights and shards.
     """
-
-    def __init__(self, path: Path, *, as_guest: bool = False) -> None:
-        """Open the state directory at `path`; create the directory if it is missing.
-
-        Args:
-            path: the path of the state directory.
-            as_guest: open the directory without its lock, beside the server that holds the lock. A guest
-                leaves requests in the records, and the server carries them out.
-
-        Raises:
-            InUseError: another server holds the lock of the directory.
-            UsageError: the directory cannot be used.
-        """
-        self.state_dir = StateDir(path)
-        self._lock = RLock()
-        self.blobs = Blobs(self.state_dir, self._lock)
-        with ExitStack() as resources:
-            try:
-                for folder in self.state_dir.folders:
-                    folder.mkdir(parents=True, exist_ok=True)
-                if not as_guest:
-                    resources.enter_context(locked(self.state_dir))
-                self._database = resources.enter_context(_database(self.state_dir, as_guest=as_guest))
-                sync(path)
-            except (OSError, sqlite3.DatabaseError) as error:
-                what = error.strerror if isinstance(error, OSError) else error
-                raise UsageError(
-                    f"cannot use state directory {path} ({what}): choose a writable one with --state-dir"
-                ) from error
-            self._resources = resources.pop_all()
-
-    def close(self) -> None:
-        """Close the database and release the lock; a second call does nothing."""
-        with self._lock:
-            self._resources.close()
-
-    # These two methods run SQL, also for the rules in upkeep/.
-
-    @contextmanager
-    def transaction(self) -> Iterator[sqlite3.Connection]:
-        """Return a context in which to write records: all of them become durable at its end, or none.
-
-        No other thread reads or writes records during the context. Inside another transaction, the records
-        become durable at the end of that one.
-        """
-        with self._lock, storage_errors():
-            if self._database.in_transaction:
-                yield self._database
-                return
-            with self._database as database:
-                database.execute("BEGIN IMMEDIATE")
-                yield database
-
-    @contextmanager
-    def savepoint(self) -> Iterator[None]:
-        """Return a context, inside a transaction, whose records are undone if the context raises."""
-        self._database.execute("SAVEPOINT one")
-        try:
-            yield
-        except BaseException:
-            # After some errors, such as a full disk, SQLite has undone the whole transaction.
-            if self._database.in_transaction:
-                self._database.execute("ROLLBACK TO one")
-                self._database.execute("RELEASE one")
-            raise
-        self._database.execute("RELEASE one")
-
-    def read(self, query: str, *values: object) -> list[dict[str, Any]]:
-        """Return the rows that a query finds; inside a transaction, also uncommitted ones."""
-        with self._lock:
-            return self._database.execute(query, values).fetchall()
-
-    def empty_log(self) -> None:
-        """Empty the write-ahead log, in which deleted records would remain readable."""
-        with self._lock:
-            empty_log(self._database)
 
     # The run and its agents
 
@@ -276,30 +187,6 @@ class Store:
         history = self.read("SELECT phase, at FROM phase_history WHERE round = ? ORDER BY entry", number)
         return {row["phase"]: row["at"] for row in reversed(history)}
 
-    def record_selection(self, number: int, selection: SelectionRow) -> None:
-        """Record agents that are drawn for a round, and those that are not ready, beside earlier ones.
-
-        An agent that was not ready before may be drawn, and stays drawn. Agents that have not joined, or were
-        forgotten since, are passed over.
-        """
-        rows = [(number, "not_ready", agent_id) for agent_id in sorted(selection.not_ready)]
-        rows += [(number, "drawn", agent_id) for agent_id in sorted(selection.drawn)]
-        with self.transaction() as database:
-            database.executemany(
-                "INSERT INTO selections (round, selection, agent_id)"
-                " SELECT ?, ?, agent_id FROM agents WHERE agent_id = ?"
-                " ON CONFLICT DO UPDATE SET selection = 'drawn' WHERE excluded.selection = 'drawn'",
-                rows,
-            )
-
-    def selection(self, number: int) -> SelectionRow:
-        """Return who was drawn for a round, and who was not ready."""
-        rows = self.read("SELECT agent_id, selection FROM selections WHERE round = ?", number)
-        return SelectionRow(
-            drawn=frozenset(row["agent_id"] for row in rows if row["selection"] == "drawn"),
-            not_ready=frozenset(row["agent_id"] for row in rows if row["selection"] == "not_ready"),
-        )
-
     # Contributions and reports
 
     def record_contribution(self, number: int, decision: Decision) -> None:
@@ -352,15 +239,6 @@ class Store:
         )
         return {row["agent_id"]: row["round"] for row in rows}
 
-    def combined(self) -> list[Combined]:
-        """Return how many shared examples each published round's model is made of, sorted by round."""
-        rows = self.read(
-            "SELECT coalesce(sum(num_shared), 0) AS num_shared, has_full_curve FROM rounds"
-            " LEFT JOIN contributions ON round = number AND outcome = 'accepted' AND reason = ''"
-            " WHERE published IS NOT NULL GROUP BY number ORDER BY number"
-        )
-        return [Combined(row["num_shared"], bool(row["has_full_curve"])) for row in rows]
-
     def last_left_out(self) -> dict[str, tuple[int, str, str]]:
         """Return, by agent id, the round, reason and message of the last accepted contribution not used."""
         # SQLite guarantees that reason and message come from the row that has the maximum.
@@ -409,18 +287,8 @@ class Store:
         """
         return self.blobs.partial_path(self.slot(agent_id), digest)
 
-    def commit_upload(self, agent_id: str, digest: str, kind: str, now: float) -> None:
-        """Turn a complete, checked upload into a blob, and record the agent as its owner.
-
-        Raises:
-            NotFoundError: there is no such upload.
-        """
-        (error,) = self.commit_uploads([UploadRow(agent_id, digest, kind, now)])
-        if error:
-            raise error
-
     def commit_uploads(self, uploads: Sequence[UploadRow]) -> list[Exception | None]:
-        """Do the work of `commit_upload` for several uploads, with one flush of the records for all.
+        """Turn complete, checked uploads into blobs, and record their agents as the owners, with one flush.
 
         Returns:
             For each upload None, or the error that concerns this upload alone.
@@ -578,21 +446,3 @@ def _decision(row: Mapping[str, Any]) -> Decision:
         contribution=contribution if outcome is Outcome.ACCEPTED else None,
         why=Rejection(Reason(row["reason"]), row["message"]) if row["reason"] else None,
     )
-
-
-@contextmanager
-def _database(state_dir: StateDir, *, as_guest: bool) -> Iterator[sqlite3.Connection]:
-    """Open the database, bring its tables up to date, and close the database at the end of the context.
-
-    Raises:
-        UsageError: a guest finds the tables of another version of the server.
-    """
-    path = state_dir.database
-    with closing(connect(path)) as database:
-        if as_guest and version(database) != len(MIGRATIONS):
-            raise UsageError(f"a server of another version uses {path}: stop it first")
-        migrate(database, path, MIGRATIONS)
-        if not as_guest:
-            # A server that was killed may have left a write-ahead log.
-            empty_log(database)
-        yield database

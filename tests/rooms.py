@@ -122,7 +122,7 @@ ROOMS = (
     Room(
         "showing",
         "what is seen of the run: state for agents, page, terminal; the reports",
-        ("metrics", "round", "store", "jobs", "contribution", "disk"),
+        ("records", "metrics", "round", "store", "jobs", "contribution", "disk"),
     ),
     Room(
         "records",
@@ -132,7 +132,7 @@ ROOMS = (
     Room("door", "who may come in: admission, authority, limits, connections", ("disk",)),
     Room("metrics", "what the server counts", ("round", "jobs")),
     Room("round", "the state machine of a round, a value", ("contribution",)),
-    Room("store", "the records, in SQLite", ("contribution", "disk", "state_dir")),
+    Room("store", "the records, in SQLite", ("contribution", "disk")),
     Room(
         "jobs",
         "the job directory: all that server and trainer say to each other",

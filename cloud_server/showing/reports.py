@@ -10,6 +10,7 @@ from typing import Any
 
 import structlog
 
+from cloud_server import records
 from cloud_server.contribution import Decision
 from cloud_server.disk.failures import storage_errors, when_disk_allows
 from cloud_server.disk.tables import AgentRow, ReportRow, RoundRow, SelectionRow
@@ -126,7 +127,7 @@ class Reports:
             self._store.reports(number),
             self._store.agents(),
             self.result_of(number),
-            selection=self._store.selection(number),
+            selection=records.selection_of(self._store, number),
             weights_bytes=weights.stat().st_size if weights else None,
         )
         write(report, self._store.state_dir.round(number), weights)

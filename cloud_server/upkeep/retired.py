@@ -111,7 +111,7 @@ def remove_blobs(store: Store, stored_before: float, *, spare: Collection[str] =
     for path in store.blobs.paths():
         if path.name in needed:
             continue
-        # Under the lock, so that `commit_upload` does not come between.
+        # Under the lock, so that `commit_uploads` does not come between.
         with store.blobs.lock, storage_errors():
             if store.read("SELECT 1 FROM uploads WHERE digest = ?", path.name):
                 continue

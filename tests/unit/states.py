@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from cloud_server.contribution import Contribution, Decision
-from cloud_server.disk.tables import EncodingRow
+from cloud_server.disk.tables import EncodingRow, UploadRow
 from cloud_server.jobs import EncodedWeightsFile, Job, JobDirectory, Result, WeightsFile
 from cloud_server.store import Store
 from cloud_server.upkeep import provenance
@@ -44,11 +44,17 @@ def begin(store: Store, state_dir: Path, first_round: int = 1) -> None:
     store.join(AGENT, 0.5)
 
 
-def upload(store: Store, content: bytes, kind: str, now: float) -> str:
+def upload(store: Store, content: bytes, kind: str, now: float, agent_id: str = AGENT) -> str:
     digest = digest_of(content)
-    store.partial_path(AGENT, digest).write_bytes(content)
-    store.commit_upload(AGENT, digest, kind, now)
+    store.partial_path(agent_id, digest).write_bytes(content)
+    commit_upload(store, agent_id, digest, kind, now)
     return digest
+
+
+def commit_upload(store: Store, agent_id: str, digest: str, kind: str, now: float) -> None:
+    (error,) = store.commit_uploads([UploadRow(agent_id, digest, kind, now)])
+    if error:
+        raise error
 
 
 def contribute(store: Store, number: int, *shards: bytes) -> list[bytes]:

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from cloud_server import jobs
-from cloud_server import store as store_module
+from cloud_server import jobs, records
 from cloud_server.commands import check
 from cloud_server.contribution import Contribution, Decision
+from cloud_server.disk import opened
 from cloud_server.disk.lock import InUseError
 from cloud_server.disk.tables import ReportRow, SelectionRow
 from cloud_server.jobs import JobDirectory
@@ -28,6 +28,7 @@ from tests.unit.states import (
     SHARD,
     begin,
     blobs,
+    commit_upload,
     contribute,
     digest_of,
     encoded_of,
@@ -47,7 +48,7 @@ CHOSEN = {"drawn": [AGENT, OTHER], "not_ready": [OTHER]}
 def upload(store: Store, agent_id: str, content: bytes, kind: str) -> str:
     digest = digest_of(content)
     store.partial_path(agent_id, digest).write_bytes(content)
-    store.commit_upload(agent_id, digest, kind, 1.0)
+    commit_upload(store, agent_id, digest, kind, 1.0)
     return digest
 
 
@@ -79,7 +80,7 @@ def make(store: Store, state_dir: Path) -> None:
     assert store.join(OTHER, 0.6) == 2
     store.set_class_names(("cat", "dog"), OTHER)
     for number in (1, 2):
-        store.record_selection(number, SelectionRow(frozenset({AGENT}), frozenset({OTHER})))
+        records.record_selection(store, number, SelectionRow(frozenset({AGENT}), frozenset({OTHER})))
         contribute(store, number)
         contribute_other(store, number, Outcome.ACCEPTED if number == 1 else Outcome.LATE)
         publish(store, state_dir, number)
@@ -250,7 +251,7 @@ def test_guest_asks_while_another_has_the_state(store: Store, state_dir: Path) -
 def test_guest_leaves_the_state_of_a_server_of_another_version_as_it_is(
     store: Store, state_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(store_module, "MIGRATIONS", (*store_module.MIGRATIONS, "CREATE TABLE new (a)"))
+    monkeypatch.setattr(opened, "MIGRATIONS", (*opened.MIGRATIONS, "CREATE TABLE new (a)"))
     with pytest.raises(UsageError, match=r"a server of another version uses .*: stop it first"):
         Store(state_dir, as_guest=True)
 
@@ -458,7 +459,7 @@ def test_who_was_forgotten_by_an_older_program_is_known_without_digests(
     state_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as older:
-        older.setattr(store_module, "MIGRATIONS", store_module.MIGRATIONS[:6])
+        older.setattr(opened, "MIGRATIONS", opened.MIGRATIONS[:6])
         with closing(Store(state_dir)) as store:
             made = state_dir / "jobs/made"
             made.write_bytes(INITIAL)

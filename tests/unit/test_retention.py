@@ -472,10 +472,10 @@ def test_job_that_never_was_is_removed(state_dir: Path) -> None:
 
 
 def test_state_of_a_first_version_upgrades_itself(state_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from cloud_server import store as store_module
+    from cloud_server.disk import opened
 
     with monkeypatch.context() as older:
-        older.setattr(store_module, "MIGRATIONS", store_module.MIGRATIONS[:1])
+        older.setattr(opened, "MIGRATIONS", opened.MIGRATIONS[:1])
         with closing(Store(state_dir)) as store:
             store.join(AGENT, 1.0)
             upload(store, b"from before", "data", 1.0)

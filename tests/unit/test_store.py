@@ -1,6 +1,6 @@
 """The store: what it keeps, what it refuses, and what is left when its process is killed at any step.
 
-Run as a script, this file is the process that is killed; see `main` at its end.
+Run as a module, this is the process that is killed; see `main` at its end.
 """
 
 import errno
@@ -25,8 +25,9 @@ from typing import Any
 
 import pytest
 
-from cloud_server import store as store_module
+from cloud_server import records
 from cloud_server.contribution import Contribution, Decision, Rejection
+from cloud_server.disk import opened
 from cloud_server.disk.failures import storage_errors
 from cloud_server.disk.tables import AgentRow, ReportRow, RoundRow, RunRow, UploadRow
 from cloud_server.state_dir import blob_path
@@ -34,6 +35,8 @@ from cloud_server.store import Store
 from common.errors import NotFoundError, Reason, StorageError, UsageError
 from common.run_state import Outcome, Phase
 from common.schedule import Combined
+from tests.processes import ROOT
+from tests.unit.states import commit_upload
 
 # There fsync costs nothing.
 MEMORY = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
@@ -157,7 +160,7 @@ def test_what_published_rounds_have_combined_is_counted(run_store):
             run_store.record_contribution(number, decision)
         if number < 4:
             run_store.set_phase(number, "published", 21.0, published_digest="e" * 64)
-    assert run_store.combined() == [Combined(12, False), Combined(5, True), Combined(0, False)]
+    assert records.combined(run_store) == [Combined(12, False), Combined(5, True), Combined(0, False)]
     assert [row.has_full_curve for row in run_store.rounds()] == [False, True, False, False]
 
 
@@ -235,7 +238,7 @@ def test_agent_that_never_joined_cannot_upload(run_store):
 
 def test_committed_upload_is_an_immutable_blob(run_store):
     assert run_store.blobs.size(DIGEST) is None
-    run_store.commit_upload("a", DIGEST, "weights", 12.0)
+    commit_upload(run_store, "a", DIGEST, "weights", 12.0)
     blob = run_store.blobs.path(DIGEST)
     assert blob.read_bytes() == UPLOADED
     assert run_store.blobs.size(DIGEST) == len(UPLOADED)
@@ -244,22 +247,22 @@ def test_committed_upload_is_an_immutable_blob(run_store):
 
 
 def test_upload_is_that_of_its_agent_and_kind_only(run_store):
-    run_store.commit_upload("a", DIGEST, "weights", 12.0)
+    commit_upload(run_store, "a", DIGEST, "weights", 12.0)
     assert run_store.has_upload("a", DIGEST, "weights")
     assert not run_store.has_upload("b", DIGEST, "weights")
     assert not run_store.has_upload("a", DIGEST, "data")
 
 
 def test_record_without_its_blob_is_no_upload(run_store):
-    run_store.commit_upload("a", DIGEST, "weights", 12.0)
+    commit_upload(run_store, "a", DIGEST, "weights", 12.0)
     run_store.blobs.path(DIGEST).unlink()
     assert not run_store.has_upload("a", DIGEST, "weights")
 
 
 def test_same_bytes_from_two_agents_are_one_blob_and_two_uploads(run_store):
     run_store.partial_path("b", DIGEST).write_bytes(UPLOADED)
-    run_store.commit_upload("a", DIGEST, "weights", 12.0)
-    run_store.commit_upload("b", DIGEST, "weights", 13.0)
+    commit_upload(run_store, "a", DIGEST, "weights", 12.0)
+    commit_upload(run_store, "b", DIGEST, "weights", 13.0)
     assert run_store.has_upload("a", DIGEST, "weights")
     assert run_store.has_upload("b", DIGEST, "weights")
     assert run_store.blobs.path(DIGEST).read_bytes() == UPLOADED
@@ -268,7 +271,7 @@ def test_same_bytes_from_two_agents_are_one_blob_and_two_uploads(run_store):
 
 def test_commit_again_changes_nothing(run_store):
     for now in (12.0, 13.0):
-        run_store.commit_upload("a", DIGEST, "weights", now)
+        commit_upload(run_store, "a", DIGEST, "weights", now)
     assert run_store.has_upload("a", DIGEST, "weights")
 
 
@@ -295,8 +298,8 @@ def test_uploads_that_are_committed_together_share_a_transaction_and_one_that_fa
 
 def test_commit_of_nothing_is_refused_and_leaves_no_record(run_store):
     with pytest.raises(NotFoundError):
-        run_store.commit_upload("b", DIGEST, "weights", 12.0)
-    run_store.commit_upload("a", DIGEST, "weights", 12.0)
+        commit_upload(run_store, "b", DIGEST, "weights", 12.0)
+    commit_upload(run_store, "a", DIGEST, "weights", 12.0)
     assert not run_store.has_upload("b", DIGEST, "weights")
 
 
@@ -319,7 +322,7 @@ def test_missing_trained_file_is_refused(run_store, state_dir):
 
 
 def test_everything_is_there_after_a_restart(run_store, state_dir):
-    run_store.commit_upload("a", DIGEST, "weights", 12.0)
+    commit_upload(run_store, "a", DIGEST, "weights", 12.0)
     run_store.record_contribution(1, CONTRIBUTION)
     run_store.set_phase(1, "published", 20.0, published_digest="e" * 64)
     run_store.record_report(1, REPORT)
@@ -356,7 +359,7 @@ def test_upload_is_recorded_only_when_its_blob_is_on_disk(run_store, monkeypatch
     monkeypatch.setattr(os, "fsync", noted_fsync)
     monkeypatch.setattr(os, "link", noted_link)
     run_store._database.set_trace_callback(lambda statement: steps.append(statement.split()[0]))
-    run_store.commit_upload("a", DIGEST, "weights", 12.0)
+    commit_upload(run_store, "a", DIGEST, "weights", 12.0)
     run_store._database.set_trace_callback(None)
     assert steps == [
         # The slot is read, for the path.
@@ -377,7 +380,9 @@ def test_kill_at_any_step_loses_and_breaks_nothing(tmp_path, state_dir):
         (state_dir / "jobs" / "model.safetensors").write_bytes(TRAINED)
     results = state_dir.parent / "results"
     results.mkdir()
-    subprocess.run([sys.executable, __file__, "die", state_dir, results], check=True, timeout=60)
+    subprocess.run(
+        [sys.executable, "-m", __name__, "die", state_dir, results], cwd=ROOT, check=True, timeout=60
+    )
     survivors = sorted(results.iterdir())
     acknowledged = [check_survivor(survivor) for survivor in survivors]
     assert acknowledged == sorted(acknowledged)
@@ -464,9 +469,9 @@ def test_upload_that_the_disk_refused_can_be_committed_later(run_store, monkeypa
     with monkeypatch.context() as broken:
         broken.setattr(os, step, refuse)
         with pytest.raises(StorageError):
-            run_store.commit_upload("a", DIGEST, "weights", 12.0)
+            commit_upload(run_store, "a", DIGEST, "weights", 12.0)
     assert not run_store.has_upload("a", DIGEST, "weights")
-    run_store.commit_upload("a", DIGEST, "weights", 13.0)
+    commit_upload(run_store, "a", DIGEST, "weights", 13.0)
     assert run_store.has_upload("a", DIGEST, "weights")
     assert run_store.blobs.path(DIGEST).read_bytes() == UPLOADED
 
@@ -495,7 +500,10 @@ def test_read_only_database_is_a_storage_error(run_store):
 
 def test_second_server_is_refused_and_told_who_is_there(state_dir):
     with subprocess.Popen(
-        [sys.executable, __file__, "hold", state_dir], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        [sys.executable, "-m", __name__, "hold", state_dir],
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
     ) as holder:
         assert holder.stdout.readline() == b"held\n"
         with pytest.raises(UsageError, match=f"process {holder.pid} on {socket.gethostname()} uses"):
@@ -553,7 +561,7 @@ def test_database_of_a_newer_program_is_refused(state_dir):
 def test_database_of_an_older_program_is_upgraded_with_its_records(run_store, state_dir, monkeypatch):
     run_store.close()
     upgrade = "ALTER TABLE agents ADD COLUMN colour TEXT DEFAULT 'blue'; UPDATE agents SET slot = slot + 100"
-    monkeypatch.setattr(store_module, "MIGRATIONS", (*store_module.MIGRATIONS, upgrade))
+    monkeypatch.setattr(opened, "MIGRATIONS", (*opened.MIGRATIONS, upgrade))
     # The upgrade is applied once.
     for _ in range(2):
         with closing(Store(state_dir)) as upgraded:
@@ -566,7 +574,7 @@ def left_by_older_program(state_dir, monkeypatch):
 
     def left_by_older_program(num_migrations: int, statement: str) -> None:
         with monkeypatch.context() as older:
-            older.setattr(store_module, "MIGRATIONS", store_module.MIGRATIONS[:num_migrations])
+            older.setattr(opened, "MIGRATIONS", opened.MIGRATIONS[:num_migrations])
             with closing(Store(state_dir)) as store, store.transaction() as database:
                 database.execute(
                     "INSERT INTO run (run_id, config_json, created_at) VALUES ('run-1', '{}', 10)"
@@ -606,7 +614,7 @@ def test_upgrade_that_fails_changes_nothing(run_store, state_dir, monkeypatch):
     run_store.close()
     with monkeypatch.context() as newer:
         upgrade = "UPDATE agents SET slot = slot + 100; UPDATE nowhere SET slot = 1"
-        newer.setattr(store_module, "MIGRATIONS", (*store_module.MIGRATIONS, upgrade))
+        newer.setattr(opened, "MIGRATIONS", (*opened.MIGRATIONS, upgrade))
         with pytest.raises(UsageError, match="nowhere"):
             Store(state_dir)
     with closing(Store(state_dir)) as store:
@@ -657,7 +665,7 @@ def take_in_and_die(state_dir: Path, step: int) -> None:
 def take_in(store: Store, state_dir: Path) -> Iterator[None]:
     """Put into the store what a round leaves there; each step is acknowledged where this yields."""
     if not store.has_upload("a", DIGEST, "weights"):
-        store.commit_upload("a", DIGEST, "weights", 12.0)
+        commit_upload(store, "a", DIGEST, "weights", 12.0)
     yield
     store.record_contribution(1, CONTRIBUTION)
     yield
