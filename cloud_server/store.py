@@ -1,8 +1,7 @@
 """The durable state of the server: the records in SQLite, and the blobs beside the database.
 
-The store knows the run, its agents, rounds, contributions, reports, uploads and encodings. Other
-rules, such as those in `upkeep/`, have records of their own, which they read and write by `read` and
-`transaction`.
+The store knows the run, its agents, rounds, contributions, reports, uploads and encodings. `records.py` and
+the rules in `upkeep/` have records of their own, which they read and write by `read` and `transaction`.
 
 When a method returns, its effect is on the disk and survives a crash of the process or the machine. A method
 of several steps can be called again after a crash between any two of the steps.
@@ -16,14 +15,7 @@ from typing import Any
 
 from cloud_server.contribution import Contribution, Decision, Rejection
 from cloud_server.disk.opened import OpenStateDir
-from cloud_server.disk.tables import (
-    AgentRow,
-    EncodingRow,
-    ReportRow,
-    RoundRow,
-    RunRow,
-    UploadRow,
-)
+from cloud_server.disk.tables import AgentRow, EncodingRow, ReportRow, RoundRow, RunRow, UploadRow
 from common.errors import NotFoundError, Reason
 from common.faults import Point, crash_point
 from common.run_state import Outcome, Phase
