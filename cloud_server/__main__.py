@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from cloud_server.metrics import ServerMetrics
     from cloud_server.showing.reports import Reports
     from cloud_server.showing.standing import Standing
+    from cloud_server.showing.viewers import Viewers
     from cloud_server.store import Store
     from cloud_server.training.runner import Trainer
     from common.run_state import RunState
@@ -121,6 +122,7 @@ async def serve(config: ServerConfig) -> int:
     from cloud_server.metrics import ServerMetrics
     from cloud_server.server import GrpcServer
     from cloud_server.showing.display import RunDisplay
+    from cloud_server.showing.viewers import Viewers
     from cloud_server.store import Store
     from cloud_server.training.supervisor import TrainerProcess
     from common import telemetry
@@ -140,10 +142,12 @@ async def serve(config: ServerConfig) -> int:
         max_connections=min(config.connections, raise_file_limit()),
         calls_per_second=config.max_calls_per_second,
     )
+    viewers = Viewers()
     service: Service | None = None
     opened: Service | None = None
 
     async def status() -> Mapping[str, Any]:
+        viewers.note()
         return await service.standing.status() if service else {"phase": "starting"}
 
     app = telemetry.make_app(
@@ -158,7 +162,7 @@ async def serve(config: ServerConfig) -> int:
         port = server.bind(config.host, config.port)
         http = await telemetry.serve_http(app, host=config.http_host, port=config.http_port)
         await trainer.start()
-        opened = await open_service(config, store, trainer, metrics, on_change=display.show)
+        opened = await open_service(config, store, trainer, metrics, viewers, on_change=display.show)
         await server.start(opened.desk)
         service = opened
         spare_collector()
@@ -239,6 +243,7 @@ async def open_service(
     store: "Store",
     trainer: "Trainer",
     metrics: "ServerMetrics",
+    viewers: "Viewers",
     *,
     clock: Callable[[], float] = time.time,
     on_change: Callable[["RunState"], None] = lambda _: None,
@@ -360,6 +365,7 @@ async def open_service(
         reports=reports,
         standing=standing,
         presence=presence,
+        viewers=viewers,
         metrics=metrics,
         clock=clock,
     )

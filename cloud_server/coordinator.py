@@ -23,6 +23,7 @@ from cloud_server.run import adopt_model
 from cloud_server.showing.presence import LIVENESS_SECONDS, Presence
 from cloud_server.showing.reports import Reports, stages
 from cloud_server.showing.standing import Standing, wait_for
+from cloud_server.showing.viewers import Viewers
 from cloud_server.store import Store
 from cloud_server.training.runner import JobRunner, JobWithdrawnError
 from cloud_server.upkeep.caretaker import Caretaker
@@ -58,6 +59,7 @@ class Coordinator:
         reports: Reports,
         standing: Standing,
         presence: Presence,
+        viewers: Viewers,
         metrics: ServerMetrics,
         clock: Callable[[], float],
     ) -> None:
@@ -70,6 +72,7 @@ class Coordinator:
         self._reports = reports
         self._standing = standing
         self._presence = presence
+        self._viewers = viewers
         self._metrics = metrics
         self._clock = clock
 
@@ -97,7 +100,7 @@ class Coordinator:
         await self._reports.write_changed()
         self._standing.show_run_over()
         await self._say_farewell()
-        await self._standing.wait_for_viewers()
+        await self._viewers.stay()
         # Uploads may have come too late for the last round.
         await self._caretaker.clean_up()
         last = self._ledger.round

@@ -1,4 +1,5 @@
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,9 @@ def pytest_configure(config: pytest.Config) -> None:
     for name in (*PROXY_VARIABLES, *EXEMPT_VARIABLES):
         os.environ.pop(name, None)
         os.environ.pop(name.upper(), None)
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        # A shell starts background jobs like this, and commands that the tests interrupt would inherit it.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     settings.load_profile("soak" if config.getoption("--soak") else "same-every-time")
 
 

@@ -5,7 +5,6 @@ Whoever makes something true and durable shows it here: the ledger and the coord
 
 import asyncio
 import math
-import time
 from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
@@ -27,8 +26,6 @@ STATUS_ROUNDS = 50
 # Agents hear of counts and progress so often at most, and so many of them in a second, so that a thousand
 # agents hear of them every five seconds. Of everything else they hear at once.
 COUNTS_SECONDS = 1.0
-# Whoever watches the status page, or `cloud-server status --watch`, asks for the status again in this time.
-LOOK_SECONDS = 2.0
 COUNTS_PER_SECOND = 200
 
 
@@ -77,8 +74,6 @@ class Standing:
         # How far the trainer is in this phase.
         self._progress: WorkProgress | None = None
         self._run_over = False
-        # When somebody last asked for the status, by the monotonic clock.
-        self._looked_at = -math.inf
         self._latest_model: PublishedModel | None = None
         self._counted = store.counted_rounds()
         self._left_out = {
@@ -156,11 +151,6 @@ class Standing:
         self._run_over = True
         self._tell_all()
         self._display()
-
-    async def wait_for_viewers(self) -> None:
-        """Stay for long enough that whoever watches the status sees it once more; else return at once."""
-        if time.monotonic() - self._looked_at < LOOK_SECONDS:
-            await asyncio.sleep(LOOK_SECONDS)
 
     def _tell(self, agent_ids: Iterable[str]) -> None:
         """Wake these agents' Watches."""
@@ -257,7 +247,6 @@ class Standing:
 
     async def status(self) -> dict[str, Any]:
         """Return the JSON behind the status page; see common/telemetry.py for where it is served."""
-        self._looked_at = time.monotonic()
         rows = await asyncio.to_thread(self._store.rounds, last=STATUS_ROUNDS)
         num_forgotten = self._num_forgotten
         results = await asyncio.to_thread(self._results_of, rows)

@@ -33,6 +33,7 @@ from cloud_server.metrics import ServerMetrics
 from cloud_server.showing import presence
 from cloud_server.showing.reports import Reports
 from cloud_server.showing.standing import Standing
+from cloud_server.showing.viewers import Viewers
 from cloud_server.store import Store
 from cloud_server.training import runner as job_runner
 from cloud_server.upkeep import caretaker
@@ -156,7 +157,7 @@ async def world(
         trainer = PlayedTrainer(state_dir, outcomes or [])
         metrics = ServerMetrics()
         working = asyncio.create_task(trainer.work())
-        service = await open_service(config, store, trainer, metrics, clock=clock)
+        service = await open_service(config, store, trainer, metrics, Viewers(), clock=clock)
         running = asyncio.create_task(service.coordinator.run())
         try:
             yield World(*service, store, trainer, config, metrics, running)
