@@ -1,9 +1,10 @@
 """The command `cloud-server doctor`: is all there that a server with this configuration needs?"""
 
+import asyncio
 import socket
-import subprocess
 import sys
 import time
+from asyncio.subprocess import PIPE
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -116,20 +117,27 @@ def _days_left(folder: Path) -> str:
 def _start_trainer(config: ServerConfig) -> str:
     """Return what a process of its own says, which imports PyTorch and builds the run's model."""
     try:
-        done = subprocess.run(  # noqa: S603
-            [sys.executable, "-m", "cloud_server.trainer.look", config.device],
-            input=config.run.model_dump_json(),
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=TRAINER_SECONDS,
-            check=False,
-        )
-    except subprocess.TimeoutExpired as error:
+        code, output, errors = asyncio.run(_look(config))
+    except TimeoutError as error:
         raise RunError(
             f"PyTorch was not there after {TRAINER_SECONDS:g} seconds: look at what keeps this machine busy"
         ) from error
-    if done.returncode:
-        last = (done.stderr.strip().splitlines() or [""])[-1].removeprefix("trainer: ")
-        raise RunError(last or f"its process ended with code {done.returncode}: give it more memory")
-    return done.stdout.strip().splitlines()[-1]
+    if code:
+        last = (errors.strip().splitlines() or [""])[-1].removeprefix("trainer: ")
+        raise RunError(last or f"its process ended with code {code}: give it more memory")
+    return output.strip().splitlines()[-1]
+
+
+async def _look(config: ServerConfig) -> tuple[int | None, str, str]:
+    """Return the exit code, stdout and stderr of `trainer.look`; raise TimeoutError if it takes too long."""
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "cloud_server.trainer.look", config.device, stdin=PIPE, stdout=PIPE, stderr=PIPE
+    )
+    try:
+        async with asyncio.timeout(TRAINER_SECONDS):
+            output, errors = await process.communicate(config.run.model_dump_json().encode())
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+    return process.returncode, output.decode(errors="replace"), errors.decode(errors="replace")
