@@ -72,12 +72,13 @@ class Readiness:
         except TimeoutError:
             return f"{name} took longer than {LIMIT_SECONDS:g} seconds"
         finally:
-            _end(process)
+            await _end(process)
         return f"{name} ended with exit code {code}" if code else ""
 
 
-def _end(process: Process) -> None:
-    """Kill the command if it still runs, with the processes that it has started."""
+async def _end(process: Process) -> None:
+    """Kill the command if it still runs, with the processes that it has started, and wait for its end."""
     if process.returncode is None:
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
+        await process.wait()

@@ -89,3 +89,12 @@ async def test_command_that_is_gone_is_no_end_of_the_agent(tmp_path: Path) -> No
     async with asked(tmp_path / "gone") as device:
         await device.until(lambda: bool(device.said))
     assert "gone cannot be run (No such file or directory)" in device.said[0]
+
+
+async def test_command_that_runs_when_the_agent_ends_is_ended_and_reaped(tmp_path: Path) -> None:
+    file = tmp_path / "pid"
+    async with asked("sh", "-c", f"echo $$ > {file}; exec sleep 60") as device:
+        await device.until(lambda: file.exists() and file.stat().st_size > 0)
+    # The process is gone, and is no zombie either.
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(file.read_text("ascii")), 0)
