@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from cloud_server.metrics import ServerMetrics
     from cloud_server.showing.reports import Reports
     from cloud_server.showing.standing import Standing
+    from cloud_server.showing.status import Status
     from cloud_server.showing.viewers import Viewers
     from cloud_server.store import Store
     from cloud_server.training.runner import Trainer
@@ -148,7 +149,7 @@ async def serve(config: ServerConfig) -> int:
 
     async def status() -> Mapping[str, Any]:
         viewers.note()
-        return await service.standing.status() if service else {"phase": "starting"}
+        return await service.status.read() if service else {"phase": "starting"}
 
     app = telemetry.make_app(
         metrics.registry,
@@ -235,6 +236,7 @@ class Service(NamedTuple):
     desk: "Desk"
     ledger: "Ledger"
     standing: "Standing"
+    status: "Status"
     reports: "Reports"
 
 
@@ -272,6 +274,7 @@ async def open_service(
     from cloud_server.showing.presence import Presence
     from cloud_server.showing.reports import Reports
     from cloud_server.showing.standing import Standing
+    from cloud_server.showing.status import Status
     from cloud_server.training.runner import JobRunner
     from cloud_server.upkeep import provenance
     from cloud_server.upkeep.caretaker import Caretaker
@@ -298,17 +301,15 @@ async def open_service(
     turns = Turns(config.max_concurrent_uploads)
     metrics.watch_uploads(lambda: {"receiving": turns.num_taken, "waiting": turns.num_waiting})
     presence = Presence(expected=current.contributions)
-    standing = Standing(
+    standing = Standing(current, slots, presence, store=store, metrics=metrics, on_change=on_change)
+    status = Status(
         run.run_id,
-        current,
-        slots,
+        standing,
         presence,
         store=store,
         reports=reports,
-        metrics=metrics,
-        on_change=on_change,
-        clock=clock,
         upload_places=lambda: turns.places,
+        clock=clock,
     )
     ledger = Ledger(
         run,
@@ -371,7 +372,7 @@ async def open_service(
     )
     await when_disk_allows(lambda: asyncio.to_thread(provenance.write, store))
     await caretaker.clean_up()
-    return Service(coordinator, desk, ledger, standing, reports)
+    return Service(coordinator, desk, ledger, standing, status, reports)
 
 
 def tell_who_may_come(config: ServerConfig, authority: "Authority | None") -> None:

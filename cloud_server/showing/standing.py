@@ -6,23 +6,18 @@ Whoever makes something true and durable shows it here: the ledger and the coord
 import asyncio
 import math
 from collections import defaultdict
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Set
 from contextlib import contextmanager
-from typing import Any
 
-from cloud_server.disk.tables import ReportRow, RoundRow
-from cloud_server.jobs import AgentAudit, Result
+from cloud_server.disk.tables import RoundRow
 from cloud_server.metrics import ServerMetrics
-from cloud_server.round import OVER, Round
+from cloud_server.round import Round
 from cloud_server.showing.presence import Presence
-from cloud_server.showing.reports import Reports
 from cloud_server.store import Store
 from common.errors import Reason
-from common.run_state import LeftOut, Phase, PublishedModel, RunState, WorkProgress
+from common.run_state import LeftOut, PublishedModel, RunState, WorkProgress
 from common.transfer import Blob, Encoded
 
-# So many of the latest rounds are on the status page.
-STATUS_ROUNDS = 50
 # Agents hear of counts and progress so often at most, and so many of them in a second, so that a thousand
 # agents hear of them every five seconds. Of everything else they hear at once.
 COUNTS_SECONDS = 1.0
@@ -35,42 +30,33 @@ class Standing:
     Args:
         current: the round, as it is on record.
         slots: the slot of every agent that has joined, by agent id.
-        clock: seconds since the epoch.
         on_change: called after every change, for a progress display.
-        upload_places: returns the places in the queue, by agent id, of those that wait to upload.
     """
 
     def __init__(
         self,
-        run_id: str,
         current: Round,
         slots: Mapping[str, int],
         presence: Presence,
         *,
         store: Store,
-        reports: Reports,
         metrics: ServerMetrics,
         on_change: Callable[[RunState], None],
-        clock: Callable[[], float],
-        upload_places: Callable[[], Mapping[str, int]] = dict,
     ) -> None:
-        self._run_id = run_id
         self._round = current
         self._slots = dict(slots)
         self._presence = presence
         self._store = store
-        self._reports = reports
         self._metrics = metrics
         self._on_change = on_change
-        self._clock = clock
-        self._upload_places = upload_places
         self._changed = asyncio.Event()
         # One event for each open Watch, by agent id; an event that is set means that there is news.
         self._watches: defaultdict[str, set[asyncio.Event]] = defaultdict(set)
         # The next time at which everyone hears of counts and progress; None: there is nothing to tell.
         self._next_counts: asyncio.TimerHandle | None = None
         self._counts_told_at = -math.inf
-        self._num_forgotten = 0
+        # How many agents have been forgotten in this life of the server.
+        self.num_forgotten = 0
         # How far the trainer is in this phase.
         self._progress: WorkProgress | None = None
         self._run_over = False
@@ -82,8 +68,6 @@ class Standing:
         }
         # The number of the last round that failed, and why.
         self._last_failure = (0, "")
-        # The results of the rounds on the status page.
-        self._results: dict[int, Result] = {}
         for row in store.rounds():
             self._note_end(row)
         # The agents that have reported on the model of this round.
@@ -126,12 +110,11 @@ class Standing:
 
     def forget(self, agent_id: str) -> None:
         """Drop everything that is known of an agent."""
-        self._num_forgotten += 1
+        self.num_forgotten += 1
         self._slots.pop(agent_id, None)
         self._counted.pop(agent_id, None)
         self._left_out.pop(agent_id, None)
         self._reported.discard(agent_id)
-        self._results.clear()
         self._metrics.forget(agent_id)
 
     def show_report(self, agent_id: str, number: int) -> None:
@@ -192,6 +175,26 @@ class Standing:
     # ------------------------------------------------------------------ who looks
 
     @property
+    def current(self) -> Round:
+        """Return the round, as it is on record."""
+        return self._round
+
+    @property
+    def slots(self) -> Mapping[str, int]:
+        """Return the slot of every agent that has joined, by agent id."""
+        return self._slots
+
+    @property
+    def progress(self) -> WorkProgress | None:
+        """Return how far the trainer is in this phase; None if it has not said."""
+        return self._progress
+
+    @property
+    def run_over(self) -> bool:
+        """Return True if every agent has been told that the run is over."""
+        return self._run_over
+
+    @property
     def next_change(self) -> asyncio.Event:
         """Return an event that the next change sets; take it before looking, so that no change is missed."""
         return self._changed
@@ -245,48 +248,6 @@ class Standing:
             has_full_curve=self._round.has_full_curve,
         )
 
-    async def status(self) -> dict[str, Any]:
-        """Return the JSON behind the status page; see common/telemetry.py for where it is served."""
-        rows = await asyncio.to_thread(self._store.rounds, last=STATUS_ROUNDS)
-        num_forgotten = self._num_forgotten
-        results = await asyncio.to_thread(self._results_of, rows)
-        # Results that were read before an agent was forgotten may name it, so they are not kept.
-        if num_forgotten == self._num_forgotten:
-            self._results = results
-        num_accepted = await asyncio.to_thread(self._store.num_accepted)
-        last_published = max((row.number for row in rows if row.published_digest), default=0)
-        reported = {row.agent_id: row for row in await asyncio.to_thread(self._store.reports, last_published)}
-        current, progress, here = self._round, self._progress, self._presence.here
-        audited = results.get(last_published, Result()).audit
-        audits = {agent.agent_id: _audit_status(agent) for agent in audited}
-        places = self._upload_places()
-        return {
-            "run_id": self._run_id,
-            "round": current.number,
-            "phase": current.phase.value,
-            "phases": _phases(rows[-1], current, self._clock()),
-            "progress": progress and {"done": progress.done, "total": progress.total, "loss": progress.loss},
-            "agents": [
-                _agent_status(agent_id, slot, current, agent_id in here, reported.get(agent_id))
-                | {
-                    "audit": audits.get(agent_id),
-                    "upload_place": places.get(agent_id),
-                    "selection": current.selection_of(agent_id),
-                    "is_ready": agent_id not in self._presence.not_ready,
-                }
-                for agent_id, slot in sorted(self._slots.items(), key=lambda item: item[1])
-            ],
-            "rounds": [
-                _round_status(row, num_accepted.get(row.number, 0), results.get(row.number))
-                for row in rows
-                if row.phase in OVER
-            ],
-            "run_over": self._run_over,
-            "min_agents": current.policy.min_agents,
-            "max_agents": current.policy.max_agents,
-            "deadline_at": current.deadline_at,
-        }
-
     # ------------------------------------------------------------------ small parts
 
     @contextmanager
@@ -336,11 +297,6 @@ class Standing:
             return None
         return Encoded(self._blob(encoding.digest), encoding.base)
 
-    def _results_of(self, rows: Sequence[RoundRow]) -> dict[int, Result]:
-        known = {row.number: self._results.get(row.number) for row in rows if row.published_digest}
-        read = {number: result or self._reports.result_of(number) for number, result in known.items()}
-        return {number: result for number, result in read.items() if result}
-
 
 async def wait_for(event: asyncio.Event, seconds: float | None) -> None:
     """Wait for the event, for so many seconds at most."""
@@ -349,67 +305,3 @@ async def wait_for(event: asyncio.Event, seconds: float | None) -> None:
             await event.wait()
     except TimeoutError:
         pass
-
-
-def _agent_status(
-    agent_id: str, slot: int, current: Round, is_watching: bool, report: ReportRow | None
-) -> dict[str, Any]:
-    outcome = current.outcome_of(agent_id)
-    rejection = current.rejections.get(agent_id)
-    contribution = current.contributions.get(agent_id)
-    state = "contributed" if contribution else "watching"
-    return {
-        "agent_id": agent_id,
-        "slot": slot,
-        "state": state if is_watching else "away",
-        "outcome": outcome and outcome.value,
-        "accuracy_local": contribution and contribution.accuracy_local,
-        "accuracy_before": report and report.accuracy_before,
-        "accuracy_after": report and report.accuracy_after,
-        "accuracy_adapted": report and report.accuracy_adapted,
-        "applied": report and report.applied,
-        "message": rejection.message if rejection else (report.reason if report else ""),
-    }
-
-
-def _audit_status(audit: AgentAudit) -> dict[str, Any]:
-    """Return what the last published round's audit says of an agent."""
-    return {
-        "norm_ratio": audit.norm_ratio,
-        "is_clipped": audit.scale < 1,
-        "flags": audit.flags,
-        "left_out": audit.left_out,
-    }
-
-
-def _round_status(row: RoundRow, num_contributions: int, result: Result | None) -> dict[str, Any]:
-    ended_at = max(row.phase_times.values(), default=row.opened_at)
-    result = result or Result()
-    return {
-        "round": row.number,
-        "outcome": row.phase,
-        "failure": row.failure or None,
-        "num_contributions": num_contributions,
-        "candidates": result.candidates,
-        "soup": result.soup,
-        "flagged": [agent.agent_id for agent in result.audit if agent.flags],
-        "audit_note": result.audit_note or None,
-        "start": result.start,
-        "published": result.published,
-        "accuracy_start": result.candidates.get(result.start or ""),
-        "accuracy_fine_tuned": result.accuracy_fine_tuned,
-        "accuracy_published": result.accuracy_published,
-        "seconds": round(ended_at - row.opened_at, 3),
-    }
-
-
-def _phases(row: RoundRow, current: Round, now: float) -> list[dict[str, Any]]:
-    """Return how long the current round has been in each of its phases, in order."""
-    starts = {Phase.COLLECTING.value: row.opened_at} | row.phase_times
-    ordered = sorted(starts.items(), key=lambda item: item[1])
-    ends = [start for _, start in ordered[1:]]
-    ends.append(ordered[-1][1] if current.is_over else now)
-    return [
-        {"phase": phase, "seconds": round(max(0.0, end - start), 3)}
-        for (phase, start), end in zip(ordered, ends, strict=True)
-    ]

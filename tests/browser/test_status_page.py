@@ -75,7 +75,7 @@ async def status_of(result: Result, store: Store, state_dir: Path) -> dict[str, 
     """After two rounds, the second with this result."""
     run_rounds(store, state_dir, 2)
     JobDirectory(state_dir / "jobs/round-0002").write_result(result)
-    return await Viewed(store, state_dir).standing.status()
+    return await Viewed(store, state_dir).status.read()
 
 
 async def test_candidates_of_the_latest_round_are_ranked_and_the_start_is_named(

@@ -62,7 +62,7 @@ async def test_agent_over_its_budget_is_told_what_to_do_and_others_go_on(tmp_pat
             assert refused.value.reason is Reason.AGENT_BUDGET
             await client.upload(*shard(tmp_path, 3, 100), "data", ignore)  # there is room for a small one
             await another.upload(*shard(tmp_path, 2), "data", ignore)
-        status = await served.here.standing.status()
+        status = await served.here.status.read()
         states = {agent["agent_id"]: agent["outcome"] for agent in status["agents"]}
         assert states == {"hoarder": "rejected", "other": None}
 

@@ -499,7 +499,7 @@ async def test_repeated_report_is_counted_once(tmp_path: Path) -> None:
             await here.desk.report("a", 1, replace(REPORT, agent_id="a"))
             await here.desk.report("b", 1, replace(kept, agent_id="b"))
         assert (count("true"), count("false")) == (1, 1)
-        first, second = (await here.standing.status())["agents"]
+        first, second = (await here.status.read())["agents"]
         assert (first["applied"], first["message"]) == (True, "")
         assert (second["applied"], second["message"]) == (False, kept.reason)
     async with world(tmp_path, min_agents=2) as here:
@@ -517,7 +517,7 @@ async def test_reports_of_agents_end_up_in_the_report(tmp_path: Path) -> None:
         (agent,) = here.report()["agents"]
         measured = [agent[f"accuracy_{stage}"] for stage in ("before", "after", "adapted")]
         assert (measured, agent["applied"]) == ([0.5, 0.3, 0.6], True)
-        (shown,) = (await here.standing.status())["agents"]
+        (shown,) = (await here.status.read())["agents"]
         assert (shown["accuracy_after"], shown["accuracy_adapted"]) == (0.3, 0.6)
 
 
@@ -584,7 +584,7 @@ async def test_agent_that_waits_to_upload_is_told_its_place_on_the_page(tmp_path
         await here.until(lambda: uploads()["receiving"] == 1)
         second = asyncio.create_task(here.contribute("b"))
         await here.until(lambda: uploads()["waiting"] == 1)
-        agents = (await here.standing.status())["agents"]
+        agents = (await here.status.read())["agents"]
         assert [agent["upload_place"] for agent in agents] == [None, 1]
         release.set()
         assert await second is Outcome.ACCEPTED
@@ -609,7 +609,7 @@ async def test_open_round_goes_on_without_an_agent_that_is_forgotten(tmp_path: P
         await forgotten(here, "gone")
         assert here.standing.state_for("gone").outcome is None
         assert here.standing.state_for().num_contributions == 0
-        assert (await here.standing.status())["agents"] == []
+        assert (await here.status.read())["agents"] == []
         with pytest.raises(NotFoundError) as refused:
             await here.desk.query_upload("gone", "weights", "a" * 64)
         assert refused.value.reason is Reason.UNKNOWN_AGENT

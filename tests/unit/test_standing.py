@@ -17,6 +17,7 @@ from cloud_server.showing import standing
 from cloud_server.showing.presence import Presence
 from cloud_server.showing.reports import Reports
 from cloud_server.showing.standing import Standing
+from cloud_server.showing.status import Status
 from cloud_server.store import Store
 from common.config import RunConfig
 from common.errors import Reason
@@ -39,15 +40,22 @@ class Viewed:
         self.round = current_round(store)
         self.displayed: list[RunState] = []
         self.metrics = ServerMetrics()
+        presence = Presence()
         self.standing = Standing(
-            "run-1",
             self.round,
             {AGENT: 1, "edge-2": 2},
-            Presence(),
+            presence,
             store=store,
-            reports=Reports(RunConfig(), store),
             metrics=self.metrics,
             on_change=self.displayed.append,
+        )
+        self.status = Status(
+            "run-1",
+            self.standing,
+            presence,
+            store=store,
+            reports=Reports(RunConfig(), store),
+            upload_places=dict,
             clock=lambda: 10.0,
         )
 
@@ -72,7 +80,7 @@ def viewed(store: Store, tmp_path: Path) -> Viewed:
 async def test_page_shows_candidates_and_start_of_each_published_round(store: Store, tmp_path: Path) -> None:
     run_rounds(store, tmp_path, 2)
     JobDirectory(tmp_path / "jobs/round-0002").write_result(RESULT)
-    status = await Viewed(store, tmp_path).standing.status()
+    status = await Viewed(store, tmp_path).status.read()
     first, second = status["rounds"]
     assert (first["round"], first["start"], first["accuracy_start"]) == (1, None, None)
     assert second == {
@@ -96,7 +104,7 @@ async def test_page_shows_candidates_and_start_of_each_published_round(store: St
 async def test_page_of_a_round_that_failed_shows_why(viewed: Viewed, store: Store) -> None:
     store.set_phase(1, "failed", 2.5, failure="it went wrong")
     viewed.show(viewed.round.fail("it went wrong"))
-    status = await viewed.standing.status()
+    status = await viewed.status.read()
     (failed,) = status["rounds"]
     assert (failed["failure"], failed["candidates"], failed["start"]) == ("it went wrong", {}, None)
     assert status["phases"] == [{"phase": "collecting", "seconds": 2.5}, {"phase": "failed", "seconds": 0.0}]
@@ -122,7 +130,7 @@ async def test_model_of_a_warm_up_is_no_model_for_agents(store: Store, tmp_path:
     state = Viewed(store, tmp_path).standing.state_for(AGENT)
     assert (state.round, state.latest_model, state.counted_round) == (1, None, 0)
     assert state.initial_weights.digest == digest_of(model_of(0))
-    page = await Viewed(store, tmp_path).standing.status()
+    page = await Viewed(store, tmp_path).status.read()
     assert [each["round"] for each in page["rounds"]] == [0]
 
 
@@ -198,9 +206,9 @@ async def test_page_that_is_made_while_somebody_is_forgotten_is_not_remembered(
         return RESULT
 
     monkeypatch.setattr(Reports, "result_of", result_of)
-    (seen,) = (await viewed.standing.status())["rounds"]
+    (seen,) = (await viewed.status.read())["rounds"]
     assert seen["flagged"] == ["edge-3"]
-    (now,) = (await viewed.standing.status())["rounds"]
+    (now,) = (await viewed.status.read())["rounds"]
     assert not now["flagged"]
 
 
@@ -283,7 +291,7 @@ async def test_page_shows_what_the_audit_says_of_each_agent(store: Store, tmp_pa
     flagged = RESULT.audit[1].model_copy(update={"agent_id": AGENT})
     result = RESULT.model_copy(update={"audit": (flagged,)})
     JobDirectory(tmp_path / "jobs/round-0001").write_result(result)
-    first, second = (await Viewed(store, tmp_path).standing.status())["agents"]
+    first, second = (await Viewed(store, tmp_path).status.read())["agents"]
     assert first["audit"] == {
         "norm_ratio": 4.5,
         "is_clipped": True,

@@ -33,6 +33,7 @@ from cloud_server.metrics import ServerMetrics
 from cloud_server.showing import presence
 from cloud_server.showing.reports import Reports
 from cloud_server.showing.standing import Standing
+from cloud_server.showing.status import Status
 from cloud_server.showing.viewers import Viewers
 from cloud_server.store import Store
 from cloud_server.training import runner as job_runner
@@ -106,6 +107,7 @@ class World:
     desk: Desk
     ledger: Ledger
     standing: Standing
+    status: Status
     reports: Reports
     store: Store
     trainer: PlayedTrainer

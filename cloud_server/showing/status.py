@@ -1,0 +1,166 @@
+"""The JSON behind the status page and `cloud-server status`: the run now, its agents, its latest rounds."""
+
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from cloud_server.disk.tables import ReportRow, RoundRow
+from cloud_server.jobs import AgentAudit, Result
+from cloud_server.round import OVER, Round
+from cloud_server.showing.presence import Presence
+from cloud_server.showing.reports import Reports
+from cloud_server.showing.standing import Standing
+from cloud_server.store import Store
+from common.run_state import Phase
+
+# So many of the latest rounds are on the status page.
+STATUS_ROUNDS = 50
+
+
+class Status:
+    """The maker of the status, which keeps the results of rounds that it has read.
+
+    Args:
+        upload_places: returns the places in the queue, by agent id, of those that wait to upload.
+        clock: seconds since the epoch.
+    """
+
+    def __init__(
+        self,
+        run_id: str,
+        standing: Standing,
+        presence: Presence,
+        *,
+        store: Store,
+        reports: Reports,
+        upload_places: Callable[[], Mapping[str, int]],
+        clock: Callable[[], float],
+    ) -> None:
+        self._run_id = run_id
+        self._standing = standing
+        self._presence = presence
+        self._store = store
+        self._reports = reports
+        self._upload_places = upload_places
+        self._clock = clock
+        # Results by round, and the number of agents that had been forgotten before they were read.
+        self._results: dict[int, Result] = {}
+        self._num_forgotten = 0
+
+    async def read(self) -> dict[str, Any]:
+        """Return the status as JSON values; see docs/metrics.md for where it is served."""
+        standing = self._standing
+        rows = await asyncio.to_thread(self._store.rounds, last=STATUS_ROUNDS)
+        results = await self._results_of(rows)
+        num_accepted = await asyncio.to_thread(self._store.num_accepted)
+        last_published = max((row.number for row in rows if row.published_digest), default=0)
+        reported = {row.agent_id: row for row in await asyncio.to_thread(self._store.reports, last_published)}
+        current, progress, here = standing.current, standing.progress, self._presence.here
+        audited = results.get(last_published, Result()).audit
+        audits = {agent.agent_id: _audit_status(agent) for agent in audited}
+        places = self._upload_places()
+        return {
+            "run_id": self._run_id,
+            "round": current.number,
+            "phase": current.phase.value,
+            "phases": _phases(rows[-1], current, self._clock()),
+            "progress": progress and {"done": progress.done, "total": progress.total, "loss": progress.loss},
+            "agents": [
+                _agent_status(agent_id, slot, current, agent_id in here, reported.get(agent_id))
+                | {
+                    "audit": audits.get(agent_id),
+                    "upload_place": places.get(agent_id),
+                    "selection": current.selection_of(agent_id),
+                    "is_ready": agent_id not in self._presence.not_ready,
+                }
+                for agent_id, slot in sorted(standing.slots.items(), key=lambda item: item[1])
+            ],
+            "rounds": [
+                _round_status(row, num_accepted.get(row.number, 0), results.get(row.number))
+                for row in rows
+                if row.phase in OVER
+            ],
+            "run_over": standing.run_over,
+            "min_agents": current.policy.min_agents,
+            "max_agents": current.policy.max_agents,
+            "deadline_at": current.deadline_at,
+        }
+
+    async def _results_of(self, rows: Sequence[RoundRow]) -> dict[int, Result]:
+        """Return the results of the published ones of these rounds, by the number of the round."""
+        num_forgotten = self._standing.num_forgotten
+        # Results that were read before an agent was forgotten may name it.
+        known = self._results if num_forgotten == self._num_forgotten else {}
+        results = await asyncio.to_thread(self._read_results, rows, known)
+        self._results, self._num_forgotten = results, num_forgotten
+        return results
+
+    def _read_results(self, rows: Sequence[RoundRow], known: Mapping[int, Result]) -> dict[int, Result]:
+        """Read the results that are not known yet."""
+        numbers = [row.number for row in rows if row.published_digest]
+        read = {number: known.get(number) or self._reports.result_of(number) for number in numbers}
+        return {number: result for number, result in read.items() if result}
+
+
+def _agent_status(
+    agent_id: str, slot: int, current: Round, is_watching: bool, report: ReportRow | None
+) -> dict[str, Any]:
+    outcome = current.outcome_of(agent_id)
+    rejection = current.rejections.get(agent_id)
+    contribution = current.contributions.get(agent_id)
+    state = "contributed" if contribution else "watching"
+    return {
+        "agent_id": agent_id,
+        "slot": slot,
+        "state": state if is_watching else "away",
+        "outcome": outcome and outcome.value,
+        "accuracy_local": contribution and contribution.accuracy_local,
+        "accuracy_before": report and report.accuracy_before,
+        "accuracy_after": report and report.accuracy_after,
+        "accuracy_adapted": report and report.accuracy_adapted,
+        "applied": report and report.applied,
+        "message": rejection.message if rejection else (report.reason if report else ""),
+    }
+
+
+def _audit_status(audit: AgentAudit) -> dict[str, Any]:
+    """Return what the last published round's audit says of an agent."""
+    return {
+        "norm_ratio": audit.norm_ratio,
+        "is_clipped": audit.scale < 1,
+        "flags": audit.flags,
+        "left_out": audit.left_out,
+    }
+
+
+def _round_status(row: RoundRow, num_contributions: int, result: Result | None) -> dict[str, Any]:
+    ended_at = max(row.phase_times.values(), default=row.opened_at)
+    result = result or Result()
+    return {
+        "round": row.number,
+        "outcome": row.phase,
+        "failure": row.failure or None,
+        "num_contributions": num_contributions,
+        "candidates": result.candidates,
+        "soup": result.soup,
+        "flagged": [agent.agent_id for agent in result.audit if agent.flags],
+        "audit_note": result.audit_note or None,
+        "start": result.start,
+        "published": result.published,
+        "accuracy_start": result.candidates.get(result.start or ""),
+        "accuracy_fine_tuned": result.accuracy_fine_tuned,
+        "accuracy_published": result.accuracy_published,
+        "seconds": round(ended_at - row.opened_at, 3),
+    }
+
+
+def _phases(row: RoundRow, current: Round, now: float) -> list[dict[str, Any]]:
+    """Return how long the current round has been in each of its phases, in order."""
+    starts = {Phase.COLLECTING.value: row.opened_at} | row.phase_times
+    ordered = sorted(starts.items(), key=lambda item: item[1])
+    ends = [start for _, start in ordered[1:]]
+    ends.append(ordered[-1][1] if current.is_over else now)
+    return [
+        {"phase": phase, "seconds": round(max(0.0, end - start), 3)}
+        for (phase, start), end in zip(ordered, ends, strict=True)
+    ]
