@@ -105,6 +105,11 @@ def server_options(max_connections: int) -> Options:
         ("grpc.max_allowed_incoming_connections", max_connections),
         ("grpc.server_handshake_timeout_ms", int(HANDSHAKE_SECONDS * 1000)),
         ("grpc.max_concurrent_streams", MAX_STREAMS),
+        # These calls may wait until the event loop takes them. gRPC cancels some of those above the first
+        # number and all above the second, and without these options the numbers are 1000 and 3000. A fleet
+        # whose agents all call at once would lose calls.
+        ("grpc.server.max_pending_requests", max(1000, max_connections)),
+        ("grpc.server.max_pending_requests_hard_limit", max(3000, 3 * max_connections)),
         ("grpc.max_metadata_size", MAX_METADATA_BYTES),
         ("grpc.absolute_max_metadata_size", 2 * MAX_METADATA_BYTES),
         # Agents do not compress, and not every version of gRPC checks the decompressed message against the

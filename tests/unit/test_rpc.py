@@ -2,8 +2,10 @@
 
 import asyncio
 import random
+import time
+from collections import Counter
 from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import grpc
@@ -155,3 +157,29 @@ async def test_call_that_is_cut_off_while_it_writes_ends_with_the_reason() -> No
         )
     finally:
         await server.stop(0)
+
+
+async def test_calls_of_a_crowd_wait_until_the_event_loop_takes_them() -> None:
+    num_channels, num_calls = 100, 1500
+    server = grpc.aio.server(options=rpc.server_options(num_calls))
+    port = server.add_insecure_port("127.0.0.1:0")
+    answer = grpc.unary_unary_rpc_method_handler(echo)
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("Echo", {"Echo": answer}),))
+    await server.start()
+    options = [("grpc.use_local_subchannel_pool", 1)]
+    with ExitStack() as stack:
+        channels = [
+            stack.enter_context(grpc.insecure_channel(f"127.0.0.1:{port}", options))
+            for _ in range(num_channels)
+        ]
+        calls = [channels[number % num_channels].unary_unary("/Echo/Echo") for number in range(num_calls)]
+        begun = [call.future(b"x", timeout=60) for call in calls]
+        # The event loop does nothing meanwhile, as where thousands of messages are before these.
+        time.sleep(2)  # noqa: ASYNC251
+        codes = await asyncio.to_thread(lambda: Counter(call.code() for call in begun))
+    await server.stop(None)
+    assert codes == {grpc.StatusCode.OK: num_calls}
+
+
+async def echo(request: bytes, _: object) -> bytes:
+    return request
