@@ -95,6 +95,17 @@ def test_imports_keep_to_the_arrows(module: str) -> None:
         assert not {name for name in imports_of(module) if name.startswith("common.pb")}
 
 
+def test_torchvision_is_imported_only_inside_functions_that_need_it() -> None:
+    # Its import takes as long as that of PyTorch, and many models do without.
+    at_once = [
+        module
+        for module in own_modules()
+        for node in tree_of(module).body
+        if "torchvision" in ast.unparse(node) and isinstance(node, ast.Import | ast.ImportFrom)
+    ]
+    assert at_once == []
+
+
 def rooms_that(module: str) -> set[str]:
     """Return the rooms of the server, other than its own, that a module of the server imports."""
     names = {name.split(".")[1] for name in imports_of(module) if name.startswith("cloud_server.")}

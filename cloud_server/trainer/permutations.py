@@ -23,7 +23,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import torchvision
 from numpy.typing import NDArray
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
@@ -369,7 +368,7 @@ class _FlowThrough(fx.Interpreter):
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         """Call a function by the rule for the function."""
-        return self._call(_FUNCTIONS.get(target), target, args, kwargs)
+        return self._call(_rule_of(target), target, args, kwargs)
 
     def call_method(self, target: Any, args: Any, kwargs: Any) -> Any:
         """Call a method of a tensor by the rule for the method's name."""
@@ -642,6 +641,12 @@ def _functional_layer_norm(call: _Call) -> _Flow | None:
     return _channelwise(call, -1, [reading.units for reading in readings if reading is not None])
 
 
+def _rule_of(function: Any) -> _Rule | None:
+    """Return the rule of a function that a traced model calls; None if there is none."""
+    name = f"{getattr(function, '__module__', '')}.{getattr(function, '__name__', '')}"
+    return _FUNCTIONS.get(function) or _NAMED_FUNCTIONS.get(name)
+
+
 def _linear(call: _Call) -> _Flow | None:
     """Apply a linear layer, which uses units along the last axis and makes new ones."""
     layer, (flow,) = call.function, call.flows
@@ -701,7 +706,6 @@ _FUNCTIONS: dict[Any, _Rule] = {
             "leaky_relu", "logsigmoid", "mish", "relu6", "selu", "silu", "softplus", "softsign",
         )
     },
-    torchvision.ops.stochastic_depth: _elementwise,
     functional.max_pool2d: _pooling(2),
     functional.avg_pool2d: _pooling(2),
     functional.adaptive_avg_pool2d: _pooling(2),
@@ -709,6 +713,10 @@ _FUNCTIONS: dict[Any, _Rule] = {
     **{getattr(torch, name): _reduction for name in _REDUCTIONS},
     functional.layer_norm: _functional_layer_norm,
 }  # fmt: skip
+
+# The names of functions whose modules are not imported here, because their import takes as long as that of
+# PyTorch, and many models do without.
+_NAMED_FUNCTIONS: dict[str, _Rule] = {"torchvision.ops.stochastic_depth.stochastic_depth": _elementwise}
 
 _METHODS: dict[str, _Rule] = {
     **dict.fromkeys([*_MOVES, "view", "contiguous", "expand", "size", "dim"], _move),
