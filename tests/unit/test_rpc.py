@@ -172,7 +172,10 @@ async def test_calls_of_a_crowd_wait_until_the_event_loop_takes_them() -> None:
             stack.enter_context(grpc.insecure_channel(f"127.0.0.1:{port}", options))
             for _ in range(num_channels)
         ]
-        calls = [channels[number % num_channels].unary_unary("/Echo/Echo") for number in range(num_calls)]
+        calls = [
+            channels[number % num_channels].unary_unary("/Echo/Echo", None, None)
+            for number in range(num_calls)
+        ]
         begun = [call.future(b"x", timeout=60) for call in calls]
         # The event loop does nothing meanwhile, as where thousands of messages are before these.
         time.sleep(2)  # noqa: ASYNC251
