@@ -1,12 +1,18 @@
-"""What the units and the stack promise about restarts."""
+"""What the units and the stack promise: restarts, hardening, who reads whose keys."""
 
 import configparser
 import re
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[2]
+UNITS = sorted((ROOT / "deploy/systemd").glob("*.service"))
+needs_systemd = pytest.mark.skipif(
+    not shutil.which("systemd-analyze"), reason="systemd-analyze is not installed"
+)
 
 
 @pytest.fixture
@@ -38,6 +44,26 @@ def test_no_agent_of_the_stack_can_read_the_servers_keys() -> None:
     assert holders == ["tokens", "cloud-server"]
     assert "/join" not in service(stack, "prometheus")
     assert "insecure" not in stack
+
+
+@needs_systemd
+@pytest.mark.parametrize("unit", UNITS, ids=lambda path: path.stem)
+def test_systemd_has_nothing_to_say_of_the_units(unit: Path, tmp_path: Path) -> None:
+    program = re.search(r"^ExecStart=(\S+)", unit.read_text("utf-8"), re.MULTILINE)
+    assert program
+    copy = tmp_path / unit.name
+    copy.write_text(unit.read_text("utf-8").replace(program[1], "/bin/true"), "utf-8")
+    found = subprocess.run(["systemd-analyze", "verify", copy], check=False, capture_output=True, text=True)
+    assert (found.returncode, found.stdout + found.stderr) == (0, "")
+
+
+@needs_systemd
+@pytest.mark.parametrize("unit", UNITS, ids=lambda path: path.stem)
+def test_units_are_as_hardened_as_the_documentation_says(unit: Path) -> None:
+    # The threshold is ten times the exposure.
+    command = ["systemd-analyze", "security", "--offline=true", "--threshold=20", unit]
+    found = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert found.returncode == 0, found.stdout
 
 
 def service(stack: str, name: str) -> str:
