@@ -126,17 +126,18 @@ async def serve(config: ServerConfig) -> int:
     from cloud_server.showing.viewers import Viewers
     from cloud_server.store import Store
     from cloud_server.training.supervisor import TrainerProcess
-    from common import telemetry
+    from common import endpoints, logs
     from common.background import beside
+    from common.progress import progress_display
 
-    telemetry.configure_logging(level=config.log_level)
+    logs.configure_logging(level=config.log_level)
     store = Store(config.state_dir)
     authority = None if config.insecure else await open_authority(config.tls_folder)
     warn_of_clock(store, authority)
-    http_token = telemetry.http_token(config.http_host, config.http_token_file, config.http_token_path)
+    http_token = endpoints.http_token(config.http_host, config.http_token_file, config.http_token_path)
     metrics = ServerMetrics()
     trainer = TrainerProcess(config.state_dir, device=config.device)
-    display = RunDisplay(telemetry.progress_display())
+    display = RunDisplay(progress_display())
     server = GrpcServer(
         metrics,
         authority,
@@ -151,7 +152,7 @@ async def serve(config: ServerConfig) -> int:
         viewers.note()
         return await service.status.read() if service else {"phase": "starting"}
 
-    app = telemetry.make_app(
+    app = endpoints.make_app(
         metrics.registry,
         ready=lambda: service is not None,
         status=status,
@@ -161,7 +162,7 @@ async def serve(config: ServerConfig) -> int:
     http = None
     try:
         port = server.bind(config.host, config.port)
-        http = await telemetry.serve_http(app, host=config.http_host, port=config.http_port)
+        http = await endpoints.serve_http(app, host=config.http_host, port=config.http_port)
         await trainer.start()
         opened = await open_service(config, store, trainer, metrics, viewers, on_change=display.show)
         await server.start(opened.desk)

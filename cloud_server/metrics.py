@@ -13,8 +13,8 @@ from prometheus_client import Counter, Gauge, Histogram
 from cloud_server.jobs import AgentAudit
 from cloud_server.round import OVER
 from common.errors import Reason
+from common.metrics import make_registry
 from common.run_state import Outcome, Phase
-from common.telemetry import make_registry
 
 RECEIVED_KINDS = ("weights", "data")
 SENT_KINDS = ("model",)

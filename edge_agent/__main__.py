@@ -158,10 +158,10 @@ async def enrolled_by_file(config: AgentConfig, state: "AgentState", why: str) -
 
 async def take_part(config: AgentConfig) -> int:
     """Take part in the server's run until it is over; enroll anew if the certificate has ended."""
-    from common import telemetry
+    from common import logs
     from edge_agent.state import AgentState
 
-    telemetry.configure_logging(level=config.log_level)
+    logs.configure_logging(level=config.log_level)
     state = AgentState(config.state_dir, config.agent_id)
     caller = await who_to_be(config, state)
 
@@ -180,18 +180,19 @@ async def take_part_as(caller: "Identity | str", config: AgentConfig, state: "Ag
     Raises:
         EndedError: the agent's certificate has ended, and the agent has to enroll anew.
     """
-    from common import telemetry
+    from common import endpoints
 
     # Imported here, so that --help and configuration errors are immediate.
     from common.background import beside
     from common.devices import make_deterministic
+    from common.progress import progress_display
     from edge_agent.agent import EdgeAgent
     from edge_agent.client import CloudClient
     from edge_agent.metrics import AgentMetrics
 
     make_deterministic()
     metrics = AgentMetrics()
-    display = telemetry.progress_display()
+    display = progress_display()
 
     tell = waiting_teller(config.server, display.message)
     client = CloudClient(config.server, caller, metrics, tell, display.message)
@@ -200,11 +201,11 @@ async def take_part_as(caller: "Identity | str", config: AgentConfig, state: "Ag
         agent = EdgeAgent(config, state, client, metrics, display)
         if config.metrics_port is not None:
             token_path = config.metrics_token_file or state.path / "metrics-token"
-            token = telemetry.http_token(config.metrics_host, config.metrics_token_file, token_path)
-            app = telemetry.make_app(
+            token = endpoints.http_token(config.metrics_host, config.metrics_token_file, token_path)
+            app = endpoints.make_app(
                 metrics.registry, ready=agent.is_ready, status=agent.status, page=None, token=token
             )
-            http = await telemetry.serve_http(app, host=config.metrics_host, port=config.metrics_port)
+            http = await endpoints.serve_http(app, host=config.metrics_host, port=config.metrics_port)
             shown = f", with the token in {token_path}" if token else ""
             display.message(f"metrics on {http_url(config.metrics_host, http.port, '/metrics')}{shown}")
         async with beside(client.keep_identity()):

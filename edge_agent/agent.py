@@ -15,8 +15,8 @@ from common.background import beside
 from common.devices import select_device
 from common.errors import Refusal
 from common.faults import Point, crash_point
+from common.progress import ProgressDisplay
 from common.run_state import Selection
-from common.telemetry import ProgressDisplay
 from edge_agent.client import CloudClient, Joined, UnknownAgentError
 from edge_agent.config import AgentConfig
 from edge_agent.data import class_names_of

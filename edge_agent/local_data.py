@@ -6,7 +6,7 @@ from collections.abc import Callable
 from common.config import RunConfig
 from common.errors import UsageError
 from common.faults import Point, crash_point
-from common.telemetry import ProgressDisplay
+from common.progress import ProgressDisplay
 from edge_agent.config import AgentConfig
 from edge_agent.data import data_stamp
 from edge_agent.local import LocalModels

@@ -25,9 +25,9 @@ from common.errors import (
     UnauthenticatedError,
 )
 from common.faults import Point, crash_point
+from common.progress import ProgressDisplay
 from common.run_state import Outcome, PublishedModel, RunState, Verdict
 from common.run_state import Phase as RoundPhase
-from common.telemetry import ProgressDisplay
 from common.training import StepReport
 from common.transfer import Blob
 from common.wire import is_encoded

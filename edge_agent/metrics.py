@@ -8,7 +8,7 @@ from enum import StrEnum
 
 from prometheus_client import Counter, Gauge
 
-from common.telemetry import make_registry
+from common.metrics import make_registry
 
 SENT_KINDS = ("weights", "data")
 

@@ -7,7 +7,7 @@ import structlog
 
 from common.errors import InvalidError, NotFoundError, RunError
 from common.faults import Point, crash_point
-from common.telemetry import ProgressDisplay
+from common.progress import ProgressDisplay
 from common.transfer import Blob, Encoded, blob_of
 from common.wire import Base, decode
 from edge_agent.client import CloudClient, Kind, OnBytes

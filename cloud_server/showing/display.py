@@ -1,7 +1,7 @@
 """The progress of the run at the server's terminal."""
 
+from common.progress import ProgressDisplay
 from common.run_state import Phase, RunState
-from common.telemetry import ProgressDisplay
 
 
 class RunDisplay:
