@@ -273,6 +273,7 @@ async def open_service(
     from cloud_server.round import Policy, Sampling
     from cloud_server.run import open_run
     from cloud_server.showing.presence import Presence
+    from cloud_server.showing.progress import ProgressBoard
     from cloud_server.showing.reports import Reports
     from cloud_server.showing.standing import Standing
     from cloud_server.showing.status import Status
@@ -301,15 +302,19 @@ async def open_service(
     reports = Reports(run.config, store)
     turns = Turns(config.max_concurrent_uploads)
     metrics.watch_uploads(lambda: {"receiving": turns.num_taken, "waiting": turns.num_waiting})
-    presence = Presence(expected=current.contributions)
-    standing = Standing(current, slots, presence, store=store, metrics=metrics, on_change=on_change)
+    presence, board = Presence(expected=current.contributions), ProgressBoard()
+    standing = Standing(
+        current, slots, presence, store=store, board=board, metrics=metrics, on_change=on_change
+    )
     status = Status(
         run.run_id,
         standing,
         presence,
         store=store,
         reports=reports,
+        board=board,
         upload_places=lambda: turns.places,
+        is_trainer_running=lambda: trainer.is_running,
         clock=clock,
     )
     ledger = Ledger(
@@ -342,6 +347,7 @@ async def open_service(
         store=store,
         reports=reports,
         standing=standing,
+        board=board,
         metrics=metrics,
         clock=clock,
         num_agents=config.expected_agents,

@@ -19,6 +19,8 @@ from common.run_state import Outcome, Phase
 RECEIVED_KINDS = ("weights", "data")
 SENT_KINDS = ("model",)
 UPLOAD_STATES = ("receiving", "waiting")
+# The trainer has no job, or has one, or its process has ended and is started again.
+TRAINER_STATES = ("idle", "working", "restarting")
 # Connected and still to contribute, connected and done, or not connected.
 AGENT_STATES = ("watching", "contributed", "away")
 # A phase takes between milliseconds (digits) and hours (collecting, a long fine-tune).

@@ -59,6 +59,7 @@ class PlayedTrainer:
     state_dir: Path
     outcomes: list[Result | None] = field(default_factory=list)  # of round jobs, in order; None: a model
     num_exits: int = 0
+    is_running: bool = True
     audit: tuple[AgentAudit, ...] = ()  # of each round
     jobs: list[Job] = field(default_factory=list)
 
