@@ -122,13 +122,13 @@ async def serve(config: ServerConfig) -> int:
     from cloud_server.door.connections import raise_file_limit
     from cloud_server.metrics import ServerMetrics
     from cloud_server.server import GrpcServer
-    from cloud_server.showing.display import RunDisplay
     from cloud_server.showing.viewers import Viewers
     from cloud_server.store import Store
     from cloud_server.training.supervisor import TrainerProcess
     from common import endpoints, logs
     from common.background import beside
     from common.progress import progress_display
+    from common.run_display import RunDisplay
 
     logs.configure_logging(level=config.log_level)
     store = Store(config.state_dir)
@@ -137,7 +137,7 @@ async def serve(config: ServerConfig) -> int:
     http_token = endpoints.http_token(config.http_host, config.http_token_file, config.http_token_path)
     metrics = ServerMetrics()
     trainer = TrainerProcess(config.state_dir, device=config.device)
-    display = RunDisplay(progress_display())
+    display = RunDisplay(progress_display(), epochs=config.run.fine_tune.epochs)
     server = GrpcServer(
         metrics,
         authority,

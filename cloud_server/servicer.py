@@ -15,7 +15,7 @@ from cloud_server.disk.tables import ReportRow
 from cloud_server.door.admission import calling_agent, token_in_use
 from cloud_server.door.authority import Authority
 from common import rpc
-from common.agent_progress import Activity, AgentProgress
+from common.agent_progress import TOLD, AgentProgress
 from common.config import PROTOCOL_VERSION
 from common.errors import InvalidError, Reason, UnavailableError
 from common.faults import Point, crash_point
@@ -36,9 +36,7 @@ _PHASES: dict[Phase, Any] = {phase: pb.Phase.Value(f"PHASE_{phase.name}") for ph
 _OUTCOMES: dict[Outcome, Any] = {each: pb.Outcome.Value(f"OUTCOME_{each.name}") for each in Outcome}
 _SELECTIONS: dict[Selection, Any] = {each: pb.Selection.Value(f"SELECTION_{each.name}") for each in Selection}
 _REASONS: dict[Reason, Any] = {reason: pb.Reason.Value(f"REASON_{reason.name}") for reason in Reason}
-_ACTIVITIES = {
-    number: Activity(name.removeprefix("ACTIVITY_").lower()) for name, number in pb.Activity.items() if number
-}
+_ACTIVITIES = {pb.Activity.Value(f"ACTIVITY_{each.name}"): each for each in TOLD}
 _KINDS = {pb.BLOB_KIND_WEIGHTS: "weights", pb.BLOB_KIND_DATA: "data"}
 
 

@@ -1,7 +1,11 @@
 """How far an agent is with what it is doing, as it is told and shown."""
 
+from collections.abc import Callable
 from enum import StrEnum
 from typing import NamedTuple
+
+# Called with how many examples are done, and with their number.
+OnExamples = Callable[[int, int], None]
 
 
 class Activity(StrEnum):
@@ -42,6 +46,10 @@ UNITS = {
 }
 
 
+# What an agent tells of; the server sees the others itself.
+TOLD = (Activity.READING, Activity.PRE_TRAINING, Activity.EVALUATING, Activity.ADAPTING)
+
+
 class AgentProgress(NamedTuple):
     """How far an agent is with one activity."""
 
@@ -52,3 +60,7 @@ class AgentProgress(NamedTuple):
     total: int | None = None
     # The mean training loss of the last steps; None where nothing is trained, or it is not finite.
     loss: float | None = None
+
+
+def ignore_examples(_done: int, _total: int) -> None:
+    """Do nothing, where nobody wants to know how far the work is."""

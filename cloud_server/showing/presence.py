@@ -26,7 +26,7 @@ class Presence:
     ) -> None:
         self._clock = clock
         self._wall_clock = wall_clock
-        # Since when agents are away, in seconds since the epoch; the others since this server has started.
+        # When agents have left last, in seconds since the epoch; the others have not come since the start.
         self._away_since: dict[str, float] = {}
         self._started_at = wall_clock()
         self._num_connections: Counter[str] = Counter()
@@ -49,7 +49,6 @@ class Presence:
         self._here.add(agent_id)
         (self._not_ready.discard if is_ready else self._not_ready.add)(agent_id)
         self._last_seen.pop(agent_id, None)
-        self._away_since.pop(agent_id, None)
         try:
             yield
         finally:

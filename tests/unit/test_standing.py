@@ -334,6 +334,11 @@ async def test_status_shows_what_agents_do_and_forgets_it_when_they_leave(viewed
     first, _ = (await viewed.status.read())["agents"]
     assert first["progress"] is None
     assert first["away_since"] == pytest.approx(time.time(), abs=60)
+    returned = viewed.standing.watch(AGENT)
+    await anext(returned)
+    first, _ = (await viewed.status.read())["agents"]
+    assert (first["progress"], first["away_since"]) == (None, None)
+    await returned.aclose()
 
 
 async def test_status_shows_the_place_in_the_queue(viewed: Viewed) -> None:

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from cloud_server.showing.display import RunDisplay
+from common.run_display import RunDisplay
 from common.run_state import Phase, RunState, WorkProgress
 from common.transfer import Blob
 
@@ -31,7 +31,7 @@ class Bars:
     def __init__(self) -> None:
         self.figures: dict[str, tuple[float, float]] = {}
 
-    def update(self, label: str, done: float, total: float, detail: str = "") -> None:
+    def update(self, label: str, done: float, total: float, detail: str = "", unit: str = "") -> None:
         self.figures[label] = (done, total)
 
     def message(self, text: str) -> None: ...
