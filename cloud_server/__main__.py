@@ -130,14 +130,14 @@ async def serve(config: ServerConfig) -> int:
     from common.progress import progress_display
     from common.run_display import RunDisplay
 
-    logs.configure_logging(level=config.log_level)
+    logs.set_up(config.log_level, config.log_format, quiet=config.quiet)
     store = Store(config.state_dir)
     authority = None if config.insecure else await open_authority(config.tls_folder)
     warn_of_clock(store, authority)
     http_token = endpoints.http_token(config.http_host, config.http_token_file, config.http_token_path)
     metrics = ServerMetrics()
     trainer = TrainerProcess(config.state_dir, device=config.device)
-    display = RunDisplay(progress_display(), epochs=config.run.fine_tune.epochs)
+    display = RunDisplay(progress_display(has_bars=config.has_bars), epochs=config.run.fine_tune.epochs)
     server = GrpcServer(
         metrics,
         authority,
@@ -164,7 +164,12 @@ async def serve(config: ServerConfig) -> int:
         port = server.bind(config.host, config.port)
         http = await endpoints.serve_http(app, host=config.http_host, port=config.http_port)
         await trainer.start()
-        opened = await open_service(config, store, trainer, metrics, viewers, on_change=display.show)
+
+        def show(state: "RunState") -> None:
+            logs.bind(round=state.round)
+            display.show(state)
+
+        opened = await open_service(config, store, trainer, metrics, viewers, on_change=show)
         await server.start(opened.desk)
         service = opened
         spare_collector()

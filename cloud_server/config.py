@@ -130,9 +130,6 @@ class ServerConfig(ProcessConfig):
     insecure: bool = False
     """Plaintext: anybody may join under any name."""
 
-    log_level: Literal["debug", "info", "warning", "error"] = "info"
-    """The least severe messages that are logged: `debug`, `info`, `warning` or `error`."""
-
     run: RunConfig = RunConfig()
 
     @field_validator("host", "http_host")

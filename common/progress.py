@@ -57,9 +57,13 @@ class ProgressDisplay(Protocol):
         """Restore the terminal; a second call does nothing."""
 
 
-def progress_display() -> ProgressDisplay:
-    """Return a display with bars if stderr is a terminal, otherwise one that logs "progress" events."""
-    return _ProgressBars() if sys.stderr.isatty() else _ProgressLog()
+def progress_display(*, has_bars: bool = True) -> ProgressDisplay:
+    """Return a display with bars if stderr is a terminal, otherwise one that logs "progress" events.
+
+    Args:
+        has_bars: False for events at a terminal as well.
+    """
+    return _ProgressBars() if has_bars and sys.stderr.isatty() else _ProgressLog()
 
 
 class LongWork:

@@ -10,7 +10,7 @@ from typing import Any
 
 import structlog
 
-from common import rpc
+from common import logs, rpc
 from common.agent_progress import Activity, AgentProgress, OnExamples
 from common.background import beside
 from common.devices import select_device
@@ -209,6 +209,7 @@ class EdgeAgent:
     async def _follow(self) -> None:
         """Pass on the run's states, and show what went wrong with a round."""
         async for state in self._client.watch():
+            logs.bind(round=state.round)
             if state.failed_round > self._shown.failure:
                 self._shown.failure = state.failed_round
                 self._display.message(f"round {state.failed_round} failed: {state.failure}")
