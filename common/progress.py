@@ -32,6 +32,8 @@ KEPT_LABELS = 32
 # When a new bar begins, a bar that has not moved for this time becomes a finished line.
 STANDSTILL_SECONDS = 1.0
 
+# From this width on a terminal has room for longer bars; the figures beside them fit into 80 characters.
+WIDE_CHARACTERS = 100
 # Work that is shown only where it is long is shown after this time.
 LONG_SECONDS = 1.0
 
@@ -127,14 +129,15 @@ class _ProgressBars:
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
+        console = Console(stderr=True)
         self._progress = Progress(
             TextColumn("{task.description}", markup=False),
-            BarColumn(bar_width=24),
+            BarColumn(bar_width=24 if console.width >= WIDE_CHARACTERS else 8),
             TaskProgressColumn(),
             TimeRemainingColumn(elapsed_when_finished=True),
             _RateColumn(),
             TextColumn("{task.fields[detail]}", markup=False),
-            console=Console(stderr=True),
+            console=console,
             # What is printed to a file must not go to the terminal.
             redirect_stdout=sys.stdout.isatty(),
         )

@@ -8,7 +8,7 @@ class RunDisplay:
     """The progress bars of the run, at the terminal or in the log.
 
     Args:
-        prefix: begins the label of each bar.
+        prefix: begins the label of each bar; empty for the number of the round.
         epochs: how many epochs the cloud fine-tunes for; 0: that is not known yet.
     """
 
@@ -22,7 +22,7 @@ class RunDisplay:
 
     def show(self, state: RunState) -> None:
         """Move the bar of the current work to this state of the run."""
-        label = self._prefix + ("warm-up: " if state.is_warm_up else f"round {state.round}: ")
+        label = self._prefix or ("warm-up: " if state.is_warm_up else f"round {state.round}: ")
         detail, unit = "", "steps"
         if state.phase is Phase.COLLECTING:
             label, unit = label + "contributions", "contributions"

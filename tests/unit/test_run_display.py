@@ -65,9 +65,9 @@ def test_an_agent_shows_what_the_cloud_does_and_in_which_epoch() -> None:
     display = RunDisplay(bars, "cloud: ")
     tuning = replace(STATE, phase=Phase.FINE_TUNING)
     display.show(replace(tuning, progress=WorkProgress(3, 50, 0.25)))
-    assert bars.details == {"cloud: round 1: fine-tuning": "loss 0.250"}
+    assert bars.details == {"cloud: fine-tuning": "loss 0.250"}
     # The agent hears of the run's epochs when it joins.
     display.epochs = 5
     display.show(replace(tuning, progress=WorkProgress(29, 50, 0.25)))
-    assert bars.details == {"cloud: round 1: fine-tuning": "2 of 5 epochs, loss 0.250"}
-    assert bars.figures == {"cloud: round 1: fine-tuning": (29, 50)}
+    assert bars.details == {"cloud: fine-tuning": "2 of 5 epochs, loss 0.250"}
+    assert bars.figures == {"cloud: fine-tuning": (29, 50)}
