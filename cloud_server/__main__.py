@@ -135,7 +135,8 @@ async def serve(config: ServerConfig) -> int:
     authority = None if config.insecure else await open_authority(config.tls_folder)
     warn_of_clock(store, authority)
     http_token = endpoints.http_token(config.http_host, config.http_token_file, config.http_token_path)
-    metrics = ServerMetrics()
+    metrics = ServerMetrics(agent_labels=config.agent_labels)
+    metrics.watch_machine(config.state_dir, authority.ends_at if authority else None)
     trainer = TrainerProcess(config.state_dir, device=config.device)
     display = RunDisplay(progress_display(has_bars=config.has_bars), epochs=config.run.fine_tune.epochs)
     server = GrpcServer(
@@ -277,6 +278,7 @@ async def open_service(
     from cloud_server.ledger import Ledger
     from cloud_server.round import Policy, Sampling
     from cloud_server.run import open_run
+    from cloud_server.showing.agent_metrics import AgentsProgress
     from cloud_server.showing.presence import Presence
     from cloud_server.showing.progress import ProgressBoard
     from cloud_server.showing.reports import Reports
@@ -322,6 +324,10 @@ async def open_service(
         is_trainer_running=lambda: trainer.is_running,
         clock=clock,
     )
+    metrics.watch_downloads(lambda: board.num_transfers("model"))
+    metrics.watch_trainer(lambda: status.trainer_state)
+    if config.agent_labels:
+        metrics.registry.register(AgentsProgress(status.each_agent))
     ledger = Ledger(
         run,
         current,

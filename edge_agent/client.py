@@ -410,6 +410,7 @@ class CloudClient:
                             _strange("chunks without a byte")
                         await behind.put(reply.chunk)
                         received += len(reply.chunk)
+                        self._metrics.received_bytes_total.labels("model").inc(len(reply.chunk))
                         fate.reached(received)
                         crash_point(Point.AGENT_CHUNK_RECEIVED)
                         on_bytes(received, blob.size_bytes)

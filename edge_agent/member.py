@@ -365,6 +365,7 @@ class Member:
 
     def _show_step(self, label: str, step: StepReport) -> None:
         self._metrics.pretrain_loss.set(step.loss)
+        self._metrics.progress_ratio.set(step.step / step.num_steps)
         self._display.update(label, step.step, step.num_steps, f"loss {step.loss:.3f}")
 
     async def _save(self, **changes: Any) -> None:

@@ -6,7 +6,7 @@ Whoever makes something true and durable shows it here: the ledger and the coord
 import asyncio
 import math
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Set
 from contextlib import contextmanager
 
@@ -79,6 +79,7 @@ class Standing:
         # The agents that have reported on the model of this round.
         self._reported = {row.agent_id for row in store.reports(current.number)}
         metrics.watch_agents(self._num_agents)
+        metrics.watch_selection(self._num_selected)
         # These two are set by show().
         self._initial_weights = Blob("", 0)
         self._initial_encoded: Encoded | None = None
@@ -290,6 +291,11 @@ class Standing:
         contributed = len(here & self._round.contributions.keys())
         away = len(self._slots.keys() - here)
         return {"watching": len(here) - contributed, "contributed": contributed, "away": away}
+
+    def _num_selected(self) -> dict[str, int]:
+        """Return the number of agents by Selection; nothing without a sample."""
+        chosen = (self._round.selection_of(agent_id) for agent_id in self._slots)
+        return Counter(each.value for each in chosen if each)
 
     def _note_end(self, ended: Round | RoundRow) -> None:
         # Agents do not use the model of round 0: it is only where round 1 starts from.

@@ -1,12 +1,13 @@
 """The JSON behind the status page and `cloud-server status`: the run now, its agents, its latest rounds."""
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from cloud_server.disk.tables import ReportRow, RoundRow
 from cloud_server.jobs import AgentAudit, Result
 from cloud_server.round import OVER, Round
+from cloud_server.showing.agent_metrics import OneAgent
 from cloud_server.showing.presence import Presence
 from cloud_server.showing.progress import ProgressBoard, Shown
 from cloud_server.showing.reports import Reports
@@ -63,6 +64,15 @@ class Status:
             return "restarting"
         is_working = self._standing.current.phase in (Phase.AGGREGATING, Phase.FINE_TUNING, Phase.EVALUATING)
         return "working" if is_working else "idle"
+
+    def each_agent(self) -> Iterator[OneAgent]:
+        """Yield every agent of the run, for the metrics that have their ids."""
+        places, here = self._upload_places(), self._presence.here
+        for agent_id in self._standing.slots:
+            shown = self._doing(agent_id, places) if agent_id in here else None
+            activity = shown.progress.activity.value if shown else ""
+            ratio = shown.progress.done / shown.progress.total if shown and shown.progress.total else None
+            yield OneAgent(agent_id, agent_id in here, activity, ratio)
 
     async def read(self) -> dict[str, Any]:
         """Return the status as JSON values; see docs/metrics.md for where it is served."""

@@ -158,7 +158,7 @@ async def world(
     config = ServerConfig(state_dir=state_dir, **{"min_agents": 1, "rounds": 0} | keys)
     with closing(Store(state_dir)) as store:
         trainer = PlayedTrainer(state_dir, outcomes or [])
-        metrics = ServerMetrics()
+        metrics = ServerMetrics(agent_labels=config.agent_labels)
         working = asyncio.create_task(trainer.work())
         service = await open_service(config, store, trainer, metrics, Viewers(), clock=clock)
         running = asyncio.create_task(service.coordinator.run())
