@@ -158,11 +158,12 @@ async def enrolled_by_file(config: AgentConfig, state: "AgentState", why: str) -
 
 async def take_part(config: AgentConfig) -> int:
     """Take part in the server's run until it is over; enroll anew if the certificate has ended."""
-    from common import telemetry
+    from common import logs
     from edge_agent.state import AgentState
 
-    telemetry.configure_logging(level=config.log_level)
+    logs.set_up(config.log_level, config.log_format, quiet=config.quiet)
     state = AgentState(config.state_dir, config.agent_id)
+    logs.bind(agent_id=state.agent_id)
     caller = await who_to_be(config, state)
 
     from edge_agent.identity import EndedError
@@ -180,18 +181,21 @@ async def take_part_as(caller: "Identity | str", config: AgentConfig, state: "Ag
     Raises:
         EndedError: the agent's certificate has ended, and the agent has to enroll anew.
     """
-    from common import telemetry
+    from common import endpoints
 
     # Imported here, so that --help and configuration errors are immediate.
     from common.background import beside
     from common.devices import make_deterministic
+    from common.progress import progress_display
     from edge_agent.agent import EdgeAgent
     from edge_agent.client import CloudClient
     from edge_agent.metrics import AgentMetrics
 
     make_deterministic()
     metrics = AgentMetrics()
-    display = telemetry.progress_display()
+    ends_at = None if isinstance(caller, str) else lambda: caller.ends_at.timestamp()
+    metrics.machine.watch(state.path, ends_at)
+    display = progress_display(has_bars=config.has_bars)
 
     tell = waiting_teller(config.server, display.message)
     client = CloudClient(config.server, caller, metrics, tell, display.message)
@@ -200,11 +204,11 @@ async def take_part_as(caller: "Identity | str", config: AgentConfig, state: "Ag
         agent = EdgeAgent(config, state, client, metrics, display)
         if config.metrics_port is not None:
             token_path = config.metrics_token_file or state.path / "metrics-token"
-            token = telemetry.http_token(config.metrics_host, config.metrics_token_file, token_path)
-            app = telemetry.make_app(
+            token = endpoints.http_token(config.metrics_host, config.metrics_token_file, token_path)
+            app = endpoints.make_app(
                 metrics.registry, ready=agent.is_ready, status=agent.status, page=None, token=token
             )
-            http = await telemetry.serve_http(app, host=config.metrics_host, port=config.metrics_port)
+            http = await endpoints.serve_http(app, host=config.metrics_host, port=config.metrics_port)
             shown = f", with the token in {token_path}" if token else ""
             display.message(f"metrics on {http_url(config.metrics_host, http.port, '/metrics')}{shown}")
         async with beside(client.keep_identity()):

@@ -8,9 +8,10 @@ from enum import StrEnum
 
 from prometheus_client import Counter, Gauge
 
-from common.telemetry import make_registry
+from common.metrics import MachineMetrics, make_registry
 
 SENT_KINDS = ("weights", "data")
+RECEIVED_KINDS = ("model",)
 
 
 class Phase(StrEnum):
@@ -59,12 +60,26 @@ class AgentMetrics:
             ["kind"],
             registry=registry,
         )
+        self.received_bytes_total = Counter(
+            "ecavg_agent_received_bytes_total",
+            "Initial weights and models from the server.",
+            ["kind"],
+            registry=registry,
+        )
+        self.progress_ratio = Gauge(
+            "ecavg_agent_progress_ratio",
+            "How much of its present or last training the agent has done, 0 to 1.",
+            registry=registry,
+        )
+        self.machine = MachineMetrics(registry, "agent")
         self.reconnects_total = Counter(
             "ecavg_agent_reconnects_total", "Connections to the server that broke.", registry=registry
         )
         for kind in SENT_KINDS:
             # A counter that first appears at 1 hides its first increase.
             self.sent_bytes_total.labels(kind)
+        for kind in RECEIVED_KINDS:
+            self.received_bytes_total.labels(kind)
         # There is no loss yet; 0 would be a perfect one.
         self.pretrain_loss.set(math.nan)
         self.set_phase(Phase.CONNECTING)

@@ -7,7 +7,7 @@ import structlog
 
 from common.errors import InvalidError, NotFoundError, RunError
 from common.faults import Point, crash_point
-from common.telemetry import ProgressDisplay
+from common.progress import ProgressDisplay
 from common.transfer import Blob, Encoded, blob_of
 from common.wire import Base, decode
 from edge_agent.client import CloudClient, Kind, OnBytes
@@ -104,7 +104,7 @@ class Transfers:
         crash_point(Point.AGENT_UPLOADED)
 
     def _bar(self, label: str) -> OnBytes:
-        return lambda done, total: self._display.update(label, done, total)
+        return lambda done, total: self._display.update(label, done, total, unit="bytes")
 
 
 def is_whole(path: Path, blob: Blob) -> bool:

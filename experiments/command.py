@@ -23,7 +23,7 @@ def set_up_process() -> None:
     # PyTorch reads the variable when it is imported.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     from common.devices import make_deterministic
-    from common.telemetry import configure_logging
+    from common.logs import configure_logging
 
     make_deterministic()
     configure_logging(level="warning")

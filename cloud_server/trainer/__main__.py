@@ -27,7 +27,7 @@ from cloud_server.jobs import JobDirectory, pending_jobs
 from cloud_server.state_dir import StateDir
 from common import cli
 from common.errors import UsageError
-from common.telemetry import configure_logging
+from common.logs import configure_logging
 
 POLL_SECONDS = 0.025
 # The launcher starts a failed group of ranks so many times again. Then the launcher exits as well, and the

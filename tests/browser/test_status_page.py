@@ -14,7 +14,8 @@ import pytest
 
 from cloud_server.jobs import JobDirectory, Result
 from cloud_server.store import Store
-from common.telemetry import make_app, make_registry, serve_http
+from common.endpoints import make_app, serve_http
+from common.metrics import make_registry
 from tests.conftest import need
 from tests.unit.states import run_rounds
 from tests.unit.test_reports import RESULT

@@ -13,9 +13,9 @@ import grpc
 import pytest
 
 from common import rpc
+from common.endpoints import HTTP_CONNECTIONS
 from common.errors import Reason
 from common.pb import ecavg_pb2 as pb
-from common.telemetry import HTTP_CONNECTIONS
 from tests.hostile import raw
 from tests.hostile.target import (
     CALL_SECONDS,

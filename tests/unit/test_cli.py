@@ -79,8 +79,8 @@ def test_bytes_of_a_path_that_are_not_utf8_are_shown_as_numbers() -> None:
 @pytest.mark.parametrize(("level", "is_shown"), [("debug", True), ("info", False)])
 def test_traceback_is_in_the_log_at_debug_level(level: str, is_shown: bool) -> None:
     code = (
-        "import sys\nfrom common import cli, telemetry\n"
-        f"telemetry.configure_logging(level={level!r})\n"
+        "import sys\nfrom common import cli, logs\n"
+        f"logs.configure_logging(level={level!r})\n"
         "async def body(): return 1 // 0\n"
         "sys.exit(cli.run('edge-agent', body))"
     )
