@@ -21,6 +21,7 @@ class Status:
     """The maker of the status, which keeps the results of rounds that it has read.
 
     Args:
+        run_name: the name of the run for people.
         upload_places: returns the places in the queue, by agent id, of those that wait to upload.
         clock: seconds since the epoch.
     """
@@ -28,6 +29,7 @@ class Status:
     def __init__(
         self,
         run_id: str,
+        run_name: str,
         standing: Standing,
         presence: Presence,
         *,
@@ -37,6 +39,7 @@ class Status:
         clock: Callable[[], float],
     ) -> None:
         self._run_id = run_id
+        self._run_name = run_name
         self._standing = standing
         self._presence = presence
         self._store = store
@@ -61,6 +64,7 @@ class Status:
         places = self._upload_places()
         return {
             "run_id": self._run_id,
+            "run_name": self._run_name,
             "round": current.number,
             "phase": current.phase.value,
             "phases": _phases(rows[-1], current, self._clock()),
