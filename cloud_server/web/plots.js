@@ -66,7 +66,7 @@ function optionsOf(plot, width) {
       x: { time: false, range: (_, low, high) => (low === high ? [low - 1, high + 1] : [low - margin, high + margin]) },
       y: isBar(plot) || plot.fromZero ? { range: (_, low, high) => [0, (high || 1) * 1.05] } : {},
     },
-    axes: [{ ...axis, incrs: WHOLE_NUMBERS }, { ...axis, size: 66, values: (_, splits) => splits.map(plot.format) }],
+    axes: [{ ...axis, incrs: WHOLE_NUMBERS, size: 30 }, { ...axis, size: 66, values: (_, splits) => splits.map(plot.format) }],
     series: [{ label: plot.along, value: (_, value) => (value == null ? NONE : String(value)) }, ...plot.series.map((_, place) => seriesOf(plot, place))],
     bands: plot.series.flatMap(({ spread, colour: name }, place) =>
       (spread ? [{ series: [labels.indexOf(spread) + 1, place + 1], fill: `${colour(name)}22` }] : [])),

@@ -29,7 +29,7 @@ async function contents(number) {
   const path = `api/rounds/${number}/report.json`;
   const reply = await fetch(path);
   if (!reply.ok) return [heading(number), element("p", { class: "warn" }, await reply.text())];
-  const report = await reply.json();
+  const report = { agents: [], rejected: [], seconds: {}, ...(await reply.json()) };
   return [
     element("div", { class: "bar" }, heading(number), element("a", { href: "#" }, "Close")),
     element("p", {}, sentence(report)),

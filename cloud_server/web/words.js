@@ -39,6 +39,7 @@ export const candidateName = (candidate) => CANDIDATES[candidate] ?? candidate;
 
 export function duration(seconds) {
   if (seconds == null) return NONE;
+  if (seconds < 1) return `${Number(seconds.toFixed(2))} s`;
   if (seconds < 10) return `${seconds.toFixed(1)} s`;
   const whole = Math.round(seconds);
   if (whole < 60) return `${whole} s`;
