@@ -277,8 +277,8 @@ def test_event_has_what_has_changed_and_the_first_has_everything() -> None:
 
 
 async def test_any_number_of_watchers_cost_one_look_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(feeds.time, "monotonic", lambda: now)
     now, num_reads = 100.0, 0
+    monkeypatch.setattr(feeds.time, "monotonic", lambda: now)
 
     async def read() -> dict[str, Any]:
         nonlocal num_reads
