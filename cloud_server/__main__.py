@@ -123,7 +123,6 @@ async def serve(config: ServerConfig) -> int:
     from cloud_server.metrics import ServerMetrics
     from cloud_server.server import GrpcServer
     from cloud_server.showing import page
-    from cloud_server.showing.display import RunDisplay
     from cloud_server.showing.feed import Feed
     from cloud_server.showing.viewers import Viewers
     from cloud_server.store import Store
@@ -131,15 +130,17 @@ async def serve(config: ServerConfig) -> int:
     from common import endpoints, logs
     from common.background import beside
     from common.progress import progress_display
+    from common.run_display import RunDisplay
 
-    logs.configure_logging(level=config.log_level)
+    logs.set_up(config.log_level, config.log_format, quiet=config.quiet)
     store = Store(config.state_dir)
     authority = None if config.insecure else await open_authority(config.tls_folder)
     warn_of_clock(store, authority)
     http_token = endpoints.http_token(config.http_host, config.http_token_file, config.http_token_path)
-    metrics = ServerMetrics()
+    metrics = ServerMetrics(agent_labels=config.agent_labels)
+    metrics.watch_machine(config.state_dir, authority.ends_at if authority else None)
     trainer = TrainerProcess(config.state_dir, device=config.device)
-    display = RunDisplay(progress_display())
+    display = RunDisplay(progress_display(has_bars=config.has_bars), epochs=config.run.fine_tune.epochs)
     server = GrpcServer(
         metrics,
         authority,
@@ -167,7 +168,12 @@ async def serve(config: ServerConfig) -> int:
         port = server.bind(config.host, config.port)
         http = await endpoints.serve_http(app, host=config.http_host, port=config.http_port)
         await trainer.start()
-        opened = await open_service(config, store, trainer, metrics, viewers, on_change=display.show)
+
+        def show(state: "RunState") -> None:
+            logs.bind(round=state.round)
+            display.show(state)
+
+        opened = await open_service(config, store, trainer, metrics, viewers, on_change=show)
         await server.start(opened.desk)
         service = opened
         spare_collector()
@@ -278,7 +284,9 @@ async def open_service(
     from cloud_server.ledger import Ledger
     from cloud_server.round import Policy, Sampling
     from cloud_server.run import open_run
+    from cloud_server.showing.agent_metrics import AgentsProgress
     from cloud_server.showing.presence import Presence
+    from cloud_server.showing.progress import ProgressBoard
     from cloud_server.showing.reports import Reports
     from cloud_server.showing.standing import Standing
     from cloud_server.showing.status import Status
@@ -308,8 +316,10 @@ async def open_service(
     reports = Reports(run.config, store)
     turns = Turns(config.max_concurrent_uploads)
     metrics.watch_uploads(lambda: {"receiving": turns.num_taken, "waiting": turns.num_waiting})
-    presence = Presence(expected=current.contributions)
-    standing = Standing(current, slots, presence, store=store, metrics=metrics, on_change=on_change)
+    presence, board = Presence(expected=current.contributions), ProgressBoard()
+    standing = Standing(
+        current, slots, presence, store=store, board=board, metrics=metrics, on_change=on_change
+    )
     status = Status(
         run.run_id,
         config.run_name or run.default_name,
@@ -317,9 +327,15 @@ async def open_service(
         presence,
         store=store,
         reports=reports,
+        board=board,
         upload_places=lambda: turns.places,
+        is_trainer_running=lambda: trainer.is_running,
         clock=clock,
     )
+    metrics.watch_downloads(lambda: board.num_transfers("model"))
+    metrics.watch_trainer(lambda: status.trainer_state)
+    if config.agent_labels:
+        metrics.registry.register(AgentsProgress(status.each_agent))
     ledger = Ledger(
         run,
         current,
@@ -350,6 +366,7 @@ async def open_service(
         store=store,
         reports=reports,
         standing=standing,
+        board=board,
         metrics=metrics,
         clock=clock,
         num_agents=config.expected_agents,

@@ -37,6 +37,9 @@ class ServerConfig(ProcessConfig):
     http_port: Port = 8080
     """Port of the status page and `/metrics`; 0 picks one."""
 
+    agent_labels: bool = False
+    """Show metrics of each agent as well, with its id as a label: for fleets of some hundreds at most."""
+
     state_dir: UserPath = Path("ecavg-server")
     """Folder (STATE) where everything is kept; one server at a time uses it."""
 
@@ -135,9 +138,6 @@ class ServerConfig(ProcessConfig):
 
     insecure: bool = False
     """Plaintext: anybody may join under any name."""
-
-    log_level: Literal["debug", "info", "warning", "error"] = "info"
-    """The least severe messages that are logged: `debug`, `info`, `warning` or `error`."""
 
     run: RunConfig = RunConfig()
 

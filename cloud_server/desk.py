@@ -1,10 +1,11 @@
 """What agents ask for: every call of the service, in the words of the run."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import structlog
 
@@ -14,9 +15,11 @@ from cloud_server.intake.uploads import UNFIT, Upload, Uploads
 from cloud_server.ledger import Group, Ledger
 from cloud_server.metrics import ServerMetrics
 from cloud_server.run import Run
+from cloud_server.showing.progress import ProgressBoard
 from cloud_server.showing.reports import Reports
 from cloud_server.showing.standing import Standing
 from cloud_server.store import Store
+from common.agent_progress import AgentProgress
 from common.config import RunConfig
 from common.errors import BudgetError, ConflictError, InvalidError, NotFoundError, Reason
 from common.faults import Point, crash_point
@@ -39,6 +42,19 @@ class Membership:
     planned_rounds: int
 
 
+class Receiving(NamedTuple):
+    """An upload that is taken in."""
+
+    upload: Upload
+    # Called with the number of bytes of each chunk.
+    moved: Callable[[int], None]
+
+    async def write(self, chunk: bytes) -> None:
+        """Append a chunk; raise what Upload.write raises."""
+        await self.upload.write(chunk)
+        self.moved(len(chunk))
+
+
 class Desk:
     """The desk where agents are answered; whatever an answer promises is on disk before it is given.
 
@@ -58,6 +74,7 @@ class Desk:
         store: Store,
         reports: Reports,
         standing: Standing,
+        board: ProgressBoard,
         metrics: ServerMetrics,
         clock: Callable[[], float],
         num_agents: int,
@@ -69,6 +86,7 @@ class Desk:
         self._store = store
         self._reports = reports
         self._standing = standing
+        self._board = board
         self._metrics = metrics
         self._clock = clock
 
@@ -99,6 +117,17 @@ class Desk:
         self._ledger.check_joined(agent_id)
         return self._standing.watch(agent_id, is_ready=is_ready)
 
+    def note_progress(self, agent_id: str, progress: AgentProgress | None) -> float:
+        """Show how far an agent is; return for how many seconds it need not tell more.
+
+        What is told by an agent that does not watch is dropped: nobody would notice when it has gone.
+
+        Args:
+            progress: None: the agent does nothing now that takes long.
+        """
+        self._ledger.check_joined(agent_id)
+        return self._board.tell(agent_id, progress if self._standing.is_watched_by(agent_id) else None)
+
     # ------------------------------------------------------------------ blobs
 
     async def query_upload(self, agent_id: str, kind: str, digest: str) -> tuple[int, bool]:
@@ -107,12 +136,13 @@ class Desk:
         return await self._uploads.query(agent_id, kind, digest)
 
     @asynccontextmanager
-    async def receive(self, agent_id: str, kind: str, blob: Blob, offset: int) -> AsyncIterator[Upload]:
+    async def receive(self, agent_id: str, kind: str, blob: Blob, offset: int) -> AsyncIterator["Receiving"]:
         """Take in a blob; one that is unfit, or too much, counts as this agent's rejected contribution."""
         self._ledger.check_joined(agent_id)
         try:
             async with self._uploads.open(agent_id, kind, blob, offset, self._clock()) as upload:
-                yield upload
+                with self._board.transfer(agent_id, kind, blob.size_bytes, offset) as moved:
+                    yield Receiving(upload, moved)
         except (InvalidError, BudgetError) as error:
             if error.reason in UNFIT:
                 await self._ledger.reject(agent_id, error.reason, str(error))
@@ -129,9 +159,16 @@ class Desk:
             return self._store.blobs.path(digest)
         raise NotFoundError(f"no initial weights or published model has the digest {digest[:16]}…")
 
-    def count_sent(self, num_bytes: int) -> None:
-        """Count bytes of a model that were sent to an agent."""
-        self._metrics.count_sent("model", num_bytes)
+    @contextmanager
+    def sending(self, agent_id: str, size_bytes: int, offset: int) -> Iterator[Callable[[int], None]]:
+        """Show a download until the context ends; it yields what to call with the bytes that were sent."""
+        with self._board.transfer(agent_id, "model", size_bytes, offset) as moved:
+
+            def sent(num_bytes: int) -> None:
+                self._metrics.count_sent("model", num_bytes)
+                moved(num_bytes)
+
+            yield sent
 
     # ------------------------------------------------------------------ contributions
 

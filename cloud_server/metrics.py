@@ -1,24 +1,28 @@
 """The metrics of a server in Prometheus format, under the names that the reference documents.
 
-The number of series is bounded. The values of labels are those of the constants and enums in this module,
-the RPCs and status codes of the server, and the ids of the agents in one round, at most `max_agents`.
+The number of series is bounded. The values of labels are those of the constants and enums in this module, and
+the RPCs and status codes of the server. Only where it is asked for are there series with the id of an agent.
 """
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from pathlib import Path
 
-from prometheus_client import Counter, Gauge, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from cloud_server.jobs import AgentAudit
 from cloud_server.round import OVER
 from common.errors import Reason
-from common.metrics import make_registry
-from common.run_state import Outcome, Phase
+from common.metrics import free_bytes, make_registry
+from common.run_state import Outcome, Phase, Selection
 
 RECEIVED_KINDS = ("weights", "data")
 SENT_KINDS = ("model",)
 UPLOAD_STATES = ("receiving", "waiting")
+# The trainer has no job, or has one, or its process has ended and is started again.
+TRAINER_STATES = ("idle", "working", "restarting")
 # Connected and still to contribute, connected and done, or not connected.
 AGENT_STATES = ("watching", "contributed", "away")
 # A phase takes between milliseconds (digits) and hours (collecting, a long fine-tune).
@@ -28,9 +32,14 @@ RPC_SECONDS = (0.001, 0.005, 0.02, 0.1, 0.5, 2, 10, 60, 300, 1800, 10800)
 
 
 class ServerMetrics:
-    """All metrics of one cloud-server, in a registry of its own."""
+    """All metrics of one cloud-server, in a registry of its own.
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+    Args:
+        clock: returns seconds that never decrease.
+        agent_labels: True for series with the id of an agent as well.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic, *, agent_labels: bool = False) -> None:
         self.registry = registry = make_registry()
         self._clock = clock
         # The number of the current round, its phase, and the time at which the phase began.
@@ -81,16 +90,25 @@ class ServerMetrics:
             ["stage"],
             registry=registry,
         )
-        self._flagged = Gauge(
-            "ecavg_server_agent_flagged",
-            "1 on agents that the audit of the last published round has flagged.",
-            ["agent_id"],
+        self._audit = _AuditMetrics(registry, agent_labels=agent_labels)
+        self._selected = Gauge(
+            "ecavg_server_selected_agents",
+            "Agents by whether they are in the sample of the current round.",
+            ["selection"],
             registry=registry,
         )
-        self._norm_ratio = Gauge(
-            "ecavg_server_agent_update_norm_ratio",
-            "Norm of an agent's update in the last published round, as a multiple of the median.",
-            ["agent_id"],
+        self._downloads = Gauge("ecavg_server_downloads", "Downloads under way.", registry=registry)
+        self._trainer = Gauge(
+            "ecavg_server_trainer", "1 on the trainer's state.", ["state"], registry=registry
+        )
+        self._disk_free = Gauge(
+            "ecavg_server_disk_free_bytes",
+            "Bytes that may still be written to the disk of the state directory.",
+            registry=registry,
+        )
+        self._certificate_left = Gauge(
+            "ecavg_server_certificate_left_seconds",
+            "How long the CA's certificate, and with it the server's, is still valid.",
             registry=registry,
         )
         self._handled = Counter(
@@ -135,6 +153,10 @@ class ServerMetrics:
             self._refusals.labels(reason.value)
         self.watch_agents(lambda: dict.fromkeys(AGENT_STATES, 0))
         self.watch_uploads(lambda: dict.fromkeys(UPLOAD_STATES, 0))
+        self.watch_selection(lambda: {})
+        self.watch_trainer(lambda: "")
+        self._disk_free.set(math.nan)
+        self._certificate_left.set(math.nan)
 
     def set_phase(self, number: int, phase: str) -> None:
         """Show that the round `number` is in `phase`; a repeated call with the same values has no effect."""
@@ -177,21 +199,42 @@ class ServerMetrics:
         for stage, ratio in ratios.items():
             self._accuracy.labels(stage).set(ratio)
 
+    def watch_selection(self, count: Callable[[], Mapping[str, int]]) -> None:
+        """Have the agents of the current sample counted whenever somebody looks at the metrics.
+
+        Args:
+            count: returns the number of agents by Selection, where there is a sample.
+        """
+        for each in Selection:
+            self._selected.labels(each).set_function(lambda each=each: count().get(each, 0))  # type: ignore[misc]
+
+    def watch_downloads(self, count: Callable[[], int]) -> None:
+        """Have the downloads under way counted whenever somebody looks at the metrics."""
+        self._downloads.set_function(count)
+
+    def watch_trainer(self, state_of: Callable[[], str]) -> None:
+        """Have the trainer's state, of TRAINER_STATES, asked for whenever somebody looks at the metrics."""
+        for state in TRAINER_STATES:
+            self._trainer.labels(state).set_function(lambda state=state: state_of() == state)  # type: ignore[misc]
+
+    def watch_machine(self, folder: Path, certificate_ends_at: float | None) -> None:
+        """Have the disk and the certificate looked at whenever somebody looks at the metrics.
+
+        Args:
+            folder: the state directory.
+            certificate_ends_at: in seconds since the epoch; None: the server speaks plaintext.
+        """
+        self._disk_free.set_function(lambda: free_bytes(folder))
+        if certificate_ends_at is not None:
+            self._certificate_left.set_function(lambda: certificate_ends_at - time.time())
+
     def set_audit(self, audit: Sequence[AgentAudit]) -> None:
         """Replace the flags and norm ratios of agents by those of a published round."""
-        self._flagged.clear()
-        self._norm_ratio.clear()
-        for agent in audit:
-            self._flagged.labels(agent.agent_id).set(bool(agent.flags))
-            if agent.norm_ratio is not None:
-                self._norm_ratio.labels(agent.agent_id).set(agent.norm_ratio)
+        self._audit.set(audit)
 
     def forget(self, agent_id: str) -> None:
         """Remove every series that has this agent's id."""
-        for gauge in (self._flagged, self._norm_ratio):
-            with suppress(KeyError):
-                # An agent that took no part in the last published round has no series.
-                gauge.remove(agent_id)
+        self._audit.forget(agent_id)
 
     def count_round(self, outcome: str, num_rounds: int = 1) -> None:
         """Count a round by the phase in which it has ended, "published" or "failed"."""
@@ -235,3 +278,55 @@ class ServerMetrics:
             self._refusals.labels(refusal.value).inc()
         self._handled.labels(service, method, code).inc()
         self._handling.labels(service, method).observe(seconds)
+
+
+class _AuditMetrics:
+    """What the audit of the last published round found.
+
+    Args:
+        agent_labels: True for the figures of each agent as well.
+    """
+
+    def __init__(self, registry: CollectorRegistry, *, agent_labels: bool) -> None:
+        self._num_flagged = Gauge(
+            "ecavg_server_flagged_agents",
+            "Agents that the audit of the last published round has flagged.",
+            registry=registry,
+        )
+        self._largest = Gauge(
+            "ecavg_server_largest_update_norm_ratio",
+            "Norm of the largest update in the last published round, as a multiple of the median.",
+            registry=registry,
+        )
+        # The gauges with an agent's id are made in any case, and shown only where that is wanted.
+        shown_in = registry if agent_labels else None
+        self._flagged = Gauge(
+            "ecavg_server_agent_flagged",
+            "1 on agents that the audit of the last published round has flagged.",
+            ["agent_id"],
+            registry=shown_in,
+        )
+        self._norm_ratio = Gauge(
+            "ecavg_server_agent_update_norm_ratio",
+            "Norm of an agent's update in the last published round, as a multiple of the median.",
+            ["agent_id"],
+            registry=shown_in,
+        )
+
+    def set(self, audit: Sequence[AgentAudit]) -> None:
+        """Replace all figures by those of a published round."""
+        self._num_flagged.set(sum(bool(agent.flags) for agent in audit))
+        self._largest.set(max((agent.norm_ratio or 0.0 for agent in audit), default=0.0))
+        self._flagged.clear()
+        self._norm_ratio.clear()
+        for agent in audit:
+            self._flagged.labels(agent.agent_id).set(bool(agent.flags))
+            if agent.norm_ratio is not None:
+                self._norm_ratio.labels(agent.agent_id).set(agent.norm_ratio)
+
+    def forget(self, agent_id: str) -> None:
+        """Remove every series that has this agent's id."""
+        for gauge in (self._flagged, self._norm_ratio):
+            with suppress(KeyError):
+                # An agent that took no part in the last published round has no series.
+                gauge.remove(agent_id)

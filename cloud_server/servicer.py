@@ -4,6 +4,7 @@ Nothing is decided here; errors become statuses in common/rpc.py.
 """
 
 import asyncio
+import math
 import time
 from collections.abc import AsyncIterator
 from typing import Any
@@ -14,6 +15,7 @@ from cloud_server.disk.tables import ReportRow
 from cloud_server.door.admission import calling_agent, token_in_use
 from cloud_server.door.authority import Authority
 from common import rpc
+from common.agent_progress import TOLD, AgentProgress
 from common.config import PROTOCOL_VERSION
 from common.errors import InvalidError, Reason, UnavailableError
 from common.faults import Point, crash_point
@@ -34,6 +36,7 @@ _PHASES: dict[Phase, Any] = {phase: pb.Phase.Value(f"PHASE_{phase.name}") for ph
 _OUTCOMES: dict[Outcome, Any] = {each: pb.Outcome.Value(f"OUTCOME_{each.name}") for each in Outcome}
 _SELECTIONS: dict[Selection, Any] = {each: pb.Selection.Value(f"SELECTION_{each.name}") for each in Selection}
 _REASONS: dict[Reason, Any] = {reason: pb.Reason.Value(f"REASON_{reason.name}") for reason in Reason}
+_ACTIVITIES = {pb.Activity.Value(f"ACTIVITY_{each.name}"): each for each in TOLD}
 _KINDS = {pb.BLOB_KIND_WEIGHTS: "weights", pb.BLOB_KIND_DATA: "data"}
 
 
@@ -104,11 +107,12 @@ class ECAvgServicer(pb_grpc.ECAvgServicer):
         """Answer Download: send a blob, chunk by chunk."""
         path = await self._desk.readable_blob(calling_agent(), _digest(request.digest))
         size_bytes = path.stat().st_size
-        async for chunk in chunks_of(path, request.offset):
-            yield pb.DownloadReply(chunk=chunk, size_bytes=size_bytes)
-            crash_point(Point.SERVER_CHUNK_SENT)
-            self._desk.count_sent(len(chunk))
-            size_bytes = 0
+        with self._desk.sending(calling_agent(), size_bytes, request.offset) as sent:
+            async for chunk in chunks_of(path, request.offset):
+                yield pb.DownloadReply(chunk=chunk, size_bytes=size_bytes)
+                crash_point(Point.SERVER_CHUNK_SENT)
+                sent(len(chunk))
+                size_bytes = 0
         # Where nothing is left to send, the size alone says so.
         if size_bytes:
             yield pb.DownloadReply(size_bytes=size_bytes)
@@ -129,6 +133,11 @@ class ECAvgServicer(pb_grpc.ECAvgServicer):
         )
         await self._desk.report(calling_agent(), request.round, row)
         return pb.ReportReply()
+
+    async def Progress(self, request: pb.ProgressRequest, _: Any) -> pb.ProgressReply:
+        """Answer Progress: show how far the agent is."""
+        pause_seconds = self._desk.note_progress(calling_agent(), _agent_progress(request))
+        return pb.ProgressReply(pause_seconds=pause_seconds)
 
     async def Enroll(self, request: pb.EnrollRequest, _: Any) -> pb.EnrollReply:
         """Answer Enroll: certify a new agent's key."""
@@ -183,6 +192,16 @@ def _count(value: int) -> int:
     if value > _MAX_EXAMPLES:
         raise InvalidError(f"{value} examples are more than anyone has")
     return value
+
+
+def _agent_progress(request: pb.ProgressRequest) -> AgentProgress | None:
+    """Return what the agent tells; None: it does nothing that takes long, or nothing that is known here."""
+    activity = _ACTIVITIES.get(request.activity)
+    if activity is None:
+        return None
+    loss = request.loss if request.HasField("loss") and math.isfinite(request.loss) else None
+    total = _count(request.total) or None
+    return AgentProgress(activity, min(_count(request.done), total or _MAX_EXAMPLES), total, loss)
 
 
 def _contribution(agent_id: str, request: pb.ContributeRequest) -> Contribution:

@@ -51,6 +51,10 @@ class Parser(argparse.ArgumentParser):
         super().error(one_line(message))
 
 
+# Where errors and warnings go instead of being printed; None: nowhere else.
+_log_line: Callable[[str, str], None] | None = None
+
+
 def enter(command: str, body: Callable[[], int]) -> int:
     """Run a command from its beginning to its end, and return its exit code.
 
@@ -183,13 +187,30 @@ def fail(command: str, error: Exception) -> int:
     structlog = sys.modules.get("structlog")
     if structlog and structlog.is_configured():
         structlog.get_logger().debug("failed", exc_info=error)
-    _print_line(f"{command}: {describe(error)}", sys.stderr)
+    _complain("error", f"{command}: {describe(error)}")
     return error.exit_code if isinstance(error, ECAvgError) else 1
 
 
 def warn(command: str, text: str) -> None:
     """Print a warning as one line on stderr."""
-    _print_line(f"{command}: WARNING: {text}", sys.stderr)
+    _complain("warning", f"{command}: WARNING: {text}")
+
+
+def complain_by(log: Callable[[str, str], None] | None) -> None:
+    """Have errors and warnings logged, for a stderr where every line is a log event; None: print them.
+
+    Args:
+        log: called with a log level and a line.
+    """
+    global _log_line
+    _log_line = log
+
+
+def _complain(level: str, text: str) -> None:
+    if _log_line:
+        _log_line(level, text)
+    else:
+        _print_line(text, sys.stderr)
 
 
 def print_note(text: str) -> None:

@@ -477,6 +477,23 @@ MAX_CONFIG_BYTES = 2**20
 class ProcessConfig(DocumentedModel):
     """Base of the two processes' configurations."""
 
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    """The least severe messages that are logged: `debug`, `info`, `warning` or `error`."""
+
+    log_format: Literal["auto", "text", "json"] = Field("auto", title="auto|text|json")
+    """How stderr is written: as lines and bars for people (`text`), or one JSON object a line (`json`).
+
+    `auto` is text at a terminal, otherwise JSON.
+    """
+
+    quiet: bool = False
+    """Log warnings and errors only, and show no progress."""
+
+    @property
+    def has_bars(self) -> bool:
+        """Return True if progress may be shown as bars, where there is a terminal."""
+        return self.log_format != "json" and not self.quiet
+
 
 Config = TypeVar("Config", bound=ProcessConfig)
 

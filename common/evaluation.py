@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from common.agent_progress import OnExamples, ignore_examples
 from common.batches import DeviceData
 from common.config import DatasetSpec
 
@@ -40,14 +41,18 @@ def evaluate(
     spec: DatasetSpec,
     device: torch.device,
     batch_size: int = 512,
+    on_examples: OnExamples = ignore_examples,
 ) -> Evaluation:
     """Measure the model in evaluation mode and float32; it is left on `device`, in the mode it was in.
 
     Args:
         images: uint8 [N, C, H, W], N of at least 1; as `DeviceData`, they are not moved to the device again.
         labels: int64 [N].
+        on_examples: called now and then with how many examples are done, and with N.
     """
-    logits_NK = predict(model, images, spec=spec, device=device, batch_size=batch_size)
+    logits_NK = predict(
+        model, images, spec=spec, device=device, batch_size=batch_size, on_examples=on_examples
+    )
     labels = labels.cpu()
     correct_N = logits_NK.argmax(1) == labels
     return Evaluation(
@@ -67,11 +72,13 @@ def predict(
     spec: DatasetSpec,
     device: torch.device,
     batch_size: int = 512,
+    on_examples: OnExamples = ignore_examples,
 ) -> Tensor:
     """Return the logits, float32 [N, K] on the CPU, in evaluation mode; the model is left as by `evaluate`.
 
     Args:
         images: as in `evaluate`.
+        on_examples: as in `evaluate`.
     """
     data = _moved(images, spec, device)
     memory_format = place(model, device)
@@ -86,6 +93,7 @@ def predict(
             if number % NUM_FETCHED == 0 or number == len(parts):
                 logits.append(torch.cat(waiting).cpu())
                 waiting.clear()
+                on_examples(min(number * batch_size, len(data)), len(data))
     return torch.cat(logits)
 
 

@@ -3,20 +3,59 @@
 import io
 import logging
 import sys
-from typing import Any, TextIO
+from typing import Any, Literal, TextIO
 
 import structlog
 
+from common import cli
 from common.errors import UsageError, one_line
 from common.strict_json import to_json
 
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
+LogFormat = Literal["auto", "text", "json"]
+
+# The fields of every event from now on, unless the event itself has others.
+_bound: dict[str, Any] = {}
+
+
+def set_up(level: str, log_format: LogFormat, *, quiet: bool) -> None:
+    """Set up the log of a process as its configuration says.
+
+    With the format "json" every line of stderr is an event, the last error included.
+
+    Args:
+        quiet: True to leave out what is no warning and no error.
+    """
+    if quiet and level != "error":
+        level = "warning"
+    configure_logging(level=level, as_json={"auto": None, "text": False, "json": True}[log_format])
+    cli.complain_by(_log_line if log_format == "json" else None)
+
+
+def bind(**fields: Any) -> None:
+    """Have every event of this process carry these fields, in all its threads."""
+    _bound.update(fields)
+
+
+def unbind() -> None:
+    """Have no event carry fields of the process any more."""
+    _bound.clear()
+
+
+def _log_line(level: str, text: str) -> None:
+    structlog.get_logger().log(logging.getLevelNamesMapping()[level.upper()], "message", text=text)
+
+
+def _with_bound(_: Any, __: str, event: Any) -> Any:
+    return _bound | event
+
 
 def configure_logging(*, level: str = "info", as_json: bool | None = None) -> None:
     """Set up the log, which goes to stderr. A line that cannot be written is dropped: see common/streams.py.
 
-    Each line has an event name, its fields, the UTC time and the fields that `structlog.contextvars` binds.
+    Each line has an event name, its fields, the UTC time, what `structlog.contextvars` binds, and what `bind`
+    does.
     The log also shows Python's warnings, and what libraries log through `logging` from "warning" on.
 
     Args:
@@ -34,6 +73,7 @@ def configure_logging(*, level: str = "info", as_json: bool | None = None) -> No
     structlog.configure(
         processors=[
             structlog.contextvars.merge_contextvars,
+            _with_bound,
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="iso", utc=True),
             *(_json_renderers() if as_json else _console_renderers()),

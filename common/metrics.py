@@ -1,23 +1,56 @@
 """The metrics that every process has."""
 
+import math
+import shutil
 from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
 
-from prometheus_client import CollectorRegistry, PlatformCollector, ProcessCollector, disable_created_metrics
+from prometheus_client import (
+    CollectorRegistry,
+    Gauge,
+    PlatformCollector,
+    ProcessCollector,
+    disable_created_metrics,
+)
 from prometheus_client.metrics_core import CounterMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from common import streams
+from common.gpus import find_gpus
 
 
 def make_registry() -> CollectorRegistry:
-    """Return a registry with the metrics of any process: CPU seconds, memory, open files, lost log lines."""
+    """Return a registry with the metrics of any process.
+
+    They are CPU seconds, memory, open files, lost log lines, the version, and the GPUs if there are any.
+    """
     # Without this call, each counter would have a second series with the time of its creation.
     disable_created_metrics()  # type: ignore[no-untyped-call]
     registry = CollectorRegistry()
     ProcessCollector(registry=registry)
     PlatformCollector(registry=registry)
     registry.register(_DroppedLines())
+    build = Gauge("ecavg_build_info", "1, with the version of the program.", ["version"], registry=registry)
+    build.labels(_version()).set(1)
+    if gpus := find_gpus():
+        registry.register(gpus)
     return registry
+
+
+def free_bytes(folder: Path) -> float:
+    """Return how many bytes may still be written to the disk of a folder; not a number if nobody knows."""
+    try:
+        return float(shutil.disk_usage(folder).free)
+    except OSError:
+        return math.nan
+
+
+def _version() -> str:
+    try:
+        return metadata.version("ecavg")
+    except metadata.PackageNotFoundError:
+        return "unknown"
 
 
 class _DroppedLines(Collector):

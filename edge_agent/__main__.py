@@ -161,8 +161,9 @@ async def take_part(config: AgentConfig) -> int:
     from common import logs
     from edge_agent.state import AgentState
 
-    logs.configure_logging(level=config.log_level)
+    logs.set_up(config.log_level, config.log_format, quiet=config.quiet)
     state = AgentState(config.state_dir, config.agent_id)
+    logs.bind(agent_id=state.agent_id)
     caller = await who_to_be(config, state)
 
     from edge_agent.identity import EndedError
@@ -192,7 +193,9 @@ async def take_part_as(caller: "Identity | str", config: AgentConfig, state: "Ag
 
     make_deterministic()
     metrics = AgentMetrics()
-    display = progress_display()
+    ends_at = None if isinstance(caller, str) else lambda: caller.ends_at.timestamp()
+    metrics.watch_machine(state.path, ends_at)
+    display = progress_display(has_bars=config.has_bars)
 
     tell = waiting_teller(config.server, display.message)
     client = CloudClient(config.server, caller, metrics, tell, display.message)

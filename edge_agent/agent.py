@@ -10,12 +10,15 @@ from typing import Any
 
 import structlog
 
-from common import rpc
+from common import logs, rpc
+from common.agent_progress import Activity, AgentProgress, OnExamples
 from common.background import beside
 from common.devices import select_device
 from common.errors import Refusal
 from common.faults import Point, crash_point
-from common.progress import ProgressDisplay
+from common.progress import LongWork, ProgressDisplay
+from common.run_display import RunDisplay
+from common.run_state import Phase as RoundPhase
 from common.run_state import Selection
 from edge_agent.client import CloudClient, Joined, UnknownAgentError
 from edge_agent.config import AgentConfig
@@ -27,6 +30,7 @@ from edge_agent.metrics import AgentMetrics, Phase
 from edge_agent.news import News
 from edge_agent.readiness import Readiness
 from edge_agent.state import AgentState, Progress
+from edge_agent.teller import Teller
 from edge_agent.worker import Worker
 
 # When the run is over and a model is left to take, the server may be silent for so long.
@@ -70,6 +74,8 @@ class EdgeAgent:
             config.ready_command, config.ready_seconds, display.message, self._tell_readiness
         )
         self._shown = _Shown()
+        self._teller = Teller(client)
+        self._cloud = RunDisplay(display, "cloud: ")
 
     async def run(self) -> None:
         """Take part in every round until the server says that the run is over.
@@ -88,6 +94,7 @@ class EdgeAgent:
             self._display.message(f"the run ended, and the server was gone before the end of it: {error}")
         finally:
             self._worker.close()
+            self._teller.close()
         self._metrics.set_phase(Phase.DONE)
 
     async def _take_part_in_runs(self) -> None:
@@ -140,6 +147,7 @@ class EdgeAgent:
             await self._worker.run(self._disk.save, Progress(run_id=joined.run_id))
             self._disk.discard_all_but(())
             self._shown = _Shown()
+        self._cloud.epochs = joined.run.fine_tune.epochs
         crash_point(Point.AGENT_JOINED)
         self._display.message(
             f"joined as {self._disk.agent_id}, slot {joined.slot}: {joined.run.model} on {joined.run.dataset}"
@@ -153,12 +161,21 @@ class EdgeAgent:
                 # The states are followed from now on, so that the agent hears of the run's end.
                 tasks.create_task(self._follow())
                 data = LocalData(
-                    partial(load_local_models, joined, self._config, self._disk, self._device),
+                    partial(
+                        load_local_models,
+                        joined,
+                        self._config,
+                        self._disk,
+                        self._device,
+                        self._showing(Activity.READING),
+                        self._showing(Activity.EVALUATING),
+                    ),
                     joined.run,
                     self._config,
                     self._disk.agent_id,
                     self._worker,
                     self._display,
+                    self._teller,
                     tasks,
                     on_ready=self._news.ask_again,
                 )
@@ -172,15 +189,27 @@ class EdgeAgent:
                     readiness=self._readiness,
                     metrics=self._metrics,
                     display=self._display,
+                    teller=self._teller,
                 )
                 await member.take_part()
                 data.stop()
         except ExceptionGroup as group:
             raise group.exceptions[0] from None
 
+    def _showing(self, activity: Activity) -> OnExamples:
+        """Return what is called with the examples that are done; it shows and tells that."""
+        show = LongWork(self._display, activity.value)
+
+        def note(done: int, total: int) -> None:
+            self._teller.note(AgentProgress(activity, done, total))
+            show.update(done, total)
+
+        return note
+
     async def _follow(self) -> None:
         """Pass on the run's states, and show what went wrong with a round."""
         async for state in self._client.watch():
+            logs.bind(round=state.round)
             if state.failed_round > self._shown.failure:
                 self._shown.failure = state.failed_round
                 self._display.message(f"round {state.failed_round} failed: {state.failure}")
@@ -196,4 +225,7 @@ class EdgeAgent:
                 self._display.message(f"round {number}: contribution left out: {state.left_out.message}")
             if state.run_over:
                 self._client.patience_seconds = LAST_SECONDS
+            if state.outcome or state.phase is not RoundPhase.COLLECTING:
+                # Before, this agent has work of its own to show.
+                self._cloud.show(state)
             self._news.tell(state)

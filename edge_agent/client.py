@@ -18,6 +18,7 @@ from pydantic import ValidationError
 from tenacity import RetryCallState
 
 from common import rpc
+from common.agent_progress import TOLD, Activity, AgentProgress
 from common.config import PROTOCOL_VERSION, RunConfig
 from common.errors import (
     CorruptError,
@@ -66,6 +67,8 @@ MIN_RENEWAL_SECONDS = 60.0
 # Where a file does not match its digest so often, the file is damaged, not the network.
 MAX_DAMAGED = 3
 
+# Of transfers nothing is told: the server sees them.
+_ACTIVITIES: dict[Activity, Any] = {each: pb.Activity.Value(f"ACTIVITY_{each.name}") for each in TOLD}
 _KINDS = {"weights": pb.BLOB_KIND_WEIGHTS, "data": pb.BLOB_KIND_DATA}
 _T = TypeVar("_T")
 _E = TypeVar("_E", bound=Enum)
@@ -286,6 +289,26 @@ class CloudClient:
         fields = report.model_dump(exclude={"initial_weights"})
         await self._unary("Report", pb.ReportRequest(**fields))
 
+    async def tell_progress(self, progress: AgentProgress | None) -> float:
+        """Tell how far this agent is, in one attempt; return for how many seconds no more need be told.
+
+        Args:
+            progress: None: the agent does nothing now that takes long.
+
+        Raises:
+            Refusal: the server says no, or cannot be reached.
+        """
+        request = pb.ProgressRequest()
+        if progress:
+            request = pb.ProgressRequest(
+                activity=_ACTIVITIES[progress.activity],
+                done=progress.done,
+                total=progress.total,
+                loss=progress.loss,
+            )
+        reply = await self._once("Progress", request)
+        return float(reply.pause_seconds)
+
     # ------------------------------------------------------------------ how calls are made
 
     def _connect(self) -> None:
@@ -387,6 +410,7 @@ class CloudClient:
                             _strange("chunks without a byte")
                         await behind.put(reply.chunk)
                         received += len(reply.chunk)
+                        self._metrics.received_bytes_total.labels("model").inc(len(reply.chunk))
                         fate.reached(received)
                         crash_point(Point.AGENT_CHUNK_RECEIVED)
                         on_bytes(received, blob.size_bytes)

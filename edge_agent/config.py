@@ -3,7 +3,7 @@
 import re
 import shutil
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import Field, ValidationInfo, field_validator
 
@@ -93,9 +93,6 @@ class AgentConfig(ProcessConfig):
 
     insecure: bool = False
     """Plaintext, with a server that has `insecure` as well."""
-
-    log_level: Literal["debug", "info", "warning", "error"] = "info"
-    """The least severe messages that are logged: `debug`, `info`, `warning` or `error`."""
 
     @field_validator("server")
     @classmethod

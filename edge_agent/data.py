@@ -23,6 +23,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import torch
 
+from common.agent_progress import OnExamples, ignore_examples
 from common.config import CLASS_NAMES, DATASETS, RunConfig
 from common.errors import UsageError
 from common.models import import_factory
@@ -71,8 +72,14 @@ class Split(Protocol):
     def labels(self) -> np.ndarray:
         """Return the labels, int64 [N]."""
 
-    def read(self, indices: np.ndarray, image_shape: ImageShape) -> tuple[Shard, int]:
-        """Return these examples in this shape, and how many could not be read and are left out."""
+    def read(
+        self, indices: np.ndarray, image_shape: ImageShape, on_read: OnExamples = ignore_examples
+    ) -> tuple[Shard, int]:
+        """Return these examples in this shape, and how many could not be read and are left out.
+
+        Args:
+            on_read: called now and then with how many were read, and with their number.
+        """
 
 
 class Source(NamedTuple):
@@ -90,6 +97,7 @@ def load_agent_data(
     partition: Partition | None,
     seed_name: str,
     allowed_factories: Collection[str],
+    on_read: OnExamples = ignore_examples,
 ) -> AgentData:
     """Read this agent's part of `source`, or of the run's dataset where that is None.
 
@@ -99,6 +107,7 @@ def load_agent_data(
         partition: None: all of the source.
         seed_name: names the random stream that picks the held-out part: the agent's id.
         allowed_factories: the "package.module:factory" names that may be imported.
+        on_read: called now and then with how many examples of a split were read, and with their number.
 
     Raises:
         UsageError: the source does not exist, cannot be read, does not fit the run, or leaves nothing
@@ -117,7 +126,7 @@ def load_agent_data(
     shards, num_skipped = [], 0
     for part in splits:
         indices = _own_indices(run, name, part.labels, classes, partition)
-        shard, skipped = part.read(indices, run.spec.image_shape)
+        shard, skipped = part.read(indices, run.spec.image_shape, on_read)
         if not len(shard.labels):
             raise UsageError(f"data source {name}: none of its images can be read; see the warning above")
         shards.append(shard)
@@ -277,9 +286,13 @@ class ArraySplit:
     # The labels, int64 [N].
     labels: np.ndarray
 
-    def read(self, indices: np.ndarray, image_shape: ImageShape) -> tuple[Shard, int]:
+    def read(
+        self, indices: np.ndarray, image_shape: ImageShape, on_read: OnExamples = ignore_examples
+    ) -> tuple[Shard, int]:
         """Return these examples in this shape, and how many could not be read and are left out."""
-        return Shard(fit(self.images[indices], image_shape), self.labels[indices]), 0
+        shard = Shard(fit(self.images[indices], image_shape), self.labels[indices])
+        on_read(len(indices), len(indices))
+        return shard, 0
 
 
 def fit(images: np.ndarray, image_shape: ImageShape) -> np.ndarray:

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import structlog
 
+from common.agent_progress import OnExamples, ignore_examples
 from common.config import Background, RunConfig, class_name
 from common.errors import UsageError, encodable, one_line
 from common.shards import Shard
@@ -41,7 +42,12 @@ class FileSplit:
     class_names: Sequence[str]
     background: Background = "white"
 
-    def read(self, indices: np.ndarray, image_shape: tuple[int, int, int]) -> tuple[Shard, int]:
+    def read(
+        self,
+        indices: np.ndarray,
+        image_shape: tuple[int, int, int],
+        on_read: OnExamples = ignore_examples,
+    ) -> tuple[Shard, int]:
         """Decode these files; files that cannot be read are left out, counted, and logged once."""
         images = np.empty((len(indices), *image_shape), np.uint8)
         is_read = np.zeros(len(indices), bool)
@@ -59,8 +65,11 @@ class FileSplit:
             return failures
 
         with quiet_pillow(), ThreadPoolExecutor(NUM_DECODERS) as pool:
-            batches = pool.map(decode, range(0, len(indices), _DECODER_BATCH))
-            failures = [failure for batch in batches for failure in batch]
+            failures = []
+            starts = range(0, len(indices), _DECODER_BATCH)
+            for start, failed in zip(starts, pool.map(decode, starts), strict=True):
+                failures += failed
+                on_read(min(start + _DECODER_BATCH, len(indices)), len(indices))
         labels = self.labels[indices]
         if not failures:
             return Shard(images, labels), 0

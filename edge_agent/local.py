@@ -15,6 +15,7 @@ import structlog
 import torch
 from torch import nn
 
+from common.agent_progress import OnExamples, ignore_examples
 from common.config import RunConfig, TrainingConfig
 from common.errors import DivergedError, RunError
 from common.evaluation import Evaluation, evaluate
@@ -42,9 +43,18 @@ log = structlog.get_logger()
 
 
 def load_local_models(
-    joined: Joined, config: AgentConfig, disk: AgentState, device: torch.device
+    joined: Joined,
+    config: AgentConfig,
+    disk: AgentState,
+    device: torch.device,
+    on_read: OnExamples = ignore_examples,
+    on_evaluated: OnExamples = ignore_examples,
 ) -> "LocalModels":
     """Rehearse the model, read this agent's data, and make sure that its shard files hold them.
+
+    Args:
+        on_read: called now and then while the data are read.
+        on_evaluated: called now and then while a model is measured, as long as there is this object.
 
     Raises:
         UsageError: the model cannot be used here, or is another one than the server's; or the data cannot be
@@ -60,6 +70,7 @@ def load_local_models(
         seed_name=disk.agent_id,
         # Whoever names code with --data allows it to run.
         allowed_factories={*config.allow_factory, config.data or ""},
+        on_read=on_read,
     )
     return LocalModels(
         joined.run,
@@ -70,6 +81,7 @@ def load_local_models(
         config.checkpoint_seconds,
         shared_fraction=config.shared_fraction,
         planned_rounds=joined.planned_rounds,
+        on_evaluated=on_evaluated,
     )
 
 
@@ -104,6 +116,7 @@ class LocalModels:
     Args:
         shared_fraction: how much of the examples to train on is uploaded.
         planned_rounds: how many rounds the learning-rate schedule of the run is for.
+        on_evaluated: called now and then while a model is measured, in the thread that measures it.
 
     Attributes:
         stamp: the stamp of the data; see edge_agent/data.py.
@@ -126,8 +139,10 @@ class LocalModels:
         *,
         shared_fraction: float = 1.0,
         planned_rounds: int = 1,
+        on_evaluated: OnExamples = ignore_examples,
     ) -> None:
         self._run = run
+        self._on_evaluated = on_evaluated
         self._planned_rounds = planned_rounds
         self._held_out = data.held_out
         self._disk = disk
@@ -354,6 +369,7 @@ class LocalModels:
                 torch.from_numpy(self._held_out.labels),
                 spec=self._run.spec,
                 device=self._device,
+                on_examples=self._on_evaluated,
             )
 
 

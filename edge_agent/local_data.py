@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Callable
 
+from common.agent_progress import Activity, AgentProgress
 from common.config import RunConfig
 from common.errors import UsageError
 from common.faults import Point, crash_point
@@ -10,6 +11,7 @@ from common.progress import ProgressDisplay
 from edge_agent.config import AgentConfig
 from edge_agent.data import data_stamp
 from edge_agent.local import LocalModels
+from edge_agent.teller import Teller
 from edge_agent.worker import Worker
 
 
@@ -30,6 +32,7 @@ class LocalData:
         agent_id: str,
         worker: Worker,
         display: ProgressDisplay,
+        teller: Teller,
         tasks: asyncio.TaskGroup,
         on_ready: Callable[[], None],
     ) -> None:
@@ -39,6 +42,7 @@ class LocalData:
         self._agent_id = agent_id
         self._worker = worker
         self._display = display
+        self._teller = teller
         # What was shown last of what is not read, so that it is not shown again in each round.
         self._shown_not_read = ""
         self._loading: asyncio.Future[LocalModels] = tasks.create_task(self._load())
@@ -75,7 +79,8 @@ class LocalData:
         self._loading.set_result(loaded)
 
     async def _load(self) -> LocalModels:
-        models = await self._worker.run(self._load_models)
+        async with self._teller.telling(AgentProgress(Activity.READING)):
+            models = await self._worker.run(self._load_models)
         crash_point(Point.AGENT_DATA_LOADED)
         if models.not_read and models.not_read != self._shown_not_read:
             self._display.message(models.not_read)

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import structlog
 
+from common.agent_progress import Activity, AgentProgress
 from common.config import RunConfig
 from common.errors import (
     ConflictError,
@@ -38,6 +39,7 @@ from edge_agent.metrics import AgentMetrics, Phase
 from edge_agent.news import News
 from edge_agent.readiness import Readiness
 from edge_agent.state import AgentState, Arrived, Report, Trained
+from edge_agent.teller import Teller
 from edge_agent.transfers import Transfers, is_whole
 from edge_agent.worker import Worker
 
@@ -82,6 +84,7 @@ class Member:
         readiness: Readiness,
         metrics: AgentMetrics,
         display: ProgressDisplay,
+        teller: Teller,
     ) -> None:
         self._run = run
         self._client = client
@@ -92,6 +95,7 @@ class Member:
         self._readiness = readiness
         self._metrics = metrics
         self._display = display
+        self._teller = teller
         self._transfers = Transfers(client, disk, worker, display, data)
 
     async def take_part(self) -> None:
@@ -193,8 +197,11 @@ class Member:
         if state.has_full_curve:
             log.info("full_curve", round=number)
         pretrain = partial(models.pretrain, has_full_curve=state.has_full_curve)
-        model = await self._training(f"round {number}: pre-training", pretrain, number, path)
-        return await self._worker.run(models.keep, number, initial and initial.digest, model)
+        label = f"round {number}: pre-training"
+        async with self._teller.telling(AgentProgress(Activity.PRE_TRAINING)):
+            model = await self._training(Activity.PRE_TRAINING, label, pretrain, number, path)
+        async with self._teller.telling(AgentProgress(Activity.EVALUATING)):
+            return await self._worker.run(models.keep, number, initial and initial.digest, model)
 
     def _is_kept(self, models: LocalModels, trained: Trained, number: int, initial: Blob | None) -> bool:
         """Return True if these weights are here, of this round, from that start and today's data."""
@@ -303,8 +310,11 @@ class Member:
         if trained and trained.round != published.round:
             trained = None
         models = await self._data.models()
-        adapting = f"round {published.round}: adapting"
-        report = await self._training(adapting, models.measure, published.round, path, trained)
+        label = f"round {published.round}: adapting"
+        async with self._teller.telling(AgentProgress(Activity.EVALUATING)):
+            report = await self._training(
+                Activity.ADAPTING, label, models.measure, published.round, path, trained
+            )
         arrived = Arrived(weights=published.weights, report=report)
         # Once the model is replaced, the one before cannot be measured again.
         await self._save(arrived=arrived)
@@ -314,7 +324,8 @@ class Member:
     async def _use_and_report(self, arrived: Arrived, path: Path) -> None:
         report = arrived.report
         models = await self._data.models()
-        await self._training(f"round {report.round}: adapting", models.apply, path, report)
+        label = f"round {report.round}: adapting"
+        await self._training(Activity.ADAPTING, label, models.apply, path, report)
         crash_point(Point.AGENT_MODEL_APPLIED)
         self._metrics.set_accuracies(
             local=report.accuracy_local,
@@ -332,7 +343,7 @@ class Member:
 
     # ------------------------------------------------------------------ small parts
 
-    async def _training(self, label: str, function: Callable[..., _T], *args: Any) -> _T:
+    async def _training(self, activity: Activity, label: str, function: Callable[..., _T], *args: Any) -> _T:
         """Call what trains: it shows how far it is, and stops soon after this is cancelled.
 
         Args:
@@ -343,6 +354,7 @@ class Member:
         def show(step: StepReport) -> None:
             if is_left.is_set():
                 raise RunError("stopped while training")
+            self._teller.note(AgentProgress(activity, step.step, step.num_steps, step.loss))
             self._show_step(label, step)
 
         try:
@@ -353,6 +365,7 @@ class Member:
 
     def _show_step(self, label: str, step: StepReport) -> None:
         self._metrics.pretrain_loss.set(step.loss)
+        self._metrics.progress_ratio.set(step.step / step.num_steps)
         self._display.update(label, step.step, step.num_steps, f"loss {step.loss:.3f}")
 
     async def _save(self, **changes: Any) -> None:

@@ -104,7 +104,7 @@ class Transfers:
         crash_point(Point.AGENT_UPLOADED)
 
     def _bar(self, label: str) -> OnBytes:
-        return lambda done, total: self._display.update(label, done, total)
+        return lambda done, total: self._display.update(label, done, total, unit="bytes")
 
 
 def is_whole(path: Path, blob: Blob) -> bool:

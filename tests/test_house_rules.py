@@ -164,7 +164,7 @@ def test_nothing_unpickles(module: str) -> None:
 def test_serving_process_does_not_import_torch() -> None:
     code = (
         "import sys, cloud_server.server, cloud_server.coordinator, cloud_server.training.supervisor,"
-        " cloud_server.showing.display, cloud_server.commands.admin, cloud_server.__main__;"
+        " common.run_display, cloud_server.commands.admin, cloud_server.__main__;"
         "sys.exit(1 if 'torch' in sys.modules else 0)"
     )
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0

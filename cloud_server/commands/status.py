@@ -28,6 +28,8 @@ POLL_SECONDS = 0.5
 ANSWER_SECONDS = 10.0
 # A server that is started again is back in this time.
 RETURN_SECONDS = 60.0
+# These parts of the status change with the time alone.
+_CLOCKS = ("phases", "waiting")
 # The status of 10,000 agents takes a tenth of this.
 MAX_ANSWER_BYTES = 64 * 2**20
 
@@ -147,8 +149,16 @@ def _watch(page: Page) -> Iterator[str]:
 
 
 def _without_clocks(document: str) -> dict[str, Any]:
-    """Return the status without how long the phases have lasted, which always changes."""
-    return {key: value for key, value in json.loads(document).items() if key != "phases"}
+    """Return the status without what changes with the time alone: durations, paces and times left."""
+    known = {key: value for key, value in json.loads(document).items() if key not in _CLOCKS}
+    agents = known.get("agents") or []
+    return known | {
+        "agents": [{**agent, "progress": _without_pace(agent.get("progress"))} for agent in agents]
+    }
+
+
+def _without_pace(progress: Mapping[str, Any] | None) -> dict[str, Any]:
+    return {key: value for key, value in (progress or {}).items() if key not in ("rate", "seconds_left")}
 
 
 def _is_over(document: str) -> bool:

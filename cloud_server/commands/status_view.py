@@ -5,9 +5,11 @@ The document comes from another process, perhaps of another version: what it doe
 
 import sys
 from collections.abc import Iterable, Mapping
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from rich.console import Console, Group, RenderableType
+from rich.filesize import decimal
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
@@ -15,6 +17,7 @@ from rich.text import Text
 
 from common import cli
 from common.errors import one_line
+from common.progress import rate_text
 
 # The width of what is not written to a terminal.
 WIDTH = 120
@@ -60,6 +63,7 @@ def _headline(document: Document) -> Text:
         lines.append("The run is over.")
     elif phase == "collecting":
         lines.append(_quorum(document))
+        lines.append(str(document.get("waiting") or ""))
     rounds = document.get("rounds") or []
     if rounds and rounds[-1].get("failure"):
         lines.append(f"Round {rounds[-1].get('round')} failed: {rounds[-1]['failure']}")
@@ -71,7 +75,14 @@ def _headline(document: Document) -> Text:
             f" {_percent(last.get('accuracy_start'))} at the start,"
             f" {_percent(last.get('accuracy_published'))} as published"
         )
-    return _text("\n".join(map(one_line, lines)))
+    if _trainer(document).get("state") == "restarting":
+        lines.append("The trainer has ended, and is started again.")
+    return _text("\n".join(one_line(line) for line in lines if line))
+
+
+def _trainer(document: Document) -> Document:
+    trainer = document.get("trainer")
+    return trainer if isinstance(trainer, Mapping) else {}
 
 
 def _run(document: Document) -> str:
@@ -94,7 +105,8 @@ def _progress(document: Document) -> RenderableType | None:
     done, total = work["done"], work["total"]
     loss = "" if work.get("loss") is None else f", loss {work['loss']:.3f}"
     line = Table.grid(padding=(0, 1))
-    line.add_row(ProgressBar(total, done, width=24), _text(f"step {done} of {total}{loss}"))
+    left = _left(_trainer(document).get("seconds_left"))
+    line.add_row(ProgressBar(total, done, width=24), _text(f"step {done} of {total}{loss}{left}"))
     return line
 
 
@@ -131,8 +143,9 @@ def _cells(agent: Document) -> tuple[str, ...]:
 def _state(agent: Document) -> str:
     """Return what the agent does, or has done, in words."""
     is_away = agent.get("state") == "away"
-    parts = [_OUTCOMES.get(agent.get("outcome") or "", "" if is_away else "working")]
-    parts.append("away" if is_away else "")
+    doing = _doing(agent.get("progress"))
+    parts = [_OUTCOMES.get(agent.get("outcome") or "", "" if is_away or doing else "working"), doing]
+    parts.append(_away(agent) if is_away else "")
     if place := agent.get("upload_place"):
         parts.append(f"waits to upload, place {place}")
     if agent.get("applied") is not None:
@@ -143,6 +156,32 @@ def _state(agent: Document) -> str:
         parts.append("left out of the model")
     parts.append(str(agent.get("message") or ""))
     return ", ".join(filter(None, parts))
+
+
+def _away(agent: Document) -> str:
+    since = agent.get("away_since")
+    return f"away since {datetime.fromtimestamp(since, UTC):%Y-%m-%d %H:%M} UTC" if since else "away"
+
+
+def _doing(progress: Document | None) -> str:
+    """Return what an agent is doing, how far it is, how fast, and how long that will take."""
+    if not progress or progress.get("phase") == "queued":
+        # Its place in the queue says more.
+        return ""
+    does = str(progress.get("phase")).replace("_", "-")
+    done, total, unit = progress.get("done") or 0, progress.get("total"), str(progress.get("unit"))
+    if total and unit == "bytes":
+        does += f" {decimal(done)} of {decimal(total)}"
+    elif total:
+        does += f" {100 * done // total} %"
+    if rate := progress.get("rate"):
+        does += f" at {rate_text(rate, unit)}"
+    return does + _left(progress.get("seconds_left"))
+
+
+def _left(seconds: float | None) -> str:
+    """Return the time left in minutes and seconds, with a comma before it; nothing if it is unknown."""
+    return "" if seconds is None else f", {timedelta(seconds=round(seconds))} left"
 
 
 def _percent(ratio: float | None) -> str:

@@ -106,6 +106,9 @@ class Admission:
         if holder.token_id is not None and method != _ENROLL:
             raise ForbiddenError("the holder of a join token may enroll, and nothing else", Reason.TOKEN)
         _CALLER.set(holder)
+        if holder.agent_id:
+            # Each call has a context of its own, so that nothing has to be unbound.
+            structlog.contextvars.bind_contextvars(agent_id=holder.agent_id)
         caller = f"token {holder.token_id}" if holder.token_id else f"agent {holder.agent_id or ''}"
         with (
             self._limits.call(caller),

@@ -173,6 +173,11 @@ class Authority:
         """Return the SHA-256 of the CA's certificate, hexadecimal."""
         return tls.fingerprint(self._ca).hex()
 
+    @property
+    def ends_at(self) -> float:
+        """Return when the CA's certificate ends, and with it all others, in seconds since the epoch."""
+        return self._ca.not_valid_after_utc.timestamp()
+
     @cached_property
     def ca_certificate(self) -> bytes:
         """Return the CA's certificate, PEM."""

@@ -15,10 +15,20 @@ class Presence:
     Args:
         expected: the agents that the previous process of this server knew; they have time to come back.
         clock: returns seconds that never decrease.
+        wall_clock: returns seconds since the epoch.
     """
 
-    def __init__(self, expected: Iterable[str] = (), clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        expected: Iterable[str] = (),
+        clock: Callable[[], float] = time.monotonic,
+        wall_clock: Callable[[], float] = time.time,
+    ) -> None:
         self._clock = clock
+        self._wall_clock = wall_clock
+        # When agents have left last, in seconds since the epoch; the others have not come since the start.
+        self._away_since: dict[str, float] = {}
+        self._started_at = wall_clock()
         self._num_connections: Counter[str] = Counter()
         # The agents with a connection, without those that were forgotten.
         self._here: set[str] = set()
@@ -53,6 +63,7 @@ class Presence:
         if agent_id in self._here:
             self._here.discard(agent_id)
             self._last_seen[agent_id] = self._clock()
+            self._away_since[agent_id] = self._wall_clock()
 
     def dismiss(self, agent_id: str) -> None:
         """Note that the agent has been told that the run is over."""
@@ -63,6 +74,14 @@ class Presence:
         self._here.discard(agent_id)
         self._not_ready.discard(agent_id)
         self._last_seen.pop(agent_id, None)
+        self._away_since.pop(agent_id, None)
+
+    def away_since(self, agent_id: str) -> float | None:
+        """Return since when an agent is away, in seconds since the epoch; None: it is here.
+
+        An agent that has not come since this server's start is away since then.
+        """
+        return None if agent_id in self._here else self._away_since.get(agent_id, self._started_at)
 
     @property
     def here(self) -> Set[str]:

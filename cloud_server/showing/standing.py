@@ -5,7 +5,8 @@ Whoever makes something true and durable shows it here: the ledger and the coord
 
 import asyncio
 import math
-from collections import defaultdict
+import time
+from collections import Counter, defaultdict
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Set
 from contextlib import contextmanager
 
@@ -13,8 +14,10 @@ from cloud_server.disk.tables import RoundRow
 from cloud_server.metrics import ServerMetrics
 from cloud_server.round import Round
 from cloud_server.showing.presence import Presence
+from cloud_server.showing.progress import ProgressBoard
 from cloud_server.store import Store
 from common.errors import Reason
+from common.pace import Pace
 from common.run_state import LeftOut, PublishedModel, RunState, WorkProgress
 from common.transfer import Blob, Encoded
 
@@ -40,6 +43,7 @@ class Standing:
         presence: Presence,
         *,
         store: Store,
+        board: ProgressBoard,
         metrics: ServerMetrics,
         on_change: Callable[[RunState], None],
     ) -> None:
@@ -47,6 +51,7 @@ class Standing:
         self._slots = dict(slots)
         self._presence = presence
         self._store = store
+        self._board = board
         self._metrics = metrics
         self._on_change = on_change
         self._changed = asyncio.Event()
@@ -57,8 +62,9 @@ class Standing:
         self._counts_told_at = -math.inf
         # How many agents have been forgotten in this life of the server.
         self.num_forgotten = 0
-        # How far the trainer is in this phase.
+        # How far the trainer is in this phase, and its pace.
         self._progress: WorkProgress | None = None
+        self._pace = Pace()
         self._run_over = False
         self._latest_model: PublishedModel | None = None
         self._counted = store.counted_rounds()
@@ -73,6 +79,7 @@ class Standing:
         # The agents that have reported on the model of this round.
         self._reported = {row.agent_id for row in store.reports(current.number)}
         metrics.watch_agents(self._num_agents)
+        metrics.watch_selection(self._num_selected)
         # These two are set by show().
         self._initial_weights = Blob("", 0)
         self._initial_encoded: Encoded | None = None
@@ -88,7 +95,7 @@ class Standing:
         """
         before, self._round = self._round, current
         if current.phase is not before.phase:
-            self._progress = None
+            self._progress, self._pace = None, Pace()
         if current.number != before.number:
             self._reported = set()
         if current.initial_digest != self._initial_weights.digest:
@@ -115,6 +122,7 @@ class Standing:
         self._counted.pop(agent_id, None)
         self._left_out.pop(agent_id, None)
         self._reported.discard(agent_id)
+        self._board.forget(agent_id)
         self._metrics.forget(agent_id)
 
     def show_report(self, agent_id: str, number: int) -> None:
@@ -126,6 +134,7 @@ class Standing:
     def show_progress(self, progress: WorkProgress) -> None:
         """Show how far the trainer is in this phase."""
         self._progress = progress
+        self._pace.note(progress.done, time.monotonic())
         self._tell_all_soon()
         self._display()
 
@@ -190,6 +199,12 @@ class Standing:
         return self._progress
 
     @property
+    def work_seconds_left(self) -> float | None:
+        """Return how long the trainer will take in this phase; None if that is unknown."""
+        progress = self._progress
+        return progress and self._pace.seconds_left(progress.total, time.monotonic())
+
+    @property
     def run_over(self) -> bool:
         """Return True if every agent has been told that the run is over."""
         return self._run_over
@@ -203,6 +218,10 @@ class Standing:
     def reported(self) -> Set[str]:
         """Return the agents that have reported on the model of the current round."""
         return self._reported
+
+    def is_watched_by(self, agent_id: str) -> bool:
+        """Return True if the agent has an open Watch."""
+        return agent_id in self._watches
 
     async def watch(self, agent_id: str, *, is_ready: bool = True) -> AsyncIterator[RunState]:
         """Yield the state now, then after each change; slow readers skip states, never the latest.
@@ -263,6 +282,7 @@ class Standing:
             self._watches[agent_id].discard(news)
             if not self._watches[agent_id]:
                 del self._watches[agent_id]
+                self._board.forget(agent_id)
             self._note_change()
 
     def _num_agents(self) -> dict[str, int]:
@@ -271,6 +291,11 @@ class Standing:
         contributed = len(here & self._round.contributions.keys())
         away = len(self._slots.keys() - here)
         return {"watching": len(here) - contributed, "contributed": contributed, "away": away}
+
+    def _num_selected(self) -> dict[str, int]:
+        """Return the number of agents by Selection; nothing without a sample."""
+        chosen = (self._round.selection_of(agent_id) for agent_id in self._slots)
+        return Counter(each.value for each in chosen if each)
 
     def _note_end(self, ended: Round | RoundRow) -> None:
         # Agents do not use the model of round 0: it is only where round 1 starts from.

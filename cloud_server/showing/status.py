@@ -1,17 +1,21 @@
 """The JSON behind the status page and `cloud-server status`: the run now, its agents, its latest rounds."""
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from cloud_server.disk.tables import ReportRow, RoundRow
 from cloud_server.jobs import AgentAudit, Result
 from cloud_server.round import OVER, Round
+from cloud_server.showing.agent_metrics import OneAgent
 from cloud_server.showing.presence import Presence
+from cloud_server.showing.progress import ProgressBoard, Shown
 from cloud_server.showing.reports import Reports
 from cloud_server.showing.standing import Standing
+from cloud_server.showing.waiting import Pending, sentence
 from cloud_server.store import Store
-from common.run_state import Phase
+from common.agent_progress import UNITS, Activity, AgentProgress
+from common.run_state import Outcome, Phase, Selection
 
 # So many of the latest rounds are on the status page.
 STATUS_ROUNDS = 50
@@ -22,7 +26,9 @@ class Status:
 
     Args:
         run_name: the name of the run for people.
+        board: how far each agent is.
         upload_places: returns the places in the queue, by agent id, of those that wait to upload.
+        is_trainer_running: returns True while there is a trainer process.
         clock: seconds since the epoch.
     """
 
@@ -35,7 +41,9 @@ class Status:
         *,
         store: Store,
         reports: Reports,
+        board: ProgressBoard,
         upload_places: Callable[[], Mapping[str, int]],
+        is_trainer_running: Callable[[], bool],
         clock: Callable[[], float],
     ) -> None:
         self._run_id = run_id
@@ -44,11 +52,30 @@ class Status:
         self._presence = presence
         self._store = store
         self._reports = reports
+        self._board = board
         self._upload_places = upload_places
+        self._is_trainer_running = is_trainer_running
         self._clock = clock
         # Results by round, and the number of agents that had been forgotten before they were read.
         self._results: dict[int, Result] = {}
         self._num_forgotten = 0
+
+    @property
+    def trainer_state(self) -> str:
+        """Return how the trainer is, one of TRAINER_STATES."""
+        if not self._is_trainer_running():
+            return "restarting"
+        is_working = self._standing.current.phase in (Phase.AGGREGATING, Phase.FINE_TUNING, Phase.EVALUATING)
+        return "working" if is_working else "idle"
+
+    def each_agent(self) -> Iterator[OneAgent]:
+        """Yield every agent of the run, for the metrics that have their ids."""
+        places, here = self._upload_places(), self._presence.here
+        for agent_id in self._standing.slots:
+            shown = self._doing(agent_id, places) if agent_id in here else None
+            activity = shown.progress.activity.value if shown else ""
+            ratio = shown.progress.done / shown.progress.total if shown and shown.progress.total else None
+            yield OneAgent(agent_id, agent_id in here, activity, ratio)
 
     async def read(self) -> dict[str, Any]:
         """Return the status as JSON values; see docs/metrics.md for where it is served."""
@@ -58,10 +85,11 @@ class Status:
         num_accepted = await asyncio.to_thread(self._store.num_accepted)
         last_published = max((row.number for row in rows if row.published_digest), default=0)
         reported = {row.agent_id: row for row in await asyncio.to_thread(self._store.reports, last_published)}
-        current, progress, here = standing.current, standing.progress, self._presence.here
+        current, progress = standing.current, standing.progress
         audited = results.get(last_published, Result()).audit
         audits = {agent.agent_id: _audit_status(agent) for agent in audited}
-        places = self._upload_places()
+        places, presence = self._upload_places(), self._presence
+        doing = {agent_id: self._doing(agent_id, places) for agent_id in presence.here}
         return {
             "run_id": self._run_id,
             "run_name": self._run_name,
@@ -69,13 +97,17 @@ class Status:
             "phase": current.phase.value,
             "phases": _phases(rows[-1], current, self._clock()),
             "progress": progress and {"done": progress.done, "total": progress.total, "loss": progress.loss},
+            "trainer": {"state": self.trainer_state, "seconds_left": standing.work_seconds_left},
+            "waiting": None if standing.run_over else sentence(current, self._pending(doing), self._clock()),
             "agents": [
-                _agent_status(agent_id, slot, current, agent_id in here, reported.get(agent_id))
+                _agent_status(agent_id, slot, current, agent_id in presence.here, reported.get(agent_id))
                 | {
+                    "progress": _progress_status(doing.get(agent_id)),
+                    "away_since": presence.away_since(agent_id),
                     "audit": audits.get(agent_id),
                     "upload_place": places.get(agent_id),
                     "selection": current.selection_of(agent_id),
-                    "is_ready": agent_id not in self._presence.not_ready,
+                    "is_ready": agent_id not in presence.not_ready,
                 }
                 for agent_id, slot in sorted(standing.slots.items(), key=lambda item: item[1])
             ],
@@ -89,6 +121,28 @@ class Status:
             "max_agents": current.policy.max_agents,
             "deadline_at": current.deadline_at,
         }
+
+    def _doing(self, agent_id: str, places: Mapping[str, int]) -> Shown | None:
+        """Return what an agent that is here is doing; None: nobody knows."""
+        shown = self._board.of(agent_id)
+        if shown is None and agent_id in places:
+            return Shown(AgentProgress(Activity.QUEUED), None, None)
+        return shown
+
+    def _pending(self, doing: Mapping[str, Shown | None]) -> list[Pending]:
+        """Return the agents that may contribute to the round, and have not."""
+        current, presence = self._standing.current, self._presence
+        return [
+            Pending(
+                agent_id,
+                presence.away_since(agent_id),
+                agent_id not in presence.not_ready,
+                doing.get(agent_id),
+            )
+            for agent_id in self._standing.slots
+            if current.outcome_of(agent_id) in (None, Outcome.REJECTED)
+            and current.selection_of(agent_id) is not Selection.NOT_DRAWN
+        ]
 
     async def _results_of(self, rows: Sequence[RoundRow]) -> dict[int, Result]:
         """Return the results of the published ones of these rounds, by the number of the round."""
@@ -124,6 +178,22 @@ def _agent_status(
         "accuracy_adapted": report and report.accuracy_adapted,
         "applied": report and report.applied,
         "message": rejection.message if rejection else (report.reason if report else ""),
+    }
+
+
+def _progress_status(shown: Shown | None) -> dict[str, Any] | None:
+    """Return what an agent is doing; its rate is in units a second."""
+    if shown is None:
+        return None
+    activity, done, total, loss = shown.progress
+    return {
+        "phase": activity.value,
+        "done": done,
+        "total": total,
+        "unit": UNITS[activity].value,
+        "rate": shown.rate,
+        "seconds_left": shown.seconds_left,
+        "loss": loss,
     }
 
 

@@ -37,6 +37,10 @@ class Trainer(Protocol):
     def num_exits(self) -> int:
         """Return how often the process has died since the server started."""
 
+    @property
+    def is_running(self) -> bool:
+        """Return True while there is a process."""
+
 
 async def _ignore(lines: list[Progress]) -> None: ...
 

@@ -65,6 +65,11 @@ class TrainerProcess:
         return self._num_exits
 
     @property
+    def is_running(self) -> bool:
+        """Return True while there is a trainer process."""
+        return self._process is not None
+
+    @property
     def pid(self) -> int | None:
         """Return the id of the trainer process, which is also the id of its process group.
 

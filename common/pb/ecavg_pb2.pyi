@@ -73,6 +73,14 @@ class Selection(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     SELECTION_PENDING: _ClassVar[Selection]
     SELECTION_DRAWN: _ClassVar[Selection]
     SELECTION_NOT_DRAWN: _ClassVar[Selection]
+
+class Activity(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    ACTIVITY_UNSPECIFIED: _ClassVar[Activity]
+    ACTIVITY_READING: _ClassVar[Activity]
+    ACTIVITY_PRE_TRAINING: _ClassVar[Activity]
+    ACTIVITY_EVALUATING: _ClassVar[Activity]
+    ACTIVITY_ADAPTING: _ClassVar[Activity]
 REASON_UNSPECIFIED: Reason
 REASON_MALFORMED_REQUEST: Reason
 REASON_PROTOCOL_MISMATCH: Reason
@@ -125,6 +133,11 @@ SELECTION_UNSPECIFIED: Selection
 SELECTION_PENDING: Selection
 SELECTION_DRAWN: Selection
 SELECTION_NOT_DRAWN: Selection
+ACTIVITY_UNSPECIFIED: Activity
+ACTIVITY_READING: Activity
+ACTIVITY_PRE_TRAINING: Activity
+ACTIVITY_EVALUATING: Activity
+ACTIVITY_ADAPTING: Activity
 
 class Blob(_message.Message):
     __slots__ = ("digest", "size_bytes")
@@ -349,6 +362,24 @@ class ReportRequest(_message.Message):
 class ReportReply(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
+
+class ProgressRequest(_message.Message):
+    __slots__ = ("activity", "done", "total", "loss")
+    ACTIVITY_FIELD_NUMBER: _ClassVar[int]
+    DONE_FIELD_NUMBER: _ClassVar[int]
+    TOTAL_FIELD_NUMBER: _ClassVar[int]
+    LOSS_FIELD_NUMBER: _ClassVar[int]
+    activity: Activity
+    done: int
+    total: int
+    loss: float
+    def __init__(self, activity: _Optional[_Union[Activity, str]] = ..., done: _Optional[int] = ..., total: _Optional[int] = ..., loss: _Optional[float] = ...) -> None: ...
+
+class ProgressReply(_message.Message):
+    __slots__ = ("pause_seconds",)
+    PAUSE_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    pause_seconds: float
+    def __init__(self, pause_seconds: _Optional[float] = ...) -> None: ...
 
 class EnrollRequest(_message.Message):
     __slots__ = ("request",)

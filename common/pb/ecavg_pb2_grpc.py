@@ -69,6 +69,11 @@ class ECAvgStub(object):
                 request_serializer=common_dot_pb_dot_ecavg__pb2.ReportRequest.SerializeToString,
                 response_deserializer=common_dot_pb_dot_ecavg__pb2.ReportReply.FromString,
                 _registered_method=True)
+        self.Progress = channel.unary_unary(
+                '/ecavg.v1.ECAvg/Progress',
+                request_serializer=common_dot_pb_dot_ecavg__pb2.ProgressRequest.SerializeToString,
+                response_deserializer=common_dot_pb_dot_ecavg__pb2.ProgressReply.FromString,
+                _registered_method=True)
         self.Enroll = channel.unary_unary(
                 '/ecavg.v1.ECAvg/Enroll',
                 request_serializer=common_dot_pb_dot_ecavg__pb2.EnrollRequest.SerializeToString,
@@ -138,6 +143,14 @@ class ECAvgServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Progress(self, request, context):
+        """Tells what this agent is doing and how far it is, for those who look at the run. Nothing is recorded, and
+        the server forgets it when the agent's Watch ends. Transfers need not be told: the server sees them.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Enroll(self, request, context):
         """Gives a device its certificate. Only the holder of a join token may make this call, and may make no other
         call. A device that enrolls again with the same key does not use up the token.
@@ -190,6 +203,11 @@ def add_ECAvgServicer_to_server(servicer, server):
                     servicer.Report,
                     request_deserializer=common_dot_pb_dot_ecavg__pb2.ReportRequest.FromString,
                     response_serializer=common_dot_pb_dot_ecavg__pb2.ReportReply.SerializeToString,
+            ),
+            'Progress': grpc.unary_unary_rpc_method_handler(
+                    servicer.Progress,
+                    request_deserializer=common_dot_pb_dot_ecavg__pb2.ProgressRequest.FromString,
+                    response_serializer=common_dot_pb_dot_ecavg__pb2.ProgressReply.SerializeToString,
             ),
             'Enroll': grpc.unary_unary_rpc_method_handler(
                     servicer.Enroll,
@@ -391,6 +409,33 @@ class ECAvg(object):
             '/ecavg.v1.ECAvg/Report',
             common_dot_pb_dot_ecavg__pb2.ReportRequest.SerializeToString,
             common_dot_pb_dot_ecavg__pb2.ReportReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Progress(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/ecavg.v1.ECAvg/Progress',
+            common_dot_pb_dot_ecavg__pb2.ProgressRequest.SerializeToString,
+            common_dot_pb_dot_ecavg__pb2.ProgressReply.FromString,
             options,
             channel_credentials,
             insecure,

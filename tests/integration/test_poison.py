@@ -26,7 +26,9 @@ def fetched(cluster: Cluster, path: str) -> str:
 def test_poisoned_agent_is_flagged_everywhere_and_the_model_is_as_without_it(
     cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    server = cluster.server("--min-agents", 4, "--rounds", 0, "--set", "run.quarantine=exclude")
+    server = cluster.server(
+        "--min-agents", 4, "--rounds", 0, "--set", "run.quarantine=exclude", "--agent-labels"
+    )
     agents = [cluster.agent(name, "--partition", f"{number}/4") for number, name in enumerate(HONEST, 1)]
     flipped = "tests.integration.sources:flipped_digits"
     poisoned = cluster.agent(POISONED, "--data", flipped, "--partition", "4/4")

@@ -52,11 +52,15 @@ def test_status_shows_run_round_phase_model_and_agents_with_before_and_after(
     report = running.report()
     assert re.fullmatch(r"Run mlp on digits, \d{4}-\d\d-\d\d \([0-9a-f]{32}\)", lines[0])
     assert lines[1:3] == ["Round 2: collecting", "0 of 1 contributions, at least 1"]
-    assert lines[3].startswith("Global model of round 1: accuracy ")
-    assert lines[3].endswith(f"{100 * report['accuracy_published']:.1f} % as published")
-    assert lines[4].split() == ["agent", "state", "local", "before", "after", "gain"]
-    assert lines[5].startswith("edge-1  away, uses the global model")
-    assert f"{100 * report['agents'][0]['accuracy_after']:.1f} %" in lines[5]
+    assert re.fullmatch(
+        r"Waiting for 1 of 1: edge-1 is away for \d+ (s|min). The round closes .+ if 1 have contributed.",
+        lines[3],
+    )
+    assert lines[4].startswith("Global model of round 1: accuracy ")
+    assert lines[4].endswith(f"{100 * report['accuracy_published']:.1f} % as published")
+    assert lines[5].split() == ["agent", "state", "local", "before", "after", "gain"]
+    assert re.match(r"edge-1  away since [-\d]+ \d\d:\d\d UTC, uses the global model", lines[6])
+    assert f"{100 * report['agents'][0]['accuracy_after']:.1f} %" in lines[6]
 
 
 def test_json_is_the_document_of_the_page_as_it_is(running: Cluster, tmp_path: Path) -> None:
@@ -68,7 +72,8 @@ def test_json_is_the_document_of_the_page_as_it_is(running: Cluster, tmp_path: P
     with urllib.request.urlopen(request, timeout=10) as reply:
         expected = json.load(reply)
     shown = json.loads(command.output)
-    shown.pop("phases"), expected.pop("phases")
+    for clock in ("phases", "waiting"):
+        shown.pop(clock), expected.pop(clock)
     assert shown == expected
 
 

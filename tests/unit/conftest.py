@@ -4,6 +4,8 @@ from collections.abc import Iterator
 import pytest
 import structlog
 
+from common import cli, logs
+
 
 @pytest.fixture(autouse=True)
 def _restore_logging() -> Iterator[None]:
@@ -15,3 +17,5 @@ def _restore_logging() -> Iterator[None]:
     logging.captureWarnings(False)
     structlog.contextvars.clear_contextvars()
     structlog.reset_defaults()
+    logs.unbind()
+    cli.complain_by(None)

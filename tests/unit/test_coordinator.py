@@ -460,7 +460,7 @@ async def test_contribution_that_the_trainer_leaves_out_was_accepted_and_does_no
     )
     large = AgentAudit(agent_id="b", update_norm=9.0, norm_ratio=90.0, left_out=Reason.LARGE_UPDATE)
     fine = AgentAudit(agent_id="c", update_norm=1.0, norm_ratio=1.0)
-    async with world(tmp_path, min_agents=3) as here:
+    async with world(tmp_path, min_agents=3, agent_labels=True) as here:
         here.trainer.audit = (flagged, large, fine)
         offered = {agent_id: await here.contribution_of(agent_id) for agent_id in ("a", "b", "c")}
         for agent_id, contribution in offered.items():
@@ -687,7 +687,7 @@ async def test_upload_under_way_of_an_agent_that_is_forgotten_ends_and_leaves_no
 async def test_who_is_forgotten_as_a_model_is_published_is_in_no_metric(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async with world(tmp_path, min_agents=2) as here:
+    async with world(tmp_path, min_agents=2, agent_labels=True) as here:
         names = ("gone", "stays")
         here.trainer.audit = tuple(
             AgentAudit(agent_id=name, update_norm=1.0, norm_ratio=1.0) for name in names

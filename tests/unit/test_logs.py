@@ -6,10 +6,12 @@ import re
 import sys
 import warnings
 from datetime import UTC, datetime, timedelta
+from threading import Thread
 
 import pytest
 import structlog
 
+from common import cli, logs
 from common.errors import UsageError
 from common.logs import configure_logging
 from tests.unit.terminal import logged, on_a_terminal
@@ -116,6 +118,57 @@ def test_log_of_an_exception_has_its_traceback_but_no_local_variables(
     assert "ValueError: no good: 6" in err
     assert "s3cret" not in err
     assert len(err.splitlines()) == 1 or not as_json
+
+
+def test_process_binds_fields_for_all_its_threads_and_an_event_may_have_others(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    logs.set_up("info", "json", quiet=False)
+    logs.bind(agent_id="edge-1", round=1)
+    logs.bind(round=2)
+    thread = Thread(target=lambda: structlog.get_logger().info("trained"))
+    thread.start()
+    thread.join()
+    structlog.get_logger().info("agent_reported", agent_id="edge-2")
+    with structlog.contextvars.bound_contextvars(agent_id="edge-3"):
+        structlog.get_logger().info("refused")
+    found = [(event["event"], event["agent_id"], event["round"]) for event in logged(capsys)]
+    assert found == [("trained", "edge-1", 2), ("agent_reported", "edge-2", 2), ("refused", "edge-3", 2)]
+
+
+def test_json_format_makes_an_event_of_every_line_of_stderr(capsys: pytest.CaptureFixture[str]) -> None:
+    logs.set_up("info", "json", quiet=False)
+    cli.warn("edge-agent", "the clock is wrong")
+    assert cli.fail("edge-agent", UsageError("no such folder")) == 2
+    found = [(event["level"], event["text"]) for event in logged(capsys)]
+    assert found == [
+        ("warning", "edge-agent: WARNING: the clock is wrong"),
+        ("error", "edge-agent: no such folder"),
+    ]
+
+
+def test_text_format_is_for_people_where_there_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    logs.set_up("info", "text", quiet=False)
+    structlog.get_logger().info("round_opened", round=3)
+    cli.warn("edge-agent", "the clock is wrong")
+    first, second = capsys.readouterr().err.splitlines()
+    assert "round_opened" in first
+    assert "round=3" in first
+    assert "\x1b" not in first
+    assert second == "edge-agent: WARNING: the clock is wrong"
+
+
+@pytest.mark.parametrize(("level", "shown"), [("debug", ["c", "d"]), ("error", ["d"])])
+def test_quiet_leaves_warnings_and_errors(
+    level: str, shown: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    logs.set_up(level, "auto", quiet=True)
+    log = structlog.get_logger()
+    log.debug("a")
+    log.info("b")
+    log.warning("c")
+    log.error("d")
+    assert [event["event"] for event in logged(capsys)] == shown
 
 
 def test_json_log_has_no_words_that_json_lacks(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,5 +1,10 @@
 import math
+import shutil
+import sys
+import time
 from collections.abc import Mapping
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -8,6 +13,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from cloud_server.jobs import AgentAudit
 from cloud_server.metrics import ServerMetrics
+from cloud_server.showing.agent_metrics import AgentsProgress, OneAgent
+from common import metrics
 from common.run_state import Outcome
 from common.run_state import Phase as RoundPhase
 from edge_agent.metrics import AgentMetrics
@@ -28,12 +35,28 @@ SERVER_CONTRACT = {
     "ecavg_server_connections_ended_total": set(),
     "ecavg_server_sent_bytes_total": {"kind"},
     "ecavg_server_accuracy_ratio": {"stage"},
-    "ecavg_server_agent_flagged": {"agent_id"},
-    "ecavg_server_agent_update_norm_ratio": {"agent_id"},
+    "ecavg_build_info": {"version"},
+    "ecavg_server_flagged_agents": set(),
+    "ecavg_server_largest_update_norm_ratio": set(),
+    "ecavg_server_selected_agents": {"selection"},
+    "ecavg_server_downloads": set(),
+    "ecavg_server_trainer": {"state"},
+    "ecavg_server_disk_free_bytes": set(),
+    "ecavg_server_certificate_left_seconds": set(),
     "grpc_server_handled_total": {"grpc_service", "grpc_method", "grpc_code"},
     "grpc_server_handling_seconds": {"grpc_service", "grpc_method"},
 }
+# These are there only with `agent_labels`.
+AGENTS_CONTRACT = {
+    "ecavg_server_agent_flagged": {"agent_id"},
+    "ecavg_server_agent_update_norm_ratio": {"agent_id"},
+}
 AGENT_CONTRACT = {
+    "ecavg_build_info": {"version"},
+    "ecavg_agent_received_bytes_total": {"kind"},
+    "ecavg_agent_progress_ratio": set(),
+    "ecavg_agent_disk_free_bytes": set(),
+    "ecavg_agent_certificate_left_seconds": set(),
     "ecavg_log_lines_dropped_total": set(),
     "ecavg_agent_phase": {"phase"},
     "ecavg_agent_pretrain_loss": set(),
@@ -79,19 +102,35 @@ def server() -> ServerMetrics:
 
 
 @pytest.fixture
+def labelled() -> ServerMetrics:
+    return ServerMetrics(agent_labels=True)
+
+
+@pytest.fixture
 def agent() -> AgentMetrics:
     return AgentMetrics()
 
 
-def test_server_metrics_have_the_names_and_labels_of_the_contract(server: ServerMetrics) -> None:
+@pytest.fixture
+def no_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metrics, "find_gpus", lambda: None)
+
+
+@pytest.mark.usefixtures("no_gpus")
+@pytest.mark.parametrize("agent_labels", [False, True])
+def test_server_metrics_have_the_names_and_labels_of_the_contract(agent_labels: bool) -> None:
+    server = ServerMetrics(agent_labels=agent_labels)
     server.set_phase(1, "collecting")
     server.set_phase(1, "aggregating")
     server.set_accuracies({"average": 0.9})
     server.set_audit([AgentAudit(agent_id="edge-1", update_norm=2.0, norm_ratio=1.0)])
     server.observe_rpc("ecavg.v1.ECAvg", "Join", "OK", 0.01)
-    assert scraped(server.registry) == SERVER_CONTRACT
+    expected = SERVER_CONTRACT | (AGENTS_CONTRACT if agent_labels else {})
+    assert scraped(server.registry) == expected
+    assert ("edge-1" in generate_latest(server.registry).decode()) == agent_labels
 
 
+@pytest.mark.usefixtures("no_gpus")
 def test_agent_metrics_have_the_names_and_labels_of_the_contract(agent: AgentMetrics) -> None:
     agent.accuracy_ratio.labels("local").set(0.9)
     assert scraped(agent.registry) == AGENT_CONTRACT
@@ -177,7 +216,8 @@ def test_agents_are_counted_by_state(server: ServerMetrics) -> None:
     assert values(server.registry, "ecavg_server_agents") == {"watching": 0, "contributed": 2, "away": 1}
 
 
-def test_audit_is_of_one_round(server: ServerMetrics) -> None:
+def test_audit_is_of_one_round(labelled: ServerMetrics) -> None:
+    server = labelled
     server.set_audit(
         [
             AgentAudit(agent_id="edge-1", update_norm=2.0, norm_ratio=1.0),
@@ -186,18 +226,112 @@ def test_audit_is_of_one_round(server: ServerMetrics) -> None:
     )
     assert values(server.registry, "ecavg_server_agent_flagged") == {"edge-1": 0, "edge-2": 1}
     assert values(server.registry, "ecavg_server_agent_update_norm_ratio") == {"edge-1": 1.0, "edge-2": 4.5}
+    sample = server.registry.get_sample_value
+    assert sample("ecavg_server_flagged_agents") == 1
+    assert sample("ecavg_server_largest_update_norm_ratio") == 4.5
     server.set_audit([AgentAudit(agent_id="edge-3", update_norm=0.0, norm_ratio=None)])
+    assert sample("ecavg_server_flagged_agents") == sample("ecavg_server_largest_update_norm_ratio") == 0
     assert values(server.registry, "ecavg_server_agent_flagged") == {"edge-3": 0}
     assert values(server.registry, "ecavg_server_agent_update_norm_ratio") == {}
 
 
-def test_no_series_is_of_a_forgotten_agent(server: ServerMetrics) -> None:
+def test_no_series_is_of_a_forgotten_agent(labelled: ServerMetrics) -> None:
+    server = labelled
     for agent_id in ("edge-1", "edge-2"):
         server.set_audit([AgentAudit(agent_id="edge-1", update_norm=2.0, norm_ratio=1.0)])
         server.forget(agent_id)
         expected = {} if agent_id == "edge-1" else {"edge-1": 1.0}
         assert values(server.registry, "ecavg_server_agent_update_norm_ratio") == expected
         assert values(server.registry, "ecavg_server_agent_flagged").keys() == expected.keys()
+
+
+def test_progress_of_agents_is_looked_up_at_each_scrape(labelled: ServerMetrics) -> None:
+    agents = [OneAgent("edge-1", True, "pre_training", 0.25), OneAgent("edge-2", False, "", None)]
+    labelled.registry.register(AgentsProgress(lambda: agents))
+    assert values(labelled.registry, "ecavg_server_agent_connected") == {"edge-1": 1, "edge-2": 0}
+    labels = {"agent_id": "edge-1", "activity": "pre_training"}
+    sample = labelled.registry.get_sample_value
+    assert sample("ecavg_server_agent_progress_ratio", labels) == 0.25
+    agents.clear()
+    assert sample("ecavg_server_agent_progress_ratio", labels) is None
+
+
+def test_sample_trainer_and_downloads_are_looked_up_at_each_scrape(server: ServerMetrics) -> None:
+    assert set(values(server.registry, "ecavg_server_trainer").values()) == {0}
+    states = ["working", "restarting"]
+    server.watch_trainer(lambda: states[0])
+    expected = {"idle": 0, "working": 1, "restarting": 0}
+    assert values(server.registry, "ecavg_server_trainer") == expected
+    states.pop(0)
+    assert values(server.registry, "ecavg_server_trainer")["restarting"] == 1
+    server.watch_selection(lambda: {"drawn": 3})
+    expected = {"pending": 0, "drawn": 3, "not_drawn": 0}
+    assert values(server.registry, "ecavg_server_selected_agents") == expected
+    server.watch_downloads(lambda: 2)
+    assert server.registry.get_sample_value("ecavg_server_downloads") == 2
+
+
+def test_disk_and_certificate_are_those_of_the_moment(
+    server: ServerMetrics, agent: AgentMetrics, tmp_path: Path
+) -> None:
+    for name, of, ends_at in (
+        ("server", server, time.time() + 1000),
+        ("agent", agent, lambda: time.time() + 1000),
+    ):
+        sample = of.registry.get_sample_value
+        assert math.isnan(sample(f"ecavg_{name}_disk_free_bytes"))
+        of.watch_machine(tmp_path, None)
+        assert sample(f"ecavg_{name}_disk_free_bytes") == pytest.approx(
+            shutil.disk_usage(tmp_path).free, rel=0.2
+        )
+        assert math.isnan(sample(f"ecavg_{name}_certificate_left_seconds"))
+        of.watch_machine(tmp_path / "gone", ends_at)
+        assert math.isnan(sample(f"ecavg_{name}_disk_free_bytes"))
+        assert sample(f"ecavg_{name}_certificate_left_seconds") == pytest.approx(1000, abs=60)
+
+
+class Nvml:
+    """Stands in for nvidia-ml-py on a machine with two GPUs, the second of which has fallen off the bus."""
+
+    NVMLError = LookupError
+
+    def __init__(self, num_gpus: int = 2) -> None:
+        self.num_gpus = num_gpus
+
+    def nvmlInit(self) -> None:
+        if not self.num_gpus:
+            raise self.NVMLError("no driver")
+
+    def nvmlDeviceGetCount(self) -> int:
+        return self.num_gpus
+
+    def nvmlDeviceGetHandleByIndex(self, number: int) -> int:
+        if number:
+            raise self.NVMLError("GPU is lost")
+        return number
+
+    def nvmlDeviceGetMemoryInfo(self, _: int) -> SimpleNamespace:
+        return SimpleNamespace(used=3e9, total=80e9)
+
+    def nvmlDeviceGetUtilizationRates(self, _: int) -> SimpleNamespace:
+        return SimpleNamespace(gpu=75)
+
+
+def test_gpus_are_read_and_one_that_does_not_answer_hides_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pynvml", Nvml())
+    registry = AgentMetrics().registry
+    assert values(registry, "ecavg_gpu_memory_used_bytes") == {"0": 3e9}
+    assert values(registry, "ecavg_gpu_memory_total_bytes") == {"0": 80e9}
+    assert values(registry, "ecavg_gpu_utilization_ratio") == {"0": 0.75}
+
+
+@pytest.mark.parametrize("nvml", [Nvml(0), None])
+def test_machine_without_a_gpu_or_the_package_has_no_metrics_of_gpus(
+    nvml: Nvml | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A module that is None cannot be imported.
+    monkeypatch.setitem(sys.modules, "pynvml", nvml)
+    assert not [name for name in scraped(ServerMetrics().registry) if "gpu" in name]
 
 
 def test_bytes_and_contributions_add_up(server: ServerMetrics, agent: AgentMetrics) -> None:

@@ -9,7 +9,7 @@ import structlog
 from common import cli, progress, rpc
 from common.errors import UsageError
 from common.logs import configure_logging
-from common.progress import progress_display
+from common.progress import LongWork, progress_display
 from tests.unit.terminal import final_lines, logged, on_a_terminal
 
 
@@ -152,3 +152,65 @@ def test_a_pseudo_terminal_gets_bars(monkeypatch: pytest.MonkeyPatch) -> None:
     with os.fdopen(controller, "rb", 0), os.fdopen(terminal_fd, "w") as stream:
         monkeypatch.setattr(sys, "stderr", stream)
         assert isinstance(progress_display(), progress._ProgressBars)
+
+
+def test_bars_show_rate_and_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = on_a_terminal(monkeypatch)
+    now = 0.0
+    display = progress._ProgressBars(clock=lambda: now)
+    display._progress.get_time = lambda: now
+    for now in range(5):
+        display.update("upload weights", now * 1_000_000, 10_000_000, unit="bytes")
+    # The display is drawn by a thread of its own, now and then.
+    display._progress.refresh()
+    display.close()
+    last = [line for line in final_lines(terminal) if line.startswith("upload weights")][-1]
+    assert re.search(r" 40% 0:00:06 1.0 MB/s$", last)
+
+
+def test_log_of_progress_has_rate_and_time_left() -> None:
+    now = 0.0
+    display = progress._ProgressLog(clock=lambda: now)
+    with structlog.testing.capture_logs() as events:
+        for now in (0.0, 6.0):
+            display.update("pre-training", 10 * now, 100, unit="steps")
+    assert [(event["rate"], event["seconds_left"]) for event in events] == [(None, None), (10.0, 4.0)]
+    assert events[0]["unit"] == "steps"
+
+
+@pytest.mark.parametrize(
+    ("rate", "unit", "text"),
+    [
+        (1_234_567.0, "bytes", "1.2 MB/s"),
+        (0.4, "bytes", "0 bytes/s"),
+        (35.4, "steps", "35 steps/s"),
+        (0.254, "steps", "0.25 steps/s"),
+    ],
+)
+def test_rates_are_for_people(rate: float, unit: str, text: str) -> None:
+    assert progress.rate_text(rate, unit) == text
+
+
+def test_json_and_quiet_have_no_bars_at_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    on_a_terminal(monkeypatch)
+    assert isinstance(progress_display(has_bars=False), progress._ProgressLog)
+
+
+def test_work_that_is_mostly_short_has_a_bar_only_where_it_is_long() -> None:
+    now = 0.0
+    shown: list[tuple[float, float]] = []
+
+    class Bars(progress._ProgressLog):
+        def update(self, label: str, done: float, total: float, detail: str = "", unit: str = "") -> None:
+            shown.append((done, total))
+
+    work = LongWork(Bars(), "evaluating", clock=lambda: now)
+    for done in (1, 2, 3):
+        work.update(done, 3)
+    assert shown == []
+    for moment, done in ((10.0, 1), (10.5, 2), (11.0, 3), (12.0, 4)):
+        now = moment
+        work.update(done, 4)
+    assert shown == [(3, 4), (4, 4)]
+    work.update(4, 4)
+    assert shown == [(3, 4), (4, 4)]

@@ -1,6 +1,7 @@
 """What there is to see of a run, with a real store; the coordinator is played by the test."""
 
 import asyncio
+import time
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
@@ -15,10 +16,12 @@ from cloud_server.records import round_from
 from cloud_server.round import Policy, Round
 from cloud_server.showing import standing
 from cloud_server.showing.presence import Presence
+from cloud_server.showing.progress import ProgressBoard
 from cloud_server.showing.reports import Reports
 from cloud_server.showing.standing import Standing
 from cloud_server.showing.status import Status
 from cloud_server.store import Store
+from common.agent_progress import Activity, AgentProgress
 from common.config import RunConfig
 from common.errors import Reason
 from common.run_state import LeftOut, Outcome, Phase, RunState, WorkProgress
@@ -40,11 +43,15 @@ class Viewed:
         self.round = current_round(store)
         self.displayed: list[RunState] = []
         self.metrics = ServerMetrics()
-        presence = Presence()
+        presence = self.presence = Presence()
+        self.board = ProgressBoard()
+        self.places: dict[str, int] = {}
+        self.is_trainer_running = True
         self.standing = Standing(
             self.round,
             {AGENT: 1, "edge-2": 2},
             presence,
+            board=self.board,
             store=store,
             metrics=self.metrics,
             on_change=self.displayed.append,
@@ -56,7 +63,9 @@ class Viewed:
             presence,
             store=store,
             reports=Reports(RunConfig(), store),
-            upload_places=dict,
+            board=self.board,
+            upload_places=lambda: self.places,
+            is_trainer_running=lambda: self.is_trainer_running,
             clock=lambda: 10.0,
         )
 
@@ -300,3 +309,57 @@ async def test_page_shows_what_the_audit_says_of_each_agent(store: Store, tmp_pa
         "left_out": Reason.QUARANTINED,
     }
     assert second["audit"] is None
+
+
+async def test_status_shows_what_agents_do_and_forgets_it_when_they_leave(viewed: Viewed) -> None:
+    watching = viewed.standing.watch(AGENT)
+    await anext(watching)
+    viewed.board.tell(AGENT, AgentProgress(Activity.PRE_TRAINING, 40, 100, 0.5))
+    status = await viewed.status.read()
+    first, second = status["agents"]
+    assert first["progress"] == {
+        "phase": "pre_training",
+        "done": 40,
+        "total": 100,
+        "unit": "steps",
+        "rate": None,
+        "seconds_left": None,
+        "loss": 0.5,
+    }
+    assert (first["away_since"], second["progress"]) == (None, None)
+    # This server has never seen the other agent: it is away since the server's start.
+    assert second["away_since"] == pytest.approx(time.time(), abs=60)
+    assert status["waiting"].startswith("Waiting for 3 of 3: edge-2 is away for ")
+    assert status["waiting"].endswith(f"; {AGENT} trains, 40 % done; 1 has not joined.")
+    await watching.aclose()
+    first, _ = (await viewed.status.read())["agents"]
+    assert first["progress"] is None
+    assert first["away_since"] == pytest.approx(time.time(), abs=60)
+    returned = viewed.standing.watch(AGENT)
+    await anext(returned)
+    first, _ = (await viewed.status.read())["agents"]
+    assert (first["progress"], first["away_since"]) == (None, None)
+    await returned.aclose()
+
+
+async def test_status_shows_the_place_in_the_queue(viewed: Viewed) -> None:
+    watching = viewed.standing.watch(AGENT)
+    await anext(watching)
+    viewed.places[AGENT] = 4
+    agent, _ = (await viewed.status.read())["agents"]
+    assert (agent["progress"]["phase"], agent["progress"]["total"], agent["upload_place"]) == (
+        "queued",
+        None,
+        4,
+    )
+    await watching.aclose()
+
+
+async def test_status_shows_how_the_trainer_is(viewed: Viewed) -> None:
+    assert (await viewed.status.read())["trainer"] == {"state": "idle", "seconds_left": None}
+    viewed.show(viewed.round.advance(Phase.AGGREGATING))
+    viewed.standing.show_progress(WorkProgress(1, 2))
+    assert (await viewed.status.read())["trainer"] == {"state": "working", "seconds_left": None}
+    assert (await viewed.status.read())["waiting"] is None
+    viewed.is_trainer_running = False
+    assert (await viewed.status.read())["trainer"]["state"] == "restarting"

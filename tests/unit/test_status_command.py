@@ -1,6 +1,7 @@
 """`cloud-server status` against a page that the test fills: what is drawn, and what is refused."""
 
 import json
+import re
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -121,6 +122,48 @@ def test_work_under_way_has_a_bar(page: Page, capsys: pytest.CaptureFixture[str]
     assert lines[1] == "Round 3: fine-tuning"
     assert lines[-2].endswith("step 3 of 12, loss 0.250")
     assert lines[-1] == "No agent has joined yet."
+
+
+def test_pace_and_time_left_are_shown_and_who_holds_up_the_round(
+    page: Page, capsys: pytest.CaptureFixture[str]
+) -> None:
+    training = {"phase": "pre_training", "done": 40, "total": 100, "unit": "steps", "rate": 2.0}
+    upload = {"phase": "uploading", "done": 3_100_000, "total": 9_100_000, "unit": "bytes", "rate": 1.2e6}
+    agents = [
+        {"agent_id": "edge-1", "progress": training | {"seconds_left": 30.0}},
+        {"agent_id": "edge-2", "outcome": "rejected", "progress": upload | {"seconds_left": 5.0}},
+        {"agent_id": "edge-3", "progress": {"phase": "reading", "done": 0, "unit": "examples"}},
+        {"agent_id": "edge-4", "state": "away", "away_since": 1_800_000_120.0},
+        {"agent_id": "edge-5", "progress": {"phase": "queued"}, "upload_place": 4},
+    ]
+    page.answers = [{**DOCUMENT, "agents": agents, "waiting": "Waiting for edge-\x1b[2J1."}]
+    lines = shown(page, capsys)
+    assert lines[3] == "Waiting for edge- [2J1."
+    states = [re.split("  +", line)[1] for line in lines[7:]]
+    assert states == [
+        "pre-training 40 % at 2 steps/s, 0:00:30 left",
+        "rejected, uploading 3.1 MB of 9.1 MB at 1.2 MB/s, 0:00:05 left",
+        "reading",
+        "away since 2027-01-15 08:02 UTC",
+        "working, waits to upload, place 4",
+    ]
+    work = {"done": 3, "total": 12, "loss": 0.25}
+    trainer = {"state": "restarting", "seconds_left": 75.2}
+    page.answers = [{**DOCUMENT, "phase": "fine_tuning", "progress": work, "agents": [], "trainer": trainer}]
+    lines = shown(page, capsys)
+    assert "The trainer has ended, and is started again." in lines
+    assert lines[-2].endswith("step 3 of 12, loss 0.250, 0:01:15 left")
+
+
+def test_watch_shows_nothing_anew_that_only_time_has_changed(
+    page: Page, capsys: pytest.CaptureFixture[str]
+) -> None:
+    progress = {"phase": "reading", "done": 1, "unit": "examples"}
+    first = {**DOCUMENT, "waiting": "1 s", "agents": [{"agent_id": "a", "progress": progress | {"rate": 1}}]}
+    later = {**DOCUMENT, "waiting": "2 s", "agents": [{"agent_id": "a", "progress": progress | {"rate": 2}}]}
+    further = {**DOCUMENT, "agents": [{"agent_id": "a", "progress": progress | {"done": 2}}]}
+    page.answers = [first, later, further, {**DOCUMENT, "run_over": True}]
+    assert shown(page, capsys, "--watch").count("Run r") == 3
 
 
 def test_server_that_is_starting_is_said(page: Page, capsys: pytest.CaptureFixture[str]) -> None:

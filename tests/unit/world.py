@@ -60,6 +60,7 @@ class PlayedTrainer:
     state_dir: Path
     outcomes: list[Result | None] = field(default_factory=list)  # of round jobs, in order; None: a model
     num_exits: int = 0
+    is_running: bool = True
     audit: tuple[AgentAudit, ...] = ()  # of each round
     jobs: list[Job] = field(default_factory=list)
 
@@ -159,7 +160,7 @@ async def world(
     config = ServerConfig(state_dir=state_dir, **{"min_agents": 1, "rounds": 0} | keys)
     with closing(Store(state_dir)) as store:
         trainer = PlayedTrainer(state_dir, outcomes or [])
-        metrics = ServerMetrics()
+        metrics = ServerMetrics(agent_labels=config.agent_labels)
         working = asyncio.create_task(trainer.work())
         service = await open_service(config, store, trainer, metrics, Viewers(), clock=clock)
         running = asyncio.create_task(service.coordinator.run())

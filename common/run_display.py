@@ -1,24 +1,31 @@
-"""The progress of the run at the server's terminal."""
+"""The progress of a run at a terminal, the server's or an agent's."""
 
 from common.progress import ProgressDisplay
-from common.run_state import Phase, RunState
+from common.run_state import Phase, RunState, WorkProgress
 
 
 class RunDisplay:
-    """The progress bars of the run, at the terminal or in the log."""
+    """The progress bars of the run, at the terminal or in the log.
 
-    def __init__(self, display: ProgressDisplay) -> None:
+    Args:
+        prefix: begins the label of each bar; empty for the number of the round.
+        epochs: how many epochs the cloud fine-tunes for; 0: that is not known yet.
+    """
+
+    def __init__(self, display: ProgressDisplay, prefix: str = "", epochs: int = 0) -> None:
+        self.epochs = epochs
         self._display = display
+        self._prefix = prefix
         # The label and the total of the current bar; an empty label stands for no bar.
         self._label = ""
         self._total = 0
 
     def show(self, state: RunState) -> None:
         """Move the bar of the current work to this state of the run."""
-        label = "warm-up: " if state.is_warm_up else f"round {state.round}: "
-        detail = ""
+        label = self._prefix or ("warm-up: " if state.is_warm_up else f"round {state.round}: ")
+        detail, unit = "", "steps"
         if state.phase is Phase.COLLECTING:
-            label += "contributions"
+            label, unit = label + "contributions", "contributions"
             done, total = state.num_contributions, state.max_contributions
             # The round may close with fewer contributions than its maximum. If so, the last number that was
             # shown counts as the total.
@@ -27,12 +34,20 @@ class RunDisplay:
             label += state.phase.replace("_", "-")
             done, total = state.progress.done, state.progress.total
             self._finish_previous(label, total)
-            if state.progress.loss is not None:
-                detail = f"loss {state.progress.loss:.3f}"
+            detail = self._detail(state.phase, state.progress)
         else:
             self._finish_previous("", 0)
             return
-        self._display.update(label, done, total, detail)
+        self._display.update(label, done, total, detail, unit)
+
+    def _detail(self, phase: Phase, work: WorkProgress) -> str:
+        """Return the epochs of the fine-tune and the loss, as far as they are known."""
+        parts = []
+        if phase is Phase.FINE_TUNING and self.epochs and work.total:
+            parts.append(f"{work.done * self.epochs // work.total} of {self.epochs} epochs")
+        if work.loss is not None:
+            parts.append(f"loss {work.loss:.3f}")
+        return ", ".join(parts)
 
     def close(self) -> None:
         """Remove the bars."""

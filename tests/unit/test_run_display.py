@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from cloud_server.showing.display import RunDisplay
+from common.run_display import RunDisplay
 from common.run_state import Phase, RunState, WorkProgress
 from common.transfer import Blob
 
@@ -30,9 +30,11 @@ class Bars:
 
     def __init__(self) -> None:
         self.figures: dict[str, tuple[float, float]] = {}
+        self.details: dict[str, str] = {}
 
-    def update(self, label: str, done: float, total: float, detail: str = "") -> None:
+    def update(self, label: str, done: float, total: float, detail: str = "", unit: str = "") -> None:
         self.figures[label] = (done, total)
+        self.details[label] = detail
 
     def message(self, text: str) -> None: ...
 
@@ -56,3 +58,16 @@ def test_round_0_is_shown_as_the_warm_up() -> None:
     bars = Bars()
     RunDisplay(bars).show(replace(STATE, round=0))
     assert bars.figures == {"warm-up: contributions": (0, 3)}
+
+
+def test_an_agent_shows_what_the_cloud_does_and_in_which_epoch() -> None:
+    bars = Bars()
+    display = RunDisplay(bars, "cloud: ")
+    tuning = replace(STATE, phase=Phase.FINE_TUNING)
+    display.show(replace(tuning, progress=WorkProgress(3, 50, 0.25)))
+    assert bars.details == {"cloud: fine-tuning": "loss 0.250"}
+    # The agent hears of the run's epochs when it joins.
+    display.epochs = 5
+    display.show(replace(tuning, progress=WorkProgress(29, 50, 0.25)))
+    assert bars.details == {"cloud: fine-tuning": "2 of 5 epochs, loss 0.250"}
+    assert bars.figures == {"cloud: fine-tuning": (29, 50)}

@@ -1,0 +1,125 @@
+"""Who holds up the round, and why, in one sentence for people."""
+
+import math
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from typing import NamedTuple
+
+from cloud_server.round import Round
+from cloud_server.showing.progress import Shown
+from common.agent_progress import Activity
+from common.run_state import Phase
+
+# So many agents are named.
+NUM_NAMED = 3
+
+_DOES = {
+    Activity.READING: "reads its data",
+    Activity.PRE_TRAINING: "trains",
+    Activity.UPLOADING: "uploads",
+    Activity.QUEUED: "waits to upload",
+    Activity.DOWNLOADING: "downloads",
+    Activity.EVALUATING: "measures a model",
+    Activity.ADAPTING: "adapts a model",
+}
+
+
+class Pending(NamedTuple):
+    """An agent that may contribute to the round, and has not."""
+
+    agent_id: str
+    # Since when it is away, in seconds since the epoch; None: it is here.
+    away_since: float | None
+    is_ready: bool
+    # None: nobody knows what it is doing.
+    shown: Shown | None
+
+    @property
+    def seconds_left(self) -> float:
+        """Return how long it will take with what it is doing; infinity if nobody knows."""
+        known = self.shown and self.shown.seconds_left
+        return math.inf if known is None else known
+
+
+def sentence(current: Round, pending: Sequence[Pending], now: float) -> str | None:
+    """Return for whom and what the round waits; None: it waits for no agent.
+
+    Args:
+        pending: those who may contribute, and have not.
+        now: seconds since the epoch.
+    """
+    if current.phase is not Phase.COLLECTING:
+        return None
+    if current.policy.sampling and not current.drawn:
+        return _before_the_draw(pending, current.policy.sampling.min_connected)
+    num_wanted = current.policy.max_agents - len(current.contributions)
+    if num_wanted <= 0:
+        return None
+    waited_for = _waited_for(pending, num_wanted, now)
+    parts = [_does(agent, now) for agent in waited_for[:NUM_NAMED]]
+    if len(waited_for) > NUM_NAMED:
+        parts.append(f"and {len(waited_for) - NUM_NAMED} more")
+    if num_absent := num_wanted - len(waited_for):
+        parts.append(f"{num_absent} {'has' if num_absent == 1 else 'have'} not joined")
+    head = f"Waiting for {num_wanted} of {current.policy.max_agents}: {'; '.join(parts)}."
+    return " ".join(filter(None, [head, _closing(current, now)]))
+
+
+def duration(seconds: float) -> str:
+    """Return a duration for people, in its largest unit: "40 s", "4 min", "3 h" or "2 d"."""
+    for limit, size, unit in ((60, 1, "s"), (3600, 60, "min"), (48 * 3600, 3600, "h")):
+        if round(seconds / size) * size < limit:
+            return f"{round(seconds / size)} {unit}"
+    return f"{round(seconds / 86_400)} d"
+
+
+def _waited_for(pending: Sequence[Pending], num_wanted: int, now: float) -> list[Pending]:
+    """Return the agents whose contributions would be the next ones, whoever takes longest first.
+
+    The round waits for an agent that is away only where those that are here are too few.
+    """
+
+    def time_of(agent: Pending) -> tuple[bool, float, str]:
+        is_away = agent.away_since is not None
+        seconds = now - (agent.away_since or 0.0) if is_away else agent.seconds_left
+        return is_away, seconds, agent.agent_id
+
+    return sorted(pending, key=time_of)[:num_wanted][::-1]
+
+
+def _does(agent: Pending, now: float) -> str:
+    if agent.away_since is not None:
+        return f"{agent.agent_id} is away for {duration(max(0.0, now - agent.away_since))}"
+    if agent.shown is None:
+        state = "has not contributed" if agent.is_ready else "is not ready to take part"
+        return f"{agent.agent_id} {state}"
+    does = f"{agent.agent_id} {_DOES[agent.shown.progress.activity]}"
+    if agent.shown.seconds_left is not None:
+        return f"{does}, {duration(agent.shown.seconds_left)} left"
+    done, total = agent.shown.progress.done, agent.shown.progress.total
+    return f"{does}, {math.floor(100 * done / total)} % done" if total else does
+
+
+def _before_the_draw(pending: Sequence[Pending], num_needed: int) -> str:
+    num_ready = sum(agent.away_since is None and agent.is_ready for agent in pending)
+    return f"Waiting to draw the agents of the round: {num_ready} of {num_needed} are connected and ready."
+
+
+def _closing(current: Round, now: float) -> str:
+    """Return when the round closes by time, and with how many contributions."""
+    at, policy, num_there = current.deadline_at, current.policy, len(current.contributions)
+    if at is None:
+        return ""
+    if at <= now:
+        return f"The round closes as soon as {policy.min_agents} have contributed."
+    if num_there >= policy.min_agents:
+        return f"The round closes {_at(at, now)} with {num_there}."
+    if policy.on_too_few == "fail":
+        return f"The round fails {_at(at, now)} if fewer than {policy.min_agents} have contributed."
+    return f"The round closes {_at(at, now)} if {policy.min_agents} have contributed."
+
+
+def _at(at: float, now: float) -> str:
+    """Return a time to come, with its day if it is not within a day."""
+    time = datetime.fromtimestamp(at, UTC)
+    return f"at {time:%H:%M} UTC" if at - now < 86_400 else f"on {time:%Y-%m-%d} at {time:%H:%M} UTC"
