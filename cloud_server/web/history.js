@@ -9,24 +9,27 @@ const TABLE_ROUNDS = 20;
 const REFETCH_MS = 2000;
 const WORK = ["collecting", "aggregating", "fine_tuning", "evaluating"];
 
-let seen = "";
-let askedAt = -Infinity;
+const asked = new Map();
 let page = 0;
 let range = null;
 
 /** Fetch and draw what has changed with this status. */
 export function showHistory(status) {
   const ended = status.rounds.at(-1);
+  const number = lossesOf(status);
   byId("history-card").hidden = !ended && status.progress?.loss == null;
   const numReports = status.agents.filter((agent) => agent.accuracy_after != null).length;
-  const losses = lossesOf(status);
-  const key = JSON.stringify([status.run_id, ended?.round, numReports, losses, status.progress?.done]);
-  if (key === seen || performance.now() - askedAt < REFETCH_MS) return;
-  askedAt = performance.now();
-  Promise.all([ended ? fetchRounds() : null, losses == null ? null : fetchLosses(losses)])
-    .then(() => { seen = key; })
-    // The next status asks again.
-    .catch(() => {});
+  if (ended) refresh("rounds", [status.run_id, ended.round, numReports], fetchRounds);
+  if (number != null) refresh("losses", [status.run_id, number, status.phase, status.progress?.done], () => fetchLosses(number));
+}
+
+/** Fetch something again if what it depends on has changed; after an error the next status asks again. */
+function refresh(name, dependsOn, fetchAgain) {
+  const key = JSON.stringify(dependsOn);
+  const was = asked.get(name) ?? { key: "", at: -Infinity };
+  if (key === was.key || performance.now() - was.at < REFETCH_MS) return;
+  asked.set(name, { key: was.key, at: performance.now() });
+  fetchAgain().then(() => { asked.get(name).key = key; }).catch(() => {});
 }
 
 /** Return the round whose fine-tune is shown: the one under way, or the last one that was published. */

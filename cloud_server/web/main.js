@@ -54,9 +54,11 @@ function connect() {
   stream.addEventListener("message", ({ data }) => {
     const event = JSON.parse(data);
     watchSilence(stream);
-    performance.mark("event");
+    // The browser keeps how long the last update took; tests/browser reads that.
+    performance.clearMeasures("update");
+    const start = performance.now();
     show(after(event), event.now);
-    performance.measure("update", "event");
+    performance.measure("update", { start });
     showLink("good", "live");
   });
   stream.addEventListener("error", () => {

@@ -167,13 +167,13 @@ async def test_thousand_agents_are_searched_and_paged_and_the_page_stays_quick(
         ]  # fmt: skip
         await page.page.get_by_label("Find").fill("")
         # Every agent changes with each update.
+        durations = []
         for percent in range(1, 6):
             doing = progress("pre_training", percent, 100, "steps")
             status["agents"] = [agent(slot, progress=doing) for slot in range(1, NUM_AGENTS + 1)]
             await page.until_text("#agents", f"pre-training {percent} %")
-        script = "performance.getEntriesByName('update').map(entry => entry.duration)"
-        durations = await page.page.evaluate(script)
-    assert len(durations) >= 5
+            script = "performance.getEntriesByName('update')[0].duration"
+            durations.append(await page.page.evaluate(script))
     assert max(durations) < UPDATE_MS, durations
     print(f"an update with {NUM_AGENTS} agents takes {sorted(durations)} ms")
 

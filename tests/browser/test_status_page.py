@@ -1,5 +1,6 @@
 """The status page as a real browser shows it, where there is one."""
 
+import json
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -8,9 +9,12 @@ from typing import Any
 import pytest
 
 from cloud_server.jobs import JobDirectory, Result
+from cloud_server.showing.reports import Reports
 from cloud_server.store import Store
+from cloud_server.upkeep import retention
+from common.config import RunConfig
 from tests.browser.pages import given, need_browser
-from tests.unit.states import run_rounds
+from tests.unit.states import digest_of, model_of, run_rounds
 from tests.unit.test_reports import RESULT
 from tests.unit.test_standing import Viewed
 
@@ -117,3 +121,75 @@ async def test_page_makes_no_markup_of_names_and_messages(store: Store, tmp_path
     assert "<img" not in markup
     assert markup.count("&lt;img src=x") >= 10
     assert title == "Round 3, collecting · mlp on digits · ECAvg"
+
+
+async def test_report_makes_no_markup_of_what_is_in_it(store: Store, tmp_path: Path) -> None:
+    status = await status_of(RESULT, store, tmp_path)
+    audit = {"agent_id": MARKUP, "flags": [MARKUP]}
+    left_out = {"reason": MARKUP, "message": MARKUP}
+    agent = {"agent_id": MARKUP, "num_examples": 1, "applied": False, "reason": MARKUP, "left_out": left_out}
+    report = {
+        "round": 1,
+        "outcome": "published",
+        "model": MARKUP,
+        "dataset": MARKUP,
+        "agents": [agent],
+        "audit": [audit],
+        "audit_note": MARKUP,
+        "candidates": {MARKUP: 0.5, "greedy_soup": 0.4},
+        "soup": [MARKUP],
+        "start": MARKUP,
+        "classes": [{"name": MARKUP, "num_examples": 3, "accuracy_start": 0.1, "accuracy_published": 0.2}],
+        "rejected": [{"agent_id": MARKUP, "reason": "", "message": MARKUP}],
+        "late": [MARKUP],
+        "seconds": {MARKUP: 1.0},
+    }
+    (tmp_path / "rounds/0001/report.json").write_text(json.dumps(report), "utf-8")
+    async with given(status, store) as page:
+        await page.page.locator("#rounds").get_by_role("link", name="Round 1").click()
+        await page.until_text("#report", "Report of round 1")
+        markup = await page.page.locator("#report").inner_html()
+        assert "<img" not in markup
+        assert "<script" not in markup
+        assert markup.count("&lt;img src=x") >= 14
+        assert "markup" not in await page.page.title()
+        assert page.complaints == []
+
+
+async def test_report_of_a_round_whose_model_was_removed_says_so(store: Store, tmp_path: Path) -> None:
+    status = await status_of(RESULT, store, tmp_path)
+    await Reports(RunConfig(), store).write(1)
+    retention.clean_up(store, keep_rounds=1, keep_partial_seconds=1e9, now=100.0)
+    async with given(status, store) as page:
+        await page.page.goto(f"{page.page.url}#round-1")
+        await page.until_text("#report", "The model was removed")
+        assert await page.page.get_by_role("link", name="Download the report").is_visible()
+        await page.page.goto(f"{page.page.url.partition('#')[0]}#round-77")
+        await page.until_text("#report", "there is no such round")
+        await page.page.goto(f"{page.page.url.partition('#')[0]}#")
+        await page.page.locator("#report").wait_for(state="hidden")
+
+
+async def test_history_has_plots_that_tell_values_and_a_table_of_every_round(
+    store: Store, tmp_path: Path
+) -> None:
+    await status_of(RESULT, store, tmp_path)
+    for number in range(3, 46):
+        store.set_phase(number, "failed", number + 0.5, failure="no luck")
+        store.open_round(number + 1, digest_of(model_of(2)), number + 1.0)
+    status = await Viewed(store, tmp_path).status.read()
+    async with given(status, store) as page:
+        box = await page.page.locator("#plot-accuracy .u-over").bounding_box()
+        # Round 2 of 45 is near the left end.
+        await page.page.mouse.move(box["x"] + box["width"] / 44, box["y"] + 50)
+        legend = await page.text("#plot-accuracy .u-legend")
+        assert legend.startswith("round 2 ")
+        assert "published 97.0 %" in legend
+        await page.page.get_by_text("The figures of all rounds").click()
+        assert len(await page.rows("#history")) == 21
+        for number in (2, 3):
+            await page.page.get_by_role("button", name="Next page of history").click()
+            await page.until_text("#history nav", f"page {number} of 3")
+        *_, second, _first = await page.rows("#history")
+    assert second.startswith("Round 2 90.0 % 90.0 % 90.0 %")
+    assert "95.0 % 97.0 % 97.0 %" in second
