@@ -67,7 +67,13 @@ async def test_agents_that_adapt_the_global_model_are_told_from_those_that_use_i
     store: Store, tmp_path: Path
 ) -> None:
     status = await status_of(RESULT, store, tmp_path)
-    figures = {"accuracy_local": 0.9, "accuracy_before": 0.9, "accuracy_after": 0.8, "message": ""}
+    figures = {
+        "away_since": None,
+        "accuracy_local": 0.9,
+        "accuracy_before": 0.9,
+        "accuracy_after": 0.8,
+        "message": "",
+    }
     adapted = {**figures, "agent_id": "adapts", "applied": True, "accuracy_adapted": 0.95}
     as_it_is = {**figures, "agent_id": "takes", "applied": True, "accuracy_adapted": None}
     kept = {**figures, "agent_id": "keeps", "applied": False, "accuracy_adapted": 0.85}
@@ -89,7 +95,7 @@ async def test_what_the_audit_holds_against_an_agent_stands_beside_it(store: Sto
     rejected = {**nothing, "left_out": "large_update"}
     audits = (None, nothing, flagged, clipped, rejected)
     status["agents"] = [
-        status["agents"][0] | {"agent_id": f"edge-{number}", "audit": audit}
+        status["agents"][0] | {"agent_id": f"edge-{number}", "audit": audit, "away_since": None}
         for number, audit in enumerate(audits)
     ]
     async with given(status, store) as page:
@@ -179,12 +185,12 @@ async def test_history_has_plots_that_tell_values_and_a_table_of_every_round(
         store.open_round(number + 1, digest_of(model_of(2)), number + 1.0)
     status = await Viewed(store, tmp_path).status.read()
     async with given(status, store) as page:
-        box = await page.page.locator("#plot-accuracy .u-over").bounding_box()
+        area = page.page.locator("#plot-accuracy .u-over")
         # Round 2 of 45 is near the left end.
-        await page.page.mouse.move(box["x"] + box["width"] / 44, box["y"] + 50)
+        await area.hover(position={"x": (await area.bounding_box())["width"] / 44, "y": 50})
         legend = await page.text("#plot-accuracy .u-legend")
-        assert legend.startswith("round 2 ")
-        assert "published 97.0 %" in legend
+        assert legend.startswith("round2edges")
+        assert "published97.0 %" in legend
         await page.page.get_by_text("The figures of all rounds").click()
         assert len(await page.rows("#history")) == 21
         for number in (2, 3):
