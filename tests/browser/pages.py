@@ -80,22 +80,30 @@ async def a_page(
 
 
 @asynccontextmanager
-async def given(status: dict[str, Any], store: Store, **how: Any) -> AsyncIterator[Given]:
-    """Yield the page once it shows the status; histories and reports come from the store."""
+async def serving(
+    status: dict[str, Any], store: Store, *, port: int = 0, token: str | None = None
+) -> AsyncIterator[int]:
+    """Serve the page of this status, and yield the port; histories and reports come from the store."""
 
     async def read() -> dict[str, Any]:
         return dict(status)
 
     feed = Feed(read)
     more = status_page.endpoints(store, feed)
-    app = make_app(make_registry(), ready=lambda: True, status=read, more=more)
-    server = await serve_http(app, host="127.0.0.1", port=0)
+    app = make_app(make_registry(), ready=lambda: True, status=read, more=more, token=token)
+    server = await serve_http(app, host="127.0.0.1", port=port)
     try:
-        async with a_page(**how) as (page, complaints):
-            await page.goto(f"http://127.0.0.1:{server.port}/")
-            shown = Given(status, page, complaints)
-            await shown.until_text("#link", "live")
-            yield shown
+        yield server.port
     finally:
         feed.close()
         await server.stop()
+
+
+@asynccontextmanager
+async def given(status: dict[str, Any], store: Store, **how: Any) -> AsyncIterator[Given]:
+    """Yield the page once it shows the status."""
+    async with serving(status, store) as port, a_page(**how) as (page, complaints):
+        shown = Given(status, page, complaints)
+        await page.goto(f"http://127.0.0.1:{port}/")
+        await shown.until_text("#link", "live")
+        yield shown
