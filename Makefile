@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help install demo test test-gpu coverage check soak fuzz bench bench-peers docs format proto clean
+.PHONY: help install demo test test-gpu coverage check soak fuzz bench bench-peers docs screenshots format proto clean
 
 help:
 	@echo "make demo    one round of handwritten digits: a server and two agents on this machine"
@@ -16,6 +16,7 @@ help:
 	@echo "make fuzz    coverage-guided fuzzing of what strangers' bytes meet (FUZZ_SECONDS=600 each)"
 	@echo "make bench   speed, memory and bytes (minutes); make bench-peers: the same rounds on Flower and NVFlare"
 	@echo "make docs    write the tables of docs/configuration.md from the code"
+	@echo "make screenshots  take the pictures of the status page in docs/img, of a real run, with Chromium"
 	@echo "make format  rewrite the code in the house style"
 	@echo "make proto   generate common/pb from proto/"
 	@echo "make clean   remove everything that was made"
@@ -91,6 +92,9 @@ bench-peers: $(READY)
 
 docs: $(READY)
 	$(BIN)/python -m docs.generate
+
+screenshots: $(READY)
+	$(BIN)/python -m tests.browser.screenshots
 
 format: $(READY)
 	$(BIN)/ruff check --fix .

@@ -4,7 +4,6 @@ import gc
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -23,6 +22,7 @@ if TYPE_CHECKING:
     from cloud_server.showing.reports import Reports
     from cloud_server.showing.standing import Standing
     from cloud_server.showing.status import Status
+    from cloud_server.showing.traffic import Traffic
     from cloud_server.showing.viewers import Viewers
     from cloud_server.store import Store
     from cloud_server.training.runner import Trainer
@@ -122,6 +122,8 @@ async def serve(config: ServerConfig) -> int:
     from cloud_server.door.connections import raise_file_limit
     from cloud_server.metrics import ServerMetrics
     from cloud_server.server import GrpcServer
+    from cloud_server.showing import page
+    from cloud_server.showing.feed import Feed
     from cloud_server.showing.viewers import Viewers
     from cloud_server.store import Store
     from cloud_server.training.supervisor import TrainerProcess
@@ -153,11 +155,12 @@ async def serve(config: ServerConfig) -> int:
         viewers.note()
         return await service.status.read() if service else {"phase": "starting"}
 
+    feed = Feed(status)
     app = endpoints.make_app(
         metrics.registry,
         ready=lambda: service is not None,
         status=status,
-        page=resources.files("cloud_server").joinpath("web/index.html").read_bytes(),
+        more=page.endpoints(store, feed),
         token=http_token,
     )
     http = None
@@ -184,11 +187,13 @@ async def serve(config: ServerConfig) -> int:
         async with beside(server.guard()):
             await opened.coordinator.run()
     finally:
+        feed.close()
         service = None
         display.close()
         await server.stop(grace_seconds=1)
         if opened:
             await opened.reports.write_if_possible()
+            opened.traffic.record_if_possible(opened.ledger.round.number)
         if http:
             await http.stop()
         await trainer.stop()
@@ -245,6 +250,7 @@ class Service(NamedTuple):
     standing: "Standing"
     status: "Status"
     reports: "Reports"
+    traffic: "Traffic"
 
 
 async def open_service(
@@ -284,6 +290,7 @@ async def open_service(
     from cloud_server.showing.reports import Reports
     from cloud_server.showing.standing import Standing
     from cloud_server.showing.status import Status
+    from cloud_server.showing.traffic import Traffic
     from cloud_server.training.runner import JobRunner
     from cloud_server.upkeep import provenance
     from cloud_server.upkeep.caretaker import Caretaker
@@ -315,6 +322,7 @@ async def open_service(
     )
     status = Status(
         run.run_id,
+        config.run_name or run.default_name,
         standing,
         presence,
         store=store,
@@ -374,6 +382,7 @@ async def open_service(
         presence=presence,
         clock=clock,
     )
+    traffic = Traffic(store, metrics)
     coordinator = Coordinator(
         config,
         ledger,
@@ -386,11 +395,12 @@ async def open_service(
         presence=presence,
         viewers=viewers,
         metrics=metrics,
+        traffic=traffic,
         clock=clock,
     )
     await when_disk_allows(lambda: asyncio.to_thread(provenance.write, store))
     await caretaker.clean_up()
-    return Service(coordinator, desk, ledger, standing, status, reports)
+    return Service(coordinator, desk, ledger, standing, status, reports, traffic)
 
 
 def tell_who_may_come(config: ServerConfig, authority: "Authority | None") -> None:

@@ -43,6 +43,12 @@ class ServerConfig(ProcessConfig):
     state_dir: UserPath = Path("ecavg-server")
     """Folder (STATE) where everything is kept; one server at a time uses it."""
 
+    run_name: Name | None = Field(None, max_length=100)
+    """Name of the run, on the page and at the terminal (default: model, dataset and first day)
+
+    It changes nothing else, and may be another one after a restart.
+    """
+
     rounds: int = Field(1, ge=0)
     """Rounds to run, counted from the beginning of the run; 0 runs for ever."""
 

@@ -23,6 +23,7 @@ from cloud_server.run import adopt_model
 from cloud_server.showing.presence import LIVENESS_SECONDS, Presence
 from cloud_server.showing.reports import Reports, stages
 from cloud_server.showing.standing import Standing, wait_for
+from cloud_server.showing.traffic import Traffic
 from cloud_server.showing.viewers import Viewers
 from cloud_server.store import Store
 from cloud_server.training.runner import JobRunner, JobWithdrawnError
@@ -61,6 +62,7 @@ class Coordinator:
         presence: Presence,
         viewers: Viewers,
         metrics: ServerMetrics,
+        traffic: Traffic,
         clock: Callable[[], float],
     ) -> None:
         self._config = config
@@ -74,6 +76,7 @@ class Coordinator:
         self._presence = presence
         self._viewers = viewers
         self._metrics = metrics
+        self._traffic = traffic
         self._clock = clock
 
     async def run(self) -> None:
@@ -166,6 +169,7 @@ class Coordinator:
         """Write the report, and give up what is too old."""
         ended = self._ledger.round
         await self._caretaker.note_provenance()
+        await when_disk_allows(lambda: asyncio.to_thread(self._traffic.record, ended.number))
         await self._reports.write(ended.number)
         self._metrics.count_round(ended.phase.value)
         log.info("round_ended", round=ended.number, outcome=ended.phase.value, reason=ended.failure or None)

@@ -76,6 +76,8 @@ class ServerMetrics:
             ["applied"],
             registry=registry,
         )
+        # The sums over all kinds of blobs, since the process has started.
+        self.received_bytes = self.sent_bytes = 0
         self._received = Counter(
             "ecavg_server_received_bytes_total", "Blobs from agents.", ["kind"], registry=registry
         )
@@ -225,10 +227,12 @@ class ServerMetrics:
     def count_received(self, kind: str, num_bytes: int) -> None:
         """Count received bytes; `kind` is one of RECEIVED_KINDS."""
         self._received.labels(kind).inc(num_bytes)
+        self.received_bytes += num_bytes
 
     def count_sent(self, kind: str, num_bytes: int) -> None:
         """Count sent bytes; `kind` is one of SENT_KINDS."""
         self._sent.labels(kind).inc(num_bytes)
+        self.sent_bytes += num_bytes
 
     def count_connections_ended(self, num_connections: int) -> None:
         """Count connections that were ended to make room."""

@@ -4,6 +4,7 @@ import asyncio
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import UTC, datetime
 
 from cloud_server import records
 from cloud_server.config import ServerConfig
@@ -31,6 +32,14 @@ class Run:
     probe: tuple[float, ...]
     # How many rounds the learning-rate schedule is for; see common/schedule.py.
     planned_rounds: int
+    # Seconds since the epoch.
+    began_at: float
+
+    @property
+    def default_name(self) -> str:
+        """Return a name for people: the model, the dataset, and the day (UTC) on which the run began."""
+        day = datetime.fromtimestamp(self.began_at, UTC).date()
+        return f"{self.config.model} on {self.config.dataset}, {day}"
 
 
 async def open_run(config: ServerConfig, store: Store, jobs: JobRunner, clock: Callable[[], float]) -> Run:
@@ -53,7 +62,7 @@ async def open_run(config: ServerConfig, store: Store, jobs: JobRunner, clock: C
     first = await asyncio.to_thread(store.round, config.run.first_round)
     assert first is not None
     header = schema.read_header(store.blobs.path(first.initial_digest))
-    return Run(row.run_id, config.run, header.schema, row.probe, row.planned_rounds)
+    return Run(row.run_id, config.run, header.schema, row.probe, row.planned_rounds, row.created_at)
 
 
 def adopt_model(store: Store, directory: JobDirectory, result: Result) -> None:

@@ -1,15 +1,14 @@
-"""The HTTP endpoints of a process: status, metrics, health, and the page if there is one."""
+"""The HTTP endpoints of a process: status, metrics, health, and those that the process adds."""
 
 import asyncio
 import base64
 import contextlib
-import hashlib
 import hmac
-import re
 import secrets
 import socket
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import uvicorn
@@ -31,6 +30,9 @@ from common.strict_json import to_json
 HTTP_CONNECTIONS = 128
 # A connection that does not begin another request within this time is closed.
 REQUEST_SECONDS = 10.0
+# An answer that takes longer, such as a file or a stream of events, may stand still for so many checks of
+# REQUEST_SECONDS each while its caller does not read.
+STANDSTILL_CHECKS = 6
 MAX_REQUEST_HEAD_BYTES = 16 * 1024
 # When the HTTP server stops, a response in flight may take this time.
 STOP_SECONDS = 2
@@ -38,7 +40,7 @@ STOP_SECONDS = 2
 # The token of the HTTP endpoints has at least so many characters.
 MIN_TOKEN_LENGTH = 16
 
-_Endpoint = Callable[[Request], Awaitable[Response]]
+Endpoint = Callable[[Request], Awaitable[Response]]
 
 
 def http_token(host: str, file: Path | None, default: Path) -> str | None:
@@ -80,21 +82,21 @@ def make_app(
     *,
     ready: Callable[[], bool],
     status: Callable[[], Awaitable[Mapping[str, Any]]],
-    page: bytes | None,
+    more: Mapping[str, Endpoint] = MappingProxyType({}),
     token: str | None = None,
 ) -> Starlette:
-    """Return the application: `/api/status`, `/metrics`, `/healthz`, `/readyz`, and `/` if there is a page.
+    """Return the application: `/api/status`, `/metrics`, `/healthz`, `/readyz`, and more.
 
     Args:
         registry: the metrics to show.
         ready: returns True once `/readyz` should answer 200; before that `/readyz` answers 503.
         status: returns the object that `/api/status` sends as JSON; called for each request, on the event
             loop.
-        page: an HTML file with inline script and style; the browser runs no other scripts. None for no page.
+        more: further endpoints by path, in Starlette's syntax.
         token: the token for all paths but `/healthz` and `/readyz`; None leaves all paths open.
     """
 
-    def guarded(path: str, endpoint: _Endpoint) -> Route:
+    def guarded(path: str, endpoint: Endpoint) -> Route:
         async def guard(request: Request) -> Response:
             if token is None or _carries(request, token):
                 return await endpoint(request)
@@ -119,13 +121,12 @@ def make_app(
         return PlainTextResponse("ready\n") if ready() else PlainTextResponse("not ready\n", 503)
 
     routes = [
+        *(guarded(path, endpoint) for path, endpoint in more.items()),
         guarded("/api/status", api_status),
         guarded("/metrics", metrics),
         Route("/healthz", healthz),
         Route("/readyz", readyz),
     ]
-    if page is not None:
-        routes.append(guarded("/", _page_endpoint(page)))
     return Starlette(routes=routes)
 
 
@@ -144,38 +145,6 @@ def _carries(request: Request, token: str) -> bool:
     return scheme.lower() in ("basic", "bearer") and hmac.compare_digest(value.encode(), token.encode())
 
 
-def _page_endpoint(page: bytes) -> _Endpoint:
-    """Return an endpoint that answers with the page."""
-    headers = {
-        "Content-Security-Policy": _content_security_policy(page),
-        "X-Content-Type-Options": "nosniff",
-        "Referrer-Policy": "no-referrer",
-        "Cache-Control": "no-cache",
-    }
-
-    async def index(_: Request) -> Response:
-        return Response(page, media_type="text/html", headers=headers)
-
-    return index
-
-
-def _content_security_policy(page: bytes) -> str:
-    """Return a policy that allows only the page's own inline script and style, by their digests.
-
-    Source: W3C Content Security Policy Level 3.
-    """
-
-    def digests(tag: bytes) -> str:
-        bodies = re.findall(rb"<%b>(.*?)</%b>" % (tag, tag), page, re.DOTALL)
-        hashed = (base64.b64encode(hashlib.sha256(body).digest()).decode() for body in bodies)
-        return " ".join(f"'sha256-{digest}'" for digest in hashed) or "'none'"
-
-    return (
-        f"default-src 'none'; script-src {digests(b'script')}; style-src {digests(b'style')};"
-        " connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-    )
-
-
 class _BoundedProtocol(H11Protocol):
     """The HTTP protocol of uvicorn, with limits so that many or slow connections do not keep others out.
 
@@ -187,6 +156,7 @@ class _BoundedProtocol(H11Protocol):
         super().connection_made(transport)
         self._since = self.loop.time()
         self._last_request: object = None
+        self._num_standstills = 0
         self._next_check = self.loop.call_later(REQUEST_SECONDS, self._check_progress)
         if len(self.connections) > HTTP_CONNECTIONS:
             oldest = min(self.connections, key=lambda each: getattr(each, "_since", 0.0))
@@ -201,12 +171,27 @@ class _BoundedProtocol(H11Protocol):
         super().connection_lost(exc)
 
     def _check_progress(self) -> None:
-        """Close the connection if it has begun no other request since the last check."""
-        if self.cycle is self._last_request:
+        """Close the connection if it has begun no other request since the last check, and reads no answer."""
+        self._num_standstills = self._num_standstills + 1 if self._stands_still() else 0
+        if self.cycle is self._last_request and not self._is_being_answered():
             self.transport.abort()
             return
         self._last_request = self.cycle
         self._next_check = self.loop.call_later(REQUEST_SECONDS, self._check_progress)
+
+    def resume_writing(self) -> None:
+        """Note that the caller reads the answer."""
+        self._num_standstills = 0
+        super().resume_writing()
+
+    def _is_being_answered(self) -> bool:
+        """Return True if an answer is under way whose caller has read of it not long ago."""
+        is_under_way = self.cycle and self.cycle.response_started and not self.cycle.response_complete
+        return bool(is_under_way) and self._num_standstills < STANDSTILL_CHECKS
+
+    def _stands_still(self) -> bool:
+        """Return True if bytes of the answer wait for the caller to read."""
+        return self.transport.get_write_buffer_size() > 0
 
 
 class _QuietServer(uvicorn.Server):

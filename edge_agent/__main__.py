@@ -205,9 +205,7 @@ async def take_part_as(caller: "Identity | str", config: AgentConfig, state: "Ag
         if config.metrics_port is not None:
             token_path = config.metrics_token_file or state.path / "metrics-token"
             token = endpoints.http_token(config.metrics_host, config.metrics_token_file, token_path)
-            app = endpoints.make_app(
-                metrics.registry, ready=agent.is_ready, status=agent.status, page=None, token=token
-            )
+            app = endpoints.make_app(metrics.registry, ready=agent.is_ready, status=agent.status, token=token)
             http = await endpoints.serve_http(app, host=config.metrics_host, port=config.metrics_port)
             shown = f", with the token in {token_path}" if token else ""
             display.message(f"metrics on {http_url(config.metrics_host, http.port, '/metrics')}{shown}")

@@ -58,7 +58,7 @@ def _view(document: Document) -> RenderableType:
 def _headline(document: Document) -> Text:
     """Return the run, the round and its phase, how many have contributed, and why the last round failed."""
     phase = str(document.get("phase")).replace("_", "-")
-    lines = [f"Run {document.get('run_id')}", f"Round {document.get('round')}: {phase}"]
+    lines = [_run(document), f"Round {document.get('round')}: {phase}"]
     if document.get("run_over"):
         lines.append("The run is over.")
     elif phase == "collecting":
@@ -83,6 +83,13 @@ def _headline(document: Document) -> Text:
 def _trainer(document: Document) -> Document:
     trainer = document.get("trainer")
     return trainer if isinstance(trainer, Mapping) else {}
+
+
+def _run(document: Document) -> str:
+    """Return the name of the run and its id."""
+    run_id = document.get("run_id")
+    name = document.get("run_name")
+    return f"Run {name} ({run_id})" if name else f"Run {run_id}"
 
 
 def _quorum(document: Document) -> str:

@@ -143,6 +143,13 @@ MIGRATIONS = (
     );
     """,
     "ALTER TABLE rounds ADD COLUMN has_full_curve INTEGER NOT NULL DEFAULT 0;",
+    """
+    CREATE TABLE traffic (
+        round INTEGER PRIMARY KEY REFERENCES rounds (number),
+        received_bytes INTEGER NOT NULL,
+        sent_bytes INTEGER NOT NULL
+    );
+    """,
 )
 
 

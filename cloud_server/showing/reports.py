@@ -107,8 +107,7 @@ class Reports:
 
     def result_of(self, number: int) -> Result | None:
         """Return what the trainer found in a round; None: that is not known any more."""
-        result = round_job(self._store.state_dir, number).read_result()
-        return result or read_result(self._store.state_dir.round(number))
+        return result_of(self._store, number)
 
     def _write(self, number: int) -> None:
         row = self._store.round(number)
@@ -190,6 +189,12 @@ def write(report: Mapping[str, Any], folder: Path, weights: Path | None) -> None
         os.link(weights, model)
     with replacing(folder / "report.json") as partial:
         partial.write_text(json.dumps(report, indent=2) + "\n", "utf-8")
+
+
+def result_of(store: Store, number: int) -> Result | None:
+    """Return what the trainer found in a round; None: that is not known any more."""
+    result = round_job(store.state_dir, number).read_result()
+    return result or read_result(store.state_dir.round(number))
 
 
 def read_result(folder: Path) -> Result | None:

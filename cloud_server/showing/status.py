@@ -25,6 +25,7 @@ class Status:
     """The maker of the status, which keeps the results of rounds that it has read.
 
     Args:
+        run_name: the name of the run for people.
         board: how far each agent is.
         upload_places: returns the places in the queue, by agent id, of those that wait to upload.
         is_trainer_running: returns True while there is a trainer process.
@@ -34,6 +35,7 @@ class Status:
     def __init__(
         self,
         run_id: str,
+        run_name: str,
         standing: Standing,
         presence: Presence,
         *,
@@ -45,6 +47,7 @@ class Status:
         clock: Callable[[], float],
     ) -> None:
         self._run_id = run_id
+        self._run_name = run_name
         self._standing = standing
         self._presence = presence
         self._store = store
@@ -89,6 +92,7 @@ class Status:
         doing = {agent_id: self._doing(agent_id, places) for agent_id in presence.here}
         return {
             "run_id": self._run_id,
+            "run_name": self._run_name,
             "round": current.number,
             "phase": current.phase.value,
             "phases": _phases(rows[-1], current, self._clock()),

@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 from contextlib import AsyncExitStack, closing
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -484,6 +485,26 @@ async def test_contribution_that_the_trainer_leaves_out_was_accepted_and_does_no
         assert left_out["c"] is None
         sample = here.metrics.registry.get_sample_value
         assert [sample("ecavg_server_agent_flagged", {"agent_id": each}) for each in "abc"] == [1, 0, 0]
+
+
+async def test_bytes_that_moved_in_a_round_are_on_record_when_it_ends(tmp_path: Path) -> None:
+    async with world(tmp_path) as here:
+        here.metrics.count_sent("model", 70)
+        await here.contribute("a")
+        await here.until(lambda: here.standing.state_for().round == 2)
+        (row,) = here.store.read("SELECT * FROM traffic")
+        assert dict(row) == {"round": 1, "received_bytes": here.metrics.received_bytes, "sent_bytes": 70}
+        assert row["received_bytes"] > 0
+
+
+async def test_run_has_a_name_for_people(tmp_path: Path) -> None:
+    began_at = datetime(2026, 2, 10, 23, 30, tzinfo=UTC).timestamp()
+    async with world(tmp_path, clock=lambda: began_at) as here:
+        assert (await here.status.read())["run_name"] == "mlp on digits, 2026-02-10"
+    async with world(tmp_path, run_name="the north field") as here:
+        assert (await here.status.read())["run_name"] == "the north field"
+    async with world(tmp_path) as here:
+        assert (await here.status.read())["run_name"] == "mlp on digits, 2026-02-10"
 
 
 async def test_repeated_report_is_counted_once(tmp_path: Path) -> None:

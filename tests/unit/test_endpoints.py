@@ -1,11 +1,7 @@
 import asyncio
-import base64
-import hashlib
-import re
 import signal
 import socket
-from collections.abc import AsyncIterator
-from importlib import resources
+from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +10,17 @@ import pytest
 from prometheus_client import Counter
 from prometheus_client.parser import text_string_to_metric_families
 from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse, Response, StreamingResponse
 
 from common import endpoints
-from common.endpoints import make_app, serve_http
+from common.endpoints import Endpoint, make_app, serve_http
 from common.errors import UsageError
 from common.metrics import make_registry
 
-PAGE = b"<!doctype html><style>p { color: teal }</style><p>hi</p><script>\nlet a = 1;\n</script>"
+
+async def say_hi(_: Request) -> Response:
+    return PlainTextResponse("hi")
 
 
 class Process:
@@ -34,9 +34,13 @@ class Process:
     async def read_status(self) -> dict[str, Any]:
         return self.status
 
-    def app(self, page: bytes | None = PAGE, token: str | None = None) -> Starlette:
+    def app(self, more: Mapping[str, Endpoint] | None = None, token: str | None = None) -> Starlette:
         return make_app(
-            self.registry, ready=lambda: self.is_ready, status=self.read_status, page=page, token=token
+            self.registry,
+            ready=lambda: self.is_ready,
+            status=self.read_status,
+            more={"/": say_hi} if more is None else more,
+            token=token,
         )
 
 
@@ -130,30 +134,8 @@ async def test_metrics_come_as_openmetrics_to_who_asks(client: httpx.AsyncClient
     assert reply.text.endswith("# EOF\n")
 
 
-async def test_page_may_run_its_own_script_and_style_and_no_other(client: httpx.AsyncClient) -> None:
-    reply = await client.get("/")
-    assert reply.content == PAGE
-    assert reply.headers["content-type"] == "text/html; charset=utf-8"
-
-    policy = dict(part.strip().split(" ", 1) for part in reply.headers["content-security-policy"].split(";"))
-    script = base64.b64encode(hashlib.sha256(b"\nlet a = 1;\n").digest()).decode()
-    style = base64.b64encode(hashlib.sha256(b"p { color: teal }").digest()).decode()
-    assert policy["default-src"] == "'none'"
-    assert policy["script-src"] == f"'sha256-{script}'"
-    assert policy["style-src"] == f"'sha256-{style}'"
-    assert policy["connect-src"] == "'self'"
-
-
-def test_status_page_needs_no_other_file_and_turns_no_data_into_markup() -> None:
-    page = resources.files("cloud_server").joinpath("web/index.html").read_text("utf-8")
-    addresses = set(re.findall(r"https?:[^\s'\"]+", page))
-    assert addresses == {"http://www.w3.org/2000/svg"}  # a name, never fetched
-    assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(", page)
-    assert not re.search(r"<(script|style)\s|\sstyle=|\son[a-z]+=", page)  # its policy would block them
-
-
 async def test_process_without_a_page_has_none(process: Process) -> None:
-    transport = httpx.ASGITransport(process.app(page=None))
+    transport = httpx.ASGITransport(process.app(more={}))
     async with httpx.AsyncClient(transport=transport, base_url="http://agent") as client:
         assert (await client.get("/")).status_code == 404
         assert (await client.get("/api/status")).status_code == 200
@@ -188,3 +170,47 @@ async def test_server_stopped_before_its_first_request_stops(process: Process) -
     server = await serve_http(process.app(), host="127.0.0.1", port=0)
     async with asyncio.timeout(5):
         await server.stop()
+
+
+async def test_answer_that_takes_long_goes_on_while_it_is_read(
+    process: Process, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(endpoints, "REQUEST_SECONDS", 0.05)
+
+    async def parts() -> AsyncIterator[bytes]:
+        for number in range(8):
+            yield b"%d" % number
+            await asyncio.sleep(0.05)
+
+    async def slow(_: Request) -> Response:
+        return StreamingResponse(parts())
+
+    server = await serve_http(process.app({"/slow": slow}), host="127.0.0.1", port=0)
+    async with httpx.AsyncClient(trust_env=False) as client:
+        reply = await client.get(f"http://127.0.0.1:{server.port}/slow")
+    await server.stop()
+    assert reply.text == "01234567"
+
+
+async def test_answer_that_nobody_reads_is_cut_off(process: Process, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(endpoints, "REQUEST_SECONDS", 0.02)
+    ended = asyncio.Event()
+
+    async def parts() -> AsyncIterator[bytes]:
+        try:
+            while True:
+                yield bytes(2**20)
+                await asyncio.sleep(0)
+        finally:
+            ended.set()
+
+    async def endless(_: Request) -> Response:
+        return StreamingResponse(parts())
+
+    server = await serve_http(process.app({"/endless": endless}), host="127.0.0.1", port=0)
+    _, writer = await asyncio.open_connection("127.0.0.1", server.port)
+    writer.write(b"GET /endless HTTP/1.1\r\nHost: a\r\n\r\n")
+    async with asyncio.timeout(10):
+        await ended.wait()
+    writer.transport.abort()
+    await server.stop()

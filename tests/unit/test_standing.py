@@ -58,6 +58,7 @@ class Viewed:
         )
         self.status = Status(
             "run-1",
+            "mlp on digits",
             self.standing,
             presence,
             store=store,

@@ -34,6 +34,7 @@ from cloud_server.showing import presence
 from cloud_server.showing.reports import Reports
 from cloud_server.showing.standing import Standing
 from cloud_server.showing.status import Status
+from cloud_server.showing.traffic import Traffic
 from cloud_server.showing.viewers import Viewers
 from cloud_server.store import Store
 from cloud_server.training import runner as job_runner
@@ -110,6 +111,7 @@ class World:
     standing: Standing
     status: Status
     reports: Reports
+    traffic: Traffic
     store: Store
     trainer: PlayedTrainer
     config: ServerConfig

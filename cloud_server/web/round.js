@@ -1,0 +1,116 @@
+// The top of the page: the round that is under way, and the model of the round before.
+
+import { element, note, table } from "./dom.js";
+import { NONE, PHASES, candidateName, duration, percent, phaseName, roundName, timeLeft } from "./words.js";
+
+export function headline(status) {
+  const [name, sentence] = PHASES[status.phase] ?? [status.phase, ""];
+  const failure = status.rounds.find((round) => round.round === status.round)?.failure;
+  const text = status.run_over ? "The run is over." : failure || sentence;
+  return [
+    element("h1", { class: status.phase === "failed" ? "bad" : "" }, `${roundName(status.round)}: ${name.toLowerCase()}`),
+    element("p", {}, text),
+  ];
+}
+
+/** Return when the round will close. `now` is the server's clock, in seconds. */
+export function quorum(status, now) {
+  if (status.phase !== "collecting") return "";
+  const { min_agents: least, max_agents: most, deadline_at: deadline } = status;
+  const have = status.agents.filter((agent) => agent.outcome === "accepted").length;
+  const count = `${have} of ${most} contributions.`;
+  if (deadline == null) return `${count} The round closes with ${most}.`;
+  if (deadline > now) {
+    return `${count} The round closes with ${most}, or in ${duration(Math.ceil(deadline - now))} with at least ${least}.`;
+  }
+  return `${count} The deadline has passed; the round closes with ${least}.`;
+}
+
+export function phases(status) {
+  const seconds = new Map(status.phases.map((entry) => [entry.phase, entry.seconds]));
+  const isShown = (phase) => seconds.has(phase) || (phase !== "failed" && status.phase !== "failed");
+  return Object.keys(PHASES).filter(isShown).map((phase) => {
+    const item = element("li", { class: phase === "failed" ? "failed" : seconds.has(phase) ? "past" : "" },
+      element("span", {}, phaseName(phase)));
+    if (phase === status.phase) item.setAttribute("aria-current", "step");
+    const isEnd = phase === "published" || phase === "failed";
+    if (seconds.has(phase) && !isEnd) item.append(element("span", {}, duration(seconds.get(phase))));
+    return item;
+  });
+}
+
+/** Return the bar of the cloud's own work, with the time left where the server knows it. */
+export function progress(status) {
+  const work = status.progress;
+  if (!work || !work.total || status.phase === "published" || status.phase === "failed") return [];
+  const share = work.done / work.total;
+  const loss = work.loss == null ? "" : `loss ${work.loss.toPrecision(3)}`;
+  const ends = [loss, timeLeft(status.trainer?.seconds_left)].filter(Boolean).join(", ");
+  return [
+    element("progress", { value: share, max: 1, "aria-label": phaseName(status.phase) }),
+    element("p", { class: "soft" },
+      element("span", {}, `${Math.floor(100 * share)} %, step ${work.done} of ${work.total}`), element("span", {}, ends)),
+  ];
+}
+
+export function result(rounds) {
+  const last = rounds.findLast((round) => round.outcome === "published" && round.round > 0);
+  if (!last) return [];
+  const tile = (name, ...value) => element("div", {}, element("dt", {}, name), element("dd", {}, ...value));
+  const published = { start: "The start, unchanged", fine_tuned: "The fine-tuned model" }[last.published];
+  return [
+    element("h2", { id: "result-title" }, `Global model of round ${last.round}`),
+    element("dl", { class: "tiles" },
+      tile("Accuracy at the start", percent(last.accuracy_start), ...(last.start ? [note(candidateName(last.start))] : [])),
+      tile("Accuracy as published", percent(last.accuracy_published), ...(published ? [note(published)] : [])),
+      tile("Gain, points", gain(last.accuracy_start, last.accuracy_published))),
+    ...candidates(last),
+  ];
+}
+
+/** Return the candidates, the best first, and the chosen one before others that do equally well. */
+export function candidates(round) {
+  const isStart = (name) => Number(name === round.start);
+  const ranked = Object.entries(round.candidates ?? {})
+    .sort(([a, one], [b, other]) => other - one || isStart(b) - isStart(a));
+  if (ranked.length < 2) return [];
+  const title = (name) => [
+    candidateName(name),
+    ...(name === round.start ? [" ", element("span", { class: "good" }, "✓ chosen")] : []),
+    ...(name === "greedy_soup" && round.soup ? [note(round.soup.join(", "))] : []),
+  ];
+  return [
+    element("h3", {}, "Where the fine-tune could start from"),
+    table([["Candidate", ""], ["Accuracy", "number"]],
+      ranked.map(([name, accuracy]) => [title(name), percent(accuracy)])),
+  ];
+}
+
+export function gain(before, after) {
+  if (before == null || after == null) return NONE;
+  const points = Math.round(1000 * (after - before)) / 10;
+  const [sign, look] = points > 0 ? ["+", "good"] : points < 0 ? ["−", "bad"] : ["±", "soft"];
+  return element("span", { class: look }, sign + Math.abs(points).toFixed(1));
+}
+
+/** Return the rows of the latest rounds, newest first. */
+export function rounds(list) {
+  if (!list.length) return [];
+  const columns = [["Round", ""], ["Outcome", ""], ["Contributions", "number"], ["Start", "number"], ["Published", "number"], ["Time", "number"]];
+  const rows = list.toReversed().map((round) => [
+    element("a", { href: `#round-${round.round}` }, roundName(round.round)), outcome(round), String(round.num_contributions ?? NONE),
+    percent(round.accuracy_start), percent(round.accuracy_published), duration(round.seconds),
+  ]);
+  return [element("h2", { id: "rounds-title" }, "Rounds so far"), table(columns, rows)];
+}
+
+function outcome(round) {
+  const isPublished = round.outcome === "published";
+  return [
+    element("span", { class: isPublished ? "good" : "bad" }, isPublished ? "✓ published" : `✗ ${round.outcome}`),
+    ...(round.start ? [note(`start: ${candidateName(round.start).toLowerCase()}`)] : []),
+    ...(round.flagged.length ? [note(`⚑ flagged: ${round.flagged.join(", ")}`, "bad")] : []),
+    ...(round.audit_note ? [note(round.audit_note, "warn")] : []),
+    ...(round.failure ? [note(round.failure)] : []),
+  ];
+}

@@ -1,0 +1,69 @@
+"""`make screenshots`: the status page of a real run of three agents, into docs/img/.
+
+The pictures are taken after ROUNDS rounds, while the server waits for the third agent, which has left.
+"""
+
+import asyncio
+import io
+import tempfile
+from pathlib import Path
+
+from PIL import Image
+
+from tests.browser.pages import NARROW, WIDE, a_page
+from tests.processes import ROOT, Cluster, cluster_in, until
+
+FOLDER = ROOT / "docs/img"
+ROUNDS = 8
+MAX_BYTES = 150_000
+WAIT_SECONDS = 300.0
+# Little training in each round, so that there is something to see over the rounds.
+SETTINGS = (
+    "--min-agents", 3, "--rounds", 0, "--set", "run.pretrain.epochs=2", "--set", "run.fine_tune.epochs=2",
+    "--set", "run.pretrain.learning_rate=0.01", "--set", "run.fine_tune.learning_rate=0.01",
+)  # fmt: skip
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as folder, cluster_in(Path(folder)) as cluster:
+        run_rounds(cluster)
+        asyncio.run(take_pictures(f"http://127.0.0.1:{cluster.http_port}/"))
+
+
+def run_rounds(cluster: Cluster) -> None:
+    """Run ROUNDS rounds; then the third agent leaves, and the next round waits for it."""
+    server = cluster.server(*SETTINGS)
+    agents = [cluster.agent(f"edge-{number}", "--partition", f"{number}/3") for number in (1, 2, 3)]
+    until((cluster.state_dir / f"rounds/{ROUNDS:04d}/report.json").exists, server, WAIT_SECONDS)
+    agents[-1].terminate()
+
+
+async def take_pictures(address: str) -> None:
+    for dark in (False, True):
+        for width in (WIDE, NARROW):
+            await take_picture(address, width, dark)
+
+
+async def take_picture(address: str, width: int, dark: bool) -> None:
+    name = f"status-page{'-narrow' if width == NARROW else ''}{'-dark' if dark else ''}.png"
+    async with a_page(width=width, dark=dark) as (page, complaints):
+        await page.goto(address)
+        await page.locator("#plot-loss canvas").wait_for()
+        await page.get_by_text("away").first.wait_for()
+        # The pointer is on a plot, which then shows the values of a round.
+        await page.locator("#plot-accuracy .u-over").hover()
+        card = await page.locator("#history-card").bounding_box()
+        scrolled = await page.evaluate("scrollY")
+        height = scrolled + card["y"] + card["height"] + 16
+        clip = {"x": 0, "y": 0, "width": width, "height": height}
+        picture = await page.screenshot(full_page=True, clip=clip)
+    assert not complaints, complaints
+    # A page has few colours.
+    Image.open(io.BytesIO(picture)).convert("RGB").quantize(64).save(FOLDER / name, optimize=True)
+    size = (FOLDER / name).stat().st_size
+    assert size < MAX_BYTES, f"{name} has {size} bytes"
+    print(f"docs/img/{name}: {size / 1000:.0f} kB")
+
+
+if __name__ == "__main__":
+    main()
