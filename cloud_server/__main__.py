@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from cloud_server.showing.status import Status
     from cloud_server.showing.viewers import Viewers
     from cloud_server.store import Store
+    from cloud_server.tracking.thread import Tracking
     from cloud_server.training.runner import Trainer
     from common.run_state import RunState
 
@@ -125,11 +126,13 @@ async def serve(config: ServerConfig) -> int:
     from cloud_server.showing.display import RunDisplay
     from cloud_server.showing.viewers import Viewers
     from cloud_server.store import Store
+    from cloud_server.tracking.tracker import check_packages
     from cloud_server.training.supervisor import TrainerProcess
     from common import telemetry
     from common.background import beside
 
     telemetry.configure_logging(level=config.log_level)
+    check_packages(config.tracking)
     store = Store(config.state_dir)
     authority = None if config.insecure else await open_authority(config.tls_folder)
     warn_of_clock(store, authority)
@@ -181,6 +184,7 @@ async def serve(config: ServerConfig) -> int:
         display.close()
         await server.stop(grace_seconds=1)
         if opened:
+            opened.tracking.stop()
             await opened.reports.write_if_possible()
         if http:
             await http.stop()
@@ -238,6 +242,7 @@ class Service(NamedTuple):
     standing: "Standing"
     status: "Status"
     reports: "Reports"
+    tracking: "Tracking"
 
 
 async def open_service(
@@ -275,6 +280,8 @@ async def open_service(
     from cloud_server.showing.reports import Reports
     from cloud_server.showing.standing import Standing
     from cloud_server.showing.status import Status
+    from cloud_server.tracking.thread import Tracking
+    from cloud_server.tracking.tracker import trackers_of
     from cloud_server.training.runner import JobRunner
     from cloud_server.upkeep import provenance
     from cloud_server.upkeep.caretaker import Caretaker
@@ -356,6 +363,9 @@ async def open_service(
         presence=presence,
         clock=clock,
     )
+    await when_disk_allows(lambda: asyncio.to_thread(provenance.write, store))
+    await caretaker.clean_up()
+    tracking = Tracking(trackers_of(config.tracking), store, with_agent_ids=config.tracking.agent_ids)
     coordinator = Coordinator(
         config,
         ledger,
@@ -367,12 +377,11 @@ async def open_service(
         standing=standing,
         presence=presence,
         viewers=viewers,
+        tracking=tracking,
         metrics=metrics,
         clock=clock,
     )
-    await when_disk_allows(lambda: asyncio.to_thread(provenance.write, store))
-    await caretaker.clean_up()
-    return Service(coordinator, desk, ledger, standing, status, reports)
+    return Service(coordinator, desk, ledger, standing, status, reports, tracking)
 
 
 def tell_who_may_come(config: ServerConfig, authority: "Authority | None") -> None:

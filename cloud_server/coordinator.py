@@ -25,6 +25,7 @@ from cloud_server.showing.reports import Reports, stages
 from cloud_server.showing.standing import Standing, wait_for
 from cloud_server.showing.viewers import Viewers
 from cloud_server.store import Store
+from cloud_server.tracking.thread import Tracking
 from cloud_server.training.runner import JobRunner, JobWithdrawnError
 from cloud_server.upkeep.caretaker import Caretaker
 from common import clock
@@ -60,6 +61,7 @@ class Coordinator:
         standing: Standing,
         presence: Presence,
         viewers: Viewers,
+        tracking: Tracking,
         metrics: ServerMetrics,
         clock: Callable[[], float],
     ) -> None:
@@ -73,6 +75,7 @@ class Coordinator:
         self._standing = standing
         self._presence = presence
         self._viewers = viewers
+        self._tracking = tracking
         self._metrics = metrics
         self._clock = clock
 
@@ -89,6 +92,7 @@ class Coordinator:
 
     async def _run_rounds(self) -> None:
         await self._reports.write_all()
+        self._tracking.note_round_over()
         while not self._has_run_enough():
             if self._ledger.round.is_over:
                 await self._ledger.open_next_round()
@@ -101,6 +105,7 @@ class Coordinator:
         self._standing.show_run_over()
         await self._say_farewell()
         await self._viewers.stay()
+        await self._tracking.finish()
         # Uploads may have come too late for the last round.
         await self._caretaker.clean_up()
         last = self._ledger.round
@@ -167,6 +172,7 @@ class Coordinator:
         ended = self._ledger.round
         await self._caretaker.note_provenance()
         await self._reports.write(ended.number)
+        self._tracking.note_round_over()
         self._metrics.count_round(ended.phase.value)
         log.info("round_ended", round=ended.number, outcome=ended.phase.value, reason=ended.failure or None)
         await self._caretaker.clean_up()

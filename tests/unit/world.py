@@ -36,6 +36,7 @@ from cloud_server.showing.standing import Standing
 from cloud_server.showing.status import Status
 from cloud_server.showing.viewers import Viewers
 from cloud_server.store import Store
+from cloud_server.tracking.thread import Tracking
 from cloud_server.training import runner as job_runner
 from cloud_server.upkeep import caretaker
 from common.errors import (
@@ -109,6 +110,7 @@ class World:
     standing: Standing
     status: Status
     reports: Reports
+    tracking: Tracking
     store: Store
     trainer: PlayedTrainer
     config: ServerConfig
@@ -168,3 +170,4 @@ async def world(
                 task.cancel()
                 with suppress(asyncio.CancelledError, RunError):
                     await task
+            service.tracking.stop()
