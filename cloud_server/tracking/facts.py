@@ -91,11 +91,8 @@ def of_rounds(
 
 def _over(store: Store, first: int) -> list[int]:
     """Return the numbers of the rounds that are over, from `first` on."""
-    marks = ", ".join("?" * len(OVER))
-    rows = store.read(
-        f"SELECT number FROM rounds WHERE number >= ? AND phase IN ({marks}) ORDER BY number", first, *OVER
-    )
-    return [row["number"] for row in rows]
+    rows = store.read("SELECT number, phase FROM rounds WHERE number >= ? ORDER BY number", first)
+    return [row["number"] for row in rows if row["phase"] in OVER]
 
 
 def _round(store: Store, row: RoundRow, with_agent_ids: bool) -> Facts:
