@@ -120,6 +120,8 @@ async def serve(config: ServerConfig) -> int:
         RunError: the last round published no model.
     """
     # Imported here, so that --help and configuration errors are immediate.
+    import asyncio
+
     from cloud_server.door.connections import raise_file_limit
     from cloud_server.metrics import ServerMetrics
     from cloud_server.server import GrpcServer
@@ -128,10 +130,11 @@ async def serve(config: ServerConfig) -> int:
     from cloud_server.store import Store
     from cloud_server.tracking.tracker import check_packages
     from cloud_server.training.supervisor import TrainerProcess
-    from common import telemetry
+    from common import telemetry, tracing
     from common.background import beside
 
     telemetry.configure_logging(level=config.log_level)
+    tracing.start("ecavg-server")
     check_packages(config.tracking)
     store = Store(config.state_dir)
     authority = None if config.insecure else await open_authority(config.tls_folder)
@@ -192,6 +195,7 @@ async def serve(config: ServerConfig) -> int:
         if authority:
             authority.close()
         store.close()
+        await asyncio.to_thread(tracing.flush)
     return 0
 
 

@@ -5,23 +5,13 @@ The run is found by the tag `ecavg.run_id`, so that a server that starts again g
 written again. Everything happens by MLflow's client, with the user's own MLFLOW_ variables.
 """
 
+import json
+import logging
 import os
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-
-# Set before the import, which reads them. A tracker that is down is asked again later anyway.
-os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
-os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
-# MLflow tells its makers who uses what, unless it is told not to.
-os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-
-import json
-
-from mlflow.entities import Metric, Param
-from mlflow.exceptions import MlflowException
-from mlflow.tracking import MlflowClient
 
 from cloud_server.tracking.facts import Facts, RunFacts
 
@@ -29,6 +19,14 @@ EXPERIMENT = "ecavg"
 RUN_ID_TAG = "ecavg.run_id"
 ROUND_TAG = "ecavg.round"
 _BATCH = 100
+# Variables that MLflow reads when it is imported, and their values here unless the user has set them.
+_DEFAULTS = {
+    # A tracker that is down is asked again later anyway.
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
+    # MLflow tells its makers who uses what, unless it is told not to.
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+}
 
 
 class MLflow:
@@ -47,21 +45,21 @@ class MLflow:
 
     def open(self, run: RunFacts) -> int:
         """Find the run by its tag, or begin it; return the last round that was written."""
-        self._client = MlflowClient(tracking_uri=self._uri, registry_uri=self._uri)
+        self._client = _connect(self._uri)
         found = self._find(run)
         self._run_id, self._artifact_uri = found.info.run_id, found.info.artifact_uri
         self._model_name = run.name
-        if missing := [
-            Param(key, value) for key, value in run.parameters.items() if key not in found.data.params
-        ]:
-            for first in range(0, len(missing), _BATCH):
-                self._client.log_batch(self._run_id, params=missing[first : first + _BATCH])
+        self._log_parameters(
+            {key: value for key, value in run.parameters.items() if key not in found.data.params}
+        )
         self._client.update_run(self._run_id, status="RUNNING")
         self._round = int(found.data.tags.get(ROUND_TAG, -1))
         return self._round
 
     def write(self, facts: Facts) -> None:
         """Log the metrics, the report and the model of a round that are not there."""
+        from mlflow.entities import Metric
+
         at = round(facts.at * 1000)
         metrics = [
             Metric(name, value, at, facts.round)
@@ -90,6 +88,13 @@ class MLflow:
             experiment_id, tags={RUN_ID_TAG: run.run_id}, run_name=f"{run.name}-{run.run_id[:12]}"
         )
 
+    def _log_parameters(self, parameters: Mapping[str, str]) -> None:
+        from mlflow.entities import Param
+
+        items = [Param(key, value) for key, value in parameters.items()]
+        for first in range(0, len(items), _BATCH):
+            self._client.log_batch(self._run_id, params=items[first : first + _BATCH])
+
     def _has_point(self, name: str, step: int) -> bool:
         """Return True if the run has a value of this metric for this round."""
         return any(point.step == step for point in self._client.get_metric_history(self._run_id, name))
@@ -106,6 +111,8 @@ class MLflow:
 
     def _register(self, source: str, provenance: Mapping[str, str]) -> None:
         """Make a version of the registered model, unless this round has one."""
+        from mlflow.exceptions import MlflowException
+
         name = self._model_name
         try:
             self._client.get_registered_model(name)
@@ -116,3 +123,15 @@ class MLflow:
         versions = self._client.search_model_versions(f"name = '{name}' and run_id = '{self._run_id}'")
         if not any(version.tags.get("round") == provenance["round"] for version in versions):
             self._client.create_model_version(name, source, self._run_id, tags=dict(provenance))
+
+
+def _connect(uri: str) -> Any:
+    """Return a client of MLflow's, whose import takes a second and reads variables of the environment."""
+    for name, value in _DEFAULTS.items():
+        os.environ.setdefault(name, value)
+    from mlflow.tracking import MlflowClient
+
+    # The log says once that a tracker is down; these would say it at every try.
+    for logger in ("urllib3.connectionpool", "mlflow"):
+        logging.getLogger(logger).setLevel(logging.ERROR)
+    return MlflowClient(tracking_uri=uri, registry_uri=uri)
