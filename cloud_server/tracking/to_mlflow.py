@@ -26,6 +26,8 @@ _DEFAULTS = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
     # MLflow tells its makers who uses what, unless it is told not to.
     "MLFLOW_DISABLE_TELEMETRY": "true",
+    # The server's stdout is for what its user has asked for.
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
 }
 
 
