@@ -308,8 +308,9 @@ async def test_tracker_that_is_down_during_a_round_has_it_when_it_is_back(
     tracked = tmp_path / "tracked"
     tracked.write_text("in the way")
     keys = {"min_agents": 2, "tracking": TrackingConfig(**{reader.key: reader.where})}
-    async with world(tmp_path / "state", rounds=2, **keys) as here:
-        with capture_logs() as logs:
+    # It is tried, and fails, as soon as the server starts.
+    with capture_logs() as logs:
+        async with world(tmp_path / "state", rounds=2, **keys) as here:
             await a_round(here, 1)
             await here.until(lambda: any(line["event"] == "tracker_failing" for line in logs))
             tracked.unlink()
