@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from cloud_server.showing.traffic import Traffic
     from cloud_server.showing.viewers import Viewers
     from cloud_server.store import Store
+    from cloud_server.tracking.thread import Tracking
     from cloud_server.training.runner import Trainer
     from common.run_state import RunState
 
@@ -119,6 +120,8 @@ async def serve(config: ServerConfig) -> int:
         RunError: the last round published no model.
     """
     # Imported here, so that --help and configuration errors are immediate.
+    import asyncio
+
     from cloud_server.door.connections import raise_file_limit
     from cloud_server.metrics import ServerMetrics
     from cloud_server.server import GrpcServer
@@ -126,13 +129,16 @@ async def serve(config: ServerConfig) -> int:
     from cloud_server.showing.feed import Feed
     from cloud_server.showing.viewers import Viewers
     from cloud_server.store import Store
+    from cloud_server.tracking.tracker import check_packages
     from cloud_server.training.supervisor import TrainerProcess
-    from common import endpoints, logs
+    from common import endpoints, logs, tracing
     from common.background import beside
     from common.progress import progress_display
     from common.run_display import RunDisplay
 
     logs.set_up(config.log_level, config.log_format, quiet=config.quiet)
+    tracing.start("ecavg-server")
+    check_packages(config.tracking)
     store = Store(config.state_dir)
     authority = None if config.insecure else await open_authority(config.tls_folder)
     warn_of_clock(store, authority)
@@ -192,6 +198,7 @@ async def serve(config: ServerConfig) -> int:
         display.close()
         await server.stop(grace_seconds=1)
         if opened:
+            opened.tracking.stop()
             await opened.reports.write_if_possible()
             opened.traffic.record_if_possible(opened.ledger.round.number)
         if http:
@@ -200,6 +207,7 @@ async def serve(config: ServerConfig) -> int:
         if authority:
             authority.close()
         store.close()
+        await asyncio.to_thread(tracing.flush)
     return 0
 
 
@@ -251,6 +259,7 @@ class Service(NamedTuple):
     status: "Status"
     reports: "Reports"
     traffic: "Traffic"
+    tracking: "Tracking"
 
 
 async def open_service(
@@ -291,6 +300,8 @@ async def open_service(
     from cloud_server.showing.standing import Standing
     from cloud_server.showing.status import Status
     from cloud_server.showing.traffic import Traffic
+    from cloud_server.tracking.thread import Tracking
+    from cloud_server.tracking.tracker import trackers_of
     from cloud_server.training.runner import JobRunner
     from cloud_server.upkeep import provenance
     from cloud_server.upkeep.caretaker import Caretaker
@@ -383,6 +394,9 @@ async def open_service(
         clock=clock,
     )
     traffic = Traffic(store, metrics)
+    await when_disk_allows(lambda: asyncio.to_thread(provenance.write, store))
+    await caretaker.clean_up()
+    tracking = Tracking(trackers_of(config.tracking), store, with_agent_ids=config.tracking.agent_ids)
     coordinator = Coordinator(
         config,
         ledger,
@@ -394,13 +408,12 @@ async def open_service(
         standing=standing,
         presence=presence,
         viewers=viewers,
+        tracking=tracking,
         metrics=metrics,
         traffic=traffic,
         clock=clock,
     )
-    await when_disk_allows(lambda: asyncio.to_thread(provenance.write, store))
-    await caretaker.clean_up()
-    return Service(coordinator, desk, ledger, standing, status, reports, traffic)
+    return Service(coordinator, desk, ledger, standing, status, reports, traffic, tracking)
 
 
 def tell_who_may_come(config: ServerConfig, authority: "Authority | None") -> None:

@@ -8,12 +8,31 @@ from pydantic import Field, field_validator, model_validator
 
 from cloud_server.state_dir import StateDir
 from common import addresses
-from common.config import Name, ProcessConfig, RunConfig, UserPath
+from common.config import DocumentedModel, Name, ProcessConfig, RunConfig, UserPath
 
 ENV_PREFIX = "ECAVG_SERVER_"
 DEFAULT_PRESET = "digits-mlp"
 
 Port = Annotated[int, Field(ge=0, le=65535)]
+
+
+class TrackingConfig(DocumentedModel):
+    """Where the run is written to as well: the server's `[tracking]` table."""
+
+    tensorboard: UserPath | None = None
+    """Folder of event files for TensorBoard; needs `pip install 'ecavg[tensorboard]'`."""
+
+    mlflow: Name | None = None
+    """URI of MLflow, like `http://mlflow:5000` or `sqlite:////srv/mlflow.db`
+
+    It needs `pip install 'ecavg[mlflow]'`.
+    """
+
+    agent_ids: bool = False
+    """Leave agent ids in the reports that are written there
+
+    `cloud-server forget` does not reach them there.
+    """
 
 
 class ServerConfig(ProcessConfig):
@@ -140,6 +159,8 @@ class ServerConfig(ProcessConfig):
     """Plaintext: anybody may join under any name."""
 
     run: RunConfig = RunConfig()
+
+    tracking: TrackingConfig = TrackingConfig()
 
     @field_validator("host", "http_host")
     @classmethod

@@ -7,7 +7,7 @@ restart must not lose is in the store before anyone is told.
 import asyncio
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 
 import structlog
 
@@ -26,9 +26,10 @@ from cloud_server.showing.standing import Standing, wait_for
 from cloud_server.showing.traffic import Traffic
 from cloud_server.showing.viewers import Viewers
 from cloud_server.store import Store
+from cloud_server.tracking.thread import Tracking
 from cloud_server.training.runner import JobRunner, JobWithdrawnError
 from cloud_server.upkeep.caretaker import Caretaker
-from common import clock
+from common import clock, tracing
 from common.background import beside
 from common.errors import RunError
 from common.run_state import Phase, WorkProgress
@@ -61,6 +62,7 @@ class Coordinator:
         standing: Standing,
         presence: Presence,
         viewers: Viewers,
+        tracking: Tracking,
         metrics: ServerMetrics,
         traffic: Traffic,
         clock: Callable[[], float],
@@ -75,6 +77,7 @@ class Coordinator:
         self._standing = standing
         self._presence = presence
         self._viewers = viewers
+        self._tracking = tracking
         self._metrics = metrics
         self._traffic = traffic
         self._clock = clock
@@ -92,23 +95,30 @@ class Coordinator:
 
     async def _run_rounds(self) -> None:
         await self._reports.write_all()
+        self._tracking.note_round_over()
         while not self._has_run_enough():
             if self._ledger.round.is_over:
                 await self._ledger.open_next_round()
                 self._uploads.begin_round()
-            await self._collect()
-            await self._train()
+            with self._traced("collect"):
+                await self._collect()
+            with self._traced("train"):
+                await self._train()
             await self._end_round()
         await self._wait_for_reports()
         await self._reports.write_changed()
         self._standing.show_run_over()
         await self._say_farewell()
         await self._viewers.stay()
+        await self._tracking.finish()
         # Uploads may have come too late for the last round.
         await self._caretaker.clean_up()
         last = self._ledger.round
         if last.failure:
             raise RunError(f"round {last.number} failed: {last.failure}")
+
+    def _traced(self, step: str) -> AbstractContextManager[None]:
+        return tracing.round_span(step, self._ledger.run_id, self._ledger.round.number)
 
     def _has_run_enough(self) -> bool:
         """Return True after the last round asked for; 0 rounds are never enough.
@@ -171,6 +181,8 @@ class Coordinator:
         await self._caretaker.note_provenance()
         await when_disk_allows(lambda: asyncio.to_thread(self._traffic.record, ended.number))
         await self._reports.write(ended.number)
+        self._tracking.note_round_over()
+        tracing.end_round(self._ledger.run_id, ended.number, ended.opened_at)
         self._metrics.count_round(ended.phase.value)
         log.info("round_ended", round=ended.number, outcome=ended.phase.value, reason=ended.failure or None)
         await self._caretaker.clean_up()
@@ -201,7 +213,7 @@ class Coordinator:
             if obstacle := self._ledger.round.obstacle:
                 await self._ledger.transition(lambda round_, obstacle=obstacle: round_.fail(obstacle))  # type: ignore[misc]
                 return
-            job = self._round_job()
+            job = self._round_job().model_copy(update={"traceparent": tracing.current()})
             with suppress(JobWithdrawnError):
                 await self._publish(job, await self._jobs.finish(job, self._show_progress))
 
@@ -228,10 +240,11 @@ class Coordinator:
                 return round_.fail(result.error.message if result.error else "the trainer gave no weights")
             return round_.publish(result.weights.sha256, records.left_out(result, self._config.run))
 
-        if result.weights and not result.error:
-            await self._adopt(job, result)
-            await self._advance_to(Phase.EVALUATING)
-        await self._ledger.transition(ended)
+        with tracing.span("publish"):
+            if result.weights and not result.error:
+                await self._adopt(job, result)
+                await self._advance_to(Phase.EVALUATING)
+            await self._ledger.transition(ended)
         if self._ledger.round.published_digest:
             self._metrics.set_accuracies(stages(result))
             # An agent may have been forgotten since.

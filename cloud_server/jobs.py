@@ -70,6 +70,8 @@ class Job(FrozenModel):
     planned_rounds: int = 1
     # True if the learning rate takes a full curve in this round after the plan.
     has_full_curve: bool = False
+    # The span of the server that the job belongs to; None: the round is not traced. See common/tracing.py.
+    traceparent: str | None = None
 
 
 class Progress(FrozenModel):

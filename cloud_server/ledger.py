@@ -108,6 +108,11 @@ class Ledger:
         return self._round.policy
 
     @property
+    def run_id(self) -> str:
+        """Return the id of the run."""
+        return self._run.run_id
+
+    @property
     def planned_rounds(self) -> int:
         """Return how many rounds the learning-rate schedule of the run is for."""
         return self._run.planned_rounds

@@ -137,10 +137,12 @@ def add_flags(
         parser.add_argument("--preset", metavar="NAME", default=default_preset, help=text)
         config_help += " and of [run], laid over the preset"
     parser.add_argument("--config", metavar="FILE", help=config_help)
-    for name, field in config_class.model_fields.items():
+    fields = config_class.model_fields.items()
+    if any(isinstance(field.default, BaseModel) for _, field in fields):
+        text = "Set any key of a table, for example run.seed=3; repeatable"
+        parser.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help=text)
+    for name, field in fields:
         if isinstance(field.default, BaseModel):
-            text = f"Set any key of a table, for example {name}.seed=3; repeatable"
-            parser.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help=text)
             continue
         text = _help_of(field)
         options: dict[str, Any] = {"dest": name, "default": argparse.SUPPRESS, "help": text}

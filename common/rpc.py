@@ -20,6 +20,7 @@ from tenacity import (
 from tenacity.stop import StopBaseT
 
 from common import proxy as proxies
+from common import tracing
 from common.errors import (
     BudgetError,
     BusyError,
@@ -333,6 +334,8 @@ class Peer(NamedTuple):
     """The address of the connection, as gRPC writes it: "ipv4:192.0.2.1:50000"."""
     instance_id: str = ""
     """The random text that the calling process has chosen; "" if the process shows none."""
+    traceparent: str = ""
+    """The span of the caller, in W3C's format; "" if the caller shows none."""
 
 
 class Admit(Protocol):
@@ -410,7 +413,8 @@ class RefusingInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         started = time.perf_counter()
         code, reason = grpc.StatusCode.OK, None
         try:
-            with self._admit(method, _peer_of(context)):
+            peer = _peer_of(context)
+            with self._admit(method, peer), tracing.remote_span(method, peer.traceparent):
                 yield
         except Refusal as refusal:
             code, reason = STATUS[type(refusal)], refusal.reason
@@ -459,11 +463,12 @@ async def _abort(context: Any, code: grpc.StatusCode, text: str, reason: Reason)
 def _peer_of(context: Any) -> Peer:
     certificates = context.auth_context().get("x509_pem_cert")
     metadata = dict(context.invocation_metadata() or ())
-    claimed_id, instance_id = (
+    claimed_id, instance_id, traceparent = (
         value if isinstance(value := metadata.get(key, ""), str) else ""
-        for key in (AGENT_ID_KEY, INSTANCE_KEY)
+        for key in (AGENT_ID_KEY, INSTANCE_KEY, tracing.TRACEPARENT)
     )
-    return Peer(certificates[0] if certificates else None, claimed_id, context.peer(), instance_id)
+    certificate = certificates[0] if certificates else None
+    return Peer(certificate, claimed_id, context.peer(), instance_id, traceparent)
 
 
 async def _read_single_message(messages: AsyncIterator[bytes]) -> bytes:

@@ -11,7 +11,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from cloud_server.config import ENV_PREFIX as SERVER_PREFIX
-from cloud_server.config import ServerConfig
+from cloud_server.config import ServerConfig, TrackingConfig
 from common.config import FineTuneConfig, RunConfig, TrainingConfig
 from edge_agent.config import ENV_PREFIX as AGENT_PREFIX
 from edge_agent.config import AgentConfig, EnrollConfig
@@ -21,6 +21,7 @@ PAGE = Path(__file__).parent / "configuration.md"
 # Name of a table on the page → its class of keys, the prefix of its environment variables, its place.
 TABLES: dict[str, tuple[type[BaseModel], str, str]] = {
     "server": (ServerConfig, SERVER_PREFIX, ""),
+    "tracking": (TrackingConfig, SERVER_PREFIX, "tracking."),
     "run": (RunConfig, SERVER_PREFIX, "run."),
     "pretrain": (TrainingConfig, SERVER_PREFIX, "run.pretrain."),
     "fine_tune": (FineTuneConfig, SERVER_PREFIX, "run.fine_tune."),

@@ -158,10 +158,11 @@ async def enrolled_by_file(config: AgentConfig, state: "AgentState", why: str) -
 
 async def take_part(config: AgentConfig) -> int:
     """Take part in the server's run until it is over; enroll anew if the certificate has ended."""
-    from common import logs
+    from common import logs, tracing
     from edge_agent.state import AgentState
 
     logs.set_up(config.log_level, config.log_format, quiet=config.quiet)
+    tracing.start("ecavg-agent")
     state = AgentState(config.state_dir, config.agent_id)
     logs.bind(agent_id=state.agent_id)
     caller = await who_to_be(config, state)
@@ -181,7 +182,7 @@ async def take_part_as(caller: "Identity | str", config: AgentConfig, state: "Ag
     Raises:
         EndedError: the agent's certificate has ended, and the agent has to enroll anew.
     """
-    from common import endpoints
+    from common import endpoints, tracing
 
     # Imported here, so that --help and configuration errors are immediate.
     from common.background import beside
@@ -217,6 +218,7 @@ async def take_part_as(caller: "Identity | str", config: AgentConfig, state: "Ag
         await client.close()
         if http:
             await http.stop()
+        await asyncio.to_thread(tracing.flush)
         # The state directory stays locked until the process is gone: a thread may still write to it.
     return 0
 

@@ -17,7 +17,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from pydantic import ValidationError
 from tenacity import RetryCallState
 
-from common import rpc
+from common import rpc, tracing
 from common.agent_progress import TOLD, Activity, AgentProgress
 from common.config import PROTOCOL_VERSION, RunConfig
 from common.errors import (
@@ -226,6 +226,10 @@ class CloudClient:
         Raises:
             InvalidError: the server refuses the file for good, or `blob` is not this file's.
         """
+        with tracing.span(f"upload {kind}"):
+            await self._upload(path, blob, kind, on_bytes)
+
+    async def _upload(self, path: Path, blob: Blob, kind: Kind, on_bytes: OnBytes) -> None:
         query = pb.QueryUploadRequest(digest=blob.digest, kind=_KINDS[kind])
         fate = _Fate()
         async for attempt in self._retrying(fate.backoff):
@@ -261,7 +265,8 @@ class CloudClient:
             accuracy_local=accuracy_local,
             initial_weights_digest=initial_weights,
         )
-        reply = await self._unary("Contribute", request)
+        with tracing.span("contribute"):
+            reply = await self._unary("Contribute", request)
         outcome = _member(Outcome, pb.Outcome, reply.outcome)
         if outcome is None:
             _strange("an answer without an outcome")
@@ -287,7 +292,8 @@ class CloudClient:
         """Report what became of a global model on this device."""
         # The server knows the initial weights from the contribution.
         fields = report.model_dump(exclude={"initial_weights"})
-        await self._unary("Report", pb.ReportRequest(**fields))
+        with tracing.span("report"):
+            await self._unary("Report", pb.ReportRequest(**fields))
 
     async def tell_progress(self, progress: AgentProgress | None) -> float:
         """Tell how far this agent is, in one attempt; return for how many seconds no more need be told.
@@ -310,6 +316,11 @@ class CloudClient:
         return float(reply.pause_seconds)
 
     # ------------------------------------------------------------------ how calls are made
+
+    def _call_metadata(self) -> tuple[tuple[str, str], ...]:
+        """Return who calls, and where a round is traced, the span that the call is made in."""
+        current = tracing.current()
+        return (*self._metadata, (tracing.TRACEPARENT, current)) if current else self._metadata
 
     def _connect(self) -> None:
         self._channel = rpc.channel(self._server, self._identity.material if self._identity else None)
@@ -348,7 +359,7 @@ class CloudClient:
     async def _once(self, method: str, request: Any) -> Any:
         async with self._line() as stub:
             call = getattr(stub, method)
-            reply = await _translated(call(request, metadata=self._metadata, timeout=CALL_SECONDS))
+            reply = await _translated(call(request, metadata=self._call_metadata(), timeout=CALL_SECONDS))
         self._heard()
         return reply
 
@@ -356,7 +367,7 @@ class CloudClient:
         """Yield the events of one Watch; raise _ReplacedError when another is to take its place."""
         async with self._line() as stub:
             request = pb.WatchRequest(not_ready=not self._is_ready)
-            call = self._watching = stub.Watch(request, metadata=self._metadata)
+            call = self._watching = stub.Watch(request, metadata=self._call_metadata())
             try:
                 async for event in _answered(call):
                     yield event
@@ -373,7 +384,7 @@ class CloudClient:
             digest=blob.digest, kind=_KINDS[kind], size_bytes=blob.size_bytes, offset=offset
         )
         async with self._line() as stub:
-            await self._send(stub.Upload(metadata=self._metadata), header, path, kind, on_bytes)
+            await self._send(stub.Upload(metadata=self._call_metadata()), header, path, kind, on_bytes)
 
     async def _send(
         self, call: Any, header: pb.UploadHeader, path: Path, kind: Kind, on_bytes: OnBytes
@@ -404,7 +415,7 @@ class CloudClient:
             if (received := receiver.received_bytes) < blob.size_bytes:
                 request = pb.DownloadRequest(digest=blob.digest, offset=received)
                 async with self._line() as stub:
-                    async for reply in _answered(stub.Download(request, metadata=self._metadata)):
+                    async for reply in _answered(stub.Download(request, metadata=self._call_metadata())):
                         self._heard()
                         if not reply.chunk and not reply.size_bytes:
                             _strange("chunks without a byte")

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import structlog
 
+from common import tracing
 from common.agent_progress import Activity, AgentProgress
 from common.config import RunConfig
 from common.errors import (
@@ -109,7 +110,7 @@ class Member:
             if self._is_new_model(state):
                 await self._take_latest_model(state)
             elif self._is_open_round(state):
-                await self._news.while_run_lasts(self._contribute(state))
+                await self._news.while_run_lasts(self._contribute_traced(state))
             else:
                 return
 
@@ -141,6 +142,10 @@ class Member:
         return state.phase is RoundPhase.COLLECTING and is_new and may_take_part and not state.run_over
 
     # ------------------------------------------------------------------ contribute
+
+    async def _contribute_traced(self, state: RunState) -> None:
+        with tracing.round_span("take part", self._disk.progress.run_id, state.round):
+            await self._contribute(state)
 
     async def _contribute(self, state: RunState) -> None:
         """Pre-train on this agent's shards, upload weights and data, and commit them."""
@@ -181,7 +186,8 @@ class Member:
         trained, initial = self._disk.progress.trained, self._initial_weights(state)
         models = await self._data.models()
         if not trained or not await self._worker.run(self._is_kept, models, trained, state.round, initial):
-            trained = await self._train(state)
+            with tracing.span("pre-train"):
+                trained = await self._train(state)
             crash_point(Point.AGENT_WEIGHTS_WRITTEN)
             await self._save(trained=trained)
             crash_point(Point.AGENT_PRETRAINED)
@@ -280,7 +286,8 @@ class Member:
         """Take the published model, or a newer one where the server keeps this one no more."""
         assert state.latest_model
         try:
-            await self._take_global_model(state.latest_model)
+            with tracing.round_span("take model", self._disk.progress.run_id, state.latest_round):
+                await self._take_global_model(state.latest_model)
         except NotFoundError as error:
             number = state.latest_round
             state = await self._news.next(lambda newer: newer.latest_round > number or newer.run_over)

@@ -33,6 +33,7 @@ ROOMS = (
             "intake",
             "run",
             "training",
+            "tracking",
             "showing",
             "records",
             "door",
@@ -63,6 +64,7 @@ ROOMS = (
             "intake",
             "run",
             "training",
+            "tracking",
             "showing",
             "records",
             "metrics",
@@ -118,6 +120,11 @@ ROOMS = (
         "trainer",
         "torch: aggregation, alignment, selection, fine-tune, audit",
         ("jobs", "contribution", "state_dir"),
+    ),
+    Room(
+        "tracking",
+        "what TensorBoard and MLflow are told, from the records",
+        ("round", "store", "jobs", "disk", "config", "state_dir"),
     ),
     Room(
         "showing",

@@ -33,6 +33,8 @@ POLL_SECONDS = 0.01
 IS_COLD = os.environ.get("ECAVG_TESTS_COLD", "") not in ("", "0")
 # Agents import these modules by name, so the zygote imports them, too.
 LARGE = ("sklearn.datasets", "tests.faults.runs", "tests.integration.sources")
+# These modules need packages that not everybody has.
+OPTIONAL = ("cloud_server.tracking.to_tensorboard", "common.trace_export")
 # The kernel allows at most 15 bytes for the name of a process: proc(5), comm.
 TRAINER_NAME = "ecavg-trainer"
 # The option's number is that of prctl(2).
@@ -139,7 +141,7 @@ def serve() -> None:
     """
     for package in ("common", "edge_agent", "cloud_server"):
         for module in pkgutil.walk_packages([str(ROOT / package)], f"{package}."):
-            if not module.name.endswith(".__main__"):
+            if not module.name.endswith(".__main__") and module.name not in OPTIONAL:
                 importlib.import_module(module.name)
     for name in LARGE:
         importlib.import_module(name)

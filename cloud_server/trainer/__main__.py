@@ -25,7 +25,7 @@ import structlog
 
 from cloud_server.jobs import JobDirectory, pending_jobs
 from cloud_server.state_dir import StateDir
-from common import cli
+from common import cli, tracing
 from common.errors import UsageError
 from common.logs import configure_logging
 
@@ -50,6 +50,7 @@ def _start(argv: Sequence[str] | None) -> int:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     threading.Thread(target=_exit_with_server, daemon=True).start()
     configure_logging()
+    tracing.start("ecavg-trainer")
     if "RANK" not in os.environ and (num_ranks := _num_gpus(arguments.device)) > 1:
         return _launch(num_ranks, arguments)
     try:

@@ -20,6 +20,7 @@ from cloud_server.trainer.members import all_hold_base, base_of, common_start, m
 from cloud_server.trainer.output import Written, num_parameters, write_model
 from cloud_server.trainer.screening import Screening, screen
 from cloud_server.trainer.selection import Best, Selection
+from common import tracing
 from common.config import RunConfig
 from common.errors import InvalidError, RunError
 from common.evaluation import Evaluation
@@ -135,7 +136,8 @@ class RoundPipeline:
             scratch=self._directory.scratch_path,
             on_tensor=lambda *_: crash_point(Point.TRAINER_TENSOR_AVERAGED),
         )
-        selection.run(lambda done, total: self._tell("aggregating", done, total))
+        with tracing.span("select"):
+            selection.run(lambda done, total: self._tell("aggregating", done, total))
         return selection
 
     def _fine_tune(self, model: nn.Module, examples: Examples) -> None:
@@ -218,7 +220,8 @@ class RoundPipeline:
     def _timed(self, what: str) -> Iterator[None]:
         """Add the duration of the context to the seconds of the step `what`."""
         started = time.perf_counter()
-        yield
+        with tracing.span(what.replace("_", "-")):
+            yield
         self._seconds[what] = self._seconds.get(what, 0.0) + time.perf_counter() - started
 
 

@@ -13,6 +13,7 @@ from cloud_server.trainer.initial import initial_model
 from cloud_server.trainer.output import num_parameters, write_model
 from cloud_server.trainer.pipeline import RoundPipeline
 from cloud_server.trainer.warm_up import WarmUp
+from common import tracing
 from common.errors import ECAvgError, UsageError, is_out_of_memory
 from common.faults import Point, crash_point
 from common.files import error_number, is_full
@@ -55,6 +56,8 @@ def run_job(directory: JobDirectory, *, blobs_dir: Path, device_name: str, group
             # After a CUDA error other than a lack of memory, this process cannot use the GPU any more.
             if group.world_size > 1 or isinstance(error, torch.AcceleratorError):
                 raise
+    # The server ends this process at any moment.
+    tracing.flush(0)
     gc.collect()
     torch.cuda.empty_cache()
 
@@ -70,7 +73,8 @@ def _do(directory: JobDirectory, blobs_dir: Path, device_name: str, group: Group
     if job.kind == "initialise":
         return _initialise(job, directory, group)
     pipeline = WarmUp if job.kind == "warm_up" else RoundPipeline
-    return pipeline(job, directory, blobs_dir, device, group).run()
+    with tracing.remote_span("job", job.traceparent):
+        return pipeline(job, directory, blobs_dir, device, group).run()
 
 
 def _initialise(job: Job, directory: JobDirectory, group: Group) -> Result:

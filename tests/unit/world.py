@@ -37,6 +37,7 @@ from cloud_server.showing.status import Status
 from cloud_server.showing.traffic import Traffic
 from cloud_server.showing.viewers import Viewers
 from cloud_server.store import Store
+from cloud_server.tracking.thread import Tracking
 from cloud_server.training import runner as job_runner
 from cloud_server.upkeep import caretaker
 from common.errors import (
@@ -112,6 +113,7 @@ class World:
     status: Status
     reports: Reports
     traffic: Traffic
+    tracking: Tracking
     store: Store
     trainer: PlayedTrainer
     config: ServerConfig
@@ -171,3 +173,4 @@ async def world(
                 task.cancel()
                 with suppress(asyncio.CancelledError, RunError):
                     await task
+            service.tracking.stop()

@@ -1,0 +1,200 @@
+"""What trackers are told, made from the records and the reports of rounds that are over.
+
+A round is told in two parts, because its agents report on the model after the round is over:
+
+    round   what the cloud measured, its seconds and bytes, the report and the model
+    edges   the means of what the agents measured before and after; told when the next round is over,
+            or the run, so that it does not change any more
+"""
+
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from cloud_server.disk.tables import RoundRow
+from cloud_server.jobs import round_job
+from cloud_server.round import OVER
+from cloud_server.state_dir import StateDir
+from cloud_server.store import Store
+
+# The fields of a report that name agents; `num_agents` and its like stand there in their place.
+_NAMING = ("agents", "rejected", "late", "vanished", "drawn", "not_ready")
+_MAX_PARAMETER_CHARACTERS = 500
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """What a tracker is told of a run."""
+
+    run_id: str
+    # For example "mlp-digits".
+    name: str
+    # The values of the configuration by dotted key, like "run.pretrain.epochs".
+    parameters: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Facts:
+    """One of the two parts in which a tracker is told of a round."""
+
+    round: int
+    # When the round was over, in seconds since the epoch.
+    at: float
+    # Values by name, like "accuracy/published"; all of them are finite.
+    metrics: Mapping[str, float]
+    # Parts are told in this order: round 1 is 2, its edges are 3, round 2 is 4.
+    order: int
+    # The rest belongs to the first part alone. The report is without agent ids, unless they are asked for.
+    report: Mapping[str, Any] | None = None
+    # None: no model was published, or it has been given up.
+    model: Path | None = None
+    digest: str | None = None
+    provenance: Mapping[str, str] = field(default_factory=dict)
+
+
+def of_run(store: Store) -> RunFacts:
+    """Return what trackers are told of the run on record."""
+    row = store.run()
+    assert row is not None
+    config = json.loads(row.config_json)
+    name = f"{config['model']}-{config['dataset']}".replace(":", ".").replace("/", ".")
+    return RunFacts(row.run_id, name, dict(_flat(config, "run")))
+
+
+def of_rounds(
+    store: Store, after: int, *, is_run_over: bool, with_agent_ids: bool = False
+) -> Iterator[Facts]:
+    """Yield what is to be told of the rounds that are over, in order.
+
+    Args:
+        store: the records.
+        after: the order of the last part that has been told.
+        is_run_over: True if no agent will report any more.
+        with_agent_ids: True to leave agent ids in the reports.
+    """
+    before: RoundRow | None = None
+    for number in _over(store, after // 2):
+        row = store.round(number)
+        assert row is not None
+        if before and 2 * before.number + 1 > after:
+            yield _edges(store, before)
+        if 2 * row.number > after:
+            yield _round(store, row, with_agent_ids)
+        before = row
+    if before and is_run_over and 2 * before.number + 1 > after:
+        yield _edges(store, before)
+
+
+def _over(store: Store, first: int) -> list[int]:
+    """Return the numbers of the rounds that are over, from `first` on."""
+    rows = store.read("SELECT number, phase FROM rounds WHERE number >= ? ORDER BY number", first)
+    return [row["number"] for row in rows if row["phase"] in OVER]
+
+
+def _round(store: Store, row: RoundRow, with_agent_ids: bool) -> Facts:
+    report = _read_report(store.state_dir, row.number)
+    model = store.state_dir.model(row.number)
+    agents = report.get("agents", [])
+    metrics = {f"accuracy/candidate/{name}": value for name, value in report.get("candidates", {}).items()}
+    metrics |= {
+        "accuracy/start": report.get("candidates", {}).get(report.get("start")),
+        "accuracy/fine_tuned": report.get("accuracy_fine_tuned"),
+        "accuracy/published": report.get("accuracy_published"),
+        "loss/fine_tune": _last_loss(store.state_dir, row.number),
+        "agents/contributed": len(agents),
+        "agents/left_out": sum("left_out" in agent for agent in agents),
+        "agents/rejected": len(report.get("rejected", [])),
+        "bytes/model": report.get("weights", {}).get("bytes"),
+        "bytes/contributions": _contributed_bytes(store, row.number),
+    }
+    metrics |= {f"seconds/{name}": value for name, value in report.get("seconds", {}).items()}
+    return Facts(
+        round=row.number,
+        at=_ended_at(row),
+        metrics=_finite(metrics),
+        order=2 * row.number,
+        report=report if with_agent_ids else _without_agent_ids(report),
+        model=model if row.published_digest and model.exists() else None,
+        digest=row.published_digest,
+        provenance={
+            "round": str(row.number),
+            "sha256": row.published_digest or "",
+            "initial_weights": row.initial_digest,
+            "num_agents": str(sum("left_out" not in agent for agent in agents)),
+        },
+    )
+
+
+def _edges(store: Store, row: RoundRow) -> Facts:
+    reports = store.reports(row.number)
+    metrics = {
+        "accuracy/edges_before": _mean([each.accuracy_before for each in reports]),
+        "accuracy/edges_after": _mean([each.accuracy_after for each in reports]),
+        "agents/applied": sum(each.applied for each in reports) if reports else None,
+    }
+    return Facts(row.number, _ended_at(row), _finite(metrics), order=2 * row.number + 1)
+
+
+def _ended_at(row: RoundRow) -> float:
+    return row.phase_times.get(row.phase, row.opened_at)
+
+
+def _read_report(state_dir: StateDir, number: int) -> dict[str, Any]:
+    """Return the round's report; an empty one where it is missing or damaged."""
+    try:
+        report: dict[str, Any] = json.loads(state_dir.report(number).read_text("utf-8"))
+        return report
+    except (FileNotFoundError, ValueError):
+        return {}
+
+
+def _without_agent_ids(report: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the report with the number of agents in the place of each list of agents."""
+    counts = {f"num_{name}": len(report[name]) for name in _NAMING if name in report}
+    left = {name: value for name, value in report.items() if name not in (*_NAMING, "audit", "soup")}
+    return left | counts
+
+
+def _last_loss(state_dir: StateDir, number: int) -> float | None:
+    """Return the last loss of the round's fine-tune; None where that is not known any more."""
+    lines, _ = round_job(state_dir, number).read_progress(0)
+    losses = [line.loss for line in lines if line.loss is not None]
+    return losses[-1] if losses else None
+
+
+def _contributed_bytes(store: Store, number: int) -> int | None:
+    """Return the size of the weights that were contributed; None if some have been given up."""
+    paths = [
+        store.blobs.path(each.contribution.weights_digest)
+        for each in store.contributions(number)
+        if each.contribution
+    ]
+    try:
+        return sum(path.stat().st_size for path in paths)
+    except FileNotFoundError:
+        return None
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    """Return the mean of the values that are known; None if none is."""
+    known = [value for value in values if value is not None]
+    return fmean(known) if known else None
+
+
+def _finite(metrics: Mapping[str, float | None]) -> dict[str, float]:
+    return {
+        name: float(value) for name, value in metrics.items() if value is not None and math.isfinite(value)
+    }
+
+
+def _flat(table: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, str]]:
+    """Yield the values of nested tables by dotted key."""
+    for key, value in table.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}.{key}")
+        else:
+            yield f"{prefix}.{key}", str(value)[:_MAX_PARAMETER_CHARACTERS]
