@@ -138,7 +138,7 @@ async def serve(config: ServerConfig) -> int:
     warn_of_clock(store, authority)
     http_token = endpoints.http_token(config.http_host, config.http_token_file, config.http_token_path)
     metrics = ServerMetrics(agent_labels=config.agent_labels)
-    metrics.watch_machine(config.state_dir, authority.ends_at if authority else None)
+    metrics.machine.watch(config.state_dir, (lambda: authority.ends_at) if authority else None)
     trainer = TrainerProcess(config.state_dir, device=config.device)
     display = RunDisplay(progress_display(has_bars=config.has_bars), epochs=config.run.fine_tune.epochs)
     server = GrpcServer(

@@ -4,18 +4,16 @@ The number of series is bounded. The values of labels are those of the constants
 the RPCs and status codes of the server. Only where it is asked for are there series with the id of an agent.
 """
 
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from pathlib import Path
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from cloud_server.jobs import AgentAudit
 from cloud_server.round import OVER
 from common.errors import Reason
-from common.metrics import free_bytes, make_registry
+from common.metrics import MachineMetrics, make_registry
 from common.run_state import Outcome, Phase, Selection
 
 RECEIVED_KINDS = ("weights", "data")
@@ -101,16 +99,7 @@ class ServerMetrics:
         self._trainer = Gauge(
             "ecavg_server_trainer", "1 on the trainer's state.", ["state"], registry=registry
         )
-        self._disk_free = Gauge(
-            "ecavg_server_disk_free_bytes",
-            "Bytes that may still be written to the disk of the state directory.",
-            registry=registry,
-        )
-        self._certificate_left = Gauge(
-            "ecavg_server_certificate_left_seconds",
-            "How long the CA's certificate, and with it the server's, is still valid.",
-            registry=registry,
-        )
+        self.machine = MachineMetrics(registry, "server")
         self._handled = Counter(
             "grpc_server_handled_total",
             "RPCs that ended, by status.",
@@ -155,8 +144,6 @@ class ServerMetrics:
         self.watch_uploads(lambda: dict.fromkeys(UPLOAD_STATES, 0))
         self.watch_selection(lambda: {})
         self.watch_trainer(lambda: "")
-        self._disk_free.set(math.nan)
-        self._certificate_left.set(math.nan)
 
     def set_phase(self, number: int, phase: str) -> None:
         """Show that the round `number` is in `phase`; a repeated call with the same values has no effect."""
@@ -216,17 +203,6 @@ class ServerMetrics:
         """Have the trainer's state, of TRAINER_STATES, asked for whenever somebody looks at the metrics."""
         for state in TRAINER_STATES:
             self._trainer.labels(state).set_function(lambda state=state: state_of() == state)  # type: ignore[misc]
-
-    def watch_machine(self, folder: Path, certificate_ends_at: float | None) -> None:
-        """Have the disk and the certificate looked at whenever somebody looks at the metrics.
-
-        Args:
-            folder: the state directory.
-            certificate_ends_at: in seconds since the epoch; None: the server speaks plaintext.
-        """
-        self._disk_free.set_function(lambda: free_bytes(folder))
-        if certificate_ends_at is not None:
-            self._certificate_left.set_function(lambda: certificate_ends_at - time.time())
 
     def set_audit(self, audit: Sequence[AgentAudit]) -> None:
         """Replace the flags and norm ratios of agents by those of a published round."""

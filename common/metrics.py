@@ -2,9 +2,11 @@
 
 import math
 import shutil
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
+from typing import Literal
 
 from prometheus_client import (
     CollectorRegistry,
@@ -38,7 +40,41 @@ def make_registry() -> CollectorRegistry:
     return registry
 
 
-def free_bytes(folder: Path) -> float:
+class MachineMetrics:
+    """The metrics of what a process needs of its machine: room on the disk, and a certificate that is valid.
+
+    Args:
+        side: the middle of the metrics' names.
+    """
+
+    def __init__(self, registry: CollectorRegistry, side: Literal["server", "agent"]) -> None:
+        self._disk_free = Gauge(
+            f"ecavg_{side}_disk_free_bytes",
+            "Bytes that may still be written to the disk of the state directory.",
+            registry=registry,
+        )
+        self._certificate_left = Gauge(
+            f"ecavg_{side}_certificate_left_seconds",
+            "How long the certificate is still valid: the CA's at the server, the agent's own at an agent.",
+            registry=registry,
+        )
+        self._disk_free.set(math.nan)
+        self._certificate_left.set(math.nan)
+
+    def watch(self, folder: Path, certificate_ends_at: Callable[[], float] | None) -> None:
+        """Have disk and certificate looked at whenever somebody looks at the metrics.
+
+        Args:
+            folder: the state directory.
+            certificate_ends_at: returns when the certificate ends, in seconds since the epoch; None: there is
+                no certificate.
+        """
+        self._disk_free.set_function(lambda: _free_bytes(folder))
+        if certificate_ends_at is not None:
+            self._certificate_left.set_function(lambda: certificate_ends_at() - time.time())
+
+
+def _free_bytes(folder: Path) -> float:
     """Return how many bytes may still be written to the disk of a folder; not a number if nobody knows."""
     try:
         return float(shutil.disk_usage(folder).free)

@@ -194,7 +194,7 @@ async def take_part_as(caller: "Identity | str", config: AgentConfig, state: "Ag
     make_deterministic()
     metrics = AgentMetrics()
     ends_at = None if isinstance(caller, str) else lambda: caller.ends_at.timestamp()
-    metrics.watch_machine(state.path, ends_at)
+    metrics.machine.watch(state.path, ends_at)
     display = progress_display(has_bars=config.has_bars)
 
     tell = waiting_teller(config.server, display.message)

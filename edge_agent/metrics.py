@@ -4,14 +4,11 @@ An attribute has the name of its metric, without the prefix `ecavg_agent_`.
 """
 
 import math
-import time
-from collections.abc import Callable
 from enum import StrEnum
-from pathlib import Path
 
 from prometheus_client import Counter, Gauge
 
-from common.metrics import free_bytes, make_registry
+from common.metrics import MachineMetrics, make_registry
 
 SENT_KINDS = ("weights", "data")
 RECEIVED_KINDS = ("model",)
@@ -74,16 +71,7 @@ class AgentMetrics:
             "How much of its present or last training the agent has done, 0 to 1.",
             registry=registry,
         )
-        self._disk_free = Gauge(
-            "ecavg_agent_disk_free_bytes",
-            "Bytes that may still be written to the disk of the state directory.",
-            registry=registry,
-        )
-        self._certificate_left = Gauge(
-            "ecavg_agent_certificate_left_seconds",
-            "How long the agent's certificate is still valid; the agent renews it in time.",
-            registry=registry,
-        )
+        self.machine = MachineMetrics(registry, "agent")
         self.reconnects_total = Counter(
             "ecavg_agent_reconnects_total", "Connections to the server that broke.", registry=registry
         )
@@ -92,23 +80,9 @@ class AgentMetrics:
             self.sent_bytes_total.labels(kind)
         for kind in RECEIVED_KINDS:
             self.received_bytes_total.labels(kind)
-        for gauge in (self._disk_free, self._certificate_left):
-            gauge.set(math.nan)
         # There is no loss yet; 0 would be a perfect one.
         self.pretrain_loss.set(math.nan)
         self.set_phase(Phase.CONNECTING)
-
-    def watch_machine(self, folder: Path, certificate_ends_at: Callable[[], float] | None) -> None:
-        """Have the disk and the certificate looked at whenever somebody looks at the metrics.
-
-        Args:
-            folder: the state directory.
-            certificate_ends_at: returns when the certificate ends, in seconds since the epoch; None: there is
-                no certificate.
-        """
-        self._disk_free.set_function(lambda: free_bytes(folder))
-        if certificate_ends_at is not None:
-            self._certificate_left.set_function(lambda: certificate_ends_at() - time.time())
 
     def set_accuracies(self, **stages: float | None) -> None:
         """Show what was measured in a round, by stage, and nothing of another round."""

@@ -1,12 +1,14 @@
 """What the server answers on the wire: a real server process, and calls that no good agent makes."""
 
 import asyncio
+import math
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import grpc
+import httpx
 import numpy as np
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -14,6 +16,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from safetensors.numpy import load_file, save_file
 
 from common import rpc
+from common.agent_progress import Activity, AgentProgress
 from common.config import PROTOCOL_VERSION
 from common.errors import (
     ConflictError,
@@ -341,6 +344,66 @@ async def test_who_has_not_joined_gets_nothing(cluster: Cluster) -> None:
     refused = await refusal_of(outsider._stub.QueryUpload(query))
     assert refused.reason == Reason.UNKNOWN_AGENT
     await outsider.close()
+
+
+async def shown_of(cluster: Cluster, name: str) -> dict[str, Any] | None:
+    """Return what the status says that an agent is doing."""
+    async with httpx.AsyncClient(trust_env=False) as page:
+        status = (await page.get(f"http://127.0.0.1:{cluster.http_port}/api/status")).json()
+    progress: dict[str, Any] | None
+    (progress,) = [agent["progress"] for agent in status["agents"] if agent["agent_id"] == name]
+    return progress
+
+
+async def test_progress_is_shown_of_an_agent_that_watches_and_of_no_other(cluster: Cluster) -> None:
+    outsider = CloudClient(f"127.0.0.1:{cluster.port}", cluster.enroll("silent"), AgentMetrics())
+    refused = await refusal_of(outsider._stub.Progress(pb.ProgressRequest()))
+    assert refused.reason == Reason.UNKNOWN_AGENT
+    await outsider.close()
+    training = AgentProgress(Activity.PRE_TRAINING, 3, 10, math.nan)
+    async with member(cluster, "telling") as client:
+        assert await client.tell_progress(training) == 1.0
+        assert await shown_of(cluster, "telling") is None
+        watch = client.watch()
+        await anext(watch)
+        assert await client.tell_progress(training) == 1.0
+        shown = await shown_of(cluster, "telling")
+        assert shown
+        # What is told again within a second is dropped, and a loss that is no number is not shown.
+        await client.tell_progress(training._replace(done=9))
+        assert await shown_of(cluster, "telling") == shown
+        assert (shown["phase"], shown["done"], shown["total"], shown["loss"]) == ("pre_training", 3, 10, None)
+        await client.tell_progress(None)
+        assert await shown_of(cluster, "telling") is None
+        await watch.aclose()
+
+
+@pytest.mark.parametrize(
+    ("request_", "shown"),
+    [
+        (pb.ProgressRequest(activity=99, done=1, total=2), None),  # of a newer agent
+        (pb.ProgressRequest(activity=pb.ACTIVITY_READING, done=7, total=5), (5, 5)),
+        (pb.ProgressRequest(activity=pb.ACTIVITY_READING, done=7), (7, None)),
+    ],
+)
+async def test_odd_progress_is_shown_as_far_as_it_makes_sense(
+    cluster: Cluster, request_: pb.ProgressRequest, shown: tuple[int, int] | None
+) -> None:
+    async with member(cluster, "odd") as client:
+        watch = client.watch()
+        await anext(watch)
+        await client.stub.Progress(request_, metadata=client.metadata)
+        found = await shown_of(cluster, "odd")
+        assert (found and (found["done"], found["total"])) == shown
+        await client.stub.Progress(pb.ProgressRequest(), metadata=client.metadata)
+        await watch.aclose()
+
+
+async def test_progress_beyond_all_bounds_is_refused(cluster: Cluster) -> None:
+    async with member(cluster, "immense") as client:
+        request = pb.ProgressRequest(activity=pb.ACTIVITY_READING, done=2**63)
+        refused = await refusal_of(client.stub.Progress(request, metadata=client.metadata))
+        assert refused.reason == Reason.MALFORMED_REQUEST
 
 
 async def test_other_protocol_versions_are_refused(cluster: Cluster) -> None:

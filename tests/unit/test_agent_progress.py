@@ -1,6 +1,8 @@
 """How far agents are: what is kept of what they tell, what the server sees itself, and for whom it waits."""
 
+import hashlib
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +13,8 @@ from cloud_server.showing.progress import CALLS_PER_SECOND, ProgressBoard, Shown
 from cloud_server.showing.waiting import Pending, duration, sentence
 from common.agent_progress import Activity, AgentProgress
 from common.run_state import Phase
+from common.transfer import Blob
+from tests.unit.world import world, write_weights
 
 
 class Clock:
@@ -103,6 +107,39 @@ def test_training_hides_the_upload_of_images_beside_it_and_no_other_transfer(boa
             assert shown(board).progress.activity is Activity.DOWNLOADING
         board.tell("edge-1", None)
         assert shown(board).progress.activity is Activity.UPLOADING
+
+
+async def test_status_and_metrics_show_transfers_while_they_last(tmp_path: Path) -> None:
+    path = tmp_path / "weights"
+    write_weights(path, 7)
+    content = path.read_bytes()
+    async with world(tmp_path / "state", min_agents=2, agent_labels=True) as here:
+
+        async def progress() -> Any:
+            (agent,) = (await here.status.read())["agents"]
+            return agent["progress"] and (agent["progress"]["phase"], agent["progress"]["done"])
+
+        sample = here.metrics.registry.get_sample_value
+        await here.desk.join("edge-1")
+        watching = here.standing.watch("edge-1")
+        await anext(watching)
+        blob = Blob(hashlib.sha256(content).hexdigest(), len(content))
+        async with here.desk.receive("edge-1", "weights", blob, 0) as upload:
+            await upload.write(content[:50])
+            assert await progress() == ("uploading", 50)
+            assert "edge-1 uploads" in (await here.status.read())["waiting"]
+            labels = {"agent_id": "edge-1", "activity": "uploading"}
+            assert sample("ecavg_server_agent_progress_ratio", labels) == 50 / len(content)
+            await upload.write(content[50:])
+        assert await progress() is None
+        with here.desk.sending("edge-1", 1000, 300) as sent:
+            sent(100)
+            assert await progress() == ("downloading", 400)
+            assert sample("ecavg_server_downloads") == 1
+        assert await progress() is None
+        assert sample("ecavg_server_downloads") == 0
+        assert sample("ecavg_server_trainer", {"state": "idle"}) == 1
+        await watching.aclose()
 
 
 # --- the sentence ------------------------------------------------------------------------------------

@@ -49,6 +49,21 @@ def test_evaluation_equals_a_plain_loop_over_images(was_training: bool) -> None:
     torch.testing.assert_close(predict(model, images, spec=SPEC, device=CPU, batch_size=1), logits)
 
 
+def test_evaluation_says_how_far_it_is_whenever_it_has_waited_for_the_device() -> None:
+    images, labels = make_data(23)
+    told: list[tuple[int, int]] = []
+    evaluate(
+        make_model(),
+        images,
+        labels,
+        spec=SPEC,
+        device=CPU,
+        batch_size=1,
+        on_examples=lambda *so: told.append(so),
+    )
+    assert told == [(16, 23), (23, 23)]
+
+
 def test_predictions_can_be_trained_with() -> None:
     images, _ = make_data(5)
     predicted = predict(make_model(), images, spec=SPEC, device=CPU)

@@ -11,7 +11,7 @@ from PIL import Image
 
 from common.config import RunConfig
 from common.errors import UsageError
-from edge_agent import pictures
+from edge_agent import image_folder, pictures
 from edge_agent.image_folder import FileSplit, list_image_folder, stamp_of
 from edge_agent.not_read import find_not_read
 from edge_agent.pictures import IMAGE_FORMATS, decode_image
@@ -67,6 +67,17 @@ def test_files_and_classes_are_in_sorted_order(pets: Path) -> None:
     assert train.labels.tolist() == [0, 0, 1]
     assert test is not None
     assert test.labels.tolist() == [1]
+
+
+def test_reading_says_how_far_it_is_after_each_batch_of_files(
+    pets: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(image_folder, "_DECODER_BATCH", 2)
+    (pets / "train/cat/a.png").write_bytes(b"broken")
+    train, _ = list_image_folder(pets, RUN)
+    told: list[tuple[int, int]] = []
+    _, num_skipped = train.read(np.arange(3), (3, 4, 6), lambda *so: told.append(so))
+    assert (told, num_skipped) == ([(2, 3), (3, 3)], 1)
 
 
 def test_a_folder_without_test_has_none(tmp_path: Path) -> None:

@@ -274,18 +274,15 @@ def test_sample_trainer_and_downloads_are_looked_up_at_each_scrape(server: Serve
 def test_disk_and_certificate_are_those_of_the_moment(
     server: ServerMetrics, agent: AgentMetrics, tmp_path: Path
 ) -> None:
-    for name, of, ends_at in (
-        ("server", server, time.time() + 1000),
-        ("agent", agent, lambda: time.time() + 1000),
-    ):
+    for name, of in (("server", server), ("agent", agent)):
         sample = of.registry.get_sample_value
         assert math.isnan(sample(f"ecavg_{name}_disk_free_bytes"))
-        of.watch_machine(tmp_path, None)
+        of.machine.watch(tmp_path, None)
         assert sample(f"ecavg_{name}_disk_free_bytes") == pytest.approx(
             shutil.disk_usage(tmp_path).free, rel=0.2
         )
         assert math.isnan(sample(f"ecavg_{name}_certificate_left_seconds"))
-        of.watch_machine(tmp_path / "gone", ends_at)
+        of.machine.watch(tmp_path / "gone", lambda: time.time() + 1000)
         assert math.isnan(sample(f"ecavg_{name}_disk_free_bytes"))
         assert sample(f"ecavg_{name}_certificate_left_seconds") == pytest.approx(1000, abs=60)
 

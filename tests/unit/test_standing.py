@@ -13,7 +13,7 @@ from cloud_server.contribution import Contribution, Rejection
 from cloud_server.jobs import JobDirectory, Result
 from cloud_server.metrics import ServerMetrics
 from cloud_server.records import round_from
-from cloud_server.round import Policy, Round
+from cloud_server.round import Policy, Round, Sampling
 from cloud_server.showing import standing
 from cloud_server.showing.presence import Presence
 from cloud_server.showing.progress import ProgressBoard
@@ -363,3 +363,16 @@ async def test_status_shows_how_the_trainer_is(viewed: Viewed) -> None:
     assert (await viewed.status.read())["waiting"] is None
     viewed.is_trainer_running = False
     assert (await viewed.status.read())["trainer"]["state"] == "restarting"
+
+
+async def test_metrics_count_the_sample_of_the_round(viewed: Viewed) -> None:
+    def counted() -> list[float | None]:
+        name, sample = "ecavg_server_selected_agents", viewed.metrics.registry.get_sample_value
+        return [sample(name, {"selection": each}) for each in ("pending", "drawn", "not_drawn")]
+
+    assert counted() == [0, 0, 0]
+    policy = replace(viewed.round.policy, sampling=Sampling(seed=0, size=1, min_connected=1))
+    viewed.show(replace(viewed.round, policy=policy))
+    assert counted() == [2, 0, 0]
+    viewed.show(replace(viewed.round, drawn=frozenset({AGENT})))
+    assert counted() == [0, 1, 1]
