@@ -27,6 +27,7 @@ from edge_agent.metrics import AgentMetrics, Phase
 from edge_agent.news import News
 from edge_agent.readiness import Readiness
 from edge_agent.state import AgentState, Progress
+from edge_agent.updating import Updates
 from edge_agent.worker import Worker
 
 # When the run is over and a model is left to take, the server may be silent for so long.
@@ -69,6 +70,7 @@ class EdgeAgent:
         self._readiness = Readiness(
             config.ready_command, config.ready_seconds, display.message, self._tell_readiness
         )
+        self._updates = Updates(config, state, self._worker, metrics, display.message)
         self._shown = _Shown()
 
     async def run(self) -> None:
@@ -170,6 +172,7 @@ class EdgeAgent:
                     data=data,
                     news=self._news,
                     readiness=self._readiness,
+                    updates=self._updates,
                     metrics=self._metrics,
                     display=self._display,
                 )

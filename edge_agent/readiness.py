@@ -1,11 +1,9 @@
 """The readiness of a device to take part in a round, as a command of its user decides."""
 
 import asyncio
-import os
-import signal
-from asyncio.subprocess import DEVNULL, Process
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+
+from edge_agent.running import reason_of_failure
 
 # The command has so much time; a device that cannot say so soon whether it is ready is not.
 LIMIT_SECONDS = 30.0
@@ -59,26 +57,4 @@ class Readiness:
 
     async def _reason_to_wait(self) -> str:
         """Run the command, and return why the device is not ready; an empty text if it is."""
-        name = self._command[0]
-        try:
-            process = await asyncio.create_subprocess_exec(
-                *self._command, stdin=DEVNULL, stdout=DEVNULL, stderr=DEVNULL, start_new_session=True
-            )
-        except OSError as error:
-            return f"{name} cannot be run ({error.strerror})"
-        try:
-            async with asyncio.timeout(LIMIT_SECONDS):
-                code = await process.wait()
-        except TimeoutError:
-            return f"{name} took longer than {LIMIT_SECONDS:g} seconds"
-        finally:
-            await _end(process)
-        return f"{name} ended with exit code {code}" if code else ""
-
-
-async def _end(process: Process) -> None:
-    """Kill the command if it still runs, with the processes that it has started, and wait for its end."""
-    if process.returncode is None:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        await process.wait()
+        return await reason_of_failure(self._command, LIMIT_SECONDS)

@@ -122,6 +122,11 @@ class AgentState:
         return self.path / "model.safetensors"
 
     @property
+    def models(self) -> Path:
+        """Return the folder of the models that were in use last; see edge_agent/history.py."""
+        return self.path / "models"
+
+    @property
     def report(self) -> Path:
         """Return the path of the report for the user."""
         return self.path / "report.json"
