@@ -7,6 +7,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ from edge_agent.config import ENV_PREFIX, ModelConfig, check_exporter
 if TYPE_CHECKING:
     from edge_agent.exporting import Deployed
     from edge_agent.history import History, Use
+    from edge_agent.state import AgentState
 
 # So many classes are shown of each picture.
 NUM_CLASSES = 5
@@ -139,15 +141,14 @@ async def _do_roll_back(config: ModelConfig, number: int | None) -> int:
     from edge_agent.worker import Worker
 
     telemetry.configure_logging(level=config.log_level)
-    state = AgentState(_folder(config), config.agent_id)
-    use = _history(config).roll_back(number)
-    if use is None:
-        which = "older model" if number is None else f"other model of round {number}"
-        raise UsageError(f"no {which} is kept: `edge-agent history` shows those that are")
-    _forget_arrived(state)
     worker = Worker(cli.print_status)
-    told = await Updates(config, state, worker, AgentMetrics(), cli.print_status).tell()
-    worker.close()
+    with closing(AgentState(_folder(config), config.agent_id)) as state, closing(worker):
+        use = _history(config).roll_back(number)
+        if use is None:
+            which = "older model" if number is None else f"other model of round {number}"
+            raise UsageError(f"no {which} is kept: `edge-agent history` shows those that are")
+        _forget_arrived(state)
+        told = await Updates(config, state, worker, AgentMetrics(), cli.print_status).tell()
     done = f"rolled back to the model of round {use.round} ({use.digest[:12]})"
     if told.failure:
         raise RunError(f"{done}, but {told.failure}")
@@ -155,7 +156,7 @@ async def _do_roll_back(config: ModelConfig, number: int | None) -> int:
     return 0
 
 
-def _forget_arrived(state: Any) -> None:
+def _forget_arrived(state: "AgentState") -> None:
     """Have the agent not take the model that it was about to report."""
     arrived = state.progress.arrived
     if arrived and arrived.report.applied:

@@ -49,7 +49,7 @@ class Report(FrozenModel):
     num_held_out: int
     # True if the model in use now comes from the published one, adapted or not.
     applied: bool
-    # Why it does not; empty if it does.
+    # Why it does not, or how `on_update` failed; empty if it does and nothing failed.
     reason: str
 
     @property
