@@ -1,4 +1,4 @@
-"""What a device does with the models that come into use, through the agent's death and in the server's report."""
+"""What a device does with the models that come into use, through its death and in the server's report."""
 
 import json
 import signal
@@ -10,12 +10,14 @@ from tests.processes import Cluster
 
 SETTINGS = ("--min-agents", 1, "--rounds", 1, "--set", "run.pretrain.epochs=1")
 # The command kills the agent when it runs first, and fails for a published model.
-SCRIPT = """
-echo "$ECAVG_SOURCE $ECAVG_MODEL_SHA256" >> "$0"
-sha256sum "$ECAVG_MODEL" | grep -q $ECAVG_MODEL_SHA256 || exit 9
-test -e "$0.killed" || { touch "$0.killed"; kill -9 $PPID; }
-test $ECAVG_SOURCE != published
-"""
+SCRIPT = "; ".join(
+    (
+        'echo "$ECAVG_SOURCE $ECAVG_MODEL_SHA256" >> "$0"',
+        'sha256sum "$ECAVG_MODEL" | grep -q $ECAVG_MODEL_SHA256 || exit 9',
+        'test -e "$0.killed" || { touch "$0.killed"; kill -9 $PPID; }',
+        "test $ECAVG_SOURCE != published",
+    )
+)
 
 
 def on_update(calls: Path) -> list[str]:
