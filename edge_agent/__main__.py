@@ -192,13 +192,22 @@ async def take_part_as(caller: "Identity | str", config: AgentConfig, state: "Ag
     from edge_agent.agent import EdgeAgent
     from edge_agent.client import CloudClient
     from edge_agent.metrics import AgentMetrics
+    from edge_agent.pace import Pace
 
     make_deterministic()
     metrics = AgentMetrics()
     display = telemetry.progress_display()
 
     tell = waiting_teller(config.server, display.message)
-    client = CloudClient(config.server, caller, metrics, tell, display.message)
+    client = CloudClient(
+        config.server,
+        caller,
+        metrics,
+        tell,
+        display.message,
+        upload_pace=Pace(config.max_upload_rate),
+        download_pace=Pace(config.max_download_rate),
+    )
     http = None
     try:
         agent = EdgeAgent(config, state, client, metrics, display)

@@ -20,6 +20,7 @@ from common.telemetry import ProgressDisplay
 from edge_agent.client import CloudClient, Joined, UnknownAgentError
 from edge_agent.config import AgentConfig
 from edge_agent.data import class_names_of
+from edge_agent.hours import parse_hours
 from edge_agent.local import load_local_models
 from edge_agent.local_data import LocalData
 from edge_agent.member import Member
@@ -68,7 +69,11 @@ class EdgeAgent:
         self._worker = Worker(display.message)
         self._news = News()
         self._readiness = Readiness(
-            config.ready_command, config.ready_seconds, display.message, self._tell_readiness
+            config.ready_command,
+            config.ready_seconds,
+            display.message,
+            self._tell_readiness,
+            [parse_hours(text) for text in config.work_hours],
         )
         self._updates = Updates(config, state, self._worker, metrics, display.message)
         self._shown = _Shown()

@@ -48,6 +48,7 @@ from common.tls import TlsMaterial
 from common.transfer import DIGEST, Blob, Encoded, Receiver, WriteBehind, chunks_of
 from edge_agent.identity import Identity, explain
 from edge_agent.metrics import AgentMetrics
+from edge_agent.pace import Pace
 from edge_agent.server_clock import ServerClock
 from edge_agent.state import Report
 
@@ -105,6 +106,8 @@ class CloudClient:
         caller: who calls; a name alone means plaintext.
         on_waiting: called once with the reason when the server is out of reach, and with "" when it is back.
         on_wrong_clock: called once with one line if the clocks of device and server differ.
+        upload_pace: of all uploads together.
+        download_pace: of all downloads together.
     """
 
     patience_seconds = math.inf
@@ -116,7 +119,12 @@ class CloudClient:
         metrics: AgentMetrics,
         on_waiting: Callable[[str], None] = lambda _: None,
         on_wrong_clock: Callable[[str], None] = lambda _: None,
+        *,
+        upload_pace: Pace | None = None,
+        download_pace: Pace | None = None,
     ) -> None:
+        self._upload_pace = upload_pace or Pace()
+        self._download_pace = download_pace or Pace()
         self._server = server
         self._identity: Identity | None = caller if isinstance(caller, Identity) else None
         name = {} if isinstance(caller, Identity) else {rpc.AGENT_ID_KEY: caller}
@@ -362,6 +370,7 @@ class CloudClient:
             async for chunk in chunks_of(path, sent):
                 await _translated(call.write(pb.UploadRequest(chunk=chunk)))
                 sent += len(chunk)
+                await self._upload_pace.let_through(len(chunk))
                 self._metrics.sent_bytes_total.labels(kind).inc(len(chunk))
                 crash_point(Point.AGENT_CHUNK_SENT)
                 on_bytes(sent, header.size_bytes)
@@ -387,6 +396,7 @@ class CloudClient:
                             _strange("chunks without a byte")
                         await behind.put(reply.chunk)
                         received += len(reply.chunk)
+                        await self._download_pace.let_through(len(reply.chunk))
                         fate.reached(received)
                         crash_point(Point.AGENT_CHUNK_RECEIVED)
                         on_bytes(received, blob.size_bytes)

@@ -11,6 +11,7 @@ from pydantic import Field, ValidationInfo, field_validator
 from common import addresses
 from common.config import AGENT_ID_PATTERN, DATASETS, Name, ProcessConfig, UserPath, expand_home
 from common.errors import UsageError, one_line
+from edge_agent.hours import parse_hours
 
 ENV_PREFIX = "ECAVG_AGENT_"
 
@@ -70,6 +71,19 @@ class AgentConfig(ProcessConfig):
 
     ready_seconds: float = Field(60, ge=0.1, le=86_400)
     """Time from one answer of `ready_command` to its next run."""
+
+    work_hours: tuple[Name, ...] = ()
+    """Hours in which this device takes part, such as `22:00-06:00`, in its local time; repeatable.
+
+    Outside of them it is not drawn and begins no pre-training and no upload, but takes the models. What has
+    begun is finished.
+    """
+
+    max_upload_rate: int | None = Field(None, ge=8192, title="BYTES")
+    """Most bytes a second that are uploaded, on average, all uploads together (default: no bound)"""
+
+    max_download_rate: int | None = Field(None, ge=8192, title="BYTES")
+    """Most bytes a second that are downloaded (default: no bound)"""
 
     export: Literal["none", "onnx", "torch-export"] = "none"
     """Write the model in use for inference as well: `onnx`, `torch-export` or `none`.
@@ -177,6 +191,16 @@ class AgentConfig(ProcessConfig):
         if value and shutil.which(value[0]) is None:
             text = one_line(value[0])
             raise ValueError(f"{text} is no program that can be run: name one, or make the file executable")
+        return value
+
+    @field_validator("work_hours")
+    @classmethod
+    def _are_hours(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        try:
+            for text in value:
+                parse_hours(text)
+        except UsageError as error:
+            raise ValueError(str(error)) from error
         return value
 
     @field_validator("export")

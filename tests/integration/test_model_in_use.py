@@ -28,6 +28,7 @@ def test_killed_agent_tells_again_and_failing_model_is_rolled_back_and_reported(
     server = cluster.server(*SETTINGS)
     calls = cluster.folder / "calls"
     keys = (*on_update(calls), "--on-update-failure", "roll-back", "--export", "torch-export")
+    keys = (*keys, "--max-upload-rate", 200_000, "--max-download-rate", 200_000)
     assert cluster.agent("edge-1", *keys).wait() == -signal.SIGKILL
     agent = cluster.agent("edge-1", *keys)
     assert [agent.wait(), server.wait()] == [0, 0]
