@@ -12,6 +12,7 @@ from common.config import is_loopback
 from common.errors import UsageError
 from edge_agent.config import ENV_PREFIX, AgentConfig, EnrollConfig
 from edge_agent.join_token import how_to_enroll, read_token
+from edge_agent.model_commands import MODEL_COMMANDS
 
 if TYPE_CHECKING:
     from edge_agent.identity import Identity
@@ -27,6 +28,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return cli.enter("edge-agent enroll", lambda: enroll(argv[1:]))
     if argv[:1] == ["doctor"]:
         return cli.enter("edge-agent doctor", lambda: examine(argv[1:]))
+    if argv and argv[0] in MODEL_COMMANDS:
+        return cli.enter(f"edge-agent {argv[0]}", lambda: MODEL_COMMANDS[argv[0]](argv[1:]))
     return cli.enter("edge-agent", lambda: start(argv))
 
 
@@ -37,7 +40,8 @@ def start(argv: Sequence[str]) -> int:
         description="Pre-train on this device's data, send weights and data to a cloud-server,"
         " and use the better model that comes back.",
         epilog="`edge-agent enroll` comes first, once: it gives this device its certificate."
-        " `edge-agent doctor` says whether all that the agent needs is there.",
+        " `edge-agent doctor` says whether all that the agent needs is there. `edge-agent history`,"
+        " `predict`, `export` and `roll-back` are about the model in use.",
     )
     config = _configuration(parser, AgentConfig, argv)
     return cli.run("edge-agent", lambda: take_part(config))
@@ -191,6 +195,7 @@ async def take_part_as(caller: "Identity | str", config: AgentConfig, state: "Ag
     from edge_agent.agent import EdgeAgent
     from edge_agent.client import CloudClient
     from edge_agent.metrics import AgentMetrics
+    from edge_agent.rate_limit import RateLimit
 
     make_deterministic()
     metrics = AgentMetrics()
@@ -199,7 +204,15 @@ async def take_part_as(caller: "Identity | str", config: AgentConfig, state: "Ag
     display = progress_display(has_bars=config.has_bars)
 
     tell = waiting_teller(config.server, display.message)
-    client = CloudClient(config.server, caller, metrics, tell, display.message)
+    client = CloudClient(
+        config.server,
+        caller,
+        metrics,
+        tell,
+        display.message,
+        upload_limit=RateLimit(config.max_upload_rate),
+        download_limit=RateLimit(config.max_download_rate),
+    )
     http = None
     try:
         agent = EdgeAgent(config, state, client, metrics, display)

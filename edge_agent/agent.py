@@ -23,6 +23,7 @@ from common.run_state import Selection
 from edge_agent.client import CloudClient, Joined, UnknownAgentError
 from edge_agent.config import AgentConfig
 from edge_agent.data import class_names_of
+from edge_agent.hours import parse_hours
 from edge_agent.local import load_local_models
 from edge_agent.local_data import LocalData
 from edge_agent.member import Member
@@ -31,6 +32,7 @@ from edge_agent.news import News
 from edge_agent.readiness import Readiness
 from edge_agent.state import AgentState, Progress
 from edge_agent.teller import Teller
+from edge_agent.updating import Updates
 from edge_agent.worker import Worker
 
 # When the run is over and a model is left to take, the server may be silent for so long.
@@ -71,8 +73,13 @@ class EdgeAgent:
         self._worker = Worker(display.message)
         self._news = News()
         self._readiness = Readiness(
-            config.ready_command, config.ready_seconds, display.message, self._tell_readiness
+            config.ready_command,
+            config.ready_seconds,
+            display.message,
+            self._tell_readiness,
+            [parse_hours(text) for text in config.work_hours],
         )
+        self._updates = Updates(config, state, self._worker, metrics, display.message)
         self._shown = _Shown()
         self._teller = Teller(client)
         self._cloud = RunDisplay(display, "cloud: ")
@@ -187,6 +194,7 @@ class EdgeAgent:
                     data=data,
                     news=self._news,
                     readiness=self._readiness,
+                    updates=self._updates,
                     metrics=self._metrics,
                     display=self._display,
                     teller=self._teller,

@@ -49,6 +49,7 @@ from common.tls import TlsMaterial
 from common.transfer import DIGEST, Blob, Encoded, Receiver, WriteBehind, chunks_of
 from edge_agent.identity import Identity, explain
 from edge_agent.metrics import AgentMetrics
+from edge_agent.rate_limit import RateLimit
 from edge_agent.server_clock import ServerClock
 from edge_agent.state import Report
 
@@ -108,6 +109,8 @@ class CloudClient:
         caller: who calls; a name alone means plaintext.
         on_waiting: called once with the reason when the server is out of reach, and with "" when it is back.
         on_wrong_clock: called once with one line if the clocks of device and server differ.
+        upload_limit: the rate limit of all uploads together.
+        download_limit: the rate limit of all downloads together.
     """
 
     patience_seconds = math.inf
@@ -119,7 +122,12 @@ class CloudClient:
         metrics: AgentMetrics,
         on_waiting: Callable[[str], None] = lambda _: None,
         on_wrong_clock: Callable[[str], None] = lambda _: None,
+        *,
+        upload_limit: RateLimit | None = None,
+        download_limit: RateLimit | None = None,
     ) -> None:
+        self._upload_limit = upload_limit or RateLimit()
+        self._download_limit = download_limit or RateLimit()
         self._server = server
         self._identity: Identity | None = caller if isinstance(caller, Identity) else None
         name = {} if isinstance(caller, Identity) else {rpc.AGENT_ID_KEY: caller}
@@ -396,6 +404,7 @@ class CloudClient:
             async for chunk in chunks_of(path, sent):
                 await _translated(call.write(pb.UploadRequest(chunk=chunk)))
                 sent += len(chunk)
+                await self._upload_limit.let_through(len(chunk))
                 self._metrics.sent_bytes_total.labels(kind).inc(len(chunk))
                 crash_point(Point.AGENT_CHUNK_SENT)
                 on_bytes(sent, header.size_bytes)
@@ -422,6 +431,7 @@ class CloudClient:
                         await behind.put(reply.chunk)
                         received += len(reply.chunk)
                         self._metrics.received_bytes_total.labels("model").inc(len(reply.chunk))
+                        await self._download_limit.let_through(len(reply.chunk))
                         fate.reached(received)
                         crash_point(Point.AGENT_CHUNK_RECEIVED)
                         on_bytes(received, blob.size_bytes)

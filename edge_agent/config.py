@@ -2,14 +2,16 @@
 
 import re
 import shutil
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
 from common import addresses
 from common.config import AGENT_ID_PATTERN, DATASETS, Name, ProcessConfig, UserPath, expand_home
 from common.errors import UsageError, one_line
+from edge_agent.hours import parse_hours
 
 ENV_PREFIX = "ECAVG_AGENT_"
 
@@ -69,6 +71,42 @@ class AgentConfig(ProcessConfig):
 
     ready_seconds: float = Field(60, ge=0.1, le=86_400)
     """Time from one answer of `ready_command` to its next run."""
+
+    work_hours: tuple[Name, ...] = ()
+    """Hours in which this device takes part, such as `22:00-06:00`, in its local time; repeatable.
+
+    Outside of them it is not drawn and begins no pre-training and no upload, but takes the models. What has
+    begun is finished.
+    """
+
+    max_upload_rate: int | None = Field(None, ge=8192, title="BYTES")
+    """Most bytes a second that are uploaded, on average, all uploads together (default: no bound)"""
+
+    max_download_rate: int | None = Field(None, ge=8192, title="BYTES")
+    """Most bytes a second that are downloaded (default: no bound)"""
+
+    export: Literal["none", "onnx", "torch-export"] = "none"
+    """Write the model in use for inference as well: `onnx`, `torch-export` or `none`.
+
+    The file is `STATE/model.onnx` or `STATE/model.pt2`, and an inference process needs nothing else.
+    `onnx` takes the packages of `ecavg[onnx]`.
+    """
+
+    on_update: tuple[Name, ...] = ()
+    """Program, and one by one its arguments, that is run when another model is in use; repeatable.
+
+    It runs at least once for each, without a shell. Variables `ECAVG_…` tell what changed. See
+    docs/model-in-use.md.
+    """
+
+    on_update_seconds: float = Field(60, ge=0.1, le=86_400)
+    """Time limit of `on_update`; a command that takes longer is killed and has failed."""
+
+    on_update_failure: Literal["keep", "roll-back"] = "keep"
+    """When `on_update` or the export fails: `keep` the model, or `roll-back` to the one before."""
+
+    keep_models: int = Field(3, ge=1, le=100)
+    """How many of the models that were last in use stay on the disk, with the present one."""
 
     checkpoint_seconds: float = Field(5, ge=0)
     """Least time between two checkpoints of pre-training, which are taken after an epoch."""
@@ -144,12 +182,31 @@ class AgentConfig(ProcessConfig):
         except UsageError as error:
             raise ValueError(str(error)) from error
 
-    @field_validator("ready_command")
+    @field_validator("ready_command", "on_update")
     @classmethod
     def _can_be_run(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         if value and shutil.which(value[0]) is None:
             text = one_line(value[0])
             raise ValueError(f"{text} is no program that can be run: name one, or make the file executable")
+        return value
+
+    @field_validator("work_hours")
+    @classmethod
+    def _are_hours(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        try:
+            for text in value:
+                parse_hours(text)
+        except UsageError as error:
+            raise ValueError(str(error)) from error
+        return value
+
+    @field_validator("export")
+    @classmethod
+    def _can_be_exported(cls, value: str) -> str:
+        try:
+            check_exporter(value)
+        except UsageError as error:
+            raise ValueError(str(error)) from error
         return value
 
     @field_validator("data_dir")
@@ -171,6 +228,24 @@ class EnrollConfig(AgentConfig):
 
     token: Name | None = None
     """Join token, as the cloud-server printed it."""
+
+
+class ModelConfig(AgentConfig):
+    """The keys of an agent, for commands that only look at its state directory."""
+
+    server: str = Field("", title="HOST:PORT")
+    """Where the cloud-server listens; not needed here."""
+
+
+def check_exporter(file_format: str) -> None:
+    """Check that the packages that write this format are installed.
+
+    Raises:
+        UsageError: one of them is missing.
+    """
+    wanted = ("onnxscript", "onnxruntime") if file_format == "onnx" else ()
+    if missing := [name for name in wanted if find_spec(name) is None]:
+        raise UsageError(f"writing ONNX needs {' and '.join(missing)}: pip install 'ecavg[onnx]'")
 
 
 def check_source(source: str) -> None:

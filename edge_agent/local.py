@@ -20,7 +20,7 @@ from common.config import RunConfig, TrainingConfig
 from common.errors import DivergedError, RunError
 from common.evaluation import Evaluation, evaluate
 from common.faults import Point, crash_point
-from common.files import link, replacing
+from common.files import replacing
 from common.models import build_model, errors_of_model
 from common.rehearsal import Probe, check_probe, rehearse
 from common.schedule import Place, place_of
@@ -35,6 +35,7 @@ from edge_agent.client import Joined
 from edge_agent.comparison import objection
 from edge_agent.config import AgentConfig
 from edge_agent.data import AgentData, choose_shared, load_agent_data
+from edge_agent.history import History, Source, use_of
 from edge_agent.partition import Partition, parse_partition
 from edge_agent.shard_files import keep_shards
 from edge_agent.state import AgentState, Report, Trained
@@ -82,6 +83,7 @@ def load_local_models(
         shared_fraction=config.shared_fraction,
         planned_rounds=joined.planned_rounds,
         on_evaluated=on_evaluated,
+        keep_models=config.keep_models,
     )
 
 
@@ -117,6 +119,7 @@ class LocalModels:
         shared_fraction: how much of the examples to train on is uploaded.
         planned_rounds: how many rounds the learning-rate schedule of the run is for.
         on_evaluated: called now and then while a model is measured, in the thread that measures it.
+        keep_models: how many of the models that were last in use stay on the disk.
 
     Attributes:
         stamp: the stamp of the data; see edge_agent/data.py.
@@ -140,9 +143,11 @@ class LocalModels:
         shared_fraction: float = 1.0,
         planned_rounds: int = 1,
         on_evaluated: OnExamples = ignore_examples,
+        keep_models: int = 3,
     ) -> None:
         self._run = run
         self._on_evaluated = on_evaluated
+        self._history = History(disk.path, keep_models)
         self._planned_rounds = planned_rounds
         self._held_out = data.held_out
         self._disk = disk
@@ -201,7 +206,8 @@ class LocalModels:
         )
         in_use = self._evaluate_in_use()
         if in_use is None or evaluation.accuracy >= in_use.accuracy:
-            self._use(path, evaluation)
+            accuracies = in_use and in_use.accuracy, evaluation.accuracy
+            self._use(path, evaluation, number, Source.PRE_TRAINED, accuracies)
         return trained
 
     def encode(self, trained: Trained, initial: Path | None, counted_round: int) -> Blob:
@@ -268,7 +274,11 @@ class LocalModels:
         if report.uses_adapted and not self._disk.adapted.exists():
             self._adapt(report.round, weights, on_step)
         if report.applied:
-            self._use(self._disk.adapted if report.uses_adapted else weights, self._arrived)
+            self._use_arrived(weights, report)
+        self.write_report(report)
+
+    def write_report(self, report: Report) -> None:
+        """Write the report for the user."""
         text = json.dumps({"agent_id": self._disk.agent_id, **report.model_dump()}, indent=2)
         with replacing(self._disk.report) as partial:
             partial.write_text(text + "\n", "utf-8")
@@ -336,13 +346,29 @@ class LocalModels:
             return ""
         return objection(before.correct.numpy(), after.correct.numpy())
 
-    def _use(self, weights: Path, evaluation: Evaluation | None) -> None:
+    def _use_arrived(self, weights: Path, report: Report) -> None:
+        if report.uses_adapted:
+            weights, source, accuracy = self._disk.adapted, Source.ADAPTED, report.accuracy_adapted
+        else:
+            source, accuracy = Source.PUBLISHED, report.accuracy_after
+        self._use(weights, self._arrived, report.round, source, (report.accuracy_before, accuracy))
+
+    def _use(
+        self,
+        weights: Path,
+        evaluation: Evaluation | None,
+        number: int,
+        source: Source,
+        accuracies: tuple[float | None, float | None],
+    ) -> None:
         """Replace the model in use.
 
         Args:
             evaluation: how good the new one is; None: it was measured in an earlier life of this agent.
+            accuracies: of the model before, and of the new one.
         """
-        link(weights, self._disk.model)
+        use = use_of(weights, self._disk.progress.run_id, number, source, accuracies)
+        self._history.take(weights, self._run, use)
         self._in_use = (self._disk.model.stat(), evaluation) if evaluation else None
 
     def _evaluate_in_use(self) -> Evaluation | None:

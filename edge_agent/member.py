@@ -42,6 +42,7 @@ from edge_agent.readiness import Readiness
 from edge_agent.state import AgentState, Arrived, Report, Trained
 from edge_agent.teller import Teller
 from edge_agent.transfers import Transfers, is_whole
+from edge_agent.updating import Updates
 from edge_agent.worker import Worker
 
 # One contribution is sent so often, where the server turns out not to hold what was uploaded.
@@ -71,6 +72,7 @@ class Member:
     Args:
         news: where the run's states come in.
         readiness: says whether this device may take part in a round now.
+        updates: tells of models that come into use.
     """
 
     def __init__(
@@ -83,6 +85,7 @@ class Member:
         data: LocalData,
         news: News,
         readiness: Readiness,
+        updates: Updates,
         metrics: AgentMetrics,
         display: ProgressDisplay,
         teller: Teller,
@@ -94,6 +97,7 @@ class Member:
         self._data = data
         self._news = news
         self._readiness = readiness
+        self._updates = updates
         self._metrics = metrics
         self._display = display
         self._teller = teller
@@ -103,6 +107,8 @@ class Member:
         """Do what each state calls for, until the run is over."""
         if arrived := self._disk.progress.arrived:
             await self._go_on_with(arrived)
+        # An earlier life of this agent may have ended before it told of the model in use.
+        await self._updates.tell()
         await self._notice_forgetting()
         self._metrics.set_phase(Phase.WAITING)
         while True:
@@ -192,6 +198,7 @@ class Member:
             await self._save(trained=trained)
             crash_point(Point.AGENT_PRETRAINED)
             self._disk.discard(self._disk.checkpoint)
+            await self._updates.tell()
         self._display.message(f"round {state.round}: local accuracy {trained.accuracy:.4f}")
         self._metrics.accuracy_ratio.labels("local").set(trained.accuracy)
         return trained
@@ -334,6 +341,8 @@ class Member:
         label = f"round {report.round}: adapting"
         await self._training(Activity.ADAPTING, label, models.apply, path, report)
         crash_point(Point.AGENT_MODEL_APPLIED)
+        if report.applied:
+            report = await self._told(arrived)
         self._metrics.set_accuracies(
             local=report.accuracy_local,
             before=report.accuracy_before,
@@ -347,6 +356,20 @@ class Member:
         self._disk.discard_all_but({path})
         self._display.message(f"round {report.round}: {_outcome_of(report)}")
         self._metrics.set_phase(Phase.WAITING)
+
+    async def _told(self, arrived: Arrived) -> Report:
+        """Tell of the model that has come into use, and return the report of how that went."""
+        told = await self._updates.tell()
+        if not told.failure:
+            return arrived.report
+        changes = {"applied": not told.is_rolled_back, "reason": told.failure}
+        report = arrived.report.model_copy(update=changes)
+        if told.is_rolled_back:
+            # Without this, the model would be taken again after a restart.
+            await self._save(arrived=arrived.model_copy(update={"report": report}))
+        models = await self._data.models()
+        await self._worker.run(models.write_report, report)
+        return report
 
     # ------------------------------------------------------------------ small parts
 

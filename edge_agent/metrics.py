@@ -12,6 +12,7 @@ from common.metrics import MachineMetrics, make_registry
 
 SENT_KINDS = ("weights", "data")
 RECEIVED_KINDS = ("model",)
+UPDATE_RESULTS = ("done", "failed", "rolled_back")
 
 
 class Phase(StrEnum):
@@ -75,6 +76,15 @@ class AgentMetrics:
         self.reconnects_total = Counter(
             "ecavg_agent_reconnects_total", "Connections to the server that broke.", registry=registry
         )
+        self.updates_total = Counter(
+            "ecavg_agent_updates_total",
+            "Models in use that were exported and told to on_update: done, failed and kept (failed),"
+            " or failed and given up for the model before (rolled_back).",
+            ["result"],
+            registry=registry,
+        )
+        for result in UPDATE_RESULTS:
+            self.updates_total.labels(result)
         for kind in SENT_KINDS:
             # A counter that first appears at 1 hides its first increase.
             self.sent_bytes_total.labels(kind)

@@ -1,11 +1,10 @@
-"""The readiness of a device to take part in a round, as a command of its user decides."""
+"""The readiness of a device to take part in a round, as the hours and a command of its user decide."""
 
 import asyncio
-import os
-import signal
-from asyncio.subprocess import DEVNULL, Process
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+
+from edge_agent.hours import Hours, local_minute
+from edge_agent.running import reason_of_failure
 
 # The command has so much time; a device that cannot say so soon whether it is ready is not.
 LIMIT_SECONDS = 30.0
@@ -16,10 +15,12 @@ class Readiness:
 
     Args:
         command: the program and its arguments; the device is ready if the exit code is 0. Without a command
-            the device is always ready.
+            and hours the device is always ready.
         seconds: the time from one answer to the next question.
         say: called with a line for the user when the answer changes.
         on_change: called when the answer has changed.
+        hours: outside of them the device is not ready, and the command is not run.
+        minute: returns the minute of the day.
 
     Attributes:
         is_ready: the last answer; False until there is one.
@@ -31,18 +32,22 @@ class Readiness:
         seconds: float,
         say: Callable[[str], None],
         on_change: Callable[[bool], None],
+        hours: Sequence[Hours] = (),
+        minute: Callable[[], int] = local_minute,
     ) -> None:
         self._command = command
         self._seconds = seconds
         self._say = say
         self._on_change = on_change
+        self._hours = hours
+        self._minute = minute
         # True if the user was told last that the device is not ready.
         self._is_told = False
-        self.is_ready = not command
+        self.is_ready = not (command or hours)
 
     async def keep_asking(self) -> None:
-        """Run the command again and again, for as long as this runs; return at once without a command."""
-        while self._command:
+        """Ask again and again, for as long as this runs; return at once where there is nothing to ask."""
+        while self._command or self._hours:
             self._take(await self._reason_to_wait())
             await asyncio.sleep(self._seconds)
 
@@ -51,34 +56,15 @@ class Readiness:
         is_ready = not reason
         if is_ready == self._is_told:
             self._is_told = not is_ready
-            not_ready = f"not ready: {reason}; taking part when ready_command says so"
-            self._say("ready: taking part again" if is_ready else not_ready)
+            self._say("ready: taking part again" if is_ready else f"not ready: {reason}")
         if is_ready != self.is_ready:
             self.is_ready = is_ready
             self._on_change(is_ready)
 
     async def _reason_to_wait(self) -> str:
-        """Run the command, and return why the device is not ready; an empty text if it is."""
-        name = self._command[0]
-        try:
-            process = await asyncio.create_subprocess_exec(
-                *self._command, stdin=DEVNULL, stdout=DEVNULL, stderr=DEVNULL, start_new_session=True
-            )
-        except OSError as error:
-            return f"{name} cannot be run ({error.strerror})"
-        try:
-            async with asyncio.timeout(LIMIT_SECONDS):
-                code = await process.wait()
-        except TimeoutError:
-            return f"{name} took longer than {LIMIT_SECONDS:g} seconds"
-        finally:
-            await _end(process)
-        return f"{name} ended with exit code {code}" if code else ""
-
-
-async def _end(process: Process) -> None:
-    """Kill the command if it still runs, with the processes that it has started, and wait for its end."""
-    if process.returncode is None:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        await process.wait()
+        """Return why the device is not ready; an empty text if it is."""
+        minute = self._minute()
+        if self._hours and not any(hours.contain(minute) for hours in self._hours):
+            return "it is outside of work_hours; taking part within them"
+        reason = await reason_of_failure(self._command, LIMIT_SECONDS) if self._command else ""
+        return f"{reason}; taking part when ready_command says so" if reason else ""

@@ -49,7 +49,7 @@ class Report(FrozenModel):
     num_held_out: int
     # True if the model in use now comes from the published one, adapted or not.
     applied: bool
-    # Why it does not; empty if it does.
+    # Why it does not, or how `on_update` failed; empty if it does and nothing failed.
     reason: str
 
     @property
@@ -120,6 +120,11 @@ class AgentState:
     def model(self) -> Path:
         """Return the path of the model in use."""
         return self.path / "model.safetensors"
+
+    @property
+    def models(self) -> Path:
+        """Return the folder of the models that were in use last; see edge_agent/history.py."""
+        return self.path / "models"
 
     @property
     def report(self) -> Path:

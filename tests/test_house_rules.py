@@ -30,7 +30,9 @@ MAY_IMPORT_TORCH = {
     "common/training.py",
     "common/weights.py",
     "edge_agent/data.py",
+    "edge_agent/exporting.py",
     "edge_agent/local.py",
+    "edge_agent/prediction.py",
 }
 MAY_IMPORT_GRPC = {
     "cloud_server/__main__.py",

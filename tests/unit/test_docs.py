@@ -23,6 +23,7 @@ from docs import generate
 from edge_agent import doctor as agent_doctor
 from edge_agent.config import AgentConfig, EnrollConfig
 from edge_agent.metrics import AgentMetrics
+from edge_agent.model_commands import MODEL_COMMANDS
 from edge_agent.state import Report
 from tests.unit.states import begin, contribute, publish
 from tests.unit.test_reports import NAMES, RESULT, report_of
@@ -136,6 +137,8 @@ def test_every_subcommand_is_in_the_reference() -> None:
     assert flags_of(status._parser()) <= code
     assert {"cloud-server check STATE", "cloud-server status", "cloud-server doctor", "cloud-server"} <= code
     assert {"edge-agent enroll", "edge-agent doctor", "edge-agent"} <= code
+    for name in MODEL_COMMANDS:
+        assert any(span.split()[:2] == ["edge-agent", name] for span in code), name
 
 
 @pytest.mark.parametrize("checks", [server_doctor.checks, agent_doctor.checks])

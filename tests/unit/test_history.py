@@ -1,0 +1,88 @@
+"""The models that were in use on a device: files, entries, and the way back."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from common.config import RunConfig
+from common.errors import UsageError
+from common.transfer import blob_of
+from common.weights import write_state_dict
+from edge_agent.history import History, Source, Use, use_of
+
+RUN = RunConfig(hidden_units=4, class_names=tuple("abcdefghij"))
+
+
+def take(history: History, folder: Path, number: int, source: Source = Source.PUBLISHED) -> Use:
+    """Have a model come into use whose bytes are of this round."""
+    path = folder / f"round-{number}.safetensors"
+    write_state_dict({"w": torch.full((2,), float(number))}, path)
+    use = use_of(path, "run", number, source, (None, number / 10))
+    history.take(path, RUN, use)
+    return use
+
+
+@pytest.fixture
+def history(tmp_path: Path) -> History:
+    (tmp_path / "state").mkdir()
+    return History(tmp_path / "state", keep_models=3)
+
+
+def in_use(folder: Path) -> str:
+    return blob_of(folder / "state" / "model.safetensors").digest
+
+
+def test_last_models_keep_their_files_and_all_their_entries(history: History, tmp_path: Path) -> None:
+    uses = [take(history, tmp_path, number) for number in (1, 2, 3, 4)]
+    assert history.uses() == tuple(uses)
+    assert [history.is_kept(use) for use in uses] == [False, True, True, True]
+    assert history.run_of(uses[1]) == RUN
+    with pytest.raises(UsageError, match="is missing or damaged"):
+        history.run_of(uses[0])
+    assert in_use(tmp_path) == uses[3].digest == history.latest().digest
+
+
+def test_step_that_is_taken_again_is_recorded_once(history: History, tmp_path: Path) -> None:
+    first = take(history, tmp_path, 1)
+    history.mark_told()
+    take(history, tmp_path, 1)
+    assert history.uses() == (first.model_copy(update={"is_told": True}),)
+
+
+def test_rolling_back_goes_on_to_ever_older_models(history: History, tmp_path: Path) -> None:
+    uses = [take(history, tmp_path, number) for number in (1, 2, 3)]
+    for expected in (uses[1], uses[0]):
+        restored = history.roll_back()
+        assert (restored.round, restored.source) == (expected.round, Source.ROLLED_BACK)
+        assert in_use(tmp_path) == expected.digest == history.latest().digest
+    assert history.roll_back() is None
+    assert history.roll_back(3).digest == uses[2].digest == in_use(tmp_path)
+
+
+def test_model_of_a_round_is_taken_where_it_is_kept(history: History, tmp_path: Path) -> None:
+    uses = [take(history, tmp_path, number) for number in (1, 2, 3, 4)]
+    assert history.roll_back(1) is None
+    assert history.roll_back(9) is None
+    assert in_use(tmp_path) == uses[3].digest
+    assert history.roll_back(2).digest == uses[1].digest == in_use(tmp_path)
+
+
+def test_failure_is_recorded_with_the_model_that_is_given_up(history: History, tmp_path: Path) -> None:
+    take(history, tmp_path, 1)
+    take(history, tmp_path, 2)
+    history.roll_back(failure="it failed")
+    assert [(use.round, use.is_told, use.failure) for use in history.uses()] == [
+        (1, False, ""),
+        (2, True, "it failed"),
+        (1, False, ""),
+    ]
+
+
+def test_device_without_a_model_and_damaged_history_say_what_to_do(history: History, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no model is in use"):
+        history.latest()
+    take(history, tmp_path, 1)
+    (tmp_path / "state/models/history.json").write_text("{")
+    with pytest.raises(UsageError, match=r"history\.json is damaged; remove it"):
+        history.uses()
