@@ -120,14 +120,9 @@ def make_app(
     async def readyz(_: Request) -> Response:
         return PlainTextResponse("ready\n") if ready() else PlainTextResponse("not ready\n", 503)
 
-    routes = [
-        *(guarded(path, endpoint) for path, endpoint in more.items()),
-        guarded("/api/status", api_status),
-        guarded("/metrics", metrics),
-        Route("/healthz", healthz),
-        Route("/readyz", readyz),
-    ]
-    return Starlette(routes=routes)
+    own: dict[str, Endpoint] = {"/api/status": api_status, "/metrics": metrics}
+    routes = [guarded(path, endpoint) for path, endpoint in (own | dict(more)).items()]
+    return Starlette(routes=[*routes, Route("/healthz", healthz), Route("/readyz", readyz)])
 
 
 def _carries(request: Request, token: str) -> bool:

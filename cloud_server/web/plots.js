@@ -69,7 +69,7 @@ function optionsOf(plot, width) {
     axes: [{ ...axis, incrs: WHOLE_NUMBERS, size: 30 }, { ...axis, size: 66, values: (_, splits) => splits.map(plot.format) }],
     series: [{ label: plot.along, value: (_, value) => (value == null ? NONE : String(value)) }, ...plot.series.map((_, place) => seriesOf(plot, place))],
     bands: plot.series.flatMap(({ spread, colour: name }, place) =>
-      (spread ? [{ series: [labels.indexOf(spread) + 1, place + 1], fill: `${colour(name)}22` }] : [])),
+      (spread ? [{ series: [place + 1, labels.indexOf(spread) + 1], fill: `${colour(name)}22` }] : [])),
   };
 }
 
