@@ -17,6 +17,7 @@ from common.errors import Refusal
 from common.faults import Point, crash_point
 from common.run_state import Selection
 from common.telemetry import ProgressDisplay
+from edge_agent.async_member import AsyncMember
 from edge_agent.client import CloudClient, Joined, UnknownAgentError
 from edge_agent.config import AgentConfig
 from edge_agent.data import class_names_of
@@ -162,7 +163,8 @@ class EdgeAgent:
                     tasks,
                     on_ready=self._news.ask_again,
                 )
-                member = Member(
+                kind = AsyncMember if joined.run.mode == "async" else Member
+                member = kind(
                     joined.run,
                     self._client,
                     disk=self._disk,
