@@ -21,7 +21,7 @@ from common.config import RunConfig, deep_merge
 from common.errors import UsageError
 from experiments import command
 from experiments.command import console, write_text
-from experiments.tasks import TASKS, VARIANTS, Setting
+from experiments.tasks import EXAMPLES_FOR_ASYNC, FOR_ASYNC, TASKS, VARIANTS, Setting
 
 if TYPE_CHECKING:
     from experiments import slowest, worth
@@ -51,7 +51,7 @@ TABLES: Mapping[str, Defaults] = {
     "wire": Defaults("shared", "iid", "2", "selection,rounds", "float32,bfloat16,int8"),
     # These tables have rows of their own in place of variants.
     "worth": Defaults("shared", "iid", "2", "", rounds="1,3,5"),
-    "async": Defaults("shared", "iid,dirichlet:0.3", "4", ""),
+    "async": Defaults("shared", "dirichlet:0.3", "4", ""),
 }
 
 
@@ -140,8 +140,8 @@ def _round_counts(parser: argparse.ArgumentParser, arguments: argparse.Namespace
 
 def _run(arguments: argparse.Namespace, changes: Mapping[str, Any]) -> RunConfig:
     task = TASKS[arguments.task]
-    for_table = {"transfer": task.for_transfer, "worth": task.for_worth}.get(arguments.table, {})
-    run = deep_merge(deep_merge(task.run, for_table), changes)
+    for_table = {"transfer": task.for_transfer, "worth": task.for_worth, "async": FOR_ASYNC}
+    run = deep_merge(deep_merge(task.run, for_table.get(arguments.table, {})), changes)
     return command.run_config(run, arguments.set)
 
 
@@ -161,6 +161,8 @@ def _groups(arguments: argparse.Namespace, folder: Path) -> dict[str, list["AnyC
             in_all = arguments.examples_in_all
         elif is_transfer and not arguments.examples_per_agent:
             in_all = task.examples_in_all
+        elif arguments.table == "async" and not arguments.examples_per_agent:
+            in_all = min(num_agents * EXAMPLES_FOR_ASYNC, available)
         if in_all > available:
             raise UsageError(f"{in_all} examples are wanted, and there are {available}")
         name = f"{initial}, {partition_by}, {num_agents} agents"
