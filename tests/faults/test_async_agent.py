@@ -124,7 +124,9 @@ async def test_agent_leaves_its_work_for_the_model_of_the_last_round(tmp_path: P
 
 
 @pytest.mark.parametrize(
-    ("wire", "late_rounds"), [("float32", ()), ("int8", (3,))], ids=["float32", "int8-and-late"]
+    ("wire", "late_rounds"),
+    [pytest.param("float32", (), marks=pytest.mark.soak), ("int8", (3,))],
+    ids=["float32", "int8-and-late"],
 )
 async def test_contribution_counts_once_wherever_the_agent_was_cut_off(
     tmp_path: Path, wire: Wire, late_rounds: tuple[int, ...]
