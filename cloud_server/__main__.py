@@ -321,6 +321,7 @@ async def open_service(
         sampling=Sampling(run.config.seed, config.agents_to_draw, config.connected_to_draw)
         if config.agents_per_round
         else None,
+        max_staleness=config.staleness_allowed,
     )
     current = records.recorded_round(store, run.config, policy)
     slots = {agent.agent_id: agent.slot for agent in store.agents()}

@@ -101,6 +101,15 @@ class ServerConfig(ProcessConfig):
     After half of `deadline_seconds`, `min_agents` are enough.
     """
 
+    buffer_size: int | None = Field(None, ge=1, le=100_000)
+    """With `run.mode = "async"`: contributions that close a round at once (default: `max_agents`)"""
+
+    max_staleness: int | None = Field(None, ge=0, le=10_000)
+    """With `run.mode = "async"`: a contribution may be so many global models old (default: `keep_rounds`)
+
+    An agent whose contribution is older starts again from the newest model.
+    """
+
     device: Name = "auto"
     """Where to train: `auto`, `cpu`, `cuda`, `cuda:1`; `auto` and `cuda` take every GPU."""
 
@@ -189,6 +198,23 @@ class ServerConfig(ProcessConfig):
             raise ValueError(f"min_connected {self.min_connected} is below min_agents {self.min_agents}")
         return self
 
+    @model_validator(mode="after")
+    def _mode_is_possible(self) -> Self:
+        if self.run.mode == "sync":
+            for name in ("buffer_size", "max_staleness"):
+                if getattr(self, name) is not None:
+                    raise ValueError(f'{name} is for run.mode = "async": set that as well')
+            return self
+        if self.agents_per_round is not None:
+            raise ValueError('agents_per_round is for run.mode = "sync": with "async" set buffer_size')
+        if self.agents_to_close < self.min_agents:
+            raise ValueError(f"buffer_size {self.buffer_size} is below min_agents {self.min_agents}")
+        if self.max_agents is not None and self.max_agents < self.agents_to_close:
+            raise ValueError(f"max_agents {self.max_agents} is below buffer_size {self.buffer_size}")
+        if self.staleness_allowed > self.keep_rounds:
+            raise ValueError(f"max_staleness {self.max_staleness} is above keep_rounds {self.keep_rounds}")
+        return self
+
     @property
     def tls_folder(self) -> Path:
         """Return the folder of the authority."""
@@ -212,7 +238,14 @@ class ServerConfig(ProcessConfig):
     @property
     def agents_to_close(self) -> int:
         """Return how many contributions close a round at once."""
-        return self.agents_per_round or self.max_agents or self.min_agents
+        return self.agents_per_round or self.buffer_size or self.max_agents or self.min_agents
+
+    @property
+    def staleness_allowed(self) -> int:
+        """Return how many global models old a contribution may be."""
+        if self.run.mode == "sync":
+            return 0
+        return self.keep_rounds if self.max_staleness is None else self.max_staleness
 
     @property
     def agents_to_draw(self) -> int:
@@ -227,4 +260,5 @@ class ServerConfig(ProcessConfig):
     @property
     def expected_agents(self) -> int:
         """Return how many agents limits are for that are not set."""
-        return max(self.max_agents or self.min_agents, self.agents_to_draw, self.connected_to_draw)
+        taking_part = self.max_agents or self.buffer_size or self.min_agents
+        return max(taking_part, self.agents_to_draw, self.connected_to_draw)

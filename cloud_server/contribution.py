@@ -24,6 +24,8 @@ class Contribution:
     accuracy_local: float | None = field(default=None, compare=False)
     # How many examples the shards hold.
     num_shared: int = field(default=0, compare=False)
+    # How many global models have been published since the one that pre-training started from.
+    staleness: int = field(default=0, compare=False)
 
     @property
     def blob_digests(self) -> tuple[str, ...]:

@@ -105,6 +105,7 @@ class Coordinator:
             with self._traced("train"):
                 await self._train()
             await self._end_round()
+        self._standing.show_last_round_over()
         await self._wait_for_reports()
         await self._reports.write_changed()
         self._standing.show_run_over()

@@ -209,7 +209,8 @@ class Desk:
             contribution = self._checked(contribution, is_warm_up=current.is_warm_up)
         updated, outcome = current.contribute(contribution)
         if updated is not current:
-            self._ledger.count(group, number, _decision(contribution, outcome, self._clock()), updated)
+            counted = updated.contributions.get(contribution.agent_id, contribution)
+            self._ledger.count(group, number, _decision(counted, outcome, self._clock()), updated)
             self._note_counted(group, number, contribution.agent_id, outcome)
         return outcome
 

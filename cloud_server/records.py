@@ -32,7 +32,24 @@ def recorded_round(store: Store, run: RunConfig, policy: Policy) -> Round:
         policy,
         may_be_independent=is_independent,
         drawn=selection_of(store, row.number).drawn,
+        earlier_starts=earlier_starts(store, row, policy.max_staleness),
     )
+
+
+def earlier_starts(store: Store, row: RoundRow, number: int) -> tuple[str, ...]:
+    """Return the digests of the weights that rounds before this one started from, the newest first.
+
+    A round after a failed one starts from the same weights, which count once. Weights that the server has
+    given up do not count.
+
+    Args:
+        number: how many digests are returned at most.
+    """
+    rows = store.read(
+        "SELECT initial_weights FROM rounds WHERE number < ? AND NOT retired ORDER BY number DESC", row.number
+    )
+    different = dict.fromkeys([row.initial_digest, *(each["initial_weights"] for each in rows)])
+    return tuple(different)[1 : number + 1]
 
 
 def round_from(
@@ -42,6 +59,7 @@ def round_from(
     *,
     may_be_independent: bool = False,
     drawn: frozenset[str] = frozenset(),
+    earlier_starts: tuple[str, ...] = (),
 ) -> Round:
     """Return the round that the records of the store describe."""
     accepted = [decision for decision in decisions if decision.outcome is Outcome.ACCEPTED]
@@ -51,6 +69,7 @@ def round_from(
         opened_at=row.opened_at,
         initial_digest=row.initial_digest,
         may_be_independent=may_be_independent,
+        earlier_starts=earlier_starts,
         has_full_curve=row.has_full_curve,
         phase=Phase(row.phase),
         drawn=drawn,

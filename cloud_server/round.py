@@ -55,6 +55,8 @@ class Policy:
     on_too_few: Literal["wait", "fail"] = "wait"
     # None: every agent takes part.
     sampling: Sampling | None = None
+    # A contribution may be so many global models old; 0: it starts from the round's initial weights.
+    max_staleness: int = 0
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,9 @@ class Round:
     initial_digest: str
     # True where agents may also start from weights of their own.
     may_be_independent: bool = False
+    # The digests of earlier weights that agents may also have started from, the newest first; the length is
+    # `max_staleness` of the policy at most.
+    earlier_starts: tuple[str, ...] = ()
     # True if the learning rate takes a full curve in this round after the plan: see common/schedule.py.
     has_full_curve: bool = False
     phase: Phase = Phase.COLLECTING
@@ -137,7 +142,8 @@ class Round:
         Raises:
             ConflictError: a different contribution of this agent has been accepted.
             InvalidError: the agent is not in the sample of this round; the pre-training did not start from
-                this round's initial weights; or these are to be warmed up, and the contribution has others.
+                this round's initial weights, nor from earlier ones that are allowed; or the initial weights
+                are to be warmed up, and the contribution has others.
         """
         agent_id = contribution.agent_id
         standing = self.contributions.get(agent_id)
@@ -154,9 +160,9 @@ class Round:
         if is_full or self.phase is not Phase.COLLECTING:
             return replace(self, rejections=others, late=self.late | {agent_id}), Outcome.LATE
         self._check_drawn(agent_id)
-        self._check_initial_weights(contribution.initial_digest)
+        staleness = self._staleness_of(contribution.initial_digest)
         self._check_not_trained(contribution.weights_digest)
-        contributions = {**self.contributions, agent_id: contribution}
+        contributions = {**self.contributions, agent_id: replace(contribution, staleness=staleness)}
         return replace(self, rejections=others, contributions=contributions), Outcome.ACCEPTED
 
     def draw(self, ready: Set[str], now: float) -> "Round":
@@ -274,9 +280,17 @@ class Round:
             Reason.NOT_DRAWN,
         )
 
-    def _check_initial_weights(self, digest: str | None) -> None:
-        if digest == self.initial_digest or (digest is None and self.may_be_independent):
-            return
+    def _staleness_of(self, digest: str | None) -> int:
+        """Return how many global models have followed the weights with this digest; 0 for initial weights.
+
+        Raises:
+            InvalidError: the round takes nothing that started from these weights.
+        """
+        if digest is None and self.may_be_independent:
+            return 0
+        starts = (self.initial_digest, *self.earlier_starts)
+        if digest in starts:
+            return starts.index(digest)
         start = f"from {digest[:16]}…" if digest else "from weights of the agent's own"
         raise InvalidError(
             f"pre-training started {start}, and that of round {self.number} starts from"

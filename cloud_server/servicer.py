@@ -242,6 +242,7 @@ def _event(state: RunState) -> pb.WatchEvent:
         counted_round=state.counted_round,
         accepted_weights=state.accepted_weights,
         has_full_curve=state.has_full_curve,
+        last_round_over=state.last_round_over,
         server_time=time.time(),
     )
     if left_out := state.left_out:

@@ -188,8 +188,8 @@ class Store(OpenStateDir):
         with self.transaction() as database:
             database.execute(
                 "INSERT OR REPLACE INTO contributions (round, agent_id, outcome, weights, shards,"
-                " num_examples, num_shared, initial_weights, accuracy_local, reason, message, at)"
-                " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                " num_examples, num_shared, initial_weights, staleness, accuracy_local, reason, message, at)"
+                " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
                 (
                     number,
                     decision.agent_id,
@@ -199,6 +199,7 @@ class Store(OpenStateDir):
                     contribution.num_examples,
                     contribution.num_shared,
                     contribution.initial_digest,
+                    contribution.staleness,
                     contribution.accuracy_local,
                     reason,
                     message,
@@ -430,6 +431,7 @@ def _decision(row: Mapping[str, Any]) -> Decision:
         initial_digest=row["initial_weights"],
         accuracy_local=row["accuracy_local"],
         num_shared=row["num_shared"],
+        staleness=row["staleness"],
     )
     return Decision(
         agent_id=row["agent_id"],

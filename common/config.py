@@ -314,6 +314,13 @@ class RunConfig(DocumentedModel):
     shares images, and none unless `initial_weights` is `"shared"`.
     """
 
+    mode: Literal["sync", "async"] = "sync"
+    """Whether rounds wait for agents that are slow.
+
+    `"sync"`: a round takes what was trained in it. `"async"`: an agent finishes what it has begun and
+    contributes to the round that is open then; the older its start, the less it counts.
+    """
+
     aggregator: Literal["mean", "trimmed_mean", "median", "geometric_median"] = "mean"
     """How the values of several agents become one."""
 
@@ -434,6 +441,14 @@ class RunConfig(DocumentedModel):
             raise ValueError("std must be above 0")
         if self.class_names and not (len(self.class_names) == len(set(self.class_names)) == spec.num_classes):
             raise ValueError(f"class_names must be {spec.num_classes} different names")
+        return self
+
+    @model_validator(mode="after")
+    def _stale_updates_have_a_start(self) -> Self:
+        if self.mode == "async" and self.initial_weights == "independent":
+            raise ValueError(
+                'mode "async" needs a common start: choose initial_weights other than "independent"'
+            )
         return self
 
     @property

@@ -104,6 +104,8 @@ class RunState:
     has_full_curve: bool = False
     # Whether this agent is in the sample of this round; None: there is no sample, every agent takes part.
     selection: Selection | None = None
+    # True once the last round is over, and agents are waited for that still have to take its model.
+    last_round_over: bool = False
 
     @property
     def takes_part(self) -> bool:

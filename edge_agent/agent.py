@@ -20,6 +20,7 @@ from common.progress import LongWork, ProgressDisplay
 from common.run_display import RunDisplay
 from common.run_state import Phase as RoundPhase
 from common.run_state import Selection
+from edge_agent.async_member import AsyncMember
 from edge_agent.client import CloudClient, Joined, UnknownAgentError
 from edge_agent.config import AgentConfig
 from edge_agent.data import class_names_of
@@ -186,7 +187,8 @@ class EdgeAgent:
                     tasks,
                     on_ready=self._news.ask_again,
                 )
-                member = Member(
+                kind = AsyncMember if joined.run.mode == "async" else Member
+                member = kind(
                     joined.run,
                     self._client,
                     disk=self._disk,

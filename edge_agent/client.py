@@ -594,6 +594,7 @@ def _run_state(event: pb.WatchEvent) -> RunState:
         left_out=_left_out(event.left_out) if event.left_out.round else None,
         selection=_member(Selection, pb.Selection, event.selection),
         has_full_curve=event.has_full_curve,
+        last_round_over=event.last_round_over,
     )
 
 

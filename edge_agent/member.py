@@ -7,7 +7,8 @@ progress; a step that was cut short is taken again, to the same effect.
 
 import asyncio
 import threading
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -111,14 +112,18 @@ class Member:
         await self._updates.tell()
         await self._notice_forgetting()
         self._metrics.set_phase(Phase.WAITING)
-        while True:
-            state = await self._news.next(self._is_called_for)
-            if self._is_new_model(state):
-                await self._take_latest_model(state)
-            elif self._is_open_round(state):
-                await self._news.while_run_lasts(self._contribute_traced(state))
-            else:
-                return
+        while await self._act_on(await self._news.next(self._is_called_for)):
+            pass
+
+    async def _act_on(self, state: RunState) -> bool:
+        """Do what the state calls for; return False if that is to leave."""
+        if self._is_new_model(state):
+            await self._take_latest_model(state)
+        elif self._is_open_round(state):
+            await self._news.unless(self._is_in_vain, self._contribute_traced(state))
+        else:
+            return False
+        return True
 
     async def _notice_forgetting(self) -> None:
         """Have this agent contribute again to an open round that knows nothing of its contribution.
@@ -147,6 +152,10 @@ class Member:
         may_take_part = state.takes_part and self._readiness.is_ready
         return state.phase is RoundPhase.COLLECTING and is_new and may_take_part and not state.run_over
 
+    def _is_in_vain(self, state: RunState) -> bool:
+        """Return True if contributing is of no use any more."""
+        return state.run_over
+
     # ------------------------------------------------------------------ contribute
 
     async def _contribute_traced(self, state: RunState) -> None:
@@ -160,19 +169,28 @@ class Member:
             verdict = Verdict(Outcome.ACCEPTED)
         else:
             await self._data.read_again()
-            # The network would be idle while this device trains.
-            uploading = asyncio.create_task(self._transfers.upload_shards())
-            try:
+            async with self._uploading_shards() as uploading:
                 verdict = await self._send(await self._offer(state), uploading)
-            finally:
-                uploading.cancel()
-                await asyncio.gather(uploading, return_exceptions=True)
             crash_point(Point.AGENT_CONTRIBUTED)
+        await self._end_contribution(state.round, verdict, contributed_round=state.round)
+
+    @asynccontextmanager
+    async def _uploading_shards(self) -> AsyncIterator[asyncio.Task[None]]:
+        """Upload the shards meanwhile: the network would be idle while this device trains."""
+        uploading = asyncio.create_task(self._transfers.upload_shards())
+        try:
+            yield uploading
+        finally:
+            uploading.cancel()
+            await asyncio.gather(uploading, return_exceptions=True)
+
+    async def _end_contribution(self, number: int, verdict: Verdict, **changes: Any) -> None:
+        """Show how a contribution to round `number` ended, and save these changes of the progress."""
         outcome, message = verdict.outcome, verdict.message
-        log.info("contributed", round=state.round, outcome=outcome, reason=message or None)
+        log.info("contributed", round=number, outcome=outcome, reason=message or None)
         if outcome is not Outcome.ACCEPTED:
-            self._display.message(f"round {state.round}: contribution {outcome}: {message}")
-        await self._save(contributed_round=state.round, sent_weights=())
+            self._display.message(f"round {number}: contribution {outcome}: {message}")
+        await self._save(sent_weights=(), **changes)
         crash_point(Point.AGENT_CONTRIBUTION_SAVED)
         self._disk.discard(self._disk.local_weights, self._disk.encoded, self._disk.checkpoint)
         self._metrics.set_phase(Phase.WAITING)

@@ -38,10 +38,10 @@ class News:
                 return self.latest
             await changed.wait()
 
-    async def while_run_lasts(self, work: Coroutine[Any, Any, None]) -> None:
-        """Await the work, or leave it undone when the run ends."""
+    async def unless(self, is_in_vain: Callable[[RunState], bool], work: Coroutine[Any, Any, None]) -> None:
+        """Await the work, or leave it undone when there is a state in which it is in vain."""
         working = asyncio.create_task(work)
-        ending = asyncio.create_task(self.next(lambda state: state.run_over))
+        ending = asyncio.create_task(self.next(is_in_vain))
         try:
             await asyncio.wait((working, ending), return_when=asyncio.FIRST_COMPLETED)
         finally:

@@ -65,11 +65,26 @@ class Arrived(FrozenModel):
     report: Report
 
 
+class Begun(FrozenModel):
+    """A pre-training that this agent finishes whatever rounds open meanwhile; see async_member.py."""
+
+    # The round in which it was begun, and what it started from.
+    round: int
+    initial_weights: Blob
+    # True if the learning rate takes a full curve in it.
+    has_full_curve: bool
+    # The round to which the result was offered last, and the weights as they were named; None: to none yet.
+    offered_to: int | None = None
+    offered: Blob | None = None
+
+
 class Progress(FrozenModel):
     """The progress of this agent in a run, which a restart must not lose."""
 
     run_id: str = ""
     trained: Trained | None = None
+    # What this agent is to finish and to contribute, with `mode = "async"`.
+    begun: Begun | None = None
     # The last round that this agent tried to contribute to; -1: none yet, not even the warm-up.
     contributed_round: int = -1
     # The digests of the weights that this agent has named in contributions to a later round.

@@ -17,7 +17,14 @@ from torch import nn
 from cloud_server.jobs import Job, JobDirectory, Result
 from cloud_server.state_dir import blob_path
 from cloud_server.trainer.finetune import combine, fine_tune
-from cloud_server.trainer.members import Member, all_hold_base, base_of, common_start, members_of
+from cloud_server.trainer.members import (
+    Member,
+    all_hold_base,
+    base_of,
+    common_start,
+    make_weights,
+    members_of,
+)
 from cloud_server.trainer.norms import clip
 from cloud_server.trainer.output import write_model
 from cloud_server.trainer.screening import Screening, clipped_path
@@ -26,7 +33,7 @@ from common.config import CandidateName
 from common.errors import InvalidError, RunError
 from common.models import build_model
 from common.weights import load_into
-from common.wire import decode, is_encoded, wire_of
+from common.wire import wire_of
 
 
 class Made(NamedTuple):
@@ -132,12 +139,11 @@ class _Again:
 
     def _screened(self) -> list[Member]:
         """Decode all weights, clip the same updates as the trainer, and return the members that it kept."""
-        if is_encoded(self._run):
-            for member in self._sent:
-                decode(member.sent_path, member.weights_path, base=base_of(self._job, self._blobs_dir))
+        for member in self._sent:
+            make_weights(member, self._job, self._blobs_dir)
         if not self._result.audit:
             return self._sent
-        start = common_start(self._sent)
+        start = common_start(self._sent, self._job)
         base_path = blob_path(self._blobs_dir, start) if start else None
         for member, agent in zip(self._sent, self._result.audit, strict=True):
             if agent.scale < 1:

@@ -21,13 +21,13 @@ from common.config import RunConfig, deep_merge
 from common.errors import UsageError
 from experiments import command
 from experiments.command import console, write_text
-from experiments.tasks import TASKS, VARIANTS, Setting
+from experiments.tasks import EXAMPLES_FOR_ASYNC, FOR_ASYNC, TASKS, VARIANTS, Setting
 
 if TYPE_CHECKING:
-    from experiments import worth
+    from experiments import slowest, worth
     from experiments.cell import Cell
 
-    AnyCell = Cell | worth.Cell
+    AnyCell = Cell | worth.Cell | slowest.Cell
 
 # This limit on the number of examples means all of them.
 ALL = 1_000_000_000
@@ -49,8 +49,9 @@ TABLES: Mapping[str, Defaults] = {
     "parts": Defaults("independent,shared", "iid", "2", ",".join(VARIANTS)),
     "transfer": Defaults("shared", "iid,dirichlet:0.3", "2,5,10", "plain_average,selection"),
     "wire": Defaults("shared", "iid", "2", "selection,rounds", "float32,bfloat16,int8"),
-    # This table has rows of its own in place of variants.
+    # These tables have rows of their own in place of variants.
     "worth": Defaults("shared", "iid", "2", "", rounds="1,3,5"),
+    "async": Defaults("shared", "dirichlet:0.3", "4", ""),
 }
 
 
@@ -106,8 +107,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     for name, value in TABLES[arguments.table]._asdict().items():
         if getattr(arguments, name) is None:
             setattr(arguments, name, value)
-    if arguments.table == "worth":
-        _check_worth(parser, arguments)
+    if arguments.table in ("worth", "async"):
+        _check_own_rows(parser, arguments)
     elif unknown := set(arguments.variants.split(",")) - set(VARIANTS):
         parser.error(f"unknown variants {', '.join(sorted(unknown))}: choose from {', '.join(VARIANTS)}")
     arguments.round_counts = _round_counts(parser, arguments)
@@ -117,12 +118,14 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return arguments
 
 
-def _check_worth(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
+def _check_own_rows(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
     for name in ("variants", "networked"):
         if getattr(arguments, name):
-            parser.error(f"--{name} is not for the table worth: leave it out")
+            parser.error(f"--{name} is not for the table {arguments.table}: leave it out")
     if "," in arguments.wire:
-        parser.error("--wire takes one encoding in the table worth")
+        parser.error(f"--wire takes one encoding in the table {arguments.table}")
+    if arguments.table == "async" and arguments.rounds != TABLES["async"].rounds:
+        parser.error("--rounds is not for the table async, in which time ends it: leave it out")
 
 
 def _round_counts(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> list[int]:
@@ -137,8 +140,8 @@ def _round_counts(parser: argparse.ArgumentParser, arguments: argparse.Namespace
 
 def _run(arguments: argparse.Namespace, changes: Mapping[str, Any]) -> RunConfig:
     task = TASKS[arguments.task]
-    for_table = {"transfer": task.for_transfer, "worth": task.for_worth}.get(arguments.table, {})
-    run = deep_merge(deep_merge(task.run, for_table), changes)
+    for_table = {"transfer": task.for_transfer, "worth": task.for_worth, "async": FOR_ASYNC}
+    run = deep_merge(deep_merge(task.run, for_table.get(arguments.table, {})), changes)
     return command.run_config(run, arguments.set)
 
 
@@ -158,6 +161,8 @@ def _groups(arguments: argparse.Namespace, folder: Path) -> dict[str, list["AnyC
             in_all = arguments.examples_in_all
         elif is_transfer and not arguments.examples_per_agent:
             in_all = task.examples_in_all
+        elif arguments.table == "async" and not arguments.examples_per_agent:
+            in_all = min(num_agents * EXAMPLES_FOR_ASYNC, available)
         if in_all > available:
             raise UsageError(f"{in_all} examples are wanted, and there are {available}")
         name = f"{initial}, {partition_by}, {num_agents} agents"
@@ -173,9 +178,12 @@ def _groups(arguments: argparse.Namespace, folder: Path) -> dict[str, list["AnyC
 
 
 def _cell(arguments: argparse.Namespace, setting: Setting) -> "AnyCell":
-    from experiments import worth
+    from experiments import slowest, worth
     from experiments.cell import Cell
 
+    if arguments.table == "async":
+        slowest.check(setting.num_agents)
+        return slowest.Cell(setting, arguments.work_dir / "async" / setting.name, device=arguments.device)
     if arguments.table == "worth":
         worth.check(setting.run, arguments.round_counts)
         path = arguments.work_dir / "worth" / setting.name
@@ -235,11 +243,12 @@ def _run_cell(each: "AnyCell") -> float:
 
 
 def _write(arguments: argparse.Namespace, groups: Mapping[str, Sequence[Any]]) -> None:
-    from experiments import plots, tables, worth
+    from experiments import plots, slowest, tables, worth
 
-    if arguments.table == "worth":
-        figures = worth.figures_of(groups)
-        in_words = worth.in_words(figures)
+    own: Any = {"worth": worth, "async": slowest}.get(arguments.table)
+    if own:
+        figures = own.figures_of(groups)
+        in_words = own.in_words(figures)
     else:
         figures = getattr(tables, arguments.table)(groups)
         in_words = getattr(tables, f"{arguments.table}_in_words")(figures)
@@ -249,7 +258,7 @@ def _write(arguments: argparse.Namespace, groups: Mapping[str, Sequence[Any]]) -
     table = {"task": arguments.task, "run": run, "command": _command(arguments), "figures": figures}
     write_text(arguments.out_dir / f"{stem}.json", json.dumps(table, indent=1))
     heading = f"# {arguments.task}: {arguments.table}\n\n`{_command(arguments)}`\n\n{_describe(arguments)}"
-    pictures = {} if arguments.table == "wire" else getattr(plots, arguments.table)(figures)
+    pictures = {} if arguments.table in ("wire", "async") else getattr(plots, arguments.table)(figures)
     plots.save(pictures, arguments.out_dir, stem)
     images = "\n".join(f"![{stem}{name}]({stem}{name}.svg)" for name in pictures)
     parts = [heading, in_words, *([images] if images else [])]

@@ -67,6 +67,11 @@ TASKS: Mapping[str, Task] = {
     "cifar100": Task(_deep("resnet50", "cifar100"), 2_000, _SHORT_BFLOAT16, _worth(30), 8_000, 2_000),
 }
 
+# The table "async" makes these changes to every task's [run] table, because it has many short rounds, and
+# gives each agent so many examples.
+FOR_ASYNC: Mapping[str, Any] = {"pretrain": {"epochs": 2}, "fine_tune": {"epochs": 1}}
+EXAMPLES_FOR_ASYNC = 500
+
 
 class Variant(NamedTuple):
     """A row of the table of parts: the parts of the cloud's work that are done, and how."""

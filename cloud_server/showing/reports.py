@@ -151,7 +151,7 @@ def build(
         "model": run.model,
         "dataset": run.dataset,
         "num_shared": sum(each.contribution.num_shared for each in decisions if each.contribution),
-        "agents": _agents(decisions, agent_reports),
+        "agents": _agents(decisions, agent_reports, with_staleness=run.mode == "async"),
         "rejected": [
             {"agent_id": each.agent_id} | each.why._asdict()
             for each in decisions
@@ -248,7 +248,9 @@ def _vanished(
     )
 
 
-def _agents(decisions: Sequence[Decision], agent_reports: Sequence[ReportRow]) -> list[dict[str, Any]]:
+def _agents(
+    decisions: Sequence[Decision], agent_reports: Sequence[ReportRow], *, with_staleness: bool
+) -> list[dict[str, Any]]:
     reported = {row.agent_id: row for row in agent_reports}
     agents = []
     for decision in decisions:
@@ -262,6 +264,8 @@ def _agents(decisions: Sequence[Decision], agent_reports: Sequence[ReportRow]) -
             # null: the agent started from weights of its own.
             "initial_weights": item.initial_digest,
         }
+        if with_staleness:
+            agent["staleness"] = item.staleness
         if decision.why:
             agent["left_out"] = decision.why._asdict()
         if item.accuracy_local is not None:

@@ -65,6 +65,7 @@ class Standing:
         # How far the trainer is in this phase, and its pace.
         self._progress: WorkProgress | None = None
         self._pace = Pace()
+        self._last_round_over = False
         self._run_over = False
         self._latest_model: PublishedModel | None = None
         self._counted = store.counted_rounds()
@@ -137,6 +138,11 @@ class Standing:
         self._pace.note(progress.done, time.monotonic())
         self._tell_all_soon()
         self._display()
+
+    def show_last_round_over(self) -> None:
+        """Tell every agent that no round will take a contribution any more."""
+        self._last_round_over = True
+        self._tell_all()
 
     def show_run_over(self) -> None:
         """Tell every agent that the run is over."""
@@ -265,6 +271,7 @@ class Standing:
             left_out=left_out if left_out and left_out.round >= self._round.number - 1 else None,
             selection=self._round.selection_of(agent_id) if agent_id else None,
             has_full_curve=self._round.has_full_curve,
+            last_round_over=self._last_round_over,
         )
 
     # ------------------------------------------------------------------ small parts

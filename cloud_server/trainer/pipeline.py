@@ -16,7 +16,7 @@ from cloud_server.state_dir import blob_path
 from cloud_server.trainer.audit import MIN_AGENTS
 from cloud_server.trainer.finetune import CombinedData, combine, fine_tune
 from cloud_server.trainer.group import Group
-from cloud_server.trainer.members import all_hold_base, base_of, common_start, members_of
+from cloud_server.trainer.members import all_hold_base, base_of, common_start, make_weights, members_of
 from cloud_server.trainer.output import Written, num_parameters, write_model
 from cloud_server.trainer.screening import Screening, screen
 from cloud_server.trainer.selection import Best, Selection
@@ -27,7 +27,7 @@ from common.evaluation import Evaluation
 from common.faults import Point, crash_point
 from common.models import build_model
 from common.training import Examples, Ranks, StepReport
-from common.wire import Base, decode, is_encoded, wire_of
+from common.wire import Base, is_encoded, wire_of
 
 log = structlog.get_logger()
 
@@ -68,7 +68,7 @@ class RoundPipeline:
         model = _network(self._run)
         self._tell("aggregating", 0, 1)
         with self._timed("aggregate"):
-            self._decode()
+            self._make_weights()
         holds_base = self._is_first and all_hold_base(self._members, self._run)
         self._screen(model)
         data = combine(self._run, [member.contribution for member in self._members], self._blobs_dir)
@@ -94,13 +94,11 @@ class RoundPipeline:
 
     # ------------------------------------------------------------------ the steps
 
-    def _decode(self) -> None:
-        """Decode the weights that the agents have sent; the other ranks wait until rank 0 has done it."""
-        if not self._is_encoded:
-            return
+    def _make_weights(self) -> None:
+        """Decode the weights that were sent, and shift stale ones; the other ranks wait for rank 0."""
         if self._is_first:
             for member in self._members:
-                decode(member.sent_path, member.weights_path, base=self._base)
+                make_weights(member, self._job, self._blobs_dir)
         self._group.share("decoded")
 
     def _screen(self, model: nn.Module) -> None:
@@ -109,7 +107,7 @@ class RoundPipeline:
             return
         scratch = self._directory.scratch_path
         if self._is_first:
-            start = common_start(self._members)
+            start = common_start(self._members, self._job)
             with self._timed("audit"):
                 self._screening = screen(
                     model,

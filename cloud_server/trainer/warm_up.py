@@ -27,7 +27,7 @@ class WarmUp(RoundPipeline):
         """Return True: there is no other candidate."""
         return True
 
-    def _decode(self) -> None:
+    def _make_weights(self) -> None:
         """Decode nothing, because the initial weights are here as they are."""
 
     def _screen(self, model: nn.Module) -> None:

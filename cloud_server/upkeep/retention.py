@@ -1,7 +1,8 @@
 """What is removed, and when, so that a server that runs for ever does not fill its disk.
 
 The rule. Kept are the round that is open and the last `keep_rounds` that are over, with all that they
-name: initial weights and published model, with what either is encoded as, contributed weights and shards.
+name: initial weights and published model, with what either is encoded as, contributed weights and shards, and
+the older global models that contributions started from.
 Older rounds are retired: the trainer's files and every blob that no kept round names are removed. An upload
 that no contribution has named yet, and one that is not finished, stay for `keep_partial_seconds` from when
 they were last touched.

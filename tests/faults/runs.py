@@ -29,6 +29,9 @@ ADAPTING = (
     "--set", "run.fine_tune.learning_rate=1e-6",
 )  # fmt: skip
 
+# Both agents are needed in each round, so that none is late.
+ASYNC = (*SETTINGS, "--set", 'run.mode="async"')
+
 # The second round's contributions make up for what was lost of the first one's.
 INT8 = (*SETTINGS, "--set", 'run.wire="int8"')
 

@@ -11,7 +11,7 @@ import pytest
 from cloud_server.__main__ import main
 from common.faults import Point
 from common.transfer import Blob, blob_of
-from tests.faults.runs import ADAPTING, AGENTS, INT8, NUM_ROUNDS, SETTINGS, Run, armed_with
+from tests.faults.runs import ADAPTING, AGENTS, ASYNC, INT8, NUM_ROUNDS, SETTINGS, Run, armed_with
 from tests.integration.test_forgetting import check_forgotten, provenance
 from tests.processes import Cluster, cluster_in, until
 
@@ -124,6 +124,13 @@ def test_killed_at_any_point_differences_come_to_the_same(
     undisturbed_int8: list[str], cluster: Cluster, tmp_path: Path, point: Point, count: int
 ) -> None:
     assert digests_of_killed_run(cluster, INT8, point, count, tmp_path / "died") == undisturbed_int8
+
+
+@pytest.mark.parametrize(("point", "count"), others_soak(CASES, [(Point.AGENT_CONTRIBUTED, 1)]))
+def test_killed_at_any_point_async_rounds_in_which_nobody_is_late_publish_what_sync_ones_do(
+    undisturbed: list[str], cluster: Cluster, tmp_path: Path, point: Point, count: int
+) -> None:
+    assert digests_of_killed_run(cluster, ASYNC, point, count, tmp_path / "died") == undisturbed
 
 
 def digests_of_killed_run(
