@@ -129,7 +129,7 @@ async def serve(config: ServerConfig) -> int:
     from common.background import beside
 
     telemetry.configure_logging(level=config.log_level)
-    store = Store(config.state_dir)
+    store = Store(config.state_dir, place=config.blobs, cache_bytes=config.blob_cache_bytes)
     authority = None if config.insecure else await open_authority(config.tls_folder)
     warn_of_clock(store, authority)
     http_token = telemetry.http_token(config.http_host, config.http_token_file, config.http_token_path)

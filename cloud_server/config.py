@@ -3,6 +3,7 @@
 import math
 from pathlib import Path
 from typing import Annotated, Literal, Self
+from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator, model_validator
 
@@ -39,6 +40,15 @@ class ServerConfig(ProcessConfig):
 
     state_dir: UserPath = Path("ecavg-server")
     """Folder (STATE) where everything is kept; one server at a time uses it."""
+
+    blobs: Name = Field("files", title="files|s3://BUCKET/PREFIX")
+    """Where weights and shards are kept: as files in STATE, or in an S3-compatible bucket.
+
+    Credentials come from the environment alone; see docs/storage.md.
+    """
+
+    blob_cache_bytes: int = Field(10 * 2**30, ge=0)
+    """How many bytes of the blobs in a bucket are kept in STATE as well; what is in use always is."""
 
     rounds: int = Field(1, ge=0)
     """Rounds to run, counted from the beginning of the run; 0 runs for ever."""
@@ -139,6 +149,15 @@ class ServerConfig(ProcessConfig):
     @classmethod
     def _host_alone(cls, value: str) -> str:
         return addresses.parse_host(value)
+
+    @field_validator("blobs")
+    @classmethod
+    def _place_of_blobs(cls, value: str) -> str:
+        parts = urlsplit(value)
+        is_plain = value.isprintable() and not {"?", "#", "@", " "} & set(value)
+        if value != "files" and not (parts.scheme == "s3" and parts.netloc and is_plain):
+            raise ValueError(f"{value!r} is no place for blobs: files, s3://BUCKET or s3://BUCKET/PREFIX")
+        return value.rstrip("/")
 
     @model_validator(mode="after")
     def _max_is_not_below_min(self) -> Self:

@@ -71,6 +71,12 @@ class Job(FrozenModel):
     # True if the learning rate takes a full curve in this round after the plan.
     has_full_curve: bool = False
 
+    @property
+    def blobs(self) -> list[str]:
+        """Return the digests of all blobs that the job reads."""
+        start = [self.initial_weights] if self.initial_weights else []
+        return start + [digest for item in self.contributions for digest in item.blob_digests]
+
 
 class Progress(FrozenModel):
     """One report of a job's progress. The phases follow in this order, and each is reported at least once."""
