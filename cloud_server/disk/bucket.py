@@ -109,30 +109,34 @@ class Bucket:
         Raises:
             StorageError: the bucket has other bytes than those of the digest, or none.
         """
+        hasher = hashlib.sha256()
         with target.open("wb") as file:
             for part in self._parts(blob):
+                hasher.update(part)
                 file.write(part)
+        if hasher.hexdigest() != blob.digest:
+            where = self.where(blob.digest)
+            raise StorageError(f"the object {where} is damaged: the server's operator must restore it")
 
-    def check(self, blob: Blob) -> None:
-        """Read the object; raise StorageError if its bytes are not those of the digest."""
-        for _ in self._parts(blob):
-            pass
+    def is_whole(self, blob: Blob) -> bool:
+        """Return True if the bytes of the object have its digest."""
+        hasher = hashlib.sha256()
+        for part in self._parts(blob):
+            hasher.update(part)
+        return hasher.hexdigest() == blob.digest
+
+    def where(self, digest: str) -> str:
+        """Return the URL of the object of a blob."""
+        return f"{self.url}/{_key(digest)}"
 
     def _parts(self, blob: Blob) -> Iterator[bytes]:
-        """Yield the bytes of the object; raise StorageError at their end if they have another digest."""
+        """Yield the bytes of the object, PART_BYTES at a time."""
         import obstore
 
-        hasher = hashlib.sha256()
         for start in range(0, blob.size_bytes, PART_BYTES):
             end = min(start + PART_BYTES, blob.size_bytes)
             with bucket_errors(self.url):
-                part = obstore.get_range(self._objects, _key(blob.digest), start=start, end=end).to_bytes()
-            hasher.update(part)
-            yield part
-        if hasher.hexdigest() != blob.digest:
-            raise StorageError(
-                f"the object {self.url}/{_key(blob.digest)} is damaged: restore it from a backup"
-            )
+                yield obstore.get_range(self._objects, _key(blob.digest), start=start, end=end).to_bytes()
 
     def delete(self, digests: Sequence[str]) -> None:
         """Delete objects; those that are not there do not matter."""
