@@ -1,4 +1,4 @@
-"""Runs whose blobs are in a bucket publish what runs with files do, whatever dies."""
+"""Runs whose blobs are in a bucket publish what runs with files do, whatever dies or is away."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +15,7 @@ from tests.processes import Cluster, cluster_in
 pytestmark = pytest.mark.timeout(300)
 
 FINISH_SECONDS = 240.0
+REFUSAL = "does not do what it is asked"
 # The first blob is the model that the run begins with, then come two agents' shards and weights.
 CASES = [
     (Point.SERVER_BLOB_IN_BUCKET, 2),
@@ -24,6 +25,26 @@ CASES = [
     (Point.SERVER_UPLOAD_RECORDED, 1),
     (Point.SERVER_MODEL_ADOPTED, 2),
 ]
+
+
+class Outage:
+    """The service goes away once the server is up after its death, and comes back when that is noticed."""
+
+    def __init__(self, service: Service, died: Path) -> None:
+        self.is_over = False
+        self._service = service
+        self._died = died
+        self._is_away = False
+
+    def take_place(self, run: Run) -> None:
+        if self._is_away:
+            noticed = [process for process in run.processes.values() if REFUSAL in process.output]
+            if noticed:
+                self._service.come_back()
+                self._is_away, self.is_over = False, True
+        elif not self.is_over and self._died.exists() and "ready:" in run.processes["server"].output:
+            self._service.go_away()
+            self._is_away = True
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +66,7 @@ def with_files(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     ("point", "count"),
     [pytest.param(*case, marks=() if case == CASES[0] else pytest.mark.soak) for case in CASES],
 )
-def test_run_with_a_bucket_publishes_the_same_though_its_server_dies(
+def test_run_publishes_the_same_though_its_server_dies_and_its_bucket_is_out_of_reach(
     with_files: list[str],
     service: Service,
     cluster: Cluster,
@@ -58,7 +79,9 @@ def test_run_with_a_bucket_publishes_the_same_though_its_server_dies(
     # No blob stays here that is not in use.
     run = Run(cluster, (*SETTINGS, "--blobs", url, "--blob-cache-bytes", 0))
     run.start(*armed_with(point, count, died))
-    assert run.finish(FINISH_SECONDS) == with_files
+    outage = Outage(service, died)
+    assert run.finish(FINISH_SECONDS, outage.take_place) == with_files
+    assert outage.is_over
     assert died.exists()
     assert len(with_files) == NUM_ROUNDS
     assert check([str(cluster.state_dir)]) == 0
