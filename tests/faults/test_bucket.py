@@ -30,10 +30,9 @@ CASES = [
 class Outage:
     """The service goes away once the server is up after its death, and comes back when that is noticed."""
 
-    def __init__(self, service: Service, died: Path) -> None:
+    def __init__(self, service: Service) -> None:
         self.is_over = False
         self._service = service
-        self._died = died
         self._is_away = False
 
     def take_place(self, run: Run) -> None:
@@ -42,7 +41,7 @@ class Outage:
             if noticed:
                 self._service.come_back()
                 self._is_away, self.is_over = False, True
-        elif not self.is_over and self._died.exists() and "ready:" in run.processes["server"].output:
+        elif not self.is_over and run.num_restarts and "ready:" in run.processes["server"].output:
             self._service.go_away()
             self._is_away = True
 
@@ -79,7 +78,7 @@ def test_run_publishes_the_same_though_its_server_dies_and_its_bucket_is_out_of_
     # No blob stays here that is not in use.
     run = Run(cluster, (*SETTINGS, "--blobs", url, "--blob-cache-bytes", 0))
     run.start(*armed_with(point, count, died))
-    outage = Outage(service, died)
+    outage = Outage(service)
     assert run.finish(FINISH_SECONDS, outage.take_place) == with_files
     assert outage.is_over
     assert died.exists()
