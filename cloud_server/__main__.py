@@ -24,7 +24,9 @@ if TYPE_CHECKING:
     from cloud_server.showing.standing import Standing
     from cloud_server.showing.viewers import Viewers
     from cloud_server.store import Store
+    from cloud_server.training.handout import ExternalTrainers
     from cloud_server.training.runner import Trainer
+    from cloud_server.training.supervisor import TrainerProcess
     from common.run_state import RunState
 
 # How long the token is valid that a server prints by itself.
@@ -124,7 +126,6 @@ async def serve(config: ServerConfig) -> int:
     from cloud_server.showing.display import RunDisplay
     from cloud_server.showing.viewers import Viewers
     from cloud_server.store import Store
-    from cloud_server.training.supervisor import TrainerProcess
     from common import telemetry
     from common.background import beside
 
@@ -134,7 +135,7 @@ async def serve(config: ServerConfig) -> int:
     warn_of_clock(store, authority)
     http_token = telemetry.http_token(config.http_host, config.http_token_file, config.http_token_path)
     metrics = ServerMetrics()
-    trainer = TrainerProcess(config.state_dir, device=config.device)
+    trainer = trainer_of(config)
     display = RunDisplay(telemetry.progress_display())
     server = GrpcServer(
         metrics,
@@ -188,6 +189,20 @@ async def serve(config: ServerConfig) -> int:
             authority.close()
         store.close()
     return 0
+
+
+def trainer_of(config: ServerConfig) -> "ExternalTrainers | TrainerProcess":
+    """Return the trainer of the server, which is not started yet."""
+    if config.trainers == "own":
+        from cloud_server.training.supervisor import TrainerProcess
+
+        return TrainerProcess(config.state_dir, device=config.device)
+    from cloud_server.disk.bucket import Bucket
+    from cloud_server.disk.place import FILES
+    from cloud_server.training.handout import ExternalTrainers
+
+    bucket = None if config.blobs == FILES else Bucket(config.blobs)
+    return ExternalTrainers(config.state_dir, bucket)
 
 
 async def open_authority(folder: Path) -> "Authority":

@@ -86,6 +86,13 @@ class ServerConfig(ProcessConfig):
     device: Name = "auto"
     """Where to train: `auto`, `cpu`, `cuda`, `cuda:1`; `auto` and `cuda` take every GPU."""
 
+    trainers: Literal["own", "external"] = Field("own", title="own|external")
+    """Who trains: a process that the server starts, or trainers that are started by hand
+
+    External trainers get jobs through the bucket of the blobs, or share STATE where blobs are files; see
+    docs/deployment.md.
+    """
+
     max_attempts: int = Field(3, ge=1, le=100)
     """Tries at a round's training before the round fails.
 

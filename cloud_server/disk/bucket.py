@@ -90,6 +90,10 @@ class Bucket:
         return found
 
     def put(self, source: Path, digest: str) -> None:
+        """Make a blob's object of the file; FileNotFoundError if there is no such file."""
+        self.put_file(source, _key(digest))
+
+    def put_file(self, source: Path, name: str) -> None:
         """Make an object of the file; it appears whole or not at all, and the service checks its bytes.
 
         Raises:
@@ -99,11 +103,13 @@ class Bucket:
 
         part_bytes = max(PART_BYTES, source.stat().st_size // _MAX_PARTS)
         with bucket_errors(self.url):
-            obstore.put(
-                self._objects, _key(digest), source, chunk_size=part_bytes, max_concurrency=_PARTS_AT_ONCE
-            )
+            obstore.put(self._objects, name, source, chunk_size=part_bytes, max_concurrency=_PARTS_AT_ONCE)
 
     def fetch(self, blob: Blob, target: Path) -> None:
+        """Write a blob's object to the file `target`; see `fetch_file`."""
+        self.fetch_file(_key(blob.digest), blob, target)
+
+    def fetch_file(self, name: str, blob: Blob, target: Path) -> None:
         """Write the object to the file `target`.
 
         Raises:
@@ -111,17 +117,18 @@ class Bucket:
         """
         hasher = hashlib.sha256()
         with target.open("wb") as file:
-            for part in self._parts(blob):
+            for part in self._parts(name, blob.size_bytes):
                 hasher.update(part)
                 file.write(part)
         if hasher.hexdigest() != blob.digest:
-            where = self.where(blob.digest)
-            raise StorageError(f"the object {where} is damaged: the server's operator must restore it")
+            raise StorageError(
+                f"the object {self.url}/{name} is damaged: the server's operator must restore it"
+            )
 
     def is_whole(self, blob: Blob) -> bool:
         """Return True if the bytes of the object have its digest."""
         hasher = hashlib.sha256()
-        for part in self._parts(blob):
+        for part in self._parts(_key(blob.digest), blob.size_bytes):
             hasher.update(part)
         return hasher.hexdigest() == blob.digest
 
@@ -129,21 +136,51 @@ class Bucket:
         """Return the URL of the object of a blob."""
         return f"{self.url}/{_key(digest)}"
 
-    def _parts(self, blob: Blob) -> Iterator[bytes]:
+    def _parts(self, name: str, size_bytes: int) -> Iterator[bytes]:
         """Yield the bytes of the object, PART_BYTES at a time."""
         import obstore
 
-        for start in range(0, blob.size_bytes, PART_BYTES):
-            end = min(start + PART_BYTES, blob.size_bytes)
+        for start in range(0, size_bytes, PART_BYTES):
+            end = min(start + PART_BYTES, size_bytes)
             with bucket_errors(self.url):
-                yield obstore.get_range(self._objects, _key(blob.digest), start=start, end=end).to_bytes()
+                part = obstore.get_range(self._objects, name, start=start, end=end).to_bytes()
+            yield part
 
     def delete(self, digests: Sequence[str]) -> None:
+        """Delete blobs' objects; those that are not there do not matter."""
+        self.delete_files([_key(digest) for digest in digests])
+
+    # Objects that are no blobs
+
+    def names(self, prefix: str) -> dict[str, int]:
+        """Return the sizes of the objects below the prefix, by name."""
+        import obstore
+
+        with bucket_errors(self.url):
+            return {
+                each["path"]: each["size"] for page in obstore.list(self._objects, prefix) for each in page
+            }
+
+    def size(self, digest: str) -> int:
+        """Return how many bytes a blob's object has."""
+        import obstore
+
+        with bucket_errors(self.url):
+            return obstore.head(self._objects, _key(digest))["size"]
+
+    def read(self, name: str) -> bytes:
+        """Return the bytes of a small object."""
+        import obstore
+
+        with bucket_errors(self.url):
+            return bytes(obstore.get(self._objects, name).bytes())
+
+    def delete_files(self, names: Sequence[str]) -> None:
         """Delete objects; those that are not there do not matter."""
         import obstore
 
         with bucket_errors(self.url):
-            obstore.delete(self._objects, [_key(digest) for digest in digests])
+            obstore.delete(self._objects, list(names))
 
 
 @contextmanager

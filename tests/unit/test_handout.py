@@ -1,0 +1,187 @@
+"""Jobs that go through a bucket: the server's end, and the relay of a training machine."""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from cloud_server.contribution import Contribution
+from cloud_server.disk.bucket import Bucket
+from cloud_server.jobs import EncodedWeightsFile, Job, JobDirectory, JobError, Progress, Result, WeightsFile
+from cloud_server.state_dir import StateDir, blob_path
+from cloud_server.training import relay as relay_module
+from cloud_server.training.handout import ExternalTrainers, HandOut
+from cloud_server.training.relay import Relay
+from common.config import RunConfig
+from common.errors import StorageError
+from tests.buckets import Service, s3_service
+from tests.unit.states import digest_of
+
+SENT, MODEL, ENCODED = b"sent weights", b"a model", b"an encoded model"
+JOB = Job(
+    kind="round", name="round-0001", round=1, run=RunConfig(), device="cpu", initial_weights=None,
+    contributions=(Contribution("a", digest_of(SENT), (), 1),),
+)  # fmt: skip
+RESULT = Result(
+    weights=WeightsFile(sha256=digest_of(MODEL), bytes=len(MODEL)),
+    encoded=EncodedWeightsFile(sha256=digest_of(ENCODED), bytes=len(ENCODED), base=None),
+)
+LINE = Progress(phase="aggregating", done=1, total=2)
+
+
+@pytest.fixture(scope="module")
+def service() -> Iterator[Service]:
+    with s3_service() as service:
+        yield service
+
+
+class Both:
+    """A server and a training machine with nothing in common but a bucket."""
+
+    def __init__(self, folder: Path, url: str) -> None:
+        self.bucket = Bucket(url)
+        self.server, self.machine = StateDir(folder / "server"), StateDir(folder / "machine")
+        self.server.jobs.mkdir(parents=True)
+        sent = folder / "sent"
+        sent.write_bytes(SENT)
+        self.bucket.put(sent, digest_of(SENT))
+        self.hand_out, self.relay = HandOut(self.server, self.bucket), Relay(self.machine, self.bucket)
+        self.here = JobDirectory(self.server.job(JOB.name))
+        self.there = JobDirectory(self.machine.job(JOB.name))
+
+    def steps(self) -> None:
+        for _ in range(2):
+            self.hand_out.step()
+            self.relay.step()
+
+    def do_job(self, result: Result = RESULT) -> None:
+        self.there.append_progress(LINE)
+        if result.weights:
+            self.there.weights_path.write_bytes(MODEL)
+            self.there.encoded_path.write_bytes(ENCODED)
+        self.there.write_result(result)
+
+
+@pytest.fixture
+def both(tmp_path: Path, service: Service) -> Both:
+    return Both(tmp_path, service.new_bucket())
+
+
+def test_job_comes_to_the_machine_with_its_blobs(both: Both) -> None:
+    both.here.write_job(JOB)
+    both.steps()
+    assert both.there.read_job() == JOB
+    assert both.there.is_pending
+    assert blob_path(both.machine.blobs, digest_of(SENT)).read_bytes() == SENT
+
+
+def test_progress_and_result_come_back_and_nothing_is_left(both: Both) -> None:
+    both.here.write_job(JOB)
+    both.steps()
+    both.there.append_progress(LINE)
+    both.steps()
+    assert both.here.read_progress(0)[0] == [LINE]
+    assert both.here.is_pending
+    both.do_job()
+    both.steps()
+    assert both.here.read_result() == RESULT
+    assert (both.here.weights_path.read_bytes(), both.here.encoded_path.read_bytes()) == (MODEL, ENCODED)
+    assert both.here.read_progress(0)[0] == [LINE, LINE]
+    both.steps()
+    assert not both.bucket.names("jobs")
+    assert not both.there.path.exists()
+    both.steps()
+    assert not list(both.machine.blobs.glob("*/*"))
+    # The blobs of the server stay.
+    assert both.bucket.list().keys() == {digest_of(SENT)}
+
+
+def test_job_that_is_withdrawn_leaves_the_machine(both: Both) -> None:
+    both.here.write_job(JOB)
+    both.steps()
+    both.do_job()
+    both.here.withdraw()
+    both.steps()
+    both.steps()
+    assert not both.bucket.names("jobs")
+    assert not list(both.machine.jobs.iterdir())
+    assert not list(both.machine.blobs.glob("*/*"))
+    assert both.here.read_result() is None
+
+
+def test_result_of_another_attempt_is_not_taken(both: Both) -> None:
+    both.here.write_job(JOB)
+    both.steps()
+    both.do_job(Result(error=JobError(kind="failed", message="no")))
+    both.steps()
+    assert both.here.read_result().error.message == "no"
+    both.here.write_job(JOB.model_copy(update={"attempt": 2}))
+    both.steps()
+    assert both.here.read_result() is None
+    assert both.there.read_job().attempt == 2
+    both.do_job()
+    both.steps()
+    assert both.here.read_result() == RESULT
+
+
+def test_damaged_result_is_not_taken(both: Both) -> None:
+    both.here.write_job(JOB)
+    both.steps()
+    both.do_job()
+    both.there.weights_path.write_bytes(MODEL[::-1])
+    both.relay.step()
+    with pytest.raises(StorageError, match="is damaged"):
+        both.hand_out.step()
+    assert both.here.read_result() is None
+
+
+def test_jobs_of_an_earlier_life_go(both: Both, tmp_path: Path) -> None:
+    both.here.write_job(JOB)
+    both.steps()
+    shutil.rmtree(both.here.path)
+    HandOut(both.server, both.bucket).step()
+    assert not both.bucket.names("jobs")
+
+
+async def test_external_trainers_hand_out_and_take_back(both: Both) -> None:
+    trainers = ExternalTrainers(both.server.path, both.bucket)
+    both.here.write_job(JOB)
+    await trainers.restart()
+    assert len(both.bucket.names("jobs")) == 1
+    both.here.withdraw()
+    await trainers.start()
+    await trainers.stop()
+    await trainers.stop()
+    assert not both.bucket.names("jobs")
+    assert trainers.num_exits == 0
+
+
+async def test_external_trainers_that_share_the_folder_need_no_bucket(tmp_path: Path) -> None:
+    trainers = ExternalTrainers(tmp_path, None)
+    await trainers.start()
+    await trainers.restart()
+    await trainers.stop()
+
+
+def test_relay_goes_on_after_a_failure(both: Both, monkeypatch: pytest.MonkeyPatch) -> None:
+    both.here.write_job(JOB)
+    both.hand_out.step()
+    with monkeypatch.context() as broken:
+        broken.setattr(Bucket, "fetch", lambda *_: (_ for _ in ()).throw(StorageError("away")))
+        both.relay.try_step()
+    assert not both.there.is_begun
+    both.relay.try_step()
+    assert both.there.is_pending
+
+
+def test_command_runs_a_relay(both: Both, service: Service, tmp_path: Path, monkeypatch) -> None:
+    both.here.write_job(JOB)
+    both.hand_out.step()
+
+    def stop(_: float) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(relay_module.time, "sleep", stop)
+    relay_module.main(["--bucket", both.bucket.url, "--state-dir", str(both.machine.path)])
+    assert both.there.is_pending
