@@ -2,19 +2,24 @@
 
 import shutil
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from torch.distributed import DistNetworkError
 
 from cloud_server.contribution import Contribution
 from cloud_server.disk.bucket import Bucket
 from cloud_server.jobs import EncodedWeightsFile, Job, JobDirectory, JobError, Progress, Result, WeightsFile
 from cloud_server.state_dir import StateDir, blob_path
+from cloud_server.trainer import __main__ as trainer
+from cloud_server.trainer import work
+from cloud_server.trainer.group import Group
 from cloud_server.training import relay as relay_module
 from cloud_server.training.handout import ExternalTrainers, HandOut
 from cloud_server.training.relay import Relay
 from common.config import RunConfig
-from common.errors import StorageError
+from common.errors import RunError, StorageError
 from tests.buckets import Service, s3_service
 from tests.unit.states import digest_of
 
@@ -185,3 +190,57 @@ def test_command_runs_a_relay(both: Both, service: Service, tmp_path: Path, monk
     monkeypatch.setattr(relay_module.time, "sleep", stop)
     relay_module.main(["--bucket", both.bucket.url, "--state-dir", str(both.machine.path)])
     assert both.there.is_pending
+
+
+# The ranks of several machines
+
+
+def test_rank_waits_until_its_machine_has_the_job_of_rank_0(
+    both: Both, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    both.there.write_job(JOB.model_copy(update={"attempt": 2}))
+    waits = []
+
+    def arrive(seconds: float) -> None:
+        waits.append(seconds)
+        both.there.write_job(JOB)
+
+    monkeypatch.setattr(trainer.time, "sleep", arrive)
+    trainer._await_job(both.there, JOB.id)
+    assert len(waits) == 1
+
+
+def test_job_that_does_not_come_is_an_error(both: Both, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trainer, "ARRIVAL_SECONDS", -1.0)
+    with pytest.raises(RunError, match="did not come"):
+        trainer._await_job(both.there, JOB.id)
+    # A job that rank 0 could not read is not waited for.
+    trainer._await_job(both.there, "")
+
+
+def test_job_that_rank_0_finds_is_named_with_its_id(both: Both) -> None:
+    both.here.write_job(JOB)
+    assert trainer._next_job(both.server.jobs) == f"{JOB.name} {JOB.id}"
+    both.here.job_path.write_text("damaged")
+    assert trainer._next_job(both.server.jobs) == f"{JOB.name} "
+
+
+LOST = RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:3")
+
+
+@pytest.mark.parametrize(
+    ("error", "world_size", "is_written"),
+    [(LOST, 2, False), (DistNetworkError("no"), 2, False), (RuntimeError("no"), 2, True), (LOST, 1, True)],
+)
+def test_job_stays_pending_where_another_rank_is_gone(
+    both: Both, monkeypatch: pytest.MonkeyPatch, error: Exception, world_size: int, is_written: bool
+) -> None:
+    def fail(*_: object) -> Result:
+        raise error
+
+    monkeypatch.setattr(work, "_do", fail)
+    both.there.write_job(JOB)
+    with suppress(RuntimeError):
+        group = Group(1, world_size)
+        work.run_job(both.there, blobs_dir=both.machine.blobs, device_name="cpu", group=group)
+    assert both.there.is_pending != is_written
