@@ -17,7 +17,7 @@ import structlog
 
 from cloud_server.disk.bucket import Bucket
 from cloud_server.disk.failures import storage_errors
-from cloud_server.jobs import JobDirectory, Result, WeightsFile, pending_jobs
+from cloud_server.jobs import Job, JobDirectory, Result, WeightsFile, pending_jobs
 from cloud_server.state_dir import StateDir
 from common.errors import RunError, StorageError
 from common.files import replacing
@@ -29,9 +29,9 @@ JOBS = "jobs"
 log = structlog.get_logger()
 
 
-def key_of(directory: JobDirectory) -> str:
-    """Return below which name a job's objects are; RunError if job.json is damaged or missing."""
-    return f"{JOBS}/{directory.path.name}/{directory.read_job().id}"
+def key_of(job: Job) -> str:
+    """Return below which name a job's objects are."""
+    return f"{JOBS}/{job.name}/{job.id}"
 
 
 class HandOut:
@@ -50,7 +50,7 @@ class HandOut:
             StorageError: the bucket or the disk does not let it; a later step goes on.
             RunError: a job or a result is damaged.
         """
-        pending = {key_of(directory): directory for directory in pending_jobs(self._jobs_dir)}
+        pending = {key_of(each.read_job()): each for each in pending_jobs(self._jobs_dir)}
         if self._is_clear and not pending:
             return
         there = self._bucket.names(JOBS)

@@ -83,16 +83,23 @@ class Relay:
         here = self._here()
         for key in here.keys() - asked_for:
             here.pop(key).remove()
-        self._drop_blobs([directory.read_job() for directory in here.values()])
-        for key in sorted(asked_for):
-            if key in here:
-                self._take_back(key, here[key], there)
-            else:
-                self._bring(key)
+        new = [self._read_job(key) for key in sorted(asked_for - here.keys())]
+        self._drop_blobs([*new, *(directory.read_job() for directory in here.values())])
+        for key, directory in here.items():
+            self._take_back(key, directory, there)
+        for job in new:
+            self._bring(job)
 
     def _here(self) -> dict[str, JobDirectory]:
         directories = [JobDirectory(path) for path in self._state_dir.jobs.iterdir()]
-        return {key_of(directory): directory for directory in directories if directory.is_begun}
+        return {key_of(each.read_job()): each for each in directories if each.is_begun}
+
+    def _read_job(self, key: str) -> Job:
+        job = Job.model_validate_json(self._bucket.read(f"{key}/job.json"))
+        # The name of a job becomes a path.
+        if key_of(job) != key:
+            raise RunError(f"{self._bucket.url}/{key} is no job of this version of cloud-server: update it")
+        return job
 
     def _drop_blobs(self, jobs: Sequence[Job]) -> None:
         needed = {digest for job in jobs for digest in job.blobs}
@@ -100,9 +107,8 @@ class Relay:
             if path.name not in needed:
                 path.unlink()
 
-    def _bring(self, key: str) -> None:
+    def _bring(self, job: Job) -> None:
         """Bring the blobs of a job, then the job."""
-        job = Job.model_validate_json(self._bucket.read(f"{key}/job.json"))
         for digest in job.blobs:
             path = blob_path(self._state_dir.blobs, digest)
             if not path.exists():

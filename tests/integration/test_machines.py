@@ -35,14 +35,14 @@ def service() -> Iterator[Service]:
 class Machine:
     """A training machine with a folder of its own: a relay, and torchrun with one rank."""
 
-    def __init__(self, folder: Path, bucket: str, rendezvous: str, num_nodes: str) -> None:
+    def __init__(self, folder: Path, bucket: str, rendezvous: str, num_nodes: str, *, is_host: bool) -> None:
         self.state_dir = StateDir(folder / "work")
         where = ("--state-dir", self.state_dir)
         self.relay = Command("cloud_server.training.relay", "--bucket", bucket, *where, folder=folder)
         self.torchrun = Command(
             "torch.distributed.run", "--nnodes", num_nodes, "--nproc-per-node", 1, "--max-restarts", 5,
             "--rdzv-backend", "c10d", "--rdzv-endpoint", rendezvous, "--rdzv-id", "round",
-            "--rdzv-conf", "last_call_timeout=1,keep_alive_interval=2,keep_alive_max_attempt=4",
+            "--rdzv-conf", f"is_host={int(is_host)},last_call_timeout=1,keep_alive_interval=2",
             "--local-addr", "127.0.0.1",
             "-m", "cloud_server.trainer", *where, "--device", "cpu", folder=folder,
         )  # fmt: skip
@@ -65,7 +65,11 @@ class Machine:
 @contextmanager
 def machines(folder: Path, url: str, num_nodes: str = "2") -> Iterator[list[Machine]]:
     rendezvous = f"127.0.0.1:{free_port()}"
-    started = [Machine(folder / name, url, rendezvous, num_nodes) for name in ("first", "second")]
+    # With the machine that has the rendezvous, all of it would end.
+    started = [
+        Machine(folder / name, url, rendezvous, num_nodes, is_host=name == "first")
+        for name in ("first", "second")
+    ]
     try:
         yield started
     finally:

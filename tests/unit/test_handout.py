@@ -169,6 +169,32 @@ async def test_external_trainers_that_share_the_folder_need_no_bucket(tmp_path: 
     await trainers.stop()
 
 
+def test_object_under_another_name_than_its_jobs_is_not_brought(both: Both, tmp_path: Path) -> None:
+    stray = tmp_path / "job.json"
+    stray.write_text(JOB.model_copy(update={"name": "../../stray"}).model_dump_json())
+    both.bucket.put_file(stray, "jobs/round-0001/0123456789abcdef/job.json")
+    with pytest.raises(RunError, match="is no job of this version"):
+        both.relay.step()
+    assert not list(both.machine.jobs.iterdir())
+
+
+def test_blobs_that_came_before_a_failure_are_not_brought_again(
+    both: Both, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    missing = Contribution("b", "0" * 64, (), 1)
+    both.here.write_job(JOB.model_copy(update={"contributions": (*JOB.contributions, missing)}))
+    both.hand_out.step()
+    brought = []
+    fetch = Bucket.fetch
+    monkeypatch.setattr(
+        Bucket, "fetch", lambda self, blob, path: brought.append(blob.digest) or fetch(self, blob, path)
+    )
+    for _ in range(2):
+        with pytest.raises(StorageError):
+            both.relay.step()
+    assert brought == [digest_of(SENT)]
+
+
 def test_relay_goes_on_after_a_failure(both: Both, monkeypatch: pytest.MonkeyPatch) -> None:
     both.here.write_job(JOB)
     both.hand_out.step()
