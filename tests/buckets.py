@@ -4,6 +4,7 @@ import os
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 
 import pytest
 
@@ -57,6 +58,7 @@ class Service:
 @contextmanager
 def s3_service() -> Iterator[Service]:
     need("S3 service", ThreadedMotoServer, "moto[server]")
+    need("S3 client", find_spec("obstore"), "obstore")
     service = Service()
     with pytest.MonkeyPatch.context() as patch:
         for name in [name for name in os.environ if name.startswith("AWS_")]:

@@ -267,10 +267,13 @@ async def test_blob_that_is_being_deleted_is_put_there_anew(
         delete(bucket, digests)
 
     monkeypatch.setattr(Bucket, "delete", delete_slowly)
+    put, really_put = threading.Event(), Bucket.put
+    monkeypatch.setattr(Bucket, "put", lambda self, *args: put.set() or really_put(self, *args))
     removing = asyncio.create_task(asyncio.to_thread(retired.remove_blobs, store, float("inf")))
     await asyncio.to_thread(begun.wait, 10)
     uploading = asyncio.create_task(upload(store, CONTENT))
-    await asyncio.sleep(0)
+    # Nothing is put there while objects are deleted; if it were, it would be at once.
+    assert not await asyncio.to_thread(put.wait, 0.3)
     go_on.set()
     await asyncio.gather(removing, uploading)
     assert await read(open_in_bucket(cache_bytes=0), DIGEST) == CONTENT
