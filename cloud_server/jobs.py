@@ -12,6 +12,7 @@ A job is pending while it has a job.json and no result.json. The trainer may be 
 next trainer then starts the job from the beginning and makes the same bytes.
 """
 
+import hashlib
 import re
 import shutil
 from collections.abc import Iterator
@@ -72,6 +73,17 @@ class Job(FrozenModel):
     has_full_curve: bool = False
     # The span of the server that the job belongs to; None: the round is not traced. See common/tracing.py.
     traceparent: str | None = None
+
+    @property
+    def id(self) -> str:
+        """Return what tells the job from others of its name: another attempt, or other contributions."""
+        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()[:16]
+
+    @property
+    def blobs(self) -> list[str]:
+        """Return the digests of all blobs that the job reads."""
+        start = [self.initial_weights] if self.initial_weights else []
+        return start + [digest for item in self.contributions for digest in item.blob_digests]
 
 
 class Progress(FrozenModel):
@@ -200,15 +212,15 @@ class JobDirectory:
         """
         self.path.mkdir(parents=True, exist_ok=True)
         sync(self.path.parent)
-        self._progress_path.unlink(missing_ok=True)
+        self.progress_path.unlink(missing_ok=True)
         # A result that exists now belongs to the earlier attempt. Without one, the job is pending as soon as
         # job.json is written, and a result that appears later belongs to the new job.
-        is_new_attempt = self._result_path.exists()
-        _write(self._job_path, job)
+        is_new_attempt = self.result_path.exists()
+        _write(self.job_path, job)
         # The old result is removed after the new job.json is written, so that no trainer starts the new
         # attempt with the old job.json.
         if is_new_attempt:
-            self._result_path.unlink()
+            self.result_path.unlink()
 
     def withdraw(self) -> None:
         """Delete job.json, so that no trainer starts the job again.
@@ -216,7 +228,7 @@ class JobDirectory:
         Raises:
             OSError: the file cannot be deleted.
         """
-        self._job_path.unlink(missing_ok=True)
+        self.job_path.unlink(missing_ok=True)
         sync(self.path)
 
     def remove(self) -> None:
@@ -237,14 +249,14 @@ class JobDirectory:
         Raises:
             RunError: job.json is missing or damaged.
         """
-        job = _read(Job, self._job_path)
+        job = _read(Job, self.job_path)
         if job is None:
-            raise RunError(f"{self._job_path} is missing")
+            raise RunError(f"{self.job_path} is missing")
         return job
 
     def discard_output(self) -> None:
         """Delete the progress, the weights and the intermediate files of an attempt that was cut off."""
-        self._progress_path.unlink(missing_ok=True)
+        self.progress_path.unlink(missing_ok=True)
         for path in (self.weights_path, self.encoded_path):
             path.unlink(missing_ok=True)
         self.discard_scratch()
@@ -267,7 +279,7 @@ class JobDirectory:
 
         The line is not flushed to the disk, because the job starts again after a crash of the machine anyway.
         """
-        with self._progress_path.open("a", encoding="utf-8") as file:
+        with self.progress_path.open("a", encoding="utf-8") as file:
             file.write(progress.model_dump_json() + "\n")
 
     def read_progress(self, offset: int) -> tuple[list[Progress], int]:
@@ -277,7 +289,7 @@ class JobDirectory:
         starts at the first line.
         """
         try:
-            with self._progress_path.open("rb") as file:
+            with self.progress_path.open("rb") as file:
                 if file.seek(0, 2) < offset:
                     offset = 0
                 file.seek(offset)
@@ -292,7 +304,7 @@ class JobDirectory:
         Raises:
             OSError: the file cannot be written.
         """
-        _write(self._result_path, result)
+        _write(self.result_path, result)
 
     def read_result(self) -> Result | None:
         """Return the result; None while the job is pending.
@@ -300,30 +312,30 @@ class JobDirectory:
         Raises:
             RunError: the file is damaged.
         """
-        return _read(Result, self._result_path)
+        return _read(Result, self.result_path)
 
     @property
     def is_begun(self) -> bool:
         """Return True if the job was asked for and not withdrawn."""
-        return self._job_path.exists()
+        return self.job_path.exists()
 
     @property
     def is_pending(self) -> bool:
         """Return True if the job was asked for and has no result yet."""
-        return not self._result_path.exists() and self._job_path.exists()
+        return not self.result_path.exists() and self.job_path.exists()
 
     @property
-    def _job_path(self) -> Path:
+    def job_path(self) -> Path:
         """Return the path of job.json."""
         return self.path / "job.json"
 
     @property
-    def _progress_path(self) -> Path:
+    def progress_path(self) -> Path:
         """Return the path of progress.jsonl."""
         return self.path / "progress.jsonl"
 
     @property
-    def _result_path(self) -> Path:
+    def result_path(self) -> Path:
         """Return the path of result.json."""
         return self.path / "result.json"
 

@@ -105,13 +105,13 @@ class ECAvgServicer(pb_grpc.ECAvgServicer):
 
     async def Download(self, request: pb.DownloadRequest, _: Any) -> AsyncIterator[pb.DownloadReply]:
         """Answer Download: send a blob, chunk by chunk."""
-        path = await self._desk.readable_blob(calling_agent(), _digest(request.digest))
-        size_bytes = path.stat().st_size
-        with self._desk.sending(calling_agent(), size_bytes, request.offset) as sent:
-            async for chunk in chunks_of(path, request.offset):
-                yield pb.DownloadReply(chunk=chunk, size_bytes=size_bytes)
-                crash_point(Point.SERVER_CHUNK_SENT)
-                sent(len(chunk))
+        async with self._desk.readable_blob(calling_agent(), _digest(request.digest)) as path:
+            size_bytes = path.stat().st_size
+            with self._desk.sending(calling_agent(), size_bytes, request.offset) as sent:
+                async for chunk in chunks_of(path, request.offset):
+                    yield pb.DownloadReply(chunk=chunk, size_bytes=size_bytes)
+                    crash_point(Point.SERVER_CHUNK_SENT)
+                    sent(len(chunk))
                 size_bytes = 0
         # Where nothing is left to send, the size alone says so.
         if size_bytes:

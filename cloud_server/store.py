@@ -333,7 +333,7 @@ class Store(OpenStateDir):
         recorded = self.read(
             "SELECT 1 FROM uploads WHERE agent_id = ? AND digest = ? AND kind = ?", agent_id, digest, kind
         )
-        return bool(recorded) and self.blobs.path(digest).exists()
+        return bool(recorded) and self.blobs.size(digest) is not None
 
     def uploads(self) -> list[UploadRow]:
         """Return the record of every committed upload."""
@@ -366,7 +366,7 @@ class Store(OpenStateDir):
             digest,
             digest,
         )
-        return bool(named) and self.blobs.path(digest).exists()
+        return bool(named) and self.blobs.size(digest) is not None
 
 
 def _run(row: Mapping[str, Any]) -> RunRow:

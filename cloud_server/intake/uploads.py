@@ -319,7 +319,9 @@ class Upload:
 
     async def _finish(self, now: float) -> None:
         await asyncio.to_thread(self._check_whole)
-        await self._commits.do(UploadRow(self._agent_id, self.blob.digest, self._kind, now))
+        assert self.path
+        async with self._store.blobs.kept(self.path, self.blob.digest):
+            await self._commits.do(UploadRow(self._agent_id, self.blob.digest, self._kind, now))
 
     def _check_whole(self) -> None:
         assert self._receiver

@@ -100,7 +100,7 @@ class Reports:
             self._changed.discard(number)
             try:
                 with storage_errors():
-                    await asyncio.to_thread(self._write, number)
+                    await self._write_with_model(number)
             except BaseException:
                 self._changed.add(number)
                 raise
@@ -108,6 +108,14 @@ class Reports:
     def result_of(self, number: int) -> Result | None:
         """Return what the trainer found in a round; None: that is not known any more."""
         return result_of(self._store, number)
+
+    async def _write_with_model(self, number: int) -> None:
+        row = await asyncio.to_thread(self._store.round, number)
+        # The model gets its second name once.
+        is_needed = row and row.published_digest and not self._store.state_dir.model(number).exists()
+        needed = [row.published_digest] if row and row.published_digest and is_needed else []
+        async with self._store.blobs.in_use(needed):
+            await asyncio.to_thread(self._write, number)
 
     def _write(self, number: int) -> None:
         row = self._store.round(number)
@@ -127,7 +135,7 @@ class Reports:
             self._store.agents(),
             self.result_of(number),
             selection=records.selection_of(self._store, number),
-            weights_bytes=weights.stat().st_size if weights else None,
+            weights_bytes=self._store.blobs.size(row.published_digest) if row.published_digest else None,
         )
         write(report, self._store.state_dir.round(number), weights)
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import structlog
 import torch
+import torch.distributed as dist
 
 from cloud_server.jobs import Job, JobDirectory, JobError, Result
 from cloud_server.trainer.group import Group
@@ -28,8 +29,8 @@ def run_job(directory: JobDirectory, *, blobs_dir: Path, device_name: str, group
     """Do the job and write its result; an error is written as a result, too.
 
     Within a group every rank calls this function, and rank 0 writes the result. A rank that fails writes the
-    error itself, and raises it. The other ranks may then be waiting for the failed rank in the middle of a
-    step, so that only a new group of ranks can do the next job.
+    error itself, unless it fails because another rank is gone, and raises it. The other ranks may then be
+    waiting for the failed rank in the middle of a step: only a new group of ranks can do the next job.
 
     Args:
         directory: the directory of the job.
@@ -51,6 +52,9 @@ def run_job(directory: JobDirectory, *, blobs_dir: Path, device_name: str, group
         except Exception as error:
             # Model and data are the user's, so that a job can raise any exception.
             log.exception("job_failed")
+            if group.world_size > 1 and _has_lost_rank(error):
+                # The job stays pending, for the group that the other ranks form anew.
+                raise
             if directory.read_result() is None:
                 directory.write_result(Result(error=_describe(error)))
             # After a CUDA error other than a lack of memory, this process cannot use the GPU any more.
@@ -90,6 +94,12 @@ def _initialise(job: Job, directory: JobDirectory, group: Group) -> Result:
     return Result(
         weights=written.weights, encoded=written.encoded, probe=probe, num_parameters=num_parameters(model)
     )
+
+
+def _has_lost_rank(error: Exception) -> bool:
+    """Return True if the error says that another rank is gone; Gloo gives no class of its own to that."""
+    is_of_gloo = isinstance(error, RuntimeError) and "gloo" in str(error).lower()
+    return is_of_gloo or isinstance(error, dist.DistError)
 
 
 def _describe(error: Exception) -> JobError:

@@ -53,6 +53,7 @@ FORGETTING = (
 ELSEWHERE = (
     *FORGETTING,
     Point.SERVER_CA_KEY_WRITTEN,  # tests/integration/test_identity.py
+    Point.SERVER_BLOB_IN_BUCKET,  # tests/faults/test_bucket.py
     Point.SERVER_SAMPLE_DRAWN,  # tests/integration/test_sampling.py
     Point.AGENT_ADAPTED,
     Point.AGENT_DECODED,
