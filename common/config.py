@@ -127,6 +127,9 @@ MAX_IMAGE_VALUES = 64_000_000
 # The colour behind transparent images.
 Background = Literal["white", "black", "grey"]
 
+# Patterns of names in a state_dict, or the word for the parameters that are trained: see common/parts.py.
+SharedParameters = Literal["trainable"] | tuple[Name, ...]
+
 # How weights travel: see common/wire.py.
 Wire = Literal["float32", "bfloat16", "int8"]
 
@@ -359,6 +362,15 @@ class RunConfig(DocumentedModel):
     `"float32"`: as they are. `"bfloat16"`: in half the bytes. `"int8"`: in a quarter.
     """
 
+    share_parameters: SharedParameters = ("*",)
+    """Which parameters and buffers travel and are averaged: patterns of their names, or `"trainable"`.
+
+    `*` and `?` stand for any characters. What no pattern matches is the rest: it stays on each device, and
+    the cloud has a rest of its own. `["features.*"]` leaves each device a head of its own, and
+    `["!*.bn*"]`, with a `!`, shares all but what matches. `"trainable"` shares the parameters that the model
+    trains (`requires_grad`): adapters, for example, without the frozen model that they adapt.
+    """
+
     retain_data: Literal["round", "run"] = "run"
     """How long the server keeps uploaded images.
 
@@ -388,6 +400,16 @@ class RunConfig(DocumentedModel):
         if value in ("shared", "independent", "pretrained") or value.endswith(".safetensors"):
             return value
         raise ValueError('choose "shared", "independent", "pretrained", or a file called ….safetensors')
+
+    @field_validator("share_parameters", mode="before")
+    @classmethod
+    def _word_or_patterns(cls, value: object) -> object:
+        are_patterns = (
+            isinstance(value, list | tuple) and value and all(isinstance(one, str) for one in value)
+        )
+        if value == "trainable" or are_patterns:
+            return value
+        raise ValueError('choose "trainable", or a list of patterns of names such as ["features.*"]')
 
     @field_validator("max_norm_ratio")
     @classmethod

@@ -92,6 +92,7 @@ class Standing:
         # These two are set by show().
         self._initial_weights = Blob("", 0)
         self._initial_encoded: Encoded | None = None
+        self._initial_rest: Blob | None = None
         self.show(current)
 
     # ------------------------------------------------------------------ what is shown
@@ -110,6 +111,7 @@ class Standing:
         if current.initial_digest != self._initial_weights.digest:
             self._initial_weights = self._blob(current.initial_digest)
             self._initial_encoded = self._encoded(current.initial_digest)
+            self._initial_rest = self._rest(current.initial_digest)
         if (current.number, current.phase) == (before.number, before.phase):
             self._tell(concerned)
             self._tell_all_soon()
@@ -230,6 +232,7 @@ class Standing:
             phase=self._round.phase,
             initial_weights=self._initial_weights,
             initial_encoded=self._initial_encoded,
+            initial_rest=self._initial_rest,
             outcome=self._round.outcome_of(agent_id) if agent_id else None,
             accepted_weights=accepted.weights_digest if accepted else "",
             progress=self._progress,
@@ -314,8 +317,9 @@ class Standing:
     def _note_end(self, ended: Round | RoundRow) -> None:
         # Agents do not use the model of round 0: it is only where round 1 starts from.
         if ended.published_digest and ended.number:
+            digest = ended.published_digest
             self._latest_model = PublishedModel(
-                ended.number, self._blob(ended.published_digest), self._encoded(ended.published_digest)
+                ended.number, self._blob(digest), self._encoded(digest), self._rest(digest)
             )
         if ended.failure:
             self._last_failure = (ended.number, ended.failure)
@@ -335,6 +339,10 @@ class Standing:
         if encoding is None or self._store.blobs.size(encoding.digest) is None:
             return None
         return Encoded(self._blob(encoding.digest), encoding.base)
+
+    def _rest(self, digest: str) -> Blob | None:
+        rest = self._store.rest(digest)
+        return self._blob(rest) if rest else None
 
     def _results_of(self, rows: Sequence[RoundRow]) -> dict[int, Result]:
         known = {row.number: self._results.get(row.number) for row in rows if row.published_digest}

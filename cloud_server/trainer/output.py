@@ -1,5 +1,6 @@
 """The output of the trainer: the files of a new model, with the weights as agents will decode them."""
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,10 +20,14 @@ class Written(NamedTuple):
 
     weights: WeightsFile
     encoded: EncodedWeightsFile | None
+    # The parts of the model that do not travel; None: all parts do.
+    rest: WeightsFile | None
 
 
-def write_model(model: nn.Module, directory: JobDirectory, wire: Wire, base: Base | None) -> Written:
-    """Write the model's weights, and their encoding, to the job's directory.
+def write_model(
+    model: nn.Module, directory: JobDirectory, wire: Wire, base: Base | None, shared: Collection[str]
+) -> Written:
+    """Write the model's weights, their encoding, and the rest of the model to the job's directory.
 
     An encoding rounds the weights. The weights are therefore encoded first, and the result of decoding is
     written as the new model, and loaded into `model`.
@@ -37,6 +42,7 @@ def write_model(model: nn.Module, directory: JobDirectory, wire: Wire, base: Bas
         directory: the directory of the job; encoding needs its folder for intermediate files.
         wire: the encoding in which the weights travel.
         base: the base of differences, for an encoding that has differences.
+        shared: the names of the tensors that travel.
 
     Raises:
         RunError: a tensor is not finite.
@@ -46,19 +52,25 @@ def write_model(model: nn.Module, directory: JobDirectory, wire: Wire, base: Bas
     for name, tensor in state_dict.items():
         if not tensor.isfinite().all():
             raise RunError(f"tensor {name} of the new model is not finite: lower run.fine_tune.learning_rate")
+    travelling = {name: tensor for name, tensor in state_dict.items() if name in shared}
+    staying = {name: tensor for name, tensor in state_dict.items() if name not in shared}
+    rest_path = directory.rest_path if staying else None
+    if rest_path:
+        write_state_dict(staying, rest_path)
     if wire == "float32":
-        write_state_dict(state_dict, directory.weights_path)
+        write_state_dict(travelling, directory.weights_path)
         encoded = None
     else:
         exact_path = directory.scratch_path / "exact.safetensors"
-        write_state_dict(state_dict, exact_path)
+        write_state_dict(travelling, exact_path)
         encode(exact_path, directory.encoded_path, wire, base=base)
         decode(directory.encoded_path, directory.weights_path, base=base)
-        load_into(model, directory.weights_path)
+        load_into(model, rest_path, directory.weights_path)
         described = _described(directory.encoded_path)
         encoded = EncodedWeightsFile(**described.model_dump(), base=base.digest if base else None)
     crash_point(Point.TRAINER_WEIGHTS_WRITTEN)
-    return Written(_described(directory.weights_path), encoded)
+    rest = _described(rest_path) if rest_path else None
+    return Written(_described(directory.weights_path), encoded, rest)
 
 
 def num_parameters(model: nn.Module) -> int:

@@ -24,7 +24,7 @@ from common.config import RunConfig
 from common.errors import InvalidError, RunError
 from common.evaluation import Evaluation
 from common.faults import Point, crash_point
-from common.models import build_model
+from common.models import build_model, shared_part
 from common.training import Examples, Ranks, StepReport
 from common.wire import Base, decode, is_encoded, wire_of
 
@@ -44,6 +44,8 @@ class RoundPipeline:
         # The round's initial weights, which are the base of differences.
         self._base = base_of(job, blobs_dir)
         self._is_encoded = is_encoded(job.run)
+        # The cloud's values for the parts of the model that do not travel.
+        self._rest = blob_path(blobs_dir, job.initial_rest) if job.initial_rest else None
         self._directory = directory
         self._blobs_dir = blobs_dir
         self._device = device
@@ -118,6 +120,7 @@ class RoundPipeline:
                     run=self._run,
                     device=self._device,
                     scratch=scratch,
+                    rest=self._rest,
                 )
         shared = self._group.share(self._screening.model_dump_json())
         self._screening = Screening.model_validate_json(shared)
@@ -133,6 +136,7 @@ class RoundPipeline:
             data,
             device=self._device,
             scratch=self._directory.scratch_path,
+            rest=self._rest,
             on_tensor=lambda *_: crash_point(Point.TRAINER_TENSOR_AVERAGED),
         )
         selection.run(lambda done, total: self._tell("aggregating", done, total))
@@ -180,6 +184,7 @@ class RoundPipeline:
         return Result(
             weights=written.weights,
             encoded=written.encoded,
+            rest=written.rest,
             candidates=selection.accuracies,
             start=start.name,
             soup=selection.soup,
@@ -196,7 +201,8 @@ class RoundPipeline:
 
     def _write(self, model: nn.Module, base: Base | None) -> Written:
         """Write the files of the model."""
-        return write_model(model, self._directory, wire_of(self._run.wire, base), base)
+        wire, shared = wire_of(self._run.wire, base), shared_part(model, self._run)
+        return write_model(model, self._directory, wire, base, shared)
 
     def _tell_step(self, report: StepReport) -> None:
         """Report a step of the fine-tune as progress."""

@@ -53,6 +53,7 @@ def screen(
     run: RunConfig,
     device: torch.device,
     scratch: Path,
+    rest: Path | None = None,
 ) -> Screening:
     """Screen the members' contributions, and write clipped weights to `scratch`.
 
@@ -64,6 +65,7 @@ def screen(
         run: the configuration of the run.
         device: the device on which the models are run.
         scratch: an existing folder for clipped weights.
+        rest: the file of the cloud's values for what members do not send; None if they send whole models.
 
     Raises:
         RunError: the members' weights differ in names, shapes or dtypes.
@@ -75,7 +77,7 @@ def screen(
         if agent.scale < 1:
             clip(member.weights_path, base_path, agent.scale, clipped_path(scratch, member))
     left = Screening(agents=tuple(agents)).kept(members, scratch)
-    findings = audit(model, left, blobs_dir, run=run, device=device)
+    findings = audit(model, left, blobs_dir, run=run, device=device, rest=rest)
     found = dict(zip([member.agent_id for member in left], findings, strict=True))
     agents = [
         _with_finding(agent, found[agent.agent_id]) if agent.agent_id in found else agent for agent in agents

@@ -16,6 +16,7 @@ from cloud_server.trainer.warm_up import WarmUp
 from common.errors import ECAvgError, UsageError, is_out_of_memory
 from common.faults import Point, crash_point
 from common.files import error_number, is_full
+from common.models import shared_part
 from common.rehearsal import rehearse
 from common.schema import read_header
 from common.wire import wire_of, wire_schema
@@ -80,11 +81,16 @@ def _initialise(job: Job, directory: JobDirectory, group: Group) -> Result:
     probe = rehearse(job.run)
     model = initial_model(job.run)
     with directory.scratch():
-        written = write_model(model, directory, wire_of(job.run.wire, None), None)
+        wire, shared = wire_of(job.run.wire, None), shared_part(model, job.run)
+        written = write_model(model, directory, wire, None, shared)
     # A schema that cannot be encoded is refused here, because after agents have joined it would be too late.
     wire_schema(read_header(directory.weights_path).schema, job.run.wire)
     return Result(
-        weights=written.weights, encoded=written.encoded, probe=probe, num_parameters=num_parameters(model)
+        weights=written.weights,
+        encoded=written.encoded,
+        rest=written.rest,
+        probe=probe,
+        num_parameters=num_parameters(model),
     )
 
 
