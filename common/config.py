@@ -137,6 +137,9 @@ Wire = Literal["float32", "bfloat16", "int8"]
 CandidateName = Literal["aligned", "average", "best_agent", "greedy_soup", "previous"]
 CANDIDATES: tuple[CandidateName, ...] = get_args(CandidateName)
 
+# The name of an index of weights in several files ends so: see common/sharded.py.
+INDEX_SUFFIX = ".safetensors.index.json"
+
 
 class FrozenModel(BaseModel):
     """Base of every value object that crosses a process boundary: immutable, no unknown keys."""
@@ -306,7 +309,8 @@ class RunConfig(DocumentedModel):
 
     `"shared"`: the server draws them. `"independent"`: each agent draws its own. `"pretrained"`:
     torchvision's published weights under a new last layer. A file is one of the server's,
-    `"my.safetensors"`. Later rounds start from the global model.
+    `"my.safetensors"`, or the index of several, `"my.safetensors.index.json"`. Later rounds start from the
+    global model.
     """
 
     warm_up_epochs: Annotated[int, Field(ge=0, le=100_000)] = 0
@@ -397,9 +401,12 @@ class RunConfig(DocumentedModel):
     @field_validator("initial_weights")
     @classmethod
     def _known_initial_weights(cls, value: str) -> str:
-        if value in ("shared", "independent", "pretrained") or value.endswith(".safetensors"):
+        is_file = value.endswith((".safetensors", INDEX_SUFFIX))
+        if value in ("shared", "independent", "pretrained") or is_file:
             return value
-        raise ValueError('choose "shared", "independent", "pretrained", or a file called ….safetensors')
+        raise ValueError(
+            f'choose "shared", "independent", "pretrained", or a file called ….safetensors or …{INDEX_SUFFIX}'
+        )
 
     @field_validator("share_parameters", mode="before")
     @classmethod
@@ -462,6 +469,15 @@ class RunConfig(DocumentedModel):
     def has_warm_up(self) -> bool:
         """Return True if the run begins with round 0, in which the cloud trains the initial weights."""
         return self.warm_up_epochs > 0 and self.initial_weights == "shared"
+
+    @property
+    def only_averages(self) -> bool:
+        """Return True if the cloud averages and does nothing else, so that it need not build the model.
+
+        Initial weights that are given by an index are those of a model that may not fit the memory.
+        """
+        is_large = self.initial_weights.endswith(INDEX_SUFFIX)
+        return is_large and self.candidates == ("average",) and self.fine_tune.epochs == 0
 
     @property
     def first_round(self) -> int:

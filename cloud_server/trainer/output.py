@@ -54,22 +54,36 @@ def write_model(
             raise RunError(f"tensor {name} of the new model is not finite: lower run.fine_tune.learning_rate")
     travelling = {name: tensor for name, tensor in state_dict.items() if name in shared}
     staying = {name: tensor for name, tensor in state_dict.items() if name not in shared}
-    rest_path = directory.rest_path if staying else None
-    if rest_path:
-        write_state_dict(staying, rest_path)
-    if wire == "float32":
-        write_state_dict(travelling, directory.weights_path)
-        encoded = None
-    else:
-        exact_path = directory.scratch_path / "exact.safetensors"
-        write_state_dict(travelling, exact_path)
-        encode(exact_path, directory.encoded_path, wire, base=base)
+    if staying:
+        write_state_dict(staying, directory.rest_path)
+    write_state_dict(travelling, exact_path(directory, wire))
+    written = finish(directory, wire, base)
+    if written.encoded:
+        load_into(model, directory.rest_path if staying else None, directory.weights_path)
+    return written
+
+
+def exact_path(directory: JobDirectory, wire: Wire) -> Path:
+    """Return the path of the weights as they are before encoding rounds them."""
+    return directory.weights_path if wire == "float32" else directory.scratch_path / "exact.safetensors"
+
+
+def finish(directory: JobDirectory, wire: Wire, base: Base | None) -> Written:
+    """Encode the weights at `exact_path` if they travel encoded, and return what the directory then holds.
+
+    Raises:
+        RunError: a tensor is not finite.
+        OSError: a file cannot be written.
+    """
+    encoded, exact = None, exact_path(directory, wire)
+    if wire != "float32":
+        encode(exact, directory.encoded_path, wire, base=base)
+        exact.unlink()
         decode(directory.encoded_path, directory.weights_path, base=base)
-        load_into(model, rest_path, directory.weights_path)
         described = _described(directory.encoded_path)
         encoded = EncodedWeightsFile(**described.model_dump(), base=base.digest if base else None)
     crash_point(Point.TRAINER_WEIGHTS_WRITTEN)
-    rest = _described(rest_path) if rest_path else None
+    rest = _described(directory.rest_path) if directory.rest_path.exists() else None
     return Written(_described(directory.weights_path), encoded, rest)
 
 

@@ -70,7 +70,7 @@ class RoundPipeline:
         self._tell("aggregating", 0, 1)
         with self._timed("aggregate"):
             self._decode()
-        holds_base = self._is_first and all_hold_base(self._members, self._run)
+        base = self._base_of_published()
         self._screen(model)
         data = combine(self._run, [member.contribution for member in self._members], self._blobs_dir)
         log.info("data", num_train=len(data.train.labels), num_held_out=len(data.held_out.labels))
@@ -84,9 +84,9 @@ class RoundPipeline:
             return Result()
         self._tell("evaluating", 0, 1)
         with self._timed("evaluate"):
-            result = self._publish(model, data, selection, start, self._base if holds_base else None)
+            result = self._publish(model, data, selection, start, base)
         self._tell("evaluating", 1, 1)
-        return result.model_copy(update={"seconds": self._seconds, "finished_at": time.time()})
+        return self._timestamped(result)
 
     @property
     def _may_keep_start(self) -> bool:
@@ -104,8 +104,16 @@ class RoundPipeline:
                 decode(member.sent_path, member.weights_path, base=self._base)
         self._group.share("decoded")
 
-    def _screen(self, model: nn.Module) -> None:
-        """Screen the members, and keep those from which the model is made, some with clipped weights."""
+    def _base_of_published(self) -> Base | None:
+        """Return the base of the published model's differences, if every member has it; on rank 0 only."""
+        return self._base if self._is_first and all_hold_base(self._members, self._run) else None
+
+    def _screen(self, model: nn.Module | None) -> None:
+        """Screen the members, and keep those from which the model is made, some with clipped weights.
+
+        Args:
+            model: a model of the run's structure; None: nothing is audited.
+        """
         if len(self._members) < MIN_AGENTS:
             return
         scratch = self._directory.scratch_path
@@ -198,6 +206,10 @@ class RoundPipeline:
         )
 
     # ------------------------------------------------------------------ small parts
+
+    def _timestamped(self, result: Result) -> Result:
+        """Return the result with the seconds that the steps have taken."""
+        return result.model_copy(update={"seconds": self._seconds, "finished_at": time.time()})
 
     def _write(self, model: nn.Module, base: Base | None) -> Written:
         """Write the files of the model."""

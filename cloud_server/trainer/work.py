@@ -8,6 +8,7 @@ import structlog
 import torch
 
 from cloud_server.jobs import Job, JobDirectory, JobError, Result
+from cloud_server.trainer.averaging import Averaging, initialise
 from cloud_server.trainer.group import Group
 from cloud_server.trainer.initial import initial_model
 from cloud_server.trainer.output import num_parameters, write_model
@@ -70,14 +71,23 @@ def _do(directory: JobDirectory, blobs_dir: Path, device_name: str, group: Group
     crash_point(Point.TRAINER_JOB_TAKEN)
     if job.kind == "initialise":
         return _initialise(job, directory, group)
-    pipeline = WarmUp if job.kind == "warm_up" else RoundPipeline
-    return pipeline(job, directory, blobs_dir, device, group).run()
+    return _pipeline_of(job)(job, directory, blobs_dir, device, group).run()
+
+
+def _pipeline_of(job: Job) -> type[RoundPipeline]:
+    """Return the class that does the work on the job's round."""
+    if job.kind == "warm_up":
+        return WarmUp
+    return Averaging if job.run.only_averages else RoundPipeline
 
 
 def _initialise(job: Job, directory: JobDirectory, group: Group) -> Result:
     """Make and write the run's initial weights, on rank 0 only."""
     if group.rank != 0:
         return Result()
+    if job.run.only_averages:
+        with directory.scratch():
+            return initialise(job, directory)
     probe = rehearse(job.run)
     model = initial_model(job.run)
     with directory.scratch():
