@@ -25,6 +25,7 @@ from common.rehearsal import Probe, check_probe, rehearse
 from common.schedule import Place, place_of
 from common.schema import most_file_bytes
 from common.seeds import derive_seed
+from common.sharded import write_sharded
 from common.shards import Shard, cloud_holdout, gather, read_shard
 from common.training import CheckpointFile, Examples, OnStep, Recipe, choose_precision, train
 from common.transfer import Blob, blob_of
@@ -70,6 +71,7 @@ def load_local_models(
         config.checkpoint_seconds,
         shared_fraction=config.shared_fraction,
         planned_rounds=joined.planned_rounds,
+        max_file_bytes=config.max_file_bytes,
     )
 
 
@@ -104,6 +106,7 @@ class LocalModels:
     Args:
         shared_fraction: how much of the examples to train on is uploaded.
         planned_rounds: how many rounds the learning-rate schedule of the run is for.
+        max_file_bytes: a model in use with more bytes is written as several files as well; None: none is.
 
     Attributes:
         stamp: the stamp of the data; see edge_agent/data.py.
@@ -126,8 +129,10 @@ class LocalModels:
         *,
         shared_fraction: float = 1.0,
         planned_rounds: int = 1,
+        max_file_bytes: int | None = None,
     ) -> None:
         self._run = run
+        self._max_file_bytes = max_file_bytes
         self._planned_rounds = planned_rounds
         self._held_out = data.held_out
         self._disk = disk
@@ -383,6 +388,8 @@ class LocalModels:
             evaluation: how good the new one is; None: it was measured in an earlier life of this agent.
         """
         link(weights, self._disk.model)
+        if self._max_file_bytes and self._disk.model.stat().st_size > self._max_file_bytes:
+            write_sharded(self._disk.model, self._disk.model_index, self._max_file_bytes)
         self._in_use = (self._disk.model.stat(), evaluation) if evaluation else None
 
     def _evaluate_in_use(self) -> Evaluation | None:

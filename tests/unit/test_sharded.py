@@ -11,6 +11,10 @@ from common import sharded
 from common.errors import InvalidError
 from common.schema import read_header
 from common.sharded import weight_files, write_sharded
+from edge_agent.data import AgentData
+from edge_agent.local import LocalModels
+from edge_agent.state import AgentState
+from tests.unit.test_agent_state import RUN, ignore, make_shard
 
 TENSORS = {
     "a": torch.arange(6.0).reshape(2, 3),
@@ -94,3 +98,21 @@ def test_index_that_is_too_large_is_refused(tmp_path: Path, monkeypatch: pytest.
 def test_file_that_is_missing_is_an_os_error(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         weight_files(write(tmp_path, {"weight_map": {"a": "three.safetensors"}}))
+
+
+@pytest.mark.parametrize(("max_file_bytes", "is_divided"), [(None, False), (1_000, True), (10**6, False)])
+def test_large_model_in_use_is_written_in_several_files_as_well(
+    max_file_bytes: int | None, is_divided: bool, tmp_path: Path
+) -> None:
+    disk = AgentState(tmp_path / "agent", "edge-1")
+    data = AgentData(train=make_shard(40, 0), held_out=make_shard(20, 1), num_skipped=0)
+    local = LocalModels(RUN, data, disk, torch.device("cpu"), (), 0.0, max_file_bytes=max_file_bytes)
+    local.keep(1, None, local.pretrain(1, None, ignore))
+    assert disk.model_index.exists() == is_divided
+    if is_divided:
+        files = weight_files(disk.model_index)
+        together = {name: tensor for path in files for name, tensor in load_file(path).items()}
+        in_use = load_file(disk.model)
+        assert len(files) > 1
+        assert together.keys() == in_use.keys()
+        assert all(torch.equal(together[name], tensor) for name, tensor in in_use.items())
