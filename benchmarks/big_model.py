@@ -124,7 +124,10 @@ async def _measure(
     index = folder / "model.safetensors.index.json"
     num_files = await asyncio.to_thread(_write_initial, folder, index, schema)
     with _timed(seconds, "start"):
-        server = await asyncio.to_thread(start_server, processes, folder, _run(index, arguments.wire))
+        # With one round the server would end while the model is downloaded, because nobody watches then.
+        flags = ("--rounds", 2)
+        run = _run(index, arguments.wire)
+        server = await asyncio.to_thread(start_server, processes, folder, run, *flags)
     (trainer,) = children(server.pid)
     idle = _peaks(server.pid, trainer)
     clients = [await _connected(server, folder, name) for name in AGENTS]

@@ -1,11 +1,14 @@
 """Parts of a model that travel, by real processes: heads and norms of the devices' own, and adapters."""
 
+import shutil
 from pathlib import Path
 
+import pytest
 import torch
 
 from cloud_server.__main__ import main
 from common.config import RunConfig
+from common.faults import Point
 from common.models import build_model
 from common.schema import read_header
 from common.weights import StateDict, read_state_dict, write_state_dict
@@ -114,3 +117,31 @@ def test_pattern_that_matches_nothing_ends_the_server_at_its_start(cluster: Clus
     last_line = server.output.strip().splitlines()[-1]
     assert "'features.*' matches no tensor of model 'mlp', which has 1.weight, 1.bias" in last_line
     assert "Traceback" not in server.output
+
+
+@pytest.mark.parametrize("newcomer", ["edge-2", "edge-3"])
+def test_device_goes_on_with_its_own_head_and_a_late_one_begins_with_the_clouds(
+    cluster: Cluster, tmp_path: Path, newcomer: str
+) -> None:
+    """One that has lost its work folder, and one that comes for the second round."""
+    server = cluster.server(*SETTINGS, "--set", 'run.share_parameters=["1.*"]')
+    dying = {"ECAVG_CRASH_AT": f"{Point.AGENT_REPORTED}:1:{tmp_path / 'died'}"}
+    cluster.agent("edge-1", "--partition", "1/2")
+    second = cluster.agent("edge-2", "--partition", "2/2", env=dying)
+    assert second.wait() == -9
+    (path,) = (cluster.folder / "edge-2").glob("rest-*")
+    head = read_state_dict(path)
+    shutil.rmtree(cluster.folder / "edge-2/work")
+    cluster.agent(newcomer, "--partition", "2/2")
+    until(lambda: has_reports(cluster), server)
+    published = read_state_dict(cluster.state_dir / "rounds/0002/model.safetensors")
+    (own,) = (cluster.folder / newcomer).glob("rest-*")
+    expected = published | read_state_dict(own)
+    in_use = read_state_dict(cluster.folder / newcomer / "model.safetensors")
+    assert in_use.keys() == expected.keys()
+    assert all(torch.equal(in_use[name], tensor) for name, tensor in expected.items())
+    # One epoch of pre-training does not take a head far from where it has begun.
+    clouds = read_state_dict(cluster.state_dir / "rounds/0001/rest.safetensors")
+    started = {"edge-2": head, "edge-3": clouds}
+    distance = {name: float((in_use["3.weight"] - each["3.weight"]).norm()) for name, each in started.items()}
+    assert min(distance, key=distance.__getitem__) == newcomer
