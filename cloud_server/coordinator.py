@@ -229,7 +229,11 @@ class Coordinator:
 
     def _round_job(self) -> Job:
         return records.round_job(
-            self._ledger.round, self._config.run, self._config.device, self._ledger.planned_rounds
+            self._ledger.round,
+            self._config.run,
+            self._config.device,
+            self._ledger.planned_rounds,
+            self._store.rest(self._ledger.round.initial_digest),
         )
 
     def _check_wanted(self, job: Job) -> None:

@@ -5,6 +5,7 @@
         progress.jsonl      the progress of the job, one line for each report
         scratch/            intermediate files
         encoded.safetensors the new weights, encoded for the agents; missing if wire = "float32"
+        rest.safetensors    the parts of the cloud's model that do not travel; missing if all parts do
         model.safetensors   the new weights; if they are encoded, the result of decoding encoded.safetensors
         result.json         the result or the error; this file is written last
 
@@ -66,6 +67,8 @@ class Job(FrozenModel):
     device: str
     # The digest of the weights from which the agents' pre-training started.
     initial_weights: str | None
+    # The digest of the cloud's values for the parts of the model that do not travel; None: all parts do.
+    initial_rest: str | None = None
     contributions: tuple[Contribution, ...] = ()
     # How many rounds the learning-rate schedule of the run is for.
     planned_rounds: int = 1
@@ -153,6 +156,8 @@ class Result(FrozenModel):
     weights: WeightsFile | None = None
     # The file encoded.safetensors; None if the weights travel without an encoding.
     encoded: EncodedWeightsFile | None = None
+    # The file rest.safetensors; None if all parts of the model travel.
+    rest: WeightsFile | None = None
     # The accuracy of each candidate, by name.
     candidates: dict[str, float] = Field(default_factory=dict)
     # The name of the candidate that was fine-tuned.
@@ -198,6 +203,11 @@ class JobDirectory:
     def encoded_path(self) -> Path:
         """Return the path of the new weights as they are encoded for the agents."""
         return self.path / "encoded.safetensors"
+
+    @property
+    def rest_path(self) -> Path:
+        """Return the path of the parts of the cloud's model that do not travel."""
+        return self.path / "rest.safetensors"
 
     @property
     def scratch_path(self) -> Path:
@@ -257,7 +267,7 @@ class JobDirectory:
     def discard_output(self) -> None:
         """Delete the progress, the weights and the intermediate files of an attempt that was cut off."""
         self.progress_path.unlink(missing_ok=True)
-        for path in (self.weights_path, self.encoded_path):
+        for path in (self.weights_path, self.encoded_path, self.rest_path):
             path.unlink(missing_ok=True)
         self.discard_scratch()
 

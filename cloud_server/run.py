@@ -85,7 +85,7 @@ async def kept_model(store: Store, directory: JobDirectory, result: Result) -> A
 
 
 def adopt_model(store: Store, directory: JobDirectory, result: Result) -> None:
-    """Turn the weights that a job has made, and their encoding, into blobs; a second call changes nothing.
+    """Turn the weights that a job has made, with encoding and rest, into blobs; doing it twice is harmless.
 
     Raises:
         StorageError: the disk takes no data now.
@@ -93,6 +93,9 @@ def adopt_model(store: Store, directory: JobDirectory, result: Result) -> None:
     assert result.weights
     store.blobs.adopt(directory.weights_path, result.weights.sha256)
     crash_point(Point.SERVER_MODEL_ADOPTED)
+    if result.rest:
+        store.blobs.adopt(directory.rest_path, result.rest.sha256)
+        store.record_rest(result.weights.sha256, result.rest.sha256)
     if result.encoded:
         store.blobs.adopt(directory.encoded_path, result.encoded.sha256)
         encoding = EncodingRow(result.encoded.sha256, result.encoded.base)

@@ -259,10 +259,14 @@ def _event(state: RunState) -> pb.WatchEvent:
         )
     if state.initial_encoded:
         event.initial_encoded.CopyFrom(_encoded(state.initial_encoded))
+    if state.initial_rest:
+        event.initial_rest.CopyFrom(_blob(state.initial_rest))
     if latest := state.latest_model:
         model = pb.PublishedModel(round=latest.round, weights=_blob(latest.weights))
         if latest.encoded:
             model.encoded.CopyFrom(_encoded(latest.encoded))
+        if latest.rest:
+            model.rest.CopyFrom(_blob(latest.rest))
         event.latest_model.CopyFrom(model)
     return event
 

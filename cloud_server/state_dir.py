@@ -117,6 +117,10 @@ class StateDir:
         """Return the path of the second name that a round's published blob has."""
         return self.round(number) / "model.safetensors"
 
+    def rest(self, number: int) -> Path:
+        """Return the path of the parts of a round's model that do not travel, if the run has such parts."""
+        return self.round(number) / "rest.safetensors"
+
 
 def blob_path(blobs_dir: Path, digest: str) -> Path:
     """Return where the blob with this digest is kept; ValueError unless it is 64 lower-case hex digits."""

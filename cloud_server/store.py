@@ -355,15 +355,31 @@ class Store(OpenStateDir):
         rows = self.read("SELECT digest, base FROM encodings WHERE weights = ?", weights_digest)
         return EncodingRow(**rows[0]) if rows else None
 
+    def record_rest(self, weights_digest: str, rest_digest: str) -> None:
+        """Record the rest of the model that weights are the shared part of; both are blobs.
+
+        The first record stays, so that a job that starts from these weights is the same if it is done again.
+        """
+        with self.transaction() as database:
+            database.execute(
+                "INSERT OR IGNORE INTO rests (weights, digest) VALUES (?, ?)", (weights_digest, rest_digest)
+            )
+
+    def rest(self, weights_digest: str) -> str | None:
+        """Return the digest of the rest that belongs to weights; None if the weights are a whole model."""
+        rows = self.read("SELECT digest FROM rests WHERE weights = ?", weights_digest)
+        return rows[0]["digest"] if rows else None
+
     def is_public(self, digest: str) -> bool:
         """Return True if agents may read the blob and the blob is stored.
 
-        The public blobs are each round's initial weights and published model, and the encodings of both.
+        The public blobs are each round's initial weights and published model, the encodings of both, and the
+        rests that belong to them.
         """
         named = self.read(
-            "WITH asked AS (SELECT ? AS digest UNION SELECT weights FROM encodings WHERE digest = ?)"
+            "WITH asked AS (SELECT ?1 AS digest UNION SELECT weights FROM encodings WHERE digest = ?1"
+            " UNION SELECT weights FROM rests WHERE digest = ?1)"
             " SELECT 1 FROM rounds, asked WHERE asked.digest IN (initial_weights, published) LIMIT 1",
-            digest,
             digest,
         )
         return bool(named) and self.blobs.size(digest) is not None

@@ -127,12 +127,18 @@ MAX_IMAGE_VALUES = 64_000_000
 # The colour behind transparent images.
 Background = Literal["white", "black", "grey"]
 
+# Patterns of names in a state_dict, or the word for the parameters that are trained: see common/parts.py.
+SharedParameters = Literal["trainable"] | tuple[Name, ...]
+
 # How weights travel: see common/wire.py.
 Wire = Literal["float32", "bfloat16", "int8"]
 
 # What the fine-tune may start from; where two do equally well, the first is taken.
 CandidateName = Literal["aligned", "average", "best_agent", "greedy_soup", "previous"]
 CANDIDATES: tuple[CandidateName, ...] = get_args(CandidateName)
+
+# The name of an index of weights in several files ends so: see common/sharded.py.
+INDEX_SUFFIX = ".safetensors.index.json"
 
 
 class FrozenModel(BaseModel):
@@ -303,7 +309,8 @@ class RunConfig(DocumentedModel):
 
     `"shared"`: the server draws them. `"independent"`: each agent draws its own. `"pretrained"`:
     torchvision's published weights under a new last layer. A file is one of the server's,
-    `"my.safetensors"`. Later rounds start from the global model.
+    `"my.safetensors"`, or the index of several, `"my.safetensors.index.json"`. Later rounds start from the
+    global model.
     """
 
     warm_up_epochs: Annotated[int, Field(ge=0, le=100_000)] = 0
@@ -366,6 +373,15 @@ class RunConfig(DocumentedModel):
     `"float32"`: as they are. `"bfloat16"`: in half the bytes. `"int8"`: in a quarter.
     """
 
+    share_parameters: SharedParameters = ("*",)
+    """Which parameters and buffers travel and are averaged: patterns of their names, or `"trainable"`.
+
+    `*` and `?` stand for any characters. What no pattern matches is the rest: it stays on each device, and
+    the cloud has a rest of its own. `["features.*"]` leaves each device a head of its own, and
+    `["!*.bn*"]`, with a `!`, shares all but what matches. `"trainable"` shares the parameters that the model
+    trains (`requires_grad`): adapters, for example, without the frozen model that they adapt.
+    """
+
     retain_data: Literal["round", "run"] = "run"
     """How long the server keeps uploaded images.
 
@@ -392,9 +408,22 @@ class RunConfig(DocumentedModel):
     @field_validator("initial_weights")
     @classmethod
     def _known_initial_weights(cls, value: str) -> str:
-        if value in ("shared", "independent", "pretrained") or value.endswith(".safetensors"):
+        is_file = value.endswith((".safetensors", INDEX_SUFFIX))
+        if value in ("shared", "independent", "pretrained") or is_file:
             return value
-        raise ValueError('choose "shared", "independent", "pretrained", or a file called ….safetensors')
+        raise ValueError(
+            f'choose "shared", "independent", "pretrained", or a file called ….safetensors or …{INDEX_SUFFIX}'
+        )
+
+    @field_validator("share_parameters", mode="before")
+    @classmethod
+    def _word_or_patterns(cls, value: object) -> object:
+        are_patterns = (
+            isinstance(value, list | tuple) and value and all(isinstance(one, str) for one in value)
+        )
+        if value == "trainable" or are_patterns:
+            return value
+        raise ValueError('choose "trainable", or a list of patterns of names such as ["features.*"]')
 
     @field_validator("max_norm_ratio")
     @classmethod
@@ -455,6 +484,15 @@ class RunConfig(DocumentedModel):
     def has_warm_up(self) -> bool:
         """Return True if the run begins with round 0, in which the cloud trains the initial weights."""
         return self.warm_up_epochs > 0 and self.initial_weights == "shared"
+
+    @property
+    def only_averages(self) -> bool:
+        """Return True if the cloud averages and does nothing else, so that it need not build the model.
+
+        Initial weights that are given by an index are those of a model that may not fit the memory.
+        """
+        is_large = self.initial_weights.endswith(INDEX_SUFFIX)
+        return is_large and self.candidates == ("average",) and self.fine_tune.epochs == 0
 
     @property
     def first_round(self) -> int:

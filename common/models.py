@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from common.config import RunConfig
 from common.errors import ECAvgError, UsageError
 from common.evaluation import main_output
+from common.parts import shared_names
 from common.seeds import derive_seed
 
 _NO_AUXILIARY_HEADS = {"aux_logits": False, "init_weights": True}
@@ -103,6 +104,20 @@ def _builder(run: RunConfig, allowed_factories: Collection[str] | None) -> Calla
             " such as resnet50, or your own package.module:factory"
         )
     return _torchvision_model
+
+
+def shared_part(model: nn.Module, run: RunConfig) -> frozenset[str]:
+    """Return the names of the tensors in the model's state_dict that travel; see common/parts.py.
+
+    A tensor that has several names travels under all of them.
+
+    Raises:
+        UsageError: a pattern of the run matches no tensor.
+    """
+    tensors = model.state_dict(keep_vars=True)
+    trainable = [name for name, tensor in tensors.items() if tensor.requires_grad]
+    shared = {id(tensors[name]) for name in shared_names(run, tensors.keys(), trainable)}
+    return frozenset(name for name, tensor in tensors.items() if id(tensor) in shared)
 
 
 def check_model(model: nn.Module, run: RunConfig) -> None:

@@ -9,7 +9,7 @@ Format: https://huggingface.co/docs/safetensors/index#format
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from io import FileIO
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -158,6 +158,20 @@ def check_weights(header: Header, expected: Schema) -> None:
     for name, spec in header.schema.items():
         if name not in expected:
             _refuse_weights(f"tensor {_quote(name)} is {spec}, the run's model has no such tensor")
+
+
+def check_parts(headers: Sequence[Header], expected: Schema) -> None:
+    """Check that files have together exactly the tensors of the run's model, each of them in one file.
+
+    Raises:
+        InvalidError: SCHEMA_MISMATCH, a tensor differs, is missing, or is there twice.
+    """
+    together: dict[str, TensorSpec] = {}
+    for header in headers:
+        for name in header.schema.keys() & together.keys():
+            _refuse_weights(f"tensor {_quote(name)} is in two files")
+        together |= header.schema
+    check_weights(Header(together, metadata={}, data_start=0, offsets={}), expected)
 
 
 def check_finite(path: Path, header: Header) -> None:

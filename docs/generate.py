@@ -106,7 +106,7 @@ def _type_name(annotation: Any) -> str:
     if get_origin(annotation) is tuple:
         return f"list of {_type_name(parts[0])}"
     if parts:
-        return _type_name(parts[0])
+        return " or ".join(map(_type_name, parts))
     names = {bool: "boolean", int: "integer", float: "number", str: "string", Path: "path"}
     return names[annotation]
 

@@ -59,6 +59,13 @@ class AgentConfig(ProcessConfig):
     `ecavg-agent-2`, … is taken.
     """
 
+    max_file_bytes: int | None = Field(None, ge=1)
+    """Write the model in use as several files of so many bytes at most, and an index, if it is larger
+    (default: one file)
+
+    They are beside `model.safetensors`, which stays, and are named as tools of Hugging Face expect it.
+    """
+
     device: Name = "auto"
     """Where to train: `auto`, `cpu`, `cuda`, `cuda:1`; `auto` is the first GPU, or the CPU."""
 

@@ -217,6 +217,7 @@ class Member:
             crash_point(Point.AGENT_PRETRAINED)
             self._disk.discard(self._disk.checkpoint)
             await self._updates.tell()
+            self._disk.discard_rests_but(trained.rest and self._disk.rest(trained.rest.digest))
         self._display.message(f"round {state.round}: local accuracy {trained.accuracy:.4f}")
         self._metrics.accuracy_ratio.labels("local").set(trained.accuracy)
         return trained
@@ -227,7 +228,8 @@ class Member:
         models = await self._data.models()
         if state.has_full_curve:
             log.info("full_curve", round=number)
-        pretrain = partial(models.pretrain, has_full_curve=state.has_full_curve)
+        rest = await self._rest(state.initial_rest) if path else None
+        pretrain = partial(models.pretrain, rest=rest, has_full_curve=state.has_full_curve)
         label = f"round {number}: pre-training"
         async with self._teller.telling(AgentProgress(Activity.PRE_TRAINING)):
             model = await self._training(Activity.PRE_TRAINING, label, pretrain, number, path)
@@ -238,6 +240,8 @@ class Member:
         """Return True if these weights are here, of this round, from that start and today's data."""
         came_from = (trained.round, trained.initial_weights, trained.shards)
         if came_from != (number, initial and initial.digest, models.trained_on):
+            return False
+        if trained.rest and not is_whole(self._disk.rest(trained.rest.digest), trained.rest):
             return False
         return is_whole(self._disk.local_weights, trained.weights)
 
@@ -305,6 +309,21 @@ class Member:
         initial = self._initial_weights(state)
         return initial and await self._transfers.download(initial, "initial weights", state.initial_encoded)
 
+    async def _rest(self, clouds: Blob | None) -> Path | None:
+        """Return the file of the parts that do not travel: the cloud's until this agent has its own.
+
+        Args:
+            clouds: the cloud's own parts; None: all parts travel.
+        """
+        trained = self._disk.progress.trained
+        if clouds is None:
+            return None
+        if trained and trained.rest:
+            own = self._disk.rest(trained.rest.digest)
+            if await self._worker.run(is_whole, own, trained.rest):
+                return own
+        return await self._transfers.fetch_rest(clouds)
+
     # ------------------------------------------------------------------ the global model
 
     async def _take_latest_model(self, state: RunState) -> None:
@@ -323,10 +342,11 @@ class Member:
         """Use a model that an earlier life of this agent has measured; it may be neither here nor there."""
         try:
             path = await self._transfers.download(arrived.weights, "global model")
+            rest = await self._rest(arrived.rest)
         except NotFoundError as error:
             await self._give_up(arrived.report.round, error)
         else:
-            await self._use_and_report(arrived, path)
+            await self._use_and_report(arrived, path, rest)
 
     async def _give_up(self, number: int, error: NotFoundError) -> None:
         """Do without the model of a round."""
@@ -337,27 +357,28 @@ class Member:
         """Download, compare on this agent's own held-out data, adapt if need be, apply, report."""
         self._metrics.set_phase(Phase.DOWNLOADING)
         path = await self._transfers.download(published.weights, "global model", published.encoded)
+        rest = await self._rest(published.rest)
         self._metrics.set_phase(Phase.EVALUATING)
         trained = self._disk.progress.trained
         if trained and trained.round != published.round:
             trained = None
         models = await self._data.models()
         label = f"round {published.round}: adapting"
+        measure = partial(models.measure, rest=rest)
         async with self._teller.telling(AgentProgress(Activity.EVALUATING)):
-            report = await self._training(
-                Activity.ADAPTING, label, models.measure, published.round, path, trained
-            )
-        arrived = Arrived(weights=published.weights, report=report)
+            report = await self._training(Activity.ADAPTING, label, measure, published.round, path, trained)
+        arrived = Arrived(weights=published.weights, report=report, rest=published.rest)
         # Once the model is replaced, the one before cannot be measured again.
         await self._save(arrived=arrived)
         crash_point(Point.AGENT_EVALUATED)
-        await self._use_and_report(arrived, path)
+        await self._use_and_report(arrived, path, rest)
 
-    async def _use_and_report(self, arrived: Arrived, path: Path) -> None:
+    async def _use_and_report(self, arrived: Arrived, path: Path, rest: Path | None) -> None:
         report = arrived.report
         models = await self._data.models()
         label = f"round {report.round}: adapting"
-        await self._training(Activity.ADAPTING, label, models.apply, path, report)
+        apply = partial(models.apply, rest=rest)
+        await self._training(Activity.ADAPTING, label, apply, path, report)
         crash_point(Point.AGENT_MODEL_APPLIED)
         if report.applied:
             report = await self._told(arrived)
@@ -371,7 +392,7 @@ class Member:
         crash_point(Point.AGENT_REPORTED)
         await self._save(evaluated_round=report.round, arrived=None)
         # No file there is of a later round yet: that one starts from this model, applied or not.
-        self._disk.discard_all_but({path})
+        self._disk.discard_all_but({path, rest})
         self._display.message(f"round {report.round}: {_outcome_of(report)}")
         self._metrics.set_phase(Phase.WAITING)
 

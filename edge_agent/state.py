@@ -30,6 +30,8 @@ class Trained(FrozenModel):
     initial_weights: str | None = None
     # The digests of the files that it was trained on, shared or not.
     shards: tuple[str, ...] = ()
+    # The parts of the model that stay on this device, as they were trained; None: all parts travel.
+    rest: Blob | None = None
 
 
 class Report(FrozenModel):
@@ -63,6 +65,8 @@ class Arrived(FrozenModel):
 
     weights: Blob
     report: Report
+    # The cloud's own parts of the model, for an agent that has none yet; None: all parts travel.
+    rest: Blob | None = None
 
 
 class Begun(FrozenModel):
@@ -142,6 +146,11 @@ class AgentState:
         return self.path / "models"
 
     @property
+    def model_index(self) -> Path:
+        """Return the path of the index of the model in use in several files, if it is written so as well."""
+        return self.path / "model.safetensors.index.json"
+
+    @property
     def report(self) -> Path:
         """Return the path of the report for the user."""
         return self.path / "report.json"
@@ -187,6 +196,15 @@ class AgentState:
         return self.work / "adapted.safetensors"
 
     @property
+    def whole(self) -> Path:
+        """Return the path of a model that was put together of what travels and what stays on this device."""
+        return self.work / "whole.safetensors"
+
+    def rest(self, digest: str) -> Path:
+        """Return the path of this agent's own parts of the model, which do not travel and cannot be lost."""
+        return self.path / f"rest-{digest}.safetensors"
+
+    @property
     def encoded(self) -> Path:
         """Return the path of the local weights as they are uploaded, until they are contributed."""
         return self.work / "encoded.safetensors"
@@ -208,13 +226,17 @@ class AgentState:
         for path in paths:
             path.unlink(missing_ok=True)
 
-    def discard_all_but(self, needed: Collection[Path]) -> None:
+    def discard_all_but(self, needed: Collection[Path | None]) -> None:
         """Remove all other files from `work`, with what broken-off downloads have left."""
         self.discard(*(path for path in self.work.iterdir() if path not in needed))
 
     def discard_residuals_but(self, needed: Path) -> None:
         """Remove all other residuals: they did not count, or were made up for since."""
         self.discard(*(path for path in self.path.glob("residual-*") if path != needed))
+
+    def discard_rests_but(self, needed: Path | None) -> None:
+        """Remove the other models' parts that stay on this device."""
+        self.discard(*(path for path in self.path.glob("rest-*") if path != needed))
 
     def save(self, progress: Progress) -> None:
         """Keep the progress, durably."""

@@ -152,7 +152,7 @@ class Check:
             if not row.retired:
                 yield from self._kept_round(records, row)
             if row.phase in OVER:
-                yield from self._files_of_round(row, may_be_missing=row is rounds[-1])
+                yield from self._files_of_round(records, row, may_be_missing=row is rounds[-1])
         for upload in records.uploads():
             where = f"record of an upload of {upload.agent_id}"
             yield from self._blob(upload.digest, where, upload.kind, _SEND_AGAIN)
@@ -278,6 +278,8 @@ class Check:
         for digest in (row.initial_digest, row.published_digest):
             if digest and (encoding := records.encoding(digest)):
                 yield from self._blob(encoding.digest, where, "encoded model")
+            if digest and (rest := records.rest(digest)):
+                yield from self._blob(rest, where, "rest of the model")
         decisions = records.contributions(row.number)
         accepted = [decision.contribution for decision in decisions if decision.contribution]
         if row.published_digest and not accepted and row.number not in self._used_by_forgotten:
@@ -290,10 +292,11 @@ class Check:
 
     # The files of a round outside the database
 
-    def _files_of_round(self, row: RoundRow, *, may_be_missing: bool) -> Iterator[Problem]:
+    def _files_of_round(self, records: Store, row: RoundRow, *, may_be_missing: bool) -> Iterator[Problem]:
         """Check the report of a round that is over, and the model beside the report.
 
         Args:
+            records: the records of the server.
             row: the record of the round.
             may_be_missing: True if a missing report is not a problem. A server that was killed before it
                 wrote the report of the last round writes the report when it starts.
@@ -315,6 +318,8 @@ class Check:
             yield Problem(where, "names another model than the record", _RESTORE)
         if row.published_digest and not row.retired:
             yield from self._model(self._state_dir.model(row.number), row.published_digest)
+            if rest := records.rest(row.published_digest):
+                yield from self._model(self._state_dir.rest(row.number), rest)
 
     def _provenance(self, records: Store) -> Iterator[Problem]:
         """Check that provenance.jsonl agrees with the records, and that no agent is still to be forgotten.

@@ -123,7 +123,10 @@ class Reports:
         # What the report of a retired round was made from is gone.
         if row.retired or row.phase not in OVER:
             return
-        weights = self._store.blobs.path(row.published_digest) if row.published_digest else None
+        digest = row.published_digest
+        rest_digest = self._store.rest(digest) if digest else None
+        weights = self._store.blobs.path(digest) if digest else None
+        rest = self._store.blobs.path(rest_digest) if rest_digest else None
         run_row = self._store.run()
         assert run_row is not None
         report = build(
@@ -137,7 +140,9 @@ class Reports:
             selection=records.selection_of(self._store, number),
             weights_bytes=self._store.blobs.size(row.published_digest) if row.published_digest else None,
         )
-        write(report, self._store.state_dir.round(number), weights)
+        if rest:
+            report["rest"] = {"sha256": rest_digest, "bytes": rest.stat().st_size}
+        write(report, self._store.state_dir.round(number), weights, rest)
 
 
 def build(
@@ -189,12 +194,12 @@ def build(
     return report
 
 
-def write(report: Mapping[str, Any], folder: Path, weights: Path | None) -> None:
-    """Write `report.json`, and `model.safetensors` as a second name of the published blob."""
+def write(report: Mapping[str, Any], folder: Path, weights: Path | None, rest: Path | None = None) -> None:
+    """Write `report.json`, and second names of the blobs: `model.safetensors` and `rest.safetensors`."""
     folder.mkdir(parents=True, exist_ok=True)
-    model = folder / "model.safetensors"
-    if weights and not model.exists():
-        os.link(weights, model)
+    for blob, name in ((weights, "model.safetensors"), (rest, "rest.safetensors")):
+        if blob and not (folder / name).exists():
+            os.link(blob, folder / name)
     with replacing(folder / "report.json") as partial:
         partial.write_text(json.dumps(report, indent=2) + "\n", "utf-8")
 

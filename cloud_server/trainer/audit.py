@@ -107,6 +107,7 @@ def audit(
     *,
     run: RunConfig,
     device: torch.device,
+    rest: Path | None = None,
 ) -> list[Finding]:
     """Return the findings about each member.
 
@@ -119,6 +120,7 @@ def audit(
         blobs_dir: the directory of the blobs.
         run: the configuration of the run.
         device: the device on which the models are run.
+        rest: the file of the cloud's values for what members do not send; None if they send whole models.
 
     Raises:
         RunError: the weights of a member do not fit the model.
@@ -131,7 +133,8 @@ def audit(
     sample = _draw(run, contributions, blobs_dir)
     if not len(sample.labels_N):
         return nothing
-    p_KNC = _predictions(model, [member.weights_path for member in members], sample.images, run, device)
+    files = [[rest, member.weights_path] for member in members]
+    p_KNC = _predictions(model, files, sample.images, run, device)
     total_NC = p_KNC.sum(0, dtype=np.float64)
     labels: list[Share | None] = []
     losses: list[float | None] = []
@@ -210,13 +213,17 @@ def _choose(is_held_out: Sequence[Booleans], most: int, seed: int) -> list[Boole
 
 
 def _predictions(
-    model: nn.Module, weights_paths: Sequence[Path], images: Tensor, run: RunConfig, device: torch.device
+    model: nn.Module,
+    files: Sequence[Sequence[Path | None]],
+    images: Tensor,
+    run: RunConfig,
+    device: torch.device,
 ) -> npt.NDArray[np.float32]:
     """Return each agent's predictions for the images: [K, N, C], distributions over the classes."""
-    p_KNC = np.empty((len(weights_paths), len(images), run.spec.num_classes), np.float32)
+    p_KNC = np.empty((len(files), len(images), run.spec.num_classes), np.float32)
     data = DeviceData(images, run.spec, device)
-    for path, p_NC in zip(weights_paths, p_KNC, strict=True):
-        load_into(model, path)
+    for parts, p_NC in zip(files, p_KNC, strict=True):
+        load_into(model, *parts)
         p_NC[:] = predict(model, data, spec=run.spec, device=device).softmax(1).numpy()
         # Weights that are too large to compute with give predictions that are not finite.
         p_NC[~np.isfinite(p_NC).all(1)] = 1 / run.spec.num_classes

@@ -25,7 +25,7 @@ from common.config import RunConfig
 from common.errors import InvalidError, RunError
 from common.evaluation import Evaluation
 from common.faults import Point, crash_point
-from common.models import build_model
+from common.models import build_model, shared_part
 from common.training import Examples, Ranks, StepReport
 from common.wire import Base, is_encoded, wire_of
 
@@ -45,6 +45,8 @@ class RoundPipeline:
         # The round's initial weights, which are the base of differences.
         self._base = base_of(job, blobs_dir)
         self._is_encoded = is_encoded(job.run)
+        # The cloud's values for the parts of the model that do not travel.
+        self._rest = blob_path(blobs_dir, job.initial_rest) if job.initial_rest else None
         self._directory = directory
         self._blobs_dir = blobs_dir
         self._device = device
@@ -69,7 +71,7 @@ class RoundPipeline:
         self._tell("aggregating", 0, 1)
         with self._timed("aggregate"):
             self._make_weights()
-        holds_base = self._is_first and all_hold_base(self._members, self._run)
+        base = self._base_of_published()
         self._screen(model)
         data = combine(self._run, [member.contribution for member in self._members], self._blobs_dir)
         log.info("data", num_train=len(data.train.labels), num_held_out=len(data.held_out.labels))
@@ -83,9 +85,9 @@ class RoundPipeline:
             return Result()
         self._tell("evaluating", 0, 1)
         with self._timed("evaluate"):
-            result = self._publish(model, data, selection, start, self._base if holds_base else None)
+            result = self._publish(model, data, selection, start, base)
         self._tell("evaluating", 1, 1)
-        return result.model_copy(update={"seconds": self._seconds, "finished_at": time.time()})
+        return self._timestamped(result)
 
     @property
     def _may_keep_start(self) -> bool:
@@ -101,8 +103,16 @@ class RoundPipeline:
                 make_weights(member, self._job, self._blobs_dir)
         self._group.share("decoded")
 
-    def _screen(self, model: nn.Module) -> None:
-        """Screen the members, and keep those from which the model is made, some with clipped weights."""
+    def _base_of_published(self) -> Base | None:
+        """Return the base of the published model's differences, if every member has it; on rank 0 only."""
+        return self._base if self._is_first and all_hold_base(self._members, self._run) else None
+
+    def _screen(self, model: nn.Module | None) -> None:
+        """Screen the members, and keep those from which the model is made, some with clipped weights.
+
+        Args:
+            model: a model of the run's structure; None: nothing is audited.
+        """
         if len(self._members) < MIN_AGENTS:
             return
         scratch = self._directory.scratch_path
@@ -117,6 +127,7 @@ class RoundPipeline:
                     run=self._run,
                     device=self._device,
                     scratch=scratch,
+                    rest=self._rest,
                 )
         shared = self._group.share(self._screening.model_dump_json())
         self._screening = Screening.model_validate_json(shared)
@@ -132,6 +143,7 @@ class RoundPipeline:
             data,
             device=self._device,
             scratch=self._directory.scratch_path,
+            rest=self._rest,
             on_tensor=lambda *_: crash_point(Point.TRAINER_TENSOR_AVERAGED),
         )
         with tracing.span("select"):
@@ -180,6 +192,7 @@ class RoundPipeline:
         return Result(
             weights=written.weights,
             encoded=written.encoded,
+            rest=written.rest,
             candidates=selection.accuracies,
             start=start.name,
             soup=selection.soup,
@@ -194,9 +207,14 @@ class RoundPipeline:
 
     # ------------------------------------------------------------------ small parts
 
+    def _timestamped(self, result: Result) -> Result:
+        """Return the result with the seconds that the steps have taken."""
+        return result.model_copy(update={"seconds": self._seconds, "finished_at": time.time()})
+
     def _write(self, model: nn.Module, base: Base | None) -> Written:
         """Write the files of the model."""
-        return write_model(model, self._directory, wire_of(self._run.wire, base), base)
+        wire, shared = wire_of(self._run.wire, base), shared_part(model, self._run)
+        return write_model(model, self._directory, wire, base, shared)
 
     def _tell_step(self, report: StepReport) -> None:
         """Report a step of the fine-tune as progress."""

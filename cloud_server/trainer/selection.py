@@ -35,6 +35,7 @@ from cloud_server.trainer.permutations import (
 from common.batches import DeviceData
 from common.config import RunConfig
 from common.evaluation import Evaluation, batch_norms, evaluate, recompute_statistics
+from common.models import shared_part
 from common.seeds import derive_seed
 from common.weights import StateDict, copy_into, load_into, read_state_dict, write_state_dict
 
@@ -65,6 +66,8 @@ class Selection:
         members: the members of the round, in agent-id order.
         previous: the file of the weights from which the round started; None in the first round.
         data: the combined data of the members.
+        rest: the file of the cloud's values for the parts that do not travel; None if all parts do. Every
+            candidate is measured with them.
         device: the device on which candidates are measured.
         scratch: an existing folder for aligned weights.
         on_tensor: a callback that gets the numbers of done tensors and of all tensors of an aggregation.
@@ -80,6 +83,7 @@ class Selection:
         *,
         device: torch.device,
         scratch: Path,
+        rest: Path | None = None,
         on_tensor: OnTensor = lambda *_: None,
     ) -> None:
         # The accuracy of each candidate that was measured, by name.
@@ -92,6 +96,7 @@ class Selection:
         self._members = members
         self._previous = previous
         self._data = data
+        self._rest = rest
         self._device = device
         self._scratch = scratch
         self._on_tensor = on_tensor
@@ -181,7 +186,7 @@ class Selection:
         Without held-out data the first candidate wins, and this one must not win over the round's average.
         """
         if self._previous and len(self._data.held_out.labels):
-            load_into(self._model, self._previous)
+            load_into(self._model, self._rest, self._previous)
             self._announce("previous", self.measure())
 
     @cached_property
@@ -196,7 +201,7 @@ class Selection:
         if len(self._members) < 2:
             return None
         try:
-            groups = _groups_of(self._model, self._run.spec.image_shape)
+            groups = self._groups()
         except NotTraceable as error:
             log.warning("averaged_without_alignment", model=self._run.model, reason=str(error))
             return None
@@ -216,6 +221,25 @@ class Selection:
                 item = replace(item, weights_path=path)
             aligned.append(item)
         return aligned
+
+    def _groups(self) -> list[PermutationGroup]:
+        """Return the permutation groups of which every tensor travels.
+
+        A device would not put its own part of the model into another order, and neither would the cloud.
+
+        Raises:
+            NotTraceable: the groups of the model are not known, or none of them travels as a whole.
+        """
+        groups = _groups_of(self._model, self._run.spec.image_shape)
+        if not self._rest:
+            return groups
+        shared = shared_part(self._model, self._run)
+        whole = [group for group in groups if all(place.tensor in shared for place in group.places)]
+        if groups and not whole:
+            raise NotTraceable("each group of neurons has a tensor that does not travel (share_parameters)")
+        if len(whole) < len(groups):
+            log.info("partly_aligned", num_groups=len(groups), num_that_travel=len(whole))
+        return whole
 
     # ------------------------------------------------------------------ measuring and keeping
 
@@ -256,7 +280,7 @@ class Selection:
     def _load(self, members: Sequence[Member], aggregator: str) -> None:
         """Do what `_fill` says, whatever the model holds."""
         if len(members) == 1:
-            load_into(self._model, members[0].weights_path)
+            load_into(self._model, self._rest, members[0].weights_path)
             return
         # The order of a sum changes its last bits.
         members = sorted(members, key=lambda member: member.agent_id)
@@ -267,7 +291,7 @@ class Selection:
             compared=[name for name, _ in self._model.named_parameters()],
             on_tensor=self._on_tensor,
         )
-        copy_into(self._model, state_dict)
+        copy_into(self._model, state_dict | (read_state_dict(self._rest) if self._rest else {}))
         if self._run.recompute_statistics and batch_norms(self._model):
             recompute_statistics(
                 self._model,

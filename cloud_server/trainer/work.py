@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from cloud_server.jobs import Job, JobDirectory, JobError, Result
+from cloud_server.trainer.averaging import Averaging, initialise
 from cloud_server.trainer.group import Group
 from cloud_server.trainer.initial import initial_model
 from cloud_server.trainer.output import num_parameters, write_model
@@ -18,6 +19,7 @@ from common import tracing
 from common.errors import ECAvgError, UsageError, is_out_of_memory
 from common.faults import Point, crash_point
 from common.files import error_number, is_full
+from common.models import shared_part
 from common.rehearsal import rehearse
 from common.schema import read_header
 from common.wire import wire_of, wire_schema
@@ -76,23 +78,37 @@ def _do(directory: JobDirectory, blobs_dir: Path, device_name: str, group: Group
     crash_point(Point.TRAINER_JOB_TAKEN)
     if job.kind == "initialise":
         return _initialise(job, directory, group)
-    pipeline = WarmUp if job.kind == "warm_up" else RoundPipeline
     with tracing.remote_span("job", job.traceparent):
-        return pipeline(job, directory, blobs_dir, device, group).run()
+        return _pipeline_of(job)(job, directory, blobs_dir, device, group).run()
+
+
+def _pipeline_of(job: Job) -> type[RoundPipeline]:
+    """Return the class that does the work on the job's round."""
+    if job.kind == "warm_up":
+        return WarmUp
+    return Averaging if job.run.only_averages else RoundPipeline
 
 
 def _initialise(job: Job, directory: JobDirectory, group: Group) -> Result:
     """Make and write the run's initial weights, on rank 0 only."""
     if group.rank != 0:
         return Result()
+    if job.run.only_averages:
+        with directory.scratch():
+            return initialise(job, directory)
     probe = rehearse(job.run)
     model = initial_model(job.run)
     with directory.scratch():
-        written = write_model(model, directory, wire_of(job.run.wire, None), None)
+        wire, shared = wire_of(job.run.wire, None), shared_part(model, job.run)
+        written = write_model(model, directory, wire, None, shared)
     # A schema that cannot be encoded is refused here, because after agents have joined it would be too late.
     wire_schema(read_header(directory.weights_path).schema, job.run.wire)
     return Result(
-        weights=written.weights, encoded=written.encoded, probe=probe, num_parameters=num_parameters(model)
+        weights=written.weights,
+        encoded=written.encoded,
+        rest=written.rest,
+        probe=probe,
+        num_parameters=num_parameters(model),
     )
 
 

@@ -186,7 +186,7 @@ class WatchRequest(_message.Message):
     def __init__(self, not_ready: bool = ...) -> None: ...
 
 class WatchEvent(_message.Message):
-    __slots__ = ("round", "phase", "initial_weights", "outcome", "progress", "latest_model", "failed_round", "failure", "run_over", "num_contributions", "max_contributions", "initial_encoded", "counted_round", "accepted_weights", "left_out", "server_time", "selection", "has_full_curve", "last_round_over")
+    __slots__ = ("round", "phase", "initial_weights", "outcome", "progress", "latest_model", "failed_round", "failure", "run_over", "num_contributions", "max_contributions", "initial_encoded", "counted_round", "accepted_weights", "left_out", "server_time", "selection", "has_full_curve", "last_round_over", "initial_rest")
     ROUND_FIELD_NUMBER: _ClassVar[int]
     PHASE_FIELD_NUMBER: _ClassVar[int]
     INITIAL_WEIGHTS_FIELD_NUMBER: _ClassVar[int]
@@ -206,6 +206,7 @@ class WatchEvent(_message.Message):
     SELECTION_FIELD_NUMBER: _ClassVar[int]
     HAS_FULL_CURVE_FIELD_NUMBER: _ClassVar[int]
     LAST_ROUND_OVER_FIELD_NUMBER: _ClassVar[int]
+    INITIAL_REST_FIELD_NUMBER: _ClassVar[int]
     round: int
     phase: Phase
     initial_weights: Blob
@@ -225,7 +226,8 @@ class WatchEvent(_message.Message):
     selection: Selection
     has_full_curve: bool
     last_round_over: bool
-    def __init__(self, round: _Optional[int] = ..., phase: _Optional[_Union[Phase, str]] = ..., initial_weights: _Optional[_Union[Blob, _Mapping]] = ..., outcome: _Optional[_Union[Outcome, str]] = ..., progress: _Optional[_Union[Progress, _Mapping]] = ..., latest_model: _Optional[_Union[PublishedModel, _Mapping]] = ..., failed_round: _Optional[int] = ..., failure: _Optional[str] = ..., run_over: bool = ..., num_contributions: _Optional[int] = ..., max_contributions: _Optional[int] = ..., initial_encoded: _Optional[_Union[Encoded, _Mapping]] = ..., counted_round: _Optional[int] = ..., accepted_weights: _Optional[str] = ..., left_out: _Optional[_Union[LeftOut, _Mapping]] = ..., server_time: _Optional[float] = ..., selection: _Optional[_Union[Selection, str]] = ..., has_full_curve: bool = ..., last_round_over: bool = ...) -> None: ...
+    initial_rest: Blob
+    def __init__(self, round: _Optional[int] = ..., phase: _Optional[_Union[Phase, str]] = ..., initial_weights: _Optional[_Union[Blob, _Mapping]] = ..., outcome: _Optional[_Union[Outcome, str]] = ..., progress: _Optional[_Union[Progress, _Mapping]] = ..., latest_model: _Optional[_Union[PublishedModel, _Mapping]] = ..., failed_round: _Optional[int] = ..., failure: _Optional[str] = ..., run_over: bool = ..., num_contributions: _Optional[int] = ..., max_contributions: _Optional[int] = ..., initial_encoded: _Optional[_Union[Encoded, _Mapping]] = ..., counted_round: _Optional[int] = ..., accepted_weights: _Optional[str] = ..., left_out: _Optional[_Union[LeftOut, _Mapping]] = ..., server_time: _Optional[float] = ..., selection: _Optional[_Union[Selection, str]] = ..., has_full_curve: bool = ..., last_round_over: bool = ..., initial_rest: _Optional[_Union[Blob, _Mapping]] = ...) -> None: ...
 
 class LeftOut(_message.Message):
     __slots__ = ("round", "reason", "message")
@@ -248,14 +250,16 @@ class Progress(_message.Message):
     def __init__(self, done: _Optional[int] = ..., total: _Optional[int] = ..., loss: _Optional[float] = ...) -> None: ...
 
 class PublishedModel(_message.Message):
-    __slots__ = ("round", "weights", "encoded")
+    __slots__ = ("round", "weights", "encoded", "rest")
     ROUND_FIELD_NUMBER: _ClassVar[int]
     WEIGHTS_FIELD_NUMBER: _ClassVar[int]
     ENCODED_FIELD_NUMBER: _ClassVar[int]
+    REST_FIELD_NUMBER: _ClassVar[int]
     round: int
     weights: Blob
     encoded: Encoded
-    def __init__(self, round: _Optional[int] = ..., weights: _Optional[_Union[Blob, _Mapping]] = ..., encoded: _Optional[_Union[Encoded, _Mapping]] = ...) -> None: ...
+    rest: Blob
+    def __init__(self, round: _Optional[int] = ..., weights: _Optional[_Union[Blob, _Mapping]] = ..., encoded: _Optional[_Union[Encoded, _Mapping]] = ..., rest: _Optional[_Union[Blob, _Mapping]] = ...) -> None: ...
 
 class QueryUploadRequest(_message.Message):
     __slots__ = ("digest", "kind")

@@ -278,8 +278,8 @@ def cut_after_apply(power: Power) -> Callable[..., LocalModels]:
         models = load_local_models(*arguments)
         apply = models.apply
 
-        def then_cut(*arguments: Any) -> None:
-            apply(*arguments)
+        def then_cut(*arguments: Any, **options: Any) -> None:
+            apply(*arguments, **options)
             power.moment()
 
         models.apply = then_cut  # type: ignore[method-assign]
