@@ -12,6 +12,7 @@ from pathlib import Path
 from common.config import FrozenModel, RunConfig
 from common.errors import UsageError
 from common.files import link, replacing
+from common.sharded import write_sharded
 from common.transfer import blob_of
 
 # So many entries stay; an entry has a few hundred bytes.
@@ -61,12 +62,16 @@ class History:
     Args:
         state_path: the state directory.
         keep_models: how many models keep their files.
+        max_file_bytes: a model in use with more bytes is written as several files as well; None: none is.
     """
 
-    def __init__(self, state_path: Path, keep_models: int) -> None:
+    def __init__(self, state_path: Path, keep_models: int, max_file_bytes: int | None = None) -> None:
         self._folder = state_path / "models"
         self._model = state_path / "model.safetensors"
+        # The index of the model in use in several files.
+        self._index = state_path / "model.safetensors.index.json"
         self._keep_models = keep_models
+        self._max_file_bytes = max_file_bytes
 
     def uses(self) -> tuple[Use, ...]:
         """Return the models that were in use, oldest first.
@@ -177,6 +182,8 @@ class History:
 
     def _switch_to(self, use: Use) -> None:
         link(self.weights(use), self._model)
+        if self._max_file_bytes and self._model.stat().st_size > self._max_file_bytes:
+            write_sharded(self._model, self._index, self._max_file_bytes)
 
     def _write(self, uses: tuple[Use, ...]) -> None:
         """Record the entries, and remove the files of models that are not kept any more."""

@@ -26,7 +26,6 @@ from common.rehearsal import Probe, check_probe, rehearse
 from common.schedule import Place, place_of
 from common.schema import most_file_bytes
 from common.seeds import derive_seed
-from common.sharded import write_sharded
 from common.shards import Shard, cloud_holdout, gather, read_shard
 from common.training import CheckpointFile, Examples, OnStep, Recipe, choose_precision, train
 from common.transfer import Blob, blob_of
@@ -151,8 +150,7 @@ class LocalModels:
     ) -> None:
         self._run = run
         self._on_evaluated = on_evaluated
-        self._history = History(disk.path, keep_models)
-        self._max_file_bytes = max_file_bytes
+        self._history = History(disk.path, keep_models, max_file_bytes)
         self._planned_rounds = planned_rounds
         self._held_out = data.held_out
         self._disk = disk
@@ -428,8 +426,6 @@ class LocalModels:
         """
         use = use_of(weights, self._disk.progress.run_id, number, source, accuracies)
         self._history.take(weights, self._run, use)
-        if self._max_file_bytes and self._disk.model.stat().st_size > self._max_file_bytes:
-            write_sharded(self._disk.model, self._disk.model_index, self._max_file_bytes)
         self._in_use = (self._disk.model.stat(), evaluation) if evaluation else None
 
     def _evaluate_in_use(self) -> Evaluation | None:

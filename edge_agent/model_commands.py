@@ -201,7 +201,7 @@ def _folder(config: ModelConfig) -> Path:
 def _history(config: ModelConfig) -> "History":
     from edge_agent.history import History
 
-    return History(_folder(config), config.keep_models)
+    return History(_folder(config), config.keep_models, config.max_file_bytes)
 
 
 def _model(history: "History", use: "Use", config: ModelConfig) -> "Deployed":

@@ -146,11 +146,6 @@ class AgentState:
         return self.path / "models"
 
     @property
-    def model_index(self) -> Path:
-        """Return the path of the index of the model in use in several files, if it is written so as well."""
-        return self.path / "model.safetensors.index.json"
-
-    @property
     def report(self) -> Path:
         """Return the path of the report for the user."""
         return self.path / "report.json"
