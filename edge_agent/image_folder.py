@@ -14,6 +14,7 @@ import numpy as np
 import structlog
 
 from common.config import Background, RunConfig, class_name
+from common.dataset import DatasetSpec
 from common.errors import UsageError, encodable, one_line
 from common.shards import Shard
 from edge_agent.folder_walk import Item, folders_in, items_below
@@ -36,13 +37,19 @@ class FileSplit:
 
     paths: Sequence[Path]
     # The labels, int64 [N].
-    labels: np.ndarray
+    targets: np.ndarray
     # The names of the labels, label 0 first.
     class_names: Sequence[str]
     background: Background = "white"
 
-    def read(self, indices: np.ndarray, image_shape: tuple[int, int, int]) -> tuple[Shard, int]:
+    @property
+    def has_pictures(self) -> bool:
+        """Return True."""
+        return True
+
+    def read(self, indices: np.ndarray, spec: DatasetSpec) -> tuple[Shard, int]:
         """Decode these files; files that cannot be read are left out, counted, and logged once."""
+        image_shape = spec.inputs.shape
         images = np.empty((len(indices), *image_shape), np.uint8)
         is_read = np.zeros(len(indices), bool)
 
@@ -61,7 +68,7 @@ class FileSplit:
         with quiet_pillow(), ThreadPoolExecutor(NUM_DECODERS) as pool:
             batches = pool.map(decode, range(0, len(indices), _DECODER_BATCH))
             failures = [failure for batch in batches for failure in batch]
-        labels = self.labels[indices]
+        labels = self.targets[indices]
         if not failures:
             return Shard(images, labels), 0
         log.warning(
@@ -105,10 +112,15 @@ def list_image_folder(folder: Path, run: RunConfig) -> tuple[FileSplit, FileSpli
             the run's classes.
     """
     spec = run.spec
-    if spec.image_shape[0] not in MODES:
+    if not spec.is_pictures or spec.targets.shape:
+        raise UsageError(
+            f"data folder {folder}: an image folder has pictures with one class each,"
+            " and the run has other data"
+        )
+    if spec.inputs.shape[0] not in MODES:
         raise UsageError(
             f"data folder {folder}: image folders give 1 or 3 channels, and the run's image_shape asks for"
-            f" {spec.image_shape[0]}"
+            f" {spec.inputs.shape[0]}"
         )
     train = folder / "train"
     class_names = run.class_names or tuple(class_folders(train))

@@ -16,7 +16,8 @@ from cloud_server.intake.gates import BlobGate, DataGate, WeightsGate
 from cloud_server.intake.turns import Turns
 from cloud_server.store import Store
 from common import schema, wire
-from common.config import DatasetSpec, Wire
+from common.config import Wire
+from common.dataset import DatasetSpec
 from common.errors import InvalidError, NotFoundError, OffsetError, Reason, UnavailableError
 from common.faults import Point, crash_point
 from common.transfer import Blob, Receiver, WriteBehind, to_the_end

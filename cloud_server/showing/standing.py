@@ -19,6 +19,7 @@ from cloud_server.showing.reports import Reports
 from cloud_server.store import Store
 from common.errors import Reason
 from common.run_state import LeftOut, Phase, PublishedModel, RunState, WorkProgress
+from common.tasks import Kind, published
 from common.transfer import Blob, Encoded
 
 # So many of the latest rounds are on the status page.
@@ -259,15 +260,16 @@ class Standing:
         current, progress, here = self._round, self._progress, self._presence.here
         audited = results.get(last_published, Result()).audit
         audits = {agent.agent_id: _audit_status(agent) for agent in audited}
-        places = self._upload_places()
+        places, kind = self._upload_places(), self._reports.kind
         return {
             "run_id": self._run_id,
+            "metric": kind.metric,
             "round": current.number,
             "phase": current.phase.value,
             "phases": _phases(rows[-1], current, self._clock()),
             "progress": progress and {"done": progress.done, "total": progress.total, "loss": progress.loss},
             "agents": [
-                _agent_status(agent_id, slot, current, agent_id in here, reported.get(agent_id))
+                _agent_status(kind, agent_id, slot, current, agent_id in here, reported.get(agent_id))
                 | {
                     "audit": audits.get(agent_id),
                     "upload_place": places.get(agent_id),
@@ -277,7 +279,7 @@ class Standing:
                 for agent_id, slot in sorted(self._slots.items(), key=lambda item: item[1])
             ],
             "rounds": [
-                _round_status(row, num_accepted.get(row.number, 0), results.get(row.number))
+                _round_status(kind, row, num_accepted.get(row.number, 0), results.get(row.number))
                 for row in rows
                 if row.phase in OVER
             ],
@@ -352,21 +354,24 @@ async def wait_for(event: asyncio.Event, seconds: float | None) -> None:
 
 
 def _agent_status(
-    agent_id: str, slot: int, current: Round, is_watching: bool, report: ReportRow | None
+    kind: Kind, agent_id: str, slot: int, current: Round, is_watching: bool, report: ReportRow | None
 ) -> dict[str, Any]:
     outcome = current.outcome_of(agent_id)
     rejection = current.rejections.get(agent_id)
     contribution = current.contributions.get(agent_id)
     state = "contributed" if contribution else "watching"
+    scores = {
+        "score_local": contribution and contribution.score_local,
+        "score_before": report and report.score_before,
+        "score_after": report and report.score_after,
+        "score_adapted": report and report.score_adapted,
+    }
     return {
         "agent_id": agent_id,
         "slot": slot,
         "state": state if is_watching else "away",
         "outcome": outcome and outcome.value,
-        "accuracy_local": contribution and contribution.accuracy_local,
-        "accuracy_before": report and report.accuracy_before,
-        "accuracy_after": report and report.accuracy_after,
-        "accuracy_adapted": report and report.accuracy_adapted,
+        **published(kind, scores),
         "applied": report and report.applied,
         "message": rejection.message if rejection else (report.reason if report else ""),
     }
@@ -382,9 +387,14 @@ def _audit_status(audit: AgentAudit) -> dict[str, Any]:
     }
 
 
-def _round_status(row: RoundRow, num_contributions: int, result: Result | None) -> dict[str, Any]:
+def _round_status(kind: Kind, row: RoundRow, num_contributions: int, result: Result | None) -> dict[str, Any]:
     ended_at = max(row.phase_times.values(), default=row.opened_at)
     result = result or Result()
+    scores = {
+        "score_start": result.candidates.get(result.start or ""),
+        "score_fine_tuned": result.score_fine_tuned,
+        "score_published": result.score_published,
+    }
     return {
         "round": row.number,
         "outcome": row.phase,
@@ -396,9 +406,7 @@ def _round_status(row: RoundRow, num_contributions: int, result: Result | None) 
         "audit_note": result.audit_note or None,
         "start": result.start,
         "published": result.published,
-        "accuracy_start": result.candidates.get(result.start or ""),
-        "accuracy_fine_tuned": result.accuracy_fine_tuned,
-        "accuracy_published": result.accuracy_published,
+        **published(kind, scores),
         "seconds": round(ended_at - row.opened_at, 3),
     }
 

@@ -67,7 +67,7 @@ class PermutationGroup(NamedTuple):
     places: tuple[Place, ...]
 
 
-def permutation_groups(model: nn.Module, image_shape: Sequence[int]) -> list[PermutationGroup]:
+def permutation_groups(model: nn.Module, inputs: Tensor) -> list[PermutationGroup]:
     """Return the groups of the model, in the order of its graph.
 
     No permutation of any group changes the model's outputs. The groups may be incomplete: neurons are left
@@ -75,7 +75,7 @@ def permutation_groups(model: nn.Module, image_shape: Sequence[int]) -> list[Per
 
     Args:
         model: the model, which stays as it is; the values of its tensors do not matter.
-        image_shape: the shape [C, H, W] of the model's input images.
+        inputs: two inputs of the model, [2, …], whose values do not matter.
 
     Raises:
         NotTraceable: torch.fx cannot trace the model, or a parameter takes no part in the graph, so that it
@@ -85,9 +85,10 @@ def permutation_groups(model: nn.Module, image_shape: Sequence[int]) -> list[Per
     try:
         flow = _FlowThrough(fx.symbolic_trace(model.eval()), model)
         example = next(model.parameters(), torch.empty(0))
-        images = torch.zeros(2, *image_shape, dtype=example.dtype, device=example.device)
+        is_real = inputs.is_floating_point()
+        inputs = inputs.to(example.device, example.dtype if is_real else inputs.dtype)
         with torch.no_grad():
-            flow.run(images)
+            flow.run(inputs)
     except Exception as error:
         # Tracing and running a user's model can raise any exception.
         raise NotTraceable(next(iter(str(error).splitlines()), "") or type(error).__name__) from error

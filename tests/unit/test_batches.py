@@ -20,11 +20,11 @@ from common.batches import (
     horizontal_flip,
     random_crop,
 )
-from common.config import DatasetSpec
+from common.dataset import pictures
 from common.errors import UsageError
 
 CPU = torch.device("cpu")
-SPEC = DatasetSpec(3, (3, 7, 9), (0.4, 0.5, 0.6), (0.2, 0.25, 0.3))
+SPEC = pictures(3, (3, 7, 9), (0.4, 0.5, 0.6), (0.2, 0.25, 0.3))
 
 
 def make_images(num_images: int) -> Tensor:

@@ -64,9 +64,9 @@ def test_files_and_classes_are_in_sorted_order(pets: Path) -> None:
         "train/cat/b.png",
         "train/dog/c.png",
     ]
-    assert train.labels.tolist() == [0, 0, 1]
+    assert train.targets.tolist() == [0, 0, 1]
     assert test is not None
-    assert test.labels.tolist() == [1]
+    assert test.targets.tolist() == [1]
 
 
 def test_a_folder_without_test_has_none(tmp_path: Path) -> None:
@@ -78,14 +78,14 @@ def test_a_folder_without_test_has_none(tmp_path: Path) -> None:
 def test_class_names_fix_the_labels(pets: Path) -> None:
     run = RUN.model_copy(update={"num_classes": 3, "class_names": ("emu", "dog", "cat")})
     train, _ = list_image_folder(pets, run)
-    assert train.labels.tolist() == [2, 2, 1]
+    assert train.targets.tolist() == [2, 2, 1]
 
 
 def test_only_the_files_asked_for_are_decoded(pets: Path) -> None:
     train, _ = list_image_folder(pets, RUN)
     (pets / "train/cat/a.png").unlink()
     shard, num_skipped = train.read(np.array([1, 2]), (3, 4, 6))
-    assert shard.labels.tolist() == [0, 1]
+    assert shard.targets.tolist() == [0, 1]
     assert num_skipped == 0
 
 
@@ -254,7 +254,7 @@ def test_pictures_of_a_class_are_those_in_all_folders_below_its_own(pets: Path) 
         "dog/2024/z.png",
         "dog/c.png",
     ]
-    assert train.labels.tolist() == [0, 0, 1, 1, 1, 1]
+    assert train.targets.tolist() == [0, 0, 1, 1, 1, 1]
 
 
 def test_class_whose_folder_is_a_link_is_read(pets: Path) -> None:

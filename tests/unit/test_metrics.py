@@ -10,6 +10,7 @@ from cloud_server.jobs import AgentAudit
 from cloud_server.metrics import ServerMetrics
 from common.run_state import Outcome
 from common.run_state import Phase as RoundPhase
+from common.tasks import KINDS
 from edge_agent.metrics import AgentMetrics
 from edge_agent.metrics import Phase as AgentPhase
 
@@ -86,7 +87,7 @@ def agent() -> AgentMetrics:
 def test_server_metrics_have_the_names_and_labels_of_the_contract(server: ServerMetrics) -> None:
     server.set_phase(1, "collecting")
     server.set_phase(1, "aggregating")
-    server.set_accuracies({"average": 0.9})
+    server.set_scores(KINDS["classification"], {"average": 0.9})
     server.set_audit([AgentAudit(agent_id="edge-1", update_norm=2.0, norm_ratio=1.0)])
     server.observe_rpc("ecavg.v1.ECAvg", "Join", "OK", 0.01)
     assert scraped(server.registry) == SERVER_CONTRACT
@@ -119,21 +120,21 @@ def test_counters_are_there_before_they_count(server: ServerMetrics, agent: Agen
 def test_accuracy_is_absent_until_it_is_measured(server: ServerMetrics, agent: AgentMetrics) -> None:
     assert values(server.registry, "ecavg_server_accuracy_ratio") == {}
     assert values(agent.registry, "ecavg_agent_accuracy_ratio") == {}
-    server.set_accuracies({"published": 0.5})
+    server.set_scores(KINDS["classification"], {"published": 0.5})
     assert values(server.registry, "ecavg_server_accuracy_ratio") == {"published": 0.5}
 
 
 def test_accuracy_of_an_agent_is_of_one_round(agent: AgentMetrics) -> None:
-    agent.set_accuracies(local=0.9, before=0.9, after=0.7, adapted=0.95)
-    agent.set_accuracies(local=None, before=0.95, after=0.0, adapted=None)
+    agent.set_scores(KINDS["classification"], local=0.9, before=0.9, after=0.7, adapted=0.95)
+    agent.set_scores(KINDS["classification"], local=None, before=0.95, after=0.0, adapted=None)
     assert values(agent.registry, "ecavg_agent_accuracy_ratio") == {"before": 0.95, "after": 0.0}
 
 
 def test_accuracy_is_of_one_round(server: ServerMetrics) -> None:
-    server.set_accuracies({"average": 0.7, "aligned": 0.8, "published": 0.9})
-    server.set_accuracies({"average": 0.75, "published": 0.85})
+    server.set_scores(KINDS["classification"], {"average": 0.7, "aligned": 0.8, "published": 0.9})
+    server.set_scores(KINDS["classification"], {"average": 0.75, "published": 0.85})
     assert values(server.registry, "ecavg_server_accuracy_ratio") == {"average": 0.75, "published": 0.85}
-    server.set_accuracies({})
+    server.set_scores(KINDS["classification"], {})
     assert values(server.registry, "ecavg_server_accuracy_ratio") == {}
 
 

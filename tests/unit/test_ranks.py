@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from common import training
 from common.config import TrainingConfig
+from common.tasks.classification import Classification
 from common.training import Examples, Recipe, train
 from common.weights import read_state_dict, write_state_dict
 from tests.recipes import CPU, SPEC, make_data, make_model
@@ -34,7 +35,7 @@ torch.distributed.init_process_group(
 
 def trained():
     model = make_model(batch_norm=True, dropout=0.3)
-    recipe = training.Recipe(TrainingConfig(epochs=2, batch_size=10), SPEC, 3, "float32")
+    recipe = training.Recipe(TrainingConfig(epochs=2, batch_size=10), Classification(SPEC), 3, "float32")
     ranks, device = training.Ranks(rank, 2), torch.device("cpu")
     training.train(model, training.Examples(*make_data(45)), recipe, device=device, ranks=ranks)
     return model.state_dict()
@@ -115,7 +116,7 @@ def train_deep(kind: str, optimizer: Any, ranks: training.Ranks = training.ALONE
     config = TrainingConfig(
         epochs=4, batch_size=10, optimizer=optimizer, learning_rate=0.01, augment=augment, label_smoothing=0.1
     )
-    recipe = Recipe(config, SPEC, 3, "float32")
+    recipe = Recipe(config, Classification(SPEC), 3, "float32")
     train(model, Examples(*make_data(45)), recipe, device=CPU, ranks=ranks)
     return model
 
@@ -146,7 +147,8 @@ RANK_SCRIPT = """
 import sys
 from pathlib import Path
 import torch
-from common.config import DatasetSpec, TrainingConfig
+from common.config import TrainingConfig
+from common.dataset import DatasetSpec, pictures
 from common.training import Examples, Ranks, Recipe, train
 from common.weights import read_state_dict, write_state_dict
 
@@ -160,7 +162,7 @@ torch.distributed.init_process_group(
 loss = train(
     model, Examples(given["images"], given["labels"]),
     Recipe(
-        TrainingConfig.model_validate_json(sys.argv[3]), DatasetSpec(*eval(sys.argv[4])),
+        TrainingConfig.model_validate_json(sys.argv[3]), pictures(*eval(sys.argv[4])),
         seed=3, precision="float32", class_balanced=True,
     ),
     device=torch.device("cpu"), ranks=Ranks(rank, 2),
@@ -183,7 +185,7 @@ def test_two_ranks_train_what_one_process_trains(tmp_path: Path) -> None:
     ]
     assert [process.wait(100) for process in ranks] == [0, 0]
 
-    recipe = Recipe(config, SPEC, 3, "float32", class_balanced=True)
+    recipe = Recipe(config, Classification(SPEC), 3, "float32", class_balanced=True)
     loss = train(model, examples, recipe, device=CPU)
 
     assert (tmp_path / "0").read_bytes() == (tmp_path / "1").read_bytes()
