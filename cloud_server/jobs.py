@@ -150,6 +150,8 @@ class Result(FrozenModel):
     published: Literal["start", "fine_tuned"] | None = None
     score_fine_tuned: float | None = None
     score_published: float | None = None
+    # Further figures of the published model, by name, such as the mean absolute error.
+    figures: dict[str, float] = Field(default_factory=dict)
     # The classes that have held-out examples, by label.
     classes: tuple[ClassScore, ...] = ()
     # The findings about each agent, by agent id; empty in a round of fewer than three agents.

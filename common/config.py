@@ -445,14 +445,14 @@ class RunConfig(DocumentedModel):
         known = DATASETS.get(self.dataset)
         if self.image_shape and self.inputs.shape:
             raise ValueError("image_shape and inputs.shape say the same: give image_shape for pictures")
+        if known and self._is_other_task(known):
+            raise ValueError(f"dataset {self.dataset!r} has other targets than those of task {self.task!r}")
         has_shape = bool(known or self.image_shape or self.inputs.shape)
         if not has_shape or (self._needs_classes and not self.spec.num_classes):
             raise ValueError(
                 f"unknown dataset {self.dataset!r}: choose {', '.join(DATASETS)},"
                 " or describe your own with num_classes and image_shape, or with [run.inputs]"
             )
-        if known and self._is_other_task(known):
-            raise ValueError(f"dataset {self.dataset!r} has other targets than those of task {self.task!r}")
         check_spec(self.spec, is_pictures=bool(self.image_shape))
         num_classes = self.spec.num_classes
         if self.class_names and not (len(self.class_names) == len(set(self.class_names)) == num_classes):

@@ -37,6 +37,8 @@ class Evaluation(NamedTuple):
     scores: Tensor
     # The figure of each class that the data set has, by label.
     by_class: Mapping[int, ClassFigure]
+    # Further figures that people read, by name.
+    figures: Mapping[str, float] = {}
 
 
 def evaluate(
@@ -71,6 +73,7 @@ def evaluate(
         num_examples=len(targets),
         scores=torch.cat(scores).float().nan_to_num(nan=torch.finfo(torch.float32).min),
         by_class=figure.by_class,
+        figures={name: value for name, value in figure.figures.items() if math.isfinite(value)},
     )
 
 

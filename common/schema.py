@@ -205,15 +205,20 @@ def check_shard(header: Header, spec: DatasetSpec) -> int:
         names = _quote(", ".join(sorted(header.schema)))
         _refuse_shard(f"its tensors are {names}, not {inputs_name} and {targets_name}")
     inputs, targets = header.schema[inputs_name], header.schema[targets_name]
-    num_examples = targets.shape[0] if targets.shape else 0
+    found = targets.shape[0] if targets.shape else 0
     dtype, shape = _DTYPE_NAMES[spec.targets.dtype], spec.targets.shape
-    if targets != TensorSpec(dtype, (num_examples, *shape)) or num_examples < 1:
+    if targets != TensorSpec(dtype, (found, *shape)) or found < 1:
         sizes = ", ".join(map(str, ("N", *shape)))
         _refuse_shard(f"{targets_name} is {targets}, not {dtype} [{sizes}] with N of at least 1")
-    wanted = TensorSpec(_DTYPE_NAMES[spec.inputs.dtype], (num_examples, *spec.inputs.shape))
+    wanted = TensorSpec(_DTYPE_NAMES[spec.inputs.dtype], (found, *spec.inputs.shape))
     if inputs != wanted:
         _refuse_shard(f"{inputs_name} is {inputs}, the run's dataset wants {wanted}")
-    return num_examples
+    return found
+
+
+def num_examples(header: Header) -> int:
+    """Return how many examples a shard has, which must have passed `check_shard`."""
+    return next(iter(header.schema.values())).shape[0]
 
 
 def check_examples(path: Path, header: Header, spec: DatasetSpec) -> None:

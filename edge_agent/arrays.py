@@ -155,7 +155,7 @@ def _open_npz(path: Path) -> tuple[Arrays, Arrays | None]:
 
 def _read_member(file: zipfile.ZipFile, name: str) -> np.ndarray:
     with file.open(f"{name}.npy") as member:
-        return np.asarray(npy.read_array(member, allow_pickle=False))
+        return np.asarray(npy.read_array(member))
 
 
 def _open_folder(path: Path) -> tuple[Arrays, Arrays | None]:

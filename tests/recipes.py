@@ -76,7 +76,9 @@ def make_model(seed: int = 0, *, batch_norm: bool = False, dropout: float = 0.0)
 
 
 def normalised(images: Tensor) -> Tensor:
-    return v2.normalize(v2.to_dtype(images, torch.float32, scale=True), list(SPEC.mean), list(SPEC.std))
+    return v2.normalize(
+        v2.to_dtype(images, torch.float32, scale=True), list(SPEC.inputs.mean), list(SPEC.inputs.std)
+    )
 
 
 class Recorder(nn.Module):

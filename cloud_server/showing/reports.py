@@ -27,7 +27,7 @@ from common.transfer import to_the_end
 
 # These fields are copied from the trainer's result, where there is one.
 _MEASURED = (
-    "candidates", "start", "soup", "published", "score_fine_tuned", "score_published",
+    "candidates", "start", "soup", "published", "score_fine_tuned", "score_published", "figures",
     "audit", "audit_note",
 )  # fmt: skip
 # The trainer measures these parts of a round, under these names.

@@ -187,6 +187,7 @@ class RoundPipeline:
             published="fine_tuned" if published.name == "fine_tuned" else "start",
             score_fine_tuned=fine_tuned and fine_tuned.score,
             score_published=published.evaluation and published.evaluation.score,
+            figures=dict(published.evaluation.figures) if published.evaluation else {},
             classes=_by_class(start.evaluation, published.evaluation),
             audit=self._screening.agents,
             audit_note=self._screening.note,

@@ -29,6 +29,8 @@ class Figure(NamedTuple):
     score: float
     # The same for each class that the data set has, by label; empty where there are no classes.
     by_class: Mapping[int, ClassFigure] = {}
+    # Further figures that people read, by name.
+    figures: Mapping[str, float] = {}
 
 
 class Task:

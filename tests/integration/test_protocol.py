@@ -78,7 +78,7 @@ async def initial_weights(client: Member, folder: Path) -> dict[str, np.ndarray]
 
 async def contribute(client: Member, weights: Blob, **changes: Any) -> Verdict:
     start = client.state.initial_weights.digest
-    fields = {"shards": [], "num_examples": 1, "accuracy_local": None, "initial_weights": start}
+    fields = {"shards": [], "num_examples": 1, "score_local": None, "initial_weights": start}
     return await client.contribute(1, weights=weights, **(fields | changes))
 
 

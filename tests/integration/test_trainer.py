@@ -136,16 +136,16 @@ def test_a_round_averages_fine_tunes_and_evaluates(do, blobs_dir, contributions)
     published = evaluate(model, *data.held_out, task=task_of(RUN), device=CPU)
 
     assert average.num_examples == 180  # a tenth
-    assert result.candidates["average"] == average.accuracy
+    assert result.candidates["average"] == average.score
     assert set(result.candidates) == {"aligned", "average", "best_agent", "greedy_soup"}  # none is previous
     assert result.candidates[result.start] == max(result.candidates.values())
     assert set(result.soup) <= set(AGENTS)
     assert result.published == "fine_tuned"
-    assert result.score_fine_tuned == result.score_published == published.accuracy > 0.9
+    assert result.score_fine_tuned == result.score_published == published.score > 0.9
     assert [item.label for item in result.classes] == list(range(10))
     assert sum(item.num_examples for item in result.classes) == 180
     num_right = sum(item.num_examples * item.score_published for item in result.classes)
-    assert num_right == pytest.approx(180 * published.accuracy)
+    assert num_right == pytest.approx(180 * published.score)
     assert set(result.seconds) == {"aggregate", "fine_tune", "evaluate"}
     assert min(result.seconds.values()) > 0
     assert result.weights.sha256 == hashlib.sha256(directory.weights_path.read_bytes()).hexdigest()
@@ -463,7 +463,7 @@ def with_wire(wire: str) -> RunConfig:
 def accuracy_of(path: Path, data) -> float:
     model = build_model(RUN, seed=0)
     model.load_state_dict(read_state_dict(path))
-    return evaluate(model, *data.held_out, task=task_of(RUN), device=CPU).accuracy
+    return evaluate(model, *data.held_out, task=task_of(RUN), device=CPU).score
 
 
 @pytest.mark.parametrize("wire", ["bfloat16", "int8"])

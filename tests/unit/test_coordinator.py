@@ -680,7 +680,7 @@ async def test_who_is_forgotten_as_a_model_is_published_is_in_no_metric(
             set_audit(audit)
             assert values(here.metrics.registry, "ecavg_server_agent_flagged") == {"stays": 0.0}
 
-        def leave(_: object) -> None:  # published, and the lock is free again
+        def leave(*_: object) -> None:  # published, and the lock is free again
             here.ledger.expel("gone")
 
         monkeypatch.setattr(here.metrics, "set_scores", leave)

@@ -42,7 +42,7 @@ def test_evaluation_equals_a_plain_loop_over_images(was_training: bool) -> None:
     model.eval()
     logits = torch.cat([model(normalised(image)[None]) for image in images]).detach()
     assert torch.equal(found.correct, logits.argmax(1) == labels)
-    assert found.accuracy == found.correct.double().mean().item()
+    assert found.score == found.correct.double().mean().item()
     assert found.loss == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-5)
     assert found.num_examples == 23
     torch.testing.assert_close(predicted, logits)
@@ -81,7 +81,7 @@ def test_recomputed_statistics_are_the_mean_over_equal_batches(batch_size: int, 
     images, _ = make_data(25)
     model = make_normalised_model()
     given = {name: tensor.double().numpy().copy() for name, tensor in model.state_dict().items()}
-    mean, std = (np.array(values).reshape(3, 1, 1) for values in (SPEC.mean, SPEC.std))
+    mean, std = (np.array(values).reshape(3, 1, 1) for values in (SPEC.inputs.mean, SPEC.inputs.std))
     x = (images.double().numpy() / 255 - mean) / std
     order = torch.randperm(25, generator=torch.Generator().manual_seed(9)).numpy()
     expected: dict[str, list[Any]] = {"0": [], "4": []}
@@ -125,7 +125,7 @@ def test_recomputed_variances_have_what_differs_between_agents() -> None:
     images[30:] = 255  # one agent at night, one by day
     model = make_normalised_model()
     recompute_statistics(model, images, spec=SPEC, device=CPU, seed=0, batch_size=30)
-    assert model[0].running_var.numpy() == pytest.approx(0.25 / np.square(SPEC.std), rel=0.1)
+    assert model[0].running_var.numpy() == pytest.approx(0.25 / np.square(SPEC.inputs.std), rel=0.1)
 
 
 def test_statistics_stay_where_there_is_nothing_to_recompute() -> None:

@@ -86,7 +86,9 @@ def test_figures_are_those_of_the_weights_on_the_common_test_set(make: Make, fol
     spec = RunConfig(**TASKS["digits"].run).spec
     for agent_id, found in zip(("edge-01", "edge-02"), group["seeds"][1]["edges"], strict=True):
         weights = read_state_dict(place / "network" / agent_id / "work/local.safetensors")
-        x = torch.from_numpy(((images / 255 - spec.mean) / spec.std).astype(np.float32)).flatten(1)
+        x = torch.from_numpy(
+            ((images / 255 - spec.inputs.mean) / spec.inputs.std).astype(np.float32)
+        ).flatten(1)
         hidden = torch.relu(x @ weights["1.weight"].T + weights["1.bias"])
         chosen = (hidden @ weights["3.weight"].T + weights["3.bias"]).argmax(1)
         assert found == (chosen.numpy() == labels).mean()

@@ -9,6 +9,7 @@ import pytest
 import structlog
 from PIL import Image
 
+from common import dataset
 from common.config import RunConfig
 from common.errors import UsageError
 from edge_agent import pictures
@@ -53,7 +54,9 @@ def pets(tmp_path: Path) -> Path:
 
 
 def read_all(split: FileSplit, shape: tuple[int, int, int] = (3, 4, 6)) -> tuple[np.ndarray, np.ndarray, int]:
-    (images, labels), num_skipped = split.read(np.arange(len(split.labels)), shape)
+    (images, labels), num_skipped = split.read(
+        np.arange(len(split.targets)), dataset.pictures(10, shape, (), ())
+    )
     return images, labels, num_skipped
 
 
@@ -84,7 +87,7 @@ def test_class_names_fix_the_labels(pets: Path) -> None:
 def test_only_the_files_asked_for_are_decoded(pets: Path) -> None:
     train, _ = list_image_folder(pets, RUN)
     (pets / "train/cat/a.png").unlink()
-    shard, num_skipped = train.read(np.array([1, 2]), (3, 4, 6))
+    shard, num_skipped = train.read(np.array([1, 2]), dataset.pictures(10, (3, 4, 6), (), ()))
     assert shard.targets.tolist() == [0, 1]
     assert num_skipped == 0
 

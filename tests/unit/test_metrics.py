@@ -29,6 +29,7 @@ SERVER_CONTRACT = {
     "ecavg_server_connections_ended_total": set(),
     "ecavg_server_sent_bytes_total": {"kind"},
     "ecavg_server_accuracy_ratio": {"stage"},
+    "ecavg_server_score": {"stage"},
     "ecavg_server_agent_flagged": {"agent_id"},
     "ecavg_server_agent_update_norm_ratio": {"agent_id"},
     "grpc_server_handled_total": {"grpc_service", "grpc_method", "grpc_code"},
@@ -39,6 +40,7 @@ AGENT_CONTRACT = {
     "ecavg_agent_phase": {"phase"},
     "ecavg_agent_pretrain_loss": set(),
     "ecavg_agent_accuracy_ratio": {"stage"},
+    "ecavg_agent_score": {"stage"},
     "ecavg_agent_sent_bytes_total": {"kind"},
     "ecavg_agent_reconnects_total": set(),
 }
@@ -95,6 +97,7 @@ def test_server_metrics_have_the_names_and_labels_of_the_contract(server: Server
 
 def test_agent_metrics_have_the_names_and_labels_of_the_contract(agent: AgentMetrics) -> None:
     agent.accuracy_ratio.labels("local").set(0.9)
+    agent.score.labels("local").set(0.9)
     assert scraped(agent.registry) == AGENT_CONTRACT
 
 

@@ -104,7 +104,7 @@ async def test_what_was_not_found_is_absent(store: Store, tmp_path: Path) -> Non
 
 
 async def test_accuracy_of_zero_is_not_absent(store: Store, tmp_path: Path) -> None:
-    report = await report_of(RESULT.model_copy(update={"accuracy_published": 0.0}), store, tmp_path)
+    report = await report_of(RESULT.model_copy(update={"score_published": 0.0}), store, tmp_path)
     assert report["accuracy_published"] == 0.0
 
 

@@ -7,7 +7,7 @@ import pytest
 from common.shards import Shard, read_shard
 from common.transfer import Blob, blob_of
 from edge_agent import shard_files
-from edge_agent.shard_files import image_digests, keep_shards
+from edge_agent.shard_files import input_digests, keep_shards
 
 
 def examples(*numbers: int) -> Shard:
@@ -126,7 +126,7 @@ def test_cut_off_at_any_step_and_called_again_it_leaves_the_same(
 
 def test_digests_are_those_of_blake2_and_differ_by_pixels_and_key() -> None:
     images = np.asfortranarray(examples(1, 2, 1).inputs)
-    found = image_digests(images, [b"a", b"a", b"b"])
+    found = input_digests(images, [b"a", b"a", b"b"])
     expected = [
         int.from_bytes(blake2b(examples(number).inputs.tobytes(), digest_size=8, key=key).digest())
         for number, key in ((1, b"a"), (2, b"a"), (1, b"b"))

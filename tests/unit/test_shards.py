@@ -78,14 +78,14 @@ def test_failed_write_leaves_the_old_shard_and_no_litter(
 @pytest.mark.parametrize(
     "shard",
     [
-        Shard(np.zeros((2, 1, 1, 1), np.float32), np.zeros(2, np.int64)),
-        Shard(np.zeros((2, 1, 1), np.uint8), np.zeros(2, np.int64)),
+        Shard(np.zeros((2, 1, 1, 1), np.float64), np.zeros(2, np.int64)),
+        Shard(np.zeros((2, 1, 1, 1), np.uint8), np.zeros(2, np.uint8)),
         Shard(np.zeros((2, 1, 1, 1), np.uint8), np.zeros(2, np.int32)),
         Shard(np.zeros((2, 1, 1, 1), np.uint8), np.zeros(3, np.int64)),
     ],
 )
 def test_arrays_that_are_no_shard_are_not_written(shard: Shard, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="labels"):
+    with pytest.raises(ValueError, match="targets"):
         write_shard(tmp_path / "shard", shard)
     assert not list(tmp_path.iterdir())
 

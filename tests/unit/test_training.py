@@ -83,8 +83,8 @@ WRITTEN_OUT: dict[str, tuple[dict[str, Any], Callable[[Any], torch.optim.Optimiz
 def written_out(model: nn.Module, optimizer: Any, config: TrainingConfig, seed: int, balanced: bool) -> float:
     """Train as `train` does on a CPU, in a plain loop; return the mean loss of the last epoch."""
     images, labels = make_data(43)
-    std = torch.tensor(SPEC.std).view(-1, 1, 1)
-    shift = -torch.tensor(SPEC.mean).view(-1, 1, 1) / std
+    std = torch.tensor(SPEC.inputs.std).view(-1, 1, 1)
+    shift = -torch.tensor(SPEC.inputs.mean).view(-1, 1, 1) / std
     x = torch.addcmul(shift, images.float(), 1 / (255 * std))
     num_batches = 5
     for epoch in range(config.epochs):
@@ -191,7 +191,7 @@ def test_training_learns() -> None:
     model = make_model(batch_norm=True)
     run(model, make_data(300), epochs=3, batch_size=20, schedule="one-cycle", augment=("horizontal_flip",))
     images, labels = make_data(200, seed=1)
-    assert evaluate(model, images, labels, task=Classification(SPEC), device=CPU).accuracy > 0.95
+    assert evaluate(model, images, labels, task=Classification(SPEC), device=CPU).score > 0.95
 
 
 def test_every_epoch_shows_each_image_once_normalised_in_another_order() -> None:
