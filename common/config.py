@@ -250,13 +250,15 @@ class RunConfig(DocumentedModel):
     """
 
     model: Name = "mlp"
-    """The model: `"mlp"`, a name of `torchvision.models`, or your own `"package.module:factory"`.
+    """The model: `"mlp"`, `"cnn1d"`, `"gru"`, a name of `torchvision.models`, or your own.
 
-    `"mlp"` has one hidden layer. Of torchvision, the classification models can be used.
+    `"mlp"` has one hidden layer, and takes inputs of any shape. `"cnn1d"` and `"gru"` are for windows of a
+    series, `[channels, steps]`. Of torchvision, the models for classification and segmentation can be used.
+    Your own is `"package.module:factory"`.
     """
 
     hidden_units: Annotated[int, Field(ge=1, le=1_000_000)] = 128
-    """Units in the hidden layer of `mlp`."""
+    """Units in the hidden layer of `mlp`, channels of `cnn1d`, units of `gru`."""
 
     small_images: bool = False
     """Leave out the first two halvings of a torchvision network, which are meant for 224x224 images."""

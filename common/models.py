@@ -6,7 +6,7 @@ PyTorch, and the model "mlp" does not need torchvision.
 
 import math
 import random
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,6 +20,7 @@ from common.errors import ECAvgError, UsageError
 from common.factories import first_line, import_factory
 from common.seeds import derive_seed
 from common.tasks.task import Task, output_shape_of, task_of
+from common.windows import Gru, cnn1d, head
 
 _NO_AUXILIARY_HEADS = {"aux_logits": False, "init_weights": True}
 _OPTIONS: dict[str, dict[str, Any]] = {"googlenet": _NO_AUXILIARY_HEADS, "inception_v3": _NO_AUXILIARY_HEADS}
@@ -36,7 +37,9 @@ def model_names() -> list[str]:
     """Return the model names that `build_model` accepts besides `package.module:factory`."""
     import torchvision
 
-    return ["mlp", *torchvision.models.list_models(module=torchvision.models)]
+    modules = (torchvision.models, torchvision.models.segmentation)
+    found = (name for module in modules for name in torchvision.models.list_models(module=module))
+    return [*_BUILT_IN, *found]
 
 
 def build_model(
@@ -95,14 +98,14 @@ def _builder(run: RunConfig, allowed_factories: Collection[str] | None) -> Calla
 
     `build_model` calls this function before setting the seed, because an import may draw random numbers.
     """
-    if run.model == "mlp":
-        return _mlp
+    if run.model in _BUILT_IN:
+        return _BUILT_IN[run.model]
     if ":" in run.model:
         factory = import_factory(run.model, allowed_factories)
         return lambda run: _call_factory(factory, run)
     if run.model not in model_names():
         raise UsageError(
-            f"unknown model {run.model!r}: choose mlp, a classification model of torchvision.models"
+            f"unknown model {run.model!r}: choose {', '.join(_BUILT_IN)}, a model of torchvision.models"
             " such as resnet50, or your own package.module:factory"
         )
     return _torchvision_model
@@ -175,13 +178,34 @@ def errors_of_model(run: RunConfig, kind: type[ECAvgError]) -> Iterator[None]:
 def _mlp(run: RunConfig) -> nn.Module:
     _refuse_small_images(run)
     shape = _known_output_shape(run)
-    layers = [
+    return nn.Sequential(
         nn.Flatten(),
         nn.Linear(math.prod(run.spec.inputs.shape), run.hidden_units),
         nn.ReLU(),
-        nn.Linear(run.hidden_units, math.prod(shape)),
-    ]
-    return nn.Sequential(*layers) if len(shape) == 1 else nn.Sequential(*layers, nn.Unflatten(1, shape))
+        *head(run.hidden_units, shape),
+    )
+
+
+def _cnn1d(run: RunConfig) -> nn.Module:
+    return cnn1d(_channels_of_windows(run), run.hidden_units, _known_output_shape(run))
+
+
+def _gru(run: RunConfig) -> nn.Module:
+    return Gru(_channels_of_windows(run), run.hidden_units, _known_output_shape(run))
+
+
+def _channels_of_windows(run: RunConfig) -> int:
+    """Return the number of channels; raise UsageError if the inputs are no windows of a series."""
+    _refuse_small_images(run)
+    shape = run.spec.inputs.shape
+    if len(shape) != 2:
+        raise UsageError(
+            f"model {run.model!r} takes windows [channels, steps], and the run's inputs are {list(shape)}"
+        )
+    return shape[0]
+
+
+_BUILT_IN: Mapping[str, Callable[[RunConfig], nn.Module]] = {"mlp": _mlp, "cnn1d": _cnn1d, "gru": _gru}
 
 
 def _known_output_shape(run: RunConfig) -> tuple[int, ...]:
@@ -216,8 +240,13 @@ def _torchvision_model(run: RunConfig) -> nn.Module:
 
     if not run.model.startswith(_WIDENABLE):
         _refuse_small_images(run)
+    # Regressions have no classes, but an output for each number.
+    num_outputs = _known_output_shape(run)[0]
+    options = _OPTIONS.get(run.model, {})
+    if run.model in torchvision.models.list_models(module=torchvision.models.segmentation):
+        options = {"weights_backbone": None}
     model: nn.Module = torchvision.models.get_model(
-        run.model, weights=None, num_classes=run.spec.num_classes, **_OPTIONS.get(run.model, {})
+        run.model, weights=None, num_classes=num_outputs, **options
     )
     if run.small_images:
         _widen(model)

@@ -34,6 +34,7 @@ MAY_IMPORT_TORCH = {
     "common/tasks/task.py",
     "common/training.py",
     "common/weights.py",
+    "common/windows.py",
     "edge_agent/data.py",
     "edge_agent/local.py",
 }

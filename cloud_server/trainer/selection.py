@@ -206,6 +206,9 @@ class Selection:
         except NotTraceable as error:
             log.warning("averaged_without_alignment", model=self._run.model, reason=str(error))
             return None
+        if not groups:
+            reason = "no neurons are known to be interchangeable"
+            log.info("averaged_without_alignment", model=self._run.model, reason=reason)
         permutations = align_all(
             [item.weights_path for item in self._members],
             [item.coefficient for item in self._members],

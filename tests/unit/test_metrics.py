@@ -90,6 +90,7 @@ def test_server_metrics_have_the_names_and_labels_of_the_contract(server: Server
     server.set_phase(1, "collecting")
     server.set_phase(1, "aggregating")
     server.set_scores(KINDS["classification"], {"average": 0.9})
+    server.set_scores(KINDS["regression"], {"average": -0.9})
     server.set_audit([AgentAudit(agent_id="edge-1", update_norm=2.0, norm_ratio=1.0)])
     server.observe_rpc("ecavg.v1.ECAvg", "Join", "OK", 0.01)
     assert scraped(server.registry) == SERVER_CONTRACT
