@@ -26,6 +26,7 @@ from unittest.mock import patch
 import torch
 from common import training
 from common.config import TrainingConfig
+from common.tasks.classification import Classification
 from tests.recipes import SPEC, make_data, make_model
 
 rank, folder = int(sys.argv[1]), Path(sys.argv[2])
@@ -148,9 +149,10 @@ import sys
 from pathlib import Path
 import torch
 from common.config import TrainingConfig
-from common.dataset import DatasetSpec, pictures
+from common.tasks.classification import Classification
 from common.training import Examples, Ranks, Recipe, train
 from common.weights import read_state_dict, write_state_dict
+from tests.recipes import SPEC
 
 rank, folder = int(sys.argv[1]), Path(sys.argv[2])
 given = read_state_dict(folder / "given")
@@ -160,9 +162,9 @@ torch.distributed.init_process_group(
     "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2
 )
 loss = train(
-    model, Examples(given["images"], given["labels"]),
+    model, Examples(given["inputs"], given["targets"]),
     Recipe(
-        TrainingConfig.model_validate_json(sys.argv[3]), pictures(*eval(sys.argv[4])),
+        TrainingConfig.model_validate_json(sys.argv[3]), Classification(SPEC),
         seed=3, precision="float32", class_balanced=True,
     ),
     device=torch.device("cpu"), ranks=Ranks(rank, 2),
@@ -179,9 +181,10 @@ def test_two_ranks_train_what_one_process_trains(tmp_path: Path) -> None:
     examples = Examples(images, labels)
     write_state_dict({**model[1].state_dict(), **examples._asdict()}, tmp_path / "given")
     config = TrainingConfig(epochs=2, batch_size=5, augment=("random_crop",))  # parts of 2 and 3 images
-    arguments = [str(tmp_path), config.model_dump_json(), repr(tuple(SPEC))]
+    arguments = [str(tmp_path), config.model_dump_json()]
     ranks = [
-        subprocess.Popen([sys.executable, "-c", RANK_SCRIPT, str(rank), *arguments]) for rank in range(2)
+        subprocess.Popen([sys.executable, "-c", RANK_SCRIPT, str(rank), *arguments], cwd=ROOT)
+        for rank in range(2)
     ]
     assert [process.wait(100) for process in ranks] == [0, 0]
 
