@@ -114,7 +114,7 @@ def part_of(digits: Shard) -> Callable[..., Shard]:
 
     def part(number: int, count: int = 5, by: str = "iid", seed: int = 0) -> Shard:
         indices = partition_indices(digits.labels, count, by, seed)[number - 1]
-        return Shard(digits.images[indices], digits.labels[indices])
+        return Shard(digits.inputs[indices], digits.targets[indices])
 
     return part
 
@@ -184,7 +184,7 @@ def test_agent_whose_classes_nobody_else_has_is_not_flagged(workshop: Workshop, 
     alone, rest = np.flatnonzero(digits.labels >= 8), np.flatnonzero(digits.labels < 8)
     parts = [alone, *np.array_split(np.random.Generator(np.random.PCG64(0)).permutation(rest), 4)]
     agents = [
-        workshop.agent(number, Shard(digits.images[part], digits.labels[part]))
+        workshop.agent(number, Shard(digits.inputs[part], digits.targets[part]))
         for number, part in enumerate(parts, 1)
     ]
     findings = workshop.findings(agents)
@@ -193,7 +193,7 @@ def test_agent_whose_classes_nobody_else_has_is_not_flagged(workshop: Workshop, 
 
 
 def test_a_few_examples_prove_nothing(workshop: Workshop, honest: list[Agent], digits: Shard) -> None:
-    few = workshop.agent(1, flipped(Shard(digits.images[:3], digits.labels[:3])))
+    few = workshop.agent(1, flipped(Shard(digits.inputs[:3], digits.targets[:3])))
     assert workshop.flags([few, *honest[1:]]) == [()] * 5
 
 

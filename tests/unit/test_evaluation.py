@@ -41,8 +41,8 @@ def test_evaluation_equals_a_plain_loop_over_images(was_training: bool) -> None:
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     model.eval()
     logits = torch.cat([model(normalised(image)[None]) for image in images]).detach()
-    assert torch.equal(found.correct, logits.argmax(1) == labels)
-    assert found.score == found.correct.double().mean().item()
+    assert torch.equal(found.scores, (logits.argmax(1) == labels).float())
+    assert found.score == found.scores.double().mean().item()
     assert found.loss == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-5)
     assert found.num_examples == 23
     torch.testing.assert_close(predicted, logits)

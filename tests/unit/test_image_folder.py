@@ -263,7 +263,7 @@ def test_pictures_of_a_class_are_those_in_all_folders_below_its_own(pets: Path) 
 def test_class_whose_folder_is_a_link_is_read(pets: Path) -> None:
     (pets / "train/dog").rename(pets / "dogs")
     (pets / "train/dog").symlink_to(pets / "dogs")
-    assert list_image_folder(pets, RUN)[0].labels.tolist() == [0, 0, 1]
+    assert list_image_folder(pets, RUN)[0].targets.tolist() == [0, 0, 1]
 
 
 @pytest.mark.parametrize("target", [".", "..", "../..", "../../..", "inner", "../dog/inner/back"])
