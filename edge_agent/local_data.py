@@ -83,8 +83,8 @@ class LocalData:
         self._display.message(_what_is_shared(models, self._run))
         if models.has_withdrawn and self._config.share_data != "all":
             self._display.message(
-                f"some {_noun(self._run)}s are no longer shared; where they were sent before, the server's operator deletes"
-                f" them with `cloud-server forget {self._agent_id}`"
+                f"some {_noun(self._run)}s are no longer shared; where they were sent before, the server's"
+                f" operator deletes them with `cloud-server forget {self._agent_id}`"
             )
         return models
 
