@@ -95,14 +95,14 @@ class JobError(FrozenModel):
     message: str
 
 
-class ClassAccuracy(FrozenModel):
-    """The accuracies of a round's models on one class, in the held-out part of the combined data."""
+class ClassScore(FrozenModel):
+    """The scores of a round's models on one class, in the held-out part of the combined data."""
 
     label: int
     # The number of held-out examples of the class.
     num_examples: int
-    accuracy_start: float
-    accuracy_published: float
+    score_start: float
+    score_published: float
 
 
 class AgentAudit(FrozenModel):
@@ -134,24 +134,28 @@ class AgentAudit(FrozenModel):
 class Result(FrozenModel):
     """The outcome of a job.
 
-    Accuracies are measured on the held-out part of the combined data; they are None if there is no such data.
+    Scores are measured on the held-out part of the combined data; they are None if there is no such data.
     """
 
     # The file model.safetensors; None if the job failed, see `error`.
     weights: WeightsFile | None = None
     # The file encoded.safetensors; None if the weights travel without an encoding.
     encoded: EncodedWeightsFile | None = None
-    # The accuracy of each candidate, by name.
+    # The score of each candidate, by name.
     candidates: dict[str, float] = Field(default_factory=dict)
     # The name of the candidate that was fine-tuned.
     start: str | None = None
+    # The name of the figure that the scores are; empty where nothing was measured.
+    metric: str = ""
     # The ids of the agents in the greedy soup.
     soup: tuple[str, ...] = ()
     published: Literal["start", "fine_tuned"] | None = None
-    accuracy_fine_tuned: float | None = None
-    accuracy_published: float | None = None
+    score_fine_tuned: float | None = None
+    score_published: float | None = None
+    # Further figures of the published model, by name, such as the mean absolute error.
+    figures: dict[str, float] = Field(default_factory=dict)
     # The classes that have held-out examples, by label.
-    classes: tuple[ClassAccuracy, ...] = ()
+    classes: tuple[ClassScore, ...] = ()
     # The findings about each agent, by agent id; empty in a round of fewer than three agents.
     audit: tuple[AgentAudit, ...] = ()
     # The reason why flagged agents are not left out, although the run leaves flagged agents out.

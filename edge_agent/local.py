@@ -9,6 +9,7 @@ import os
 from collections.abc import Collection
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import structlog
@@ -27,6 +28,8 @@ from common.schedule import Place, place_of
 from common.schema import most_file_bytes
 from common.seeds import derive_seed
 from common.shards import Shard, cloud_holdout, gather, read_shard
+from common.tasks import kind_of, published
+from common.tasks.task import task_of
 from common.training import CheckpointFile, Examples, OnStep, Recipe, choose_precision, train
 from common.transfer import Blob, blob_of
 from common.weights import load_into, write_state_dict
@@ -119,6 +122,7 @@ class LocalModels:
         on_evaluated: called now and then while a model is measured, in the thread that measures it.
 
     Attributes:
+        metric: the name of the figure that models are measured by.
         stamp: the stamp of the data; see edge_agent/data.py.
         not_read: what is not read of an image folder, in a line for the user; empty if all of it is.
         shards: the files of the examples that are shared, in order, and their blobs.
@@ -143,6 +147,8 @@ class LocalModels:
     ) -> None:
         self._run = run
         self._on_evaluated = on_evaluated
+        self._task = task_of(run, allowed_factories)
+        self.metric = self._task.metric
         self._planned_rounds = planned_rounds
         self._held_out = data.held_out
         self._disk = disk
@@ -157,7 +163,7 @@ class LocalModels:
         self.stamp = data.stamp
         self.not_read = data.not_read
         before = set(disk.shards.glob("*.safetensors"))
-        is_shared = choose_shared(data.train.images, shared_fraction)
+        is_shared = choose_shared(data.train.inputs, shared_fraction)
         self.shards = _kept(disk.shards, data.train, is_shared)
         private = _kept(disk.private, data.train, ~is_shared)
         self.trained_on = tuple(blob.digest for blob in (*self.shards.values(), *private.values()))
@@ -165,8 +171,8 @@ class LocalModels:
         # The shards can be read even when their files are removed.
         self._shared = [read_shard(path) for path in self.shards]
         self._private = [read_shard(path) for path in private]
-        self.num_shared = sum(len(shard.labels) for shard in self._shared)
-        self.num_examples = self.num_shared + sum(len(shard.labels) for shard in self._private)
+        self.num_shared = sum(len(shard.targets) for shard in self._shared)
+        self.num_examples = self.num_shared + sum(len(shard.targets) for shard in self._private)
 
     def most_weights_bytes(self) -> int:
         """Return how large a file with weights of the run's model may be."""
@@ -195,12 +201,12 @@ class LocalModels:
         trained = Trained(
             round=number,
             weights=blob_of(path),
-            accuracy=evaluation.accuracy,
+            score=evaluation.score,
             initial_weights=initial_weights,
             shards=self.trained_on,
         )
         in_use = self._evaluate_in_use()
-        if in_use is None or evaluation.accuracy >= in_use.accuracy:
+        if in_use is None or evaluation.score >= in_use.score:
             self._use(path, evaluation)
         return trained
 
@@ -245,15 +251,15 @@ class LocalModels:
                 reason += f"; local adaptation: {error}"
             else:
                 is_worse = self._objection(before, adapted)
-                reason = f"{reason}; {adapted.accuracy:.4f} after local adaptation" if is_worse else ""
+                reason = f"{reason}; {adapted.score:.4f} after local adaptation" if is_worse else ""
         self._arrived = adapted or after
         return Report(
             round=number,
             initial_weights=trained.initial_weights if trained else None,
-            accuracy_local=trained.accuracy if trained else None,
-            accuracy_before=before.accuracy if before else None,
-            accuracy_after=after.accuracy,
-            accuracy_adapted=adapted.accuracy if adapted else None,
+            score_local=trained.score if trained else None,
+            score_before=before.score if before else None,
+            score_after=after.score,
+            score_adapted=adapted.score if adapted else None,
             num_held_out=after.num_examples,
             applied=not reason,
             reason=reason,
@@ -269,9 +275,15 @@ class LocalModels:
             self._adapt(report.round, weights, on_step)
         if report.applied:
             self._use(self._disk.adapted if report.uses_adapted else weights, self._arrived)
-        text = json.dumps({"agent_id": self._disk.agent_id, **report.model_dump()}, indent=2)
+        text = json.dumps({"agent_id": self._disk.agent_id, **self._published(report)}, indent=2)
         with replacing(self._disk.report) as partial:
             partial.write_text(text + "\n", "utf-8")
+
+    def _published(self, report: Report) -> dict[str, Any]:
+        """Return the report under the names that the task publishes."""
+        kind = kind_of(self._run.task)
+        metric = {} if kind.field == "accuracy" else {"metric": self.metric}
+        return metric | published(kind, report.model_dump())
 
     def _model(self, weights: Path | None) -> nn.Module:
         """Return the network with these weights; None: with weights of this agent's own."""
@@ -313,18 +325,18 @@ class LocalModels:
         """
         fraction = self._run.fine_tune.holdout_fraction
         holdout_seed = derive_seed(self._run.seed, "cloud_holdout", self._disk.agent_id)
-        parts = [(shard, cloud_holdout(shard.labels, fraction, holdout_seed)[0]) for shard in self._shared]
-        parts += [(shard, np.arange(len(shard.labels))) for shard in self._private]
-        examples = Examples(*map(torch.from_numpy, gather(parts, self._run.spec.image_shape)))
-        spec, device = self._run.spec, self._device
+        parts = [(shard, cloud_holdout(shard.targets, fraction, holdout_seed)[0]) for shard in self._shared]
+        parts += [(shard, np.arange(len(shard.targets))) for shard in self._private]
+        examples = Examples(*map(torch.from_numpy, gather(parts, self._run.spec)))
+        task, device = self._task, self._device
         kept_at = self._disk.precision
-        precision = choose_precision(model, examples, config, spec=spec, device=device, kept_at=kept_at)
+        precision = choose_precision(model, examples, config, task=task, device=device, kept_at=kept_at)
         seed = derive_seed(self._run.seed, stream, number, self._disk.agent_id)
         with errors_of_model(self._run, RunError):
             train(
                 model,
                 examples,
-                Recipe(config, spec, seed, precision, place=place),
+                Recipe(config, task, seed, precision, place=place),
                 device=device,
                 on_step=on_step,
                 checkpoint=CheckpointFile(self._disk.checkpoint, self._checkpoint_seconds),
@@ -334,7 +346,7 @@ class LocalModels:
         """Return why a model should not take the place of the one in use; empty: it may."""
         if before is None or self._run.apply == "always":
             return ""
-        return objection(before.correct.numpy(), after.correct.numpy())
+        return objection(before, after, self.metric)
 
     def _use(self, weights: Path, evaluation: Evaluation | None) -> None:
         """Replace the model in use.
@@ -365,9 +377,9 @@ class LocalModels:
         with errors_of_model(self._run, RunError):
             return evaluate(
                 model,
-                torch.from_numpy(self._held_out.images),
-                torch.from_numpy(self._held_out.labels),
-                spec=self._run.spec,
+                torch.from_numpy(self._held_out.inputs),
+                torch.from_numpy(self._held_out.targets),
+                task=self._task,
                 device=self._device,
                 on_examples=self._on_evaluated,
             )

@@ -29,9 +29,9 @@ from tests.unit.world import World, hurry, world
 
 REPORT = ReportRow(
     agent_id="",
-    accuracy_local=0.4,
-    accuracy_before=0.4,
-    accuracy_after=0.6,
+    score_local=0.4,
+    score_before=0.4,
+    score_after=0.6,
     num_held_out=10,
     applied=True,
     reason="",
@@ -251,7 +251,7 @@ async def a_round(here: World, number: int) -> None:
         await here.contribute(name, number)
     await here.until(lambda: here.store.round(number).phase == "published")
     for name, accuracy in (("a", 0.5), ("b", 0.75)):
-        row = ReportRow(**{**vars(REPORT), "agent_id": name, "accuracy_after": accuracy})
+        row = ReportRow(**{**vars(REPORT), "agent_id": name, "score_after": accuracy})
         await here.desk.report(name, number, row)
 
 
