@@ -24,7 +24,7 @@ from pydantic import Field, ValidationError
 
 from cloud_server.contribution import Contribution
 from cloud_server.state_dir import StateDir
-from common.config import FrozenModel, RunConfig
+from common.config import FrozenModel, RunConfig, Scored
 from common.errors import Reason, RunError
 from common.files import replacing, sync
 
@@ -95,7 +95,7 @@ class JobError(FrozenModel):
     message: str
 
 
-class ClassScore(FrozenModel):
+class ClassScore(Scored):
     """The scores of a round's models on one class, in the held-out part of the combined data."""
 
     label: int
@@ -131,7 +131,7 @@ class AgentAudit(FrozenModel):
     left_out: Reason | None = None
 
 
-class Result(FrozenModel):
+class Result(Scored):
     """The outcome of a job.
 
     Scores are measured on the held-out part of the combined data; they are None if there is no such data.

@@ -28,7 +28,7 @@ from pydantic import (
 from common.dataset import DATASETS, DatasetSpec, InputDtype, Inputs, TargetDtype, Targets
 from common.errors import UsageError, one_line
 from common.files import read_text
-from common.tasks import KINDS, is_own, kind_of
+from common.tasks import KINDS, is_own, kind_of, unpublished
 
 PROTOCOL_VERSION = 1
 AGENT_ID_PATTERN = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
@@ -102,6 +102,15 @@ class FrozenModel(BaseModel):
     """Base of every value object that crosses a process boundary: immutable, no unknown keys."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Scored(FrozenModel):
+    """Base of records with scores, which a version before this one has written as accuracies."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_accuracies(cls, values: Any) -> Any:
+        return unpublished(values) if isinstance(values, dict) else values
 
 
 class DocumentedModel(FrozenModel):

@@ -4,7 +4,6 @@ Shapes: B examples of a batch, N of a data set.
 """
 
 import math
-import sys
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from typing import NamedTuple
@@ -18,6 +17,8 @@ from common.batches import DeviceData
 from common.dataset import DatasetSpec
 from common.tasks.task import ClassFigure, Task
 
+# No score is below this one.
+WORST = -1e9
 # So many examples are measured at once.
 BATCH_SIZE = 512
 # Fetching outputs waits for the device, so those of so many batches are fetched at once.
@@ -71,8 +72,8 @@ def evaluate(
             on_examples(begin, len(targets))
     figure = task.figure(torch.cat(tallies))
     return Evaluation(
-        # A model whose outputs are not finite is the worst of all.
-        score=figure.score if math.isfinite(figure.score) else -sys.float_info.max,
+        # A model whose outputs are not finite is the worst of all, and its figure can be read all the same.
+        score=max(figure.score, WORST) if math.isfinite(figure.score) else WORST,
         loss=torch.cat(losses).double().mean().item(),
         num_examples=len(targets),
         scores=torch.cat(scores).float().nan_to_num(nan=torch.finfo(torch.float32).min),

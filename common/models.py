@@ -33,13 +33,16 @@ _WIDENABLE = (
 )  # fmt: skip
 
 
-def model_names() -> list[str]:
-    """Return the model names that `build_model` accepts besides `package.module:factory`."""
+def model_names(*, of_masks: bool = False) -> list[str]:
+    """Return the model names that `build_model` accepts besides `package.module:factory`.
+
+    Args:
+        of_masks: whether a model's output is a picture itself.
+    """
     import torchvision
 
-    modules = (torchvision.models, torchvision.models.segmentation)
-    found = (name for module in modules for name in torchvision.models.list_models(module=module))
-    return [*_BUILT_IN, *found]
+    module = torchvision.models.segmentation if of_masks else torchvision.models
+    return [*_BUILT_IN, *torchvision.models.list_models(module=module)]
 
 
 def build_model(
@@ -103,7 +106,7 @@ def _builder(run: RunConfig, allowed_factories: Collection[str] | None) -> Calla
     if ":" in run.model:
         factory = import_factory(run.model, allowed_factories)
         return lambda run: _call_factory(factory, run)
-    if run.model not in model_names():
+    if run.model not in model_names(of_masks=_makes_masks(run)):
         raise UsageError(
             f"unknown model {run.model!r}: choose {', '.join(_BUILT_IN)}, a model of torchvision.models"
             " such as resnet50, or your own package.module:factory"
@@ -235,6 +238,11 @@ def _shapes_of(run: RunConfig) -> dict[str, Any]:
     return {"input_shape": run.spec.inputs.shape, "output_shape": output_shape_of(run)}
 
 
+def _makes_masks(run: RunConfig) -> bool:
+    """Return True if a model's output for one example has a height and a width."""
+    return len(output_shape_of(run) or ()) == 3
+
+
 def _torchvision_model(run: RunConfig) -> nn.Module:
     import torchvision
 
@@ -243,7 +251,7 @@ def _torchvision_model(run: RunConfig) -> nn.Module:
     # Regressions have no classes, but an output for each number.
     num_outputs = _known_output_shape(run)[0]
     options = _OPTIONS.get(run.model, {})
-    if run.model in torchvision.models.list_models(module=torchvision.models.segmentation):
+    if _makes_masks(run):
         options = {"weights_backbone": None}
     model: nn.Module = torchvision.models.get_model(
         run.model, weights=None, num_classes=num_outputs, **options

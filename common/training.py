@@ -423,7 +423,7 @@ class _Step:
 
     def _loss_sum(self, outputs: Tensor, targets: Tensor) -> Tensor:
         # The three digits of bfloat16 are too few for log-probabilities.
-        return self._task.loss(outputs.float(), targets, self._config.label_smoothing).sum()
+        return self._task.loss_sum(outputs.float(), targets, self._config.label_smoothing)
 
 
 def _has_shared_buffers(model: nn.Module) -> bool:

@@ -1,7 +1,7 @@
 """Examples as NumPy arrays: what a user's own code returns, and what files of arrays hold.
 
     FILE.npz                                the arrays `inputs` and `targets`, and where there is a test split
-                                            `test_inputs` and `test_targets`
+                                            `inputs_test` and `targets_test`
     DIR/{inputs,targets}.npy                the same, one array a file, read as they are needed
     DIR/{train,test}/{inputs,targets}.npy   the same with a test split
 
@@ -148,9 +148,9 @@ def _open_npz(path: Path) -> tuple[Arrays, Arrays | None]:
     with zipfile.ZipFile(path) as file:
         members = set(file.namelist())
         train = Arrays(*(_read_member(file, name) for name in _NAMES))
-        if "test_inputs.npy" not in members:
+        if "inputs_test.npy" not in members:
             return train, None
-        return train, Arrays(*(_read_member(file, f"test_{name}") for name in _NAMES))
+        return train, Arrays(*(_read_member(file, f"{name}_test") for name in _NAMES))
 
 
 def _read_member(file: zipfile.ZipFile, name: str) -> np.ndarray:

@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from common.config import AGENT_ID_PATTERN, FrozenModel
+from common.config import AGENT_ID_PATTERN, FrozenModel, Scored
 from common.errors import RunError, UsageError
 from common.files import is_full, read_text, replacing
 from common.transfer import Blob
@@ -19,7 +19,7 @@ DEFAULT_STATE_DIR = "ecavg-agent"
 MAX_DEFAULTS = 1000
 
 
-class Trained(FrozenModel):
+class Trained(Scored):
     """The weights that this agent has pre-trained last."""
 
     round: int
@@ -32,7 +32,7 @@ class Trained(FrozenModel):
     shards: tuple[str, ...] = ()
 
 
-class Report(FrozenModel):
+class Report(Scored):
     """The outcome of a published model on this device; scores are on the device's held-out data."""
 
     round: int

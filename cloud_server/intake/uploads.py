@@ -150,7 +150,7 @@ class Uploads:
         num_shared = self._num_examples(shards)
         if num_shared > num_examples:
             raise InvalidError(
-                f"num_examples is {num_examples}, but the contribution's shards have {num_shared}:"
+                f"num_examples is {num_examples}, but the contribution's shards have {num_shared} examples:"
                 " send the number of all examples that were trained on"
             )
         return num_shared

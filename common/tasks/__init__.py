@@ -5,6 +5,7 @@ module does not, so that the configuration and the serving process can know of t
 name `"package.module:Task"`.
 """
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
@@ -86,4 +87,4 @@ def published(kind: Kind, fields: Mapping[str, Any]) -> dict[str, Any]:
 
 def unpublished(fields: Mapping[str, Any]) -> dict[str, Any]:
     """Return published fields under the names that they have in here: what `published` does, undone."""
-    return {name.replace("accuracy_", "score_", 1): value for name, value in fields.items()}
+    return {re.sub(r"^accuracy(?=_|$)", "score", name): value for name, value in fields.items()}

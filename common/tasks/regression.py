@@ -51,7 +51,9 @@ class Regression(Task):
         predictions_ND, targets_ND = (side.flatten(1) for side in tally.double().unbind(1))
         errors_D = (predictions_ND - targets_ND).square().sum(0)
         spread_D = (targets_ND - targets_ND.mean(0)).square().sum(0)
-        r2_D = torch.where(spread_D > 0, 1 - errors_D / spread_D.clamp_min(1e-300), (errors_D == 0).double())
+        # Errors that are not finite leave no R² in either case.
+        of_equal_D = (errors_D == 0) + 0 * errors_D
+        r2_D = torch.where(spread_D > 0, 1 - errors_D / spread_D.clamp_min(1e-300), of_equal_D)
         absolute = (predictions_ND - targets_ND).abs().mean().item()
         return Figure(r2_D.mean().item(), figures={"mean_absolute_error": absolute})
 

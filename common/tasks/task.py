@@ -56,6 +56,10 @@ class Task:
         """Return the loss of each example, float32 [B]."""
         raise NotImplementedError
 
+    def loss_sum(self, outputs: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
+        """Return the sum of the losses, float32 []: what a training step goes by."""
+        return self.loss(outputs, targets, label_smoothing).sum()
+
     def scores(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Return a score of each example, float32 [B], by which two models are compared: higher is better."""
         raise NotImplementedError

@@ -283,7 +283,7 @@ async def test_num_examples_is_held_against_the_shards(cluster: Cluster, tmp_pat
         weights = await upload(client, written(tmp_path, await initial_weights(client, tmp_path)))
         path = shard_file(tmp_path, np.full((4, 1, 8, 8), 7, np.uint8), np.arange(4))
         shards = [await upload(client, path, "data")]
-        with pytest.raises(InvalidError, match=r"num_examples is 3, .* 4 labels") as refused:
+        with pytest.raises(InvalidError, match=r"num_examples is 3, .* 4 examples") as refused:
             await contribute(client, weights, shards=shards, num_examples=3)
         assert refused.value.reason == Reason.MALFORMED_REQUEST
         assert (await contribute(client, weights, shards=shards, num_examples=5)).outcome == "accepted"

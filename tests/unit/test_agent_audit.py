@@ -113,7 +113,7 @@ def part_of(digits: Shard) -> Callable[..., Shard]:
     """One agent's part of the digits, by a scheme of the configuration."""
 
     def part(number: int, count: int = 5, by: str = "iid", seed: int = 0) -> Shard:
-        indices = partition_indices(digits.labels, count, by, seed)[number - 1]
+        indices = partition_indices(digits.targets, count, by, seed)[number - 1]
         return Shard(digits.inputs[indices], digits.targets[indices])
 
     return part
@@ -181,7 +181,7 @@ def test_honest_specialists_are_not_flagged(
 
 
 def test_agent_whose_classes_nobody_else_has_is_not_flagged(workshop: Workshop, digits: Shard) -> None:
-    alone, rest = np.flatnonzero(digits.labels >= 8), np.flatnonzero(digits.labels < 8)
+    alone, rest = np.flatnonzero(digits.targets >= 8), np.flatnonzero(digits.targets < 8)
     parts = [alone, *np.array_split(np.random.Generator(np.random.PCG64(0)).permutation(rest), 4)]
     agents = [
         workshop.agent(number, Shard(digits.inputs[part], digits.targets[part]))

@@ -479,3 +479,17 @@ def test_one_network_is_built_and_what_is_known_of_the_model_in_use_is_not_measu
     report = local.measure(2, weights, None, ignore)
     assert report.score_before == report.score_after
     assert calls == ["evaluate"]
+
+
+def test_progress_of_the_version_that_wrote_accuracies_is_read(tmp_path: Path) -> None:
+    report = REPORT.model_dump(mode="json")
+    old = {name.replace("score", "accuracy"): value for name, value in report.items()}
+    trained = {"round": 1, "weights": ["0" * 64, 7], "accuracy": 0.25}
+    arrived = {"weights": trained["weights"], "report": old}
+    (tmp_path / "progress.json").write_text(json.dumps({"trained": trained, "arrived": arrived}))
+    disk = AgentState(tmp_path, "edge-1")
+    assert disk.progress.trained
+    assert disk.progress.trained.score == 0.25
+    assert disk.progress.arrived
+    assert disk.progress.arrived.report == REPORT
+    disk.close()

@@ -57,7 +57,7 @@ def test_test_split_is_held_out(kind: str, tmp_path: Path) -> None:
     train, test = (ROWS[:30], NUMBERS[:30]), (ROWS[30:], NUMBERS[30:])
     path = tmp_path / "pumps.npz"
     if kind == "file":
-        npz(path, inputs=train[0], targets=train[1], test_inputs=test[0], test_targets=test[1])
+        npz(path, inputs=train[0], targets=train[1], inputs_test=test[0], targets_test=test[1])
     else:
         path = tmp_path / "pumps"
         folder(path / "train", *train)

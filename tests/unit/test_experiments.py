@@ -81,7 +81,7 @@ def test_figures_are_those_of_the_weights_on_the_common_test_set(make: Make, fol
     make("claims")
     (group,) = figures_of(folder, "claims").values()
     (place,) = (folder / "work").glob("digits-independent-iid-2x60-seed1-*")
-    (arrays,) = (path.parent for path in (folder / "work").glob("*/test-labels.npy"))
+    (arrays,) = (path.parent for path in (folder / "work").glob("*/test-targets.npy"))
     images, labels = data.sample(data.read(arrays, "test"), 100, 0)
     spec = RunConfig(**TASKS["digits"].run).spec
     for agent_id, found in zip(("edge-01", "edge-02"), group["seeds"][1]["edges"], strict=True):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from common.config import RunConfig
 from common.dataset import DatasetSpec, Inputs, Targets
 from common.errors import UsageError
-from common.evaluation import evaluate
+from common.evaluation import WORST, evaluate
 from common.models import build_model
 from common.tasks import KINDS, kind_of, published, unpublished
 from common.tasks.classification import Classification
@@ -146,6 +146,7 @@ def test_model_that_is_not_finite_is_the_worst_and_not_an_error(name: str) -> No
         nn.init.constant_(parameter, math.inf)
     targets = torch.ones(5, *run.spec.targets.shape, dtype=getattr(torch, run.spec.targets.dtype))
     found = evaluate(model, torch.ones(5, *run.spec.inputs.shape), targets, task=task_of(run), device=CPU)
+    assert found.score == WORST or name == "multi-label"
     assert math.isfinite(found.score)
     assert torch.isfinite(found.scores).all()
 
@@ -154,6 +155,7 @@ def test_names_of_published_fields_follow_from_the_task() -> None:
     fields = {"score_before": 1, "applied": True}
     assert published(KINDS["classification"], fields) == {"accuracy_before": 1, "applied": True}
     assert published(KINDS["regression"], fields) == fields
+    assert unpublished({"accuracy": 1, "accuracy_local": 2}) == {"score": 1, "score_local": 2}
     for kind in KINDS.values():
         assert unpublished(published(kind, fields)) == fields
 

@@ -75,3 +75,12 @@ def test_inputs_that_are_no_windows_are_refused(name: str) -> None:
 def test_windows_that_are_too_short_are_refused_in_one_line() -> None:
     with pytest.raises(UsageError, match="model 'cnn1d' cannot take dataset 'own'"):
         build_model(run_of("cnn1d", (2, 3)))
+
+
+def test_segmentation_has_models_of_its_own() -> None:
+    run = RunConfig(task="segmentation", dataset="own", num_classes=3, image_shape=(3, 64, 64))
+    model = build_model(run.model_copy(update={"model": "lraspp_mobilenet_v3_large"}))
+    with torch.no_grad():
+        assert model(torch.zeros(2, 3, 64, 64))["out"].shape == (2, 3, 64, 64)
+    with pytest.raises(UsageError, match="unknown model 'resnet18'"):
+        build_model(run.model_copy(update={"model": "resnet18"}))
