@@ -82,7 +82,7 @@ def of_rounds(
     """
     field = kind_of(_task_of(store)).field
     before: RoundRow | None = None
-    for number in _over(store, after // 2):
+    for number in _over(store, after // 2, is_run_over):
         row = store.round(number)
         assert row is not None
         if before and 2 * before.number + 1 > after:
@@ -94,10 +94,14 @@ def of_rounds(
         yield _edges(store, before, field)
 
 
-def _over(store: Store, first: int) -> list[int]:
-    """Return the numbers of the rounds that are over, from `first` on."""
+def _over(store: Store, first: int, is_run_over: bool) -> list[int]:
+    """Return the numbers of the rounds that are over, from `first` on, without one that ends just now."""
     rows = store.read("SELECT number, phase FROM rounds WHERE number >= ? ORDER BY number", first)
-    return [row["number"] for row in rows if row["phase"] in OVER]
+    numbers = [row["number"] for row in rows if row["phase"] in OVER]
+    # The report of a round is written soon after it is on record that the round is over.
+    if numbers and not is_run_over and not store.state_dir.report(numbers[-1]).exists():
+        numbers.pop()
+    return numbers
 
 
 def _round(store: Store, row: RoundRow, field: str, with_agent_ids: bool) -> Facts:
