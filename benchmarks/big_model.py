@@ -220,7 +220,7 @@ async def _contribute(
             weights=blob,
             shards=[],
             num_examples=10,
-            accuracy_local=None,
+            score_local=None,
             initial_weights=initial,
         )
     return blob

@@ -34,6 +34,7 @@ from common import clock, tracing
 from common.background import beside
 from common.errors import RunError
 from common.run_state import Phase, WorkProgress
+from common.tasks import kind_of
 
 LIVENESS_POLL_SECONDS = 1.0
 
@@ -260,7 +261,7 @@ class Coordinator:
                 await self._advance_to(Phase.EVALUATING)
             await self._ledger.transition(ended)
         if self._ledger.round.published_digest:
-            self._metrics.set_accuracies(stages(result))
+            self._metrics.set_scores(kind_of(self._config.run.task), stages(result))
             # An agent may have been forgotten since.
             here = [agent for agent in result.audit if self._ledger.has_joined(agent.agent_id)]
             self._metrics.set_audit(here)

@@ -24,6 +24,7 @@ from common.config import RunConfig
 from common.errors import BudgetError, ConflictError, InvalidError, NotFoundError, Reason
 from common.faults import Point, crash_point
 from common.run_state import Outcome, Phase, RunState, Verdict
+from common.tasks import Kind, kind_of
 from common.transfer import Blob
 from common.wire import needs_base
 
@@ -89,6 +90,11 @@ class Desk:
         self._board = board
         self._metrics = metrics
         self._clock = clock
+
+    @property
+    def kind(self) -> Kind:
+        """Return what is known of the run's task."""
+        return kind_of(self._run.config.task)
 
     async def join(self, agent_id: str, class_names: Sequence[str] = ()) -> Membership:
         """Return the agent's membership, the same whenever it asks.

@@ -26,7 +26,7 @@ from pydantic import Field, ValidationError
 
 from cloud_server.contribution import Contribution
 from cloud_server.state_dir import StateDir
-from common.config import FrozenModel, RunConfig
+from common.config import FrozenModel, RunConfig, Scored
 from common.errors import Reason, RunError
 from common.files import replacing, sync
 
@@ -110,14 +110,14 @@ class JobError(FrozenModel):
     message: str
 
 
-class ClassAccuracy(FrozenModel):
-    """The accuracies of a round's models on one class, in the held-out part of the combined data."""
+class ClassScore(Scored):
+    """The scores of a round's models on one class, in the held-out part of the combined data."""
 
     label: int
     # The number of held-out examples of the class.
     num_examples: int
-    accuracy_start: float
-    accuracy_published: float
+    score_start: float
+    score_published: float
 
 
 class AgentAudit(FrozenModel):
@@ -146,10 +146,10 @@ class AgentAudit(FrozenModel):
     left_out: Reason | None = None
 
 
-class Result(FrozenModel):
+class Result(Scored):
     """The outcome of a job.
 
-    Accuracies are measured on the held-out part of the combined data; they are None if there is no such data.
+    Scores are measured on the held-out part of the combined data; they are None if there is no such data.
     """
 
     # The file model.safetensors; None if the job failed, see `error`.
@@ -158,17 +158,21 @@ class Result(FrozenModel):
     encoded: EncodedWeightsFile | None = None
     # The file rest.safetensors; None if all parts of the model travel.
     rest: WeightsFile | None = None
-    # The accuracy of each candidate, by name.
+    # The score of each candidate, by name.
     candidates: dict[str, float] = Field(default_factory=dict)
     # The name of the candidate that was fine-tuned.
     start: str | None = None
+    # The name of the figure that the scores are; empty where nothing was measured.
+    metric: str = ""
     # The ids of the agents in the greedy soup.
     soup: tuple[str, ...] = ()
     published: Literal["start", "fine_tuned"] | None = None
-    accuracy_fine_tuned: float | None = None
-    accuracy_published: float | None = None
+    score_fine_tuned: float | None = None
+    score_published: float | None = None
+    # Further figures of the published model, by name, such as the mean absolute error.
+    figures: dict[str, float] = Field(default_factory=dict)
     # The classes that have held-out examples, by label.
-    classes: tuple[ClassAccuracy, ...] = ()
+    classes: tuple[ClassScore, ...] = ()
     # The findings about each agent, by agent id; empty in a round of fewer than three agents.
     audit: tuple[AgentAudit, ...] = ()
     # The reason why flagged agents are not left out, although the run leaves flagged agents out.

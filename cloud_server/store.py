@@ -188,7 +188,7 @@ class Store(OpenStateDir):
         with self.transaction() as database:
             database.execute(
                 "INSERT OR REPLACE INTO contributions (round, agent_id, outcome, weights, shards,"
-                " num_examples, num_shared, initial_weights, staleness, accuracy_local, reason, message, at)"
+                " num_examples, num_shared, initial_weights, staleness, score_local, reason, message, at)"
                 " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
                 (
                     number,
@@ -200,7 +200,7 @@ class Store(OpenStateDir):
                     contribution.num_shared,
                     contribution.initial_digest,
                     contribution.staleness,
-                    contribution.accuracy_local,
+                    contribution.score_local,
                     reason,
                     message,
                     decision.at,
@@ -252,9 +252,9 @@ class Store(OpenStateDir):
                 "SELECT 1 FROM reports WHERE round = ? AND agent_id = ?", number, report.agent_id
             )
             database.execute(
-                "INSERT OR REPLACE INTO reports (round, agent_id, accuracy_local, accuracy_before,"
-                " accuracy_after, accuracy_adapted, num_held_out, applied, reason, at) VALUES (:round,"
-                " :agent_id, :accuracy_local, :accuracy_before, :accuracy_after, :accuracy_adapted,"
+                "INSERT OR REPLACE INTO reports (round, agent_id, score_local, score_before,"
+                " score_after, score_adapted, num_held_out, applied, reason, at) VALUES (:round,"
+                " :agent_id, :score_local, :score_before, :score_after, :score_adapted,"
                 " :num_held_out, :applied, :reason, :at)",
                 {**vars(report), "round": number},
             )
@@ -263,7 +263,7 @@ class Store(OpenStateDir):
     def reports(self, number: int) -> list[ReportRow]:
         """Return the reports on a round's model, in agent-id order."""
         rows = self.read(
-            "SELECT agent_id, accuracy_local, accuracy_before, accuracy_after, accuracy_adapted,"
+            "SELECT agent_id, score_local, score_before, score_after, score_adapted,"
             " num_held_out, applied, reason, at FROM reports WHERE round = ? ORDER BY agent_id",
             number,
         )
@@ -445,7 +445,7 @@ def _decision(row: Mapping[str, Any]) -> Decision:
         shard_digests=tuple(json.loads(row["shards"])),
         num_examples=row["num_examples"],
         initial_digest=row["initial_weights"],
-        accuracy_local=row["accuracy_local"],
+        score_local=row["score_local"],
         num_shared=row["num_shared"],
         staleness=row["staleness"],
     )

@@ -135,7 +135,7 @@ class EdgeAgent:
             "is_ready": self._readiness.is_ready,
             "contributed_round": max(0, progress.contributed_round),
             "evaluated_round": progress.evaluated_round,
-            "accuracy_local": progress.trained.accuracy if progress.trained else None,
+            "score_local": progress.trained.score if progress.trained else None,
         }
 
     async def _join(self) -> Joined:

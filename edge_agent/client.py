@@ -257,7 +257,7 @@ class CloudClient:
         weights: Blob,
         shards: list[Blob],
         num_examples: int,
-        accuracy_local: float | None,
+        score_local: float | None,
         initial_weights: str | None,
     ) -> Verdict:
         """Commit uploaded blobs to round `number`.
@@ -270,7 +270,7 @@ class CloudClient:
             weights_digest=weights.digest,
             shard_digests=[shard.digest for shard in shards],
             num_examples=num_examples,
-            accuracy_local=accuracy_local,
+            score_local=score_local,
             initial_weights_digest=initial_weights,
         )
         with tracing.span("contribute"):

@@ -40,10 +40,12 @@ class Use(FrozenModel):
     source: Source
     # The SHA-256 of the file of weights.
     digest: str
-    # The accuracy of the model in use before, on the held-out data of this device; None: there was none.
-    accuracy_before: float | None
-    # The accuracy of this model; None: it is not known any more.
-    accuracy: float | None
+    # The score of the model in use before, on the held-out data of this device; None: there was none.
+    score_before: float | None
+    # The score of this model; None: it is not known any more.
+    score: float | None
+    # What the score is called.
+    metric: str = "accuracy"
     # When it came into use, in seconds since the epoch.
     at: float
     # True if the export is written and `on_update` has run.
@@ -153,7 +155,7 @@ class History:
         restored = found.model_copy(
             update={
                 "source": Source.ROLLED_BACK,
-                "accuracy_before": latest.accuracy,
+                "score_before": latest.score,
                 "at": time.time(),
                 "is_told": False,
                 "failure": "",
@@ -196,23 +198,21 @@ class History:
                 path.unlink(missing_ok=True)
 
 
-def use_of(
-    weights: Path, run_id: str, number: int, source: Source, accuracies: Sequence[float | None]
-) -> Use:
+def use_of(weights: Path, run_id: str, number: int, source: Source, scores: Sequence[float | None]) -> Use:
     """Return the entry of a model that is about to come into use.
 
     Args:
         weights: the file of the model.
-        accuracies: of the model before, and of this one.
+        scores: of the model before, and of this one.
     """
-    before, accuracy = accuracies
+    before, score = scores
     return Use(
         run_id=run_id,
         round=number,
         source=source,
         digest=blob_of(weights).digest,
-        accuracy_before=before,
-        accuracy=accuracy,
+        score_before=before,
+        score=score,
         at=time.time(),
     )
 

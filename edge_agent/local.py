@@ -9,6 +9,7 @@ import os
 from collections.abc import Collection
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import structlog
@@ -27,6 +28,8 @@ from common.schedule import Place, place_of
 from common.schema import most_file_bytes
 from common.seeds import derive_seed
 from common.shards import Shard, cloud_holdout, gather, read_shard
+from common.tasks import kind_of, published
+from common.tasks.task import task_of
 from common.training import CheckpointFile, Examples, OnStep, Recipe, choose_precision, train
 from common.transfer import Blob, blob_of
 from common.weights import StateDict, load_into, write_state_dict
@@ -124,6 +127,7 @@ class LocalModels:
         max_file_bytes: a model in use with more bytes is written as several files as well; None: none is.
 
     Attributes:
+        metric: the name of the figure that models are measured by.
         stamp: the stamp of the data; see edge_agent/data.py.
         not_read: what is not read of an image folder, in a line for the user; empty if all of it is.
         shards: the files of the examples that are shared, in order, and their blobs.
@@ -151,6 +155,8 @@ class LocalModels:
         self._run = run
         self._on_evaluated = on_evaluated
         self._history = History(disk.path, keep_models, max_file_bytes)
+        self._task = task_of(run, allowed_factories)
+        self.metric = self._task.metric
         self._planned_rounds = planned_rounds
         self._held_out = data.held_out
         self._disk = disk
@@ -165,7 +171,7 @@ class LocalModels:
         self.stamp = data.stamp
         self.not_read = data.not_read
         before = set(disk.shards.glob("*.safetensors"))
-        is_shared = choose_shared(data.train.images, shared_fraction)
+        is_shared = choose_shared(data.train.inputs, shared_fraction)
         self.shards = _kept(disk.shards, data.train, is_shared)
         private = _kept(disk.private, data.train, ~is_shared)
         self.trained_on = tuple(blob.digest for blob in (*self.shards.values(), *private.values()))
@@ -173,8 +179,8 @@ class LocalModels:
         # The shards can be read even when their files are removed.
         self._shared = [read_shard(path) for path in self.shards]
         self._private = [read_shard(path) for path in private]
-        self.num_shared = sum(len(shard.labels) for shard in self._shared)
-        self.num_examples = self.num_shared + sum(len(shard.labels) for shard in self._private)
+        self.num_shared = sum(len(shard.targets) for shard in self._shared)
+        self.num_examples = self.num_shared + sum(len(shard.targets) for shard in self._private)
 
     def most_weights_bytes(self) -> int:
         """Return how large a file with weights of the run's model may be."""
@@ -211,16 +217,16 @@ class LocalModels:
         trained = Trained(
             round=number,
             weights=blob_of(path),
-            accuracy=evaluation.accuracy,
+            score=evaluation.score,
             initial_weights=initial_weights,
             shards=self.trained_on,
             rest=self._keep_rest(model),
         )
         in_use = self._evaluate_in_use()
-        if in_use is None or evaluation.accuracy >= in_use.accuracy:
-            accuracies = in_use and in_use.accuracy, evaluation.accuracy
+        if in_use is None or evaluation.score >= in_use.score:
+            scores = in_use and in_use.score, evaluation.score
             whole = self._write_whole(model) if trained.rest else path
-            self._use(whole, evaluation, number, Source.PRE_TRAINED, accuracies)
+            self._use(whole, evaluation, number, Source.PRE_TRAINED, scores)
         return trained
 
     def make_rest(self, blob: Blob) -> bool:
@@ -302,15 +308,15 @@ class LocalModels:
                 reason += f"; local adaptation: {error}"
             else:
                 is_worse = self._objection(before, adapted)
-                reason = f"{reason}; {adapted.accuracy:.4f} after local adaptation" if is_worse else ""
+                reason = f"{reason}; {adapted.score:.4f} after local adaptation" if is_worse else ""
         self._arrived = adapted or after
         return Report(
             round=number,
             initial_weights=trained.initial_weights if trained else None,
-            accuracy_local=trained.accuracy if trained else None,
-            accuracy_before=before.accuracy if before else None,
-            accuracy_after=after.accuracy,
-            accuracy_adapted=adapted.accuracy if adapted else None,
+            score_local=trained.score if trained else None,
+            score_before=before.score if before else None,
+            score_after=after.score,
+            score_adapted=adapted.score if adapted else None,
             num_held_out=after.num_examples,
             applied=not reason,
             reason=reason,
@@ -331,9 +337,15 @@ class LocalModels:
 
     def write_report(self, report: Report) -> None:
         """Write the report for the user."""
-        text = json.dumps({"agent_id": self._disk.agent_id, **report.model_dump()}, indent=2)
+        text = json.dumps({"agent_id": self._disk.agent_id, **self._published(report)}, indent=2)
         with replacing(self._disk.report) as partial:
             partial.write_text(text + "\n", "utf-8")
+
+    def _published(self, report: Report) -> dict[str, Any]:
+        """Return the report under the names that the task publishes."""
+        kind = kind_of(self._run.task)
+        metric = {} if kind.field == "accuracy" else {"metric": self.metric}
+        return metric | published(kind, report.model_dump())
 
     def _model(self, weights: Path | None, rest: Path | None = None) -> nn.Module:
         """Return the network with these weights; None: with weights of this agent's own.
@@ -379,18 +391,18 @@ class LocalModels:
         """
         fraction = self._run.fine_tune.holdout_fraction
         holdout_seed = derive_seed(self._run.seed, "cloud_holdout", self._disk.agent_id)
-        parts = [(shard, cloud_holdout(shard.labels, fraction, holdout_seed)[0]) for shard in self._shared]
-        parts += [(shard, np.arange(len(shard.labels))) for shard in self._private]
-        examples = Examples(*map(torch.from_numpy, gather(parts, self._run.spec.image_shape)))
-        spec, device = self._run.spec, self._device
+        parts = [(shard, cloud_holdout(shard.targets, fraction, holdout_seed)[0]) for shard in self._shared]
+        parts += [(shard, np.arange(len(shard.targets))) for shard in self._private]
+        examples = Examples(*map(torch.from_numpy, gather(parts, self._run.spec)))
+        task, device = self._task, self._device
         kept_at = self._disk.precision
-        precision = choose_precision(model, examples, config, spec=spec, device=device, kept_at=kept_at)
+        precision = choose_precision(model, examples, config, task=task, device=device, kept_at=kept_at)
         seed = derive_seed(self._run.seed, stream, number, self._disk.agent_id)
         with errors_of_model(self._run, RunError):
             train(
                 model,
                 examples,
-                Recipe(config, spec, seed, precision, place=place),
+                Recipe(config, task, seed, precision, place=place),
                 device=device,
                 on_step=on_step,
                 checkpoint=CheckpointFile(self._disk.checkpoint, self._checkpoint_seconds),
@@ -400,15 +412,15 @@ class LocalModels:
         """Return why a model should not take the place of the one in use; empty: it may."""
         if before is None or self._run.apply == "always":
             return ""
-        return objection(before.correct.numpy(), after.correct.numpy())
+        return objection(before, after, self.metric)
 
     def _use_arrived(self, weights: Path, rest: Path | None, report: Report) -> None:
         if report.uses_adapted:
-            weights, source, accuracy = self._disk.adapted, Source.ADAPTED, report.accuracy_adapted
+            weights, source, score = self._disk.adapted, Source.ADAPTED, report.score_adapted
         else:
             weights = self._write_whole(self._model(weights, rest)) if rest else weights
-            source, accuracy = Source.PUBLISHED, report.accuracy_after
-        self._use(weights, self._arrived, report.round, source, (report.accuracy_before, accuracy))
+            source, score = Source.PUBLISHED, report.score_after
+        self._use(weights, self._arrived, report.round, source, (report.score_before, score))
 
     def _use(
         self,
@@ -416,16 +428,16 @@ class LocalModels:
         evaluation: Evaluation | None,
         number: int,
         source: Source,
-        accuracies: tuple[float | None, float | None],
+        scores: tuple[float | None, float | None],
     ) -> None:
         """Replace the model in use.
 
         Args:
             evaluation: how good the new one is; None: it was measured in an earlier life of this agent.
-            accuracies: of the model before, and of the new one.
+            scores: of the model before, and of the new one.
         """
-        use = use_of(weights, self._disk.progress.run_id, number, source, accuracies)
-        self._history.take(weights, self._run, use)
+        use = use_of(weights, self._disk.progress.run_id, number, source, scores)
+        self._history.take(weights, self._run, use.model_copy(update={"metric": self.metric}))
         self._in_use = (self._disk.model.stat(), evaluation) if evaluation else None
 
     def _evaluate_in_use(self) -> Evaluation | None:
@@ -448,9 +460,9 @@ class LocalModels:
         with errors_of_model(self._run, RunError):
             return evaluate(
                 model,
-                torch.from_numpy(self._held_out.images),
-                torch.from_numpy(self._held_out.labels),
-                spec=self._run.spec,
+                torch.from_numpy(self._held_out.inputs),
+                torch.from_numpy(self._held_out.targets),
+                task=self._task,
                 device=self._device,
                 on_examples=self._on_evaluated,
             )

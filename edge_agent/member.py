@@ -31,6 +31,7 @@ from common.faults import Point, crash_point
 from common.progress import ProgressDisplay
 from common.run_state import Outcome, PublishedModel, RunState, Verdict
 from common.run_state import Phase as RoundPhase
+from common.tasks import kind_of
 from common.training import StepReport
 from common.transfer import Blob
 from common.wire import is_encoded
@@ -61,7 +62,7 @@ class Offer(NamedTuple):
     path: Path | None
     # The digest of the weights that pre-training started from; None: this agent's own.
     initial_weights: str | None
-    accuracy: float | None
+    score: float | None
 
 
 log = structlog.get_logger()
@@ -202,7 +203,7 @@ class Member:
             return Offer(state.round, initial, None, initial.digest, None)
         trained = await self._pretrain(state)
         path, weights = await self._encoded(trained, state)
-        return Offer(trained.round, weights, path, trained.initial_weights, trained.accuracy)
+        return Offer(trained.round, weights, path, trained.initial_weights, trained.score)
 
     async def _pretrain(self, state: RunState) -> Trained:
         """Return this round's weights, which an earlier life of this agent may have trained."""
@@ -218,8 +219,8 @@ class Member:
             self._disk.discard(self._disk.checkpoint)
             await self._updates.tell()
             self._disk.discard_rests_but(trained.rest and self._disk.rest(trained.rest.digest))
-        self._display.message(f"round {state.round}: local accuracy {trained.accuracy:.4f}")
-        self._metrics.accuracy_ratio.labels("local").set(trained.accuracy)
+        self._display.message(f"round {state.round}: local {models.metric} {trained.score:.4f}")
+        self._metrics.set_score(kind_of(self._run.task), "local", trained.score)
         return trained
 
     async def _train(self, state: RunState) -> Trained:
@@ -274,7 +275,7 @@ class Member:
                     weights=offer.weights,
                     shards=list(models.shards.values()),
                     num_examples=models.num_examples,
-                    accuracy_local=offer.accuracy,
+                    score_local=offer.score,
                     initial_weights=offer.initial_weights,
                 )
             except ConflictError as error:
@@ -382,18 +383,19 @@ class Member:
         crash_point(Point.AGENT_MODEL_APPLIED)
         if report.applied:
             report = await self._told(arrived)
-        self._metrics.set_accuracies(
-            local=report.accuracy_local,
-            before=report.accuracy_before,
-            after=report.accuracy_after,
-            adapted=report.accuracy_adapted,
+        self._metrics.set_scores(
+            kind_of(self._run.task),
+            local=report.score_local,
+            before=report.score_before,
+            after=report.score_after,
+            adapted=report.score_adapted,
         )
         await self._client.report(report)
         crash_point(Point.AGENT_REPORTED)
         await self._save(evaluated_round=report.round, arrived=None)
         # No file there is of a later round yet: that one starts from this model, applied or not.
         self._disk.discard_all_but({path, rest})
-        self._display.message(f"round {report.round}: {_outcome_of(report)}")
+        self._display.message(f"round {report.round}: {_outcome_of(report, models.metric)}")
         self._metrics.set_phase(Phase.WAITING)
 
     async def _told(self, arrived: Arrived) -> Report:
@@ -441,9 +443,9 @@ class Member:
         await self._worker.run(self._disk.save, self._disk.progress.model_copy(update=changes))
 
 
-def _outcome_of(report: Report) -> str:
+def _outcome_of(report: Report, metric: str) -> str:
     if not report.applied:
         return f"kept its own model: {report.reason}"
-    before = "none" if report.accuracy_before is None else f"{report.accuracy_before:.4f}"
-    adapted = "" if report.accuracy_adapted is None else f", adapted {report.accuracy_adapted:.4f}"
-    return f"accuracy before {before}, after {report.accuracy_after:.4f}{adapted}, applied"
+    before = "none" if report.score_before is None else f"{report.score_before:.4f}"
+    adapted = "" if report.score_adapted is None else f", adapted {report.score_adapted:.4f}"
+    return f"{metric} before {before}, after {report.score_after:.4f}{adapted}, applied"

@@ -102,7 +102,7 @@ class _Again:
 
     def fine_tuned(self, precision_path: Path) -> Iterator[Made]:
         """Make the fine-tuned model as it would be sent; make none if no agent has shared data."""
-        if not len(self._data.train.labels):
+        if not len(self._data.train.targets):
             return
         if self._result.published == "fine_tuned" and self._result.weights:
             load_into(self._model, blob_path(self._blobs_dir, self._result.weights.sha256))

@@ -184,6 +184,13 @@ MIGRATIONS = (
         UNION ALL SELECT round, agent_id, value, contributions.at
             FROM contributions JOIN rounds ON number = round, json_each(shards) WHERE NOT without_data;
     """,
+    """
+    ALTER TABLE contributions RENAME COLUMN accuracy_local TO score_local;
+    ALTER TABLE reports RENAME COLUMN accuracy_local TO score_local;
+    ALTER TABLE reports RENAME COLUMN accuracy_before TO score_before;
+    ALTER TABLE reports RENAME COLUMN accuracy_after TO score_after;
+    ALTER TABLE reports RENAME COLUMN accuracy_adapted TO score_adapted;
+    """,
 )
 
 
@@ -261,16 +268,16 @@ class ReportRow:
     """What became of a published model on one device."""
 
     agent_id: str
-    accuracy_local: float | None
-    accuracy_before: float | None
-    accuracy_after: float
+    score_local: float | None
+    score_before: float | None
+    score_after: float
     num_held_out: int
     applied: bool
     # Why the model was not applied; empty where it was.
     reason: str
     at: float
     # None: the model was not adapted, or that is not known.
-    accuracy_adapted: float | None = None
+    score_adapted: float | None = None
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ from typing import Literal
 
 import structlog
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from cloud_server.jobs import ClassAccuracy, Job, JobDirectory, Progress, Result
+from cloud_server.jobs import ClassScore, Job, JobDirectory, Progress, Result
 from cloud_server.state_dir import blob_path
 from cloud_server.trainer.audit import MIN_AGENTS
 from cloud_server.trainer.finetune import CombinedData, combine, fine_tune
@@ -74,7 +74,7 @@ class RoundPipeline:
         base = self._base_of_published()
         self._screen(model)
         data = combine(self._run, [member.contribution for member in self._members], self._blobs_dir)
-        log.info("data", num_train=len(data.train.labels), num_held_out=len(data.held_out.labels))
+        log.info("data", num_train=len(data.train.targets), num_held_out=len(data.held_out.targets))
         with self._timed("aggregate"):
             selection = self._select(model, data) if self._is_first else None
         self._tell("fine_tuning", 0, 1)
@@ -152,7 +152,7 @@ class RoundPipeline:
 
     def _fine_tune(self, model: nn.Module, examples: Examples) -> None:
         """Fine-tune the model in place, if there are examples."""
-        if not len(examples.labels):
+        if not len(examples.targets):
             # No agent has shared any data.
             return
         with self._timed("fine_tune"):
@@ -172,11 +172,11 @@ class RoundPipeline:
     def _publish(
         self, model: nn.Module, data: CombinedData, selection: Selection, start: Best, base: Base | None
     ) -> Result:
-        """Write the better one of start and fine-tuned model, and return the result with both accuracies."""
+        """Write the better one of start and fine-tuned model, and return the result with both scores."""
         written, fine_tuned = None, None
-        if len(data.train.labels):
+        if len(data.train.targets):
             if self._is_encoded:
-                # The model is encoded before it is measured, so that the accuracy is that of the model which
+                # The model is encoded before it is measured, so that the score is that of the model which
                 # the agents will have. A model that is not finite cannot be encoded. Either the start is
                 # better, or the same error is raised below.
                 with suppress(RunError, InvalidError):
@@ -188,18 +188,20 @@ class RoundPipeline:
             if written.encoded:
                 # Encoding has rounded the model since it was measured, so it is measured again.
                 published = published._replace(evaluation=selection.measure())
-        log.info("selected", start=start.name, published=published.name, accuracies=selection.accuracies)
+        log.info("selected", start=start.name, published=published.name, scores=selection.scores)
         return Result(
             weights=written.weights,
             encoded=written.encoded,
             rest=written.rest,
-            candidates=selection.accuracies,
+            candidates=selection.scores,
             start=start.name,
+            metric=selection.metric,
             soup=selection.soup,
             published="fine_tuned" if published.name == "fine_tuned" else "start",
-            accuracy_fine_tuned=fine_tuned and fine_tuned.accuracy,
-            accuracy_published=published.evaluation and published.evaluation.accuracy,
-            classes=_by_class(data.held_out.labels, start.evaluation, published.evaluation),
+            score_fine_tuned=fine_tuned and fine_tuned.score,
+            score_published=published.evaluation and published.evaluation.score,
+            figures=dict(published.evaluation.figures) if published.evaluation else {},
+            classes=_by_class(start.evaluation, published.evaluation),
             audit=self._screening.agents,
             audit_note=self._screening.note,
             num_parameters=num_parameters(model),
@@ -256,23 +258,16 @@ def _network(run: RunConfig) -> nn.Module:
     return build_model(run)
 
 
-def _by_class(
-    labels: Tensor, start: Evaluation | None, published: Evaluation | None
-) -> tuple[ClassAccuracy, ...]:
-    """Return the accuracies of start and published model for each class among the labels, int64 [N]."""
+def _by_class(start: Evaluation | None, published: Evaluation | None) -> tuple[ClassScore, ...]:
+    """Return the scores of start and published model for each class that has held-out examples."""
     if start is None or published is None:
         return ()
-    counts = torch.bincount(labels)
-    before, after = (
-        torch.bincount(labels[evaluation.correct], minlength=len(counts)) for evaluation in (start, published)
-    )
     return tuple(
-        ClassAccuracy(
+        ClassScore(
             label=label,
-            num_examples=count,
-            accuracy_start=before[label].item() / count,
-            accuracy_published=after[label].item() / count,
+            num_examples=before.num_examples,
+            score_start=before.score,
+            score_published=published.by_class[label].score,
         )
-        for label, count in enumerate(counts.tolist())
-        if count
+        for label, before in start.by_class.items()
     )

@@ -20,6 +20,7 @@ from cloud_server.trainer.members import Member
 from cloud_server.trainer.norms import clip, scales, update_norms
 from common.config import FrozenModel, RunConfig
 from common.errors import Reason
+from common.tasks import kind_of
 
 
 class Screening(FrozenModel):
@@ -77,6 +78,9 @@ def screen(
         if agent.scale < 1:
             clip(member.weights_path, base_path, agent.scale, clipped_path(scratch, member))
     left = Screening(agents=tuple(agents)).kept(members, scratch)
+    if not kind_of(run.task).is_audited:
+        note = f"labels and models are not audited, which is for classification; the task is {run.task}"
+        return Screening(agents=tuple(agents), note=note)
     findings = audit(model, left, blobs_dir, run=run, device=device, rest=rest) if model else []
     found = dict(zip([member.agent_id for member in left if model], findings, strict=True))
     agents = [

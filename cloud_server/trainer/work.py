@@ -50,7 +50,7 @@ def run_job(directory: JobDirectory, *, blobs_dir: Path, device_name: str, group
             if group.rank == 0:
                 directory.write_result(result)
                 crash_point(Point.TRAINER_RESULT_WRITTEN)
-            log.info("job_done", seconds=result.seconds, accuracy=result.accuracy_published)
+            log.info("job_done", seconds=result.seconds, score=result.score_published)
         except Exception as error:
             # Model and data are the user's, so that a job can raise any exception.
             log.exception("job_failed")

@@ -304,20 +304,20 @@ class UploadReply(_message.Message):
     def __init__(self, received_bytes: _Optional[int] = ...) -> None: ...
 
 class ContributeRequest(_message.Message):
-    __slots__ = ("round", "weights_digest", "shard_digests", "num_examples", "accuracy_local", "initial_weights_digest")
+    __slots__ = ("round", "weights_digest", "shard_digests", "num_examples", "score_local", "initial_weights_digest")
     ROUND_FIELD_NUMBER: _ClassVar[int]
     WEIGHTS_DIGEST_FIELD_NUMBER: _ClassVar[int]
     SHARD_DIGESTS_FIELD_NUMBER: _ClassVar[int]
     NUM_EXAMPLES_FIELD_NUMBER: _ClassVar[int]
-    ACCURACY_LOCAL_FIELD_NUMBER: _ClassVar[int]
+    SCORE_LOCAL_FIELD_NUMBER: _ClassVar[int]
     INITIAL_WEIGHTS_DIGEST_FIELD_NUMBER: _ClassVar[int]
     round: int
     weights_digest: str
     shard_digests: _containers.RepeatedScalarFieldContainer[str]
     num_examples: int
-    accuracy_local: float
+    score_local: float
     initial_weights_digest: str
-    def __init__(self, round: _Optional[int] = ..., weights_digest: _Optional[str] = ..., shard_digests: _Optional[_Iterable[str]] = ..., num_examples: _Optional[int] = ..., accuracy_local: _Optional[float] = ..., initial_weights_digest: _Optional[str] = ...) -> None: ...
+    def __init__(self, round: _Optional[int] = ..., weights_digest: _Optional[str] = ..., shard_digests: _Optional[_Iterable[str]] = ..., num_examples: _Optional[int] = ..., score_local: _Optional[float] = ..., initial_weights_digest: _Optional[str] = ...) -> None: ...
 
 class ContributeReply(_message.Message):
     __slots__ = ("outcome", "reason", "message")
@@ -346,24 +346,24 @@ class DownloadReply(_message.Message):
     def __init__(self, chunk: _Optional[bytes] = ..., size_bytes: _Optional[int] = ...) -> None: ...
 
 class ReportRequest(_message.Message):
-    __slots__ = ("round", "accuracy_local", "accuracy_before", "accuracy_after", "num_held_out", "applied", "reason", "accuracy_adapted")
+    __slots__ = ("round", "score_local", "score_before", "score_after", "num_held_out", "applied", "reason", "score_adapted")
     ROUND_FIELD_NUMBER: _ClassVar[int]
-    ACCURACY_LOCAL_FIELD_NUMBER: _ClassVar[int]
-    ACCURACY_BEFORE_FIELD_NUMBER: _ClassVar[int]
-    ACCURACY_AFTER_FIELD_NUMBER: _ClassVar[int]
+    SCORE_LOCAL_FIELD_NUMBER: _ClassVar[int]
+    SCORE_BEFORE_FIELD_NUMBER: _ClassVar[int]
+    SCORE_AFTER_FIELD_NUMBER: _ClassVar[int]
     NUM_HELD_OUT_FIELD_NUMBER: _ClassVar[int]
     APPLIED_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
-    ACCURACY_ADAPTED_FIELD_NUMBER: _ClassVar[int]
+    SCORE_ADAPTED_FIELD_NUMBER: _ClassVar[int]
     round: int
-    accuracy_local: float
-    accuracy_before: float
-    accuracy_after: float
+    score_local: float
+    score_before: float
+    score_after: float
     num_held_out: int
     applied: bool
     reason: str
-    accuracy_adapted: float
-    def __init__(self, round: _Optional[int] = ..., accuracy_local: _Optional[float] = ..., accuracy_before: _Optional[float] = ..., accuracy_after: _Optional[float] = ..., num_held_out: _Optional[int] = ..., applied: bool = ..., reason: _Optional[str] = ..., accuracy_adapted: _Optional[float] = ...) -> None: ...
+    score_adapted: float
+    def __init__(self, round: _Optional[int] = ..., score_local: _Optional[float] = ..., score_before: _Optional[float] = ..., score_after: _Optional[float] = ..., num_held_out: _Optional[int] = ..., applied: bool = ..., reason: _Optional[str] = ..., score_adapted: _Optional[float] = ...) -> None: ...
 
 class ReportReply(_message.Message):
     __slots__ = ()
