@@ -89,7 +89,7 @@ def _waited_for(pending: Sequence[Pending], num_wanted: int, now: float) -> list
 
 def _does(agent: Pending, now: float) -> str:
     if agent.away_since is not None:
-        return f"{agent.agent_id} is away for {duration(max(0.0, now - agent.away_since))}"
+        return f"{agent.agent_id} has been away for {duration(max(0.0, now - agent.away_since))}"
     if agent.shown is None:
         state = "has not contributed" if agent.is_ready else "is not ready to take part"
         return f"{agent.agent_id} {state}"
@@ -116,7 +116,8 @@ def _closing(current: Round, now: float) -> str:
         return f"The round closes {_at(at, now)} with {num_there}."
     if policy.on_too_few == "fail":
         return f"The round fails {_at(at, now)} if fewer than {policy.min_agents} have contributed."
-    return f"The round closes {_at(at, now)} if {policy.min_agents} have contributed."
+    enough = f"if {policy.min_agents} have contributed, and waits on if fewer have"
+    return f"The round closes {_at(at, now)} {enough}."
 
 
 def _at(at: float, now: float) -> str:

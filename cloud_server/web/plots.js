@@ -25,6 +25,7 @@ export function drawPlot(id, plot) {
   if (was && was.shape === shapeOf(plot)) {
     was.plot.series = plot.series;
     was.chart.setData(dataOf(plot));
+    showLast(was.chart);
     drawn.set(id, { ...was, key });
     return;
   }
@@ -38,12 +39,16 @@ function build(id, figure, plot, key) {
   figure.replaceChildren(element("figcaption", {}, plot.title));
   const held = { ...plot };
   const chart = new uPlot(optionsOf(held, figure.clientWidth), dataOf(plot), figure);
+  showLast(chart);
   for (const canvas of figure.querySelectorAll("canvas")) {
     canvas.setAttribute("role", "img");
     canvas.setAttribute("aria-label", `${plot.title}; the table below has the figures`);
   }
   drawn.set(id, { key, shape: shapeOf(plot), chart, plot: held });
 }
+
+/** Show the last values in the legend, as long as the pointer is on none. */
+const showLast = (chart) => chart.cursor.idx == null && chart.setLegend({ idx: chart.data[0].length - 1 }, false);
 
 const isBar = (plot) => plot.series.some(({ bar }) => bar);
 
@@ -67,6 +72,7 @@ function optionsOf(plot, width) {
       y: isBar(plot) || plot.fromZero ? { range: (_, low, high) => [0, (high || 1) * 1.05] } : {},
     },
     axes: [{ ...axis, incrs: WHOLE_NUMBERS, size: 30 }, { ...axis, size: 66, values: (_, splits) => splits.map(plot.format) }],
+    hooks: { setLegend: [showLast] },
     series: [{ label: plot.along, value: (_, value) => (value == null ? NONE : String(value)) }, ...plot.series.map((_, place) => seriesOf(plot, place))],
     bands: plot.series.flatMap(({ spread, colour: name }, place) =>
       (spread ? [{ series: [place + 1, labels.indexOf(spread) + 1], fill: `${colour(name)}22` }] : [])),

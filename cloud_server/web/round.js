@@ -13,12 +13,16 @@ export function headline(status) {
   ];
 }
 
-/** Return when the round will close. `now` is the server's clock, in seconds. */
+/**
+ * Return how many have contributed, and when the round will close if `status.waiting` does not say that already.
+ * `now` is the server's clock, in seconds.
+ */
 export function quorum(status, now) {
   if (status.phase !== "collecting") return "";
   const { min_agents: least, max_agents: most, deadline_at: deadline } = status;
   const have = status.agents.filter((agent) => agent.outcome === "accepted").length;
   const count = `${have} of ${most} contributions.`;
+  if (status.waiting) return count;
   if (deadline == null) return `${count} The round closes with ${most}.`;
   if (deadline > now) {
     return `${count} The round closes with ${most}, or in ${duration(Math.ceil(deadline - now))} with at least ${least}.`;

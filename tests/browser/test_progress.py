@@ -123,7 +123,7 @@ async def test_who_holds_up_the_round_is_named_above_all_and_comes_first(
     store: Store, tmp_path: Path
 ) -> None:
     status = await collecting(store, tmp_path)
-    waiting = "Waiting for 2 of 5: <b>edge-3</b> uploads, 4 min left; edge-4 is away for 12 min."
+    waiting = "Waiting for 2 of 5: <b>edge-3</b> uploads, 4 min left; edge-4 has been away for 12 min."
     status |= {"waiting": waiting, "trainer": {"state": "idle", "seconds_left": None}}
     slow, fast = (progress("uploading", 1, 9, "bytes", seconds_left=seconds) for seconds in (240, 3))
     status["agents"] = [

@@ -53,7 +53,8 @@ def test_status_shows_run_round_phase_model_and_agents_with_before_and_after(
     assert re.fullmatch(r"Run mlp on digits, \d{4}-\d\d-\d\d \([0-9a-f]{32}\)", lines[0])
     assert lines[1:3] == ["Round 2: collecting", "0 of 1 contributions, at least 1"]
     assert re.fullmatch(
-        r"Waiting for 1 of 1: edge-1 is away for \d+ (s|min). The round closes .+ if 1 have contributed.",
+        r"Waiting for 1 of 1: edge-1 has been away for \d+ (s|min). The round closes .+"
+        r" if 1 have contributed, and waits on if fewer have.",
         lines[3],
     )
     assert lines[4].startswith("Global model of round 1: accuracy ")

@@ -97,7 +97,7 @@ def test_status_names_who_holds_up_the_round_and_a_terminal_has_its_bar(cluster:
         agent.kill()
         away = seen(cluster, server, lambda each: agent_in(each, "edge-1")["state"] == "away")
     assert agent_in(away, "edge-1")["progress"] is None
-    assert "edge-1 is away for " in away["waiting"]
+    assert "edge-1 has been away for " in away["waiting"]
 
 
 def test_terminals_of_a_whole_round_have_bars_of_every_long_step(cluster: Cluster) -> None:

@@ -172,7 +172,7 @@ def said(current: Round, *pending: Pending, now: float = OPENED_AT + 900) -> str
 
 def test_who_holds_up_the_round_is_named_with_the_reason_and_the_time_it_closes() -> None:
     assert said(round_with(3), here("edge-3", 240.0), away("edge-4", 720)) == (
-        "Waiting for 2 of 5: edge-4 is away for 12 min; edge-3 uploads, 4 min left."
+        "Waiting for 2 of 5: edge-4 has been away for 12 min; edge-3 uploads, 4 min left."
         " The round closes at 14:30 UTC with 3."
     )
 
@@ -198,7 +198,7 @@ def test_what_an_agent_does_is_said_as_far_as_it_is_known() -> None:
     text = said(round_with(0), silent, unready, here("c"), here("d", total=None))
     assert text == (
         "Waiting for 5 of 5: d uploads; c uploads, 25 % done; b is not ready to take part; and 1 more;"
-        " 1 has not joined. The round closes at 14:30 UTC if 3 have contributed."
+        " 1 has not joined. The round closes at 14:30 UTC if 3 have contributed, and waits on if fewer have."
     )
     assert "a has not contributed" in (said(round_with(4), silent) or "")
 
@@ -215,7 +215,7 @@ def test_what_an_agent_does_is_said_as_far_as_it_is_known() -> None:
         (
             {"policy": replace(POLICY, deadline_seconds=3 * 86_400.0)},
             0,
-            "The round closes on 2027-01-18 at 14:00 UTC if 3 have contributed.",
+            "The round closes on 2027-01-18 at 14:00 UTC if 3 have contributed, and waits on if fewer have.",
         ),
         (
             {"policy": replace(POLICY, deadline_seconds=None)},

@@ -339,7 +339,7 @@ async def test_status_shows_what_agents_do_and_forgets_it_when_they_leave(viewed
     assert (first["away_since"], second["progress"]) == (None, None)
     # This server has never seen the other agent: it is away since the server's start.
     assert second["away_since"] == pytest.approx(time.time(), abs=60)
-    assert status["waiting"].startswith("Waiting for 3 of 3: edge-2 is away for ")
+    assert status["waiting"].startswith("Waiting for 3 of 3: edge-2 has been away for ")
     assert status["waiting"].endswith(f"; {AGENT} trains, 40 % done; 1 has not joined.")
     await watching.aclose()
     first, _ = (await viewed.status.read())["agents"]
