@@ -3,7 +3,7 @@
     PREFIX/jobs/round-0003/<id of the job>/
         job.json             put there by the server, which deletes all when it has the result or withdraws
         progress.jsonl       put there by the relay of the machine of rank 0, as all that follow
-        model.safetensors, encoded.safetensors
+        model.safetensors, encoded.safetensors, rest.safetensors
         result.json          put there last
 
 A result of another attempt, or of a job that was withdrawn, has another id and is never read.
@@ -17,7 +17,7 @@ import structlog
 
 from cloud_server.disk.bucket import Bucket
 from cloud_server.disk.failures import storage_errors
-from cloud_server.jobs import Job, JobDirectory, Result, WeightsFile, pending_jobs
+from cloud_server.jobs import Job, JobDirectory, Result, pending_jobs
 from cloud_server.state_dir import StateDir
 from common.errors import RunError, StorageError
 from common.files import replacing
@@ -75,14 +75,10 @@ class HandOut:
 
     def _fetch_result(self, key: str, directory: JobDirectory) -> None:
         result = Result.model_validate_json(self._bucket.read(f"{key}/result.json"))
-        self._fetch_weights(key, result.weights, directory.weights_path)
-        self._fetch_weights(key, result.encoded, directory.encoded_path)
+        for path, made in directory.model_files(result).items():
+            self._bucket.fetch_file(f"{key}/{path.name}", Blob(made.sha256, made.bytes), path)
         # It ends the job, whose objects go at the next step.
         directory.write_result(result)
-
-    def _fetch_weights(self, key: str, made: WeightsFile | None, path: Path) -> None:
-        if made:
-            self._bucket.fetch_file(f"{key}/{path.name}", Blob(made.sha256, made.bytes), path)
 
 
 class ExternalTrainers:
