@@ -1,21 +1,24 @@
 """Models in a bucket that have a rest, and what else is read of blobs of which no file is here."""
 
+import json
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 
 import pytest
 
+from cloud_server.contribution import Contribution, Decision
 from cloud_server.jobs import JobDirectory, Result, WeightsFile
 from cloud_server.run import adopt_model, kept_model
 from cloud_server.showing.reports import Reports
 from cloud_server.store import Store
 from cloud_server.tracking.facts import of_rounds
 from common.config import RunConfig
+from common.run_state import Outcome
 from tests.buckets import Service, s3_service
-from tests.unit.states import begin, contribute, digest_of, upload
+from tests.unit.states import AGENT, INITIAL, begin, digest_of
 
-WEIGHTS, REST = b"the shared part", b"what does not travel"
+WEIGHTS, REST, SENT = b"the shared part", b"what does not travel", b"what an agent has sent"
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +29,7 @@ def service() -> Iterator[Service]:
 
 @pytest.fixture
 def store(tmp_path: Path, service: Service) -> Iterator[Store]:
-    """A begun run, of whose blobs no file stays here that is not in use."""
+    """Return a store in a bucket, of whose blobs no file stays here that is not in use."""
     with closing(Store(tmp_path, place=service.new_bucket(), cache_bytes=0)) as store:
         yield store
 
@@ -52,3 +55,50 @@ async def test_model_with_a_rest_is_in_the_bucket(store: Store) -> None:
     assert store.rest(digest_of(WEIGHTS)) == digest_of(REST)
     async with store.blobs.in_use([digest_of(REST)]):
         assert store.blobs.path(digest_of(REST)).read_bytes() == REST
+
+
+async def put(store: Store, content: bytes) -> str:
+    """Have a blob in the bucket and not here."""
+    made, digest = store.state_dir.jobs / "made", digest_of(content)
+    made.write_bytes(content)
+    async with store.blobs.kept(made, digest):
+        store.blobs.adopt(made, digest)
+    return digest
+
+
+async def publish(store: Store) -> None:
+    """Publish round 1, of whose blobs no file is left here."""
+    async with store.blobs.kept(made(store)[0].path / "model.safetensors", digest_of(WEIGHTS)):
+        await put(store, INITIAL)
+        begin(store, store.state_dir.path)
+    contribution = Contribution(AGENT, await put(store, SENT), (), 10)
+    store.record_contribution(1, Decision(AGENT, Outcome.ACCEPTED, 1.0, contribution))
+    await adopt(store)
+    store.set_phase(1, "published", 2.0, published_digest=digest_of(WEIGHTS))
+    # What is read makes room.
+    async with store.blobs.in_use([digest_of(INITIAL)]):
+        assert not store.blobs.path(digest_of(REST)).exists()
+        assert not store.blobs.path(digest_of(SENT)).exists()
+
+
+async def test_report_has_model_and_rest_that_are_in_the_bucket_alone(store: Store) -> None:
+    await publish(store)
+    reports = Reports(RunConfig(), store)
+    # The second time is after the files of the blobs have gone again.
+    for _ in range(2):
+        await reports.write(1)
+        async with store.blobs.in_use([digest_of(INITIAL)]):
+            pass
+        folder = store.state_dir.round(1)
+        report = json.loads((folder / "report.json").read_text("utf-8"))
+        assert report["rest"] == {"sha256": digest_of(REST), "bytes": len(REST)}
+        assert (folder / "model.safetensors").read_bytes() == WEIGHTS
+        assert (folder / "rest.safetensors").read_bytes() == REST
+
+
+async def test_trackers_are_told_the_size_of_what_is_in_the_bucket_alone(store: Store) -> None:
+    await publish(store)
+    (facts,) = [
+        each for each in of_rounds(store, -1, is_run_over=True) if "bytes/contributions" in each.metrics
+    ]
+    assert facts.metrics["bytes/contributions"] == len(SENT)
