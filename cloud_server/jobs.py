@@ -181,8 +181,8 @@ class Result(Scored):
     classes: tuple[ClassScore, ...] = ()
     # The findings about each agent, by agent id; empty in a round of fewer than three agents.
     audit: tuple[AgentAudit, ...] = ()
-    # The reason why flagged agents are not left out, although the run leaves flagged agents out; or why labels
-    # and models were not audited.
+    # The reason why flagged agents are not left out, although the run leaves flagged agents out; or why
+    # labels and models were not audited.
     audit_note: str = ""
     # The duration of the steps "audit", "aggregate", "fine_tune" and "evaluate".
     seconds: dict[str, float] = Field(default_factory=dict)

@@ -11,6 +11,7 @@ A result of another attempt, or of a job that was withdrawn, has another id and 
 
 import asyncio
 import contextlib
+from collections.abc import Collection
 from pathlib import Path
 
 import structlog
@@ -34,6 +35,16 @@ def key_of(job: Job) -> str:
     return f"{JOBS}/{job.name}/{job.id}"
 
 
+def take_back(state_dir: StateDir, bucket: Bucket) -> None:
+    """Delete what the bucket has of jobs that are not pending; the machines drop them within seconds.
+
+    Raises:
+        StorageError: the bucket does not let it.
+        RunError: a pending job is damaged.
+    """
+    _taken_back(bucket, _pending(state_dir.jobs))
+
+
 class HandOut:
     """The jobs of one server on their way to other machines; one thread at a time may call this."""
 
@@ -50,13 +61,10 @@ class HandOut:
             StorageError: the bucket or the disk does not let it; a later step goes on.
             RunError: a job or a result is damaged.
         """
-        pending = {key_of(each.read_job()): each for each in pending_jobs(self._jobs_dir)}
+        pending = _pending(self._jobs_dir)
         if self._is_clear and not pending:
             return
-        there = self._bucket.names(JOBS)
-        stale = [name for name in there if name.rpartition("/")[0] not in pending]
-        if stale:
-            self._bucket.delete_files(stale)
+        there = _taken_back(self._bucket, pending)
         for key, directory in pending.items():
             with storage_errors():
                 self._exchange(key, directory, there)
@@ -140,3 +148,15 @@ def _size(path: Path) -> int:
         return path.stat().st_size
     except FileNotFoundError:
         return 0
+
+
+def _pending(jobs_dir: Path) -> dict[str, JobDirectory]:
+    return {key_of(each.read_job()): each for each in pending_jobs(jobs_dir)}
+
+
+def _taken_back(bucket: Bucket, pending: Collection[str]) -> dict[str, int]:
+    """Delete the objects of all other jobs, and return the sizes of those that were there, by name."""
+    there = bucket.names(JOBS)
+    if stale := [name for name in there if name.rpartition("/")[0] not in pending]:
+        bucket.delete_files(stale)
+    return there

@@ -7,17 +7,26 @@ from pathlib import Path
 
 import pytest
 
+from cloud_server import records
 from cloud_server.contribution import Contribution, Decision
+from cloud_server.disk.bucket import Bucket
+from cloud_server.disk.place import known_bucket
 from cloud_server.jobs import JobDirectory, Result, WeightsFile
+from cloud_server.records import round_job
+from cloud_server.round import Policy
 from cloud_server.run import adopt_model, kept_model
 from cloud_server.showing.reports import Reports
 from cloud_server.store import Store
 from cloud_server.tracking.facts import of_rounds
+from cloud_server.training.handout import HandOut
+from cloud_server.upkeep import forgotten
+from cloud_server.upkeep.forgetting import forget
 from common.config import RunConfig
 from common.run_state import Outcome
 from tests.buckets import Service, s3_service
 from tests.unit.states import AGENT, INITIAL, begin, digest_of
 
+POLICY = Policy(min_agents=1, max_agents=1, deadline_seconds=None)
 WEIGHTS, REST, SENT = b"the shared part", b"what does not travel", b"what an agent has sent"
 
 
@@ -102,3 +111,21 @@ async def test_trackers_are_told_the_size_of_what_is_in_the_bucket_alone(store: 
         each for each in of_rounds(store, -1, is_run_over=True) if "bytes/contributions" in each.metrics
     ]
     assert facts.metrics["bytes/contributions"] == len(SENT)
+
+
+async def test_forgotten_agent_is_in_no_job_that_was_handed_out(store: Store) -> None:
+    """The server was stopped in the middle of a round that machines elsewhere work on."""
+    await put(store, INITIAL)
+    begin(store, store.state_dir.path)
+    contribution = Contribution(AGENT, await put(store, SENT), (), 10)
+    store.record_contribution(1, Decision(AGENT, Outcome.ACCEPTED, 1.0, contribution))
+    store.set_phase(1, "aggregating", 2.0)
+    job = round_job(records.recorded_round(store, RunConfig(), POLICY), RunConfig(), "cpu", 1)
+    JobDirectory(store.state_dir.job(job.name)).write_job(job)
+    bucket = Bucket(known_bucket(store.state_dir)[0] or "")
+    HandOut(store.state_dir, bucket).step()
+    assert bucket.names("jobs")
+    pseudonym = forgotten.ask_to_forget(store, AGENT, 3.0)
+    forget(store, forgotten.forgetting_of(store, pseudonym), 4.0)
+    assert not bucket.names("jobs")
+    assert digest_of(SENT) not in bucket.list()
