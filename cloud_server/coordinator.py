@@ -308,5 +308,7 @@ class Coordinator:
                     flags=agent.flags,
                     left_out=agent.left_out and agent.left_out.value,
                 )
-        if result.audit_note:
+        if result.audit_note and any(agent.flags for agent in result.audit):
             log.warning("quarantine_refused", round=number, reason=result.audit_note)
+        elif result.audit_note:
+            log.info("not_audited", round=number, reason=result.audit_note)

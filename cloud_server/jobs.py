@@ -79,14 +79,20 @@ class Job(FrozenModel):
 
     @property
     def id(self) -> str:
-        """Return what tells the job from others of its name: another attempt, or other contributions."""
-        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()[:16]
+        """Return what tells the job from others of its name: another attempt, or other contributions.
+
+        A server that starts again gives the same job below another span.
+        """
+        return hashlib.sha256(self.model_dump_json(exclude={"traceparent"}).encode()).hexdigest()[:16]
 
     @property
     def blobs(self) -> list[str]:
         """Return the digests of all blobs that the job reads."""
-        start = [self.initial_weights] if self.initial_weights else []
-        return start + [digest for item in self.contributions for digest in item.blob_digests]
+        digests = [self.initial_weights, self.initial_rest]
+        for item in self.contributions:
+            # Stale weights are shifted from what they started from.
+            digests += [*item.blob_digests, item.initial_digest if item.staleness else None]
+        return [digest for digest in dict.fromkeys(digests) if digest]
 
 
 class Progress(FrozenModel):
@@ -175,7 +181,8 @@ class Result(Scored):
     classes: tuple[ClassScore, ...] = ()
     # The findings about each agent, by agent id; empty in a round of fewer than three agents.
     audit: tuple[AgentAudit, ...] = ()
-    # The reason why flagged agents are not left out, although the run leaves flagged agents out.
+    # The reason why flagged agents are not left out, although the run leaves flagged agents out; or why
+    # labels and models were not audited.
     audit_note: str = ""
     # The duration of the steps "audit", "aggregate", "fine_tune" and "evaluate".
     seconds: dict[str, float] = Field(default_factory=dict)
@@ -212,6 +219,16 @@ class JobDirectory:
     def rest_path(self) -> Path:
         """Return the path of the parts of the cloud's model that do not travel."""
         return self.path / "rest.safetensors"
+
+    @property
+    def model_paths(self) -> tuple[Path, Path, Path]:
+        """Return the paths of all files that a new model may have."""
+        return self.weights_path, self.encoded_path, self.rest_path
+
+    def model_files(self, result: Result) -> dict[Path, WeightsFile]:
+        """Return the files of the model that the job has made, by path."""
+        made = (result.weights, result.encoded, result.rest)
+        return {path: file for path, file in zip(self.model_paths, made, strict=True) if file}
 
     @property
     def scratch_path(self) -> Path:
@@ -271,7 +288,7 @@ class JobDirectory:
     def discard_output(self) -> None:
         """Delete the progress, the weights and the intermediate files of an attempt that was cut off."""
         self.progress_path.unlink(missing_ok=True)
-        for path in (self.weights_path, self.encoded_path, self.rest_path):
+        for path in self.model_paths:
             path.unlink(missing_ok=True)
         self.discard_scratch()
 

@@ -74,13 +74,9 @@ async def kept_model(store: Store, directory: JobDirectory, result: Result) -> A
     Raises:
         StorageError: the disk or the bucket takes no data now.
     """
-    assert result.weights
     async with AsyncExitStack() as stack:
-        kept = store.blobs.kept(directory.weights_path, result.weights.sha256)
-        await stack.enter_async_context(kept)
-        if result.encoded:
-            kept = store.blobs.kept(directory.encoded_path, result.encoded.sha256)
-            await stack.enter_async_context(kept)
+        for path, file in directory.model_files(result).items():
+            await stack.enter_async_context(store.blobs.kept(path, file.sha256))
         yield
 
 

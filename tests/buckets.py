@@ -1,5 +1,6 @@
 """A bucket on this machine, behind the real S3 protocol, for tests."""
 
+import itertools
 import os
 import urllib.request
 from collections.abc import Iterator
@@ -15,6 +16,9 @@ try:
 except ImportError:
     ThreadedMotoServer = None
 
+# All services of a process have the same buckets.
+_numbers = itertools.count(1)
+
 KEY_ID, SECRET = "AKIAEXAMPLE", "not-to-be-seen"
 
 
@@ -25,7 +29,6 @@ class Service:
         self._server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
         self._server.start()
         self.port = self._server.get_host_and_port()[1]
-        self._num_buckets = 0
 
     @property
     def env(self) -> dict[str, str]:
@@ -38,8 +41,7 @@ class Service:
 
     def new_bucket(self) -> str:
         """Make a bucket, and return the URL of a prefix in it."""
-        self._num_buckets += 1
-        name = f"bucket-{self._num_buckets}"
+        name = f"bucket-{next(_numbers)}"
         request = urllib.request.Request(f"{self.env['AWS_ENDPOINT_URL']}/{name}", method="PUT")
         with urllib.request.urlopen(request):
             return f"s3://{name}/some/prefix"

@@ -116,12 +116,19 @@ class Reports:
         return result_of(self._store, number)
 
     async def _write_with_model(self, number: int) -> None:
-        row = await asyncio.to_thread(self._store.round, number)
-        # The model gets its second name once.
-        is_needed = row and row.published_digest and not self._store.state_dir.model(number).exists()
-        needed = [row.published_digest] if row and row.published_digest and is_needed else []
+        needed = await asyncio.to_thread(self._unnamed, number)
         async with self._store.blobs.in_use(needed):
             await asyncio.to_thread(self._write, number)
+
+    def _unnamed(self, number: int) -> list[str]:
+        """Return the digests of the files of the round's model that have no second name yet."""
+        row = self._store.round(number)
+        digest = row.published_digest if row else None
+        named = {
+            self._store.state_dir.model(number): digest,
+            self._store.state_dir.rest(number): self._store.rest(digest) if digest else None,
+        }
+        return [made for path, made in named.items() if made and not path.exists()]
 
     def _write(self, number: int) -> None:
         row = self._store.round(number)
@@ -146,8 +153,8 @@ class Reports:
             selection=records.selection_of(self._store, number),
             weights_bytes=self._store.blobs.size(row.published_digest) if row.published_digest else None,
         )
-        if rest:
-            report["rest"] = {"sha256": rest_digest, "bytes": rest.stat().st_size}
+        if rest_digest:
+            report["rest"] = {"sha256": rest_digest, "bytes": self._store.blobs.size(rest_digest)}
         write(report, self._store.state_dir.round(number), weights, rest)
 
 

@@ -191,15 +191,13 @@ def _last_loss(state_dir: StateDir, number: int) -> float | None:
 
 def _contributed_bytes(store: Store, number: int) -> int | None:
     """Return the size of the weights that were contributed; None if some have been given up."""
-    paths = [
-        store.blobs.path(each.contribution.weights_digest)
+    sizes = [
+        store.blobs.size(each.contribution.weights_digest)
         for each in store.contributions(number)
         if each.contribution
     ]
-    try:
-        return sum(path.stat().st_size for path in paths)
-    except FileNotFoundError:
-        return None
+    known = [size for size in sizes if size is not None]
+    return sum(known) if len(known) == len(sizes) else None
 
 
 def _mean(values: Iterable[float | None]) -> float | None:

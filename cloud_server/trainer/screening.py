@@ -28,7 +28,8 @@ class Screening(FrozenModel):
 
     # The findings and decisions about each member, in the order of the members.
     agents: tuple[AgentAudit, ...] = ()
-    # The reason why flagged agents are not left out, although the run leaves flagged agents out.
+    # The reason why flagged agents are not left out, although the run leaves flagged agents out; or why
+    # labels and models were not audited.
     note: str = ""
 
     def kept(self, members: Sequence[Member], scratch: Path) -> list[Member]:

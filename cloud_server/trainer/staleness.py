@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from cloud_server.trainer.pieces import PIECE_ELEMENTS, Contributions, torch_dtype
-from common.weights import StateDict, write_state_dict
+from cloud_server.trainer.pieces import PIECE_ELEMENTS, Contributions, write_piece
+from common.tensor_files import PLAIN, writing
 from common.wire import is_statistic
 
 
@@ -28,28 +28,27 @@ def shift(weights: Path, start: Path, current: Path, target: Path) -> None:
 
     The sum is computed in float64 and rounded to the dtype of the tensor; what is beyond the dtype becomes
     its largest value. Integers and running statistics are taken from the agent: a statistic is measured and
-    not trained, and a variance to which a difference is added may fall below zero. The memory holds one
-    model.
+    not trained, and a variance to which a difference is added may fall below zero. The memory does not depend
+    on the size of the files.
 
     Args:
         weights: the file of the weights that the agent has sent, decoded.
         start: the file of the weights that the agent's pre-training started from.
         current: the file of the round's initial weights.
-        target: the file to write.
+        target: the file to write, which may be the first of these.
 
     Raises:
         RunError: the files differ in names, shapes or dtypes, or a file contradicts its header.
         OSError: a file cannot be read or written.
     """
     files = Contributions([weights, start, current])
-    shifted: StateDict = {}
-    for name, spec in files.schema.items():
-        tensor = shifted[name] = torch.empty(spec.shape, dtype=torch_dtype(spec))
-        for begin, piece in files.pieces(name, PIECE_ELEMENTS):
-            own, before, now = (values.clone() for values in piece)
-            is_trained = tensor.is_floating_point() and not is_statistic(name)
-            tensor.view(-1)[begin : begin + len(own)] = _moved(own, before, now) if is_trained else own
-    write_state_dict(files.restored(shifted), target)
+    with writing(target, files.stored, PLAIN) as shifted:
+        for name in files.schema:
+            for begin, piece in files.pieces(name, PIECE_ELEMENTS):
+                own, before, now = (values.clone() for values in piece)
+                is_trained = own.is_floating_point() and not is_statistic(name)
+                values = _moved(own, before, now).to(own.dtype) if is_trained else own
+                write_piece(shifted, name, begin, values)
 
 
 def _moved(own: Tensor, start: Tensor, current: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
     PREFIX/jobs/round-0003/<id of the job>/
         job.json             put there by the server, which deletes all when it has the result or withdraws
         progress.jsonl       put there by the relay of the machine of rank 0, as all that follow
-        model.safetensors, encoded.safetensors
+        model.safetensors, encoded.safetensors, rest.safetensors
         result.json          put there last
 
 A result of another attempt, or of a job that was withdrawn, has another id and is never read.
@@ -11,13 +11,14 @@ A result of another attempt, or of a job that was withdrawn, has another id and 
 
 import asyncio
 import contextlib
+from collections.abc import Collection
 from pathlib import Path
 
 import structlog
 
 from cloud_server.disk.bucket import Bucket
 from cloud_server.disk.failures import storage_errors
-from cloud_server.jobs import Job, JobDirectory, Result, WeightsFile, pending_jobs
+from cloud_server.jobs import Job, JobDirectory, Result, pending_jobs
 from cloud_server.state_dir import StateDir
 from common.errors import RunError, StorageError
 from common.files import replacing
@@ -32,6 +33,16 @@ log = structlog.get_logger()
 def key_of(job: Job) -> str:
     """Return below which name a job's objects are."""
     return f"{JOBS}/{job.name}/{job.id}"
+
+
+def take_back(state_dir: StateDir, bucket: Bucket) -> None:
+    """Delete what the bucket has of jobs that are not pending; the machines drop them within seconds.
+
+    Raises:
+        StorageError: the bucket does not let it.
+        RunError: a pending job is damaged.
+    """
+    _taken_back(bucket, _pending(state_dir.jobs))
 
 
 class HandOut:
@@ -50,13 +61,10 @@ class HandOut:
             StorageError: the bucket or the disk does not let it; a later step goes on.
             RunError: a job or a result is damaged.
         """
-        pending = {key_of(each.read_job()): each for each in pending_jobs(self._jobs_dir)}
+        pending = _pending(self._jobs_dir)
         if self._is_clear and not pending:
             return
-        there = self._bucket.names(JOBS)
-        stale = [name for name in there if name.rpartition("/")[0] not in pending]
-        if stale:
-            self._bucket.delete_files(stale)
+        there = _taken_back(self._bucket, pending)
         for key, directory in pending.items():
             with storage_errors():
                 self._exchange(key, directory, there)
@@ -75,14 +83,10 @@ class HandOut:
 
     def _fetch_result(self, key: str, directory: JobDirectory) -> None:
         result = Result.model_validate_json(self._bucket.read(f"{key}/result.json"))
-        self._fetch_weights(key, result.weights, directory.weights_path)
-        self._fetch_weights(key, result.encoded, directory.encoded_path)
+        for path, made in directory.model_files(result).items():
+            self._bucket.fetch_file(f"{key}/{path.name}", Blob(made.sha256, made.bytes), path)
         # It ends the job, whose objects go at the next step.
         directory.write_result(result)
-
-    def _fetch_weights(self, key: str, made: WeightsFile | None, path: Path) -> None:
-        if made:
-            self._bucket.fetch_file(f"{key}/{path.name}", Blob(made.sha256, made.bytes), path)
 
 
 class ExternalTrainers:
@@ -144,3 +148,15 @@ def _size(path: Path) -> int:
         return path.stat().st_size
     except FileNotFoundError:
         return 0
+
+
+def _pending(jobs_dir: Path) -> dict[str, JobDirectory]:
+    return {key_of(each.read_job()): each for each in pending_jobs(jobs_dir)}
+
+
+def _taken_back(bucket: Bucket, pending: Collection[str]) -> dict[str, int]:
+    """Delete the objects of all other jobs, and return the sizes of those that were there, by name."""
+    there = bucket.names(JOBS)
+    if stale := [name for name in there if name.rpartition("/")[0] not in pending]:
+        bucket.delete_files(stale)
+    return there

@@ -126,7 +126,7 @@ class Relay:
         if progress.exists() and progress.stat().st_size != there.get(name):
             self._bucket.put_file(progress, name)
         if directory.result_path.exists() and f"{key}/result.json" not in there:
-            for path in (directory.weights_path, directory.encoded_path, directory.result_path):
+            for path in (*directory.model_paths, directory.result_path):
                 if path.exists():
                     self._bucket.put_file(path, f"{key}/{path.name}")
             log.info("result_taken_back", job=directory.path.name)

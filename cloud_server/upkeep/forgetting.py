@@ -9,8 +9,9 @@
 4. The records go, in one transaction (`forgotten.py`). It keeps under the pseudonym, by digest, what the
    agent contributed to published models, and notes which blobs nobody else names: the agent's weights and
    shards, and a model made of them that was never published.
-5. Then files go: those blobs, begun uploads, the unfinished job. What names the agent in job and report files
-   is taken out, and `provenance.jsonl` is written anew, with the pseudonym in the agent's place.
+5. Then files go: those blobs, begun uploads, the unfinished job, also where it was handed out. What names
+   the agent in job and report files is taken out, and `provenance.jsonl` is written anew, with the pseudonym
+   in the agent's place.
 6. The id is struck from the intent, and what SQLite has deleted from its log.
 
 Published models stay, and so does what other agents have uploaded too.
@@ -23,11 +24,14 @@ from typing import Any
 
 import structlog
 
+from cloud_server.disk.bucket import Bucket
 from cloud_server.disk.failures import storage_errors
+from cloud_server.disk.place import known_bucket
 from cloud_server.disk.tables import ForgettingRow
 from cloud_server.jobs import JobDirectory, round_job, round_jobs
 from cloud_server.round import OVER
 from cloud_server.store import Store
+from cloud_server.training.handout import take_back
 from cloud_server.upkeep import forgotten, provenance, retired
 from cloud_server.upkeep.retention import unpublished_model
 from common.errors import RunError
@@ -80,6 +84,9 @@ def forget(store: Store, row: ForgettingRow, now: float) -> None:
     crash_point(Point.SERVER_AGENT_BLOBS_REMOVED)
     if work:
         work.remove()
+    if url := known_bucket(store.state_dir)[0]:
+        # No server may be there to do it.
+        take_back(store.state_dir, Bucket(url))
     with storage_errors():
         for number, directory in round_jobs(store.state_dir):
             if last is None or number != last.number or last.phase in OVER:

@@ -83,7 +83,6 @@ def clean_up(
 
 def unpublished_model(state_dir: StateDir, last: RoundRow) -> list[str]:
     """Return the blobs of a model that a crash kept from being published: no record names them yet."""
-    result = round_job(state_dir, last.number).read_result()
-    if not result:
-        return []
-    return [made.sha256 for made in (result.weights, result.encoded, result.rest) if made]
+    directory = round_job(state_dir, last.number)
+    result = directory.read_result()
+    return [file.sha256 for file in directory.model_files(result).values()] if result else []

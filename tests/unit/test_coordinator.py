@@ -8,11 +8,12 @@ from contextlib import AsyncExitStack, closing
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
+from structlog.testing import capture_logs
 
 from cloud_server import ledger
 from cloud_server.contribution import Contribution
@@ -453,6 +454,22 @@ async def test_accuracies_are_those_of_the_last_published_round(tmp_path: Path) 
             await here.until(lambda number=number: here.standing.state_for().round > number)
         (family,) = [each for each in here.metrics.registry.collect() if each.name.endswith("accuracy_ratio")]
         assert {sample.labels["stage"]: sample.value for sample in family.samples} == {"average": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("flags", "event", "level"), [(("labels",), "quarantine_refused", "warning"), ((), "not_audited", "info")]
+)
+async def test_log_says_why_flagged_agents_are_kept_and_why_nobody_is_audited(
+    tmp_path: Path, flags: tuple[Literal["labels"], ...], event: str, level: str
+) -> None:
+    async with world(tmp_path) as here:
+        here.trainer.audit = (AgentAudit(agent_id="a", update_norm=1.0, norm_ratio=1.0, flags=flags),)
+        here.trainer.audit_note = "the reason"
+        with capture_logs() as logs:
+            await here.contribute("a")
+            await here.until(lambda: here.standing.state_for().round == 2)
+    noted = [(entry["event"], entry["log_level"]) for entry in logs if entry.get("reason") == "the reason"]
+    assert noted == [(event, level)]
 
 
 async def test_contribution_that_the_trainer_leaves_out_was_accepted_and_does_not_count(

@@ -23,7 +23,7 @@ from common.errors import RunError, StorageError
 from tests.buckets import Service, s3_service
 from tests.unit.states import digest_of
 
-SENT, MODEL, ENCODED = b"sent weights", b"a model", b"an encoded model"
+SENT, MODEL, ENCODED, REST = b"sent weights", b"a model", b"an encoded model", b"what does not travel"
 JOB = Job(
     kind="round", name="round-0001", round=1, run=RunConfig(), device="cpu", initial_weights=None,
     contributions=(Contribution("a", digest_of(SENT), (), 1),),
@@ -48,12 +48,15 @@ class Both:
         self.bucket = Bucket(url)
         self.server, self.machine = StateDir(folder / "server"), StateDir(folder / "machine")
         self.server.jobs.mkdir(parents=True)
-        sent = folder / "sent"
-        sent.write_bytes(SENT)
-        self.bucket.put(sent, digest_of(SENT))
+        self.put(SENT, folder / "sent")
         self.hand_out, self.relay = HandOut(self.server, self.bucket), Relay(self.machine, self.bucket)
         self.here = JobDirectory(self.server.job(JOB.name))
         self.there = JobDirectory(self.machine.job(JOB.name))
+
+    def put(self, content: bytes, path: Path) -> str:
+        path.write_bytes(content)
+        self.bucket.put(path, digest_of(content))
+        return digest_of(content)
 
     def steps(self) -> None:
         for _ in range(2):
@@ -65,6 +68,8 @@ class Both:
         if result.weights:
             self.there.weights_path.write_bytes(MODEL)
             self.there.encoded_path.write_bytes(ENCODED)
+        if result.rest:
+            self.there.rest_path.write_bytes(REST)
         self.there.write_result(result)
 
 
@@ -100,6 +105,40 @@ def test_progress_and_result_come_back_and_nothing_is_left(both: Both) -> None:
     assert not list(both.machine.blobs.glob("*/*"))
     # The blobs of the server stay.
     assert both.bucket.list().keys() == {digest_of(SENT)}
+
+
+def test_rest_and_the_starts_of_stale_weights_come_to_the_machine(both: Both, tmp_path: Path) -> None:
+    initial, rest, start = (both.put(name, tmp_path / "blob") for name in (b"initial", REST, b"earlier"))
+    stale = Contribution("a", digest_of(SENT), (), 1, start, staleness=2)
+    job = JOB.model_copy(update={"initial_weights": initial, "initial_rest": rest, "contributions": (stale,)})
+    both.here.write_job(job)
+    both.steps()
+    assert both.there.read_job() == job
+    brought = {path.name for path in both.machine.blobs.glob("*/*")}
+    assert brought == {digest_of(SENT), initial, rest, start}
+    # What a job reads stays as long as the job.
+    both.steps()
+    assert {path.name for path in both.machine.blobs.glob("*/*")} == brought
+
+
+def test_rest_of_the_new_model_comes_back(both: Both) -> None:
+    result = RESULT.model_copy(update={"rest": WeightsFile(sha256=digest_of(REST), bytes=len(REST))})
+    both.here.write_job(JOB)
+    both.steps()
+    both.do_job(result)
+    both.steps()
+    assert both.here.read_result() == result
+    assert both.here.rest_path.read_bytes() == REST
+
+
+def test_job_that_is_only_traced_anew_is_the_same_job(both: Both) -> None:
+    """A server that starts again names another span, and the work of the machines goes on."""
+    both.here.write_job(JOB.model_copy(update={"traceparent": "00-1-2-01"}))
+    both.steps()
+    both.there.append_progress(LINE)
+    both.here.write_job(JOB.model_copy(update={"traceparent": "00-1-3-01"}))
+    both.steps()
+    assert both.here.read_progress(0)[0] == [LINE]
 
 
 def test_job_that_is_withdrawn_leaves_the_machine(both: Both) -> None:

@@ -6,12 +6,14 @@ from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from pydantic import ValidationError
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from cloud_server import records
 from cloud_server.config import ServerConfig
@@ -22,6 +24,7 @@ from cloud_server.state_dir import blob_path
 from cloud_server.store import Store
 from cloud_server.trainer import work
 from cloud_server.trainer.group import Group
+from cloud_server.trainer.pieces import PIECE_ELEMENTS
 from cloud_server.trainer.staleness import discount, shift
 from cloud_server.upkeep.retention import clean_up
 from common.config import RunConfig, Wire
@@ -213,6 +216,28 @@ def test_shifted_weights_are_finite_at_the_end_of_the_dtype(tmp_path: Path) -> N
     )
     shift(own, start, current, tmp_path / "shifted")
     assert read_state_dict(tmp_path / "shifted")["weight"].item() == torch.finfo(torch.float32).max
+
+
+class Largest(TorchDispatchMode):
+    """A record of the bytes of the largest tensor that is made."""
+
+    num_bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        if isinstance(made, Tensor):
+            self.num_bytes = max(self.num_bytes, made.nbytes)
+        return made
+
+
+def test_shifting_holds_a_piece_of_each_model_and_may_take_the_place_of_the_weights(tmp_path: Path) -> None:
+    own, start, current = (written(drawn(seed), tmp_path / str(seed)) for seed in (1, 2, 3))
+    shift(own, start, current, tmp_path / "shifted")
+    with Largest() as largest:
+        shift(own, start, current, own)
+    # The sum is in float64.
+    assert 0 < largest.num_bytes <= 8 * PIECE_ELEMENTS
+    assert own.read_bytes() == (tmp_path / "shifted").read_bytes()
 
 
 def put(path: Path, blobs_dir: Path) -> str:

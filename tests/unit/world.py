@@ -63,6 +63,7 @@ class PlayedTrainer:
     num_exits: int = 0
     is_running: bool = True
     audit: tuple[AgentAudit, ...] = ()  # of each round
+    audit_note: str = ""
     jobs: list[Job] = field(default_factory=list)
 
     is_slow: bool = False  # at its next round
@@ -84,7 +85,8 @@ class PlayedTrainer:
                     await self.dropped.wait()
                     continue
                 directory.append_progress(Progress(phase="aggregating", done=1, total=1))
-                model = model_in(directory, job.round).model_copy(update={"audit": self.audit})
+                found = {"audit": self.audit, "audit_note": self.audit_note}
+                model = model_in(directory, job.round).model_copy(update=found)
                 directory.write_result(outcome or model)
             await asyncio.sleep(0.001)
 
