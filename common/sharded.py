@@ -7,7 +7,7 @@ Format: https://huggingface.co/docs/huggingface_hub/package_reference/serializat
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -74,8 +74,19 @@ def write_sharded(weights: Path, index: Path, max_file_bytes: int) -> None:
     text = {"metadata": {"total_size": _num_bytes(header.schema)}, "weight_map": weight_map}
     with replacing(index) as partial:
         partial.write_text(json.dumps(text, indent=2) + "\n", "utf-8")
-    for path in index.parent.glob(f"{stem}-*-of-*.safetensors"):
-        if path.name not in weight_map.values():
+    _remove_all_but(set(weight_map.values()), index)
+
+
+def remove_sharded(index: Path) -> None:
+    """Remove an index and the files that `write_sharded` has written with it; there may be none."""
+    index.unlink(missing_ok=True)
+    _remove_all_but(set(), index)
+
+
+def _remove_all_but(needed: Collection[str], index: Path) -> None:
+    """Remove the files of an index but those with these names."""
+    for path in index.parent.glob(f"{index.name.removesuffix(INDEX_SUFFIX)}-*-of-*.safetensors"):
+        if path.name not in needed:
             path.unlink()
 
 

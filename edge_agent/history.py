@@ -12,7 +12,7 @@ from pathlib import Path
 from common.config import FrozenModel, RunConfig
 from common.errors import UsageError
 from common.files import link, replacing
-from common.sharded import write_sharded
+from common.sharded import remove_sharded, write_sharded
 from common.transfer import blob_of
 
 # So many entries stay; an entry has a few hundred bytes.
@@ -155,7 +155,8 @@ class History:
         restored = found.model_copy(
             update={
                 "source": Source.ROLLED_BACK,
-                "score_before": latest.score,
+                # Figures of two tasks cannot be compared.
+                "score_before": latest.score if latest.metric == found.metric else None,
                 "at": time.time(),
                 "is_told": False,
                 "failure": "",
@@ -186,6 +187,9 @@ class History:
         link(self.weights(use), self._model)
         if self._max_file_bytes and self._model.stat().st_size > self._max_file_bytes:
             write_sharded(self._model, self._index, self._max_file_bytes)
+        else:
+            # An index that is left would be read as the model in use.
+            remove_sharded(self._index)
 
     def _write(self, uses: tuple[Use, ...]) -> None:
         """Record the entries, and remove the files of models that are not kept any more."""

@@ -225,7 +225,9 @@ class LocalModels:
         in_use = self._evaluate_in_use()
         if in_use is None or evaluation.score >= in_use.score:
             scores = in_use and in_use.score, evaluation.score
-            whole = self._write_whole(model) if trained.rest else path
+            # The network may have the weights of the model in use by now.
+            rest = trained.rest and self._disk.rest(trained.rest.digest)
+            whole = self._write_whole(self._model(path, rest)) if rest else path
             self._use(whole, evaluation, number, Source.PRE_TRAINED, scores)
         return trained
 

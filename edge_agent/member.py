@@ -115,6 +115,8 @@ class Member:
         self._metrics.set_phase(Phase.WAITING)
         while await self._act_on(await self._news.next(self._is_called_for)):
             pass
+        # The telling of a pre-trained model may have been cut off with a contribution that was in vain.
+        await self._updates.tell()
 
     async def _act_on(self, state: RunState) -> bool:
         """Do what the state calls for; return False if that is to leave."""

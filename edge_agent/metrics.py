@@ -106,8 +106,9 @@ class AgentMetrics:
         self._gauge(kind).labels(stage).set(score)
 
     def set_scores(self, kind: Kind, **stages: float | None) -> None:
-        """Show what was measured in a round, by stage, and nothing of another round."""
-        self._gauge(kind).clear()
+        """Show what was measured in a round, by stage, and nothing of another round or task."""
+        self.accuracy_ratio.clear()
+        self.score.clear()
         for stage, score in stages.items():
             if score is not None:
                 self.set_score(kind, stage, score)

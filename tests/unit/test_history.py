@@ -98,3 +98,24 @@ def test_model_that_is_rolled_back_to_is_written_in_several_files_as_well(tmp_pa
     history.roll_back()
     (file,) = weight_files(tmp_path / "state/model.safetensors.index.json")
     assert load_file(file)["w"].tolist() == [1.0, 1.0]
+
+
+@pytest.mark.parametrize("max_file_bytes", [None, 1000])
+def test_several_files_are_removed_where_the_model_in_use_is_one_file(
+    max_file_bytes: int | None, tmp_path: Path
+) -> None:
+    (tmp_path / "state").mkdir()
+    take(History(tmp_path / "state", 3, max_file_bytes=1), tmp_path, 1)
+    assert len(list((tmp_path / "state").glob("model*safetensors*"))) == 3
+    # The configuration, or the model, is another one.
+    take(History(tmp_path / "state", 3, max_file_bytes), tmp_path, 2)
+    assert [path.name for path in (tmp_path / "state").glob("model*safetensors*")] == ["model.safetensors"]
+
+
+def test_figures_of_two_tasks_are_not_compared(history: History, tmp_path: Path) -> None:
+    take(history, tmp_path, 1)
+    (tmp_path / "other").write_bytes(b"other")
+    use = use_of(tmp_path / "other", "next run", 1, Source.PUBLISHED, (None, -7.0))
+    history.take(tmp_path / "other", RUN, use.model_copy(update={"metric": "R²"}))
+    restored = history.roll_back()
+    assert (restored.metric, restored.score_before, restored.score) == ("accuracy", None, 0.1)

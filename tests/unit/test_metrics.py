@@ -174,6 +174,14 @@ def test_accuracy_of_an_agent_is_of_one_round(agent: AgentMetrics) -> None:
     assert values(agent.registry, "ecavg_agent_accuracy_ratio") == {"before": 0.95, "after": 0.0}
 
 
+def test_figure_of_an_agent_is_of_one_task(agent: AgentMetrics) -> None:
+    agent.set_scores(KINDS["classification"], before=0.9, after=0.7)
+    # The server has begun another run.
+    agent.set_scores(KINDS["regression"], before=None, after=-0.3)
+    assert values(agent.registry, "ecavg_agent_accuracy_ratio") == {}
+    assert values(agent.registry, "ecavg_agent_score") == {"after": -0.3}
+
+
 def test_accuracy_is_of_one_round(server: ServerMetrics) -> None:
     server.set_scores(KINDS["classification"], {"average": 0.7, "aligned": 0.8, "published": 0.9})
     server.set_scores(KINDS["classification"], {"average": 0.75, "published": 0.85})

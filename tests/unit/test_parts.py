@@ -235,6 +235,25 @@ def local_models(disk: AgentState) -> LocalModels:
     return LocalModels(HEADS, data, disk, CPU, (), 0.0)
 
 
+def test_pre_trained_model_in_use_is_whole_though_the_one_before_was_measured_after_it(
+    disk: AgentState, tmp_path: Path
+) -> None:
+    local = local_models(disk)
+    worst = {name: torch.zeros_like(tensor) for name, tensor in build_model(HEADS).state_dict().items()}
+    # All held-out examples are of another class.
+    worst["3.bias"][9] = 1.0
+    local._held_out.targets[:] = 0
+    # An earlier life of the agent has left it.
+    write_state_dict(worst, disk.model)
+    weights, rest = published(tmp_path, 1)
+    trained = local.keep(1, "ab" * 32, local.pretrain(1, weights, ignore, rest=rest))
+    assert trained.rest
+    in_use = read_state_dict(disk.model)
+    expected = read_state_dict(disk.local_weights) | read_state_dict(disk.rest(trained.rest.digest))
+    assert in_use.keys() == expected.keys()
+    assert all(torch.equal(in_use[name], expected[name]) for name in expected)
+
+
 def published(folder: Path, seed: int) -> tuple[Path, Path]:
     """Write the shared part and the rest of a model of the cloud."""
     tensors = build_model(HEADS, seed=seed).state_dict()

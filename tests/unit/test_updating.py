@@ -2,19 +2,27 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from common.config import RunConfig
 from common.errors import RunError
+from common.run_state import Phase
 from edge_agent import exporting
 from edge_agent.config import AgentConfig
 from edge_agent.history import History, Source
+from edge_agent.member import Member
 from edge_agent.metrics import UPDATE_RESULTS, AgentMetrics
+from edge_agent.news import News
+from edge_agent.readiness import Readiness
 from edge_agent.state import AgentState
 from edge_agent.updating import Told, Updates
 from edge_agent.worker import Worker
 from tests.unit.test_history import take
+from tests.unit.test_run_display import STATE
 
 ENVIRONMENT = 'echo "$ECAVG_ROUND $ECAVG_SOURCE $ECAVG_MODEL $ECAVG_MODEL_SHA256 $ECAVG_REPORT $ECAVG_EXPORT"'
 
@@ -170,3 +178,33 @@ def logged() -> Callable[[], list[dict[str, object]]]:
 
     with capture_logs() as entries:
         yield lambda: list(entries)
+
+
+async def test_model_whose_telling_was_cut_off_is_told_of_before_the_agent_leaves(device: Device) -> None:
+    news = News()
+    nobody: Any = None
+    member = Member(
+        RunConfig(),
+        nobody,
+        disk=device.disk,
+        worker=device.worker,
+        data=nobody,
+        news=news,
+        readiness=Readiness((), 60.0, device.said.append, nobody),
+        updates=device.updates("echo $ECAVG_SOURCE >> CALLS"),
+        metrics=device.metrics,
+        display=nobody,
+        teller=nobody,
+    )
+    news.tell(replace(STATE, phase=Phase.AGGREGATING))
+    taking_part = asyncio.create_task(member.take_part())
+    async with asyncio.timeout(10):
+        while True:
+            if device.metrics.registry.get_sample_value("ecavg_agent_phase", {"phase": "waiting"}):
+                break
+            await asyncio.sleep(0.005)
+        # What a contribution leaves that is cut off between these two steps.
+        device.take(1, Source.PRE_TRAINED)
+        news.tell(replace(STATE, run_over=True))
+        await taking_part
+    assert device.lines() == ["pre-trained"]
