@@ -1,6 +1,6 @@
 """The hook of mkdocs.yml: links of the repository become links of the site.
 
-Pages link to each other, and to files outside docs/, as GitHub shows them. A few files outside docs/ are pages
+Pages link to each other, and to files outside docs/, as GitHub shows them. Some files outside docs/ are pages
 of the site as well; links to any other become links to the repository.
 """
 
