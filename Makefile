@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 .PHONY: help install demo test test-gpu coverage check soak fuzz bench bench-peers docs screenshots format proto clean
 
 help:
-	@echo "make demo    one round of handwritten digits: a server and two agents on this machine"
+	@echo "make demo    one round of handwritten digits: a server and two agents on this machine (TASK=regression)"
 	@echo "make test    the tests: of many cases of a kind, one"
 	@echo "make test-gpu  the tests that need a GPU, and the speed of training on it (ten minutes)"
 	@echo "make coverage  the same, and which lines they do not reach"
@@ -28,8 +28,9 @@ $(READY): pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	touch $@
 
+TASK ?= classification
 demo: $(READY)
-	@$(BIN)/python -m experiments.demo
+	@$(BIN)/python -m experiments.demo --task $(TASK)
 
 # The total of what the tests reach in their own process is printed at the end, and has a floor (pyproject.toml).
 test: $(READY)

@@ -162,7 +162,7 @@ class Agent:
         model = event.latest_model
         if model.round and model.round not in self.lived.reported:
             await self._fetch(stub, model.weights.digest)
-            report = pb.ReportRequest(round=model.round, accuracy_after=0.5, num_held_out=10, applied=True)
+            report = pb.ReportRequest(round=model.round, score_after=0.5, num_held_out=10, applied=True)
             await self._call("Report", stub.Report, report)
             self.lived.reported.add(model.round)
         is_wanted = event.phase == pb.PHASE_COLLECTING and event.round not in self.lived.outcomes
@@ -183,7 +183,7 @@ class Agent:
             weights_digest=_digest(weights),
             shard_digests=[_digest(self._shard)],
             num_examples=IMAGES,
-            accuracy_local=0.5,
+            score_local=0.5,
             initial_weights_digest=event.initial_weights.digest,
         )
         reply = await self._call("Contribute", stub.Contribute, request)

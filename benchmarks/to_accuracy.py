@@ -28,6 +28,7 @@ from common.config import RunConfig, TrainingConfig
 from common.evaluation import evaluate
 from common.models import build_model
 from common.shards import Shard
+from common.tasks.classification import Classification
 from common.training import Examples, Recipe, StepReport, choose_precision, train
 from edge_agent.image_folder import FileSplit, list_image_folder
 
@@ -52,7 +53,7 @@ class _Watch:
 
     def __init__(self, case: Case, test: Shard, accuracy: float) -> None:
         self._case, self._wanted = case, accuracy
-        self._test = torch.from_numpy(test.images), torch.from_numpy(test.labels)
+        self._test = torch.from_numpy(test.inputs), torch.from_numpy(test.targets)
         self._started, self._cpu_started = time.perf_counter(), time.process_time()
         self._epochs = 0
 
@@ -64,7 +65,9 @@ class _Watch:
         # An evaluation changes the memory layout of the weights, to the layout of our training. The usual
         # loop's model must keep its own layout, so a copy is evaluated.
         judged = copy.deepcopy(model)
-        found = evaluate(judged, *self._test, spec=self._case.spec, device=self._case.device).accuracy
+        found = evaluate(
+            judged, *self._test, task=Classification(self._case.spec), device=self._case.device
+        ).score
         self._epochs += 1
         seconds, cpu_seconds = now - self._started, cpu_now - self._cpu_started
         self._started += time.perf_counter() - now
@@ -95,8 +98,8 @@ def main(argv: list[str] | None = None) -> int:
     )  # fmt: skip
     case = Case(
         build_model(run, seed=SEED),
-        torch.from_numpy(images.images),
-        torch.from_numpy(images.labels),
+        torch.from_numpy(images.inputs),
+        torch.from_numpy(images.targets),
         run.spec,
         config,
         device,
@@ -109,7 +112,7 @@ def main(argv: list[str] | None = None) -> int:
         "benchmark": "to_accuracy",
         "device": device_name(device),
         "threads": torch.get_num_threads(),
-        "images": len(images.labels),
+        "images": len(images.targets),
         "accuracy": arguments.accuracy,
         "precision": arguments.precision,
         "loops": {name: [each._asdict() for each in trainings] for name, trainings in found.items()},
@@ -140,13 +143,15 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
 def _read(files: FileSplit, num_images: int, run: RunConfig) -> Shard:
     """Read at most `num_images` of the images, drawn at random."""
     indices = np.random.default_rng(SEED).permutation(len(files.paths))[:num_images]
-    return files.read(indices, run.spec.image_shape)[0]
+    return files.read(indices, run.spec)[0]
 
 
 def _ours(case: Case, watch: _Watch) -> Reached:
     model, examples = copy.deepcopy(case.model), Examples(case.images, case.labels)
-    precision = choose_precision(model, examples, case.config, spec=case.spec, device=case.device)
-    recipe = Recipe(case.config, case.spec, SEED, precision)
+    precision = choose_precision(
+        model, examples, case.config, task=Classification(case.spec), device=case.device
+    )
+    recipe = Recipe(case.config, Classification(case.spec), SEED, precision)
     steps_per_epoch = -(-len(case.images) // case.config.batch_size)
     due = iter(range(steps_per_epoch, case.config.epochs * steps_per_epoch + 1, steps_per_epoch))
     next_due = next(due)

@@ -36,11 +36,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision import transforms
 
 from benchmarks import figures
-from common.config import DATASETS, DatasetSpec, RunConfig, TrainingConfig
+from common.config import RunConfig, TrainingConfig
+from common.dataset import DATASETS, DatasetSpec
 from common.devices import make_deterministic, select_device
 from common.errors import UsageError
-from common.evaluation import main_output
 from common.models import build_model
+from common.tasks.classification import Classification
+from common.tasks.task import main_output
 from common.training import Examples, Recipe, choose_precision, train
 
 SEED = 0
@@ -170,7 +172,7 @@ def _case(name: str, device: torch.device, arguments: argparse.Namespace) -> Cas
     )
     run = RunConfig(model=name, dataset=workload.dataset, small_images=name in AUGMENTED)
     generator = torch.Generator().manual_seed(SEED)
-    shape = (num_images, *run.spec.image_shape)
+    shape = (num_images, *run.spec.inputs.shape)
     return Case(
         model=build_model(run, seed=SEED),
         images=torch.randint(256, shape, generator=generator, dtype=torch.uint8),
@@ -265,8 +267,10 @@ def _flops_per_image(case: Case) -> float:
 
 def _train_ours(case: Case) -> None:
     examples = Examples(case.images, case.labels)
-    precision = choose_precision(case.model, examples, case.config, spec=case.spec, device=case.device)
-    recipe = Recipe(case.config, case.spec, SEED, precision)
+    precision = choose_precision(
+        case.model, examples, case.config, task=Classification(case.spec), device=case.device
+    )
+    recipe = Recipe(case.config, Classification(case.spec), SEED, precision)
     with as_the_product(case.device):
         train(copy.deepcopy(case.model), examples, recipe, device=case.device, on_step=lambda _: None)
 
@@ -279,7 +283,9 @@ def _train_ours_on_host(case: Case) -> None:
 def _train_bare(case: Case) -> None:
     model, device = copy.deepcopy(case.model).to(case.device).train(), case.device
     optimizer = _optimizer(model, case.config)
-    mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (case.spec.mean, case.spec.std))
+    mean, std = (
+        torch.tensor(values).view(-1, 1, 1) for values in (case.spec.inputs.mean, case.spec.inputs.std)
+    )
     images = ((case.images / 255 - mean) / std).to(device)
     labels = case.labels.to(device)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=case.config.precision == "bfloat16")
@@ -309,13 +315,13 @@ class Pictures(Dataset[tuple[Tensor, int]]):
     def __init__(self, case: Case) -> None:
         self._arrays: np.ndarray = case.images.permute(0, 2, 3, 1).squeeze(3).numpy()
         self._labels = case.labels.tolist()
-        size = case.spec.image_shape[1]
+        size = case.spec.inputs.shape[1]
         self._transform = transforms.Compose(
             [
                 transforms.RandomCrop(size, padding=4),
                 transforms.RandomHorizontalFlip(),
                 transforms.ToTensor(),
-                transforms.Normalize(case.spec.mean, case.spec.std),
+                transforms.Normalize(case.spec.inputs.mean, case.spec.inputs.std),
             ]
         )
 

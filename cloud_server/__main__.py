@@ -26,7 +26,9 @@ if TYPE_CHECKING:
     from cloud_server.showing.viewers import Viewers
     from cloud_server.store import Store
     from cloud_server.tracking.thread import Tracking
+    from cloud_server.training.handout import ExternalTrainers
     from cloud_server.training.runner import Trainer
+    from cloud_server.training.supervisor import TrainerProcess
     from common.run_state import RunState
 
 # How long the token is valid that a server prints by itself.
@@ -130,7 +132,6 @@ async def serve(config: ServerConfig) -> int:
     from cloud_server.showing.viewers import Viewers
     from cloud_server.store import Store
     from cloud_server.tracking.tracker import check_packages
-    from cloud_server.training.supervisor import TrainerProcess
     from common import endpoints, logs, tracing
     from common.background import beside
     from common.progress import progress_display
@@ -139,13 +140,13 @@ async def serve(config: ServerConfig) -> int:
     logs.set_up(config.log_level, config.log_format, quiet=config.quiet)
     tracing.start("ecavg-server")
     check_packages(config.tracking)
-    store = Store(config.state_dir)
+    store = Store(config.state_dir, place=config.blobs, cache_bytes=config.blob_cache_bytes)
     authority = None if config.insecure else await open_authority(config.tls_folder)
     warn_of_clock(store, authority)
     http_token = endpoints.http_token(config.http_host, config.http_token_file, config.http_token_path)
     metrics = ServerMetrics(agent_labels=config.agent_labels)
     metrics.machine.watch(config.state_dir, (lambda: authority.ends_at) if authority else None)
-    trainer = TrainerProcess(config.state_dir, device=config.device)
+    trainer = trainer_of(config)
     display = RunDisplay(progress_display(has_bars=config.has_bars), epochs=config.run.fine_tune.epochs)
     server = GrpcServer(
         metrics,
@@ -209,6 +210,20 @@ async def serve(config: ServerConfig) -> int:
         store.close()
         await asyncio.to_thread(tracing.flush)
     return 0
+
+
+def trainer_of(config: ServerConfig) -> "ExternalTrainers | TrainerProcess":
+    """Return the trainer of the server, which is not started yet."""
+    if config.trainers == "own":
+        from cloud_server.training.supervisor import TrainerProcess
+
+        return TrainerProcess(config.state_dir, device=config.device)
+    from cloud_server.disk.bucket import Bucket
+    from cloud_server.disk.place import FILES
+    from cloud_server.training.handout import ExternalTrainers
+
+    bucket = None if config.blobs == FILES else Bucket(config.blobs)
+    return ExternalTrainers(config.state_dir, bucket)
 
 
 async def open_authority(folder: Path) -> "Authority":

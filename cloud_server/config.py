@@ -3,6 +3,7 @@
 import math
 from pathlib import Path
 from typing import Annotated, Literal, Self
+from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator, model_validator
 
@@ -68,6 +69,15 @@ class ServerConfig(ProcessConfig):
     It changes nothing else, and may be another one after a restart.
     """
 
+    blobs: Name = Field("files", title="files|s3://BUCKET/PREFIX")
+    """Where weights and shards are kept: as files in STATE, or in an S3-compatible bucket.
+
+    Credentials come from the environment alone; see docs/storage.md.
+    """
+
+    blob_cache_bytes: int = Field(10 * 2**30, ge=0)
+    """How many bytes of the blobs in a bucket are kept in STATE as well; what is in use always is."""
+
     rounds: int = Field(1, ge=0)
     """Rounds to run, counted from the beginning of the run; 0 runs for ever."""
 
@@ -112,6 +122,13 @@ class ServerConfig(ProcessConfig):
 
     device: Name = "auto"
     """Where to train: `auto`, `cpu`, `cuda`, `cuda:1`; `auto` and `cuda` take every GPU."""
+
+    trainers: Literal["own", "external"] = Field("own", title="own|external")
+    """Who trains: a process that the server starts, or trainers that are started by hand
+
+    External trainers get jobs through the bucket of the blobs, or share STATE where blobs are files; see
+    docs/deployment.md.
+    """
 
     max_attempts: int = Field(3, ge=1, le=100)
     """Tries at a round's training before the round fails.
@@ -175,6 +192,15 @@ class ServerConfig(ProcessConfig):
     @classmethod
     def _host_alone(cls, value: str) -> str:
         return addresses.parse_host(value)
+
+    @field_validator("blobs")
+    @classmethod
+    def _place_of_blobs(cls, value: str) -> str:
+        parts = urlsplit(value)
+        is_plain = value.isprintable() and not {"?", "#", "@", " "} & set(value)
+        if value != "files" and not (parts.scheme == "s3" and parts.netloc and is_plain):
+            raise ValueError(f"{value!r} is no place for blobs: files, s3://BUCKET or s3://BUCKET/PREFIX")
+        return value.rstrip("/")
 
     @model_validator(mode="after")
     def _max_is_not_below_min(self) -> Self:

@@ -21,7 +21,7 @@ class Contribution:
     # The digest of the weights that pre-training started from; None: the agent's own.
     initial_digest: str | None = None
     # The figures below are for the report only: they do not make a contribution another one.
-    accuracy_local: float | None = field(default=None, compare=False)
+    score_local: float | None = field(default=None, compare=False)
     # How many examples the shards hold.
     num_shared: int = field(default=0, compare=False)
     # How many global models have been published since the one that pre-training started from.

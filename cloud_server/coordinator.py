@@ -7,7 +7,8 @@ restart must not lose is in the store before anyone is told.
 import asyncio
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager, AsyncExitStack, suppress
+from functools import partial
 
 import structlog
 
@@ -19,7 +20,7 @@ from cloud_server.jobs import Job, Progress, Result
 from cloud_server.ledger import Ledger
 from cloud_server.metrics import ServerMetrics
 from cloud_server.round import Round
-from cloud_server.run import adopt_model
+from cloud_server.run import adopt_model, kept_model
 from cloud_server.showing.presence import LIVENESS_SECONDS, Presence
 from cloud_server.showing.reports import Reports, stages
 from cloud_server.showing.standing import Standing, wait_for
@@ -33,6 +34,7 @@ from common import clock, tracing
 from common.background import beside
 from common.errors import RunError
 from common.run_state import Phase, WorkProgress
+from common.tasks import kind_of
 
 LIVENESS_POLL_SECONDS = 1.0
 
@@ -214,13 +216,25 @@ class Coordinator:
             if obstacle := self._ledger.round.obstacle:
                 await self._ledger.transition(lambda round_, obstacle=obstacle: round_.fail(obstacle))  # type: ignore[misc]
                 return
-            job = self._round_job().model_copy(update={"traceparent": tracing.current()})
             with suppress(JobWithdrawnError):
-                await self._publish(job, await self._jobs.finish(job, self._show_progress))
+                await self._do_round_job()
+
+    async def _do_round_job(self) -> None:
+        """Have the round's job done, with its blobs at hand, and end the round with the result."""
+        async with AsyncExitStack() as stack:
+            in_use = partial(self._store.blobs.in_use, self._round_job().blobs)
+            await when_disk_allows(lambda: stack.enter_async_context(in_use()))
+            # An agent may have been forgotten meanwhile.
+            job = self._round_job().model_copy(update={"traceparent": tracing.current()})
+            await self._publish(job, await self._jobs.finish(job, self._show_progress))
 
     def _round_job(self) -> Job:
         return records.round_job(
-            self._ledger.round, self._config.run, self._config.device, self._ledger.planned_rounds
+            self._ledger.round,
+            self._config.run,
+            self._config.device,
+            self._ledger.planned_rounds,
+            self._store.rest(self._ledger.round.initial_digest),
         )
 
     def _check_wanted(self, job: Job) -> None:
@@ -247,7 +261,7 @@ class Coordinator:
                 await self._advance_to(Phase.EVALUATING)
             await self._ledger.transition(ended)
         if self._ledger.round.published_digest:
-            self._metrics.set_accuracies(stages(result))
+            self._metrics.set_scores(kind_of(self._config.run.task), stages(result))
             # An agent may have been forgotten since.
             here = [agent for agent in result.audit if self._ledger.has_joined(agent.agent_id)]
             self._metrics.set_audit(here)
@@ -255,13 +269,16 @@ class Coordinator:
 
     async def _adopt(self, job: Job, result: Result) -> None:
         """Make blobs of the model while nobody is forgotten."""
+        directory = self._jobs.directory(job.name)
 
         async def adopt() -> None:
             self._check_wanted(job)
-            directory = self._jobs.directory(job.name)
             await asyncio.to_thread(adopt_model, self._store, directory, result)
 
-        await when_disk_allows(lambda: self._ledger.exclusively(adopt))
+        async with AsyncExitStack() as stack:
+            kept = partial(kept_model, self._store, directory, result)
+            await when_disk_allows(lambda: stack.enter_async_context(kept()))
+            await when_disk_allows(lambda: self._ledger.exclusively(adopt))
 
     async def _show_progress(self, lines: list[Progress]) -> None:
         for line in lines:

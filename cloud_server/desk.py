@@ -24,6 +24,7 @@ from common.config import RunConfig
 from common.errors import BudgetError, ConflictError, InvalidError, NotFoundError, Reason
 from common.faults import Point, crash_point
 from common.run_state import Outcome, Phase, RunState, Verdict
+from common.tasks import Kind, kind_of
 from common.transfer import Blob
 from common.wire import needs_base
 
@@ -90,6 +91,11 @@ class Desk:
         self._metrics = metrics
         self._clock = clock
 
+    @property
+    def kind(self) -> Kind:
+        """Return what is known of the run's task."""
+        return kind_of(self._run.config.task)
+
     async def join(self, agent_id: str, class_names: Sequence[str] = ()) -> Membership:
         """Return the agent's membership, the same whenever it asks.
 
@@ -148,16 +154,18 @@ class Desk:
                 await self._ledger.reject(agent_id, error.reason, str(error))
             raise
 
-    async def readable_blob(self, agent_id: str, digest: str) -> Path:
-        """Return the file that an agent's download is read from.
+    @asynccontextmanager
+    async def readable_blob(self, agent_id: str, digest: str) -> AsyncIterator[Path]:
+        """Return a context with the file that an agent's download is read from.
 
         Raises:
             NotFoundError: the digest is neither initial weights nor a published model.
         """
         self._ledger.check_joined(agent_id)
-        if await asyncio.to_thread(self._store.is_public, digest):
-            return self._store.blobs.path(digest)
-        raise NotFoundError(f"no initial weights or published model has the digest {digest[:16]}…")
+        if not await asyncio.to_thread(self._store.is_public, digest):
+            raise NotFoundError(f"no initial weights or published model has the digest {digest[:16]}…")
+        async with self._store.blobs.in_use([digest]):
+            yield self._store.blobs.path(digest)
 
     @contextmanager
     def sending(self, agent_id: str, size_bytes: int, offset: int) -> Iterator[Callable[[int], None]]:
@@ -183,7 +191,9 @@ class Desk:
         """
         self._ledger.check_joined(agent_id)
         try:
-            outcome = await self._ledger.record(lambda group: self._commit(group, number, contribution))
+            # The headers of its blobs are read.
+            async with self._store.blobs.in_use(contribution.blob_digests):
+                outcome = await self._ledger.record(lambda group: self._commit(group, number, contribution))
         except InvalidError as error:
             if error.reason is Reason.INITIAL_WEIGHTS:
                 await self._ledger.reject(agent_id, error.reason, str(error))

@@ -5,6 +5,7 @@
         progress.jsonl      the progress of the job, one line for each report
         scratch/            intermediate files
         encoded.safetensors the new weights, encoded for the agents; missing if wire = "float32"
+        rest.safetensors    the parts of the cloud's model that do not travel; missing if all parts do
         model.safetensors   the new weights; if they are encoded, the result of decoding encoded.safetensors
         result.json         the result or the error; this file is written last
 
@@ -12,6 +13,7 @@ A job is pending while it has a job.json and no result.json. The trainer may be 
 next trainer then starts the job from the beginning and makes the same bytes.
 """
 
+import hashlib
 import re
 import shutil
 from collections.abc import Iterator
@@ -24,7 +26,7 @@ from pydantic import Field, ValidationError
 
 from cloud_server.contribution import Contribution
 from cloud_server.state_dir import StateDir
-from common.config import FrozenModel, RunConfig
+from common.config import FrozenModel, RunConfig, Scored
 from common.errors import Reason, RunError
 from common.files import replacing, sync
 
@@ -65,6 +67,8 @@ class Job(FrozenModel):
     device: str
     # The digest of the weights from which the agents' pre-training started.
     initial_weights: str | None
+    # The digest of the cloud's values for the parts of the model that do not travel; None: all parts do.
+    initial_rest: str | None = None
     contributions: tuple[Contribution, ...] = ()
     # How many rounds the learning-rate schedule of the run is for.
     planned_rounds: int = 1
@@ -72,6 +76,17 @@ class Job(FrozenModel):
     has_full_curve: bool = False
     # The span of the server that the job belongs to; None: the round is not traced. See common/tracing.py.
     traceparent: str | None = None
+
+    @property
+    def id(self) -> str:
+        """Return what tells the job from others of its name: another attempt, or other contributions."""
+        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()[:16]
+
+    @property
+    def blobs(self) -> list[str]:
+        """Return the digests of all blobs that the job reads."""
+        start = [self.initial_weights] if self.initial_weights else []
+        return start + [digest for item in self.contributions for digest in item.blob_digests]
 
 
 class Progress(FrozenModel):
@@ -95,14 +110,14 @@ class JobError(FrozenModel):
     message: str
 
 
-class ClassAccuracy(FrozenModel):
-    """The accuracies of a round's models on one class, in the held-out part of the combined data."""
+class ClassScore(Scored):
+    """The scores of a round's models on one class, in the held-out part of the combined data."""
 
     label: int
     # The number of held-out examples of the class.
     num_examples: int
-    accuracy_start: float
-    accuracy_published: float
+    score_start: float
+    score_published: float
 
 
 class AgentAudit(FrozenModel):
@@ -131,27 +146,33 @@ class AgentAudit(FrozenModel):
     left_out: Reason | None = None
 
 
-class Result(FrozenModel):
+class Result(Scored):
     """The outcome of a job.
 
-    Accuracies are measured on the held-out part of the combined data; they are None if there is no such data.
+    Scores are measured on the held-out part of the combined data; they are None if there is no such data.
     """
 
     # The file model.safetensors; None if the job failed, see `error`.
     weights: WeightsFile | None = None
     # The file encoded.safetensors; None if the weights travel without an encoding.
     encoded: EncodedWeightsFile | None = None
-    # The accuracy of each candidate, by name.
+    # The file rest.safetensors; None if all parts of the model travel.
+    rest: WeightsFile | None = None
+    # The score of each candidate, by name.
     candidates: dict[str, float] = Field(default_factory=dict)
     # The name of the candidate that was fine-tuned.
     start: str | None = None
+    # The name of the figure that the scores are; empty where nothing was measured.
+    metric: str = ""
     # The ids of the agents in the greedy soup.
     soup: tuple[str, ...] = ()
     published: Literal["start", "fine_tuned"] | None = None
-    accuracy_fine_tuned: float | None = None
-    accuracy_published: float | None = None
+    score_fine_tuned: float | None = None
+    score_published: float | None = None
+    # Further figures of the published model, by name, such as the mean absolute error.
+    figures: dict[str, float] = Field(default_factory=dict)
     # The classes that have held-out examples, by label.
-    classes: tuple[ClassAccuracy, ...] = ()
+    classes: tuple[ClassScore, ...] = ()
     # The findings about each agent, by agent id; empty in a round of fewer than three agents.
     audit: tuple[AgentAudit, ...] = ()
     # The reason why flagged agents are not left out, although the run leaves flagged agents out.
@@ -188,6 +209,11 @@ class JobDirectory:
         return self.path / "encoded.safetensors"
 
     @property
+    def rest_path(self) -> Path:
+        """Return the path of the parts of the cloud's model that do not travel."""
+        return self.path / "rest.safetensors"
+
+    @property
     def scratch_path(self) -> Path:
         """Return the path of the folder for intermediate files."""
         return self.path / "scratch"
@@ -200,15 +226,15 @@ class JobDirectory:
         """
         self.path.mkdir(parents=True, exist_ok=True)
         sync(self.path.parent)
-        self._progress_path.unlink(missing_ok=True)
+        self.progress_path.unlink(missing_ok=True)
         # A result that exists now belongs to the earlier attempt. Without one, the job is pending as soon as
         # job.json is written, and a result that appears later belongs to the new job.
-        is_new_attempt = self._result_path.exists()
-        _write(self._job_path, job)
+        is_new_attempt = self.result_path.exists()
+        _write(self.job_path, job)
         # The old result is removed after the new job.json is written, so that no trainer starts the new
         # attempt with the old job.json.
         if is_new_attempt:
-            self._result_path.unlink()
+            self.result_path.unlink()
 
     def withdraw(self) -> None:
         """Delete job.json, so that no trainer starts the job again.
@@ -216,7 +242,7 @@ class JobDirectory:
         Raises:
             OSError: the file cannot be deleted.
         """
-        self._job_path.unlink(missing_ok=True)
+        self.job_path.unlink(missing_ok=True)
         sync(self.path)
 
     def remove(self) -> None:
@@ -237,15 +263,15 @@ class JobDirectory:
         Raises:
             RunError: job.json is missing or damaged.
         """
-        job = _read(Job, self._job_path)
+        job = _read(Job, self.job_path)
         if job is None:
-            raise RunError(f"{self._job_path} is missing")
+            raise RunError(f"{self.job_path} is missing")
         return job
 
     def discard_output(self) -> None:
         """Delete the progress, the weights and the intermediate files of an attempt that was cut off."""
-        self._progress_path.unlink(missing_ok=True)
-        for path in (self.weights_path, self.encoded_path):
+        self.progress_path.unlink(missing_ok=True)
+        for path in (self.weights_path, self.encoded_path, self.rest_path):
             path.unlink(missing_ok=True)
         self.discard_scratch()
 
@@ -267,7 +293,7 @@ class JobDirectory:
 
         The line is not flushed to the disk, because the job starts again after a crash of the machine anyway.
         """
-        with self._progress_path.open("a", encoding="utf-8") as file:
+        with self.progress_path.open("a", encoding="utf-8") as file:
             file.write(progress.model_dump_json() + "\n")
 
     def read_progress(self, offset: int) -> tuple[list[Progress], int]:
@@ -277,7 +303,7 @@ class JobDirectory:
         starts at the first line.
         """
         try:
-            with self._progress_path.open("rb") as file:
+            with self.progress_path.open("rb") as file:
                 if file.seek(0, 2) < offset:
                     offset = 0
                 file.seek(offset)
@@ -292,7 +318,7 @@ class JobDirectory:
         Raises:
             OSError: the file cannot be written.
         """
-        _write(self._result_path, result)
+        _write(self.result_path, result)
 
     def read_result(self) -> Result | None:
         """Return the result; None while the job is pending.
@@ -300,30 +326,30 @@ class JobDirectory:
         Raises:
             RunError: the file is damaged.
         """
-        return _read(Result, self._result_path)
+        return _read(Result, self.result_path)
 
     @property
     def is_begun(self) -> bool:
         """Return True if the job was asked for and not withdrawn."""
-        return self._job_path.exists()
+        return self.job_path.exists()
 
     @property
     def is_pending(self) -> bool:
         """Return True if the job was asked for and has no result yet."""
-        return not self._result_path.exists() and self._job_path.exists()
+        return not self.result_path.exists() and self.job_path.exists()
 
     @property
-    def _job_path(self) -> Path:
+    def job_path(self) -> Path:
         """Return the path of job.json."""
         return self.path / "job.json"
 
     @property
-    def _progress_path(self) -> Path:
+    def progress_path(self) -> Path:
         """Return the path of progress.jsonl."""
         return self.path / "progress.jsonl"
 
     @property
-    def _result_path(self) -> Path:
+    def result_path(self) -> Path:
         """Return the path of result.json."""
         return self.path / "result.json"
 

@@ -15,6 +15,7 @@ from cloud_server.round import OVER
 from common.errors import Reason
 from common.metrics import MachineMetrics, make_registry
 from common.run_state import Outcome, Phase, Selection
+from common.tasks import Kind
 
 RECEIVED_KINDS = ("weights", "data")
 SENT_KINDS = ("model",)
@@ -85,6 +86,13 @@ class ServerMetrics:
         self._accuracy = Gauge(
             "ecavg_server_accuracy_ratio",
             "Accuracy on the held-out part of the combined data, 0 to 1, in the last published round.",
+            ["stage"],
+            registry=registry,
+        )
+        self._score = Gauge(
+            "ecavg_server_score",
+            "Figure of the run's task, where that is not classification, on the held-out part of the combined"
+            " data in the last published round; higher is better.",
             ["stage"],
             registry=registry,
         )
@@ -176,15 +184,17 @@ class ServerMetrics:
         for state in UPLOAD_STATES:
             self._uploads.labels(state).set_function(lambda state=state: count()[state])  # type: ignore[misc]
 
-    def set_accuracies(self, ratios: Mapping[str, float]) -> None:
-        """Replace the accuracies by those of a published round.
+    def set_scores(self, kind: Kind, scores: Mapping[str, float]) -> None:
+        """Replace the scores by those of a published round.
 
         Args:
-            ratios: the accuracies by stage, each from 0 to 1.
+            kind: what is known of the run's task.
+            scores: the scores by stage.
         """
-        self._accuracy.clear()
-        for stage, ratio in ratios.items():
-            self._accuracy.labels(stage).set(ratio)
+        gauge = self._accuracy if kind.field == "accuracy" else self._score
+        gauge.clear()
+        for stage, score in scores.items():
+            gauge.labels(stage).set(score)
 
     def watch_selection(self, count: Callable[[], Mapping[str, int]]) -> None:
         """Have the agents of the current sample counted whenever somebody looks at the metrics.

@@ -98,8 +98,14 @@ def initialise_job(run: RunConfig, device: str) -> Job:
     return Job(kind="initialise", name="initialise", round=0, run=run, device=device, initial_weights=None)
 
 
-def round_job(round_: Round, run: RunConfig, device: str, planned_rounds: int) -> Job:
-    """Return the job that makes the global model of a round that has closed."""
+def round_job(
+    round_: Round, run: RunConfig, device: str, planned_rounds: int, rest_digest: str | None = None
+) -> Job:
+    """Return the job that makes the global model of a round that has closed.
+
+    Args:
+        rest_digest: the digest of the rest that belongs to the round's initial weights.
+    """
     return Job(
         kind="warm_up" if round_.is_warm_up else "round",
         name=job_name(round_.number),
@@ -107,6 +113,7 @@ def round_job(round_: Round, run: RunConfig, device: str, planned_rounds: int) -
         run=run,
         device=device,
         initial_weights=round_.initial_digest,
+        initial_rest=rest_digest,
         contributions=tuple(contribution for _, contribution in sorted(round_.contributions.items())),
         planned_rounds=planned_rounds,
         has_full_curve=round_.has_full_curve,

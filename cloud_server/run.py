@@ -2,7 +2,8 @@
 
 import asyncio
 import uuid
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
@@ -61,12 +62,30 @@ async def open_run(config: ServerConfig, store: Store, jobs: JobRunner, clock: C
     assert row is not None
     first = await asyncio.to_thread(store.round, config.run.first_round)
     assert first is not None
-    header = schema.read_header(store.blobs.path(first.initial_digest))
+    async with store.blobs.in_use([first.initial_digest]):
+        header = schema.read_header(store.blobs.path(first.initial_digest))
     return Run(row.run_id, config.run, header.schema, row.probe, row.planned_rounds, row.created_at)
 
 
+@asynccontextmanager
+async def kept_model(store: Store, directory: JobDirectory, result: Result) -> AsyncIterator[None]:
+    """Have what a job has made where blobs are kept, and there to stay until the context ends.
+
+    Raises:
+        StorageError: the disk or the bucket takes no data now.
+    """
+    assert result.weights
+    async with AsyncExitStack() as stack:
+        kept = store.blobs.kept(directory.weights_path, result.weights.sha256)
+        await stack.enter_async_context(kept)
+        if result.encoded:
+            kept = store.blobs.kept(directory.encoded_path, result.encoded.sha256)
+            await stack.enter_async_context(kept)
+        yield
+
+
 def adopt_model(store: Store, directory: JobDirectory, result: Result) -> None:
-    """Turn the weights that a job has made, and their encoding, into blobs; a second call changes nothing.
+    """Turn the weights that a job has made, with encoding and rest, into blobs; doing it twice is harmless.
 
     Raises:
         StorageError: the disk takes no data now.
@@ -74,6 +93,9 @@ def adopt_model(store: Store, directory: JobDirectory, result: Result) -> None:
     assert result.weights
     store.blobs.adopt(directory.weights_path, result.weights.sha256)
     crash_point(Point.SERVER_MODEL_ADOPTED)
+    if result.rest:
+        store.blobs.adopt(directory.rest_path, result.rest.sha256)
+        store.record_rest(result.weights.sha256, result.rest.sha256)
     if result.encoded:
         store.blobs.adopt(directory.encoded_path, result.encoded.sha256)
         encoding = EncodingRow(result.encoded.sha256, result.encoded.base)
@@ -96,7 +118,9 @@ async def _begin(config: ServerConfig, store: Store, jobs: JobRunner, clock: Cal
     if result.error or result.weights is None:
         error = result.error or JobError(kind="failed", message="the trainer gave no weights")
         raise (UsageError if error.kind == "usage" else RunError)(error.message)
-    await when_disk_allows(lambda: to_the_end(asyncio.to_thread(adopt_model, store, directory, result)))
+    async with AsyncExitStack() as stack:
+        await when_disk_allows(lambda: stack.enter_async_context(kept_model(store, directory, result)))
+        await when_disk_allows(lambda: to_the_end(asyncio.to_thread(adopt_model, store, directory, result)))
     run_json = config.run.model_dump_json()
     await asyncio.to_thread(
         store.create_run,

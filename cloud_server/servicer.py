@@ -22,6 +22,7 @@ from common.faults import Point, crash_point
 from common.pb import ecavg_pb2 as pb
 from common.pb import ecavg_pb2_grpc as pb_grpc
 from common.run_state import Outcome, Phase, RunState, Selection, Verdict
+from common.tasks import Kind
 from common.transfer import DIGEST, Blob, Encoded, chunks_of
 
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["ECAvg"].full_name
@@ -99,19 +100,19 @@ class ECAvgServicer(pb_grpc.ECAvgServicer):
     async def Contribute(self, request: pb.ContributeRequest, _: Any) -> pb.ContributeReply:
         """Answer Contribute: commit uploaded blobs to a round."""
         verdict = await self._desk.contribute(
-            calling_agent(), request.round, _contribution(calling_agent(), request)
+            calling_agent(), request.round, _contribution(calling_agent(), request, self._desk.kind)
         )
         return _reply(verdict)
 
     async def Download(self, request: pb.DownloadRequest, _: Any) -> AsyncIterator[pb.DownloadReply]:
         """Answer Download: send a blob, chunk by chunk."""
-        path = await self._desk.readable_blob(calling_agent(), _digest(request.digest))
-        size_bytes = path.stat().st_size
-        with self._desk.sending(calling_agent(), size_bytes, request.offset) as sent:
-            async for chunk in chunks_of(path, request.offset):
-                yield pb.DownloadReply(chunk=chunk, size_bytes=size_bytes)
-                crash_point(Point.SERVER_CHUNK_SENT)
-                sent(len(chunk))
+        async with self._desk.readable_blob(calling_agent(), _digest(request.digest)) as path:
+            size_bytes = path.stat().st_size
+            with self._desk.sending(calling_agent(), size_bytes, request.offset) as sent:
+                async for chunk in chunks_of(path, request.offset):
+                    yield pb.DownloadReply(chunk=chunk, size_bytes=size_bytes)
+                    crash_point(Point.SERVER_CHUNK_SENT)
+                    sent(len(chunk))
                 size_bytes = 0
         # Where nothing is left to send, the size alone says so.
         if size_bytes:
@@ -119,12 +120,13 @@ class ECAvgServicer(pb_grpc.ECAvgServicer):
 
     async def Report(self, request: pb.ReportRequest, _: Any) -> pb.ReportReply:
         """Answer Report: keep what became of a model on a device."""
+        kind = self._desk.kind
         row = ReportRow(
             agent_id=calling_agent(),
-            accuracy_local=_ratio(request, "accuracy_local"),
-            accuracy_before=_ratio(request, "accuracy_before"),
-            accuracy_after=_ratio(request, "accuracy_after") or 0.0,
-            accuracy_adapted=_ratio(request, "accuracy_adapted"),
+            score_local=_score(request, "score_local", kind),
+            score_before=_score(request, "score_before", kind),
+            score_after=_score(request, "score_after", kind) or 0.0,
+            score_adapted=_score(request, "score_adapted", kind),
             num_held_out=_count(request.num_held_out),
             applied=request.applied,
             reason=rpc.plain(request.reason),
@@ -178,13 +180,13 @@ def _kind(kind: Any) -> str:
     return _KINDS[kind]
 
 
-def _ratio(message: Any, field: str) -> float | None:
-    """Return an accuracy, or None where an optional one is absent."""
+def _score(message: Any, field: str, kind: Kind) -> float | None:
+    """Return a figure of the run's task, or None where an optional one is absent."""
     if message.DESCRIPTOR.fields_by_name[field].has_presence and not message.HasField(field):
         return None
     value = float(getattr(message, field))
-    if not 0 <= value <= 1:
-        raise InvalidError(f"{field} must be between 0 and 1")
+    if not math.isfinite(value) or not kind.lowest <= value <= kind.highest:
+        raise InvalidError(f"{field} must be a number from {kind.lowest:g} to {kind.highest:g}")
     return value
 
 
@@ -204,7 +206,7 @@ def _agent_progress(request: pb.ProgressRequest) -> AgentProgress | None:
     return AgentProgress(activity, min(_count(request.done), total or _MAX_EXAMPLES), total, loss)
 
 
-def _contribution(agent_id: str, request: pb.ContributeRequest) -> Contribution:
+def _contribution(agent_id: str, request: pb.ContributeRequest, kind: Kind) -> Contribution:
     if request.num_examples < 1:
         raise InvalidError("num_examples must be at least 1")
     if len(request.shard_digests) > _MAX_SHARDS:
@@ -217,7 +219,7 @@ def _contribution(agent_id: str, request: pb.ContributeRequest) -> Contribution:
         shard_digests=tuple(_digest(digest) for digest in request.shard_digests),
         num_examples=_count(request.num_examples),
         initial_digest=_digest(request.initial_weights_digest) if request.initial_weights_digest else None,
-        accuracy_local=_ratio(request, "accuracy_local"),
+        score_local=_score(request, "score_local", kind),
     )
 
 
@@ -259,10 +261,14 @@ def _event(state: RunState) -> pb.WatchEvent:
         )
     if state.initial_encoded:
         event.initial_encoded.CopyFrom(_encoded(state.initial_encoded))
+    if state.initial_rest:
+        event.initial_rest.CopyFrom(_blob(state.initial_rest))
     if latest := state.latest_model:
         model = pb.PublishedModel(round=latest.round, weights=_blob(latest.weights))
         if latest.encoded:
             model.encoded.CopyFrom(_encoded(latest.encoded))
+        if latest.rest:
+            model.rest.CopyFrom(_blob(latest.rest))
         event.latest_model.CopyFrom(model)
     return event
 

@@ -2,7 +2,9 @@
 
     STATE/lock                     held for as long as a server uses STATE, and names that server
     STATE/ecavg.sqlite3            every record, through a write-ahead log
-    STATE/blobs/ab/abcdef…         weights and shards by digest, immutable
+    STATE/blobs/ab/abcdef…         weights and shards by digest, immutable; with a bucket, those used last
+    STATE/bucket.json              the bucket that has the blobs; missing where they are files
+    STATE/incoming/<digest>        blobs that are being fetched from the bucket
     STATE/partial/<slot>-<digest>  uploads that have begun
     STATE/jobs/round-0003/         the trainer's work on a round; see cloud_server/jobs.py
     STATE/rounds/0003/             the report of a round, and a second name of its model
@@ -48,6 +50,16 @@ class StateDir:
     def partial(self) -> Path:
         """Return the folder of the uploads that have begun."""
         return self.path / "partial"
+
+    @property
+    def bucket(self) -> Path:
+        """Return the path of the file that names the bucket of the blobs."""
+        return self.path / "bucket.json"
+
+    @property
+    def incoming(self) -> Path:
+        """Return the folder of the blobs that are being fetched from the bucket."""
+        return self.path / "incoming"
 
     @property
     def jobs(self) -> Path:
@@ -104,6 +116,10 @@ class StateDir:
     def model(self, number: int) -> Path:
         """Return the path of the second name that a round's published blob has."""
         return self.round(number) / "model.safetensors"
+
+    def rest(self, number: int) -> Path:
+        """Return the path of the parts of a round's model that do not travel, if the run has such parts."""
+        return self.round(number) / "rest.safetensors"
 
 
 def blob_path(blobs_dir: Path, digest: str) -> Path:

@@ -188,7 +188,7 @@ class Store(OpenStateDir):
         with self.transaction() as database:
             database.execute(
                 "INSERT OR REPLACE INTO contributions (round, agent_id, outcome, weights, shards,"
-                " num_examples, num_shared, initial_weights, staleness, accuracy_local, reason, message, at)"
+                " num_examples, num_shared, initial_weights, staleness, score_local, reason, message, at)"
                 " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
                 (
                     number,
@@ -200,7 +200,7 @@ class Store(OpenStateDir):
                     contribution.num_shared,
                     contribution.initial_digest,
                     contribution.staleness,
-                    contribution.accuracy_local,
+                    contribution.score_local,
                     reason,
                     message,
                     decision.at,
@@ -252,9 +252,9 @@ class Store(OpenStateDir):
                 "SELECT 1 FROM reports WHERE round = ? AND agent_id = ?", number, report.agent_id
             )
             database.execute(
-                "INSERT OR REPLACE INTO reports (round, agent_id, accuracy_local, accuracy_before,"
-                " accuracy_after, accuracy_adapted, num_held_out, applied, reason, at) VALUES (:round,"
-                " :agent_id, :accuracy_local, :accuracy_before, :accuracy_after, :accuracy_adapted,"
+                "INSERT OR REPLACE INTO reports (round, agent_id, score_local, score_before,"
+                " score_after, score_adapted, num_held_out, applied, reason, at) VALUES (:round,"
+                " :agent_id, :score_local, :score_before, :score_after, :score_adapted,"
                 " :num_held_out, :applied, :reason, :at)",
                 {**vars(report), "round": number},
             )
@@ -263,7 +263,7 @@ class Store(OpenStateDir):
     def reports(self, number: int) -> list[ReportRow]:
         """Return the reports on a round's model, in agent-id order."""
         rows = self.read(
-            "SELECT agent_id, accuracy_local, accuracy_before, accuracy_after, accuracy_adapted,"
+            "SELECT agent_id, score_local, score_before, score_after, score_adapted,"
             " num_held_out, applied, reason, at FROM reports WHERE round = ? ORDER BY agent_id",
             number,
         )
@@ -333,7 +333,7 @@ class Store(OpenStateDir):
         recorded = self.read(
             "SELECT 1 FROM uploads WHERE agent_id = ? AND digest = ? AND kind = ?", agent_id, digest, kind
         )
-        return bool(recorded) and self.blobs.path(digest).exists()
+        return bool(recorded) and self.blobs.size(digest) is not None
 
     def uploads(self) -> list[UploadRow]:
         """Return the record of every committed upload."""
@@ -355,18 +355,34 @@ class Store(OpenStateDir):
         rows = self.read("SELECT digest, base FROM encodings WHERE weights = ?", weights_digest)
         return EncodingRow(**rows[0]) if rows else None
 
+    def record_rest(self, weights_digest: str, rest_digest: str) -> None:
+        """Record the rest of the model that weights are the shared part of; both are blobs.
+
+        The first record stays, so that a job that starts from these weights is the same if it is done again.
+        """
+        with self.transaction() as database:
+            database.execute(
+                "INSERT OR IGNORE INTO rests (weights, digest) VALUES (?, ?)", (weights_digest, rest_digest)
+            )
+
+    def rest(self, weights_digest: str) -> str | None:
+        """Return the digest of the rest that belongs to weights; None if the weights are a whole model."""
+        rows = self.read("SELECT digest FROM rests WHERE weights = ?", weights_digest)
+        return rows[0]["digest"] if rows else None
+
     def is_public(self, digest: str) -> bool:
         """Return True if agents may read the blob and the blob is stored.
 
-        The public blobs are each round's initial weights and published model, and the encodings of both.
+        The public blobs are each round's initial weights and published model, the encodings of both, and the
+        rests that belong to them.
         """
         named = self.read(
-            "WITH asked AS (SELECT ? AS digest UNION SELECT weights FROM encodings WHERE digest = ?)"
+            "WITH asked AS (SELECT ?1 AS digest UNION SELECT weights FROM encodings WHERE digest = ?1"
+            " UNION SELECT weights FROM rests WHERE digest = ?1)"
             " SELECT 1 FROM rounds, asked WHERE asked.digest IN (initial_weights, published) LIMIT 1",
             digest,
-            digest,
         )
-        return bool(named) and self.blobs.path(digest).exists()
+        return bool(named) and self.blobs.size(digest) is not None
 
 
 def _run(row: Mapping[str, Any]) -> RunRow:
@@ -429,7 +445,7 @@ def _decision(row: Mapping[str, Any]) -> Decision:
         shard_digests=tuple(json.loads(row["shards"])),
         num_examples=row["num_examples"],
         initial_digest=row["initial_weights"],
-        accuracy_local=row["accuracy_local"],
+        score_local=row["score_local"],
         num_shared=row["num_shared"],
         staleness=row["staleness"],
     )

@@ -1,6 +1,6 @@
-"""Batches: the order of an epoch, its batches, and how the images in them are changed.
+"""Batches: the order of an epoch, its batches, and how the inputs in them are changed.
 
-Shapes: B images of a batch, N of a data set, C channels, H height, W width.
+Shapes: B examples of a batch, N of a data set, C channels, H height, W width.
 """
 
 from collections import deque
@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common.config import DatasetSpec
+from common.dataset import DatasetSpec, Inputs
 from common.errors import UsageError
 
 # So many pixels are added on each side, as usual for 32x32 images (He et al., arXiv 1512.03385, 4.2).
@@ -26,50 +26,56 @@ _Made = TypeVar("_Made")
 
 
 class DeviceData:
-    """Images with their targets, on the device where they fit; the images come out normalised, float32.
+    """Inputs with their targets, on the device where they fit; the inputs come out normalised.
 
     Args:
-        images: uint8 [N, C, H, W].
+        inputs: [N, …], of the dtype of `spec.inputs`.
         targets: any number of tensors [N, …], such as labels.
 
     Attributes:
-        device: the device on which the images come out.
+        device: the device on which the inputs come out.
         home: the device on which they are kept.
 
     Raises:
-        ValueError: other images, or not as many targets.
+        ValueError: inputs of another dtype, or not as many targets.
     """
 
     def __init__(
-        self, images: Tensor, spec: DatasetSpec, device: torch.device, targets: Sequence[Tensor] = ()
+        self, inputs: Tensor, spec: DatasetSpec, device: torch.device, targets: Sequence[Tensor] = ()
     ) -> None:
-        if images.dtype != torch.uint8 or any(len(target) != len(images) for target in targets):
-            found = ", ".join(f"{len(tensor)} {tensor.dtype}" for tensor in (images, *targets))
-            raise ValueError(f"uint8 images and as many targets are wanted, not {found}")
+        wanted = spec.inputs.dtype
+        if str(inputs.dtype) != f"torch.{wanted}" or any(len(target) != len(inputs) for target in targets):
+            found = ", ".join(f"{len(tensor)} {tensor.dtype}" for tensor in (inputs, *targets))
+            raise ValueError(f"{wanted} inputs and as many targets are wanted, not {found}")
         self.device = device
-        self._is_resident = _fits((images, *targets), device)
-        self.home = device if self._is_resident else images.device
-        self._tensors = [tensor.to(self.home) for tensor in (images, *targets)]
-        mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (spec.mean, spec.std))
-        self._scale = (1 / (255 * std)).to(device)
-        self._shift = (-mean / std).to(device)
+        self._is_resident = _fits((inputs, *targets), device)
+        self.home = device if self._is_resident else inputs.device
+        self._tensors = [tensor.to(self.home) for tensor in (inputs, *targets)]
+        self._scaling = _scaling(spec.inputs, device)
 
     def __len__(self) -> int:
         return len(self._tensors[0])
 
     @property
-    def image_shape(self) -> tuple[int, ...]:
-        """Return C, H and W."""
+    def input_shape(self) -> tuple[int, ...]:
+        """Return the shape of one input."""
         return tuple(self._tensors[0].shape[1:])
 
-    def normalise(self, images_BCHW: Tensor) -> Tensor:
-        """Return images, uint8 on the device, as float32 with the mean and the deviation of the dataset."""
-        return torch.addcmul(self._shift, images_BCHW.float(), self._scale)
+    def normalise(self, inputs: Tensor) -> Tensor:
+        """Return inputs on the device as a model gets them.
+
+        They are float32 with the mean and the deviation of the dataset, or as they are where it has none;
+        int64 inputs always stay as they are.
+        """
+        if self._scaling is None:
+            return inputs
+        shift, scale = self._scaling
+        return torch.addcmul(shift, inputs.float(), scale)
 
     def rows(self, parts: Iterable[Tensor | slice]) -> Generator[list[Tensor]]:
-        """Yield the images (uint8 [B, C, H, W]) and the targets of each part in turn, on the device.
+        """Yield the inputs and the targets of each part in turn, [B, …] on the device.
 
-        Images that are not on the device are gathered by a thread, ahead of need. The thread ends with the
+        Inputs that are not on the device are gathered by a thread, ahead of need. The thread ends with the
         generator, so a caller that may stop early closes it.
 
         Args:
@@ -85,7 +91,7 @@ class DeviceData:
                 yield [row.to(self.device, non_blocking=True) for row in rows]
 
     def _gather(self, part: Tensor | slice) -> list[Tensor]:
-        """Return the images and targets of a part, at home; pinned if they are still to go to a GPU."""
+        """Return the inputs and targets of a part, at home; pinned if they are still to go to a GPU."""
         rows = [tensor[part] for tensor in self._tensors]
         is_to_go = self.device.type == "cuda" and not self._is_resident
         return [row.pin_memory() for row in rows] if is_to_go else rows
@@ -110,24 +116,24 @@ def _ahead(make: Callable[[_Part], _Made], parts: Iterable[_Part]) -> Generator[
 
 
 class Batch(NamedTuple):
-    """The images of a step as they are kept, and the random choices about them; all on the device."""
+    """The examples of a step as they are kept, and the random choices about them; all on the device."""
 
-    # uint8
-    images_BCHW: Tensor
-    # int64
-    labels_B: Tensor
+    # The inputs, [B, …].
+    inputs: Tensor
+    # The targets, [B, …].
+    targets: Tensor
     # The corners for random_crop, int64.
     corners_B2: Tensor
     # Whether to mirror, for horizontal_flip, bool.
     flipped_B: Tensor
 
     def augmented(self, data: DeviceData, augment: Collection[str]) -> Tensor:
-        """Return the images [B, C, H, W], normalised and augmented.
+        """Return the inputs [B, …], normalised and augmented.
 
         Args:
-            augment: any of "random_crop" and "horizontal_flip".
+            augment: any of "random_crop" and "horizontal_flip", for pictures [B, C, H, W] alone.
         """
-        x_BCHW = data.normalise(self.images_BCHW)
+        x_BCHW = data.normalise(self.inputs)
         if "random_crop" in augment:
             x_BCHW = random_crop(x_BCHW, self.corners_B2)
         if "horizontal_flip" in augment:
@@ -152,11 +158,11 @@ class Draws(NamedTuple):
         corners_N2, flipped_N = self.corners_N2.to(data.device), self.flipped_N.to(data.device)
         parts = list(parts)
         with closing(data.rows(order_N[part] for part in parts)) as rows:
-            for part, (images, labels) in zip(parts, rows, strict=True):
-                yield Batch(images, labels, corners_N2[part], flipped_N[part])
+            for part, (inputs, targets) in zip(parts, rows, strict=True):
+                yield Batch(inputs, targets, corners_N2[part], flipped_N[part])
 
 
-def draw_epoch(num_images: int, seed: int, balanced_N: Tensor | None = None) -> Draws:
+def draw_epoch(num_examples: int, seed: int, balanced_N: Tensor | None = None) -> Draws:
     """Draw for one epoch, on the CPU, so that every device and rank sees the same.
 
     Args:
@@ -164,11 +170,11 @@ def draw_epoch(num_images: int, seed: int, balanced_N: Tensor | None = None) -> 
     """
     generator = torch.Generator().manual_seed(seed)
     if balanced_N is None:
-        order = torch.randperm(num_images, generator=generator)
+        order = torch.randperm(num_examples, generator=generator)
     else:
         order = balanced_order(balanced_N, generator)
-    corners = torch.randint(2 * CROP_PADDING + 1, (num_images, 2), generator=generator)
-    flipped = torch.rand(num_images, generator=generator) < 0.5
+    corners = torch.randint(2 * CROP_PADDING + 1, (num_examples, 2), generator=generator)
+    flipped = torch.rand(num_examples, generator=generator) < 0.5
     return Draws(order, corners, flipped)
 
 
@@ -231,7 +237,17 @@ def horizontal_flip(x_BCHW: Tensor, flipped_B: Tensor) -> Tensor:
     return torch.where(flipped_B[:, None, None, None], x_BCHW.flip(3), x_BCHW)
 
 
+def _scaling(inputs: Inputs, device: torch.device) -> tuple[Tensor, Tensor] | None:
+    """Return what is added to inputs, and what they are multiplied by before; None: they stay as they are."""
+    if not inputs.mean:
+        return None
+    along_first = (-1, *(1 for _ in inputs.shape[1:]))
+    mean, std = (torch.tensor(values).view(along_first) for values in (inputs.mean, inputs.std))
+    largest = 255 if inputs.dtype == "uint8" else 1
+    return (-mean / std).to(device), (1 / (largest * std)).to(device)
+
+
 def _fits(tensors: Sequence[Tensor], device: torch.device) -> bool:
-    """Return True if the images may all stay on the device: half of its free memory is left for training."""
+    """Return True if the examples may all stay on the device: half of its free memory is left to train."""
     num_bytes = sum(tensor.nbytes for tensor in tensors)
     return device.type == "cpu" or num_bytes < torch.cuda.mem_get_info(device)[0] // 2

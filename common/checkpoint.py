@@ -132,9 +132,9 @@ class Checkpoints:
         self._optimizer.load_state_dict({**self._optimizer.state_dict(), "state": state})
 
 
-def fingerprint(settings: Any, model: nn.Module, images: Tensor, labels: Tensor) -> str:
+def fingerprint(settings: Any, model: nn.Module, inputs: Tensor, targets: Tensor) -> str:
     """Return the SHA-256, hexadecimal, of the settings (as JSON), the initial weights and the data."""
-    data = {"data.images": images, "data.labels": labels}
+    data = {"data.inputs": inputs, "data.targets": targets}
     return _hash(json.dumps(settings), {**_tensors_of(model), **data})
 
 

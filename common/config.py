@@ -12,7 +12,7 @@ import unicodedata
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, Self, TypeVar, get_args
+from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
 from pydantic import (
     AfterValidator,
@@ -25,55 +25,14 @@ from pydantic import (
     model_validator,
 )
 
+from common.dataset import DATASETS, DatasetSpec, InputDtype, Inputs, TargetDtype, Targets
 from common.errors import UsageError, one_line
 from common.files import read_text
+from common.tasks import KINDS, is_own, kind_of, unpublished
 
 PROTOCOL_VERSION = 1
 AGENT_ID_PATTERN = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
 
-
-class DatasetSpec(NamedTuple):
-    """The shape and statistics of a named dataset; `mean` and `std` are per channel, of pixels in 0..1."""
-
-    num_classes: int
-    # Channels, height and width.
-    image_shape: tuple[int, int, int]
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-
-
-DATASETS: Mapping[str, DatasetSpec] = {
-    "digits": DatasetSpec(10, (1, 8, 8), (0.305,), (0.376,)),
-    "mnist": DatasetSpec(10, (1, 28, 28), (0.1307,), (0.3081,)),
-    "fashion-mnist": DatasetSpec(10, (1, 28, 28), (0.2860,), (0.3530,)),
-    "cifar10": DatasetSpec(10, (3, 32, 32), (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
-    "cifar100": DatasetSpec(100, (3, 32, 32), (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
-}
-
-# The names of the classes of the named datasets, label 0 first, as torchvision orders them.
-CLASS_NAMES: Mapping[str, tuple[str, ...]] = {
-    "digits": tuple("0123456789"),
-    "mnist": tuple("0123456789"),
-    "fashion-mnist": (
-        "T-shirt", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
-    ),
-    "cifar10": (
-        "airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck",
-    ),
-    "cifar100": (
-        "apple", "aquarium_fish", "baby", "bear", "beaver", "bed", "bee", "beetle", "bicycle", "bottle",
-        "bowl", "boy", "bridge", "bus", "butterfly", "camel", "can", "castle", "caterpillar", "cattle",
-        "chair", "chimpanzee", "clock", "cloud", "cockroach", "couch", "crab", "crocodile", "cup",
-        "dinosaur", "dolphin", "elephant", "flatfish", "forest", "fox", "girl", "hamster", "house",
-        "kangaroo", "keyboard", "lamp", "lawn_mower", "leopard", "lion", "lizard", "lobster", "man",
-        "maple_tree", "motorcycle", "mountain", "mouse", "mushroom", "oak_tree", "orange", "orchid",
-        "otter", "palm_tree", "pear", "pickup_truck", "pine_tree", "plain", "plate", "poppy", "porcupine",
-        "possum", "rabbit", "raccoon", "ray", "road", "rocket", "rose", "sea", "seal", "shark", "shrew",
-        "skunk", "skyscraper", "snail", "snake", "spider", "squirrel", "streetcar", "sunflower",
-        "sweet_pepper", "table", "tank", "telephone", "television", "tiger", "tractor", "train", "trout",
-        "tulip", "turtle", "wardrobe", "whale", "willow_tree", "wolf", "woman", "worm",
-    ),
-}  # fmt: skip
 
 MAX_NAME_CHARACTERS = 500
 
@@ -121,11 +80,18 @@ def expand_home(path: Path) -> Path:
 UserPath = Annotated[Path, AfterValidator(expand_home)]
 # The pixels of an image along one side.
 Pixels = Annotated[int, Field(ge=1, le=65_536)]
-# One image may have so many values, channels included.
-MAX_IMAGE_VALUES = 64_000_000
+# The size of an input or target along one axis.
+Size = Annotated[int, Field(ge=1, le=64_000_000)]
+# One input or target may have so many values; those of an image, channels included.
+MAX_VALUES = 64_000_000
+# One input or target may have so many axes.
+MAX_AXES = 8
 
 # The colour behind transparent images.
 Background = Literal["white", "black", "grey"]
+
+# Patterns of names in a state_dict, or the word for the parameters that are trained: see common/parts.py.
+SharedParameters = Literal["trainable"] | tuple[Name, ...]
 
 # How weights travel: see common/wire.py.
 Wire = Literal["float32", "bfloat16", "int8"]
@@ -134,11 +100,23 @@ Wire = Literal["float32", "bfloat16", "int8"]
 CandidateName = Literal["aligned", "average", "best_agent", "greedy_soup", "previous"]
 CANDIDATES: tuple[CandidateName, ...] = get_args(CandidateName)
 
+# The name of an index of weights in several files ends so: see common/sharded.py.
+INDEX_SUFFIX = ".safetensors.index.json"
+
 
 class FrozenModel(BaseModel):
     """Base of every value object that crosses a process boundary: immutable, no unknown keys."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Scored(FrozenModel):
+    """Base of records with scores, which a version before this one has written as accuracies."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_accuracies(cls, values: Any) -> Any:
+        return unpublished(values) if isinstance(values, dict) else values
 
 
 class DocumentedModel(FrozenModel):
@@ -238,17 +216,64 @@ class FineTuneConfig(TrainingConfig):
     """Draw every class equally often."""
 
 
+class InputsConfig(DocumentedModel):
+    """The inputs of a run whose data are not pictures."""
+
+    dtype: InputDtype = "float32"
+    """What the values are: `"uint8"`, `"float32"`, or `"int64"`, which a model gets as it is."""
+
+    shape: tuple[Size, ...] = ()
+    """The shape of one input, channels or features first: `[30]`, `[6, 128]` (default: the dataset's)"""
+
+    low: FiniteFloat | None = None
+    """The least value that an input may have (default: no bound)"""
+
+    high: FiniteFloat | None = None
+    """The largest value that an input may have (default: no bound)"""
+
+
+class TargetsConfig(DocumentedModel):
+    """The targets of a run whose task has numbers for targets, or is your own."""
+
+    dtype: TargetDtype = "float32"
+    """What the values are: `"float32"`, or for your own task `"int64"`."""
+
+    shape: tuple[Size, ...] = (1,)
+    """The shape of one target: `[2]` is two numbers an example; `[]` is for your own task alone."""
+
+    low: FiniteFloat | None = None
+    """The least value that a target may have (default: no bound)"""
+
+    high: FiniteFloat | None = None
+    """The largest value that a target may have (default: no bound)"""
+
+    mean: tuple[FiniteFloat, ...] | None = None
+    """Mean of each number, so that a model learns numbers around 0 (default: the dataset's, or none)"""
+
+    std: tuple[FiniteFloat, ...] | None = None
+    """Standard deviation of each number, so that a model learns numbers of size 1 (default: as `mean`)"""
+
+
 class RunConfig(DocumentedModel):
     """What the whole run does: the server's `[run]` table, sent to every agent."""
 
-    model: Name = "mlp"
-    """The model: `"mlp"`, a name of `torchvision.models`, or your own `"package.module:factory"`.
+    task: Name = "classification"
+    """What the model learns, or your own `"package.module:Task"`.
 
-    `"mlp"` has one hidden layer. Of torchvision, the classification models can be used.
+    `"classification"`: one class an example. `"multi-label"`: any number of classes an example.
+    `"regression"`: numbers. `"segmentation"`: one class a pixel.
+    """
+
+    model: Name = "mlp"
+    """The model: `"mlp"`, `"cnn1d"`, `"gru"`, a name of `torchvision.models`, or your own.
+
+    `"mlp"` has one hidden layer, and takes inputs of any shape. `"cnn1d"` and `"gru"` are for windows of a
+    series, `[channels, steps]`. Of torchvision, the models for classification and segmentation can be used.
+    Your own is `"package.module:factory"`.
     """
 
     hidden_units: Annotated[int, Field(ge=1, le=1_000_000)] = 128
-    """Units in the hidden layer of `mlp`."""
+    """Units in the hidden layer of `mlp`, channels of `cnn1d`, units of `gru`."""
 
     small_images: bool = False
     """Leave out the first two halvings of a torchvision network, which are meant for 224x224 images."""
@@ -256,7 +281,8 @@ class RunConfig(DocumentedModel):
     dataset: Name = "digits"
     """The dataset: `"digits"`, `"mnist"`, `"fashion-mnist"`, `"cifar10"`, `"cifar100"`, or your own.
 
-    Any other name describes your own data, together with `num_classes` and `image_shape`.
+    Of tables there are `"breast-cancer"`, `"wine"` and, for `task = "regression"`, `"diabetes"`. Any other
+    name describes your own data, together with `num_classes` and `image_shape`, or `[run.inputs]`.
     """
 
     num_classes: Annotated[int, Field(ge=2, le=1_000_000)] | None = None
@@ -274,10 +300,14 @@ class RunConfig(DocumentedModel):
     """
 
     mean: tuple[FiniteFloat, ...] | None = None
-    """Mean of each channel, of pixels scaled to 0..1 (default: the dataset's, or 0.5)"""
+    """Mean of each channel or feature, of pixels scaled to 0..1 (default: the dataset's, or 0.5 of pixels)"""
 
     std: tuple[FiniteFloat, ...] | None = None
-    """Standard deviation of each channel, of pixels scaled to 0..1 (default: the dataset's, or 0.25)"""
+    """Standard deviation of each channel or feature, like `mean` (default: the dataset's, or 0.25 of pixels)
+
+    Values other than pixels stay as they are where there is neither. `edge-agent doctor --data` prints those
+    of a device's data.
+    """
 
     background: Background = "white"
     """Colour that shows through transparent images of an image folder: `"white"`, `"black"` or `"grey"`."""
@@ -303,7 +333,8 @@ class RunConfig(DocumentedModel):
 
     `"shared"`: the server draws them. `"independent"`: each agent draws its own. `"pretrained"`:
     torchvision's published weights under a new last layer. A file is one of the server's,
-    `"my.safetensors"`. Later rounds start from the global model.
+    `"my.safetensors"`, or the index of several, `"my.safetensors.index.json"`. Later rounds start from the
+    global model.
     """
 
     warm_up_epochs: Annotated[int, Field(ge=0, le=100_000)] = 0
@@ -366,6 +397,15 @@ class RunConfig(DocumentedModel):
     `"float32"`: as they are. `"bfloat16"`: in half the bytes. `"int8"`: in a quarter.
     """
 
+    share_parameters: SharedParameters = ("*",)
+    """Which parameters and buffers travel and are averaged: patterns of their names, or `"trainable"`.
+
+    `*` and `?` stand for any characters. What no pattern matches is the rest: it stays on each device, and
+    the cloud has a rest of its own. `["features.*"]` leaves each device a head of its own, and
+    `["!*.bn*"]`, with a `!`, shares all but what matches. `"trainable"` shares the parameters that the model
+    trains (`requires_grad`): adapters, for example, without the frozen model that they adapt.
+    """
+
     retain_data: Literal["round", "run"] = "run"
     """How long the server keeps uploaded images.
 
@@ -386,15 +426,30 @@ class RunConfig(DocumentedModel):
     agent's own images, by `[run.pretrain]`, and compared again.
     """
 
+    inputs: InputsConfig = InputsConfig()
+    targets: TargetsConfig = TargetsConfig()
     pretrain: TrainingConfig = TrainingConfig()
     fine_tune: FineTuneConfig = FineTuneConfig()
 
     @field_validator("initial_weights")
     @classmethod
     def _known_initial_weights(cls, value: str) -> str:
-        if value in ("shared", "independent", "pretrained") or value.endswith(".safetensors"):
+        is_file = value.endswith((".safetensors", INDEX_SUFFIX))
+        if value in ("shared", "independent", "pretrained") or is_file:
             return value
-        raise ValueError('choose "shared", "independent", "pretrained", or a file called ….safetensors')
+        raise ValueError(
+            f'choose "shared", "independent", "pretrained", or a file called ….safetensors or …{INDEX_SUFFIX}'
+        )
+
+    @field_validator("share_parameters", mode="before")
+    @classmethod
+    def _word_or_patterns(cls, value: object) -> object:
+        are_patterns = (
+            isinstance(value, list | tuple) and value and all(isinstance(one, str) for one in value)
+        )
+        if value == "trainable" or are_patterns:
+            return value
+        raise ValueError('choose "trainable", or a list of patterns of names such as ["features.*"]')
 
     @field_validator("max_norm_ratio")
     @classmethod
@@ -425,22 +480,46 @@ class RunConfig(DocumentedModel):
             pass
         raise ValueError('choose "iid", "dirichlet:ALPHA" with 0 < ALPHA <= 1e6, or "classes:K" with K >= 1')
 
+    @field_validator("task")
+    @classmethod
+    def _known_task(cls, value: str) -> str:
+        if value in KINDS or is_own(value):
+            return value
+        raise ValueError(f'choose {", ".join(KINDS)}, or your own "package.module:Task"')
+
     @model_validator(mode="after")
     def _known_dataset(self) -> Self:
-        if self.dataset not in DATASETS and (self.num_classes is None or self.image_shape is None):
+        known = DATASETS.get(self.dataset)
+        if self.image_shape and self.inputs.shape:
+            raise ValueError("image_shape and inputs.shape say the same: give image_shape for pictures")
+        if known and self._is_other_task(known):
+            raise ValueError(f"dataset {self.dataset!r} has other targets than those of task {self.task!r}")
+        has_shape = bool(known or self.image_shape or self.inputs.shape)
+        if not has_shape or (self._needs_classes and not self.spec.num_classes):
             raise ValueError(
                 f"unknown dataset {self.dataset!r}: choose {', '.join(DATASETS)},"
-                " or describe your own with num_classes and image_shape"
+                " or describe your own with num_classes and image_shape, or with [run.inputs]"
             )
-        spec = self.spec
-        if math.prod(spec.image_shape) > MAX_IMAGE_VALUES:
-            raise ValueError(f"image_shape {list(spec.image_shape)} has more than {MAX_IMAGE_VALUES} values")
-        if not len(spec.mean) == len(spec.std) == spec.image_shape[0]:
-            raise ValueError(f"mean and std need one number for each of {spec.image_shape[0]} channels")
-        if min(spec.std) <= 0:
-            raise ValueError("std must be above 0")
-        if self.class_names and not (len(self.class_names) == len(set(self.class_names)) == spec.num_classes):
-            raise ValueError(f"class_names must be {spec.num_classes} different names")
+        check_spec(self.spec, is_pictures=bool(self.image_shape))
+        num_classes = self.spec.num_classes
+        if self.class_names and not (len(self.class_names) == len(set(self.class_names)) == num_classes):
+            raise ValueError(f"class_names must be {num_classes} different names")
+        return self
+
+    @model_validator(mode="after")
+    def _keys_suit_the_task(self) -> Self:
+        kind = kind_of(self.task)
+        if self.partition_by != "iid" and not kind.has_labels:
+            raise ValueError(f'partition_by must be "iid": examples of task {self.task!r} have no one class')
+        if self.fine_tune.class_balanced and not kind.has_labels:
+            raise ValueError(f"class_balanced: examples of task {self.task!r} have no one class")
+        if self.pretrain.label_smoothing + self.fine_tune.label_smoothing and not kind.can_smooth:
+            raise ValueError(f"label_smoothing: the targets of task {self.task!r} are no labels")
+        has_masks = len(self.spec.targets.shape) > 1
+        if (self.pretrain.augment or self.fine_tune.augment) and (
+            has_masks or len(self.spec.inputs.shape) != 3
+        ):
+            raise ValueError("augment is for pictures alone, and it would not change their masks")
         return self
 
     @model_validator(mode="after")
@@ -457,6 +536,15 @@ class RunConfig(DocumentedModel):
         return self.warm_up_epochs > 0 and self.initial_weights == "shared"
 
     @property
+    def only_averages(self) -> bool:
+        """Return True if the cloud averages and does nothing else, so that it need not build the model.
+
+        Initial weights that are given by an index are those of a model that may not fit the memory.
+        """
+        is_large = self.initial_weights.endswith(INDEX_SUFFIX)
+        return is_large and self.candidates == ("average",) and self.fine_tune.epochs == 0
+
+    @property
     def first_round(self) -> int:
         """Return the number of the run's first round: 0 for the warm-up, else 1."""
         return 0 if self.has_warm_up else 1
@@ -471,16 +559,66 @@ class RunConfig(DocumentedModel):
     def spec(self) -> DatasetSpec:
         """Return the dataset as this run sees it: the table's values, overridden by the run's own."""
         known = DATASETS.get(self.dataset)
-        image_shape = self.image_shape or (known.image_shape if known else (0, 0, 0))
-        same_channels = known is not None and known.image_shape[0] == image_shape[0]
-        mean = known.mean if known and same_channels else (0.5,) * image_shape[0]
-        std = known.std if known and same_channels else (0.25,) * image_shape[0]
-        return DatasetSpec(
-            num_classes=self.num_classes or (known.num_classes if known else 0),
-            image_shape=image_shape,
-            mean=self.mean or mean,
-            std=self.std or std,
-        )
+        num_classes = self.num_classes or (known.num_classes if known else 0)
+        inputs = self._inputs(known.inputs if known else None)
+        targets = kind_of(self.task).targets
+        if targets:
+            return DatasetSpec(inputs, targets(inputs.shape, num_classes), num_classes)
+        return DatasetSpec(inputs, self._targets(known.targets if known else None), num_classes)
+
+    @property
+    def _needs_classes(self) -> bool:
+        return kind_of(self.task).targets is not None
+
+    def _is_other_task(self, known: DatasetSpec) -> bool:
+        """Return True if the dataset has numbers and the task wants classes, or the other way round."""
+        return not is_own(self.task) and self._needs_classes != bool(known.num_classes)
+
+    def _inputs(self, known: Inputs | None) -> Inputs:
+        given = self.inputs
+        if self.image_shape or not given.shape:
+            own = Inputs("uint8", self.image_shape) if self.image_shape else known or Inputs("uint8", ())
+        else:
+            own = Inputs(given.dtype, given.shape, (), (), given.low, given.high)
+        is_alike = known is not None and (known.dtype, known.shape[:1]) == (own.dtype, own.shape[:1])
+        if known and is_alike:
+            own = own._replace(mean=known.mean, std=known.std)
+        elif own.dtype == "uint8":
+            own = own._replace(mean=(0.5,) * own.shape[0], std=(0.25,) * own.shape[0])
+        return own._replace(mean=self.mean or own.mean, std=self.std or own.std)
+
+    def _targets(self, known: Targets | None) -> Targets:
+        given = self.targets
+        own = Targets(given.dtype, given.shape, given.low, given.high)
+        if known and given.model_copy(update={"mean": None, "std": None}) == TargetsConfig():
+            own = known
+        return own._replace(mean=given.mean or own.mean, std=given.std or own.std)
+
+
+def check_spec(spec: DatasetSpec, *, is_pictures: bool) -> None:
+    """Raise ValueError if inputs or targets are too large, or mean, deviation or bounds do not fit them."""
+    what = "image_shape" if is_pictures else "inputs.shape"
+    for name, side in ((what, spec.inputs), ("targets.shape", spec.targets)):
+        if math.prod(side.shape) > MAX_VALUES or len(side.shape) > MAX_AXES:
+            raise ValueError(
+                f"{name} {list(side.shape)} has more than {MAX_VALUES} values, or {MAX_AXES} axes"
+            )
+    _check_scaling("", spec.inputs, "channels" if len(spec.inputs.shape) > 1 else "features")
+    _check_scaling("targets.", spec.targets, "numbers")
+    if spec.inputs.dtype == "int64" and spec.inputs.mean:
+        raise ValueError("mean and std are not for inputs of int64, which a model gets as they are")
+    for name, side in (("inputs", spec.inputs), ("targets", spec.targets)):
+        if side.low is not None and side.high is not None and side.low > side.high:
+            raise ValueError(f"{name}.low must not be above {name}.high")
+
+
+def _check_scaling(prefix: str, side: Inputs | Targets, noun: str) -> None:
+    """Raise ValueError if there is a mean or a deviation, and not one for each index of the first axis."""
+    size = side.shape[0] if side.shape else 1
+    if (side.mean or side.std) and not len(side.mean) == len(side.std) == size:
+        raise ValueError(f"{prefix}mean and {prefix}std need one number for each of {size} {noun}")
+    if min(side.std, default=1) <= 0:
+        raise ValueError(f"{prefix}std must be above 0")
 
 
 # An error quotes so much of what the user has written.

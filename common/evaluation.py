@@ -1,149 +1,161 @@
-"""What a model says of images, and how well: evaluation mode, float32, no gradients.
+"""What a model says of examples, and how well: evaluation mode, float32, no gradients.
 
-Shapes: B images of a batch, N of a data set, C channels, H height, W width, K classes.
+Shapes: B examples of a batch, N of a data set.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from common.agent_progress import OnExamples, ignore_examples
 from common.batches import DeviceData
-from common.config import DatasetSpec
+from common.dataset import DatasetSpec
+from common.tasks.task import ClassFigure, Task
 
-# Fetching logits waits for the device, so those of so many batches are fetched at once.
+# No score is below this one.
+WORST = -1e9
+# So many examples are measured at once.
+BATCH_SIZE = 512
+# Fetching outputs waits for the device, so those of so many batches are fetched at once.
 NUM_FETCHED = 16
+# The targets in a batch have no more values than this.
+MAX_BATCH_VALUES = 1 << 20
 
 
 class Evaluation(NamedTuple):
     """The quality of a model on a data set."""
 
-    # The accuracy, 0 to 1.
-    accuracy: float
-    # The mean cross-entropy, in nats.
+    # The task's figure; the higher, the better.
+    score: float
+    # The mean loss of the examples.
     loss: float
     num_examples: int
-    # Whether each example is right: bool [N], on the CPU.
-    correct: Tensor
+    # The score of each example, by which models are compared: float32 [N], finite, on the CPU.
+    scores: Tensor
+    # The figure of each class that the data set has, by label.
+    by_class: Mapping[int, ClassFigure]
+    # Further figures that people read, by name.
+    figures: Mapping[str, float] = {}
 
 
 def evaluate(
     model: nn.Module,
-    images: Tensor | DeviceData,
-    labels: Tensor,
+    inputs: Tensor | DeviceData,
+    targets: Tensor,
     *,
-    spec: DatasetSpec,
+    task: Task,
     device: torch.device,
-    batch_size: int = 512,
+    batch_size: int = BATCH_SIZE,
     on_examples: OnExamples = ignore_examples,
 ) -> Evaluation:
     """Measure the model in evaluation mode and float32; it is left on `device`, in the mode it was in.
 
     Args:
-        images: uint8 [N, C, H, W], N of at least 1; as `DeviceData`, they are not moved to the device again.
-        labels: int64 [N].
+        inputs: [N, …], N of at least 1; as `DeviceData`, they are not moved to the device again.
+        targets: [N, …].
         on_examples: called now and then with how many examples are done, and with N.
     """
-    logits_NK = predict(
-        model, images, spec=spec, device=device, batch_size=batch_size, on_examples=on_examples
-    )
-    labels = labels.cpu()
-    correct_N = logits_NK.argmax(1) == labels
+    targets, losses, scores, tallies = targets.cpu(), [], [], []
+    begin = 0
+    with closing(_outputs(model, inputs, task=task, device=device, batch_size=batch_size)) as outputs:
+        for some in outputs:
+            part = targets[begin : begin + len(some)]
+            losses.append(task.loss(some, part))
+            scores.append(task.scores(some, part))
+            tallies.append(task.tally(some, part))
+            begin += len(some)
+            on_examples(begin, len(targets))
+    figure = task.figure(torch.cat(tallies))
     return Evaluation(
-        accuracy=int(correct_N.sum()) / len(labels),
-        loss=F.cross_entropy(logits_NK, labels, reduction="none").double().mean().item(),
-        num_examples=len(labels),
-        correct=correct_N,
+        # A model whose outputs are not finite is the worst of all, and its figure can be read all the same.
+        score=max(figure.score, WORST) if math.isfinite(figure.score) else WORST,
+        loss=torch.cat(losses).double().mean().item(),
+        num_examples=len(targets),
+        scores=torch.cat(scores).float().nan_to_num(nan=torch.finfo(torch.float32).min),
+        by_class=figure.by_class,
+        figures={name: value for name, value in figure.figures.items() if math.isfinite(value)},
     )
+
+
+def predict(
+    model: nn.Module,
+    inputs: Tensor | DeviceData,
+    *,
+    task: Task,
+    device: torch.device,
+    batch_size: int = BATCH_SIZE,
+) -> Tensor:
+    """Return the outputs, float32 [N, …] on the CPU, in evaluation mode; the model is left as by `evaluate`.
+
+    Args:
+        inputs: as in `evaluate`.
+    """
+    with closing(_outputs(model, inputs, task=task, device=device, batch_size=batch_size)) as outputs:
+        return torch.cat(list(outputs))
 
 
 # This is not inference_mode, whose tensors cannot be trained with afterwards.
 @torch.no_grad()
-def predict(
-    model: nn.Module,
-    images: Tensor | DeviceData,
-    *,
-    spec: DatasetSpec,
-    device: torch.device,
-    batch_size: int = 512,
-    on_examples: OnExamples = ignore_examples,
-) -> Tensor:
-    """Return the logits, float32 [N, K] on the CPU, in evaluation mode; the model is left as by `evaluate`.
-
-    Args:
-        images: as in `evaluate`.
-        on_examples: as in `evaluate`.
-    """
-    data = _moved(images, spec, device)
+def _outputs(
+    model: nn.Module, inputs: Tensor | DeviceData, *, task: Task, device: torch.device, batch_size: int
+) -> Generator[Tensor]:
+    """Yield the outputs of some examples in turn, float32 on the CPU."""
+    data = _moved(inputs, task.spec, device)
     memory_format = place(model, device)
-    logits: list[Tensor] = []
     waiting: list[Tensor] = []
+    # Outputs that are pictures themselves are not to fill the memory.
+    most = max(1, MAX_BATCH_VALUES // math.prod(task.spec.targets.shape))
+    batch_size, num_fetched = (most, 1) if batch_size > most else (batch_size, NUM_FETCHED)
     parts = [slice(begin, begin + batch_size) for begin in range(0, len(data), batch_size)]
     with _evaluation_mode(model), closing(data.rows(parts)) as batches:
         for number, (some,) in enumerate(batches, 1):
-            x_BCHW = data.normalise(some)
-            outputs = model(x_BCHW.contiguous(memory_format=memory_format))
-            waiting.append(main_output(outputs).float())
-            if number % NUM_FETCHED == 0 or number == len(parts):
-                logits.append(torch.cat(waiting).cpu())
+            outputs = model(laid_out(data.normalise(some), memory_format))
+            waiting.append(task.outputs(outputs).float())
+            if number % num_fetched == 0 or number == len(parts):
+                yield torch.cat(waiting).cpu()
                 waiting.clear()
-                on_examples(min(number * batch_size, len(data)), len(data))
-    return torch.cat(logits)
 
 
 @torch.no_grad()
 def recompute_statistics(
     model: nn.Module,
-    images: Tensor | DeviceData,
+    inputs: Tensor | DeviceData,
     *,
     spec: DatasetSpec,
     device: torch.device,
     seed: int,
-    batch_size: int = 512,
+    batch_size: int = BATCH_SIZE,
 ) -> None:
     """Set BatchNorm's running statistics to their mean over the batches of one pass, in float32.
 
     An average of weights has other activations than the models that were averaged, and an average of
     their statistics does not fit them: this is the step that REPAIR calls reset (arXiv 2211.08403).
-    Nothing happens to a model without such statistics, or with fewer than two images. The model is
+    Nothing happens to a model without such statistics, or with fewer than two examples. The model is
     left on `device`, in the mode it was in.
 
     Args:
-        images: uint8 [N, C, H, W]; as `DeviceData`, they are not moved to the device again.
-        seed: of the batches. They mix images from everywhere: in the order of the agents, each batch
+        inputs: [N, …]; as `DeviceData`, they are not moved to the device again.
+        seed: of the batches. They mix examples from everywhere: in the order of the agents, each batch
             would miss the variance that is between agents.
         batch_size: at most, where it is 3 or more.
     """
     norms = [norm for norm in batch_norms(model) if norm.track_running_stats]
-    if not norms or len(images) < 2:
+    if not norms or len(inputs) < 2:
         return
-    data = _moved(images, spec, device)
+    data = _moved(inputs, spec, device)
     memory_format = place(model, device)
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed)).to(data.home)
-    # Of nearly equal size: each batch counts alike in the mean. One image alone may have no variance.
+    # Of nearly equal size: each batch counts alike in the mean. One example alone may have no variance.
     num_batches = min(math.ceil(len(data) / batch_size), len(data) // 2)
     parts = order.tensor_split(num_batches)
     with _evaluation_mode(model), _cumulative_mean(norms), closing(data.rows(parts)) as batches:
         for (some,) in batches:
-            model(data.normalise(some).contiguous(memory_format=memory_format))
-
-
-def main_output(outputs: Any) -> Any:
-    """Return the logits among the outputs of a model, which may have auxiliary outputs besides.
-
-    They are the first item of a tuple or list, and of a mapping the item "out" (torchvision's segmentation
-    models call it so) or "logits" (transformers'), or else the first.
-    """
-    if isinstance(outputs, Mapping):
-        name = next((name for name in ("out", "logits") if name in outputs), next(iter(outputs), None))
-        return outputs[name] if name is not None else outputs
-    return outputs[0] if isinstance(outputs, (tuple, list)) and outputs else outputs
+            model(laid_out(data.normalise(some), memory_format))
 
 
 def place(model: nn.Module, device: torch.device) -> torch.memory_format:
@@ -152,6 +164,11 @@ def place(model: nn.Module, device: torch.device) -> torch.memory_format:
     memory_format = torch.channels_last if has_convolutions else torch.contiguous_format
     model.to(device).to(memory_format=memory_format)
     return memory_format
+
+
+def laid_out(x: Tensor, memory_format: torch.memory_format) -> Tensor:
+    """Return inputs in the memory format that `place` has returned; only pictures have channels last."""
+    return x.contiguous(memory_format=memory_format) if x.dim() == 4 else x.contiguous()
 
 
 @contextmanager
@@ -188,9 +205,9 @@ def _cumulative_mean(norms: Sequence[_BatchNorm]) -> Iterator[None]:
             norm.num_batches_tracked = count
 
 
-def _moved(images: Tensor | DeviceData, spec: DatasetSpec, device: torch.device) -> DeviceData:
-    """Return the images on the device."""
-    return images if isinstance(images, DeviceData) else DeviceData(images, spec, device)
+def _moved(inputs: Tensor | DeviceData, spec: DatasetSpec, device: torch.device) -> DeviceData:
+    """Return the inputs on the device."""
+    return inputs if isinstance(inputs, DeviceData) else DeviceData(inputs, spec, device)
 
 
 def batch_norms(model: nn.Module) -> list[_BatchNorm]:

@@ -40,6 +40,8 @@ class Point(StrEnum):
     AGENT_ENCODED = "agent_encoded"
     AGENT_CHUNK_SENT = "agent_chunk_sent"
     SERVER_CHUNK_STORED = "server_chunk_stored"
+    # The blob has no file and no record yet. A server reaches this point only with a bucket.
+    SERVER_BLOB_IN_BUCKET = "server_blob_in_bucket"
     # The database has no record of the blob yet.
     SERVER_BLOB_LINKED = "server_blob_linked"
     SERVER_UPLOAD_RECORDED = "server_upload_recorded"

@@ -4,9 +4,9 @@ The functions that need torchvision import it themselves. The import takes as lo
 PyTorch, and the model "mlp" does not need torchvision.
 """
 
-import importlib
+import math
 import random
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,9 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from common.config import RunConfig
+from common.dataset import DatasetSpec
 from common.errors import ECAvgError, UsageError
-from common.evaluation import main_output
+from common.factories import first_line, import_factory
+from common.parts import shared_names
 from common.seeds import derive_seed
+from common.tasks.task import Task, output_shape_of, task_of
+from common.windows import Gru, cnn1d, head
 
 _NO_AUXILIARY_HEADS = {"aux_logits": False, "init_weights": True}
 _OPTIONS: dict[str, dict[str, Any]] = {"googlenet": _NO_AUXILIARY_HEADS, "inception_v3": _NO_AUXILIARY_HEADS}
@@ -30,11 +34,16 @@ _WIDENABLE = (
 )  # fmt: skip
 
 
-def model_names() -> list[str]:
-    """Return the model names that `build_model` accepts besides `package.module:factory`."""
+def model_names(*, of_masks: bool = False) -> list[str]:
+    """Return the model names that `build_model` accepts besides `package.module:factory`.
+
+    Args:
+        of_masks: whether a model's output is a picture itself.
+    """
     import torchvision
 
-    return ["mlp", *torchvision.models.list_models(module=torchvision.models)]
+    module = torchvision.models.segmentation if of_masks else torchvision.models
+    return [*_BUILT_IN, *torchvision.models.list_models(module=module)]
 
 
 def build_model(
@@ -56,19 +65,20 @@ def build_model(
         UsageError: the model is unknown or not allowed, or does not fit the dataset.
     """
     make = _builder(run, allowed_factories)
-    model = _built(make, run, derive_seed(run.seed, "initial_weights"))
+    task = task_of(run, allowed_factories)
+    model = _built(make, run, task, derive_seed(run.seed, "initial_weights"))
     if seed is not None:
-        drawn = dict(_built(make, run, seed).named_parameters())
+        drawn = dict(_built(make, run, task, seed).named_parameters())
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 parameter.copy_(drawn[name])
     return model
 
 
-def _built(make: Callable[[RunConfig], nn.Module], run: RunConfig, seed: int) -> nn.Module:
+def _built(make: Callable[[RunConfig], nn.Module], run: RunConfig, task: Task, seed: int) -> nn.Module:
     with _seeded(seed):
         model = make(run)
-        check_model(model, run)
+        check_model(model, run, task)
     return model
 
 
@@ -92,46 +102,78 @@ def _builder(run: RunConfig, allowed_factories: Collection[str] | None) -> Calla
 
     `build_model` calls this function before setting the seed, because an import may draw random numbers.
     """
-    if run.model == "mlp":
-        return _mlp
+    if run.model in _BUILT_IN:
+        return _BUILT_IN[run.model]
     if ":" in run.model:
         factory = import_factory(run.model, allowed_factories)
         return lambda run: _call_factory(factory, run)
-    if run.model not in model_names():
+    if run.model not in model_names(of_masks=_makes_masks(run)):
         raise UsageError(
-            f"unknown model {run.model!r}: choose mlp, a classification model of torchvision.models"
+            f"unknown model {run.model!r}: choose {', '.join(_BUILT_IN)}, a model of torchvision.models"
             " such as resnet50, or your own package.module:factory"
         )
     return _torchvision_model
 
 
-def check_model(model: nn.Module, run: RunConfig) -> None:
-    """Check that the model maps images [2, C, H, W] of the dataset to outputs [2, num_classes].
+def shared_part(model: nn.Module, run: RunConfig) -> frozenset[str]:
+    """Return the names of the tensors in the model's state_dict that travel; see common/parts.py.
+
+    A tensor that has several names travels under all of them.
+
+    Raises:
+        UsageError: a pattern of the run matches no tensor.
+    """
+    tensors = model.state_dict(keep_vars=True)
+    trainable = [name for name, tensor in tensors.items() if tensor.requires_grad]
+    shared = {id(tensors[name]) for name in shared_names(run, tensors.keys(), trainable)}
+    return frozenset(name for name, tensor in tensors.items() if id(tensor) in shared)
+
+
+def check_model(model: nn.Module, run: RunConfig, task: Task) -> None:
+    """Check that the model maps two of the dataset's inputs to the outputs of the task.
 
     Raises:
         UsageError: the model does not; the message names the found and the expected shape.
     """
-    num_classes, image_shape = run.spec.num_classes, run.spec.image_shape
-    dataset = f"dataset {run.dataset!r} with {num_classes} classes and images of {list(image_shape)}"
+    dataset = _described(run)
     was_training = model.training
     try:
         # Lazy modules create their parameters in this call. In inference_mode the parameters would be
         # inference tensors, which cannot be trained.
         with torch.no_grad():
-            outputs = main_output(model.eval()(torch.zeros(2, *image_shape)))
-    # A model may raise any error for an image of a size that the model was not made for.
+            outputs = task.outputs(model.eval()(empty_inputs(run.spec)))
+    # A model may raise any error for an input of a size that the model was not made for.
     except Exception as error:
-        raise UsageError(f"model {run.model!r} cannot take {dataset}: {_first_line(error)}") from error
+        raise UsageError(f"model {run.model!r} cannot take {dataset}: {first_line(error)}") from error
     finally:
         model.train(was_training)
     found = list(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
-    if found != [2, num_classes]:
+    expected = output_shape_of(run)
+    if found[:1] != [2] if expected is None else found != [2, *expected]:
+        wanted = "a tensor [2, …]" if expected is None else [2, *expected]
         raise UsageError(
-            f"model {run.model!r} does not fit {dataset}: for 2 images its output is {found},"
-            f" it should be {[2, num_classes]}"
+            f"model {run.model!r} does not fit {dataset}: for 2 {_noun(run)} its output is {found},"
+            f" it should be {wanted}"
         )
     if not outputs.is_floating_point():
         raise UsageError(f"model {run.model!r} gives outputs of {outputs.dtype}, not of real numbers")
+
+
+def empty_inputs(spec: DatasetSpec) -> Tensor:
+    """Return two inputs as a model gets them, all zeros."""
+    dtype = torch.int64 if spec.inputs.dtype == "int64" else torch.float32
+    return torch.zeros(2, *spec.inputs.shape, dtype=dtype)
+
+
+def _described(run: RunConfig) -> str:
+    """Return the dataset in words, for a message."""
+    num_classes, shape = run.spec.num_classes, list(run.spec.inputs.shape)
+    classes = f"{num_classes} classes" if num_classes else f"targets of {list(run.spec.targets.shape)}"
+    return f"dataset {run.dataset!r} with {classes} and {_noun(run)} of {shape}"
+
+
+def _noun(run: RunConfig) -> str:
+    return "images" if run.spec.is_pictures else "inputs"
 
 
 @contextmanager
@@ -148,58 +190,72 @@ def errors_of_model(run: RunConfig, kind: type[ECAvgError]) -> Iterator[None]:
     except (ECAvgError, OSError):
         raise
     except Exception as error:
-        raise kind(f"model {run.model!r} failed: {type(error).__name__}: {_first_line(error)}") from error
-
-
-def import_factory(name: str, allowed_factories: Collection[str] | None) -> Callable[..., Any]:
-    """Import and return the user's own factory.
-
-    Args:
-        name: the factory as `package.module:factory`.
-        allowed_factories: the names that may be imported; None allows any name.
-
-    Raises:
-        UsageError: the name is not allowed here, or cannot be imported, or is not callable.
-    """
-    if allowed_factories is not None and name not in allowed_factories:
-        raise UsageError(
-            f"this device does not allow the factory {name!r}:"
-            f" if you trust its code, start the agent with --allow-factory {name}"
-        )
-    module_name, _, attribute = name.partition(":")
-    try:
-        factory = getattr(importlib.import_module(module_name), attribute)
-    # The import runs the user's code, which may raise any error.
-    except Exception as error:
-        raise UsageError(
-            f"cannot import the factory {name!r} (is its folder on PYTHONPATH?): {_first_line(error)}"
-        ) from error
-    if not callable(factory):
-        raise UsageError(f"the factory {name!r} is not a function")
-    return factory  # type: ignore[no-any-return]
+        raise kind(f"model {run.model!r} failed: {type(error).__name__}: {first_line(error)}") from error
 
 
 def _mlp(run: RunConfig) -> nn.Module:
-    channels, height, width = run.spec.image_shape
     _refuse_small_images(run)
+    shape = _known_output_shape(run)
     return nn.Sequential(
         nn.Flatten(),
-        nn.Linear(channels * height * width, run.hidden_units),
+        nn.Linear(math.prod(run.spec.inputs.shape), run.hidden_units),
         nn.ReLU(),
-        nn.Linear(run.hidden_units, run.spec.num_classes),
+        *head(run.hidden_units, shape),
     )
+
+
+def _cnn1d(run: RunConfig) -> nn.Module:
+    return cnn1d(_channels_of_windows(run), run.hidden_units, _known_output_shape(run))
+
+
+def _gru(run: RunConfig) -> nn.Module:
+    return Gru(_channels_of_windows(run), run.hidden_units, _known_output_shape(run))
+
+
+def _channels_of_windows(run: RunConfig) -> int:
+    """Return the number of channels; raise UsageError if the inputs are no windows of a series."""
+    _refuse_small_images(run)
+    shape = run.spec.inputs.shape
+    if len(shape) != 2:
+        raise UsageError(
+            f"model {run.model!r} takes windows [channels, steps], and the run's inputs are {list(shape)}"
+        )
+    return shape[0]
+
+
+_BUILT_IN: Mapping[str, Callable[[RunConfig], nn.Module]] = {"mlp": _mlp, "cnn1d": _cnn1d, "gru": _gru}
+
+
+def _known_output_shape(run: RunConfig) -> tuple[int, ...]:
+    """Return the shape of the output for one example; raise UsageError if an own task alone knows it."""
+    shape = output_shape_of(run)
+    if shape is None:
+        raise UsageError(f"model {run.model!r} is not defined for the task {run.task!r}: bring a model, too")
+    return shape
 
 
 def _call_factory(factory: Callable[..., Any], run: RunConfig) -> nn.Module:
     _refuse_small_images(run)
     try:
-        model = factory(num_classes=run.spec.num_classes, image_shape=run.spec.image_shape)
+        model = factory(**_shapes_of(run))
     # The factory is the user's code, which may raise any error.
     except Exception as error:
-        raise UsageError(f"the factory {run.model!r} failed: {_first_line(error)}") from error
+        raise UsageError(f"the factory {run.model!r} failed: {first_line(error)}") from error
     if not isinstance(model, nn.Module):
         raise UsageError(f"the factory {run.model!r} returned no torch.nn.Module")
     return model
+
+
+def _shapes_of(run: RunConfig) -> dict[str, Any]:
+    """Return what a user's factory is called with."""
+    if run.task == "classification" and run.spec.is_pictures:
+        return {"num_classes": run.spec.num_classes, "image_shape": run.spec.inputs.shape}
+    return {"input_shape": run.spec.inputs.shape, "output_shape": output_shape_of(run)}
+
+
+def _makes_masks(run: RunConfig) -> bool:
+    """Return True if a model's output for one example has a height and a width."""
+    return len(output_shape_of(run) or ()) == 3
 
 
 def _torchvision_model(run: RunConfig) -> nn.Module:
@@ -207,8 +263,13 @@ def _torchvision_model(run: RunConfig) -> nn.Module:
 
     if not run.model.startswith(_WIDENABLE):
         _refuse_small_images(run)
+    # Regressions have no classes, but an output for each number.
+    num_outputs = _known_output_shape(run)[0]
+    options = _OPTIONS.get(run.model, {})
+    if _makes_masks(run):
+        options = {"weights_backbone": None}
     model: nn.Module = torchvision.models.get_model(
-        run.model, weights=None, num_classes=run.spec.num_classes, **_OPTIONS.get(run.model, {})
+        run.model, weights=None, num_classes=num_outputs, **options
     )
     if run.small_images:
         _widen(model)
@@ -247,7 +308,3 @@ def _narrow(wide: nn.Conv2d) -> nn.Conv2d:
     conv = nn.Conv2d(wide.in_channels, wide.out_channels, kernel_size=3, padding=1, bias=bias)
     nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
     return conv
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), "") or type(error).__name__

@@ -50,13 +50,13 @@ def has_bfloat16(device: torch.device) -> bool:
     return any(_capabilities().get(name) for name in ("amx_bf16", "avx512_bf16", "bf16"))
 
 
-def describe(model: nn.Module, image_shape: tuple[int, ...], batch_size: int) -> str:
+def describe(model: nn.Module, input_shape: tuple[int, ...], batch_size: int) -> str:
     """Return in one line all that the speed of a training on the CPU depends on."""
     cpu = _capabilities().get("cpu_name", "CPU")
     size = sum(parameter.numel() for parameter in model.parameters())
     return (
         f"{type(model).__name__} of {size} parameters in {len(list(model.modules()))} modules,"
-        f" {batch_size} images of {'x'.join(map(str, image_shape))} in a batch;"
+        f" {batch_size} inputs of {'x'.join(map(str, input_shape))} in a batch;"
         f" {cpu}, {torch.get_num_threads()} threads, PyTorch {torch.__version__}"
     )
 

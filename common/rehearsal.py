@@ -1,7 +1,7 @@
 """The rehearsal of a run's model finds early what would fail only in training, or differ only on a device.
 
 The server rehearses the model before the run begins, and each agent before it reads its data. The result is
-the probe: some outputs of the model for known weights and known images. If an agent's probe differs from the
+the probe: some outputs of the model for known weights and known inputs. If an agent's probe differs from the
 server's, the model is another one there, although its state_dict has the same names and shapes.
 """
 
@@ -14,16 +14,18 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from common.batches import DeviceData
 from common.config import RunConfig, TrainingConfig
+from common.dataset import Inputs, Targets
 from common.errors import DivergedError, UsageError
-from common.evaluation import main_output
 from common.models import build_model, errors_of_model
+from common.tasks.task import Task, task_of
 from common.training import ALONE, Examples, Recipe, train
 from common.weights import StateDict, copy_into, dtype_name
 
-# Two images are the fewest with which every kind of layer can be trained.
-NUM_IMAGES = 2
-# The probe has the logits of so many classes for each image, at most.
+# Two examples are the fewest with which every kind of layer can be trained.
+NUM_EXAMPLES = 2
+# The probe has the logits of so many outputs for each input, at most.
 NUM_PROBED = 8
 # The outputs may differ by this share of the largest one, because devices round differently. Rounding to
 # float32 changes the outputs of torchvision's models by at most 6e-6, and another epsilon in their norms by
@@ -48,29 +50,29 @@ def rehearse(run: RunConfig, allowed_factories: Collection[str] | None = None) -
     """
     model = build_model(run, allowed_factories=allowed_factories)
     _check_state(model, run)
-    images = _known_images(run)
-    _check_training(model, images, run)
+    task = task_of(run, allowed_factories)
+    _check_training(model, run, task)
     ours, theirs = (build_model(run, allowed_factories=allowed_factories) for _ in range(2))
     known = ours.state_dict()
     _fill(known)
     if not all(map(torch.equal, known.values(), ours.state_dict().values())):
         raise UsageError(f"model {run.model!r}: its state_dict has copies, so no weights can be loaded by it")
     copy_into(theirs, model.state_dict())
-    if not _agree(model, theirs, images):
+    if not _agree(model, theirs, task):
         raise UsageError(
             f"model {run.model!r} is not determined by its state_dict and the run's seed: after a training"
             " step, another model with its state_dict gives different outputs. Register all that changes in"
             " training as parameters, or as buffers with persistent=True"
         )
     copy_into(theirs, known)
-    if not _agree(ours, theirs, images):
+    if not _agree(ours, theirs, task):
         raise UsageError(
             f"model {run.model!r} is not determined by its state_dict and the run's seed: two of them with"
             " one state_dict give different outputs. Register what is drawn at random as a buffer, with"
             " persistent=True, or draw it from PyTorch's generator"
         )
-    probe = _outputs(ours, images)
-    return tuple(probe[:, :NUM_PROBED].flatten().tolist()) if probe.isfinite().all() else ()
+    probe = _outputs(ours, task)
+    return tuple(probe.flatten(1)[:, :NUM_PROBED].flatten().tolist()) if probe.isfinite().all() else ()
 
 
 def check_probe(run: RunConfig, own: Probe, servers: Sequence[float]) -> None:
@@ -87,9 +89,9 @@ def check_probe(run: RunConfig, own: Probe, servers: Sequence[float]) -> None:
         )
 
 
-def _agree(model: nn.Module, other: nn.Module, images: Tensor) -> bool:
+def _agree(model: nn.Module, other: nn.Module, task: Task) -> bool:
     """Return True if both models give the same outputs, or if the first gives none that are finite."""
-    first, second = (_outputs(each, images) for each in (model, other))
+    first, second = (_outputs(each, task) for each in (model, other))
     return not first.isfinite().all() or _are_alike(first.flatten().tolist(), second.flatten().tolist())
 
 
@@ -120,18 +122,18 @@ def _check_state(model: nn.Module, run: RunConfig) -> None:
         raise UsageError(f"model {run.model!r} has no parameter that could be trained")
 
 
-def _check_training(model: nn.Module, images: Tensor, run: RunConfig) -> None:
+def _check_training(model: nn.Module, run: RunConfig, task: Task) -> None:
     """Take a step of each training of the run."""
     schema = _schema(model)
-    labels = torch.arange(NUM_IMAGES) % run.spec.num_classes
+    examples = Examples(_known_inputs(task.spec.inputs), _known_targets(task.spec.targets))
     for config in (run.pretrain, run.fine_tune):
         step = TrainingConfig.model_validate(
             config.model_dump(include=set(TrainingConfig.model_fields)) | {"epochs": 1, "augment": ()}
         )
-        recipe = Recipe(step, run.spec, seed=0, precision="float32")
-        # With real images and trained weights, a loss that is not finite now may be finite.
+        recipe = Recipe(step, task, seed=0, precision="float32")
+        # With real examples and trained weights, a loss that is not finite now may be finite.
         with errors_of_model(run, UsageError), suppress(DivergedError):
-            train(model, Examples(images, labels), recipe, device=torch.device("cpu"), ranks=ALONE)
+            train(model, examples, recipe, device=torch.device("cpu"), ranks=ALONE)
     if _schema(model) != schema:
         raise UsageError(f"model {run.model!r}: names or shapes in its state_dict change while it trains")
 
@@ -141,16 +143,53 @@ def _schema(model: nn.Module) -> dict[str, tuple[torch.dtype, torch.Size]]:
 
 
 @torch.no_grad()
-def _outputs(model: nn.Module, images: Tensor) -> Tensor:
-    """Return the logits in evaluation mode, float32 [N, K]."""
-    outputs: Tensor = main_output(model.eval()(images.float() / 64 - 2))
+def _outputs(model: nn.Module, task: Task) -> Tensor:
+    """Return the outputs in evaluation mode, float32 [N, …]."""
+    inputs = _known_inputs(task.spec.inputs)
+    if inputs.dtype == torch.uint8:
+        # Whatever mean and deviation the run has.
+        inputs = inputs.float() / 64 - 2
+    else:
+        inputs = DeviceData(inputs, task.spec, torch.device("cpu")).normalise(inputs)
+    outputs: Tensor = task.outputs(model.eval()(inputs))
     return outputs.float()
 
 
-def _known_images(run: RunConfig) -> Tensor:
-    """Return images, uint8 [N, C, H, W], that are the same everywhere."""
-    shape = (NUM_IMAGES, *run.spec.image_shape)
-    return ((_known_values("images", math.prod(shape)) + 1) * 127.5).to(torch.uint8).view(shape)
+def _known_inputs(inputs: Inputs) -> Tensor:
+    """Return inputs, [N, …] as they are kept, that are the same everywhere."""
+    shape = (NUM_EXAMPLES, *inputs.shape)
+    values = _known_values("images", math.prod(shape)).view(shape)
+    if inputs.dtype == "uint8":
+        return ((values + 1) * 127.5).to(torch.uint8)
+    if inputs.dtype == "int64":
+        return _known_integers(shape, inputs.low, inputs.high)
+    return _scaled(values, inputs.mean, inputs.std, inputs.low, inputs.high)
+
+
+def _known_targets(targets: Targets) -> Tensor:
+    """Return targets, [N, …] as they are kept, that are the same everywhere."""
+    shape = (NUM_EXAMPLES, *targets.shape)
+    if targets.dtype == "int64":
+        return _known_integers(shape, targets.low, targets.high)
+    values = _known_values("targets", math.prod(shape)).view(shape)
+    return _scaled(values, targets.mean, targets.std, targets.low, targets.high)
+
+
+def _known_integers(shape: Sequence[int], low: float | None, high: float | None) -> Tensor:
+    """Return integers that go round and round from `low` to `high`, from 0 to 1 where both are open."""
+    first = int(low) if low is not None else min(0, int(high or 0))
+    last = int(high) if high is not None else max(first, 1)
+    return (torch.arange(math.prod(shape)) % (last - first + 1) + first).view(*shape)
+
+
+def _scaled(
+    values: Tensor, mean: Sequence[float], std: Sequence[float], low: float | None, high: float | None
+) -> Tensor:
+    """Return values of this mean and deviation for each index of the first axis, within the bounds."""
+    if mean:
+        along_first = (-1, *(1 for _ in values.shape[2:]))
+        values = values * torch.tensor(std).view(along_first) + torch.tensor(mean).view(along_first)
+    return values.clamp(-math.inf if low is None else low, math.inf if high is None else high)
 
 
 @torch.no_grad()

@@ -63,6 +63,8 @@ class PublishedModel(NamedTuple):
     weights: Blob
     # The same weights in fewer bytes; None: they travel as they are.
     encoded: Encoded | None
+    # The cloud's values for the parts of the model that do not travel with the weights; None: all parts do.
+    rest: Blob | None = None
 
 
 class LeftOut(NamedTuple):
@@ -102,6 +104,8 @@ class RunState:
     left_out: LeftOut | None
     # True if the learning rate takes a full curve in this round after the plan: see common/schedule.py.
     has_full_curve: bool = False
+    # The rest that belongs to the initial weights, as in PublishedModel.
+    initial_rest: Blob | None = None
     # Whether this agent is in the sample of this round; None: there is no sample, every agent takes part.
     selection: Selection | None = None
     # True once the last round is over, and agents are waited for that still have to take its model.

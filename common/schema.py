@@ -9,13 +9,14 @@ Format: https://huggingface.co/docs/safetensors/index#format
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from io import FileIO
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 
+from common.dataset import DatasetSpec, Inputs, Targets
 from common.errors import InvalidError, Reason
 
 MAX_HEADER_BYTES = 1 << 20
@@ -45,6 +46,11 @@ _NON_FINITE_BITS: Mapping[str, tuple[str, int]] = {
     "F8_E5M2": ("<u1", 0x7C),
     "F8_E4M3": ("<u1", 0x7F),
 }
+
+
+# The dtypes of examples, as safetensors and as NumPy name them.
+_DTYPE_NAMES: Mapping[str, str] = {"uint8": "U8", "int64": "I64", "float32": "F32"}
+_NUMPY_DTYPES: Mapping[str, str] = {"uint8": "u1", "int64": "<i8", "float32": "<f4"}
 
 
 class TensorSpec(NamedTuple):
@@ -160,6 +166,20 @@ def check_weights(header: Header, expected: Schema) -> None:
             _refuse_weights(f"tensor {_quote(name)} is {spec}, the run's model has no such tensor")
 
 
+def check_parts(headers: Sequence[Header], expected: Schema) -> None:
+    """Check that files have together exactly the tensors of the run's model, each of them in one file.
+
+    Raises:
+        InvalidError: SCHEMA_MISMATCH, a tensor differs, is missing, or is there twice.
+    """
+    together: dict[str, TensorSpec] = {}
+    for header in headers:
+        for name in header.schema.keys() & together.keys():
+            _refuse_weights(f"tensor {_quote(name)} is in two files")
+        together |= header.schema
+    check_weights(Header(together, metadata={}, data_start=0, offsets={}), expected)
+
+
 def check_finite(path: Path, header: Header) -> None:
     """Check that no floating-point tensor of the file holds a NaN or an infinity.
 
@@ -181,12 +201,12 @@ def check_finite(path: Path, header: Header) -> None:
                 )
 
 
-def check_shard(header: Header, *, image_shape: tuple[int, int, int]) -> int:
-    """Check that the file is a shard: exactly `images` U8 [N, C, H, W] and `labels` I64 [N].
+def check_shard(header: Header, spec: DatasetSpec) -> int:
+    """Check that the file is a shard: exactly the inputs and targets that the run's dataset wants.
 
     Args:
         header: the header of the file.
-        image_shape: the shape (C, H, W) of the images of the run's dataset.
+        spec: the run's dataset.
 
     Returns:
         The number of examples N, at least 1.
@@ -194,32 +214,60 @@ def check_shard(header: Header, *, image_shape: tuple[int, int, int]) -> int:
     Raises:
         InvalidError: INVALID_SHARD, the file has other tensors, or tensors of another dtype or shape.
     """
-    if set(header.schema) != {"images", "labels"}:
+    inputs_name, targets_name = spec.tensor_names
+    if set(header.schema) != {inputs_name, targets_name}:
         names = _quote(", ".join(sorted(header.schema)))
-        _refuse_shard(f"its tensors are {names}, not images and labels")
-    images, labels = header.schema["images"], header.schema["labels"]
-    num_examples = labels.shape[0] if labels.shape else 0
-    if labels != TensorSpec("I64", (num_examples,)) or num_examples < 1:
-        _refuse_shard(f"labels is {labels}, not I64 [N] with N of at least 1")
-    wanted = TensorSpec("U8", (num_examples, *image_shape))
-    if images != wanted:
-        _refuse_shard(f"images is {images}, the run's dataset wants {wanted}")
-    return num_examples
+        _refuse_shard(f"its tensors are {names}, not {inputs_name} and {targets_name}")
+    inputs, targets = header.schema[inputs_name], header.schema[targets_name]
+    found = targets.shape[0] if targets.shape else 0
+    dtype, shape = _DTYPE_NAMES[spec.targets.dtype], spec.targets.shape
+    if targets != TensorSpec(dtype, (found, *shape)) or found < 1:
+        sizes = ", ".join(map(str, ("N", *shape)))
+        _refuse_shard(f"{targets_name} is {targets}, not {dtype} [{sizes}] with N of at least 1")
+    wanted = TensorSpec(_DTYPE_NAMES[spec.inputs.dtype], (found, *spec.inputs.shape))
+    if inputs != wanted:
+        _refuse_shard(f"{inputs_name} is {inputs}, the run's dataset wants {wanted}")
+    return found
 
 
-def check_labels(path: Path, header: Header, num_classes: int) -> None:
-    """Check that every label of a shard is between 0 and `num_classes` - 1.
+def num_examples(header: Header) -> int:
+    """Return how many examples a shard has, which must have passed `check_shard`."""
+    return next(iter(header.schema.values())).shape[0]
+
+
+def check_examples(path: Path, header: Header, spec: DatasetSpec) -> None:
+    """Check that every value of a shard is a finite number, and within the bounds of the run's dataset.
 
     The shard must have passed `check_shard`.
 
     Raises:
-        InvalidError: INVALID_SHARD, a label is out of range; the message has the label.
+        InvalidError: INVALID_SHARD, a value is not; the message has the value.
         OSError: the file cannot be read.
     """
-    for labels in _pieces(path, header, "labels", "<i8"):
-        for label in (int(labels.min()), int(labels.max())):
-            if not 0 <= label < num_classes:
-                _refuse_shard(f"it has the label {label}, the run's classes are 0 to {num_classes - 1}")
+    sides: tuple[Inputs | Targets, ...] = (spec.inputs, spec.targets)
+    for name, side in zip(spec.tensor_names, sides, strict=True):
+        # Every byte is a pixel.
+        if side.dtype == "uint8" and side.low is None and side.high is None:
+            continue
+        for piece in _pieces(path, header, name, _NUMPY_DTYPES[side.dtype]):
+            for value in (piece.min().item(), piece.max().item()):
+                _check_value(value, name, side, spec)
+
+
+def _check_value(value: float, name: str, side: Inputs | Targets, spec: DatasetSpec) -> None:
+    """Refuse a value that is not finite, or out of bounds."""
+    if not math.isfinite(value):
+        _refuse_shard(f"{name} has the value {value}, which is no finite number")
+    is_low, is_high = (
+        side.low is not None and value < side.low,
+        side.high is not None and value > side.high,
+    )
+    if not (is_low or is_high):
+        return
+    if name == "labels":
+        _refuse_shard(f"it has the label {value}, the run's classes are 0 to {spec.num_classes - 1}")
+    low, high = ("any" if bound is None else f"{bound:g}" for bound in (side.low, side.high))
+    _refuse_shard(f"{name} has the value {value:g}, the run's dataset has {low} to {high}")
 
 
 def _check_counts(text: bytes | bytearray, max_tensors: int) -> None:

@@ -1,30 +1,32 @@
-"""Shards, each the images and labels of one agent in a safetensors file, and the splits of a shard.
+"""Shards, each the inputs and targets of one agent in a safetensors file, and the splits of a shard.
 
-Shape letters: N images, C channels, H height, W width.
+Shape letters: N examples.
 """
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast, get_args
 
 import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
+from common.dataset import DatasetSpec, InputDtype, Inputs, TargetDtype, Targets
 from common.errors import UsageError
 from common.files import replacing
 from common.schema import Header, read_header
 
-_NUMPY_DTYPES = {"U8": "u1", "I64": "<i8"}
+_NUMPY_DTYPES = {"U8": "u1", "I64": "<i8", "F32": "<f4"}
+_NAMES = (("images", "labels"), ("inputs", "targets"))
 
 
 class Shard(NamedTuple):
-    """The images and labels of one agent."""
+    """The inputs and targets of one agent."""
 
-    images: np.ndarray
-    """uint8 [N, C, H, W]"""
-    labels: np.ndarray
-    """int64 [N]"""
+    inputs: np.ndarray
+    """uint8, float32 or int64 [N, …]"""
+    targets: np.ndarray
+    """int64 or float32 [N, …]"""
 
 
 def write_shard(path: Path, shard: Shard) -> None:
@@ -36,14 +38,18 @@ def write_shard(path: Path, shard: Shard) -> None:
         ValueError: the dtypes or shapes of the arrays are not those of a shard.
         OSError: the file cannot be written.
     """
-    images, labels = (np.ascontiguousarray(array) for array in shard)
-    if images.dtype != np.uint8 or images.ndim != 4 or labels.dtype != np.int64:
-        raise ValueError(f"{images.dtype} {images.shape} images and {labels.dtype} labels are no shard")
-    if labels.shape != images.shape[:1]:
-        raise ValueError(f"{len(images)} images have labels of shape {labels.shape}")
+    inputs, targets = (np.ascontiguousarray(array) for array in shard)
+    if inputs.dtype.name not in get_args(InputDtype) or targets.dtype.name not in get_args(TargetDtype):
+        raise ValueError(f"{inputs.dtype} {inputs.shape} inputs and {targets.dtype} targets are no shard")
+    if targets.shape[:1] != inputs.shape[:1]:
+        raise ValueError(f"{len(inputs)} inputs have targets of shape {targets.shape}")
+    described = Inputs(cast(InputDtype, inputs.dtype.name), inputs.shape[1:])
+    names = DatasetSpec(
+        described, Targets(cast(TargetDtype, targets.dtype.name), targets.shape[1:])
+    ).tensor_names
     with replacing(path) as partial:
         try:
-            save_file({"images": images, "labels": labels}, partial)
+            save_file(dict(zip(names, (inputs, targets), strict=True)), partial)
         except SafetensorError as error:
             raise OSError(f"cannot write {path}: {error}") from error
 
@@ -57,10 +63,11 @@ def read_shard(path: Path) -> Shard:
         OSError: the file cannot be read.
     """
     header = read_header(path)
+    names = _NAMES[0] if _NAMES[0][0] in header.schema else _NAMES[1]
     data = np.memmap(path, np.uint8, mode="r", offset=header.data_start)
-    images, labels = _view(data, header, "images"), _view(data, header, "labels")
-    # Another program may have written the file with labels that are not aligned in memory.
-    return Shard(images, np.require(labels, requirements="A"))
+    inputs, targets = (_view(data, header, name) for name in names)
+    # Another program may have written the file with values that are not aligned in memory.
+    return Shard(np.require(inputs, requirements="A"), np.require(targets, requirements="A"))
 
 
 def split(labels: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -97,7 +104,7 @@ def check_splittable(num_examples: int) -> None:
         raise UsageError(f"{num_examples} examples cannot be split: at least 2 are needed to hold some back")
 
 
-def cloud_holdout(labels: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+def cloud_holdout(targets: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Split off the part of one shard on which the cloud selects and evaluates models.
 
     The agent computes the same split and does not pre-train on the held-out part, because the cloud would
@@ -105,38 +112,40 @@ def cloud_holdout(labels: np.ndarray, fraction: float, seed: int) -> tuple[np.nd
     shard does not depend on the other shards of the agent.
 
     Args:
-        labels: int64 [N], the labels of the whole shard.
+        targets: [N, …], the targets of the whole shard. About the same fraction of each class is held out
+            where they are labels, int64 [N]; others are split whatever they are.
         fraction: the value of `run.fine_tune.holdout_fraction`.
         seed: the seed of the run's stream "cloud_holdout" for the agent's id.
 
     Returns:
         Indices like those of `split`. With fewer than two examples, the held-out part is empty.
     """
-    if len(labels) < 2:
-        return np.arange(len(labels)), np.arange(0)
-    return split(labels, fraction, seed)
+    if len(targets) < 2:
+        return np.arange(len(targets)), np.arange(0)
+    are_labels = targets.dtype == np.int64 and targets.ndim == 1
+    return split(targets if are_labels else np.zeros(len(targets), np.int64), fraction, seed)
 
 
-def gather(parts: Sequence[tuple[Shard, np.ndarray]], image_shape: tuple[int, int, int]) -> Shard:
+def gather(parts: Sequence[tuple[Shard, np.ndarray]], spec: DatasetSpec) -> Shard:
     """Copy the chosen examples of all shards into one new shard.
 
     Each example is copied once, from the mapped file into the result.
 
     Args:
         parts: the shards, each with the int64 indices of its chosen examples.
-        image_shape: the shape (C, H, W) of the images in all shards.
+        spec: the inputs and targets in all shards.
     """
     num_examples = sum(len(indices) for _, indices in parts)
-    images = np.empty((num_examples, *image_shape), np.uint8)
-    labels = np.empty(num_examples, np.int64)
+    inputs = np.empty((num_examples, *spec.inputs.shape), spec.inputs.dtype)
+    targets = np.empty((num_examples, *spec.targets.shape), spec.targets.dtype)
     begin = 0
     for shard, indices in parts:
         chosen = slice(begin, begin + len(indices))
         # The default mode copies through a buffer, in order to keep `out` unchanged if an index is wrong.
-        np.take(shard.images, indices, axis=0, out=images[chosen], mode="clip")
-        labels[chosen] = shard.labels[indices]
+        np.take(shard.inputs, indices, axis=0, out=inputs[chosen], mode="clip")
+        targets[chosen] = shard.targets[indices]
         begin = chosen.stop
-    return Shard(images, labels)
+    return Shard(inputs, targets)
 
 
 def _view(data: np.ndarray, header: Header, name: str) -> np.ndarray:

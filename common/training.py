@@ -3,7 +3,7 @@
 Everything that chance decides comes from seeds derived for each epoch, so an epoch depends only on
 the weights, the optimizer and its own number: whoever has those can go on from any finished epoch.
 
-Shapes: B images of a batch, N of a data set, C channels, H height, W width, K classes.
+Shapes: B examples of a batch, N of a data set.
 """
 
 import copy
@@ -18,19 +18,19 @@ from typing import Any, NamedTuple
 import structlog
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from common.batches import Batch, DeviceData, batch_bounds, draw_epoch
 from common.checkpoint import CHECKPOINT_SECONDS, Checkpoints, Finished, fingerprint
-from common.config import DatasetSpec, TrainingConfig
+from common.config import TrainingConfig
 from common.errors import DivergedError, is_out_of_memory
-from common.evaluation import batch_norms, main_output, place
+from common.evaluation import batch_norms, laid_out, place
 from common.graphs import MIN_STEPS, Recorder, ReplayedSteps, Step, recorder_for
 from common.precision import Precision, decide, describe, has_bfloat16
 from common.schedule import Place, learning_rate_factor, whole
 from common.seeds import derive_seed
+from common.tasks.task import Task
 
 # Reading the loss waits for the device, so it is not read at every step.
 REPORT_SECONDS = 0.1
@@ -52,23 +52,23 @@ log = structlog.get_logger()
 
 
 class Examples(NamedTuple):
-    """Images and their labels."""
+    """Inputs and their targets."""
 
-    # The images, uint8 [N, C, H, W].
-    images: Tensor
-    # The labels, int64 [N].
-    labels: Tensor
+    # The inputs, [N, …].
+    inputs: Tensor
+    # The targets, [N, …].
+    targets: Tensor
 
 
 class Recipe(NamedTuple):
     """All that decides what becomes of given weights and examples."""
 
     config: TrainingConfig
-    spec: DatasetSpec
+    task: Task
     seed: int
     # What the training computes in. `config.precision` is what was asked for: see `choose_precision`.
     precision: Precision
-    # Each epoch of N images is made by `batches.balanced_order`, instead of showing each image once.
+    # Each epoch of N examples is made by `batches.balanced_order`, instead of showing each example once.
     class_balanced: bool = False
     # The place in the schedule of the run; None: the training has a schedule of its own.
     place: Place | None = None
@@ -99,7 +99,7 @@ def choose_precision(
     examples: Examples,
     config: TrainingConfig,
     *,
-    spec: DatasetSpec,
+    task: Task,
     device: torch.device,
     kept_at: Path | None = None,
 ) -> Precision:
@@ -121,24 +121,24 @@ def choose_precision(
         return config.precision
     if not has_bfloat16(device):
         return "float32"
-    if not len(examples.labels):
+    if not len(examples.targets):
         return "float32"
     if device.type == "cuda":
-        return "bfloat16" if can_train_in_bfloat16(model, examples, config, spec, device) else "float32"
+        return "bfloat16" if can_train_in_bfloat16(model, examples, config, task, device) else "float32"
     if kept_at is None:
         return "float32"
-    data = DeviceData(examples.images, spec, device, [examples.labels])
+    data = DeviceData(examples.inputs, task.spec, device, [examples.targets])
     batch_size = min(len(data), config.batch_size)
-    subject = describe(model, data.image_shape, batch_size)
+    subject = describe(model, data.input_shape, batch_size)
     num_steps = config.epochs * math.ceil(len(data) / batch_size)
     # A model that cannot be copied, such as TorchScript's, is not timed.
     with torch.random.fork_rng(devices=[]), suppress(_NoCopyError):
-        return decide(kept_at, subject, num_steps, partial(_rehearsal, model, data, config, spec))
+        return decide(kept_at, subject, num_steps, partial(_rehearsal, model, data, config, task))
     return "float32"
 
 
 def can_train_in_bfloat16(
-    model: nn.Module, examples: Examples, config: TrainingConfig, spec: DatasetSpec, device: torch.device
+    model: nn.Module, examples: Examples, config: TrainingConfig, task: Task, device: torch.device
 ) -> bool:
     """Return True if a training step with a few of the examples works in bfloat16; the model is not changed.
 
@@ -147,10 +147,10 @@ def can_train_in_bfloat16(
     Raises:
         RuntimeError: there is not enough memory.
     """
-    data = DeviceData(examples.images[:2], spec, device, [examples.labels[:2]])
+    data = DeviceData(examples.inputs[:2], task.spec, device, [examples.targets[:2]])
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         try:
-            _rehearsal(model, data, config, spec, "bfloat16")()
+            _rehearsal(model, data, config, task, "bfloat16")()
         except (RuntimeError, _NoCopyError) as error:
             if is_out_of_memory(error):
                 # This says nothing of bfloat16, and with memory the training would have other bits.
@@ -165,7 +165,7 @@ class _NoCopyError(Exception):
 
 
 def _rehearsal(
-    model: nn.Module, data: DeviceData, config: TrainingConfig, spec: DatasetSpec, precision: Precision
+    model: nn.Module, data: DeviceData, config: TrainingConfig, task: Task, precision: Precision
 ) -> Callable[[], object]:
     """Return a step with a copy of the model, which can be taken again and again."""
     try:
@@ -175,7 +175,7 @@ def _rehearsal(
         raise _NoCopyError(str(error)) from error
     if not all(parameter.is_leaf for parameter in copied.parameters()):
         raise _NoCopyError("the parameters of its copy cannot be trained, as with TorchScript")
-    recipe = Recipe(config.model_copy(update={"graphs": "off"}), spec, seed=0, precision=precision)
+    recipe = Recipe(config.model_copy(update={"graphs": "off"}), task, seed=0, precision=precision)
     return _Training(copied, data, recipe, None, ALONE).rehearsal()
 
 
@@ -213,8 +213,8 @@ def train(
     num_epochs = recipe.config.epochs
     if num_epochs == 0:
         return math.nan
-    data = DeviceData(examples.images, recipe.spec, device, [examples.labels])
-    balanced = examples.labels.cpu() if recipe.class_balanced else None
+    data = DeviceData(examples.inputs, recipe.task.spec, device, [examples.targets])
+    balanced = examples.targets.cpu() if recipe.class_balanced else None
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         training = _Training(model, data, recipe, on_step, ranks, balanced)
         kept = None
@@ -240,7 +240,7 @@ class _Reports:
     """The losses on their way to `on_step`, now and then: reading a loss waits for the device.
 
     Args:
-        loss_sum: the sum of the loss over the images since the last report, on the device.
+        loss_sum: the sum of the loss over the examples since the last report, on the device.
     """
 
     def __init__(self, on_step: OnStep | None, num_steps: int, loss_sum: Tensor) -> None:
@@ -274,14 +274,14 @@ class _Training:
         recipe: Recipe,
         on_step: OnStep | None,
         ranks: Ranks,
-        # The labels by which to balance; None: each image is shown once.
+        # The labels by which to balance; None: each example is shown once.
         balanced_N: Tensor | None = None,
     ) -> None:
         self._data, self._balanced_N = data, balanced_N
         self._config, self._seed = recipe.config, recipe.seed
         self._place = recipe.place or whole(recipe.config)
         self._rank, self._world_size = ranks
-        # One image alone may have no variance.
+        # One example alone may have no variance.
         smallest = ranks.world_size * (2 if batch_norms(model) else 1)
         self._batches = batch_bounds(len(data), self._config.batch_size, smallest)
         self._num_steps = self._config.epochs * len(self._batches)
@@ -321,7 +321,7 @@ class _Training:
                     self._take_full(batch)
                 else:
                     self._step.take(batch, end - begin)
-                self._reports.add(step + 1, len(batch.labels_B))
+                self._reports.add(step + 1, len(batch.targets))
         if self._world_size > 1:
             dist.all_reduce(total)
         return total.item() / len(self._data)
@@ -359,12 +359,13 @@ class _Step:
     Attributes:
         optimizer: the optimizer.
         is_fused: True if the optimizer is a fused one.
-        epoch_loss: the sum of the loss over the images of this rank, for the caller to set to zero; float64.
+        epoch_loss: the sum of the loss over this rank's examples, for the caller to set to zero; float64.
         reported_loss: the same, once more.
     """
 
     def __init__(self, model: nn.Module, data: DeviceData, recipe: Recipe, world_size: int) -> None:
-        self._data, self._config, self._world_size = data, recipe.config, world_size
+        self._data, self._config, self._task = data, recipe.config, recipe.task
+        self._world_size = world_size
         device = data.device
         # Without a cache, a graph does not depend on what was computed before it.
         self._autocast = torch.autocast(
@@ -405,14 +406,13 @@ class _Step:
 
         Args:
             batch: the fields of a `Batch`; this rank's part.
-            batch_size: the number of images over all ranks.
+            batch_size: the number of examples over all ranks.
         """
         batch = Batch(*batch)
-        x_BCHW = batch.augmented(self._data, self._config.augment)
-        x_BCHW = x_BCHW.contiguous(memory_format=self._memory_format)
+        x = laid_out(batch.augmented(self._data, self._config.augment), self._memory_format)
         with self._autocast:
-            outputs = self._model(x_BCHW)
-            loss_sum = self._loss_sum(main_output(outputs), batch.labels_B)
+            outputs = self._model(x)
+            loss_sum = self._loss_sum(self._task.outputs(outputs), batch.targets)
         if self._world_size > 1:
             loss_sum = loss_sum + _touch_others(outputs)
         self.optimizer.zero_grad()
@@ -421,11 +421,9 @@ class _Step:
         self.optimizer.step()
         self._losses += loss_sum.detach()
 
-    def _loss_sum(self, logits_BK: Tensor, y_B: Tensor) -> Tensor:
+    def _loss_sum(self, outputs: Tensor, targets: Tensor) -> Tensor:
         # The three digits of bfloat16 are too few for log-probabilities.
-        logits_BK = logits_BK.float()
-        smoothing = self._config.label_smoothing
-        return F.cross_entropy(logits_BK, y_B, reduction="sum", label_smoothing=smoothing)
+        return self._task.loss_sum(outputs.float(), targets, self._config.label_smoothing)
 
 
 def _has_shared_buffers(model: nn.Module) -> bool:
@@ -455,7 +453,8 @@ def _identity(recipe: Recipe, model: nn.Module, examples: Examples) -> str:
     # With graphs and without, a training is the same.
     config = recipe.config.model_dump(mode="json", exclude={"graphs"})
     place = recipe.place or whole(recipe.config)
-    settings = (config, recipe.precision, recipe.spec, recipe.seed, place)
+    task = recipe.task
+    settings = (config, recipe.precision, type(task).__qualname__, task.spec, recipe.seed, place)
     return fingerprint(settings, model, *examples)
 
 

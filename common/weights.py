@@ -1,7 +1,7 @@
 """A state_dict on disk, as safetensors: every parameter and buffer, in its own dtype."""
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from common.errors import InvalidError, RunError
 from common.files import replacing
-from common.schema import Header, TensorSpec, check_weights, read_header
+from common.schema import Header, TensorSpec, check_parts, check_weights, read_header
 
 StateDict = dict[str, Tensor]
 
@@ -61,18 +61,28 @@ def read_state_dict(path: Path) -> StateDict:
         return {name: file.get_tensor(name) for name in header.schema}
 
 
-def load_into(model: nn.Module, path: Path) -> None:
-    """Copy the file's tensors into the model's parameters and buffers, one at a time.
+def load_into(model: nn.Module, *paths: Path | None) -> None:
+    """Copy the tensors of files into the model's parameters and buffers, one at a time.
+
+    Args:
+        model: the model.
+        paths: files that have together what the model has, each a part of it; None stands for no file.
 
     Raises:
-        RunError: it is not a safetensors file, or a name, shape or dtype is not the model's; the
+        RunError: a file is not a safetensors file, or a name, shape or dtype is not the model's; the
             message names the first. The model is then unchanged.
-        OSError: the file cannot be read.
+        OSError: a file cannot be read.
     """
-    own = model.state_dict()
-    with _opened(path) as (header, file):
-        check_weights(header, _schema(own))
-        _copy(file.get_tensor, own)
+    own, files = model.state_dict(), [path for path in paths if path]
+    with ExitStack() as stack:
+        parts = [stack.enter_context(_opened(path)) for path in files]
+        try:
+            check_parts([header for header, _ in parts], _schema(own))
+        except InvalidError as error:
+            named = " and ".join(map(str, files))
+            raise RunError(f"cannot read the weights in {named}: {error}") from error
+        for header, file in parts:
+            _copy(file.get_tensor, {name: own[name] for name in header.schema})
 
 
 def copy_into(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:

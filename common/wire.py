@@ -22,14 +22,11 @@ or tensor. Decoding multiplies once and adds once, each rounded to float32 as IE
 makes the same bytes of it.
 """
 
-import io
-import json
 import math
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple, Self
+from typing import Annotated, NamedTuple, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -38,16 +35,12 @@ from pydantic import Field, ValidationError, model_validator
 from common.config import FrozenModel, RunConfig, Wire
 from common.errors import InvalidError, Reason, RunError, UsageError
 from common.files import replacing
-from common.schema import Header, Schema, TensorSpec, check_finite, check_weights, parse_header, read_header
+from common.schema import Header, Schema, TensorSpec, check_finite, check_weights, read_header
+from common.tensor_files import PIECE_ELEMENTS, PLAIN, Array, TensorFile, own_header, reading, writing
 from common.transfer import DIGEST
-
-# So much of a file is held at once, or one channel if that is longer: it stays in the cache.
-PIECE_ELEMENTS = 1 << 15
 
 # The only entry of the metadata: the format's own writer shuffles several.
 _ENTRY = "ecavg"
-# The metadata of weights that are not encoded.
-_PLAIN: Mapping[str, str] = {"format": "pt"}
 # PyTorch's names of the tensors that are measured, not trained.
 _STATISTICS = ("running_mean", "running_var")
 # An int8 has so many steps to either side of zero.
@@ -56,10 +49,7 @@ _NUM_STEPS = 127
 _LEAST_SCALE = np.finfo(np.float32).smallest_normal
 # The largest difference, 128 steps, is then half of what float32 can say.
 _LARGEST_SCALE = np.finfo(np.float32).max / 256
-_NOTHING = Header({}, {}, 0, {})
-_NUMPY_DTYPES: Mapping[str, str] = {"F32": "<f4", "BF16": "<u2", "I8": "i1"}
 
-Array = npt.NDArray[Any]
 Floats = npt.NDArray[np.float32]
 
 
@@ -187,7 +177,7 @@ def check_values(path: Path, header: Header) -> None:
     """
     check_finite(path, header)
     with path.open("rb") as file:
-        tensors = _Tensors(file, header)
+        tensors = TensorFile(file, header)
         for name, spec in header.schema.items():
             scale = header.schema.get(_scale(name))
             if spec.dtype != "I8" or not scale or scale.dtype != "F32":
@@ -268,55 +258,16 @@ def decode(encoded: Path, target: Path, *, base: Base | None = None) -> None:
             f"the weights are differences from {_short(encoding.base)}, which is not there",
             Reason.INITIAL_WEIGHTS,
         )
-    schema = _own_header(base.path).schema if base else _schema_before_rounding(header, encoding)
+    schema = own_header(base.path).schema if base else _schema_before_rounding(header, encoding)
     check_encoded(header, schema, encoding.wire, base_digest=base.digest if base else None)
     with (
-        _reading(encoded, header.schema) as source,
-        _reading(base and base.path, schema) as origin,
-        _writing(target, schema, _PLAIN) as decoded,
+        reading(encoded, header.schema) as source,
+        reading(base and base.path, schema) as origin,
+        writing(target, schema, PLAIN) as decoded,
         np.errstate(over="ignore", invalid="ignore"),  # what is written is checked
     ):
         for name in schema:
             _decode_tensor(name, source, origin, decoded)
-
-
-class _Tensors:
-    """The tensors of an open safetensors file; a missing tensor reads as zeros, and is not written."""
-
-    def __init__(self, file: io.BufferedIOBase, header: Header) -> None:
-        self.schema = header.schema
-        self._file = file
-        self._header = header
-
-    def read(self, name: str, begin: int, shape: tuple[int, ...]) -> Array:
-        """Return values of a tensor in this shape, beginning with value number `begin`; BF16 as uint16."""
-        if name not in self.schema:
-            return np.zeros(shape, np.float32)
-        values = np.empty(shape, _NUMPY_DTYPES[self.schema[name].dtype])
-        self._fill(name, begin * values.itemsize, values)
-        return values
-
-    def write(self, name: str, begin: int, values: Array) -> None:
-        """Overwrite values of a tensor, beginning with value number `begin`."""
-        if name in self.schema:
-            self._seek(name, begin * values.itemsize)
-            self._file.write(values.data)
-
-    def copy_to(self, other: "_Tensors", name: str) -> None:
-        """Copy this file's values of a tensor to another file, whatever their dtype."""
-        num_bytes = self.schema[name].num_bytes
-        for begin in range(0, num_bytes, PIECE_ELEMENTS):
-            values = np.empty(min(PIECE_ELEMENTS, num_bytes - begin), np.uint8)
-            self._fill(name, begin, values)
-            other.write(name, begin, values)
-
-    def _fill(self, name: str, begin_bytes: int, values: Array) -> None:
-        self._seek(name, begin_bytes)
-        if self._file.readinto(values.data) != values.nbytes:
-            raise InvalidError("the file ends within its data", Reason.INVALID_FILE)
-
-    def _seek(self, name: str, begin_bytes: int) -> None:
-        self._file.seek(self._header.data_start + self._header.offsets[name][0] + begin_bytes)
 
 
 def _encode(
@@ -332,11 +283,11 @@ def _encode(
     metadata = {_ENTRY: encoding.model_dump_json(exclude_defaults=True)}
     kept = {name: spec for name, spec in schema.items() if spec.dtype == "F32" and not is_statistic(name)}
     with (
-        _reading(weights, schema) as source,
-        _reading(base and base.path, schema) as origin,
-        _reading(residual, kept) as last,
-        _writing(target, wire_schema(schema, wire), metadata) as encoded,
-        _writing(next_residual, kept, _PLAIN) as left,
+        reading(weights, schema) as source,
+        reading(base and base.path, schema) as origin,
+        reading(residual, kept) as last,
+        writing(target, wire_schema(schema, wire), metadata) as encoded,
+        writing(next_residual, kept, PLAIN) as left,
         np.errstate(over="ignore", invalid="ignore"),  # what is written is checked
     ):
         for name in schema:
@@ -344,7 +295,7 @@ def _encode(
 
 
 def _encode_tensor(
-    name: str, source: _Tensors, origin: _Tensors, last: _Tensors, encoded: _Tensors, left: _Tensors
+    name: str, source: TensorFile, origin: TensorFile, last: TensorFile, encoded: TensorFile, left: TensorFile
 ) -> None:
     spec, wire_dtype = source.schema[name], encoded.schema[name].dtype
     if wire_dtype == spec.dtype:
@@ -366,7 +317,7 @@ def _encode_tensor(
         left.write(name, begin, values - decoded + added)
 
 
-def _decode_tensor(name: str, source: _Tensors, origin: _Tensors, decoded: _Tensors) -> None:
+def _decode_tensor(name: str, source: TensorFile, origin: TensorFile, decoded: TensorFile) -> None:
     spec, wire_dtype = decoded.schema[name], source.schema[name].dtype
     if wire_dtype == spec.dtype:
         source.copy_to(decoded, name)
@@ -454,13 +405,6 @@ def _schema_before_rounding(header: Header, encoding: Encoding) -> Schema:
     }
 
 
-def _own_header(path: Path) -> Header:
-    try:
-        return read_header(path)
-    except InvalidError as error:
-        raise RunError(f"cannot read the weights in {path}: {error}") from error
-
-
 def _short(digest: str | None) -> str:
     return f"{digest[:16]}…" if digest else "nothing"
 
@@ -468,59 +412,3 @@ def _short(digest: str | None) -> str:
 def _copy(path: Path, target: Path) -> None:
     with replacing(target) as partial:
         shutil.copyfile(path, partial)
-
-
-@contextmanager
-def _reading(path: Path | None, expected: Schema) -> Iterator[_Tensors]:
-    """Yield the tensors of a file of our own, which must be as expected; without a file there are none.
-
-    Raises:
-        RunError: the file is not as expected.
-    """
-    if not path:
-        yield _Tensors(io.BytesIO(), _NOTHING)
-        return
-    header = _own_header(path)
-    if header.schema != expected:
-        raise RunError(f"{path} does not fit the weights: it has other names, shapes or dtypes")
-    with path.open("rb") as file:
-        yield _Tensors(file, header)
-
-
-@contextmanager
-def _writing(path: Path | None, schema: Schema, metadata: Mapping[str, str]) -> Iterator[_Tensors]:
-    """Yield the tensors of a file that is there, durably, at the end; they are zeros until written.
-
-    Raises:
-        InvalidError: NON_FINITE, values are not finite; INVALID_FILE, there are too many tensors.
-    """
-    if not path:
-        yield _Tensors(io.BytesIO(), _NOTHING)
-        return
-    prefix, num_bytes = _prefix(schema, metadata)
-    header = parse_header(prefix, num_bytes)
-    with replacing(path) as partial:
-        with partial.open("wb") as file:
-            file.write(prefix)
-            file.truncate(num_bytes)
-            yield _Tensors(file, header)
-        check_finite(partial, header)
-
-
-def _prefix(schema: Schema, metadata: Mapping[str, str]) -> tuple[bytes, int]:
-    """Return the header as the format's own writer makes it, and the size of the file.
-
-    Largest elements come first, so that all are aligned; of one size, they are in order of their names.
-    """
-    entries: dict[str, Any] = {"__metadata__": dict(metadata)}
-    end = 0
-    for name, spec in sorted(schema.items(), key=lambda item: (-_element_bytes(item[1]), item[0])):
-        begin, end = end, end + spec.num_bytes
-        entries[name] = {"dtype": spec.dtype, "shape": spec.shape, "data_offsets": (begin, end)}
-    text = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text, 8 + len(text) + end
-
-
-def _element_bytes(spec: TensorSpec) -> int:
-    return spec._replace(shape=()).num_bytes

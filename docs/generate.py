@@ -15,7 +15,7 @@ from pydantic.fields import FieldInfo
 
 from cloud_server.config import ENV_PREFIX as SERVER_PREFIX
 from cloud_server.config import ServerConfig, TrackingConfig
-from common.config import FineTuneConfig, RunConfig, TrainingConfig
+from common.config import FineTuneConfig, InputsConfig, RunConfig, TargetsConfig, TrainingConfig
 from docs import calls
 from edge_agent.config import ENV_PREFIX as AGENT_PREFIX
 from edge_agent.config import AgentConfig, EnrollConfig
@@ -27,6 +27,8 @@ TABLES: dict[str, tuple[type[BaseModel], str, str]] = {
     "server": (ServerConfig, SERVER_PREFIX, ""),
     "tracking": (TrackingConfig, SERVER_PREFIX, "tracking."),
     "run": (RunConfig, SERVER_PREFIX, "run."),
+    "inputs": (InputsConfig, SERVER_PREFIX, "run.inputs."),
+    "targets": (TargetsConfig, SERVER_PREFIX, "run.targets."),
     "pretrain": (TrainingConfig, SERVER_PREFIX, "run.pretrain."),
     "fine_tune": (FineTuneConfig, SERVER_PREFIX, "run.fine_tune."),
     "agent": (AgentConfig, AGENT_PREFIX, ""),
@@ -110,7 +112,7 @@ def _type_name(annotation: Any) -> str:
     if get_origin(annotation) is tuple:
         return f"list of {_type_name(parts[0])}"
     if parts:
-        return _type_name(parts[0])
+        return " or ".join(map(_type_name, parts))
     names = {bool: "boolean", int: "integer", float: "number", str: "string", Path: "path"}
     return names[annotation]
 

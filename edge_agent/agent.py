@@ -135,7 +135,7 @@ class EdgeAgent:
             "is_ready": self._readiness.is_ready,
             "contributed_round": max(0, progress.contributed_round),
             "evaluated_round": progress.evaluated_round,
-            "accuracy_local": progress.trained.accuracy if progress.trained else None,
+            "score_local": progress.trained.score if progress.trained else None,
         }
 
     async def _join(self) -> Joined:
@@ -152,6 +152,7 @@ class EdgeAgent:
                 joined = await self._client.join(names)
         if joined.run_id != self._disk.progress.run_id:
             self._disk.discard_residuals_but(self._disk.residual(0))
+            self._disk.discard_rests_but(None)
             await self._worker.run(self._disk.save, Progress(run_id=joined.run_id))
             self._disk.discard_all_but(())
             self._shown = _Shown()

@@ -74,7 +74,7 @@ class AsyncMember(Member):
                 weights=begun.offered,
                 shards=list(models.shards.values()),
                 num_examples=models.num_examples,
-                accuracy_local=trained.accuracy,
+                score_local=trained.score,
                 initial_weights=trained.initial_weights,
             )
         except (UnauthenticatedError, ForbiddenError):
@@ -108,7 +108,7 @@ class AsyncMember(Member):
         start = replace(start, counted_round=current.counted_round)
         path, weights = await self._encoded(trained.model_copy(update={"round": current.round}), start)
         await self._save_begun(offered_to=current.round, offered=weights)
-        return Offer(current.round, weights, path, trained.initial_weights, trained.accuracy)
+        return Offer(current.round, weights, path, trained.initial_weights, trained.score)
 
     async def _end_begun(self, verdict: Verdict) -> None:
         """Save that the contribution is answered; one that was too old leaves its round open to another."""

@@ -257,7 +257,7 @@ class CloudClient:
         weights: Blob,
         shards: list[Blob],
         num_examples: int,
-        accuracy_local: float | None,
+        score_local: float | None,
         initial_weights: str | None,
     ) -> Verdict:
         """Commit uploaded blobs to round `number`.
@@ -270,7 +270,7 @@ class CloudClient:
             weights_digest=weights.digest,
             shard_digests=[shard.digest for shard in shards],
             num_examples=num_examples,
-            accuracy_local=accuracy_local,
+            score_local=score_local,
             initial_weights_digest=initial_weights,
         )
         with tracing.span("contribute"):
@@ -581,6 +581,7 @@ def _run_state(event: pb.WatchEvent) -> RunState:
         phase=phase,
         initial_weights=_blob(event.initial_weights),
         initial_encoded=_encoded(event, "initial_encoded"),
+        initial_rest=_rest(event, "initial_rest"),
         outcome=_member(Outcome, pb.Outcome, event.outcome),
         accepted_weights=_digest(event.accepted_weights),
         progress=_progress(event.progress) if event.HasField("progress") else None,
@@ -603,7 +604,8 @@ def _progress(message: pb.Progress) -> WorkProgress:
 
 
 def _published(message: pb.PublishedModel) -> PublishedModel:
-    return PublishedModel(message.round, _blob(message.weights), _encoded(message, "encoded"))
+    encoded, rest = _encoded(message, "encoded"), _rest(message, "rest")
+    return PublishedModel(message.round, _blob(message.weights), encoded, rest)
 
 
 def _left_out(message: pb.LeftOut) -> LeftOut:
@@ -627,6 +629,10 @@ def _encoded(message: Any, field: str) -> Encoded | None:
         return None
     encoded = getattr(message, field)
     return Encoded(_blob(encoded.blob), _digest(encoded.base_digest) or None)
+
+
+def _rest(message: Any, field: str) -> Blob | None:
+    return _blob(getattr(message, field)) if message.HasField(field) else None
 
 
 def _member(ours: type[_E], theirs: Any, value: int) -> _E | None:

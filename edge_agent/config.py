@@ -9,7 +9,8 @@ from typing import Annotated, Literal
 from pydantic import Field, ValidationInfo, field_validator
 
 from common import addresses
-from common.config import AGENT_ID_PATTERN, DATASETS, Name, ProcessConfig, UserPath, expand_home
+from common.config import AGENT_ID_PATTERN, Name, ProcessConfig, UserPath, expand_home
+from common.dataset import DATASETS
 from common.errors import UsageError, one_line
 from edge_agent.hours import parse_hours
 
@@ -31,10 +32,11 @@ class AgentConfig(ProcessConfig):
     """This device's name in the run (default: made from the host name, and kept)"""
 
     data: str | None = Field(None, title="SOURCE")
-    """The images (default: the run's dataset)
+    """The examples (default: the run's dataset)
 
-    `digits`, `mnist`, `fashion-mnist`, `cifar10`, `cifar100`, an image folder
-    (`DIR/{train,test}/<class>/*`) or `package.module:factory`.
+    `digits`, `mnist`, `fashion-mnist`, `cifar10`, `cifar100`, `diabetes`, `breast-cancer`, `wine`, an image
+    folder (`DIR/{train,test}/<class>/*`), arrays (`FILE.npz` or `DIR/{inputs,targets}.npy`) or
+    `package.module:factory`.
     """
 
     data_dir: UserPath | None = None
@@ -57,6 +59,13 @@ class AgentConfig(ProcessConfig):
 
     One agent at a time uses the folder (STATE). Without an `agent_id` the next free one of
     `ecavg-agent-2`, … is taken.
+    """
+
+    max_file_bytes: int | None = Field(None, ge=1)
+    """Write the model in use as several files of so many bytes at most, and an index, if it is larger
+    (default: one file)
+
+    They are beside `model.safetensors`, which stays, and are named as tools of Hugging Face expect it.
     """
 
     device: Name = "auto"
@@ -254,12 +263,19 @@ def check_source(source: str) -> None:
     Raises:
         UsageError: it names neither a dataset, nor code of the user's, nor a folder.
     """
-    if _is_named(source) or _is_folder(Path(source)):
+    if _is_named(source) or _is_folder(Path(source)) or _is_npz(Path(source)):
         return
     raise UsageError(
         f"data source {source!r} is neither a folder nor a dataset: give an existing image folder,"
-        f" {', '.join(DATASETS)}, or package.module:factory"
+        f" arrays (.npz), {', '.join(DATASETS)}, or package.module:factory"
     )
+
+
+def _is_npz(path: Path) -> bool:
+    try:
+        return path.suffix == ".npz" and path.is_file()
+    except OSError:
+        return False
 
 
 def _is_named(source: str) -> bool:

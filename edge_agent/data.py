@@ -24,16 +24,20 @@ import numpy as np
 import torch
 
 from common.agent_progress import OnExamples, ignore_examples
-from common.config import CLASS_NAMES, DATASETS, RunConfig
+from common.config import RunConfig
+from common.dataset import CLASS_NAMES, DATASETS, DatasetSpec
 from common.errors import UsageError
-from common.models import import_factory
+from common.factories import import_factory
 from common.seeds import derive_seed
 from common.shards import Shard, check_splittable
+from common.tasks import kind_of
+from edge_agent.arrays import Arrays, as_wanted, check_arrays, is_arrays, open_arrays, stamp_of_arrays
+from edge_agent.bundles import BUNDLES, open_bundle
 from edge_agent.config import FACTORY_PATTERN, check_source, data_root
 from edge_agent.image_folder import class_folders, list_image_folder, list_splits, stamp_of
 from edge_agent.not_read import find_not_read
 from edge_agent.partition import Partition, partition_indices
-from edge_agent.shard_files import image_digests
+from edge_agent.shard_files import input_digests
 
 # The class of each dataset in torchvision.datasets.
 _TORCHVISION: Mapping[str, str] = {
@@ -42,9 +46,6 @@ _TORCHVISION: Mapping[str, str] = {
     "cifar10": "CIFAR10",
     "cifar100": "CIFAR100",
 }
-
-# Channels, height and width.
-ImageShape = tuple[int, int, int]
 
 # The key of the digests that decide which images are shared.
 _SHARING = b"share_data"
@@ -69,13 +70,17 @@ class Split(Protocol):
     """The train or the test part of a source."""
 
     @property
-    def labels(self) -> np.ndarray:
-        """Return the labels, int64 [N]."""
+    def targets(self) -> np.ndarray:
+        """Return the targets, [N, …]."""
+
+    @property
+    def has_pictures(self) -> bool:
+        """Return True if the inputs are pictures."""
 
     def read(
-        self, indices: np.ndarray, image_shape: ImageShape, on_read: OnExamples = ignore_examples
+        self, indices: np.ndarray, spec: DatasetSpec, on_read: OnExamples = ignore_examples
     ) -> tuple[Shard, int]:
-        """Return these examples in this shape, and how many could not be read and are left out.
+        """Return these examples as the run's, and how many could not be read and are left out.
 
         Args:
             on_read: called now and then with how many were read, and with their number.
@@ -120,21 +125,23 @@ def load_agent_data(
     opened = open_source(run, source, data_dir=data_dir, allowed_factories=allowed_factories)
     name = source or run.dataset
     splits = [part for part in opened if part is not None]
-    classes = np.unique(np.concatenate([part.labels for part in splits]))
-    _check_labels(name, classes, run.spec.num_classes)
+    has_labels = kind_of(run.task).has_labels
+    classes = np.unique(np.concatenate([part.targets for part in splits])) if has_labels else np.empty(0)
+    if has_labels:
+        _check_labels(name, classes, run.spec.num_classes)
 
     shards, num_skipped = [], 0
     for part in splits:
-        indices = _own_indices(run, name, part.labels, classes, partition)
-        shard, skipped = part.read(indices, run.spec.image_shape, on_read)
-        if not len(shard.labels):
+        indices = _own_indices(run, name, part.targets, classes, partition)
+        shard, skipped = part.read(indices, run.spec, on_read)
+        if not len(shard.targets):
             raise UsageError(f"data source {name}: none of its images can be read; see the warning above")
         shards.append(shard)
         num_skipped += skipped
 
     if opened.test is None:
         seed = derive_seed(run.seed, "holdout", seed_name)
-        parts = hold_out(shards[0].images, run.holdout_fraction, seed)
+        parts = hold_out(shards[0].inputs, run.holdout_fraction, seed)
         shards = [_take(shards[0], part) for part in parts]
     return AgentData(shards[0], shards[1], num_skipped, stamp, not_read)
 
@@ -145,6 +152,8 @@ def data_stamp(run: RunConfig, source: str | None, data_dir: Path | None) -> str
     Raises:
         UsageError: there is no such source.
     """
+    if source and not _is_name(source) and is_arrays(Path(source)):
+        return stamp_of_arrays(Path(source))
     folder = _image_folder(run.dataset, source, data_dir)
     return stamp_of(folder) if folder else ""
 
@@ -182,10 +191,12 @@ def open_source(
         UsageError: there is no such source, or it cannot be read.
     """
     name = source or run.dataset
+    if source and not _is_name(source) and is_arrays(Path(source)):
+        return _in_memory(*open_arrays(Path(source)))
     if folder := _image_folder(run.dataset, source, data_dir):
         return Source(*list_image_folder(folder, run))
-    if name == "digits":
-        return _open_digits()
+    if name in BUNDLES:
+        return _in_memory(open_bundle(name))
     if name in _TORCHVISION:
         return _open_dataset(name, data_dir)
     if FACTORY_PATTERN.fullmatch(name):
@@ -206,8 +217,10 @@ def find_source(source: str, data_dir: Path | None) -> Source | None:
     """
     if folder := _image_folder("", source, data_dir):
         return Source(*list_splits(folder, tuple(class_folders(folder / "train")), "white"))
-    if source == "digits":
-        return _open_digits()
+    if source in BUNDLES:
+        return _in_memory(open_bundle(source))
+    if is_arrays(Path(source)):
+        return _in_memory(*open_arrays(Path(source)))
     if source not in _TORCHVISION:
         return _open_factory(source, {source})
     try:
@@ -228,30 +241,35 @@ def _image_folder(dataset: str, source: str | None, data_dir: Path | None) -> Pa
     if (source or dataset) in _TORCHVISION:
         root = data_root(data_dir)
         return root if (root / "train").is_dir() else None
-    if source is None or source in DATASETS or FACTORY_PATTERN.fullmatch(source):
+    if source is None or _is_name(source):
         return None
     check_source(source)
-    return Path(source)
+    return None if is_arrays(Path(source)) else Path(source)
 
 
-def hold_out(images: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Hold back about `fraction` of the images, each by its own pixels.
+def _is_name(source: str) -> bool:
+    """Return True if the source is a dataset or code of the user's, and no path."""
+    return source in DATASETS or FACTORY_PATTERN.fullmatch(source) is not None
 
-    Whatever is added to the data or removed, an image that was uploaded does not become one to measure on,
-    nor the other way round; and copies of an image stay together. Where there are so few images that chance
-    would leave either part empty, one image goes there until there are more.
+
+def hold_out(inputs: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Hold back about `fraction` of the inputs, each by its own values.
+
+    Whatever is added to the data or removed, an input that was uploaded does not become one to measure on,
+    nor the other way round; and copies of an input stay together. Where there are so few inputs that chance
+    would leave either part empty, one input goes there until there are more.
 
     Args:
-        images: uint8 [N, C, H, W], N of at least 2.
+        inputs: [N, …], N of at least 2.
 
     Returns:
         Sorted int64 indices of the rest and of the held-out part: disjoint, complete, neither empty.
 
     Raises:
-        UsageError: there are fewer than two images.
+        UsageError: there are fewer than two inputs.
     """
-    check_splittable(len(images))
-    ranks = image_digests(images, repeat(seed.to_bytes(8), len(images)))
+    check_splittable(len(inputs))
+    ranks = input_digests(inputs, repeat(seed.to_bytes(8), len(inputs)))
     is_held_out = ranks < fraction * 2.0**64
     is_held_out[ranks.argmin()] = True
     if is_held_out.all():
@@ -259,43 +277,55 @@ def hold_out(images: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray
     return np.flatnonzero(~is_held_out), np.flatnonzero(is_held_out)
 
 
-def choose_shared(images: np.ndarray, fraction: float) -> np.ndarray:
-    """Choose the images that the agent shares, about `fraction` of them, each by its own pixels.
+def choose_shared(inputs: np.ndarray, fraction: float) -> np.ndarray:
+    """Choose the examples that the agent shares, about `fraction` of them, each by the values of its input.
 
     The server has no say in it: whatever the run, its seed and the agent's id, the choice among the same
-    images is the same. So no restart, no growth and no other run brings a private image out. A smaller
-    fraction shares some of the same images.
+    inputs is the same. So no restart, no growth and no other run brings a private example out. A smaller
+    fraction shares some of the same examples.
 
     Args:
-        images: uint8 [N, C, H, W].
+        inputs: [N, …].
 
     Returns:
         bool [N].
     """
     if fraction in (0, 1):
-        return np.full(len(images), bool(fraction))
-    return image_digests(images, repeat(_SHARING, len(images))) < fraction * 2.0**64
+        return np.full(len(inputs), bool(fraction))
+    return input_digests(inputs, repeat(_SHARING, len(inputs))) < fraction * 2.0**64
 
 
 @dataclass(frozen=True)
 class ArraySplit:
-    """A split whose images are in memory already, in their own shape."""
+    """A split that is in memory already, or mapped into it; pictures are in their own shape."""
 
-    # The images, uint8 [N, C, H, W].
-    images: np.ndarray
-    # The labels, int64 [N].
-    labels: np.ndarray
+    # The inputs, [N, …].
+    inputs: np.ndarray
+    # The targets, [N, …].
+    targets: np.ndarray
+
+    @property
+    def has_pictures(self) -> bool:
+        """Return True if the inputs are pictures, uint8 [N, C, H, W]."""
+        return self.inputs.dtype == np.uint8 and self.inputs.ndim == 4
 
     def read(
-        self, indices: np.ndarray, image_shape: ImageShape, on_read: OnExamples = ignore_examples
+        self, indices: np.ndarray, spec: DatasetSpec, on_read: OnExamples = ignore_examples
     ) -> tuple[Shard, int]:
-        """Return these examples in this shape, and how many could not be read and are left out."""
-        shard = Shard(fit(self.images[indices], image_shape), self.labels[indices])
+        """Return these examples as the run's, and how many could not be read and are left out.
+
+        Raises:
+            UsageError: the examples are not what the run has.
+        """
+        inputs, targets = self.inputs[indices], self.targets[indices]
+        if spec.is_pictures and self.has_pictures and not spec.targets.shape[1:]:
+            inputs = fit(inputs, spec.inputs.shape)
+        shard = Shard(as_wanted("inputs", inputs, spec.inputs), as_wanted("targets", targets, spec.targets))
         on_read(len(indices), len(indices))
         return shard, 0
 
 
-def fit(images: np.ndarray, image_shape: ImageShape) -> np.ndarray:
+def fit(images: np.ndarray, image_shape: tuple[int, ...]) -> np.ndarray:
     """Bring uint8 [N, C, H, W] into `image_shape`.
 
     Grey is 0.299 R + 0.587 G + 0.114 B (ITU-R BT.601); resizing is bilinear with antialiasing.
@@ -323,14 +353,9 @@ def fit(images: np.ndarray, image_shape: ImageShape) -> np.ndarray:
     return np.ascontiguousarray(tensor.numpy())
 
 
-def _open_digits() -> Source:
-    # This import takes a second, and only this source needs it.
-    from sklearn.datasets import load_digits
-
-    # The pixels are from 0 to 16.
-    pixels, labels = load_digits(return_X_y=True)
-    images = np.rint(pixels * (255 / 16)).astype(np.uint8).reshape(-1, 1, 8, 8)
-    return Source(ArraySplit(images, labels.astype(np.int64)), None)
+def _in_memory(train: Arrays, test: Arrays | None = None) -> Source:
+    """Return the source of arrays."""
+    return Source(ArraySplit(*train), ArraySplit(*test) if test else None)
 
 
 def _open_dataset(name: str, data_dir: Path | None) -> Source:
@@ -395,26 +420,7 @@ def _open_factory(name: str, allowed_factories: Collection[str]) -> Source:
     except Exception as error:
         # The user's code may raise anything.
         raise UsageError(f"data source {name} failed with {type(error).__name__}: {error}") from error
-    return Source(_check_arrays(name, train), None if test is None else _check_arrays(name, test))
-
-
-def _check_arrays(name: str, arrays: Any) -> ArraySplit:
-    try:
-        images, labels = (np.asarray(array) for array in arrays)
-    except (TypeError, ValueError) as error:
-        raise UsageError(
-            f"data source {name} must return (images, labels), or None where there is no test split"
-        ) from error
-    if images.dtype != np.uint8 or images.ndim != 4:
-        raise UsageError(
-            f"data source {name}: images are {images.dtype} {list(images.shape)}, not uint8 [N, C, H, W]"
-        )
-    if labels.dtype.kind not in "iu" or labels.shape != images.shape[:1] or not len(labels):
-        raise UsageError(
-            f"data source {name}: labels are {labels.dtype} {list(labels.shape)} for {len(images)} images;"
-            " there must be one integer for each, and at least one"
-        )
-    return ArraySplit(images, labels.astype(np.int64))
+    return _in_memory(check_arrays(name, train), None if test is None else check_arrays(name, test))
 
 
 def _check_labels(name: str, classes: np.ndarray, num_classes: int) -> None:
@@ -427,20 +433,20 @@ def _check_labels(name: str, classes: np.ndarray, num_classes: int) -> None:
 
 
 def _own_indices(
-    run: RunConfig, name: str, labels: np.ndarray, classes: np.ndarray, partition: Partition | None
+    run: RunConfig, name: str, targets: np.ndarray, classes: np.ndarray, partition: Partition | None
 ) -> np.ndarray:
     if partition is None:
-        return np.arange(len(labels))
+        return np.arange(len(targets))
     seed = derive_seed(run.seed, "partition")
-    parts = partition_indices(labels, partition.count, run.partition_by, seed, classes=classes)
+    parts = partition_indices(targets, partition.count, run.partition_by, seed, classes=classes)
     indices = parts[partition.index - 1]
     if not len(indices):
         raise UsageError(
             f"partition {partition} of {name} is empty: partition_by {run.partition_by} left it none of"
-            f" {len(labels)} examples; use fewer partitions, another seed, or a more even partition_by"
+            f" {len(targets)} examples; use fewer partitions, another seed, or a more even partition_by"
         )
     return indices
 
 
 def _take(shard: Shard, indices: np.ndarray) -> Shard:
-    return Shard(shard.images[indices], shard.labels[indices])
+    return Shard(shard.inputs[indices], shard.targets[indices])

@@ -161,7 +161,8 @@ def _look_at_data(config: AgentConfig) -> str:
     if config.data is None:
         return "the run's dataset, which the server names when the agent joins"
     # Imported here, because PyTorch takes seconds, and may be what is broken.
-    from edge_agent.data import find_source
+    from edge_agent.arrays import statistics
+    from edge_agent.data import ArraySplit, find_source
     from edge_agent.image_folder import FileSplit
 
     source = find_source(config.data, config.data_dir)
@@ -171,9 +172,17 @@ def _look_at_data(config: AgentConfig) -> str:
     for split in splits:
         if isinstance(split, FileSplit):
             _decode_some(split)
-    num_images = sum(len(split.labels) for split in splits)
-    num_classes = len({label for split in splits for label in split.labels.tolist()})
-    return f"{config.data} has {num_images} images of {num_classes} classes"
+    num_examples = sum(len(split.targets) for split in splits)
+    noun = "images" if all(split.has_pictures for split in splits) else "examples"
+    found = f"{config.data} has {num_examples} {noun}"
+    if splits[0].targets.dtype.kind == "i" and splits[0].targets.ndim == 1:
+        found += f" of {len({label for split in splits for label in split.targets.tolist()})} classes"
+    first = splits[0]
+    if isinstance(first, ArraySplit) and noun == "examples":
+        found += f"; {statistics(first.inputs)}"
+        if first.targets.dtype.kind == "f":
+            found += f"; of the targets, {statistics(first.targets)}"
+    return found
 
 
 def _decode_some(split: "FileSplit") -> None:

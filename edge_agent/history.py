@@ -12,6 +12,7 @@ from pathlib import Path
 from common.config import FrozenModel, RunConfig
 from common.errors import UsageError
 from common.files import link, replacing
+from common.sharded import write_sharded
 from common.transfer import blob_of
 
 # So many entries stay; an entry has a few hundred bytes.
@@ -39,10 +40,12 @@ class Use(FrozenModel):
     source: Source
     # The SHA-256 of the file of weights.
     digest: str
-    # The accuracy of the model in use before, on the held-out data of this device; None: there was none.
-    accuracy_before: float | None
-    # The accuracy of this model; None: it is not known any more.
-    accuracy: float | None
+    # The score of the model in use before, on the held-out data of this device; None: there was none.
+    score_before: float | None
+    # The score of this model; None: it is not known any more.
+    score: float | None
+    # What the score is called.
+    metric: str = "accuracy"
     # When it came into use, in seconds since the epoch.
     at: float
     # True if the export is written and `on_update` has run.
@@ -61,12 +64,16 @@ class History:
     Args:
         state_path: the state directory.
         keep_models: how many models keep their files.
+        max_file_bytes: a model in use with more bytes is written as several files as well; None: none is.
     """
 
-    def __init__(self, state_path: Path, keep_models: int) -> None:
+    def __init__(self, state_path: Path, keep_models: int, max_file_bytes: int | None = None) -> None:
         self._folder = state_path / "models"
         self._model = state_path / "model.safetensors"
+        # The index of the model in use in several files.
+        self._index = state_path / "model.safetensors.index.json"
         self._keep_models = keep_models
+        self._max_file_bytes = max_file_bytes
 
     def uses(self) -> tuple[Use, ...]:
         """Return the models that were in use, oldest first.
@@ -148,7 +155,7 @@ class History:
         restored = found.model_copy(
             update={
                 "source": Source.ROLLED_BACK,
-                "accuracy_before": latest.accuracy,
+                "score_before": latest.score,
                 "at": time.time(),
                 "is_told": False,
                 "failure": "",
@@ -177,6 +184,8 @@ class History:
 
     def _switch_to(self, use: Use) -> None:
         link(self.weights(use), self._model)
+        if self._max_file_bytes and self._model.stat().st_size > self._max_file_bytes:
+            write_sharded(self._model, self._index, self._max_file_bytes)
 
     def _write(self, uses: tuple[Use, ...]) -> None:
         """Record the entries, and remove the files of models that are not kept any more."""
@@ -189,23 +198,21 @@ class History:
                 path.unlink(missing_ok=True)
 
 
-def use_of(
-    weights: Path, run_id: str, number: int, source: Source, accuracies: Sequence[float | None]
-) -> Use:
+def use_of(weights: Path, run_id: str, number: int, source: Source, scores: Sequence[float | None]) -> Use:
     """Return the entry of a model that is about to come into use.
 
     Args:
         weights: the file of the model.
-        accuracies: of the model before, and of this one.
+        scores: of the model before, and of this one.
     """
-    before, accuracy = accuracies
+    before, score = scores
     return Use(
         run_id=run_id,
         round=number,
         source=source,
         digest=blob_of(weights).digest,
-        accuracy_before=before,
-        accuracy=accuracy,
+        score_before=before,
+        score=score,
         at=time.time(),
     )
 

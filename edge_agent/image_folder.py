@@ -15,6 +15,7 @@ import structlog
 
 from common.agent_progress import OnExamples, ignore_examples
 from common.config import Background, RunConfig, class_name
+from common.dataset import DatasetSpec
 from common.errors import UsageError, encodable, one_line
 from common.shards import Shard
 from edge_agent.folder_walk import Item, folders_in, items_below
@@ -37,18 +38,21 @@ class FileSplit:
 
     paths: Sequence[Path]
     # The labels, int64 [N].
-    labels: np.ndarray
+    targets: np.ndarray
     # The names of the labels, label 0 first.
     class_names: Sequence[str]
     background: Background = "white"
 
+    @property
+    def has_pictures(self) -> bool:
+        """Return True."""
+        return True
+
     def read(
-        self,
-        indices: np.ndarray,
-        image_shape: tuple[int, int, int],
-        on_read: OnExamples = ignore_examples,
+        self, indices: np.ndarray, spec: DatasetSpec, on_read: OnExamples = ignore_examples
     ) -> tuple[Shard, int]:
         """Decode these files; files that cannot be read are left out, counted, and logged once."""
+        image_shape = spec.inputs.shape
         images = np.empty((len(indices), *image_shape), np.uint8)
         is_read = np.zeros(len(indices), bool)
 
@@ -70,7 +74,7 @@ class FileSplit:
             for start, failed in zip(starts, pool.map(decode, starts), strict=True):
                 failures += failed
                 on_read(min(start + _DECODER_BATCH, len(indices)), len(indices))
-        labels = self.labels[indices]
+        labels = self.targets[indices]
         if not failures:
             return Shard(images, labels), 0
         log.warning(
@@ -114,10 +118,15 @@ def list_image_folder(folder: Path, run: RunConfig) -> tuple[FileSplit, FileSpli
             the run's classes.
     """
     spec = run.spec
-    if spec.image_shape[0] not in MODES:
+    if not spec.is_pictures or spec.targets.shape:
+        raise UsageError(
+            f"data folder {folder}: an image folder has pictures with one class each,"
+            " and the run has other data"
+        )
+    if spec.inputs.shape[0] not in MODES:
         raise UsageError(
             f"data folder {folder}: image folders give 1 or 3 channels, and the run's image_shape asks for"
-            f" {spec.image_shape[0]}"
+            f" {spec.inputs.shape[0]}"
         )
     train = folder / "train"
     class_names = run.class_names or tuple(class_folders(train))

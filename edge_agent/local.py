@@ -9,6 +9,7 @@ import os
 from collections.abc import Collection
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import structlog
@@ -20,16 +21,18 @@ from common.config import RunConfig, TrainingConfig
 from common.errors import DivergedError, RunError
 from common.evaluation import Evaluation, evaluate
 from common.faults import Point, crash_point
-from common.files import replacing
-from common.models import build_model, errors_of_model
+from common.files import replacing, sync
+from common.models import build_model, errors_of_model, shared_part
 from common.rehearsal import Probe, check_probe, rehearse
 from common.schedule import Place, place_of
 from common.schema import most_file_bytes
 from common.seeds import derive_seed
 from common.shards import Shard, cloud_holdout, gather, read_shard
+from common.tasks import kind_of, published
+from common.tasks.task import task_of
 from common.training import CheckpointFile, Examples, OnStep, Recipe, choose_precision, train
 from common.transfer import Blob, blob_of
-from common.weights import load_into, write_state_dict
+from common.weights import StateDict, load_into, write_state_dict
 from common.wire import Base, encode, wire_of
 from edge_agent.client import Joined
 from edge_agent.comparison import objection
@@ -84,6 +87,7 @@ def load_local_models(
         planned_rounds=joined.planned_rounds,
         on_evaluated=on_evaluated,
         keep_models=config.keep_models,
+        max_file_bytes=config.max_file_bytes,
     )
 
 
@@ -120,8 +124,10 @@ class LocalModels:
         planned_rounds: how many rounds the learning-rate schedule of the run is for.
         on_evaluated: called now and then while a model is measured, in the thread that measures it.
         keep_models: how many of the models that were last in use stay on the disk.
+        max_file_bytes: a model in use with more bytes is written as several files as well; None: none is.
 
     Attributes:
+        metric: the name of the figure that models are measured by.
         stamp: the stamp of the data; see edge_agent/data.py.
         not_read: what is not read of an image folder, in a line for the user; empty if all of it is.
         shards: the files of the examples that are shared, in order, and their blobs.
@@ -144,10 +150,13 @@ class LocalModels:
         planned_rounds: int = 1,
         on_evaluated: OnExamples = ignore_examples,
         keep_models: int = 3,
+        max_file_bytes: int | None = None,
     ) -> None:
         self._run = run
         self._on_evaluated = on_evaluated
-        self._history = History(disk.path, keep_models)
+        self._history = History(disk.path, keep_models, max_file_bytes)
+        self._task = task_of(run, allowed_factories)
+        self.metric = self._task.metric
         self._planned_rounds = planned_rounds
         self._held_out = data.held_out
         self._disk = disk
@@ -162,7 +171,7 @@ class LocalModels:
         self.stamp = data.stamp
         self.not_read = data.not_read
         before = set(disk.shards.glob("*.safetensors"))
-        is_shared = choose_shared(data.train.images, shared_fraction)
+        is_shared = choose_shared(data.train.inputs, shared_fraction)
         self.shards = _kept(disk.shards, data.train, is_shared)
         private = _kept(disk.private, data.train, ~is_shared)
         self.trained_on = tuple(blob.digest for blob in (*self.shards.values(), *private.values()))
@@ -170,8 +179,8 @@ class LocalModels:
         # The shards can be read even when their files are removed.
         self._shared = [read_shard(path) for path in self.shards]
         self._private = [read_shard(path) for path in private]
-        self.num_shared = sum(len(shard.labels) for shard in self._shared)
-        self.num_examples = self.num_shared + sum(len(shard.labels) for shard in self._private)
+        self.num_shared = sum(len(shard.targets) for shard in self._shared)
+        self.num_examples = self.num_shared + sum(len(shard.targets) for shard in self._private)
 
     def most_weights_bytes(self) -> int:
         """Return how large a file with weights of the run's model may be."""
@@ -180,15 +189,22 @@ class LocalModels:
         return most_file_bytes(num_bytes)
 
     def pretrain(
-        self, number: int, initial: Path | None, on_step: OnStep, *, has_full_curve: bool = False
+        self,
+        number: int,
+        initial: Path | None,
+        on_step: OnStep,
+        *,
+        rest: Path | None = None,
+        has_full_curve: bool = False,
     ) -> nn.Module:
         """Train for a round, from the last checkpoint if there is one.
 
         Args:
             initial: the file of weights to start from; None: this agent's own weights.
+            rest: the file of the parts that do not travel, which `initial` does not have.
             has_full_curve: whether the learning rate takes a full curve in this round after the plan.
         """
-        model = self._model(initial)
+        model = self._model(initial, rest)
         place = place_of(self._run, "pretrain", number, self._planned_rounds, has_full_curve=has_full_curve)
         self._train(model, self._run.pretrain, "pretrain", number, on_step, place)
         return model
@@ -196,19 +212,51 @@ class LocalModels:
     def keep(self, number: int, initial_weights: str | None, model: nn.Module) -> Trained:
         """Write what was pre-trained for a round to a file, and use it unless the model in use is better."""
         evaluation, path = self._evaluate(model), self._disk.local_weights
-        write_state_dict(model.state_dict(), path)
+        state_dict, shared = model.state_dict(), shared_part(model, self._run)
+        write_state_dict({name: state_dict[name] for name in state_dict if name in shared}, path)
         trained = Trained(
             round=number,
             weights=blob_of(path),
-            accuracy=evaluation.accuracy,
+            score=evaluation.score,
             initial_weights=initial_weights,
             shards=self.trained_on,
+            rest=self._keep_rest(model),
         )
         in_use = self._evaluate_in_use()
-        if in_use is None or evaluation.accuracy >= in_use.accuracy:
-            accuracies = in_use and in_use.accuracy, evaluation.accuracy
-            self._use(path, evaluation, number, Source.PRE_TRAINED, accuracies)
+        if in_use is None or evaluation.score >= in_use.score:
+            scores = in_use and in_use.score, evaluation.score
+            whole = self._write_whole(model) if trained.rest else path
+            self._use(whole, evaluation, number, Source.PRE_TRAINED, scores)
         return trained
+
+    def make_rest(self, blob: Blob) -> bool:
+        """Make the cloud's parts that do not travel, if they are those that the model is built with.
+
+        Returns:
+            False if they have another digest; nothing is there then.
+        """
+        model = build_model(self._run, allowed_factories=self._allowed_factories)
+        path = self._disk.weights(blob.digest)
+        write_state_dict(_rest_of(model, self._run), path)
+        if blob_of(path) == blob:
+            return True
+        self._disk.discard(path)
+        return False
+
+    def _keep_rest(self, model: nn.Module) -> Blob | None:
+        """Write the parts of a model that do not travel; return None if all do."""
+        rest, path = _rest_of(model, self._run), self._disk.work / "rest.safetensors"
+        if not rest:
+            return None
+        write_state_dict(rest, path)
+        blob = blob_of(path)
+        path.replace(self._disk.rest(blob.digest))
+        sync(self._disk.path)
+        return blob
+
+    def _write_whole(self, model: nn.Module) -> Path:
+        write_state_dict(model.state_dict(), self._disk.whole)
+        return self._disk.whole
 
     def encode(self, trained: Trained, initial: Path | None, counted_round: int) -> Blob:
         """Write the encoded weights, and the rounding residual, to files.
@@ -232,7 +280,15 @@ class LocalModels:
         )
         return blob_of(self._disk.encoded)
 
-    def measure(self, number: int, weights: Path, trained: Trained | None, on_step: OnStep) -> Report:
+    def measure(
+        self,
+        number: int,
+        weights: Path,
+        trained: Trained | None,
+        on_step: OnStep,
+        *,
+        rest: Path | None = None,
+    ) -> Report:
         """Compare a global model with the one in use, on this agent's own held-out data, and decide.
 
         A model that has learnt from everybody's data may do worse on the few classes of one device than a
@@ -241,50 +297,62 @@ class LocalModels:
 
         Args:
             trained: what this agent has pre-trained for the round, if it did.
+            rest: the file of the parts that do not travel; the models that are compared have all parts.
         """
-        before, after, adapted = self._evaluate_in_use(), self._evaluate(self._model(weights)), None
+        before, after, adapted = self._evaluate_in_use(), self._evaluate(self._model(weights, rest)), None
         reason = self._objection(before, after)
         if reason and self._run.adapt_epochs:
             try:
-                adapted = self._evaluate(self._adapt(number, weights, on_step))
+                adapted = self._evaluate(self._adapt(number, weights, rest, on_step))
             except DivergedError as error:
                 reason += f"; local adaptation: {error}"
             else:
                 is_worse = self._objection(before, adapted)
-                reason = f"{reason}; {adapted.accuracy:.4f} after local adaptation" if is_worse else ""
+                reason = f"{reason}; {adapted.score:.4f} after local adaptation" if is_worse else ""
         self._arrived = adapted or after
         return Report(
             round=number,
             initial_weights=trained.initial_weights if trained else None,
-            accuracy_local=trained.accuracy if trained else None,
-            accuracy_before=before.accuracy if before else None,
-            accuracy_after=after.accuracy,
-            accuracy_adapted=adapted.accuracy if adapted else None,
+            score_local=trained.score if trained else None,
+            score_before=before.score if before else None,
+            score_after=after.score,
+            score_adapted=adapted.score if adapted else None,
             num_held_out=after.num_examples,
             applied=not reason,
             reason=reason,
         )
 
-    def apply(self, weights: Path, report: Report, on_step: OnStep) -> None:
+    def apply(self, weights: Path, report: Report, on_step: OnStep, *, rest: Path | None = None) -> None:
         """Use a global model from now on if that is what was decided, and write the report for the user.
 
         Args:
             weights: the file of the model as it is; the adapted model is made again if it is lost.
+            rest: the file of the parts that do not travel.
         """
         if report.uses_adapted and not self._disk.adapted.exists():
-            self._adapt(report.round, weights, on_step)
+            self._adapt(report.round, weights, rest, on_step)
         if report.applied:
-            self._use_arrived(weights, report)
+            self._use_arrived(weights, rest, report)
         self.write_report(report)
 
     def write_report(self, report: Report) -> None:
         """Write the report for the user."""
-        text = json.dumps({"agent_id": self._disk.agent_id, **report.model_dump()}, indent=2)
+        text = json.dumps({"agent_id": self._disk.agent_id, **self._published(report)}, indent=2)
         with replacing(self._disk.report) as partial:
             partial.write_text(text + "\n", "utf-8")
 
-    def _model(self, weights: Path | None) -> nn.Module:
-        """Return the network with these weights; None: with weights of this agent's own."""
+    def _published(self, report: Report) -> dict[str, Any]:
+        """Return the report under the names that the task publishes."""
+        kind = kind_of(self._run.task)
+        metric = {} if kind.field == "accuracy" else {"metric": self.metric}
+        return metric | published(kind, report.model_dump())
+
+    def _model(self, weights: Path | None, rest: Path | None = None) -> nn.Module:
+        """Return the network with these weights; None: with weights of this agent's own.
+
+        Args:
+            rest: the file of what `weights` leaves out.
+        """
         if self._network is None or weights is None:
             self._network = build_model(
                 self._run,
@@ -292,12 +360,12 @@ class LocalModels:
                 allowed_factories=self._allowed_factories,
             )
         if weights:
-            load_into(self._network, weights)
+            load_into(self._network, rest, weights)
         return self._network
 
-    def _adapt(self, number: int, weights: Path, on_step: OnStep) -> nn.Module:
+    def _adapt(self, number: int, weights: Path, rest: Path | None, on_step: OnStep) -> nn.Module:
         """Train the global model of a round further on this agent's data, and write it to a file."""
-        model = self._model(weights)
+        model = self._model(weights, rest)
         config = self._run.pretrain.model_copy(update={"epochs": self._run.adapt_epochs})
         self._train(model, config, "adapt", number, on_step)
         write_state_dict(model.state_dict(), self._disk.adapted)
@@ -323,18 +391,18 @@ class LocalModels:
         """
         fraction = self._run.fine_tune.holdout_fraction
         holdout_seed = derive_seed(self._run.seed, "cloud_holdout", self._disk.agent_id)
-        parts = [(shard, cloud_holdout(shard.labels, fraction, holdout_seed)[0]) for shard in self._shared]
-        parts += [(shard, np.arange(len(shard.labels))) for shard in self._private]
-        examples = Examples(*map(torch.from_numpy, gather(parts, self._run.spec.image_shape)))
-        spec, device = self._run.spec, self._device
+        parts = [(shard, cloud_holdout(shard.targets, fraction, holdout_seed)[0]) for shard in self._shared]
+        parts += [(shard, np.arange(len(shard.targets))) for shard in self._private]
+        examples = Examples(*map(torch.from_numpy, gather(parts, self._run.spec)))
+        task, device = self._task, self._device
         kept_at = self._disk.precision
-        precision = choose_precision(model, examples, config, spec=spec, device=device, kept_at=kept_at)
+        precision = choose_precision(model, examples, config, task=task, device=device, kept_at=kept_at)
         seed = derive_seed(self._run.seed, stream, number, self._disk.agent_id)
         with errors_of_model(self._run, RunError):
             train(
                 model,
                 examples,
-                Recipe(config, spec, seed, precision, place=place),
+                Recipe(config, task, seed, precision, place=place),
                 device=device,
                 on_step=on_step,
                 checkpoint=CheckpointFile(self._disk.checkpoint, self._checkpoint_seconds),
@@ -344,14 +412,15 @@ class LocalModels:
         """Return why a model should not take the place of the one in use; empty: it may."""
         if before is None or self._run.apply == "always":
             return ""
-        return objection(before.correct.numpy(), after.correct.numpy())
+        return objection(before, after, self.metric)
 
-    def _use_arrived(self, weights: Path, report: Report) -> None:
+    def _use_arrived(self, weights: Path, rest: Path | None, report: Report) -> None:
         if report.uses_adapted:
-            weights, source, accuracy = self._disk.adapted, Source.ADAPTED, report.accuracy_adapted
+            weights, source, score = self._disk.adapted, Source.ADAPTED, report.score_adapted
         else:
-            source, accuracy = Source.PUBLISHED, report.accuracy_after
-        self._use(weights, self._arrived, report.round, source, (report.accuracy_before, accuracy))
+            weights = self._write_whole(self._model(weights, rest)) if rest else weights
+            source, score = Source.PUBLISHED, report.score_after
+        self._use(weights, self._arrived, report.round, source, (report.score_before, score))
 
     def _use(
         self,
@@ -359,16 +428,16 @@ class LocalModels:
         evaluation: Evaluation | None,
         number: int,
         source: Source,
-        accuracies: tuple[float | None, float | None],
+        scores: tuple[float | None, float | None],
     ) -> None:
         """Replace the model in use.
 
         Args:
             evaluation: how good the new one is; None: it was measured in an earlier life of this agent.
-            accuracies: of the model before, and of the new one.
+            scores: of the model before, and of the new one.
         """
-        use = use_of(weights, self._disk.progress.run_id, number, source, accuracies)
-        self._history.take(weights, self._run, use)
+        use = use_of(weights, self._disk.progress.run_id, number, source, scores)
+        self._history.take(weights, self._run, use.model_copy(update={"metric": self.metric}))
         self._in_use = (self._disk.model.stat(), evaluation) if evaluation else None
 
     def _evaluate_in_use(self) -> Evaluation | None:
@@ -391,9 +460,9 @@ class LocalModels:
         with errors_of_model(self._run, RunError):
             return evaluate(
                 model,
-                torch.from_numpy(self._held_out.images),
-                torch.from_numpy(self._held_out.labels),
-                spec=self._run.spec,
+                torch.from_numpy(self._held_out.inputs),
+                torch.from_numpy(self._held_out.targets),
+                task=self._task,
                 device=self._device,
                 on_examples=self._on_evaluated,
             )
@@ -403,6 +472,12 @@ def _kept(folder: Path, train: Shard, is_chosen: np.ndarray) -> dict[Path, Blob]
     """Return the files of the chosen examples, and their blobs."""
     chosen = train if is_chosen.all() else Shard(*(array[is_chosen] for array in train))
     return {path: blob_of(path) for path in keep_shards(folder, chosen)}
+
+
+def _rest_of(model: nn.Module, run: RunConfig) -> StateDict:
+    """Return the tensors of the model that do not travel."""
+    shared = shared_part(model, run)
+    return {name: tensor for name, tensor in model.state_dict().items() if name not in shared}
 
 
 def _is_same(file: os.stat_result, other: os.stat_result) -> bool:

@@ -85,17 +85,22 @@ class LocalData:
         if models.not_read and models.not_read != self._shown_not_read:
             self._display.message(models.not_read)
         self._shown_not_read = models.not_read
-        self._display.message(_what_is_shared(models, self._run.retain_data))
+        self._display.message(_what_is_shared(models, self._run))
         if models.has_withdrawn and self._config.share_data != "all":
             self._display.message(
-                "some images are no longer shared; where they were sent before, the server's operator deletes"
-                f" them with `cloud-server forget {self._agent_id}`"
+                f"some {_noun(self._run)}s are no longer shared; where they were sent before, the server's"
+                f" operator deletes them with `cloud-server forget {self._agent_id}`"
             )
         return models
 
 
-def _what_is_shared(models: LocalModels, retain_data: str) -> str:
+def _what_is_shared(models: LocalModels, run: RunConfig) -> str:
+    noun = _noun(run)
     if not models.num_shared:
-        return f"no image leaves this device, {models.num_examples} are trained on"
-    kept = {"round": "until their round is over", "run": "beyond their round"}[retain_data]
-    return f"shared are {models.num_shared} of {models.num_examples} images, which the server keeps {kept}"
+        return f"no {noun} leaves this device, {models.num_examples} are trained on"
+    kept = {"round": "until their round is over", "run": "beyond their round"}[run.retain_data]
+    return f"shared are {models.num_shared} of {models.num_examples} {noun}s, which the server keeps {kept}"
+
+
+def _noun(run: RunConfig) -> str:
+    return "image" if run.spec.is_pictures else "example"

@@ -31,6 +31,7 @@ from common.faults import Point, crash_point
 from common.progress import ProgressDisplay
 from common.run_state import Outcome, PublishedModel, RunState, Verdict
 from common.run_state import Phase as RoundPhase
+from common.tasks import kind_of
 from common.training import StepReport
 from common.transfer import Blob
 from common.wire import is_encoded
@@ -61,7 +62,7 @@ class Offer(NamedTuple):
     path: Path | None
     # The digest of the weights that pre-training started from; None: this agent's own.
     initial_weights: str | None
-    accuracy: float | None
+    score: float | None
 
 
 log = structlog.get_logger()
@@ -202,7 +203,7 @@ class Member:
             return Offer(state.round, initial, None, initial.digest, None)
         trained = await self._pretrain(state)
         path, weights = await self._encoded(trained, state)
-        return Offer(trained.round, weights, path, trained.initial_weights, trained.accuracy)
+        return Offer(trained.round, weights, path, trained.initial_weights, trained.score)
 
     async def _pretrain(self, state: RunState) -> Trained:
         """Return this round's weights, which an earlier life of this agent may have trained."""
@@ -217,8 +218,9 @@ class Member:
             crash_point(Point.AGENT_PRETRAINED)
             self._disk.discard(self._disk.checkpoint)
             await self._updates.tell()
-        self._display.message(f"round {state.round}: local accuracy {trained.accuracy:.4f}")
-        self._metrics.accuracy_ratio.labels("local").set(trained.accuracy)
+            self._disk.discard_rests_but(trained.rest and self._disk.rest(trained.rest.digest))
+        self._display.message(f"round {state.round}: local {models.metric} {trained.score:.4f}")
+        self._metrics.set_score(kind_of(self._run.task), "local", trained.score)
         return trained
 
     async def _train(self, state: RunState) -> Trained:
@@ -227,7 +229,8 @@ class Member:
         models = await self._data.models()
         if state.has_full_curve:
             log.info("full_curve", round=number)
-        pretrain = partial(models.pretrain, has_full_curve=state.has_full_curve)
+        rest = await self._rest(state.initial_rest) if path else None
+        pretrain = partial(models.pretrain, rest=rest, has_full_curve=state.has_full_curve)
         label = f"round {number}: pre-training"
         async with self._teller.telling(AgentProgress(Activity.PRE_TRAINING)):
             model = await self._training(Activity.PRE_TRAINING, label, pretrain, number, path)
@@ -238,6 +241,8 @@ class Member:
         """Return True if these weights are here, of this round, from that start and today's data."""
         came_from = (trained.round, trained.initial_weights, trained.shards)
         if came_from != (number, initial and initial.digest, models.trained_on):
+            return False
+        if trained.rest and not is_whole(self._disk.rest(trained.rest.digest), trained.rest):
             return False
         return is_whole(self._disk.local_weights, trained.weights)
 
@@ -270,7 +275,7 @@ class Member:
                     weights=offer.weights,
                     shards=list(models.shards.values()),
                     num_examples=models.num_examples,
-                    accuracy_local=offer.accuracy,
+                    score_local=offer.score,
                     initial_weights=offer.initial_weights,
                 )
             except ConflictError as error:
@@ -305,6 +310,21 @@ class Member:
         initial = self._initial_weights(state)
         return initial and await self._transfers.download(initial, "initial weights", state.initial_encoded)
 
+    async def _rest(self, clouds: Blob | None) -> Path | None:
+        """Return the file of the parts that do not travel: the cloud's until this agent has its own.
+
+        Args:
+            clouds: the cloud's own parts; None: all parts travel.
+        """
+        trained = self._disk.progress.trained
+        if clouds is None:
+            return None
+        if trained and trained.rest:
+            own = self._disk.rest(trained.rest.digest)
+            if await self._worker.run(is_whole, own, trained.rest):
+                return own
+        return await self._transfers.fetch_rest(clouds)
+
     # ------------------------------------------------------------------ the global model
 
     async def _take_latest_model(self, state: RunState) -> None:
@@ -323,10 +343,11 @@ class Member:
         """Use a model that an earlier life of this agent has measured; it may be neither here nor there."""
         try:
             path = await self._transfers.download(arrived.weights, "global model")
+            rest = await self._rest(arrived.rest)
         except NotFoundError as error:
             await self._give_up(arrived.report.round, error)
         else:
-            await self._use_and_report(arrived, path)
+            await self._use_and_report(arrived, path, rest)
 
     async def _give_up(self, number: int, error: NotFoundError) -> None:
         """Do without the model of a round."""
@@ -337,42 +358,44 @@ class Member:
         """Download, compare on this agent's own held-out data, adapt if need be, apply, report."""
         self._metrics.set_phase(Phase.DOWNLOADING)
         path = await self._transfers.download(published.weights, "global model", published.encoded)
+        rest = await self._rest(published.rest)
         self._metrics.set_phase(Phase.EVALUATING)
         trained = self._disk.progress.trained
         if trained and trained.round != published.round:
             trained = None
         models = await self._data.models()
         label = f"round {published.round}: adapting"
+        measure = partial(models.measure, rest=rest)
         async with self._teller.telling(AgentProgress(Activity.EVALUATING)):
-            report = await self._training(
-                Activity.ADAPTING, label, models.measure, published.round, path, trained
-            )
-        arrived = Arrived(weights=published.weights, report=report)
+            report = await self._training(Activity.ADAPTING, label, measure, published.round, path, trained)
+        arrived = Arrived(weights=published.weights, report=report, rest=published.rest)
         # Once the model is replaced, the one before cannot be measured again.
         await self._save(arrived=arrived)
         crash_point(Point.AGENT_EVALUATED)
-        await self._use_and_report(arrived, path)
+        await self._use_and_report(arrived, path, rest)
 
-    async def _use_and_report(self, arrived: Arrived, path: Path) -> None:
+    async def _use_and_report(self, arrived: Arrived, path: Path, rest: Path | None) -> None:
         report = arrived.report
         models = await self._data.models()
         label = f"round {report.round}: adapting"
-        await self._training(Activity.ADAPTING, label, models.apply, path, report)
+        apply = partial(models.apply, rest=rest)
+        await self._training(Activity.ADAPTING, label, apply, path, report)
         crash_point(Point.AGENT_MODEL_APPLIED)
         if report.applied:
             report = await self._told(arrived)
-        self._metrics.set_accuracies(
-            local=report.accuracy_local,
-            before=report.accuracy_before,
-            after=report.accuracy_after,
-            adapted=report.accuracy_adapted,
+        self._metrics.set_scores(
+            kind_of(self._run.task),
+            local=report.score_local,
+            before=report.score_before,
+            after=report.score_after,
+            adapted=report.score_adapted,
         )
         await self._client.report(report)
         crash_point(Point.AGENT_REPORTED)
         await self._save(evaluated_round=report.round, arrived=None)
         # No file there is of a later round yet: that one starts from this model, applied or not.
-        self._disk.discard_all_but({path})
-        self._display.message(f"round {report.round}: {_outcome_of(report)}")
+        self._disk.discard_all_but({path, rest})
+        self._display.message(f"round {report.round}: {_outcome_of(report, models.metric)}")
         self._metrics.set_phase(Phase.WAITING)
 
     async def _told(self, arrived: Arrived) -> Report:
@@ -420,9 +443,9 @@ class Member:
         await self._worker.run(self._disk.save, self._disk.progress.model_copy(update=changes))
 
 
-def _outcome_of(report: Report) -> str:
+def _outcome_of(report: Report, metric: str) -> str:
     if not report.applied:
         return f"kept its own model: {report.reason}"
-    before = "none" if report.accuracy_before is None else f"{report.accuracy_before:.4f}"
-    adapted = "" if report.accuracy_adapted is None else f", adapted {report.accuracy_adapted:.4f}"
-    return f"accuracy before {before}, after {report.accuracy_after:.4f}{adapted}, applied"
+    before = "none" if report.score_before is None else f"{report.score_before:.4f}"
+    adapted = "" if report.score_adapted is None else f", adapted {report.score_adapted:.4f}"
+    return f"{metric} before {before}, after {report.score_after:.4f}{adapted}, applied"

@@ -9,6 +9,7 @@ from enum import StrEnum
 from prometheus_client import Counter, Gauge
 
 from common.metrics import MachineMetrics, make_registry
+from common.tasks import Kind
 
 SENT_KINDS = ("weights", "data")
 RECEIVED_KINDS = ("model",)
@@ -55,6 +56,12 @@ class AgentMetrics:
             ["stage"],
             registry=registry,
         )
+        self.score = Gauge(
+            "ecavg_agent_score",
+            "The same as the accuracy, of the figure of a task that is not classification; higher is better.",
+            ["stage"],
+            registry=registry,
+        )
         self.sent_bytes_total = Counter(
             "ecavg_agent_sent_bytes_total",
             "Blobs to the server; what a broken connection made travel twice counts twice.",
@@ -94,12 +101,19 @@ class AgentMetrics:
         self.pretrain_loss.set(math.nan)
         self.set_phase(Phase.CONNECTING)
 
-    def set_accuracies(self, **stages: float | None) -> None:
+    def set_score(self, kind: Kind, stage: str, score: float) -> None:
+        """Show what was measured of one stage of a round, beside the others."""
+        self._gauge(kind).labels(stage).set(score)
+
+    def set_scores(self, kind: Kind, **stages: float | None) -> None:
         """Show what was measured in a round, by stage, and nothing of another round."""
-        self.accuracy_ratio.clear()
-        for stage, accuracy in stages.items():
-            if accuracy is not None:
-                self.accuracy_ratio.labels(stage).set(accuracy)
+        self._gauge(kind).clear()
+        for stage, score in stages.items():
+            if score is not None:
+                self.set_score(kind, stage, score)
+
+    def _gauge(self, kind: Kind) -> Gauge:
+        return self.accuracy_ratio if kind.field == "accuracy" else self.score
 
     def set_phase(self, phase: Phase) -> None:
         """Show this phase, and no other."""

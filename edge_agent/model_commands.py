@@ -201,7 +201,7 @@ def _folder(config: ModelConfig) -> Path:
 def _history(config: ModelConfig) -> "History":
     from edge_agent.history import History
 
-    return History(_folder(config), config.keep_models)
+    return History(_folder(config), config.keep_models, config.max_file_bytes)
 
 
 def _model(history: "History", use: "Use", config: ModelConfig) -> "Deployed":
@@ -214,10 +214,10 @@ def _model(history: "History", use: "Use", config: ModelConfig) -> "Deployed":
 def _line(history: "History", use: "Use") -> str:
     at = time.strftime("%Y-%m-%d %H:%M", time.localtime(use.at))
     kept = "kept" if history.is_kept(use) else "removed"
-    accuracies = f"accuracy {_shown(use.accuracy_before)} → {_shown(use.accuracy)}"
+    scores = f"{use.metric} {_shown(use.score_before)} → {_shown(use.score)}"
     failed = f", {use.failure}" if use.failure else ""
-    return f"{at}  round {use.round}  {use.source:<11}  {use.digest[:12]}  {accuracies}, {kept}{failed}"
+    return f"{at}  round {use.round}  {use.source:<11}  {use.digest[:12]}  {scores}, {kept}{failed}"
 
 
-def _shown(accuracy: float | None) -> str:
-    return "none" if accuracy is None else f"{accuracy:.4f}"
+def _shown(score: float | None) -> str:
+    return "none" if score is None else f"{score:.4f}"

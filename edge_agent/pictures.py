@@ -64,9 +64,7 @@ _PNG_BITS: Mapping[str, int] = {"L;2": 2, "L;4": 4, "RGB;16B": 16}
 logging.getLogger("PIL").setLevel(logging.CRITICAL)
 
 
-def decode_image(
-    path: Path, image_shape: tuple[int, int, int], background: Background = "white"
-) -> np.ndarray:
+def decode_image(path: Path, image_shape: tuple[int, ...], background: Background = "white") -> np.ndarray:
     """Read one file as uint8 [C, H, W], C being 1 or 3; resized where its size differs.
 
     The picture is turned as its EXIF data say. The background shows where the picture is transparent. Values

@@ -8,6 +8,7 @@ import torch
 
 from common.config import RunConfig
 from common.errors import UsageError
+from common.tasks import kind_of
 from edge_agent.exporting import Deployed, labels_of
 from edge_agent.pictures import decode_image, quiet_pillow
 
@@ -25,8 +26,12 @@ def predict(
     """Return for each picture its most probable classes, the first one first.
 
     Raises:
-        UsageError: a picture cannot be read.
+        UsageError: the model does not tell the classes of pictures, or a picture cannot be read.
     """
+    if not (run.spec.is_pictures and kind_of(run.task).has_labels):
+        raise UsageError(
+            f"the model in use does not tell the classes of pictures: its task is {run.task!r}; export it instead"
+        )
     return {path: _guesses(model, run, path, num_classes) for path in paths}
 
 
@@ -43,7 +48,7 @@ def _guesses(model: Deployed, run: RunConfig, path: Path, num_classes: int) -> l
 def _read(path: Path, run: RunConfig) -> torch.Tensor:
     try:
         with quiet_pillow():
-            return torch.from_numpy(decode_image(path, run.spec.image_shape, run.background))
+            return torch.from_numpy(decode_image(path, run.spec.inputs.shape, run.background))
     # Pillow raises whatever a broken file led it to.
     except Exception as error:
         raise UsageError(f"picture {path} cannot be read ({error}): name another file") from error

@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from common.config import AGENT_ID_PATTERN, FrozenModel
+from common.config import AGENT_ID_PATTERN, FrozenModel, Scored
 from common.errors import RunError, UsageError
 from common.files import is_full, read_text, replacing
 from common.transfer import Blob
@@ -19,33 +19,35 @@ DEFAULT_STATE_DIR = "ecavg-agent"
 MAX_DEFAULTS = 1000
 
 
-class Trained(FrozenModel):
+class Trained(Scored):
     """The weights that this agent has pre-trained last."""
 
     round: int
     weights: Blob
-    # The accuracy on the held-out data.
-    accuracy: float
+    # The score on the held-out data.
+    score: float
     # The digest of the weights that pre-training started from; None: this agent's own.
     initial_weights: str | None = None
     # The digests of the files that it was trained on, shared or not.
     shards: tuple[str, ...] = ()
+    # The parts of the model that stay on this device, as they were trained; None: all parts travel.
+    rest: Blob | None = None
 
 
-class Report(FrozenModel):
-    """The outcome of a published model on this device; accuracies are on the device's held-out data."""
+class Report(Scored):
+    """The outcome of a published model on this device; scores are on the device's held-out data."""
 
     round: int
     # The initial weights of `Trained`; None also where the agent did not take part.
     initial_weights: str | None = None
-    # The accuracy of the weights that this agent had pre-trained for the round.
-    accuracy_local: float | None
-    # The accuracy of the model in use before; None: there was none.
-    accuracy_before: float | None
-    # The accuracy of the published model as it is.
-    accuracy_after: float
-    # The accuracy of the published model after local adaptation; None: it was not adapted.
-    accuracy_adapted: float | None = None
+    # The score of the weights that this agent had pre-trained for the round.
+    score_local: float | None
+    # The score of the model in use before; None: there was none.
+    score_before: float | None
+    # The score of the published model as it is.
+    score_after: float
+    # The score of the published model after local adaptation; None: it was not adapted.
+    score_adapted: float | None = None
     num_held_out: int
     # True if the model in use now comes from the published one, adapted or not.
     applied: bool
@@ -55,7 +57,7 @@ class Report(FrozenModel):
     @property
     def uses_adapted(self) -> bool:
         """Return True if the model in use now is the published one after local adaptation."""
-        return self.applied and self.accuracy_adapted is not None
+        return self.applied and self.score_adapted is not None
 
 
 class Arrived(FrozenModel):
@@ -63,6 +65,8 @@ class Arrived(FrozenModel):
 
     weights: Blob
     report: Report
+    # The cloud's own parts of the model, for an agent that has none yet; None: all parts travel.
+    rest: Blob | None = None
 
 
 class Begun(FrozenModel):
@@ -187,6 +191,15 @@ class AgentState:
         return self.work / "adapted.safetensors"
 
     @property
+    def whole(self) -> Path:
+        """Return the path of a model that was put together of what travels and what stays on this device."""
+        return self.work / "whole.safetensors"
+
+    def rest(self, digest: str) -> Path:
+        """Return the path of this agent's own parts of the model, which do not travel and cannot be lost."""
+        return self.path / f"rest-{digest}.safetensors"
+
+    @property
     def encoded(self) -> Path:
         """Return the path of the local weights as they are uploaded, until they are contributed."""
         return self.work / "encoded.safetensors"
@@ -208,13 +221,17 @@ class AgentState:
         for path in paths:
             path.unlink(missing_ok=True)
 
-    def discard_all_but(self, needed: Collection[Path]) -> None:
+    def discard_all_but(self, needed: Collection[Path | None]) -> None:
         """Remove all other files from `work`, with what broken-off downloads have left."""
         self.discard(*(path for path in self.work.iterdir() if path not in needed))
 
     def discard_residuals_but(self, needed: Path) -> None:
         """Remove all other residuals: they did not count, or were made up for since."""
         self.discard(*(path for path in self.path.glob("residual-*") if path != needed))
+
+    def discard_rests_but(self, needed: Path | None) -> None:
+        """Remove the other models' parts that stay on this device."""
+        self.discard(*(path for path in self.path.glob("rest-*") if path != needed))
 
     def save(self, progress: Progress) -> None:
         """Keep the progress, durably."""

@@ -56,6 +56,21 @@ class Transfers:
         self._fetched = blob
         return path
 
+    async def fetch_rest(self, blob: Blob) -> Path:
+        """Return the cloud's parts of the model that do not travel, which this device may be able to make.
+
+        Raises:
+            NotFoundError: the server does not keep the blob any more.
+            RunError: the server offers more than the run's model can have.
+        """
+        path = self._disk.weights(blob.digest)
+        if await asyncio.to_thread(is_whole, path, blob):
+            return path
+        models = await self._data.models()
+        if not await self._worker.run(models.make_rest, blob):
+            await self._fetch(blob, "rest of the model")
+        return path
+
     async def upload_weights(self, path: Path, blob: Blob) -> None:
         """Upload a file of weights, unless the server has it."""
         await self._upload(path, blob, "weights", self._bar("upload weights"))

@@ -55,7 +55,7 @@ class Updates:
         self._worker = worker
         self._metrics = metrics
         self._say = say
-        self._history = History(disk.path, config.keep_models)
+        self._history = History(disk.path, config.keep_models, config.max_file_bytes)
 
     async def tell(self) -> Told:
         """Export the model in use and run `on_update`, or return how that went before.

@@ -16,8 +16,9 @@ from cloud_server.trainer.alignment import align_all
 from cloud_server.trainer.permutations import apply, permutation_groups
 from common.config import RunConfig
 from common.evaluation import evaluate, recompute_statistics
-from common.models import build_model
+from common.models import build_model, empty_inputs
 from common.seeds import derive_seed
+from common.tasks.task import task_of
 from common.weights import copy_into, read_state_dict, write_state_dict
 from experiments import data
 
@@ -45,7 +46,7 @@ def measure(
         brought into the order of the first network's.
     """
     model = build_model(run, seed=0)
-    groups = permutation_groups(model, run.spec.image_shape)
+    groups = permutation_groups(model, empty_inputs(run.spec))
     _, found = align_all(ends, [1.0, 1.0], groups, seed=derive_seed(run.seed, "alignment"))
     train, test = (data.sample(data.read(folder, name), NUM_IMAGES, 0) for name in ("train", "test"))
     images, labels = (torch.from_numpy(array) for array in test)
@@ -58,8 +59,8 @@ def measure(
             for place in places:
                 copy_into(model, mean([ends[0], other], [1 - place, place]))
                 seed = derive_seed(run.seed, "statistics")
-                statistics_from = torch.from_numpy(train.images)
+                statistics_from = torch.from_numpy(train.inputs)
                 recompute_statistics(model, statistics_from, spec=run.spec, device=device, seed=seed)
-                along.append(evaluate(model, images, labels, spec=run.spec, device=device).loss)
+                along.append(evaluate(model, images, labels, task=task_of(run), device=device).loss)
                 on_progress(f"loss barrier, {name.replace('_', ' ')}", len(along), NUM_POINTS)
     return {"place": places, **losses}

@@ -31,7 +31,7 @@ from cloud_server.trainer.screening import Screening, clipped_path
 from cloud_server.trainer.selection import Selection
 from common.config import CandidateName
 from common.errors import InvalidError, RunError
-from common.models import build_model
+from common.models import build_model, shared_part
 from common.weights import load_into
 from common.wire import wire_of
 
@@ -102,7 +102,7 @@ class _Again:
 
     def fine_tuned(self, precision_path: Path) -> Iterator[Made]:
         """Make the fine-tuned model as it would be sent; make none if no agent has shared data."""
-        if not len(self._data.train.labels):
+        if not len(self._data.train.targets):
             return
         if self._result.published == "fine_tuned" and self._result.weights:
             load_into(self._model, blob_path(self._blobs_dir, self._result.weights.sha256))
@@ -156,4 +156,5 @@ class _Again:
         base = base_of(self._job, self._blobs_dir) if holds_base else None
         directory = JobDirectory(self._scratch)
         with directory.scratch():
-            write_model(self._model, directory, wire_of(self._run.wire, base), base)
+            wire, shared = wire_of(self._run.wire, base), shared_part(self._model, self._run)
+            write_model(self._model, directory, wire, base, shared)

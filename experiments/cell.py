@@ -26,6 +26,7 @@ from common.errors import RunError
 from common.evaluation import evaluate
 from common.files import replacing
 from common.models import build_model
+from common.tasks.task import task_of
 from common.weights import load_into
 from common.wire import Base, decode
 from edge_agent.state import Report
@@ -214,7 +215,7 @@ class _Run:
         record = {
             "local": local,
             "models": models,
-            "held_out": {**result.candidates, "fine_tuned": result.accuracy_fine_tuned},
+            "held_out": {**result.candidates, "fine_tuned": result.score_fine_tuned},
             "start": result.start,
             "soup": result.soup,
             "published": result.published,
@@ -255,7 +256,7 @@ class _Run:
             "agent_id": edge.agent_id,
             "num_examples": edge.models.num_examples,
             "num_held_out": received.report.num_held_out,
-            "own_before": received.report.accuracy_before,
+            "own_before": received.report.score_before,
             "test_before": before["accuracy"],
             **self._after(received),
         }
@@ -315,8 +316,8 @@ class TestSet:
         """Return a model's accuracy (0 to 1), its loss (mean cross-entropy, nats) and its weights' digest."""
         digest = _digest(model)
         if digest not in self._known:
-            found = evaluate(model, *self._examples, spec=self._run.spec, device=self._device)
-            self._known[digest] = {"accuracy": found.accuracy, "loss": found.loss, "digest": digest}
+            found = evaluate(model, *self._examples, task=task_of(self._run), device=self._device)
+            self._known[digest] = {"accuracy": found.score, "loss": found.loss, "digest": digest}
             write_record(self._path, self._known)
         return self._known[digest]
 

@@ -31,19 +31,19 @@ def prepare(run: RunConfig, data_dir: Path | None, work_dir: Path) -> Path:
     """
     where = hashlib.sha256(str(data_dir and data_dir.resolve()).encode()).hexdigest()[:8]
     folder = work_dir / f"{run.dataset}-{where}"
-    if (folder / "test-labels.npy").exists():
+    if (folder / "test-targets.npy").exists():
         return folder
     source = open_source(run, None, data_dir=data_dir, allowed_factories=())
     train, test = source
     if test is None:
-        everything, _ = train.read(np.arange(len(train.labels)), run.spec.image_shape)
-        rest, held_out = split(everything.labels, _TEST_FRACTION, derive_seed(0, "common_test"))
+        everything, _ = train.read(np.arange(len(train.targets)), run.spec)
+        rest, held_out = split(everything.targets, _TEST_FRACTION, derive_seed(0, "common_test"))
         train, test = (
-            ArraySplit(everything.images[part], everything.labels[part]) for part in (rest, held_out)
+            ArraySplit(everything.inputs[part], everything.targets[part]) for part in (rest, held_out)
         )
     folder.mkdir(parents=True, exist_ok=True)
     for name, part in (("train", train), ("test", test)):
-        shard, _ = part.read(np.arange(len(part.labels)), run.spec.image_shape)
+        shard, _ = part.read(np.arange(len(part.targets)), run.spec)
         for kind, array in shard._asdict().items():
             with replacing(folder / f"{name}-{kind}.npy") as partial, partial.open("wb") as file:
                 np.save(file, array)
@@ -75,5 +75,5 @@ def examples(name: str) -> Shard:
 def sample(shard: Shard, count: int, seed: int) -> Shard:
     """Return at most `count` of the examples, drawn at random, in their order in the shard."""
     generator = np.random.Generator(np.random.PCG64(derive_seed(seed, "examples")))
-    chosen = np.sort(generator.permutation(len(shard.labels))[:count])
-    return Shard(shard.images[chosen], shard.labels[chosen])
+    chosen = np.sort(generator.permutation(len(shard.targets))[:count])
+    return Shard(shard.inputs[chosen], shard.targets[chosen])

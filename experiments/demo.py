@@ -1,4 +1,4 @@
-"""`make demo`: one real cloud-server, two real edge-agents, one round of handwritten digits.
+"""`make demo`: one real cloud-server, two real edge-agents, one round of handwritten digits or of a table.
 
 Server and agents are processes of their own on loopback, started by the commands that a user would type. They
 leave their files in the folder `.demo`.
@@ -29,6 +29,8 @@ from cloud_server.state_dir import StateDir
 
 FOLDER = Path(".demo")
 AGENTS = ("edge-1", "edge-2")
+# The preset of each task.
+PRESETS = {"classification": "digits-mlp", "regression": "diabetes-mlp"}
 TIMEOUT_SECONDS = 300.0
 STOP_SECONDS = 10.0
 
@@ -56,14 +58,16 @@ class Stop:
 
 
 def main() -> int:
-    argparse.ArgumentParser(prog="demo", description=__doc__.splitlines()[0]).parse_args()
+    parser = argparse.ArgumentParser(prog="demo", description=__doc__.splitlines()[0])
+    parser.add_argument("--task", choices=PRESETS, default="classification", help="what is learnt")
+    preset = PRESETS[parser.parse_args().task]
     stop = Stop()
     shutil.rmtree(FOLDER, ignore_errors=True)
     FOLDER.mkdir()
     started = time.monotonic()
     try:
         with console.status("starting …") as status:
-            run_round(status, stop)
+            run_round(status, stop, preset)
     except KeyboardInterrupt:
         console.print("stopped")
         return 130
@@ -79,7 +83,7 @@ def main() -> int:
     return 0
 
 
-def run_round(status: Status, stop: Stop) -> None:
+def run_round(status: Status, stop: Stop, preset: str) -> None:
     """Start the three processes, and wait until all of them have ended.
 
     Raises:
@@ -89,7 +93,7 @@ def run_round(status: Status, stop: Stop) -> None:
     port, http_port = free_ports(2)
     token = join_token(FOLDER / "server", uses=len(AGENTS))
     server = [
-        "cloud_server", "--preset", "digits-mlp", "--host", "127.0.0.1", "--port", str(port),
+        "cloud_server", "--preset", preset, "--host", "127.0.0.1", "--port", str(port),
         "--http-port", str(http_port), "--state-dir", str(FOLDER / "server"), "--rounds", "1",
     ]  # fmt: skip
     commands = {"cloud-server": server}
@@ -177,22 +181,23 @@ def describe(http_port: int) -> str:
 
 
 def show(report: dict[str, Any]) -> None:
-    """Print the table of the accuracies before and after the round."""
-    table = Table(title="accuracy on held-out data")
+    """Print the table of the figures before and after the round."""
+    table = Table(title=f"{report.get('metric', 'accuracy')} on held-out data")
+    field = "score" if "metric" in report else "accuracy"
     for heading in ("", "before", "after"):
         table.add_column(heading, justify="left" if not heading else "right")
     for agent in report["agents"]:
-        before, after = agent.get("accuracy_before"), agent.get("accuracy_after")
+        before, after = agent.get(f"{field}_before"), agent.get(f"{field}_after")
         table.add_row(agent["agent_id"], figure(before), figure(after))
     table.add_section()
-    start, published = report["candidates"].get(report["start"]), report["accuracy_published"]
+    start, published = report["candidates"].get(report["start"]), report[f"{field}_published"]
     table.add_row("cloud (start → published)", figure(start), figure(published))
     console.print(table)
 
 
-def figure(accuracy: float | None) -> str:
-    """Format the accuracy for the table; an agent that lost its connection has reported no accuracy."""
-    return "-" if accuracy is None else f"{accuracy:.4f}"
+def figure(score: float | None) -> str:
+    """Format the figure for the table; an agent that lost its connection has reported none."""
+    return "-" if score is None else f"{score:.4f}"
 
 
 def free_ports(count: int) -> list[int]:

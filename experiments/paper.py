@@ -151,7 +151,7 @@ def _groups(arguments: argparse.Namespace, folder: Path) -> dict[str, list["AnyC
 
     task, is_transfer = TASKS[arguments.task], arguments.table == "transfer"
     num_test = arguments.test_examples or (task.test_examples if is_transfer else ALL)
-    available = len(data.read(folder, "train").labels)
+    available = len(data.read(folder, "train").targets)
     groups: dict[str, list[AnyCell]] = {}
     kinds = (arguments.initial_weights, arguments.partition_by, arguments.agents, arguments.wire)
     for initial, partition_by, agents, wire in product(*(values.split(",") for values in kinds)):

@@ -22,6 +22,7 @@ import numpy as np
 from common.config import RunConfig, deep_merge
 from common.errors import InvalidError, RunError
 from common.shards import Shard
+from common.tasks.task import task_of
 from experiments import command
 from experiments.command import console, write_text
 from experiments.tasks import TASKS, Setting
@@ -233,7 +234,7 @@ def _poisoned(cell: Cell, network: Any, honest: Sequence[Any], name: str, show: 
 
 
 def _poisoned_data(attack: Attack, train: Shard, num_classes: int, index: int) -> Shard:
-    images, labels = train.images.copy(), train.labels.copy()
+    images, labels = train.inputs.copy(), train.targets.copy()
     if attack.flips_labels:
         labels = num_classes - 1 - labels
     chosen = np.random.Generator(np.random.PCG64(index)).permutation(len(labels))
@@ -295,7 +296,7 @@ def _measure(cell: Cell, network: Any, contributions: Sequence[Any], variant: Va
         The patch is put on the test images of the other classes. It works if the prediction is the target.
         """
         clean, patched = (
-            predict(model, torch.from_numpy(each), spec=run.spec, device=torch.device("cpu"))
+            predict(model, torch.from_numpy(each), task=task_of(run), device=torch.device("cpu"))
             .argmax(1)
             .numpy()
             for each in (images, _patched(images[labels != TARGET]))

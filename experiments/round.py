@@ -27,6 +27,7 @@ from common.errors import RunError
 from common.evaluation import evaluate
 from common.models import build_model
 from common.seeds import derive_seed
+from common.tasks.task import task_of
 from common.training import StepReport
 from common.transfer import Blob, blob_of
 from common.weights import load_into, write_state_dict
@@ -172,7 +173,8 @@ class Edge:
         model = build_model(self.run, seed=0)
         load_into(model, weights)
         images, labels = (torch.from_numpy(array) for array in self.data.held_out)
-        return evaluate(model, images, labels, spec=self.run.spec, device=self.device).correct.numpy()
+        found = evaluate(model, images, labels, task=task_of(self.run), device=self.device)
+        return np.asarray(found.scores.numpy() == 1)
 
 
 def round_job(

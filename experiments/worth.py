@@ -254,7 +254,7 @@ class _Way:
         if result.weights is None:
             raise RunError(f"round {job.round} of {self._row.label} published nothing")
         blobs = self._network.cloud.blobs
-        num_images = len(combine(job.run, job.contributions, blobs.path).train.labels)
+        num_images = len(combine(job.run, job.contributions, blobs.path).train.targets)
         before = self._steps[-1] if self._steps else {"images": 0, "seconds": 0.0}
         self._steps.append(
             {

@@ -6,11 +6,13 @@ import torch
 from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as v2
 
-from common.config import DatasetSpec, RunConfig, TrainingConfig
+from common.config import RunConfig, TrainingConfig
+from common.dataset import pictures
+from common.tasks.task import task_of
 from common.training import Recipe
 
 CPU = torch.device("cpu")
-SPEC = DatasetSpec(3, (3, 8, 8), (0.4, 0.5, 0.6), (0.2, 0.25, 0.3))
+SPEC = pictures(3, (3, 8, 8), (0.4, 0.5, 0.6), (0.2, 0.25, 0.3))
 
 # Trainings that differ in all that a step depends on.
 TRAININGS: dict[str, dict[str, Any]] = {
@@ -53,7 +55,7 @@ class Tied(nn.Module):
 
 def recipe_of(run: RunConfig, seed: int, config: TrainingConfig | None = None) -> Recipe:
     """Return the recipe of the run's pre-training, or of a training with another config, in float32."""
-    return Recipe(config or run.pretrain, run.spec, seed, "float32")
+    return Recipe(config or run.pretrain, task_of(run), seed, "float32")
 
 
 def make_data(num_images: int, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -74,7 +76,9 @@ def make_model(seed: int = 0, *, batch_norm: bool = False, dropout: float = 0.0)
 
 
 def normalised(images: Tensor) -> Tensor:
-    return v2.normalize(v2.to_dtype(images, torch.float32, scale=True), list(SPEC.mean), list(SPEC.std))
+    return v2.normalize(
+        v2.to_dtype(images, torch.float32, scale=True), list(SPEC.inputs.mean), list(SPEC.inputs.std)
+    )
 
 
 class Recorder(nn.Module):

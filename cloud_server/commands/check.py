@@ -19,7 +19,9 @@ from typing import Any, NamedTuple
 from pydantic import ValidationError
 
 from cloud_server import jobs
+from cloud_server.disk.bucket import Bucket
 from cloud_server.disk.lock import unused
+from cloud_server.disk.place import known_bucket
 from cloud_server.disk.tables import MIGRATIONS, RoundRow
 from cloud_server.round import OVER
 from cloud_server.state_dir import StateDir, blob_path
@@ -31,7 +33,7 @@ from common import cli
 from common.config import RunConfig, expand_home
 from common.errors import RunError, UsageError, one_line
 from common.run_state import Phase
-from common.transfer import DIGEST, blob_of
+from common.transfer import DIGEST, Blob, blob_of
 
 _PARTIAL_NAME = re.compile(rf"(\d+)-{DIGEST.pattern}")
 
@@ -58,6 +60,7 @@ def main(argv: Sequence[str]) -> int:
 
     Raises:
         UsageError: the folder is not a state directory, or a server uses it.
+        StorageError: the bucket of its blobs does not answer.
         RunError: stdout cannot be written.
     """
     parser = cli.Parser(
@@ -100,6 +103,8 @@ class Check:
         self._damaged: set[str] = set()
         # The numbers of the published rounds with a contribution of an agent that is forgotten since.
         self._used_by_forgotten: set[int] = set()
+        url, _ = known_bucket(state_dir)
+        self._bucket = Bucket(url) if url else None
 
     def problems(self) -> Iterator[Problem]:
         """Yield all problems of the state directory.
@@ -147,7 +152,7 @@ class Check:
             if not row.retired:
                 yield from self._kept_round(records, row)
             if row.phase in OVER:
-                yield from self._files_of_round(row, may_be_missing=row is rounds[-1])
+                yield from self._files_of_round(records, row, may_be_missing=row is rounds[-1])
         for upload in records.uploads():
             where = f"record of an upload of {upload.agent_id}"
             yield from self._blob(upload.digest, where, upload.kind, _SEND_AGAIN)
@@ -175,9 +180,27 @@ class Check:
             if not DIGEST.fullmatch(path.name) or path.parent.name != path.name[:2]:
                 yield Problem(where, "no blob has this name", _REMOVE)
             elif damage := self._damage_of(path):
-                self._damaged.add(path.name)
-                is_needed = needed is None or path.name in needed
-                yield Problem(where, damage, _RESTORE if is_needed else f"{_REMOVE}, no round needs it")
+                yield self._damaged_blob(path.name, where, damage, needed)
+        if self._bucket:
+            yield from self._objects(self._bucket, needed)
+
+    def _objects(self, bucket: Bucket, needed: set[str] | None) -> Iterator[Problem]:
+        """Check the digest of every object in the bucket; what the files of blobs hold does not count."""
+        self._damaged.clear()
+        self._blob_bytes.clear()
+        for digest, stored in sorted(bucket.list().items()):
+            if bucket.is_whole(Blob(digest, stored.size_bytes)):
+                self._blob_bytes[digest] = stored.size_bytes
+            else:
+                damage = f"its {stored.size_bytes} bytes have another digest than its name's"
+                yield self._damaged_blob(digest, bucket.where(digest), damage, needed)
+
+    def _damaged_blob(self, digest: str, where: str, damage: str, needed: set[str] | None) -> Problem:
+        self._damaged.add(digest)
+        if self._bucket and where != self._bucket.where(digest):
+            return Problem(where, damage, f"{_REMOVE}, it is fetched again")
+        is_needed = needed is None or digest in needed
+        return Problem(where, damage, _RESTORE if is_needed else f"{_REMOVE}, no round needs it")
 
     def _damage_of(self, path: Path) -> str:
         """Return what is wrong with the blob at `path`, or "" if its digest is right."""
@@ -204,7 +227,8 @@ class Check:
         elif digest not in self._blob_bytes and digest not in self._damaged:
             self._damaged.add(digest)
             path = self._where(blob_path(self._state_dir.blobs, digest))
-            yield Problem(where, f"its {kind} {path} is missing", remedy)
+            blob = self._bucket.where(digest) if self._bucket else path
+            yield Problem(where, f"its {kind} {blob} is missing", remedy)
 
     # Records
 
@@ -254,6 +278,8 @@ class Check:
         for digest in (row.initial_digest, row.published_digest):
             if digest and (encoding := records.encoding(digest)):
                 yield from self._blob(encoding.digest, where, "encoded model")
+            if digest and (rest := records.rest(digest)):
+                yield from self._blob(rest, where, "rest of the model")
         decisions = records.contributions(row.number)
         accepted = [decision.contribution for decision in decisions if decision.contribution]
         if row.published_digest and not accepted and row.number not in self._used_by_forgotten:
@@ -266,10 +292,11 @@ class Check:
 
     # The files of a round outside the database
 
-    def _files_of_round(self, row: RoundRow, *, may_be_missing: bool) -> Iterator[Problem]:
+    def _files_of_round(self, records: Store, row: RoundRow, *, may_be_missing: bool) -> Iterator[Problem]:
         """Check the report of a round that is over, and the model beside the report.
 
         Args:
+            records: the records of the server.
             row: the record of the round.
             may_be_missing: True if a missing report is not a problem. A server that was killed before it
                 wrote the report of the last round writes the report when it starts.
@@ -291,6 +318,8 @@ class Check:
             yield Problem(where, "names another model than the record", _RESTORE)
         if row.published_digest and not row.retired:
             yield from self._model(self._state_dir.model(row.number), row.published_digest)
+            if rest := records.rest(row.published_digest):
+                yield from self._model(self._state_dir.rest(row.number), rest)
 
     def _provenance(self, records: Store) -> Iterator[Problem]:
         """Check that provenance.jsonl agrees with the records, and that no agent is still to be forgotten.
@@ -313,7 +342,7 @@ class Check:
     def _model(self, path: Path, digest: str) -> Iterator[Problem]:
         """Check that the model in a round's folder is the published one."""
         where, blob = self._where(path), blob_path(self._state_dir.blobs, digest)
-        remedy = f"link it anew: ln -f {blob} {path}"
+        remedy = f"{_REMOVE}, and start the server" if self._bucket else f"link it anew: ln -f {blob} {path}"
         if not path.exists():
             yield Problem(where, "is missing", remedy)
         elif blob.exists() and path.samefile(blob):

@@ -9,7 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cloud_server.config import DEFAULT_PRESET, ENV_PREFIX, ServerConfig
+from cloud_server.disk.bucket import Bucket
 from cloud_server.disk.lock import unused
+from cloud_server.disk.place import FILES
 from cloud_server.state_dir import StateDir
 from common import cli, clock, doctor, tls
 from common.addresses import Address
@@ -45,6 +47,7 @@ def checks(config: ServerConfig) -> dict[str, doctor.Check]:
         "page": lambda: _bind(config.http_host, config.http_port, "--http-port"),
         "state": lambda: _find_state(StateDir(config.state_dir)),
         "disk": lambda: doctor.disk(config.state_dir),
+        "blobs": lambda: _find_blobs(config.blobs),
         "tls": lambda: _look_at_authority(config),
         "clock": doctor.read_clock,
         "trainer": lambda: _start_trainer(config),
@@ -82,6 +85,13 @@ def _find_state(state_dir: StateDir) -> str:
     return doctor.writable(state_dir.path)
 
 
+def _find_blobs(place: str) -> str:
+    """Return how many blobs the bucket has; raise UsageError or StorageError if it cannot be used."""
+    if place == FILES:
+        return "files in the state directory"
+    return f"{place} has {len(Bucket(place).list())} blobs"
+
+
 def _look_at_authority(config: ServerConfig) -> str:
     """Return how long the certificates hold, and raise UsageError if a server could not start with them."""
     if config.insecure:
@@ -116,6 +126,8 @@ def _days_left(folder: Path) -> str:
 
 def _start_trainer(config: ServerConfig) -> str:
     """Return what a process of its own says, which imports PyTorch and builds the run's model."""
+    if config.trainers == "external":
+        return "started elsewhere, and not looked at"
     try:
         code, output, errors = asyncio.run(_look(config))
     except TimeoutError as error:

@@ -6,7 +6,7 @@ The document comes from another process, perhaps of another version: what it doe
 import sys
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime, timedelta
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.console import Console, Group, RenderableType
 from rich.filesize import decimal
@@ -69,11 +69,11 @@ def _headline(document: Document) -> Text:
         lines.append(f"Round {rounds[-1].get('round')} failed: {rounds[-1]['failure']}")
     published = [row for row in rounds if row.get("outcome") == "published"]
     if published:
-        last = published[-1]
+        last, figures = published[-1], _Figures(document.get("metric") or "accuracy")
         lines.append(
-            f"Global model of round {last.get('round')}: accuracy"
-            f" {_percent(last.get('accuracy_start'))} at the start,"
-            f" {_percent(last.get('accuracy_published'))} as published"
+            f"Global model of round {last.get('round')}: {figures.metric}"
+            f" {figures.text(last, 'start')} at the start,"
+            f" {figures.text(last, 'published')} as published"
         )
     if _trainer(document).get("state") == "restarting":
         lines.append("The trainer has ended, and is started again.")
@@ -114,30 +114,57 @@ def _agents(document: Document) -> RenderableType:
     agents = document.get("agents") or []
     if not agents:
         return _text("No agent has joined yet.")
+    figures = _Figures(document.get("metric") or "accuracy")
     table = Table(box=None, pad_edge=False)
     table.add_column("agent", overflow="fold")
     table.add_column("state", overflow="fold")
     for heading in ("local", "before", "after", "gain"):
         table.add_column(heading, justify="right", no_wrap=True)
     for agent in agents:
-        table.add_row(*map(_text, _cells(agent)))
+        table.add_row(*map(_text, _cells(agent, figures)))
     return table
 
 
-def _cells(agent: Document) -> tuple[str, ...]:
-    """Return an agent's row: the accuracy before is that of its own model where it has used no other."""
-    before, after = agent.get("accuracy_before"), agent.get("accuracy_after")
-    if agent.get("accuracy_adapted") is not None:
-        after = agent["accuracy_adapted"]
-    local = agent.get("accuracy_local")
+def _cells(agent: Document, figures: "_Figures") -> tuple[str, ...]:
+    """Return an agent's row: the figure before is that of its own model where it has used no other."""
+    first = "local" if figures.of(agent, "before") is None else "before"
+    last = "after" if figures.of(agent, "adapted") is None else "adapted"
     return (
         str(agent.get("agent_id")),
         _state(agent),
-        _percent(local),
-        _percent(before),
-        _percent(after),
-        _gain(local if before is None else before, after),
+        figures.text(agent, "local"),
+        figures.text(agent, "before"),
+        figures.text(agent, last),
+        figures.gain(agent, first, last),
     )
+
+
+class _Figures(NamedTuple):
+    """How the figure of the run's task reads: accuracies as percentages, and any other as a number."""
+
+    metric: str
+
+    def of(self, item: Document, stage: str) -> float | None:
+        """Return the figure of one stage of a round or an agent; None: it was not measured."""
+        return item.get(f"{'accuracy' if self._is_accuracy else 'score'}_{stage}")
+
+    def text(self, item: Document, stage: str) -> str:
+        """Return the same as a text."""
+        score = self.of(item, stage)
+        if score is None:
+            return NONE
+        return f"{100 * score:.1f} %" if self._is_accuracy else f"{score:.3f}"
+
+    def gain(self, item: Document, before: str, after: str) -> str:
+        """Return how much larger the figure of one stage is than that of another."""
+        first, last = self.of(item, before), self.of(item, after)
+        if first is None or last is None:
+            return NONE
+        return f"{100 * (last - first):+.1f}" if self._is_accuracy else f"{last - first:+.3f}"
+
+    @property
+    def _is_accuracy(self) -> bool:
+        return self.metric == "accuracy"
 
 
 def _state(agent: Document) -> str:
@@ -182,14 +209,6 @@ def _doing(progress: Document | None) -> str:
 def _left(seconds: float | None) -> str:
     """Return the time left in minutes and seconds, with a comma before it; nothing if it is unknown."""
     return "" if seconds is None else f", {timedelta(seconds=round(seconds))} left"
-
-
-def _percent(ratio: float | None) -> str:
-    return NONE if ratio is None else f"{100 * ratio:.1f} %"
-
-
-def _gain(before: float | None, after: float | None) -> str:
-    return NONE if before is None or after is None else f"{100 * (after - before):+.1f}"
 
 
 def _text(text: str) -> Text:

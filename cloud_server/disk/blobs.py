@@ -1,11 +1,12 @@
 """Files by their digest: blobs, and the uploads that are to become blobs. No records are kept here.
 
 Each change leaves a state from which the whole can be done again, wherever the process is killed.
+`bucket_blobs.py` keeps blobs in a bucket, with the same methods.
 """
 
 import os
-from collections.abc import Collection, Iterator
-from contextlib import suppress
+from collections.abc import AsyncIterator, Collection, Iterator
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from threading import RLock
 
@@ -13,7 +14,7 @@ from cloud_server.disk.failures import storage_errors
 from cloud_server.state_dir import StateDir, blob_path
 from common.errors import NotFoundError
 from common.files import sync
-from common.transfer import checked_digest
+from common.transfer import DIGEST, checked_digest
 
 
 class Blobs:
@@ -30,8 +31,14 @@ class Blobs:
         self._blobs_dir = state_dir.blobs
         self._partial_dir = state_dir.partial
 
+    def close(self) -> None:
+        """Let go of what the blobs need besides files; a second call does nothing."""
+
     def path(self, digest: str) -> Path:
-        """Return where the blob is, or would be; ValueError unless the digest is 64 lower-case hex digits."""
+        """Return where the blob is, or would be; ValueError unless the digest is 64 lower-case hex digits.
+
+        The file is certainly there only inside `in_use`.
+        """
         return blob_path(self._blobs_dir, digest)
 
     def size(self, digest: str) -> int | None:
@@ -41,9 +48,41 @@ class Blobs:
         except FileNotFoundError:
             return None
 
-    def paths(self) -> Iterator[Path]:
-        """Yield the path of every blob, in no order."""
-        return self._blobs_dir.glob("??/*")
+    def digests(self) -> Iterator[str]:
+        """Yield the digest of every blob, in no order."""
+        return (path.name for path in self._blobs_dir.glob("??/*") if DIGEST.fullmatch(path.name))
+
+    def stored_at(self, digest: str) -> float:
+        """Return when the blob was stored, in seconds since the epoch; FileNotFoundError if it is not."""
+        return self.path(digest).stat().st_mtime
+
+    def remove(self, digest: str) -> bool:
+        """Remove the blob, for good only after `finish_removals`; return False where it cannot go now.
+
+        The caller holds the lock, and has seen in the records that nothing needs the blob.
+        """
+        with storage_errors():
+            self.path(digest).unlink()
+        return True
+
+    def finish_removals(self) -> None:
+        """Make sure that the removed blobs are gone."""
+
+    @asynccontextmanager
+    async def in_use(self, digests: Collection[str]) -> AsyncIterator[None]:  # noqa: ARG002
+        """Have the files of those of these blobs that are stored at `path`, until the context ends."""
+        yield
+
+    @asynccontextmanager
+    async def kept(self, source: Path, digest: str) -> AsyncIterator[None]:  # noqa: ARG002
+        """Have the bytes of a whole, checked file where blobs are kept, before `link` or `adopt`.
+
+        Until the context ends the blob is not removed, although no record names it yet.
+
+        Raises:
+            NotFoundError: there is neither the file nor the blob.
+        """
+        yield
 
     def adopt(self, source: Path, digest: str) -> None:
         """Move a file of the state directory that has this digest to the blobs.
@@ -59,7 +98,7 @@ class Blobs:
                 # Should a blob be there, its bytes are the same.
                 source.replace(blob)
             except FileNotFoundError:
-                _check_stored(blob)
+                self._check_stored(digest)
             blob.chmod(0o444)
         self.sync_folders([digest])
 
@@ -103,7 +142,7 @@ class Blobs:
                     sync(partial)
                     os.link(partial, blob)
                 except FileNotFoundError:
-                    _check_stored(blob)
+                    self._check_stored(digest)
 
     def sync_folders(self, digests: Collection[str]) -> None:
         """Make the names of these blobs durable."""
@@ -138,8 +177,7 @@ class Blobs:
                 path.unlink(missing_ok=True)
             sync(self._partial_dir)
 
-
-def _check_stored(blob: Path) -> None:
-    # An earlier call may have got as far as this when the process died.
-    if not blob.exists():
-        raise NotFoundError(f"the bytes of blob {blob.name} are not here: upload them") from None
+    def _check_stored(self, digest: str) -> None:
+        # An earlier call may have got as far as this when the process died.
+        if self.size(digest) is None:
+            raise NotFoundError(f"the bytes of blob {digest} are not here: upload them") from None

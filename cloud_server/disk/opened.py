@@ -11,6 +11,7 @@ from cloud_server.disk.blobs import Blobs
 from cloud_server.disk.database import connect, empty_log, migrate, version
 from cloud_server.disk.failures import storage_errors
 from cloud_server.disk.lock import locked
+from cloud_server.disk.place import DEFAULT_CACHE_BYTES, open_blobs
 from cloud_server.disk.tables import MIGRATIONS
 from cloud_server.state_dir import StateDir
 from common.errors import UsageError
@@ -25,11 +26,20 @@ class OpenStateDir:
         blobs: the files of weights and shards.
     """
 
-    def __init__(self, path: Path, *, as_guest: bool = False) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        as_guest: bool = False,
+        place: str | None = None,
+        cache_bytes: int = DEFAULT_CACHE_BYTES,
+    ) -> None:
         """Open the state directory at `path`; create the directory if it is missing.
 
         Args:
             path: the path of the state directory.
+            place: where the blobs are, "files" or the URL of a bucket; None: wherever they were last.
+            cache_bytes: how many bytes of a bucket's blobs are kept as files.
             as_guest: open the directory without its lock, beside the server that holds the lock. A guest
                 leaves requests in the records, and the server carries them out.
 
@@ -39,6 +49,7 @@ class OpenStateDir:
         """
         self.state_dir = StateDir(path)
         self._lock = RLock()
+        # A guest has nothing to do with blobs.
         self.blobs = Blobs(self.state_dir, self._lock)
         with ExitStack() as resources:
             try:
@@ -47,6 +58,9 @@ class OpenStateDir:
                 if not as_guest:
                     resources.enter_context(locked(self.state_dir))
                 self._database = resources.enter_context(_database(self.state_dir, as_guest=as_guest))
+                if not as_guest:
+                    self.blobs = open_blobs(self.state_dir, self._lock, place, cache_bytes)
+                    resources.callback(self.blobs.close)
                 sync(path)
             except (OSError, sqlite3.DatabaseError) as error:
                 what = error.strerror if isinstance(error, OSError) else error

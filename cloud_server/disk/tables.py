@@ -166,6 +166,31 @@ MIGRATIONS = (
         UNION ALL SELECT round, agent_id, value, contributions.at
             FROM contributions JOIN rounds ON number = round, json_each(shards) WHERE NOT without_data;
     """,
+    """
+    CREATE TABLE rests (weights TEXT PRIMARY KEY NOT NULL, digest TEXT NOT NULL);
+    CREATE INDEX rests_by_digest ON rests (digest);
+    DROP VIEW named_blobs;
+    CREATE VIEW named_blobs AS
+        WITH ours AS (
+            SELECT number AS round, initial_weights AS digest, opened_at AS at FROM rounds
+            UNION ALL SELECT number, published, opened_at FROM rounds WHERE published IS NOT NULL
+        )
+        SELECT round, '' AS agent_id, digest, at FROM ours
+        UNION ALL SELECT round, '', encodings.digest, at FROM ours
+            JOIN encodings ON encodings.weights = ours.digest
+        UNION ALL SELECT round, '', rests.digest, at FROM ours JOIN rests ON rests.weights = ours.digest
+        UNION ALL SELECT round, agent_id, weights, at FROM contributions WHERE weights != ''
+        UNION ALL SELECT round, '', initial_weights, at FROM contributions WHERE staleness
+        UNION ALL SELECT round, agent_id, value, contributions.at
+            FROM contributions JOIN rounds ON number = round, json_each(shards) WHERE NOT without_data;
+    """,
+    """
+    ALTER TABLE contributions RENAME COLUMN accuracy_local TO score_local;
+    ALTER TABLE reports RENAME COLUMN accuracy_local TO score_local;
+    ALTER TABLE reports RENAME COLUMN accuracy_before TO score_before;
+    ALTER TABLE reports RENAME COLUMN accuracy_after TO score_after;
+    ALTER TABLE reports RENAME COLUMN accuracy_adapted TO score_adapted;
+    """,
 )
 
 
@@ -243,16 +268,16 @@ class ReportRow:
     """What became of a published model on one device."""
 
     agent_id: str
-    accuracy_local: float | None
-    accuracy_before: float | None
-    accuracy_after: float
+    score_local: float | None
+    score_before: float | None
+    score_after: float
     num_held_out: int
     applied: bool
     # Why the model was not applied; empty where it was.
     reason: str
     at: float
     # None: the model was not adapted, or that is not known.
-    accuracy_adapted: float | None = None
+    score_adapted: float | None = None
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from common import schema, wire
-from common.config import DatasetSpec, Wire
+from common.config import Wire
+from common.dataset import DatasetSpec
 from common.errors import InvalidError, Reason
 
 
@@ -60,7 +61,7 @@ class WeightsGate(BlobGate):
 
 
 class DataGate(BlobGate):
-    """The gate for shards: the dataset's image shape, and its labels."""
+    """The gate for shards: the dtypes, shapes and values of the run's dataset."""
 
     def __init__(self, spec: DatasetSpec, max_bytes: int) -> None:
         super().__init__("data", max_bytes, max_tensors=2)
@@ -68,8 +69,8 @@ class DataGate(BlobGate):
 
     def check_header(self, header: schema.Header) -> None:
         """Raise InvalidError unless names, shapes and dtypes are as they should be."""
-        schema.check_shard(header, image_shape=self._spec.image_shape)
+        schema.check_shard(header, self._spec)
 
     def check_content(self, path: Path) -> None:
-        """Raise InvalidError unless every label is in range."""
-        schema.check_labels(path, schema.read_header(path), self._spec.num_classes)
+        """Raise InvalidError unless every value is finite and in range."""
+        schema.check_examples(path, schema.read_header(path), self._spec)

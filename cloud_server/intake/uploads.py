@@ -16,7 +16,8 @@ from cloud_server.intake.gates import BlobGate, DataGate, WeightsGate
 from cloud_server.intake.turns import Turns
 from cloud_server.store import Store
 from common import schema, wire
-from common.config import DatasetSpec, Wire
+from common.config import Wire
+from common.dataset import DatasetSpec
 from common.errors import InvalidError, NotFoundError, OffsetError, Reason, UnavailableError
 from common.faults import Point, crash_point
 from common.transfer import Blob, Receiver, WriteBehind, to_the_end
@@ -146,10 +147,10 @@ class Uploads:
         Raises:
             InvalidError: the agent says that it has trained on fewer.
         """
-        num_shared = self._num_labels(shards)
+        num_shared = self._num_examples(shards)
         if num_shared > num_examples:
             raise InvalidError(
-                f"num_examples is {num_examples}, but the contribution's shards have {num_shared} labels:"
+                f"num_examples is {num_examples}, but the contribution's shards have {num_shared} examples:"
                 " send the number of all examples that were trained on"
             )
         return num_shared
@@ -170,9 +171,9 @@ class Uploads:
                 Reason.INITIAL_WEIGHTS,
             )
 
-    def _num_labels(self, shards: Sequence[str]) -> int:
+    def _num_examples(self, shards: Sequence[str]) -> int:
         headers = (schema.read_header(self._store.blobs.path(digest)) for digest in shards)
-        return sum(header.schema["labels"].shape[0] for header in headers)
+        return sum(schema.num_examples(header) for header in headers)
 
     @asynccontextmanager
     async def open(
@@ -319,7 +320,9 @@ class Upload:
 
     async def _finish(self, now: float) -> None:
         await asyncio.to_thread(self._check_whole)
-        await self._commits.do(UploadRow(self._agent_id, self.blob.digest, self._kind, now))
+        assert self.path
+        async with self._store.blobs.kept(self.path, self.blob.digest):
+            await self._commits.do(UploadRow(self._agent_id, self.blob.digest, self._kind, now))
 
     def _check_whole(self) -> None:
         assert self._receiver

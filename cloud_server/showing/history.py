@@ -18,15 +18,15 @@ MAX_POINTS = 300
 _T = TypeVar("_T")
 
 _FIRST_TO_LAST = "SELECT min(number) AS first, max(number) AS last FROM rounds WHERE phase IN (?, ?)"
-# Mean and spread of an accuracy that agents have measured on examples of their own.
+# Mean and spread of a score that agents have measured on examples of their own.
 _LOCAL = (
-    "SELECT round, min(accuracy_local) AS low, avg(accuracy_local) AS mean, max(accuracy_local) AS high"
-    " FROM contributions WHERE outcome = 'accepted' AND accuracy_local IS NOT NULL"
+    "SELECT round, min(score_local) AS low, avg(score_local) AS mean, max(score_local) AS high"
+    " FROM contributions WHERE outcome = 'accepted' AND score_local IS NOT NULL"
     " AND round IN (SELECT value FROM json_each(?)) GROUP BY round"
 )
 _AFTER = (
-    "SELECT round, min(accuracy) AS low, avg(accuracy) AS mean, max(accuracy) AS high"
-    " FROM (SELECT round, coalesce(accuracy_adapted, accuracy_after) AS accuracy FROM reports"
+    "SELECT round, min(score) AS low, avg(score) AS mean, max(score) AS high"
+    " FROM (SELECT round, coalesce(score_adapted, score_after) AS score FROM reports"
     " WHERE round IN (SELECT value FROM json_each(?))) GROUP BY round"
 )
 _ACCEPTED = (
@@ -41,7 +41,7 @@ class History:
 
     def __init__(self, store: Store) -> None:
         self._store = store
-        # The accuracies that the trainer has measured, by round: they never change.
+        # The scores that the trainer has measured, by round: they never change.
         self._measured: dict[int, dict[str, float | None]] = {}
 
     def read(self, first: int | None = None, last: int | None = None) -> dict[str, Any]:
@@ -94,8 +94,8 @@ class History:
             self._measured[row.number] = {
                 "average": result.candidates.get("average"),
                 "start": result.candidates.get(result.start or ""),
-                "fine_tuned": result.accuracy_fine_tuned,
-                "published": result.accuracy_published,
+                "fine_tuned": result.score_fine_tuned,
+                "published": result.score_published,
             }
         return self._measured[row.number]
 

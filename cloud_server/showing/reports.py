@@ -22,11 +22,12 @@ from common.errors import StorageError
 from common.faults import Point, crash_point
 from common.files import replacing
 from common.run_state import Outcome, Phase
+from common.tasks import Kind, kind_of, published, unpublished
 from common.transfer import to_the_end
 
 # These fields are copied from the trainer's result, where there is one.
 _MEASURED = (
-    "candidates", "start", "soup", "published", "accuracy_fine_tuned", "accuracy_published",
+    "candidates", "start", "soup", "published", "score_fine_tuned", "score_published", "figures",
     "audit", "audit_note",
 )  # fmt: skip
 # The trainer measures these parts of a round, under these names.
@@ -48,6 +49,11 @@ class Reports:
         # The rounds whose records have changed since their reports were written.
         self._changed: set[int] = set()
         self._has_changed = asyncio.Event()
+
+    @property
+    def kind(self) -> Kind:
+        """Return what is known of the run's task."""
+        return kind_of(self._run.task)
 
     async def write(self, number: int) -> None:
         """Write the report of a round, from what is on record now; do nothing if the round is not over."""
@@ -100,7 +106,7 @@ class Reports:
             self._changed.discard(number)
             try:
                 with storage_errors():
-                    await asyncio.to_thread(self._write, number)
+                    await self._write_with_model(number)
             except BaseException:
                 self._changed.add(number)
                 raise
@@ -109,13 +115,24 @@ class Reports:
         """Return what the trainer found in a round; None: that is not known any more."""
         return result_of(self._store, number)
 
+    async def _write_with_model(self, number: int) -> None:
+        row = await asyncio.to_thread(self._store.round, number)
+        # The model gets its second name once.
+        is_needed = row and row.published_digest and not self._store.state_dir.model(number).exists()
+        needed = [row.published_digest] if row and row.published_digest and is_needed else []
+        async with self._store.blobs.in_use(needed):
+            await asyncio.to_thread(self._write, number)
+
     def _write(self, number: int) -> None:
         row = self._store.round(number)
         assert row is not None
         # What the report of a retired round was made from is gone.
         if row.retired or row.phase not in OVER:
             return
-        weights = self._store.blobs.path(row.published_digest) if row.published_digest else None
+        digest = row.published_digest
+        rest_digest = self._store.rest(digest) if digest else None
+        weights = self._store.blobs.path(digest) if digest else None
+        rest = self._store.blobs.path(rest_digest) if rest_digest else None
         run_row = self._store.run()
         assert run_row is not None
         report = build(
@@ -127,9 +144,11 @@ class Reports:
             self._store.agents(),
             self.result_of(number),
             selection=records.selection_of(self._store, number),
-            weights_bytes=weights.stat().st_size if weights else None,
+            weights_bytes=self._store.blobs.size(row.published_digest) if row.published_digest else None,
         )
-        write(report, self._store.state_dir.round(number), weights)
+        if rest:
+            report["rest"] = {"sha256": rest_digest, "bytes": rest.stat().st_size}
+        write(report, self._store.state_dir.round(number), weights, rest)
 
 
 def build(
@@ -145,13 +164,14 @@ def build(
     weights_bytes: int | None,
 ) -> dict[str, Any]:
     """Return the report of a round that has ended; what was not measured is absent."""
+    kind = kind_of(run.task)
     report: dict[str, Any] = {
         "round": row.number,
         "outcome": "published" if row.published_digest else "failed",
         "model": run.model,
         "dataset": run.dataset,
         "num_shared": sum(each.contribution.num_shared for each in decisions if each.contribution),
-        "agents": _agents(decisions, agent_reports, with_staleness=run.mode == "async"),
+        "agents": _agents(kind, decisions, agent_reports, with_staleness=run.mode == "async"),
         "rejected": [
             {"agent_id": each.agent_id} | each.why._asdict()
             for each in decisions
@@ -160,6 +180,8 @@ def build(
         "late": [each.agent_id for each in decisions if each.outcome is Outcome.LATE],
         "vanished": _vanished(row, decisions, members, selection),
     }
+    if kind.field != "accuracy":
+        report |= {"task": run.task, "metric": (result and result.metric) or kind.metric}
     chosen = {"drawn": sorted(selection.drawn), "not_ready": sorted(selection.not_ready)}
     report |= {name: agent_ids for name, agent_ids in chosen.items() if selection.drawn or agent_ids}
     if row.failure:
@@ -169,8 +191,8 @@ def build(
     if Phase.AGGREGATING.value in times:
         seconds["collect"] = times[Phase.AGGREGATING.value] - row.opened_at
     if result and row.published_digest:
-        measured = result.model_dump(mode="json", include=set(_MEASURED)) | {
-            "classes": _classes(result, class_names)
+        measured = published(kind, result.model_dump(mode="json", include=set(_MEASURED))) | {
+            "classes": _classes(kind, result, class_names)
         }
         report |= {name: value for name, value in measured.items() if value not in (None, {}, [], "")}
         report["weights"] = {"sha256": row.published_digest, "bytes": weights_bytes}
@@ -181,12 +203,12 @@ def build(
     return report
 
 
-def write(report: Mapping[str, Any], folder: Path, weights: Path | None) -> None:
-    """Write `report.json`, and `model.safetensors` as a second name of the published blob."""
+def write(report: Mapping[str, Any], folder: Path, weights: Path | None, rest: Path | None = None) -> None:
+    """Write `report.json`, and second names of the blobs: `model.safetensors` and `rest.safetensors`."""
     folder.mkdir(parents=True, exist_ok=True)
-    model = folder / "model.safetensors"
-    if weights and not model.exists():
-        os.link(weights, model)
+    for blob, name in ((weights, "model.safetensors"), (rest, "rest.safetensors")):
+        if blob and not (folder / name).exists():
+            os.link(blob, folder / name)
     with replacing(folder / "report.json") as partial:
         partial.write_text(json.dumps(report, indent=2) + "\n", "utf-8")
 
@@ -201,28 +223,31 @@ def read_result(folder: Path) -> Result | None:
     """Return what a written report tells of a job whose own files are gone; None: nothing."""
     try:
         report = json.loads((folder / "report.json").read_text("utf-8"))
-        kept = {name: report[name] for name in (*_MEASURED, "seconds") if name in report}
-        classes = [_without_name(item) for item in report.get("classes", [])]
+        fields = unpublished(report)
+        kept = {name: fields[name] for name in (*_MEASURED, "metric", "seconds") if name in fields}
+        classes = [unpublished(_without_name(item)) for item in report.get("classes", [])]
         return Result.model_validate(kept | {"classes": classes})
     except (OSError, ValueError):
         return None
 
 
 def stages(result: Result) -> dict[str, float]:
-    """Return the accuracies of a round by stage, those that were measured.
+    """Return the scores of a round by stage, those that were measured.
 
     A stage is one of CANDIDATES, "fine_tuned" or "published".
     """
     measured = {name: result.candidates.get(name) for name in CANDIDATES} | {
-        "fine_tuned": result.accuracy_fine_tuned,
-        "published": result.accuracy_published,
+        "fine_tuned": result.score_fine_tuned,
+        "published": result.score_published,
     }
-    return {stage: accuracy for stage, accuracy in measured.items() if accuracy is not None}
+    return {stage: score for stage, score in measured.items() if score is not None}
 
 
-def _classes(result: Result, names: Sequence[str]) -> list[dict[str, Any]]:
+def _classes(kind: Kind, result: Result, names: Sequence[str]) -> list[dict[str, Any]]:
     return [
-        {"label": item.label} | ({"name": names[item.label]} if names else {}) | item.model_dump()
+        {"label": item.label}
+        | ({"name": names[item.label]} if names else {})
+        | published(kind, item.model_dump())
         for item in result.classes
     ]
 
@@ -249,7 +274,7 @@ def _vanished(
 
 
 def _agents(
-    decisions: Sequence[Decision], agent_reports: Sequence[ReportRow], *, with_staleness: bool
+    kind: Kind, decisions: Sequence[Decision], agent_reports: Sequence[ReportRow], *, with_staleness: bool
 ) -> list[dict[str, Any]]:
     reported = {row.agent_id: row for row in agent_reports}
     agents = []
@@ -268,20 +293,20 @@ def _agents(
             agent["staleness"] = item.staleness
         if decision.why:
             agent["left_out"] = decision.why._asdict()
-        if item.accuracy_local is not None:
-            agent["accuracy_local"] = item.accuracy_local
+        if item.score_local is not None:
+            agent["score_local"] = item.score_local
         if row := reported.get(item.agent_id):
             agent |= _report_fields(row)
-        agents.append(agent)
+        agents.append(published(kind, agent))
     return agents
 
 
 def _report_fields(row: ReportRow) -> dict[str, Any]:
     fields = {
-        "accuracy_local": row.accuracy_local,
-        "accuracy_before": row.accuracy_before,
-        "accuracy_after": row.accuracy_after,
-        "accuracy_adapted": row.accuracy_adapted,
+        "score_local": row.score_local,
+        "score_before": row.score_before,
+        "score_after": row.score_after,
+        "score_adapted": row.score_adapted,
         "applied": row.applied,
         "reason": row.reason or None,
     }

@@ -84,6 +84,7 @@ class Standing:
         # These two are set by show().
         self._initial_weights = Blob("", 0)
         self._initial_encoded: Encoded | None = None
+        self._initial_rest: Blob | None = None
         self.show(current)
 
     # ------------------------------------------------------------------ what is shown
@@ -102,6 +103,7 @@ class Standing:
         if current.initial_digest != self._initial_weights.digest:
             self._initial_weights = self._blob(current.initial_digest)
             self._initial_encoded = self._encoded(current.initial_digest)
+            self._initial_rest = self._rest(current.initial_digest)
         if (current.number, current.phase) == (before.number, before.phase):
             self._tell(concerned)
             self._tell_all_soon()
@@ -258,6 +260,7 @@ class Standing:
             phase=self._round.phase,
             initial_weights=self._initial_weights,
             initial_encoded=self._initial_encoded,
+            initial_rest=self._initial_rest,
             outcome=self._round.outcome_of(agent_id) if agent_id else None,
             accepted_weights=accepted.weights_digest if accepted else "",
             progress=self._progress,
@@ -307,8 +310,9 @@ class Standing:
     def _note_end(self, ended: Round | RoundRow) -> None:
         # Agents do not use the model of round 0: it is only where round 1 starts from.
         if ended.published_digest and ended.number:
+            digest = ended.published_digest
             self._latest_model = PublishedModel(
-                ended.number, self._blob(ended.published_digest), self._encoded(ended.published_digest)
+                ended.number, self._blob(digest), self._encoded(digest), self._rest(digest)
             )
         if ended.failure:
             self._last_failure = (ended.number, ended.failure)
@@ -328,6 +332,10 @@ class Standing:
         if encoding is None or self._store.blobs.size(encoding.digest) is None:
             return None
         return Encoded(self._blob(encoding.digest), encoding.base)
+
+    def _rest(self, digest: str) -> Blob | None:
+        rest = self._store.rest(digest)
+        return self._blob(rest) if rest else None
 
 
 async def wait_for(event: asyncio.Event, seconds: float | None) -> None:

@@ -16,6 +16,7 @@ from cloud_server.showing.waiting import Pending, sentence
 from cloud_server.store import Store
 from common.agent_progress import UNITS, Activity, AgentProgress
 from common.run_state import Outcome, Phase, Selection
+from common.tasks import Kind, published
 
 # So many of the latest rounds are on the status page.
 STATUS_ROUNDS = 50
@@ -90,9 +91,11 @@ class Status:
         audits = {agent.agent_id: _audit_status(agent) for agent in audited}
         places, presence = self._upload_places(), self._presence
         doing = {agent_id: self._doing(agent_id, places) for agent_id in presence.here}
+        kind = self._reports.kind
         return {
             "run_id": self._run_id,
             "run_name": self._run_name,
+            "metric": kind.metric,
             "round": current.number,
             "phase": current.phase.value,
             "phases": _phases(rows[-1], current, self._clock()),
@@ -100,7 +103,9 @@ class Status:
             "trainer": {"state": self.trainer_state, "seconds_left": standing.work_seconds_left},
             "waiting": None if standing.run_over else sentence(current, self._pending(doing), self._clock()),
             "agents": [
-                _agent_status(agent_id, slot, current, agent_id in presence.here, reported.get(agent_id))
+                _agent_status(
+                    kind, agent_id, slot, current, agent_id in presence.here, reported.get(agent_id)
+                )
                 | {
                     "progress": _progress_status(doing.get(agent_id)),
                     "away_since": presence.away_since(agent_id),
@@ -112,7 +117,7 @@ class Status:
                 for agent_id, slot in sorted(standing.slots.items(), key=lambda item: item[1])
             ],
             "rounds": [
-                _round_status(row, num_accepted.get(row.number, 0), results.get(row.number))
+                _round_status(kind, row, num_accepted.get(row.number, 0), results.get(row.number))
                 for row in rows
                 if row.phase in OVER
             ],
@@ -161,21 +166,24 @@ class Status:
 
 
 def _agent_status(
-    agent_id: str, slot: int, current: Round, is_watching: bool, report: ReportRow | None
+    kind: Kind, agent_id: str, slot: int, current: Round, is_watching: bool, report: ReportRow | None
 ) -> dict[str, Any]:
     outcome = current.outcome_of(agent_id)
     rejection = current.rejections.get(agent_id)
     contribution = current.contributions.get(agent_id)
     state = "contributed" if contribution else "watching"
+    scores = {
+        "score_local": contribution and contribution.score_local,
+        "score_before": report and report.score_before,
+        "score_after": report and report.score_after,
+        "score_adapted": report and report.score_adapted,
+    }
     return {
         "agent_id": agent_id,
         "slot": slot,
         "state": state if is_watching else "away",
         "outcome": outcome and outcome.value,
-        "accuracy_local": contribution and contribution.accuracy_local,
-        "accuracy_before": report and report.accuracy_before,
-        "accuracy_after": report and report.accuracy_after,
-        "accuracy_adapted": report and report.accuracy_adapted,
+        **published(kind, scores),
         "applied": report and report.applied,
         "message": rejection.message if rejection else (report.reason if report else ""),
     }
@@ -207,9 +215,14 @@ def _audit_status(audit: AgentAudit) -> dict[str, Any]:
     }
 
 
-def _round_status(row: RoundRow, num_contributions: int, result: Result | None) -> dict[str, Any]:
+def _round_status(kind: Kind, row: RoundRow, num_contributions: int, result: Result | None) -> dict[str, Any]:
     ended_at = max(row.phase_times.values(), default=row.opened_at)
     result = result or Result()
+    scores = {
+        "score_start": result.candidates.get(result.start or ""),
+        "score_fine_tuned": result.score_fine_tuned,
+        "score_published": result.score_published,
+    }
     return {
         "round": row.number,
         "outcome": row.phase,
@@ -221,9 +234,7 @@ def _round_status(row: RoundRow, num_contributions: int, result: Result | None) 
         "audit_note": result.audit_note or None,
         "start": result.start,
         "published": result.published,
-        "accuracy_start": result.candidates.get(result.start or ""),
-        "accuracy_fine_tuned": result.accuracy_fine_tuned,
-        "accuracy_published": result.accuracy_published,
+        **published(kind, scores),
         "seconds": round(ended_at - row.opened_at, 3),
     }
 

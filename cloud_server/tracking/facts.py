@@ -9,6 +9,7 @@ A round is told in two parts, because its agents report on the model after the r
 
 import json
 import math
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +21,7 @@ from cloud_server.jobs import round_job
 from cloud_server.round import OVER
 from cloud_server.state_dir import StateDir
 from cloud_server.store import Store
+from common.tasks import kind_of
 
 # The fields of a report that name agents; `num_agents` and its like stand there in their place.
 _NAMING = ("agents", "rejected", "late", "vanished", "drawn", "not_ready")
@@ -70,40 +72,48 @@ def of_rounds(
 ) -> Iterator[Facts]:
     """Yield what is to be told of the rounds that are over, in order.
 
+    The figure of the run's task is told as "accuracy/…", or as "score/…" where it is no accuracy.
+
     Args:
         store: the records.
         after: the order of the last part that has been told.
         is_run_over: True if no agent will report any more.
         with_agent_ids: True to leave agent ids in the reports.
     """
+    field = kind_of(_task_of(store)).field
     before: RoundRow | None = None
-    for number in _over(store, after // 2):
+    for number in _over(store, after // 2, is_run_over):
         row = store.round(number)
         assert row is not None
         if before and 2 * before.number + 1 > after:
-            yield _edges(store, before)
+            yield _edges(store, before, field)
         if 2 * row.number > after:
-            yield _round(store, row, with_agent_ids)
+            yield _round(store, row, field, with_agent_ids)
         before = row
     if before and is_run_over and 2 * before.number + 1 > after:
-        yield _edges(store, before)
+        yield _edges(store, before, field)
 
 
-def _over(store: Store, first: int) -> list[int]:
-    """Return the numbers of the rounds that are over, from `first` on."""
+def _over(store: Store, first: int, is_run_over: bool) -> list[int]:
+    """Return the numbers of the rounds that are over, from `first` on, without one that ends just now."""
     rows = store.read("SELECT number, phase FROM rounds WHERE number >= ? ORDER BY number", first)
-    return [row["number"] for row in rows if row["phase"] in OVER]
+    numbers = [row["number"] for row in rows if row["phase"] in OVER]
+    # The report of a round is written soon after it is on record that the round is over.
+    if numbers and not is_run_over and not store.state_dir.report(numbers[-1]).exists():
+        numbers.pop()
+    return numbers
 
 
-def _round(store: Store, row: RoundRow, with_agent_ids: bool) -> Facts:
+def _round(store: Store, row: RoundRow, field: str, with_agent_ids: bool) -> Facts:
     report = _read_report(store.state_dir, row.number)
     model = store.state_dir.model(row.number)
     agents = report.get("agents", [])
-    metrics = {f"accuracy/candidate/{name}": value for name, value in report.get("candidates", {}).items()}
+    metrics = {f"{field}/candidate/{name}": value for name, value in report.get("candidates", {}).items()}
+    metrics |= {f"{field}/figure/{_tag(name)}": value for name, value in report.get("figures", {}).items()}
     metrics |= {
-        "accuracy/start": report.get("candidates", {}).get(report.get("start")),
-        "accuracy/fine_tuned": report.get("accuracy_fine_tuned"),
-        "accuracy/published": report.get("accuracy_published"),
+        f"{field}/start": report.get("candidates", {}).get(report.get("start")),
+        f"{field}/fine_tuned": report.get(f"{field}_fine_tuned"),
+        f"{field}/published": report.get(f"{field}_published"),
         "loss/fine_tune": _last_loss(store.state_dir, row.number),
         "agents/contributed": len(agents),
         "agents/left_out": sum("left_out" in agent for agent in agents),
@@ -129,14 +139,27 @@ def _round(store: Store, row: RoundRow, with_agent_ids: bool) -> Facts:
     )
 
 
-def _edges(store: Store, row: RoundRow) -> Facts:
+def _edges(store: Store, row: RoundRow, field: str) -> Facts:
     reports = store.reports(row.number)
     metrics = {
-        "accuracy/edges_before": _mean([each.accuracy_before for each in reports]),
-        "accuracy/edges_after": _mean([each.accuracy_after for each in reports]),
+        f"{field}/edges_before": _mean([each.score_before for each in reports]),
+        f"{field}/edges_after": _mean([each.score_after for each in reports]),
         "agents/applied": sum(each.applied for each in reports) if reports else None,
     }
     return Facts(row.number, _ended_at(row), _finite(metrics), order=2 * row.number + 1)
+
+
+def _task_of(store: Store) -> str:
+    """Return the name of the run's task; a run of an earlier version has none on record."""
+    row = store.run()
+    assert row is not None
+    task: str = json.loads(row.config_json).get("task", "classification")
+    return task
+
+
+def _tag(name: str) -> str:
+    """Return a name that an own task has given, in the characters that MLflow allows."""
+    return re.sub(r"[^0-9A-Za-z_.-]", "_", name)
 
 
 def _ended_at(row: RoundRow) -> float:

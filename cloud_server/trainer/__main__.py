@@ -3,7 +3,7 @@
 The server starts `python -m cloud_server.trainer --state-dir DIR`. On a machine with several GPUs, this
 process starts one rank for each GPU through torchrun's launcher; otherwise it does the jobs itself. To train
 on several machines, run `torchrun --nnodes=N … -m cloud_server.trainer --state-dir DIR` on each machine, with
-a state directory that all of them share.
+a state directory that all of them share, or one that cloud_server/training/relay.py fills on each.
 
 The trainer cleans nothing up before it exits, because a job may be killed at any moment and started again.
 """
@@ -26,10 +26,12 @@ import structlog
 from cloud_server.jobs import JobDirectory, pending_jobs
 from cloud_server.state_dir import StateDir
 from common import cli, tracing
-from common.errors import UsageError
+from common.errors import RunError, UsageError
 from common.logs import configure_logging
 
 POLL_SECONDS = 0.025
+# A job that one machine has found is on all others after this time, with all its blobs.
+ARRIVAL_SECONDS = 600.0
 # The launcher starts a failed group of ranks so many times again. Then the launcher exits as well, and the
 # server starts a new trainer.
 MAX_RESTARTS = 3
@@ -146,16 +148,42 @@ def _work(state_dir: StateDir, device: str) -> NoReturn:
     gc.freeze()
     log.info("trainer_ready", rank=group.rank, world_size=group.world_size)
     while True:
-        name = group.share(_next_job(state_dir.jobs) if group.rank == 0 else "")
+        name, _, job_id = group.share(_next_job(state_dir.jobs) if group.rank == 0 else "").partition(" ")
         directory = JobDirectory(state_dir.job(name))
+        _await_job(directory, job_id)
         run_job(directory, blobs_dir=state_dir.blobs, device_name=device, group=group)
 
 
 def _next_job(jobs_dir: Path) -> str:
-    """Wait until a job is pending, and return the name of the first pending job."""
+    """Wait until a job is pending, and return the name and the id of the first pending job.
+
+    The id is missing if the job cannot be read, which is then said by whoever does it.
+    """
     while not (pending := pending_jobs(jobs_dir)):
         time.sleep(POLL_SECONDS)
-    return pending[0].path.name
+    return f"{pending[0].path.name} {_id_of(pending[0])}"
+
+
+def _id_of(directory: JobDirectory) -> str:
+    try:
+        return directory.read_job().id
+    except RunError:
+        return ""
+
+
+def _await_job(directory: JobDirectory, job_id: str) -> None:
+    """Wait until the job that rank 0 has found is in this machine's folder as well.
+
+    Raises:
+        RunError: it does not come, because it was withdrawn or no relay runs here; the ranks begin anew.
+    """
+    deadline = time.monotonic() + ARRIVAL_SECONDS
+    while job_id and _id_of(directory) != job_id:
+        if time.monotonic() > deadline:
+            raise RunError(
+                f"job {directory.path.name} of another machine did not come here: run a relay here"
+            )
+        time.sleep(POLL_SECONDS)
 
 
 if __name__ == "__main__":

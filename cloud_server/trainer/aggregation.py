@@ -9,7 +9,7 @@ instructions. The files are read instead of mapped, because mapped pages count a
 """
 
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal
@@ -19,14 +19,20 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from cloud_server.trainer.pieces import (
+    PIECE_ELEMENTS,
+    Contributions,
+    OnTensor,
+    Piece,
+    Reduction,
+    torch_dtype,
+)
 from common.config import RunConfig
 from common.errors import RunError
-from common.schema import TensorSpec, read_header
+from common.schema import read_header
 from common.weights import StateDict
+from common.wire import is_statistic
 
-# The largest piece that PyTorch adds up in one thread. For longer pieces PyTorch would wake other threads,
-# which costs more than it saves, and many times more on a busy machine.
-PIECE_ELEMENTS = 1 << 15
 # The size of a stack of pieces, of all contributions together: at most 2 MiB, in float64.
 STACK_ELEMENTS = 1 << 18
 # The least length of one contribution's piece in a stack. Finding a shorter piece in its file would cost more
@@ -41,22 +47,7 @@ LEAST_DISTANCE = 1e-150
 TOLERANCE = 1e-12
 MAX_ITERATIONS = 1000
 
-_TORCH_DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
-    "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8, "BOOL": torch.bool,
-}  # fmt: skip
-
-# A callback that gets the number of tensors that are done, and the number of all tensors.
-OnTensor = Callable[[int, int], None]
 FloatArray = npt.NDArray[np.floating[Any]]
-
-# The same piece of every contribution in turn, each with the values [n]. The values of the next contribution
-# overwrite those of the previous one.
-Piece = Iterable[Tensor]
-# A function that reduces a piece to the result, which is float64 [n] and filled with zeros at first.
-Reducer = Callable[[Piece, Tensor], None]
 
 
 def coefficients(num_examples: Sequence[int], weights: Literal["examples", "uniform"]) -> list[float]:
@@ -96,21 +87,57 @@ def aggregate(
         InvalidError: a file is not a safetensors file.
         OSError: a file cannot be read.
     """
+    return _aggregation(paths, coefficients, run, compared, on_tensor).in_memory()
+
+
+def aggregate_into(
+    target: Path,
+    paths: Sequence[Path],
+    coefficients: Sequence[float],
+    run: RunConfig,
+    *,
+    on_tensor: OnTensor = lambda *_: None,
+) -> None:
+    """Write the aggregate of `aggregate` to a file, in memory that does not depend on the size of the files.
+
+    The geometric median compares all tensors but running statistics, because no model says which are
+    parameters.
+
+    Raises:
+        RunError: the files differ in names, shapes or dtypes, or a file contradicts its header.
+        InvalidError: a file is not a safetensors file, or a value of the aggregate is not finite.
+        OSError: a file cannot be read or written.
+    """
+    compared = [name for name in read_header(paths[0]).schema if not is_statistic(name)]
+    _aggregation(paths, coefficients, run, compared, on_tensor).write(target)
+
+
+def _aggregation(
+    paths: Sequence[Path],
+    coefficients: Sequence[float],
+    run: RunConfig,
+    compared: Collection[str],
+    on_tensor: OnTensor,
+) -> Reduction:
     match run.aggregator:
         case "mean":
-            return mean(paths, coefficients, on_tensor=on_tensor)
+            return _mean(paths, coefficients, on_tensor)
         case "trimmed_mean":
-            return trimmed_mean(paths, run.trim_fraction, on_tensor=on_tensor)
+            return _trimmed_mean(paths, _num_trimmed(len(paths), run.trim_fraction), on_tensor)
         case "median":
-            return median(paths, on_tensor=on_tensor)
+            return _trimmed_mean(paths, _num_beside_median(len(paths)), on_tensor)
         case "geometric_median":
-            return geometric_median(paths, coefficients, compared=compared, on_tensor=on_tensor)
+            return _geometric_median(paths, coefficients, compared, on_tensor)
 
 
 def mean(
     paths: Sequence[Path], coefficients: Sequence[float], *, on_tensor: OnTensor = lambda *_: None
 ) -> StateDict:
     """Return the weighted mean Σ cᵢ·xᵢ / Σ cᵢ (FedAvg, arXiv 1602.05629, algorithm 1); see `aggregate`."""
+    return _mean(paths, coefficients, on_tensor).in_memory()
+
+
+def _mean(paths: Sequence[Path], coefficients: Sequence[float], on_tensor: OnTensor) -> Reduction:
     total = sum(coefficients)
 
     def reduce(piece: Piece, result: Tensor) -> None:
@@ -118,7 +145,7 @@ def mean(
             result.add_(values, alpha=coefficient)
         result.div_(total)
 
-    return _reduce(Contributions(paths), PIECE_ELEMENTS, reduce, on_tensor)
+    return Reduction(Contributions(paths), PIECE_ELEMENTS, reduce, on_tensor)
 
 
 def trimmed_mean(
@@ -135,8 +162,7 @@ def trimmed_mean(
         trim_fraction: from 0 to less than 0.5.
         on_tensor: a callback that gets the numbers of done tensors and of all tensors.
     """
-    # The fraction is taken as its decimal digits say, because 0.29·100 is less than 29 in floating point.
-    return _trimmed_mean(paths, math.floor(Fraction(str(trim_fraction)) * len(paths)), on_tensor)
+    return _trimmed_mean(paths, _num_trimmed(len(paths), trim_fraction), on_tensor).in_memory()
 
 
 def median(paths: Sequence[Path], *, on_tensor: OnTensor = lambda *_: None) -> StateDict:
@@ -144,7 +170,16 @@ def median(paths: Sequence[Path], *, on_tensor: OnTensor = lambda *_: None) -> S
 
     The median of an even number of values is the mean of the two in the middle. There are no coefficients.
     """
-    return _trimmed_mean(paths, (len(paths) - 1) // 2, on_tensor)
+    return _trimmed_mean(paths, _num_beside_median(len(paths)), on_tensor).in_memory()
+
+
+def _num_trimmed(num_contributions: int, trim_fraction: float) -> int:
+    # The fraction is taken as its decimal digits say, because 0.29·100 is less than 29 in floating point.
+    return math.floor(Fraction(str(trim_fraction)) * num_contributions)
+
+
+def _num_beside_median(num_contributions: int) -> int:
+    return (num_contributions - 1) // 2
 
 
 def geometric_median(
@@ -174,6 +209,12 @@ def geometric_median(
     Raises:
         RunError: as in `aggregate`, or a distance is beyond float64.
     """
+    return _geometric_median(paths, coefficients, compared, on_tensor).in_memory()
+
+
+def _geometric_median(
+    paths: Sequence[Path], coefficients: Sequence[float], compared: Collection[str], on_tensor: OnTensor
+) -> Reduction:
     contributions, factors = Contributions(paths), np.asarray(coefficients, np.float64)
     schema = contributions.schema
     names = [name for name in schema if name in compared and torch_dtype(schema[name]).is_floating_point]
@@ -186,75 +227,10 @@ def geometric_median(
     if not np.isfinite(gram).all():
         raise RunError('the contributions are too large for geometric_median: set aggregator = "median"')
     weights = _geometric_median_weights(gram, factors)
-    return mean(paths, weights.tolist(), on_tensor=lambda done, _: on_tensor(len(names) + done, num_steps))
+    return _mean(paths, weights.tolist(), lambda done, _: on_tensor(len(names) + done, num_steps))
 
 
-class Contributions:
-    """Safetensors files with equal names, shapes and dtypes, which are read side by side.
-
-    Attributes:
-        stored: the dtypes and shapes of the tensors in the files.
-        schema: the same, with each complex tensor as a real one whose last axis has both parts.
-    """
-
-    def __init__(self, paths: Sequence[Path]) -> None:
-        headers = [read_header(path) for path in paths]
-        self.stored = headers[0].schema
-        if any(header.schema != self.stored for header in headers):
-            raise RunError("the contributions have different names, shapes or dtypes")
-        self.schema = {name: _as_real(spec) for name, spec in self.stored.items()}
-        self._files = list(zip(paths, headers, strict=True))
-
-    def pieces(self, name: str, max_elements: int) -> Iterator[tuple[int, Piece]]:
-        """Yield the pieces of a tensor in order, each with the index of its first element in the tensor."""
-        dtype, num_elements = torch_dtype(self.schema[name]), math.prod(self.schema[name].shape)
-        buffer = torch.empty(min(max_elements, num_elements), dtype=dtype)
-        for begin in range(0, num_elements, max_elements):
-            yield begin, self._piece(name, begin, buffer[: num_elements - begin])
-
-    def restored(self, tensors: StateDict) -> StateDict:
-        """Return tensors of `schema` with those complex that are complex in the files."""
-        return {
-            name: torch.view_as_complex(tensor) if self.stored[name].dtype == "C64" else tensor
-            for name, tensor in tensors.items()
-        }
-
-    def _piece(self, name: str, begin: int, values: Tensor) -> Iterator[Tensor]:
-        """Read one piece of each contribution in turn into `values`, and yield `values` each time."""
-        data = values.view(torch.uint8).numpy().data
-        for path, header in self._files:
-            with path.open("rb") as file:
-                file.seek(header.data_start + header.offsets[name][0] + begin * values.element_size())
-                if file.readinto(data) != len(data):
-                    raise RunError(f"{path} ends within its data")
-            yield values
-
-
-def _as_real(spec: TensorSpec) -> TensorSpec:
-    """Return a complex tensor as a real one, because every rule here is about single coordinates."""
-    return TensorSpec("F32", (*spec.shape, 2)) if spec.dtype == "C64" else spec
-
-
-def _reduce(
-    contributions: Contributions, max_elements: int, reduce: Reducer, on_tensor: OnTensor
-) -> StateDict:
-    """Return the state_dict of all tensors, each reduced piece by piece."""
-    reduced: StateDict = {}
-    for name, spec in contributions.schema.items():
-        tensor = reduced[name] = torch.empty(spec.shape, dtype=torch_dtype(spec))
-        flat = tensor.view(-1)
-        buffer = torch.empty_like(flat[:max_elements], dtype=torch.float64)
-        for begin, piece in contributions.pieces(name, max_elements):
-            target = flat[begin : begin + max_elements]
-            result = buffer[: len(target)].zero_()
-            reduce(piece, result)
-            # The cast to an integer dtype would cut the fraction off, so the result is rounded before.
-            target.copy_(result if target.is_floating_point() else result.round_())
-        on_tensor(len(reduced), len(contributions.schema))
-    return contributions.restored(reduced)
-
-
-def _trimmed_mean(paths: Sequence[Path], num_dropped: int, on_tensor: OnTensor) -> StateDict:
+def _trimmed_mean(paths: Sequence[Path], num_dropped: int, on_tensor: OnTensor) -> Reduction:
     """Return the mean of each coordinate without its `num_dropped` smallest and as many largest values."""
     kept = range(num_dropped, len(paths) - num_dropped)
     scratch = _scratch(len(paths))
@@ -266,7 +242,7 @@ def _trimmed_mean(paths: Sequence[Path], num_dropped: int, on_tensor: OnTensor) 
             result.add_(torch.from_numpy(rows[index]))
         result.div_(len(kept))
 
-    return _reduce(Contributions(paths), scratch.shape[1], reduce, on_tensor)
+    return Reduction(Contributions(paths), scratch.shape[1], reduce, on_tensor)
 
 
 def _scratch(num_contributions: int) -> Tensor:
@@ -354,8 +330,3 @@ def _weighted_median(values: FloatArray, coefficients: FloatArray) -> float:
     order = values.argsort()
     held = coefficients[order].cumsum()
     return float(values[order][np.searchsorted(held, held[-1] / 2)])
-
-
-def torch_dtype(spec: TensorSpec) -> torch.dtype:
-    """Return the PyTorch dtype of a tensor in a safetensors file."""
-    return _TORCH_DTYPES[spec.dtype]

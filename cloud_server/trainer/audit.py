@@ -41,6 +41,7 @@ from common.config import RunConfig
 from common.evaluation import predict
 from common.seeds import derive_seed
 from common.shards import Shard, cloud_holdout, gather, read_shard
+from common.tasks.task import task_of
 from common.weights import load_into
 
 # If only two agents contradict each other, nothing shows which one is right.
@@ -91,8 +92,8 @@ class Finding(NamedTuple):
 class _Sample(NamedTuple):
     """The examples of all agents that the audit uses."""
 
-    # uint8 [N, channels, height, width].
-    images: Tensor
+    # [N, …].
+    inputs: Tensor
     labels_N: Integers
     # The number of the agent that has the example.
     owner_N: Integers
@@ -107,6 +108,7 @@ def audit(
     *,
     run: RunConfig,
     device: torch.device,
+    rest: Path | None = None,
 ) -> list[Finding]:
     """Return the findings about each member.
 
@@ -119,6 +121,7 @@ def audit(
         blobs_dir: the directory of the blobs.
         run: the configuration of the run.
         device: the device on which the models are run.
+        rest: the file of the cloud's values for what members do not send; None if they send whole models.
 
     Raises:
         RunError: the weights of a member do not fit the model.
@@ -131,7 +134,8 @@ def audit(
     sample = _draw(run, contributions, blobs_dir)
     if not len(sample.labels_N):
         return nothing
-    p_KNC = _predictions(model, [member.weights_path for member in members], sample.images, run, device)
+    files = [[rest, member.weights_path] for member in members]
+    p_KNC = _predictions(model, files, sample.inputs, run, device)
     total_NC = p_KNC.sum(0, dtype=np.float64)
     labels: list[Share | None] = []
     losses: list[float | None] = []
@@ -184,14 +188,14 @@ def _draw(run: RunConfig, contributions: Sequence[Contribution], blobs_dir: Path
             parts.append((shard, np.flatnonzero(chosen)))
             held_out.append(known[chosen])
             owners.append(np.full(chosen.sum(), number))
-    images, labels_N = gather(parts, run.spec.image_shape)
-    return _Sample(torch.from_numpy(images), labels_N, np.concatenate(owners), np.concatenate(held_out))
+    inputs, labels_N = gather(parts, run.spec)
+    return _Sample(torch.from_numpy(inputs), labels_N, np.concatenate(owners), np.concatenate(held_out))
 
 
 def _is_held_out(shard: Shard, fraction: float, seed: int) -> Booleans:
     """Return True for each example of the shard that is held out, so that no agent has trained on it."""
-    _, held_out = cloud_holdout(shard.labels, fraction, seed)
-    return np.isin(np.arange(len(shard.labels)), held_out)
+    _, held_out = cloud_holdout(shard.targets, fraction, seed)
+    return np.isin(np.arange(len(shard.targets)), held_out)
 
 
 def _choose(is_held_out: Sequence[Booleans], most: int, seed: int) -> list[Booleans]:
@@ -210,14 +214,19 @@ def _choose(is_held_out: Sequence[Booleans], most: int, seed: int) -> list[Boole
 
 
 def _predictions(
-    model: nn.Module, weights_paths: Sequence[Path], images: Tensor, run: RunConfig, device: torch.device
+    model: nn.Module,
+    files: Sequence[Sequence[Path | None]],
+    inputs: Tensor,
+    run: RunConfig,
+    device: torch.device,
 ) -> npt.NDArray[np.float32]:
-    """Return each agent's predictions for the images: [K, N, C], distributions over the classes."""
-    p_KNC = np.empty((len(weights_paths), len(images), run.spec.num_classes), np.float32)
-    data = DeviceData(images, run.spec, device)
-    for path, p_NC in zip(weights_paths, p_KNC, strict=True):
-        load_into(model, path)
-        p_NC[:] = predict(model, data, spec=run.spec, device=device).softmax(1).numpy()
+    """Return each agent's predictions for the inputs: [K, N, C], distributions over the classes."""
+    p_KNC = np.empty((len(files), len(inputs), run.spec.num_classes), np.float32)
+    task = task_of(run)
+    data = DeviceData(inputs, run.spec, device)
+    for parts, p_NC in zip(files, p_KNC, strict=True):
+        load_into(model, *parts)
+        p_NC[:] = predict(model, data, task=task, device=device).softmax(1).numpy()
         # Weights that are too large to compute with give predictions that are not finite.
         p_NC[~np.isfinite(p_NC).all(1)] = 1 / run.spec.num_classes
     return p_KNC

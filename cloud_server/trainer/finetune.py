@@ -1,7 +1,4 @@
-"""Fine-tuning, the training of the chosen candidate on the combined data of all agents.
-
-Shapes: N images, C channels, H height, W width.
-"""
+"""Fine-tuning, the training of the chosen candidate on the combined data of all agents."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +14,7 @@ from common.config import RunConfig
 from common.schedule import place_of
 from common.seeds import derive_seed
 from common.shards import Shard, cloud_holdout, gather, read_shard
+from common.tasks.task import task_of
 from common.training import ALONE, Examples, OnStep, Ranks, Recipe, choose_precision, train
 
 
@@ -42,7 +40,7 @@ def combine(run: RunConfig, contributions: Sequence[Contribution], blobs_dir: Pa
         seed = derive_seed(run.seed, "cloud_holdout", contribution.agent_id)
         for digest in contribution.shard_digests:
             shard = read_shard(blob_path(blobs_dir, digest))
-            rest, held_out = cloud_holdout(shard.labels, run.fine_tune.holdout_fraction, seed)
+            rest, held_out = cloud_holdout(shard.targets, run.fine_tune.holdout_fraction, seed)
             train_parts.append((shard, rest))
             held_out_parts.append((shard, held_out))
     return CombinedData(_examples(run, train_parts), _examples(run, held_out_parts))
@@ -78,14 +76,14 @@ def fine_tune(
     """
     config = run.fine_tune_of(round_number)
     kept_at = precision_path if ranks == ALONE else None
-    precision = choose_precision(model, examples, config, spec=run.spec, device=device, kept_at=kept_at)
+    task = task_of(run)
+    precision = choose_precision(model, examples, config, task=task, device=device, kept_at=kept_at)
     seed = derive_seed(run.seed, round_number, "fine_tune")
     place = place_of(run, "fine_tune", round_number, planned_rounds, has_full_curve=has_full_curve)
-    recipe = Recipe(config, run.spec, seed, precision, config.class_balanced, place)
+    recipe = Recipe(config, task, seed, precision, config.class_balanced, place)
     train(model, examples, recipe, device=device, on_step=on_step, ranks=ranks)
 
 
 def _examples(run: RunConfig, parts: Sequence[tuple[Shard, np.ndarray]]) -> Examples:
     """Return the chosen examples of each shard, as tensors."""
-    images, labels = gather(parts, run.spec.image_shape)
-    return Examples(torch.from_numpy(images), torch.from_numpy(labels))
+    return Examples(*map(torch.from_numpy, gather(parts, run.spec)))

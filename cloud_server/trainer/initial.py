@@ -14,11 +14,12 @@ import structlog
 import torch
 from torch import nn
 
-from common.config import RunConfig, expand_home
+from common.config import INDEX_SUFFIX, RunConfig, expand_home
 from common.errors import InvalidError, RunError, UsageError
 from common.models import build_model
 from common.proxy import route_of_download
 from common.schema import check_finite, read_header
+from common.sharded import weight_files
 from common.weights import StateDict, load_into
 
 # A download fails when no data has arrived for so long.
@@ -40,8 +41,8 @@ def initial_model(run: RunConfig) -> nn.Module:
     - "pretrained": the weights are those that torchvision publishes for ImageNet. Layers of another shape are
       drawn at random: the last layer, for the run's classes, and the stem if `small_images` makes it smaller.
       Images are normalised by the run's `mean` and `std`, not by ImageNet's.
-    - a path of a safetensors file, relative to the working directory: the weights are those in the file,
-      which must have every tensor of the run's model.
+    - a path of a safetensors file, or of the index of several, relative to the working directory: the weights
+      are those in the file or files, which must have every tensor of the run's model.
 
     Raises:
         UsageError: the model cannot be built, or the weights cannot be obtained or do not fit the model.
@@ -51,31 +52,35 @@ def initial_model(run: RunConfig) -> nn.Module:
     model = build_model(run)
     if run.initial_weights == "pretrained":
         _load_published(model, run)
-    elif run.initial_weights.endswith(".safetensors"):
-        _load_file(model, Path(run.initial_weights), run)
+    elif run.initial_weights.endswith((".safetensors", INDEX_SUFFIX)):
+        try:
+            load_into(model, *initial_files(run))
+        except RunError as error:
+            classes = f"with a last layer for its {run.spec.num_classes} classes"
+            raise UsageError(f"run.initial_weights: {error}, {classes}") from error
     return model
 
 
-def _load_file(model: nn.Module, path: Path, run: RunConfig) -> None:
-    """Load the weights in a safetensors file into the model.
+def initial_files(run: RunConfig) -> list[Path]:
+    """Return the files of the initial weights, all of whose values are finite.
 
     Raises:
-        UsageError: the file cannot be read, is not valid, or does not fit the model.
+        UsageError: a file cannot be read, or is not valid.
     """
     try:
-        path = expand_home(path)
+        path = expand_home(Path(run.initial_weights))
     except ValueError as error:
         raise UsageError(f"run.initial_weights: {error}") from error
     try:
-        check_finite(path, read_header(path))
-        load_into(model, path)
+        files = weight_files(path)
+        for file in files:
+            check_finite(file, read_header(file))
     except OSError as error:
-        raise UsageError(f"run.initial_weights: cannot read {path}: {error.strerror or error}") from error
+        unread = error.filename or path
+        raise UsageError(f"run.initial_weights: cannot read {unread}: {error.strerror or error}") from error
     except InvalidError as error:
         raise UsageError(f"run.initial_weights: {path}: {error}") from error
-    except RunError as error:
-        classes = f"with a last layer for its {run.spec.num_classes} classes"
-        raise UsageError(f"run.initial_weights: {error}, {classes}") from error
+    return files
 
 
 def _load_published(model: nn.Module, run: RunConfig) -> None:

@@ -16,8 +16,8 @@ from statistics import median
 import torch
 from torch import Tensor
 
-from cloud_server.trainer.aggregation import PIECE_ELEMENTS, Contributions, torch_dtype
-from common.weights import StateDict, write_state_dict
+from cloud_server.trainer.pieces import PIECE_ELEMENTS, Contributions, torch_dtype, write_piece
+from common.tensor_files import PLAIN, writing
 from common.wire import is_statistic
 
 
@@ -65,7 +65,7 @@ def clip(weights: Path, base: Path | None, scale: float, target: Path) -> None:
     Each floating-point tensor is interpolated between the base and the agent's weights, in float64. Running
     statistics are interpolated, too, although they do not count in the norm: otherwise an agent could send
     statistics of any size, which would dominate the mean with the others'. An interpolated variance is never
-    below zero. Integers are taken from the agent. The memory holds one model.
+    below zero. Integers are taken from the agent. The memory does not depend on the size of the files.
 
     Args:
         weights: the file of the weights that the agent has sent.
@@ -78,17 +78,15 @@ def clip(weights: Path, base: Path | None, scale: float, target: Path) -> None:
         OSError: a file cannot be read or written.
     """
     files = Contributions([*([base] if base else []), weights])
-    clipped: StateDict = {}
-    for name, spec in files.schema.items():
-        tensor = clipped[name] = torch.empty(spec.shape, dtype=torch_dtype(spec))
-        for begin, piece in files.pieces(name, PIECE_ELEMENTS):
-            values = iter(piece)
-            start = next(values).to(torch.float64, copy=True) if base else torch.zeros(1, dtype=torch.float64)
-            own = next(values)
-            # The formula is not start + scale * (own - start), because that difference may be infinite.
-            part = own.double() * scale + start * (1 - scale) if own.is_floating_point() else own
-            tensor.view(-1)[begin : begin + len(own)] = part
-    write_state_dict(files.restored(clipped), target)
+    with writing(target, files.stored, PLAIN) as clipped:
+        for name in files.schema:
+            for begin, piece in files.pieces(name, PIECE_ELEMENTS):
+                values = iter(piece)
+                start = next(values).double().clone() if base else torch.zeros(1, dtype=torch.float64)
+                own = next(values)
+                # The formula is not start + scale * (own - start), because that difference may be infinite.
+                part = own.double() * scale + start * (1 - scale) if own.is_floating_point() else own
+                write_piece(clipped, name, begin, part.to(own.dtype))
 
 
 def _norm(values: Tensor) -> float:

@@ -66,7 +66,7 @@ class PermutationGroup(NamedTuple):
     places: tuple[Place, ...]
 
 
-def permutation_groups(model: nn.Module, image_shape: Sequence[int]) -> list[PermutationGroup]:
+def permutation_groups(model: nn.Module, inputs: Tensor) -> list[PermutationGroup]:
     """Return the groups of the model, in the order of its graph.
 
     No permutation of any group changes the model's outputs. The groups may be incomplete: neurons are left
@@ -74,7 +74,7 @@ def permutation_groups(model: nn.Module, image_shape: Sequence[int]) -> list[Per
 
     Args:
         model: the model, which stays as it is; the values of its tensors do not matter.
-        image_shape: the shape [C, H, W] of the model's input images.
+        inputs: two inputs of the model, [2, …], whose values do not matter.
 
     Raises:
         NotTraceable: torch.fx cannot trace the model, or a parameter takes no part in the graph, so that it
@@ -84,9 +84,10 @@ def permutation_groups(model: nn.Module, image_shape: Sequence[int]) -> list[Per
     try:
         flow = _FlowThrough(fx.symbolic_trace(model.eval()), model)
         example = next(model.parameters(), torch.empty(0))
-        images = torch.zeros(2, *image_shape, dtype=example.dtype, device=example.device)
+        is_real = inputs.is_floating_point()
+        inputs = inputs.to(example.device, example.dtype if is_real else inputs.dtype)
         with torch.no_grad():
-            flow.run(images)
+            flow.run(inputs)
     except Exception as error:
         # Tracing and running a user's model can raise any exception.
         raise NotTraceable(next(iter(str(error).splitlines()), "") or type(error).__name__) from error
@@ -213,6 +214,9 @@ class _Ledger:
         Args:
             names: all names of each tensor, by its first name.
         """
+        if not self._uses:
+            # No operation is known, so nothing may move.
+            return []
         for use in self._uses:
             if any(target.tensor in self._frozen for target in use.targets):
                 self.fix(use.units)
@@ -677,6 +681,29 @@ def _convolution(call: _Call) -> _Flow | None:
     return _outputs(call, 1, group_of_output)
 
 
+def _gru(call: _Call) -> Any:
+    """Apply a single layer of gated recurrent units, which uses units along the last axis and makes new ones.
+
+    Each unit has a row for each of its three gates in every tensor, and a column in the recurrent weight.
+    """
+    layer, (flow, *_) = call.function, call.flows
+    is_plain = layer.num_layers == 1 and not layer.bidirectional and layer.batch_first and not layer.training
+    reading = _read(flow, -1)
+    if reading is None or not is_plain or len(call.flows) > 1 or flow.value.ndim != 3:
+        return None
+    run, size = call.run, layer.hidden_size
+    weights = [layer.weight_ih_l0, layer.weight_hh_l0]
+    biases = [layer.bias_ih_l0, layer.bias_hh_l0] if layer.bias else []
+    for weight in weights:
+        run.weight_used_as(weight, "gru")
+    run.ledger.use(reading.units, run.targets(weights[:1], 1), reading.kinds)
+    units = run.ledger.new_block(size, run.targets(weights[1:], 1))
+    gates = torch.arange(3).repeat_interleave(size)
+    run.ledger.use(units.repeat(3), run.targets([*weights, *biases], 0), gates)
+    states, last = call.value
+    return _flow_along(states, units, -1), _flow_along(last, units, -1)
+
+
 def _outputs(call: _Call, axis: int, kinds: Tensor) -> _Flow:
     """Return the output of a layer as new units along the axis, each with its own weights."""
     if len(kinds) == 1:
@@ -726,6 +753,7 @@ _METHODS: dict[str, _Rule] = {
 
 _MODULES: dict[type[nn.Module], _Rule] = {
     nn.Linear: _linear,
+    nn.GRU: _gru,
     **dict.fromkeys([nn.Conv1d, nn.Conv2d, nn.Conv3d], _convolution),
     **dict.fromkeys([nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d], _batch_norm),
     nn.LayerNorm: _layer_norm,

@@ -9,9 +9,9 @@ from typing import Literal
 
 import structlog
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from cloud_server.jobs import ClassAccuracy, Job, JobDirectory, Progress, Result
+from cloud_server.jobs import ClassScore, Job, JobDirectory, Progress, Result
 from cloud_server.state_dir import blob_path
 from cloud_server.trainer.audit import MIN_AGENTS
 from cloud_server.trainer.finetune import CombinedData, combine, fine_tune
@@ -25,7 +25,7 @@ from common.config import RunConfig
 from common.errors import InvalidError, RunError
 from common.evaluation import Evaluation
 from common.faults import Point, crash_point
-from common.models import build_model
+from common.models import build_model, shared_part
 from common.training import Examples, Ranks, StepReport
 from common.wire import Base, is_encoded, wire_of
 
@@ -45,6 +45,8 @@ class RoundPipeline:
         # The round's initial weights, which are the base of differences.
         self._base = base_of(job, blobs_dir)
         self._is_encoded = is_encoded(job.run)
+        # The cloud's values for the parts of the model that do not travel.
+        self._rest = blob_path(blobs_dir, job.initial_rest) if job.initial_rest else None
         self._directory = directory
         self._blobs_dir = blobs_dir
         self._device = device
@@ -69,10 +71,10 @@ class RoundPipeline:
         self._tell("aggregating", 0, 1)
         with self._timed("aggregate"):
             self._make_weights()
-        holds_base = self._is_first and all_hold_base(self._members, self._run)
+        base = self._base_of_published()
         self._screen(model)
         data = combine(self._run, [member.contribution for member in self._members], self._blobs_dir)
-        log.info("data", num_train=len(data.train.labels), num_held_out=len(data.held_out.labels))
+        log.info("data", num_train=len(data.train.targets), num_held_out=len(data.held_out.targets))
         with self._timed("aggregate"):
             selection = self._select(model, data) if self._is_first else None
         self._tell("fine_tuning", 0, 1)
@@ -83,9 +85,9 @@ class RoundPipeline:
             return Result()
         self._tell("evaluating", 0, 1)
         with self._timed("evaluate"):
-            result = self._publish(model, data, selection, start, self._base if holds_base else None)
+            result = self._publish(model, data, selection, start, base)
         self._tell("evaluating", 1, 1)
-        return result.model_copy(update={"seconds": self._seconds, "finished_at": time.time()})
+        return self._timestamped(result)
 
     @property
     def _may_keep_start(self) -> bool:
@@ -101,8 +103,16 @@ class RoundPipeline:
                 make_weights(member, self._job, self._blobs_dir)
         self._group.share("decoded")
 
-    def _screen(self, model: nn.Module) -> None:
-        """Screen the members, and keep those from which the model is made, some with clipped weights."""
+    def _base_of_published(self) -> Base | None:
+        """Return the base of the published model's differences, if every member has it; on rank 0 only."""
+        return self._base if self._is_first and all_hold_base(self._members, self._run) else None
+
+    def _screen(self, model: nn.Module | None) -> None:
+        """Screen the members, and keep those from which the model is made, some with clipped weights.
+
+        Args:
+            model: a model of the run's structure; None: nothing is audited.
+        """
         if len(self._members) < MIN_AGENTS:
             return
         scratch = self._directory.scratch_path
@@ -117,6 +127,7 @@ class RoundPipeline:
                     run=self._run,
                     device=self._device,
                     scratch=scratch,
+                    rest=self._rest,
                 )
         shared = self._group.share(self._screening.model_dump_json())
         self._screening = Screening.model_validate_json(shared)
@@ -132,6 +143,7 @@ class RoundPipeline:
             data,
             device=self._device,
             scratch=self._directory.scratch_path,
+            rest=self._rest,
             on_tensor=lambda *_: crash_point(Point.TRAINER_TENSOR_AVERAGED),
         )
         with tracing.span("select"):
@@ -140,7 +152,7 @@ class RoundPipeline:
 
     def _fine_tune(self, model: nn.Module, examples: Examples) -> None:
         """Fine-tune the model in place, if there are examples."""
-        if not len(examples.labels):
+        if not len(examples.targets):
             # No agent has shared any data.
             return
         with self._timed("fine_tune"):
@@ -160,11 +172,11 @@ class RoundPipeline:
     def _publish(
         self, model: nn.Module, data: CombinedData, selection: Selection, start: Best, base: Base | None
     ) -> Result:
-        """Write the better one of start and fine-tuned model, and return the result with both accuracies."""
+        """Write the better one of start and fine-tuned model, and return the result with both scores."""
         written, fine_tuned = None, None
-        if len(data.train.labels):
+        if len(data.train.targets):
             if self._is_encoded:
-                # The model is encoded before it is measured, so that the accuracy is that of the model which
+                # The model is encoded before it is measured, so that the score is that of the model which
                 # the agents will have. A model that is not finite cannot be encoded. Either the start is
                 # better, or the same error is raised below.
                 with suppress(RunError, InvalidError):
@@ -176,17 +188,20 @@ class RoundPipeline:
             if written.encoded:
                 # Encoding has rounded the model since it was measured, so it is measured again.
                 published = published._replace(evaluation=selection.measure())
-        log.info("selected", start=start.name, published=published.name, accuracies=selection.accuracies)
+        log.info("selected", start=start.name, published=published.name, scores=selection.scores)
         return Result(
             weights=written.weights,
             encoded=written.encoded,
-            candidates=selection.accuracies,
+            rest=written.rest,
+            candidates=selection.scores,
             start=start.name,
+            metric=selection.metric,
             soup=selection.soup,
             published="fine_tuned" if published.name == "fine_tuned" else "start",
-            accuracy_fine_tuned=fine_tuned and fine_tuned.accuracy,
-            accuracy_published=published.evaluation and published.evaluation.accuracy,
-            classes=_by_class(data.held_out.labels, start.evaluation, published.evaluation),
+            score_fine_tuned=fine_tuned and fine_tuned.score,
+            score_published=published.evaluation and published.evaluation.score,
+            figures=dict(published.evaluation.figures) if published.evaluation else {},
+            classes=_by_class(start.evaluation, published.evaluation),
             audit=self._screening.agents,
             audit_note=self._screening.note,
             num_parameters=num_parameters(model),
@@ -194,9 +209,14 @@ class RoundPipeline:
 
     # ------------------------------------------------------------------ small parts
 
+    def _timestamped(self, result: Result) -> Result:
+        """Return the result with the seconds that the steps have taken."""
+        return result.model_copy(update={"seconds": self._seconds, "finished_at": time.time()})
+
     def _write(self, model: nn.Module, base: Base | None) -> Written:
         """Write the files of the model."""
-        return write_model(model, self._directory, wire_of(self._run.wire, base), base)
+        wire, shared = wire_of(self._run.wire, base), shared_part(model, self._run)
+        return write_model(model, self._directory, wire, base, shared)
 
     def _tell_step(self, report: StepReport) -> None:
         """Report a step of the fine-tune as progress."""
@@ -238,23 +258,16 @@ def _network(run: RunConfig) -> nn.Module:
     return build_model(run)
 
 
-def _by_class(
-    labels: Tensor, start: Evaluation | None, published: Evaluation | None
-) -> tuple[ClassAccuracy, ...]:
-    """Return the accuracies of start and published model for each class among the labels, int64 [N]."""
+def _by_class(start: Evaluation | None, published: Evaluation | None) -> tuple[ClassScore, ...]:
+    """Return the scores of start and published model for each class that has held-out examples."""
     if start is None or published is None:
         return ()
-    counts = torch.bincount(labels)
-    before, after = (
-        torch.bincount(labels[evaluation.correct], minlength=len(counts)) for evaluation in (start, published)
-    )
     return tuple(
-        ClassAccuracy(
+        ClassScore(
             label=label,
-            num_examples=count,
-            accuracy_start=before[label].item() / count,
-            accuracy_published=after[label].item() / count,
+            num_examples=before.num_examples,
+            score_start=before.score,
+            score_published=published.by_class[label].score,
         )
-        for label, count in enumerate(counts.tolist())
-        if count
+        for label, before in start.by_class.items()
     )

@@ -20,6 +20,7 @@ from cloud_server.trainer.members import Member
 from cloud_server.trainer.norms import clip, scales, update_norms
 from common.config import FrozenModel, RunConfig
 from common.errors import Reason
+from common.tasks import kind_of
 
 
 class Screening(FrozenModel):
@@ -45,7 +46,7 @@ def clipped_path(scratch: Path, member: Member) -> Path:
 
 
 def screen(
-    model: nn.Module,
+    model: nn.Module | None,
     members: Sequence[Member],
     base_path: Path | None,
     blobs_dir: Path,
@@ -53,17 +54,19 @@ def screen(
     run: RunConfig,
     device: torch.device,
     scratch: Path,
+    rest: Path | None = None,
 ) -> Screening:
     """Screen the members' contributions, and write clipped weights to `scratch`.
 
     Args:
-        model: a model of the run's structure, whose weights are overwritten.
+        model: a model of the run's structure, whose weights are overwritten; None: nothing is audited.
         members: the members of the round, at least MIN_AGENTS of them.
         base_path: the file of the weights from which all members started; None if they differ in that.
         blobs_dir: the directory of the blobs.
         run: the configuration of the run.
         device: the device on which the models are run.
         scratch: an existing folder for clipped weights.
+        rest: the file of the cloud's values for what members do not send; None if they send whole models.
 
     Raises:
         RunError: the members' weights differ in names, shapes or dtypes.
@@ -75,8 +78,11 @@ def screen(
         if agent.scale < 1:
             clip(member.weights_path, base_path, agent.scale, clipped_path(scratch, member))
     left = Screening(agents=tuple(agents)).kept(members, scratch)
-    findings = audit(model, left, blobs_dir, run=run, device=device)
-    found = dict(zip([member.agent_id for member in left], findings, strict=True))
+    if not kind_of(run.task).is_audited:
+        note = f"labels and models are not audited, which is for classification; the task is {run.task}"
+        return Screening(agents=tuple(agents), note=note)
+    findings = audit(model, left, blobs_dir, run=run, device=device, rest=rest) if model else []
+    found = dict(zip([member.agent_id for member in left if model], findings, strict=True))
     agents = [
         _with_finding(agent, found[agent.agent_id]) if agent.agent_id in found else agent for agent in agents
     ]

@@ -34,8 +34,11 @@ from cloud_server.trainer.permutations import (
 )
 from common.batches import DeviceData
 from common.config import RunConfig
+from common.dataset import DatasetSpec
 from common.evaluation import Evaluation, batch_norms, evaluate, recompute_statistics
+from common.models import empty_inputs, shared_part
 from common.seeds import derive_seed
+from common.tasks.task import task_of
 from common.weights import StateDict, copy_into, load_into, read_state_dict, write_state_dict
 
 # A callback that gets the number of tensors that are done, and the number of all tensors.
@@ -65,6 +68,8 @@ class Selection:
         members: the members of the round, in agent-id order.
         previous: the file of the weights from which the round started; None in the first round.
         data: the combined data of the members.
+        rest: the file of the cloud's values for the parts that do not travel; None if all parts do. Every
+            candidate is measured with them.
         device: the device on which candidates are measured.
         scratch: an existing folder for aligned weights.
         on_tensor: a callback that gets the numbers of done tensors and of all tensors of an aggregation.
@@ -80,25 +85,30 @@ class Selection:
         *,
         device: torch.device,
         scratch: Path,
+        rest: Path | None = None,
         on_tensor: OnTensor = lambda *_: None,
     ) -> None:
-        # The accuracy of each candidate that was measured, by name.
-        self.accuracies: dict[str, float] = {}
+        # The score of each candidate that was measured, by name.
+        self.scores: dict[str, float] = {}
         # The ids of the agents in the greedy soup, the best agent first.
         self.soup: tuple[str, ...] = ()
         self.best: Best | None = None
         self._model = model
         self._run = run
+        self._task = task_of(run)
+        # The name of the figure that the scores are.
+        self.metric = self._task.metric
         self._members = members
         self._previous = previous
         self._data = data
+        self._rest = rest
         self._device = device
         self._scratch = scratch
         self._on_tensor = on_tensor
         self._measured: dict[Key, Evaluation | None] = {}
         # The aggregate that was last loaded into the model, and the versions of the model's tensors then.
         self._filled: tuple[Key, list[tuple[int, int]]] | None = None
-        # The images that are on the device while candidates are made, by the name of their part of the data.
+        # The inputs that are on the device while candidates are made, by the name of their part of the data.
         self._moved: dict[str, DeviceData] = {}
 
     def run(self, on_progress: Callable[[int, int], None] = lambda *_: None) -> None:
@@ -137,10 +147,10 @@ class Selection:
 
     def measure(self) -> Evaluation | None:
         """Evaluate the model as it is on held-out data; return None if there is no such data."""
-        if not len(self._data.held_out.labels):
+        if not len(self._data.held_out.targets):
             return None
-        images, labels = self._on_device("held_out"), self._data.held_out.labels
-        return evaluate(self._model, images, labels, spec=self._run.spec, device=self._device)
+        inputs, targets = self._on_device("held_out"), self._data.held_out.targets
+        return evaluate(self._model, inputs, targets, task=self._task, device=self._device)
 
     def take_best(self) -> Best:
         """Return the best model so far, and load its weights into the model."""
@@ -161,18 +171,18 @@ class Selection:
 
     def _make_greedy_soup(self) -> None:
         """Make the greedy soup, if there are several members and held-out data to choose them by."""
-        if len(self._members) < 2 or not len(self._data.held_out.labels):
+        if len(self._members) < 2 or not len(self._data.held_out.targets):
             return
         soup = self._best_first[:1]
         for agent in self._best_first[1:]:
-            if self._accuracy_of([*soup, agent]) >= self._accuracy_of(soup):
+            if self._score_of([*soup, agent]) >= self._score_of(soup):
                 soup.append(agent)
         self.soup = tuple(self._members[agent].agent_id for agent in soup)
         self._offer_aggregate("greedy_soup", self._chosen(soup), "mean")
 
     def _make_best_agent(self) -> None:
         """Take the weights of the best agent, if there is held-out data to choose it by."""
-        if len(self._data.held_out.labels):
+        if len(self._data.held_out.targets):
             self._offer_aggregate("best_agent", self._chosen(self._best_first[:1]), "mean")
 
     def _make_previous(self) -> None:
@@ -180,15 +190,15 @@ class Selection:
 
         Without held-out data the first candidate wins, and this one must not win over the round's average.
         """
-        if self._previous and len(self._data.held_out.labels):
-            load_into(self._model, self._previous)
+        if self._previous and len(self._data.held_out.targets):
+            load_into(self._model, self._rest, self._previous)
             self._announce("previous", self.measure())
 
     @cached_property
     def _best_first(self) -> list[int]:
-        """Return the numbers of the agents, sorted by the accuracy of their weights, the best one first."""
+        """Return the numbers of the agents, sorted by the score of their weights, the best one first."""
         every = range(len(self._members))
-        return sorted(every, key=lambda agent: self._accuracy_of([agent]), reverse=True)
+        return sorted(every, key=lambda agent: self._score_of([agent]), reverse=True)
 
     @cached_property
     def _aligned(self) -> list[Member] | None:
@@ -196,10 +206,13 @@ class Selection:
         if len(self._members) < 2:
             return None
         try:
-            groups = _groups_of(self._model, self._run.spec.image_shape)
+            groups = self._groups()
         except NotTraceable as error:
             log.warning("averaged_without_alignment", model=self._run.model, reason=str(error))
             return None
+        if not groups:
+            reason = "no neurons are known to be interchangeable"
+            log.info("averaged_without_alignment", model=self._run.model, reason=reason)
         permutations = align_all(
             [item.weights_path for item in self._members],
             [item.coefficient for item in self._members],
@@ -216,6 +229,25 @@ class Selection:
                 item = replace(item, weights_path=path)
             aligned.append(item)
         return aligned
+
+    def _groups(self) -> list[PermutationGroup]:
+        """Return the permutation groups of which every tensor travels.
+
+        A device would not put its own part of the model into another order, and neither would the cloud.
+
+        Raises:
+            NotTraceable: the groups of the model are not known, or none of them travels as a whole.
+        """
+        groups = _groups_of(self._model, self._run.spec)
+        if not self._rest:
+            return groups
+        shared = shared_part(self._model, self._run)
+        whole = [group for group in groups if all(place.tensor in shared for place in group.places)]
+        if groups and not whole:
+            raise NotTraceable("each group of neurons has a tensor that does not travel (share_parameters)")
+        if len(whole) < len(groups):
+            log.info("partly_aligned", num_groups=len(groups), num_that_travel=len(whole))
+        return whole
 
     # ------------------------------------------------------------------ measuring and keeping
 
@@ -234,8 +266,8 @@ class Selection:
         members = self._aligned if self._aligned and len(agents) > 1 else self._members
         return [members[agent] for agent in agents]
 
-    def _accuracy_of(self, agents: Sequence[int]) -> float:
-        """Return the accuracy of the mean of these agents on held-out data; there must be such data."""
+    def _score_of(self, agents: Sequence[int]) -> float:
+        """Return the score of the mean of these agents on held-out data; there must be such data."""
         members = self._chosen(agents)
         key = _key(members, "mean")
         if key not in self._measured:
@@ -243,7 +275,7 @@ class Selection:
             self._measured[key] = self.measure()
         evaluation = self._measured[key]
         assert evaluation
-        return evaluation.accuracy
+        return evaluation.score
 
     def _fill(self, members: Sequence[Member], aggregator: str) -> None:
         """Load the aggregate of the members into the model; a single member's weights stay as they are."""
@@ -256,7 +288,7 @@ class Selection:
     def _load(self, members: Sequence[Member], aggregator: str) -> None:
         """Do what `_fill` says, whatever the model holds."""
         if len(members) == 1:
-            load_into(self._model, members[0].weights_path)
+            load_into(self._model, self._rest, members[0].weights_path)
             return
         # The order of a sum changes its last bits.
         members = sorted(members, key=lambda member: member.agent_id)
@@ -267,7 +299,7 @@ class Selection:
             compared=[name for name, _ in self._model.named_parameters()],
             on_tensor=self._on_tensor,
         )
-        copy_into(self._model, state_dict)
+        copy_into(self._model, state_dict | (read_state_dict(self._rest) if self._rest else {}))
         if self._run.recompute_statistics and batch_norms(self._model):
             recompute_statistics(
                 self._model,
@@ -283,10 +315,10 @@ class Selection:
         return [(id(tensor), tensor._version) for tensor in tensors]
 
     def _on_device(self, part: Literal["train", "held_out"]) -> DeviceData:
-        """Return the images of a part of the data, which are moved to the device when they are first used."""
+        """Return the inputs of a part of the data, which are moved to the device when they are first used."""
         if part not in self._moved:
-            images = getattr(self._data, part).images
-            self._moved[part] = DeviceData(images, self._run.spec, self._device)
+            inputs = getattr(self._data, part).inputs
+            self._moved[part] = DeviceData(inputs, self._run.spec, self._device)
         return self._moved[part]
 
     def _is_best(self, evaluation: Evaluation | None) -> bool:
@@ -302,25 +334,25 @@ class Selection:
         self.best = Best(name, copies, evaluation)
 
     def _announce(self, name: str, evaluation: Evaluation | None) -> None:
-        """Record a candidate's accuracy, and keep the candidate if it is the best so far.
+        """Record a candidate's score, and keep the candidate if it is the best so far.
 
         If it is the best, then the model must hold its weights.
         """
         if self._is_best(evaluation):
             self._keep(name, evaluation)
         if evaluation:
-            self.accuracies[name] = evaluation.accuracy
+            self.scores[name] = evaluation.score
 
 
 @lru_cache(maxsize=1)
-def _groups_of(model: nn.Module, image_shape: Sequence[int]) -> list[PermutationGroup]:
+def _groups_of(model: nn.Module, spec: DatasetSpec) -> list[PermutationGroup]:
     """Return the permutation groups of the network, which are found once for all rounds."""
-    return permutation_groups(model, image_shape)
+    return permutation_groups(model, empty_inputs(spec))
 
 
 def _rank(evaluation: Evaluation) -> tuple[float, float]:
-    """Return the rank of an evaluation, where more is better; the loss decides between equal accuracies."""
-    return evaluation.accuracy, -evaluation.loss
+    """Return the rank of an evaluation, where more is better; the loss decides between equal scores."""
+    return evaluation.score, -evaluation.loss
 
 
 def _key(members: Sequence[Member], aggregator: str) -> Key:

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from cloud_server.trainer.aggregation import PIECE_ELEMENTS, Contributions, torch_dtype
+from cloud_server.trainer.pieces import PIECE_ELEMENTS, Contributions, torch_dtype
 from common.weights import StateDict, write_state_dict
 from common.wire import is_statistic
 

@@ -30,5 +30,5 @@ class WarmUp(RoundPipeline):
     def _make_weights(self) -> None:
         """Decode nothing, because the initial weights are here as they are."""
 
-    def _screen(self, model: nn.Module) -> None:
+    def _screen(self, model: nn.Module | None) -> None:
         """Keep every member, because there are no updates to compare."""

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import structlog
 import torch
+import torch.distributed as dist
 
 from cloud_server.jobs import Job, JobDirectory, JobError, Result
+from cloud_server.trainer.averaging import Averaging, initialise
 from cloud_server.trainer.group import Group
 from cloud_server.trainer.initial import initial_model
 from cloud_server.trainer.output import num_parameters, write_model
@@ -17,6 +19,7 @@ from common import tracing
 from common.errors import ECAvgError, UsageError, is_out_of_memory
 from common.faults import Point, crash_point
 from common.files import error_number, is_full
+from common.models import shared_part
 from common.rehearsal import rehearse
 from common.schema import read_header
 from common.wire import wire_of, wire_schema
@@ -28,8 +31,8 @@ def run_job(directory: JobDirectory, *, blobs_dir: Path, device_name: str, group
     """Do the job and write its result; an error is written as a result, too.
 
     Within a group every rank calls this function, and rank 0 writes the result. A rank that fails writes the
-    error itself, and raises it. The other ranks may then be waiting for the failed rank in the middle of a
-    step, so that only a new group of ranks can do the next job.
+    error itself, unless it fails because another rank is gone, and raises it. The other ranks may then be
+    waiting for the failed rank in the middle of a step: only a new group of ranks can do the next job.
 
     Args:
         directory: the directory of the job.
@@ -47,10 +50,13 @@ def run_job(directory: JobDirectory, *, blobs_dir: Path, device_name: str, group
             if group.rank == 0:
                 directory.write_result(result)
                 crash_point(Point.TRAINER_RESULT_WRITTEN)
-            log.info("job_done", seconds=result.seconds, accuracy=result.accuracy_published)
+            log.info("job_done", seconds=result.seconds, score=result.score_published)
         except Exception as error:
             # Model and data are the user's, so that a job can raise any exception.
             log.exception("job_failed")
+            if group.world_size > 1 and _has_lost_rank(error):
+                # The job stays pending, for the group that the other ranks form anew.
+                raise
             if directory.read_result() is None:
                 directory.write_result(Result(error=_describe(error)))
             # After a CUDA error other than a lack of memory, this process cannot use the GPU any more.
@@ -72,24 +78,44 @@ def _do(directory: JobDirectory, blobs_dir: Path, device_name: str, group: Group
     crash_point(Point.TRAINER_JOB_TAKEN)
     if job.kind == "initialise":
         return _initialise(job, directory, group)
-    pipeline = WarmUp if job.kind == "warm_up" else RoundPipeline
     with tracing.remote_span("job", job.traceparent):
-        return pipeline(job, directory, blobs_dir, device, group).run()
+        return _pipeline_of(job)(job, directory, blobs_dir, device, group).run()
+
+
+def _pipeline_of(job: Job) -> type[RoundPipeline]:
+    """Return the class that does the work on the job's round."""
+    if job.kind == "warm_up":
+        return WarmUp
+    return Averaging if job.run.only_averages else RoundPipeline
 
 
 def _initialise(job: Job, directory: JobDirectory, group: Group) -> Result:
     """Make and write the run's initial weights, on rank 0 only."""
     if group.rank != 0:
         return Result()
+    if job.run.only_averages:
+        with directory.scratch():
+            return initialise(job, directory)
     probe = rehearse(job.run)
     model = initial_model(job.run)
     with directory.scratch():
-        written = write_model(model, directory, wire_of(job.run.wire, None), None)
+        wire, shared = wire_of(job.run.wire, None), shared_part(model, job.run)
+        written = write_model(model, directory, wire, None, shared)
     # A schema that cannot be encoded is refused here, because after agents have joined it would be too late.
     wire_schema(read_header(directory.weights_path).schema, job.run.wire)
     return Result(
-        weights=written.weights, encoded=written.encoded, probe=probe, num_parameters=num_parameters(model)
+        weights=written.weights,
+        encoded=written.encoded,
+        rest=written.rest,
+        probe=probe,
+        num_parameters=num_parameters(model),
     )
+
+
+def _has_lost_rank(error: Exception) -> bool:
+    """Return True if the error says that another rank is gone; Gloo gives no class of its own to that."""
+    is_of_gloo = isinstance(error, RuntimeError) and "gloo" in str(error).lower()
+    return is_of_gloo or isinstance(error, dist.DistError)
 
 
 def _describe(error: Exception) -> JobError:

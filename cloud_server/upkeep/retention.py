@@ -1,8 +1,8 @@
 """What is removed, and when, so that a server that runs for ever does not fill its disk.
 
 The rule. Kept are the round that is open and the last `keep_rounds` that are over, with all that they
-name: initial weights and published model, with what either is encoded as, contributed weights and shards, and
-the older global models that contributions started from.
+name: initial weights and published model, with what either is encoded as and the rest of its model,
+contributed weights and shards, and the older global models that contributions started from.
 Older rounds are retired: the trainer's files and every blob that no kept round names are removed. An upload
 that no contribution has named yet, and one that is not finished, stay for `keep_partial_seconds` from when
 they were last touched.
@@ -69,6 +69,7 @@ def clean_up(
         for number in retired.uncleared_rounds(store):
             round_job(store.state_dir, number).remove()
             store.state_dir.model(number).unlink(missing_ok=True)
+            store.state_dir.rest(number).unlink(missing_ok=True)
     # One clean-up late: a report that came in at the same time may have put the model there again.
     retired.note_cleared(store, retired_before)
     spare = unpublished_model(store.state_dir, last)
@@ -83,4 +84,6 @@ def clean_up(
 def unpublished_model(state_dir: StateDir, last: RoundRow) -> list[str]:
     """Return the blobs of a model that a crash kept from being published: no record names them yet."""
     result = round_job(state_dir, last.number).read_result()
-    return [made.sha256 for made in (result.weights, result.encoded) if made] if result else []
+    if not result:
+        return []
+    return [made.sha256 for made in (result.weights, result.encoded, result.rest) if made]

@@ -108,16 +108,16 @@ def remove_blobs(store: Store, stored_before: float, *, spare: Collection[str] =
     needed = needed_blobs(store) | set(spare)
     given_up = {row["digest"] for row in store.read("SELECT digest FROM removals")}
     num_removed = 0
-    for path in store.blobs.paths():
-        if path.name in needed:
+    for digest in store.blobs.digests():
+        if digest in needed:
             continue
         # Under the lock, so that `commit_uploads` does not come between.
         with store.blobs.lock, storage_errors():
-            if store.read("SELECT 1 FROM uploads WHERE digest = ?", path.name):
+            if store.read("SELECT 1 FROM uploads WHERE digest = ?", digest):
                 continue
-            if path.name in given_up or path.stat().st_mtime < stored_before:
-                path.unlink()
-                num_removed += 1
+            if digest in given_up or store.blobs.stored_at(digest) < stored_before:
+                num_removed += store.blobs.remove(digest)
+    store.blobs.finish_removals()
     with store.transaction() as database:
         database.executemany("DELETE FROM removals WHERE digest = ?", [(each,) for each in given_up])
     return num_removed

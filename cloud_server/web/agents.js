@@ -1,8 +1,7 @@
 // The table of agents: those in trouble first, searchable, one page at a time.
 
 import { byId, draw, element, note, pager, table } from "./dom.js";
-import { gain } from "./round.js";
-import { FLAGS, LEFT_OUT, clockTime, ordinal, percent, size, sizeOf, timeLeft } from "./words.js";
+import { FLAGS, LEFT_OUT, clockTime, ordinal, size, sizeOf, timeLeft } from "./words.js";
 
 const PAGE_ROWS = 25;
 const COLUMNS = [["Agent", ""], ["State", ""], ["Local", "number"], ["Before", "number"], ["After", "number"], ["Gain", "number"]];
@@ -16,11 +15,11 @@ const DOING = {
 };
 
 let page = 0;
-let shown = { agents: [], now: 0 };
+let shown = { agents: [], now: 0, figures: null };
 
-/** Show these agents; `now` is the server's clock, in seconds. */
-export function showAgents(agents, now) {
-  shown = { agents, now };
+/** Show these agents; `now` is the server's clock, in seconds, and `figures` reads their figures. */
+export function showAgents(agents, now, figures) {
+  shown = { agents, now, figures };
   byId("agents-card").hidden = false;
   byId("agents-find").hidden = agents.length <= PAGE_ROWS;
   const wanted = byId("agents-search").value.trim().toLowerCase();
@@ -47,7 +46,7 @@ function agentRows(rows, found, numPages) {
 
 function turnTo(to) {
   page = to;
-  showAgents(shown.agents, shown.now);
+  showAgents(shown.agents, shown.now, shown.figures);
 }
 
 byId("agents-search").addEventListener("input", () => turnTo(0));
@@ -68,19 +67,16 @@ function trouble(agent) {
 }
 
 function agentRow(agent) {
+  const { figures } = shown;
+  const [local, before, after, adapted] = ["local", "before", "after", "adapted"].map((stage) => figures.of(agent, stage));
   return [
     [agent.agent_id, " ", element("span", { class: "soft" }, `#${agent.slot}`)],
     agentState(agent),
-    percent(agent.accuracy_local),
-    percent(agent.accuracy_before),
-    accuracyAfter(agent),
-    gain(agent.accuracy_before ?? agent.accuracy_local, agent.accuracy_adapted ?? agent.accuracy_after),
+    figures.text(local),
+    figures.text(before),
+    adapted == null ? figures.text(after) : [figures.text(after), note(`adapted ${figures.text(adapted)}`)],
+    figures.gain(before ?? local, adapted ?? after),
   ];
-}
-
-function accuracyAfter(agent) {
-  if (agent.accuracy_adapted == null) return percent(agent.accuracy_after);
-  return [percent(agent.accuracy_after), note(`adapted ${percent(agent.accuracy_adapted)}`)];
 }
 
 function agentState(agent) {
@@ -102,7 +98,7 @@ const awayText = (agent) => (agent.away_since == null ? "away" : `away since ${c
 
 function modelInUse(agent) {
   if (!agent.applied) return "kept its own model";
-  return agent.accuracy_adapted == null ? "uses the global model" : "uses the global model, adapted";
+  return shown.figures.of(agent, "adapted") == null ? "uses the global model" : "uses the global model, adapted";
 }
 
 /** Return a line about what an agent is doing, and a bar where its total is known. */

@@ -2,7 +2,7 @@
 
 import { byId, draw, element, pager, table } from "./dom.js";
 import { drawPlot } from "./plots.js";
-import { NONE, duration, percent, phaseName, roundName, size } from "./words.js";
+import { NONE, duration, phaseName, roundName, size } from "./words.js";
 
 const TABLE_ROUNDS = 20;
 // So long passes at least between two requests for the same figures.
@@ -12,13 +12,15 @@ const WORK = ["collecting", "aggregating", "fine_tuning", "evaluating"];
 const asked = new Map();
 let page = 0;
 let range = null;
+let figures = null;
 
-/** Fetch and draw what has changed with this status. */
-export function showHistory(status) {
+/** Fetch and draw what has changed with this status; `read` reads the figures of its task. */
+export function showHistory(status, read) {
+  figures = read;
   const ended = status.rounds.at(-1);
   const number = lossesOf(status);
   byId("history-card").hidden = !ended && status.progress?.loss == null;
-  const numReports = status.agents.filter((agent) => agent.accuracy_after != null).length;
+  const numReports = status.agents.filter((agent) => figures.of(agent, "after") != null).length;
   if (ended) refresh("rounds", [status.run_id, ended.round, numReports], fetchRounds);
   if (number != null) refresh("losses", [status.run_id, number, status.phase, status.progress?.done], () => fetchLosses(number));
 }
@@ -66,7 +68,7 @@ function drawRounds({ rounds, every }) {
   const column = (of) => rounds.map((round) => of(round) ?? null);
   const x = column((round) => round.round);
   const over = { along: "round", x };
-  drawPlot("plot-accuracy", { ...over, title: "Accuracy over the rounds", format: percent, series: [
+  drawPlot("plot-score", { ...over, title: `${figures.title} over the rounds`, format: figures.text, series: [
     { label: "edges, lowest", colour: "--plot-1", isEdge: true, values: column((round) => round.local?.low) },
     { label: "edges, highest", colour: "--plot-1", isEdge: true, spread: "edges, lowest", values: column((round) => round.local?.high) },
     { label: "edges, mean", colour: "--plot-1", values: column((round) => round.local?.mean) },
@@ -107,10 +109,11 @@ const COLUMNS = [["Round", ""], ...[
 
 function row(round) {
   const seconds = Object.values(round.seconds);
+  const { local, average, start, fine_tuned: fineTuned, published, after } = round;
+  const scores = [local?.mean, local?.low, local?.high, average, start, fineTuned, published, after?.mean];
   return [
     element("a", { href: `#round-${round.round}` }, roundName(round.round)),
-    percent(round.local?.mean), percent(round.local?.low), percent(round.local?.high),
-    percent(round.average), percent(round.start), percent(round.fine_tuned), percent(round.published), percent(round.after?.mean),
+    ...scores.map(figures.text),
     seconds.length ? duration(seconds.reduce((sum, each) => sum + each, 0)) : NONE,
     size(round.received_bytes), size(round.sent_bytes),
   ];

@@ -2,6 +2,7 @@
 
 import { showAgents } from "./agents.js";
 import { byId, draw, element } from "./dom.js";
+import { figuresOf } from "./figures.js";
 import { showHistory } from "./history.js";
 import "./report.js";
 import { headline, phases, progress, quorum, result, rounds } from "./round.js";
@@ -38,10 +39,11 @@ function show(status, now) {
   draw("quorum", closes, () => (closes ? [closes] : []));
   draw("phases", [status.phase, status.phases], () => phases(status));
   draw("progress", [status.phase, status.progress, status.trainer], () => progress(status));
-  draw("result", status.rounds, () => result(status.rounds));
-  showAgents(status.agents, now);
-  draw("rounds", status.rounds, () => rounds(status.rounds));
-  showHistory(status);
+  const figures = figuresOf(status);
+  draw("result", [figures.metric, status.rounds], () => result(status.rounds, figures));
+  showAgents(status.agents, now, figures);
+  draw("rounds", [figures.metric, status.rounds], () => rounds(status.rounds, figures));
+  showHistory(status, figures);
 }
 
 function showLink(look, text) {

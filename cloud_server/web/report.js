@@ -1,8 +1,9 @@
 // The report of a past round, which `#round-3` in the page's address opens.
 
 import { byId, element, note, table } from "./dom.js";
+import { figuresOf } from "./figures.js";
 import { candidates } from "./round.js";
-import { FLAGS, LEFT_OUT, NONE, duration, percent, roundName, size } from "./words.js";
+import { FLAGS, LEFT_OUT, NONE, duration, roundName, size } from "./words.js";
 
 const PARTS = {
   collect: "collecting", audit: "audit", aggregate: "averaging", fine_tune: "fine-tuning", evaluate: "evaluating", publish: "publishing",
@@ -30,19 +31,21 @@ async function contents(number) {
   const reply = await fetch(path);
   if (!reply.ok) return [heading(number), element("p", { class: "warn" }, await reply.text())];
   const report = { agents: [], rejected: [], seconds: {}, ...(await reply.json()) };
+  const figures = figuresOf(report);
   return [
     element("div", { class: "bar" }, heading(number), element("a", { href: "#" }, "Close")),
-    element("p", {}, sentence(report)),
+    element("p", {}, sentence(report, figures)),
     element("p", { class: "downloads" },
       element("a", { href: path, download: "" }, "Download the report"), ...(await model(number, report))),
-    ...candidates(report), ...agents(report), ...classes(report), ...notIn(report), ...seconds(report),
+    ...candidates(report, figures), ...agents(report, figures), ...classes(report, figures), ...notIn(report), ...seconds(report),
   ];
 }
 
-function sentence(report) {
+function sentence(report, figures) {
   if (report.outcome !== "published") return report.failure || "The round failed.";
-  const accuracy = report.accuracy_published == null ? "was not measured" : `has an accuracy of ${percent(report.accuracy_published)}`;
-  return `${report.model} on ${report.dataset}: ${report.agents.length} contributions, and the global model ${accuracy}.`;
+  const score = figures.of(report, "published");
+  const measured = score == null ? "was not measured" : `has ${figures.phrase(score)}`;
+  return `${report.model} on ${report.dataset}: ${report.agents.length} contributions, and the global model ${measured}.`;
 }
 
 /** Return the link to the model, or why there is none. */
@@ -58,14 +61,14 @@ async function model(number, report) {
   ];
 }
 
-function agents(report) {
+function agents(report, figures) {
   if (!report.agents.length) return [];
   const audits = new Map((report.audit ?? []).map((audit) => [audit.agent_id, audit]));
-  const columns = [["Agent", ""], ["Images", "number"], ["Shared", "number"], ["Local", "number"], ["Before", "number"], ["After", "number"], ["Adapted", "number"]];
+  const columns = [["Agent", ""], ["Examples", "number"], ["Shared", "number"], ["Local", "number"], ["Before", "number"], ["After", "number"], ["Adapted", "number"]];
   return [element("h3", {}, "Contributions"), table(columns, report.agents.map((agent) => [
     [agent.agent_id, ...remarks(agent, audits.get(agent.agent_id))],
     String(agent.num_examples), String(agent.num_shared ?? NONE),
-    ...["accuracy_local", "accuracy_before", "accuracy_after", "accuracy_adapted"].map((name) => percent(agent[name])),
+    ...["local", "before", "after", "adapted"].map((stage) => figures.text(figures.of(agent, stage))),
   ]))];
 }
 
@@ -77,11 +80,11 @@ function remarks(agent, audit) {
   return remarks;
 }
 
-function classes(report) {
+function classes(report, figures) {
   if (!report.classes?.length) return [];
   const columns = [["Class", ""], ["Held out", "number"], ["Start", "number"], ["Published", "number"]];
-  return [element("h3", {}, "Accuracy by class"), table(columns, report.classes.map((item) => [
-    item.name ?? String(item.label), String(item.num_examples), percent(item.accuracy_start), percent(item.accuracy_published),
+  return [element("h3", {}, `${figures.title} by class`), table(columns, report.classes.map((item) => [
+    item.name ?? String(item.label), String(item.num_examples), figures.text(figures.of(item, "start")), figures.text(figures.of(item, "published")),
   ]))];
 }
 

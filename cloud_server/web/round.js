@@ -1,7 +1,7 @@
 // The top of the page: the round that is under way, and the model of the round before.
 
 import { element, note, table } from "./dom.js";
-import { NONE, PHASES, candidateName, duration, percent, phaseName, roundName, timeLeft } from "./words.js";
+import { NONE, PHASES, candidateName, duration, phaseName, roundName, timeLeft } from "./words.js";
 
 export function headline(status) {
   const [name, sentence] = PHASES[status.phase] ?? [status.phase, ""];
@@ -53,23 +53,25 @@ export function progress(status) {
   ];
 }
 
-export function result(rounds) {
+/** Return the model of the last round; `figures` reads its figures. */
+export function result(rounds, figures) {
   const last = rounds.findLast((round) => round.outcome === "published" && round.round > 0);
   if (!last) return [];
+  const [start, end] = ["start", "published"].map((stage) => figures.of(last, stage));
   const tile = (name, ...value) => element("div", {}, element("dt", {}, name), element("dd", {}, ...value));
   const published = { start: "The start, unchanged", fine_tuned: "The fine-tuned model" }[last.published];
   return [
     element("h2", { id: "result-title" }, `Global model of round ${last.round}`),
     element("dl", { class: "tiles" },
-      tile("Accuracy at the start", percent(last.accuracy_start), ...(last.start ? [note(candidateName(last.start))] : [])),
-      tile("Accuracy as published", percent(last.accuracy_published), ...(published ? [note(published)] : [])),
-      tile("Gain, points", gain(last.accuracy_start, last.accuracy_published))),
-    ...candidates(last),
+      tile(`${figures.title} at the start`, figures.text(start), ...(last.start ? [note(candidateName(last.start))] : [])),
+      tile(`${figures.title} as published`, figures.text(end), ...(published ? [note(published)] : [])),
+      tile(figures.gainTitle, figures.gain(start, end))),
+    ...candidates(last, figures),
   ];
 }
 
 /** Return the candidates, the best first, and the chosen one before others that do equally well. */
-export function candidates(round) {
+export function candidates(round, figures) {
   const isStart = (name) => Number(name === round.start);
   const ranked = Object.entries(round.candidates ?? {})
     .sort(([a, one], [b, other]) => other - one || isStart(b) - isStart(a));
@@ -81,25 +83,18 @@ export function candidates(round) {
   ];
   return [
     element("h3", {}, "Where the fine-tune could start from"),
-    table([["Candidate", ""], ["Accuracy", "number"]],
-      ranked.map(([name, accuracy]) => [title(name), percent(accuracy)])),
+    table([["Candidate", ""], [figures.title, "number"]],
+      ranked.map(([name, score]) => [title(name), figures.text(score)])),
   ];
 }
 
-export function gain(before, after) {
-  if (before == null || after == null) return NONE;
-  const points = Math.round(1000 * (after - before)) / 10;
-  const [sign, look] = points > 0 ? ["+", "good"] : points < 0 ? ["−", "bad"] : ["±", "soft"];
-  return element("span", { class: look }, sign + Math.abs(points).toFixed(1));
-}
-
 /** Return the rows of the latest rounds, newest first. */
-export function rounds(list) {
+export function rounds(list, figures) {
   if (!list.length) return [];
   const columns = [["Round", ""], ["Outcome", ""], ["Contributions", "number"], ["Start", "number"], ["Published", "number"], ["Time", "number"]];
   const rows = list.toReversed().map((round) => [
     element("a", { href: `#round-${round.round}` }, roundName(round.round)), outcome(round), String(round.num_contributions ?? NONE),
-    percent(round.accuracy_start), percent(round.accuracy_published), duration(round.seconds),
+    figures.text(figures.of(round, "start")), figures.text(figures.of(round, "published")), duration(round.seconds),
   ]);
   return [element("h2", { id: "rounds-title" }, "Rounds so far"), table(columns, rows)];
 }

@@ -186,7 +186,7 @@ class WatchRequest(_message.Message):
     def __init__(self, not_ready: bool = ...) -> None: ...
 
 class WatchEvent(_message.Message):
-    __slots__ = ("round", "phase", "initial_weights", "outcome", "progress", "latest_model", "failed_round", "failure", "run_over", "num_contributions", "max_contributions", "initial_encoded", "counted_round", "accepted_weights", "left_out", "server_time", "selection", "has_full_curve", "last_round_over")
+    __slots__ = ("round", "phase", "initial_weights", "outcome", "progress", "latest_model", "failed_round", "failure", "run_over", "num_contributions", "max_contributions", "initial_encoded", "counted_round", "accepted_weights", "left_out", "server_time", "selection", "has_full_curve", "last_round_over", "initial_rest")
     ROUND_FIELD_NUMBER: _ClassVar[int]
     PHASE_FIELD_NUMBER: _ClassVar[int]
     INITIAL_WEIGHTS_FIELD_NUMBER: _ClassVar[int]
@@ -206,6 +206,7 @@ class WatchEvent(_message.Message):
     SELECTION_FIELD_NUMBER: _ClassVar[int]
     HAS_FULL_CURVE_FIELD_NUMBER: _ClassVar[int]
     LAST_ROUND_OVER_FIELD_NUMBER: _ClassVar[int]
+    INITIAL_REST_FIELD_NUMBER: _ClassVar[int]
     round: int
     phase: Phase
     initial_weights: Blob
@@ -225,7 +226,8 @@ class WatchEvent(_message.Message):
     selection: Selection
     has_full_curve: bool
     last_round_over: bool
-    def __init__(self, round: _Optional[int] = ..., phase: _Optional[_Union[Phase, str]] = ..., initial_weights: _Optional[_Union[Blob, _Mapping]] = ..., outcome: _Optional[_Union[Outcome, str]] = ..., progress: _Optional[_Union[Progress, _Mapping]] = ..., latest_model: _Optional[_Union[PublishedModel, _Mapping]] = ..., failed_round: _Optional[int] = ..., failure: _Optional[str] = ..., run_over: bool = ..., num_contributions: _Optional[int] = ..., max_contributions: _Optional[int] = ..., initial_encoded: _Optional[_Union[Encoded, _Mapping]] = ..., counted_round: _Optional[int] = ..., accepted_weights: _Optional[str] = ..., left_out: _Optional[_Union[LeftOut, _Mapping]] = ..., server_time: _Optional[float] = ..., selection: _Optional[_Union[Selection, str]] = ..., has_full_curve: bool = ..., last_round_over: bool = ...) -> None: ...
+    initial_rest: Blob
+    def __init__(self, round: _Optional[int] = ..., phase: _Optional[_Union[Phase, str]] = ..., initial_weights: _Optional[_Union[Blob, _Mapping]] = ..., outcome: _Optional[_Union[Outcome, str]] = ..., progress: _Optional[_Union[Progress, _Mapping]] = ..., latest_model: _Optional[_Union[PublishedModel, _Mapping]] = ..., failed_round: _Optional[int] = ..., failure: _Optional[str] = ..., run_over: bool = ..., num_contributions: _Optional[int] = ..., max_contributions: _Optional[int] = ..., initial_encoded: _Optional[_Union[Encoded, _Mapping]] = ..., counted_round: _Optional[int] = ..., accepted_weights: _Optional[str] = ..., left_out: _Optional[_Union[LeftOut, _Mapping]] = ..., server_time: _Optional[float] = ..., selection: _Optional[_Union[Selection, str]] = ..., has_full_curve: bool = ..., last_round_over: bool = ..., initial_rest: _Optional[_Union[Blob, _Mapping]] = ...) -> None: ...
 
 class LeftOut(_message.Message):
     __slots__ = ("round", "reason", "message")
@@ -248,14 +250,16 @@ class Progress(_message.Message):
     def __init__(self, done: _Optional[int] = ..., total: _Optional[int] = ..., loss: _Optional[float] = ...) -> None: ...
 
 class PublishedModel(_message.Message):
-    __slots__ = ("round", "weights", "encoded")
+    __slots__ = ("round", "weights", "encoded", "rest")
     ROUND_FIELD_NUMBER: _ClassVar[int]
     WEIGHTS_FIELD_NUMBER: _ClassVar[int]
     ENCODED_FIELD_NUMBER: _ClassVar[int]
+    REST_FIELD_NUMBER: _ClassVar[int]
     round: int
     weights: Blob
     encoded: Encoded
-    def __init__(self, round: _Optional[int] = ..., weights: _Optional[_Union[Blob, _Mapping]] = ..., encoded: _Optional[_Union[Encoded, _Mapping]] = ...) -> None: ...
+    rest: Blob
+    def __init__(self, round: _Optional[int] = ..., weights: _Optional[_Union[Blob, _Mapping]] = ..., encoded: _Optional[_Union[Encoded, _Mapping]] = ..., rest: _Optional[_Union[Blob, _Mapping]] = ...) -> None: ...
 
 class QueryUploadRequest(_message.Message):
     __slots__ = ("digest", "kind")
@@ -300,20 +304,20 @@ class UploadReply(_message.Message):
     def __init__(self, received_bytes: _Optional[int] = ...) -> None: ...
 
 class ContributeRequest(_message.Message):
-    __slots__ = ("round", "weights_digest", "shard_digests", "num_examples", "accuracy_local", "initial_weights_digest")
+    __slots__ = ("round", "weights_digest", "shard_digests", "num_examples", "score_local", "initial_weights_digest")
     ROUND_FIELD_NUMBER: _ClassVar[int]
     WEIGHTS_DIGEST_FIELD_NUMBER: _ClassVar[int]
     SHARD_DIGESTS_FIELD_NUMBER: _ClassVar[int]
     NUM_EXAMPLES_FIELD_NUMBER: _ClassVar[int]
-    ACCURACY_LOCAL_FIELD_NUMBER: _ClassVar[int]
+    SCORE_LOCAL_FIELD_NUMBER: _ClassVar[int]
     INITIAL_WEIGHTS_DIGEST_FIELD_NUMBER: _ClassVar[int]
     round: int
     weights_digest: str
     shard_digests: _containers.RepeatedScalarFieldContainer[str]
     num_examples: int
-    accuracy_local: float
+    score_local: float
     initial_weights_digest: str
-    def __init__(self, round: _Optional[int] = ..., weights_digest: _Optional[str] = ..., shard_digests: _Optional[_Iterable[str]] = ..., num_examples: _Optional[int] = ..., accuracy_local: _Optional[float] = ..., initial_weights_digest: _Optional[str] = ...) -> None: ...
+    def __init__(self, round: _Optional[int] = ..., weights_digest: _Optional[str] = ..., shard_digests: _Optional[_Iterable[str]] = ..., num_examples: _Optional[int] = ..., score_local: _Optional[float] = ..., initial_weights_digest: _Optional[str] = ...) -> None: ...
 
 class ContributeReply(_message.Message):
     __slots__ = ("outcome", "reason", "message")
@@ -342,24 +346,24 @@ class DownloadReply(_message.Message):
     def __init__(self, chunk: _Optional[bytes] = ..., size_bytes: _Optional[int] = ...) -> None: ...
 
 class ReportRequest(_message.Message):
-    __slots__ = ("round", "accuracy_local", "accuracy_before", "accuracy_after", "num_held_out", "applied", "reason", "accuracy_adapted")
+    __slots__ = ("round", "score_local", "score_before", "score_after", "num_held_out", "applied", "reason", "score_adapted")
     ROUND_FIELD_NUMBER: _ClassVar[int]
-    ACCURACY_LOCAL_FIELD_NUMBER: _ClassVar[int]
-    ACCURACY_BEFORE_FIELD_NUMBER: _ClassVar[int]
-    ACCURACY_AFTER_FIELD_NUMBER: _ClassVar[int]
+    SCORE_LOCAL_FIELD_NUMBER: _ClassVar[int]
+    SCORE_BEFORE_FIELD_NUMBER: _ClassVar[int]
+    SCORE_AFTER_FIELD_NUMBER: _ClassVar[int]
     NUM_HELD_OUT_FIELD_NUMBER: _ClassVar[int]
     APPLIED_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
-    ACCURACY_ADAPTED_FIELD_NUMBER: _ClassVar[int]
+    SCORE_ADAPTED_FIELD_NUMBER: _ClassVar[int]
     round: int
-    accuracy_local: float
-    accuracy_before: float
-    accuracy_after: float
+    score_local: float
+    score_before: float
+    score_after: float
     num_held_out: int
     applied: bool
     reason: str
-    accuracy_adapted: float
-    def __init__(self, round: _Optional[int] = ..., accuracy_local: _Optional[float] = ..., accuracy_before: _Optional[float] = ..., accuracy_after: _Optional[float] = ..., num_held_out: _Optional[int] = ..., applied: bool = ..., reason: _Optional[str] = ..., accuracy_adapted: _Optional[float] = ...) -> None: ...
+    score_adapted: float
+    def __init__(self, round: _Optional[int] = ..., score_local: _Optional[float] = ..., score_before: _Optional[float] = ..., score_after: _Optional[float] = ..., num_held_out: _Optional[int] = ..., applied: bool = ..., reason: _Optional[str] = ..., score_adapted: _Optional[float] = ...) -> None: ...
 
 class ReportReply(_message.Message):
     __slots__ = ()

@@ -51,7 +51,7 @@ async def take_picture(address: str, width: int, dark: bool) -> None:
         await page.locator("#plot-loss canvas").wait_for()
         await page.get_by_text("away").first.wait_for()
         # The pointer is on a plot, which then shows the values of a round.
-        await page.locator("#plot-accuracy .u-over").hover()
+        await page.locator("#plot-score .u-over").hover()
         card = await page.locator("#history-card").bounding_box()
         scrolled = await page.evaluate("scrollY")
         height = scrolled + card["y"] + card["height"] + 16

@@ -43,7 +43,7 @@ async def test_page_behind_a_token_asks_for_it_once_and_then_is_live(store: Stor
         await tab.goto(f"http://127.0.0.1:{port}/")
         page = Given(status, tab, complaints)
         await page.until_text("#link", "live")
-        await tab.locator("#plot-accuracy canvas").wait_for()
+        await tab.locator("#plot-score canvas").wait_for()
         await tab.locator("#rounds").get_by_role("link", name="Round 2").click()
         await page.until_text("#report", "Report of round 2")
         assert [line for line in complaints if "401" not in line] == []

@@ -203,7 +203,7 @@ async def test_axe_has_nothing_serious_to_say_and_nothing_is_cut_off(store: Stor
     status["agents"].append(agent(40, state="away", away_since=AT_10_42, message="a-long-word" * 20))
     status |= {"waiting": "Waiting for 1 of 3: edge-2 uploads.", "progress": None}
     async with given(status, store) as page:
-        await page.page.locator("#plot-accuracy canvas").wait_for()
+        await page.page.locator("#plot-score canvas").wait_for()
         await page.page.get_by_text("The figures of all rounds").click()
         await page.page.get_by_role("link", name="Round 3").first.click()
         await page.until_text("#report", "Download the model")

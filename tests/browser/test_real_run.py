@@ -58,10 +58,10 @@ async def test_page_names_the_slow_agent_draws_the_history_and_survives_a_restar
         slowly = r"^edge-3 #3uploading \d\.\d of 2\.5 MB at \d+\.\d kB/s"
         await page.until_text("#agents tbody tr:first-child", slowly)
         await page.until_text("#waiting", "Waiting for 1 of 3: edge-3 uploads")
-        for plot in ("accuracy", "loss", "seconds", "bytes"):
+        for plot in ("score", "loss", "seconds", "bytes"):
             await tab.locator(f"#plot-{plot} canvas").wait_for()
-        await tab.locator("#plot-accuracy .u-over").hover()
-        await page.until_text("#plot-accuracy .u-legend", r"published\s*\d+\.\d %")
+        await tab.locator("#plot-score .u-over").hover()
+        await page.until_text("#plot-score .u-legend", r"published\s*\d+\.\d %")
         held_up = await open_round(page)
         assert complaints == []
 

@@ -185,10 +185,10 @@ async def test_history_has_plots_that_tell_values_and_a_table_of_every_round(
         store.open_round(number + 1, digest_of(model_of(2)), number + 1.0)
     status = await Viewed(store, tmp_path).status.read()
     async with given(status, store) as page:
-        area = page.page.locator("#plot-accuracy .u-over")
+        area = page.page.locator("#plot-score .u-over")
         # Round 2 of 45 is near the left end.
         await area.hover(position={"x": (await area.bounding_box())["width"] / 44, "y": 50})
-        legend = await page.text("#plot-accuracy .u-legend")
+        legend = await page.text("#plot-score .u-legend")
         assert legend.startswith("round2edges")
         assert "published97.0 %" in legend
         await page.page.get_by_text("The figures of all rounds").click()

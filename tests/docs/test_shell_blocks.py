@@ -1,4 +1,4 @@
-"""Every shell block of README, of the tutorial and of the page on back-ups does what the page says, in order."""
+"""The shell blocks of README, of the tutorial and of the page on back-ups do what they say, one by one."""
 
 import re
 import sys
@@ -54,7 +54,7 @@ def reader(tmp_path: Path, ports: dict[str, str]) -> Iterator[Reader]:
 
 
 def follow(page: Path, reader: Reader, ports: dict[str, str]) -> None:
-    """Copy the blocks of a page, with free ports, and the token that the server has printed for `ecavg1.…`."""
+    """Copy the blocks of a page, with free ports, and for `ecavg1.…` the token that the server printed."""
     for block in blocks_to_run(page):
         if block.waits:
             reader.wait()
@@ -73,9 +73,7 @@ def test_readme_gets_three_terminals_through_a_round(reader: Reader, ports: dict
     assert reader.output.count(", applied") + reader.output.count("kept its own model") == 2
 
 
-def test_tutorial_gets_to_an_answer_and_its_server_can_be_backed_up(
-    reader: Reader, ports: dict[str, str]
-) -> None:
+def test_tutorial_gets_to_an_answer_and_a_back_up(reader: Reader, ports: dict[str, str]) -> None:
     pytest.importorskip("onnxruntime", reason="there is no ONNX Runtime: pip install 'ecavg[onnx]'")
     follow(TUTORIAL, reader, ports)
     output = reader.output
@@ -105,5 +103,5 @@ def test_comment_before_a_block_must_mean_something() -> None:
 
 
 def test_block_that_fails_is_noticed(reader: Reader) -> None:
-    with pytest.raises(AssertionError, match="exit code 1:\n.*nobody"):
+    with pytest.raises(AssertionError, match=r"exit code 1:\n.*nobody"):
         reader.copy("echo nobody\nfalse\ntrue\n")

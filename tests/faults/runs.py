@@ -35,6 +35,9 @@ ASYNC = (*SETTINGS, "--set", 'run.mode="async"')
 # The second round's contributions make up for what was lost of the first one's.
 INT8 = (*SETTINGS, "--set", 'run.wire="int8"')
 
+# Each agent has a head of its own, which the second round's pre-training goes on with.
+HEADS = (*SETTINGS, "--set", 'run.share_parameters=["1.*"]')
+
 
 def blobs(split: str) -> tuple[np.ndarray, np.ndarray] | None:
     """Return data that need no large library: digit-sized noise around one image for each class."""

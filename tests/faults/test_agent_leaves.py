@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from common import rpc
-from common.config import CLASS_NAMES
+from common.dataset import CLASS_NAMES
 from common.errors import BudgetError, InvalidError, NotFoundError, Reason, UnavailableError, UsageError
 from common.run_state import Phase, PublishedModel, RunState, Verdict
 from common.transfer import Blob
@@ -246,7 +246,7 @@ class Retired(Steered):
 async def test_measured_model_that_is_lost_here_and_retired_there_is_given_up(tmp_path: Path) -> None:
     started = Started(tmp_path, Retired)
     report = Report(
-        round=1, accuracy_local=None, accuracy_before=None, accuracy_after=0.5, num_held_out=1, applied=True,
+        round=1, score_local=None, score_before=None, score_after=0.5, num_held_out=1, applied=True,
         reason="",
     )  # fmt: skip
     lost = Arrived(weights=Blob("ab" * 32, started.cloud.published.size_bytes), report=report)

@@ -278,8 +278,8 @@ def cut_after_apply(power: Power) -> Callable[..., LocalModels]:
         models = load_local_models(*arguments)
         apply = models.apply
 
-        def then_cut(*arguments: Any) -> None:
-            apply(*arguments)
+        def then_cut(*arguments: Any, **options: Any) -> None:
+            apply(*arguments, **options)
             power.moment()
 
         models.apply = then_cut  # type: ignore[method-assign]
@@ -297,7 +297,7 @@ async def test_round_ends_the_same_wherever_the_agent_was_cut_off(
     power = Power(None)
     progress = await live(undisturbed, tmp_path / "agent", power)
     report = undisturbed.reports[0]
-    assert report.accuracy_before == report.accuracy_local > report.accuracy_after
+    assert report.score_before == report.score_local > report.score_after
     is_adapted = (apply, adapt_epochs) == ("if-not-worse", 5)
     assert (report.applied, report.uses_adapted) == (apply == "always" or is_adapted, is_adapted)
     in_use = blob_of(tmp_path / "agent/model.safetensors")
@@ -336,7 +336,7 @@ async def test_weights_that_started_elsewhere_are_trained_again(tmp_path: Path) 
     cloud = Cloud(tmp_path / "cloud")
     disk = AgentState(tmp_path / "agent", "edge-1")
     shutil.copy(cloud.files[1], disk.local_weights)
-    stale = Trained(round=1, weights=blob_of(disk.local_weights), accuracy=0.5)
+    stale = Trained(round=1, weights=blob_of(disk.local_weights), score=0.5)
     disk.save(Progress(run_id="run", trained=stale))
     disk.close()
     progress = await live(cloud, tmp_path / "agent", Power(None))

@@ -11,7 +11,7 @@ import pytest
 from cloud_server.__main__ import main
 from common.faults import Point
 from common.transfer import Blob, blob_of
-from tests.faults.runs import ADAPTING, AGENTS, ASYNC, INT8, NUM_ROUNDS, SETTINGS, Run, armed_with
+from tests.faults.runs import ADAPTING, AGENTS, ASYNC, HEADS, INT8, NUM_ROUNDS, SETTINGS, Run, armed_with
 from tests.integration.test_forgetting import check_forgotten, provenance
 from tests.processes import Cluster, cluster_in, until
 
@@ -44,6 +44,16 @@ WITH_INT8 = [
     (Point.SERVER_ENCODED_MODEL_ADOPTED, 1),
     (Point.SERVER_ENCODED_MODEL_ADOPTED, 2),
 ]
+WITH_HEADS = [
+    (Point.AGENT_WEIGHTS_WRITTEN, 2),
+    (Point.AGENT_PRETRAINED, 2),
+    (Point.AGENT_DOWNLOADED, 1),
+    (Point.AGENT_EVALUATED, 1),
+    (Point.AGENT_MODEL_APPLIED, 1),
+    (Point.TRAINER_WEIGHTS_WRITTEN, 2),
+    (Point.SERVER_MODEL_ADOPTED, 1),
+    (Point.SERVER_MODEL_ADOPTED, 2),
+]
 FORGETTING = (
     Point.SERVER_FORGETTING_ASKED,
     Point.SERVER_AGENT_RECORDS_REMOVED,
@@ -53,6 +63,7 @@ FORGETTING = (
 ELSEWHERE = (
     *FORGETTING,
     Point.SERVER_CA_KEY_WRITTEN,  # tests/integration/test_identity.py
+    Point.SERVER_BLOB_IN_BUCKET,  # tests/faults/test_bucket.py
     Point.SERVER_SAMPLE_DRAWN,  # tests/integration/test_sampling.py
     Point.AGENT_ADAPTED,
     Point.AGENT_DECODED,
@@ -74,6 +85,7 @@ OF_EACH_KIND = (
     (Point.AGENT_CHUNK_SENT, 2),
     (Point.AGENT_CONTRIBUTED, 1),
 )
+OF_EACH_KIND_WITH_HEADS = ((Point.AGENT_WEIGHTS_WRITTEN, 2),)
 OF_EACH_KIND_WITH_INT8 = ((Point.AGENT_ENCODED, 2), (Point.SERVER_ENCODED_MODEL_ADOPTED, 2))
 
 
@@ -99,6 +111,11 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 @pytest.fixture(scope="module")
 def undisturbed_int8(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return digests_of_undisturbed_run(tmp_path_factory, INT8)
+
+
+@pytest.fixture(scope="module")
+def undisturbed_heads(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    return digests_of_undisturbed_run(tmp_path_factory, HEADS)
 
 
 def digests_of_undisturbed_run(
@@ -131,6 +148,13 @@ def test_killed_at_any_point_async_rounds_in_which_nobody_is_late_publish_what_s
     undisturbed: list[str], cluster: Cluster, tmp_path: Path, point: Point, count: int
 ) -> None:
     assert digests_of_killed_run(cluster, ASYNC, point, count, tmp_path / "died") == undisturbed
+
+
+@pytest.mark.parametrize(("point", "count"), others_soak(WITH_HEADS, OF_EACH_KIND_WITH_HEADS))
+def test_killed_at_any_point_agents_keep_their_heads(
+    undisturbed_heads: list[str], cluster: Cluster, tmp_path: Path, point: Point, count: int
+) -> None:
+    assert digests_of_killed_run(cluster, HEADS, point, count, tmp_path / "died") == undisturbed_heads
 
 
 def digests_of_killed_run(

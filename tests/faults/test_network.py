@@ -335,7 +335,7 @@ async def test_watch_misses_nothing_while_it_is_cut_off(cluster: ImpatientCluste
             await elsewhere.download(before.initial_weights, tmp_path / "model", elsewhere.on_bytes)
             await elsewhere.upload(tmp_path / "model", before.initial_weights, "weights", elsewhere.on_bytes)
             await elsewhere.contribute(
-                1, weights=before.initial_weights, shards=[], num_examples=1, accuracy_local=None,
+                1, weights=before.initial_weights, shards=[], num_examples=1, score_local=None,
                 initial_weights=before.initial_weights.digest,
             )  # fmt: skip
         assert not again.done()

@@ -16,12 +16,14 @@ from safetensors.numpy import save
 from cloud_server.config import ServerConfig
 from common import config, schema, shards, wire
 from common.config import ProcessConfig, RunConfig, Wire
+from common.dataset import pictures
 from common.errors import InvalidError, UsageError
 from common.schema import Header, TensorSpec
 from edge_agent.config import AgentConfig
 
 IMAGE_SHAPE = (1, 2, 2)
 NUM_CLASSES = 3
+SPEC = pictures(NUM_CLASSES, IMAGE_SHAPE, (), ())
 WEIGHTS = {
     "a": np.arange(6, dtype=np.float32).reshape(2, 3),
     "b": np.float32([0.5]),
@@ -51,15 +53,15 @@ def check_shard(content: bytes) -> None:
     with _file(content) as path:
         try:
             header = schema.read_header(path)
-            num_examples = schema.check_shard(header, image_shape=IMAGE_SHAPE)
-            schema.check_labels(path, header, NUM_CLASSES)
+            num_examples = schema.check_shard(header, SPEC)
+            schema.check_examples(path, header, SPEC)
         except InvalidError as error:
             _is_one_line(error)
             return
         shard = shards.read_shard(path)
-        assert shard.images.shape == (num_examples, *IMAGE_SHAPE)
-        assert shard.labels.shape == (num_examples,)
-        assert 0 <= shard.labels.min() <= shard.labels.max() < NUM_CLASSES
+        assert shard.inputs.shape == (num_examples, *IMAGE_SHAPE)
+        assert shard.targets.shape == (num_examples,)
+        assert 0 <= shard.targets.min() <= shard.targets.max() < NUM_CLASSES
 
 
 def check_wire(content: bytes) -> None:

@@ -12,6 +12,8 @@ from common import training
 from common.config import RunConfig, TrainingConfig
 from common.evaluation import evaluate, predict
 from common.models import build_model
+from common.tasks.classification import Classification
+from common.tasks.task import task_of
 from common.training import CheckpointFile, Examples, Recipe, StepReport, train
 from tests.recipes import TRAININGS, PowerCutError
 
@@ -77,11 +79,11 @@ class Trained:
         more.setdefault("on_step", lambda report: self.losses.append(report.loss))
         run = MODELS.get(name, MODELS["mobilenet_v2"])
         generator = torch.Generator().manual_seed(0)
-        shape = (NUM_IMAGES, *run.spec.image_shape)
+        shape = (NUM_IMAGES, *run.spec.inputs.shape)
         images = torch.randint(256, shape, dtype=torch.uint8, generator=generator)
         labels = torch.randint(10, (NUM_IMAGES,), generator=generator)
         settings = {"epochs": 3, "batch_size": BATCH_SIZE, "learning_rate": 0.01, **config}
-        recipe = Recipe(TrainingConfig(**settings), run.spec, 7, precision, balanced)
+        recipe = Recipe(TrainingConfig(**settings), task_of(run), 7, precision, balanced)
         model = make_model(name)
         with capture_logs() as logs:
             self.loss = train(model, Examples(images, labels), recipe, device=DEVICE, **more)
@@ -161,11 +163,11 @@ def test_images_that_do_not_fit_are_trained_on_alike(graphs: str, monkeypatch: p
 def test_predictions_are_the_same_wherever_the_images_are(monkeypatch: pytest.MonkeyPatch) -> None:
     images = torch.randint(256, (1500, 3, 32, 32), dtype=torch.uint8)
     model = make_model("dropping")
-    resident = predict(model, images, spec=CIFAR, device=DEVICE)
+    resident = predict(model, images, task=Classification(CIFAR), device=DEVICE)
     monkeypatch.setattr("common.batches._fits", lambda tensors, device: False)
-    assert torch.equal(predict(model, images, spec=CIFAR, device=DEVICE), resident)
+    assert torch.equal(predict(model, images, task=Classification(CIFAR), device=DEVICE), resident)
     labels = torch.zeros(1500, dtype=torch.int64)
-    assert evaluate(model, images, labels, spec=CIFAR, device=DEVICE).num_examples == 1500
+    assert evaluate(model, images, labels, task=Classification(CIFAR), device=DEVICE).num_examples == 1500
 
 
 def test_convolutions_are_measured_in_float32() -> None:
@@ -173,8 +175,8 @@ def test_convolutions_are_measured_in_float32() -> None:
     model = nn.Sequential(
         nn.Conv2d(3, 64, 3), nn.Conv2d(64, 64, 3), nn.Conv2d(64, 64, 3), nn.Flatten(), nn.Linear(43264, 10)
     )
-    on_gpu = predict(model, images, spec=CIFAR, device=DEVICE)
-    on_cpu = predict(model, images, spec=CIFAR, device=torch.device("cpu"))
+    on_gpu = predict(model, images, task=Classification(CIFAR), device=DEVICE)
+    on_cpu = predict(model, images, task=Classification(CIFAR), device=torch.device("cpu"))
     # TF32 has ten bits, which is a difference of about 1e-3.
     assert (on_gpu - on_cpu).abs().max() < 5e-5 * on_cpu.abs().max()
 

@@ -217,7 +217,7 @@ async def test_texts_do_not_steer_the_terminal(device: Device) -> None:
     assert [text for text in device.display.messages if "forged" in text]
     assert max(map(len, device.display.messages)) < 1000
     verdict = await device.client.contribute(
-        1, weights=Blob("", 0), shards=[], num_examples=1, accuracy_local=None, initial_weights=None
+        1, weights=Blob("", 0), shards=[], num_examples=1, score_local=None, initial_weights=None
     )
     assert "forged" in verdict.message
     assert verdict.message.isprintable()

@@ -197,7 +197,7 @@ def read(folder: Path) -> tuple[int, int]:
         seed_name="edge-1",
         allowed_factories=(),
     )
-    return len(data.train.labels) + len(data.held_out.labels), data.num_skipped
+    return len(data.train.targets) + len(data.held_out.targets), data.num_skipped
 
 
 @pytest.mark.parametrize("name", NO_IMAGES)

@@ -97,7 +97,7 @@ def test_no_text_is_ever_a_path(target: Target, attacker: Agent, method: str, pa
             round=1, weights_digest=DIGEST, num_examples=4, initial_weights_digest=target.initial_digest
         ),
         "Download": pb.DownloadRequest(digest=target.initial_digest),
-        "Report": pb.ReportRequest(round=1, accuracy_after=0.5),
+        "Report": pb.ReportRequest(round=1, score_after=0.5),
     }[method]
     before = {file for file in target.cluster.folder.rglob("*") if "blobs" not in file.parts}
     for text in NASTY:
@@ -145,16 +145,16 @@ NUMBERS: dict[str, tuple[tuple[str, Any], Reason]] = {
     "weights that are not there": (contribute(), Reason.MISSING_BLOB),
     "no examples": (contribute(num_examples=0), Reason.MALFORMED_REQUEST),
     "2^64-1 examples": (contribute(num_examples=LARGEST), Reason.MALFORMED_REQUEST),
-    "accuracy that is no number": (contribute(accuracy_local=math.nan), Reason.MALFORMED_REQUEST),
-    "accuracy beyond all measure": (contribute(accuracy_local=math.inf), Reason.MALFORMED_REQUEST),
+    "accuracy that is no number": (contribute(score_local=math.nan), Reason.MALFORMED_REQUEST),
+    "accuracy beyond all measure": (contribute(score_local=math.inf), Reason.MALFORMED_REQUEST),
     "one shard twice": (contribute(shard_digests=[DIGEST] * 2), Reason.MALFORMED_REQUEST),
     "too many shards": (
         contribute(shard_digests=[f"{number:064x}" for number in range(10_001)]),
         Reason.MALFORMED_REQUEST,
     ),
-    "report on round 0": (report(accuracy_after=0.5), Reason.MALFORMED_REQUEST),
-    "report on a round to come": (report(round=2**32 - 1, accuracy_after=0.5), Reason.MALFORMED_REQUEST),
-    "report on less than nothing": (report(round=1, accuracy_after=-1e-300), Reason.MALFORMED_REQUEST),
+    "report on round 0": (report(score_after=0.5), Reason.MALFORMED_REQUEST),
+    "report on a round to come": (report(round=2**32 - 1, score_after=0.5), Reason.MALFORMED_REQUEST),
+    "report on less than nothing": (report(round=1, score_after=-1e-300), Reason.MALFORMED_REQUEST),
     "report on 2^64-1 images": (report(round=1, num_held_out=LARGEST), Reason.MALFORMED_REQUEST),
     "blob of nobody": (("Download", pb.DownloadRequest(digest=DIGEST)), Reason.UNKNOWN_BLOB),
 }
@@ -335,7 +335,7 @@ def test_whoever_has_not_joined_is_refused_whatever_he_sends(server: Target) -> 
         "Upload": header(SMALL, "data"),
         "Contribute": pb.ContributeRequest(**CONTRIBUTION),
         "Download": pb.DownloadRequest(digest=server.initial_digest),
-        "Report": pb.ReportRequest(round=1, accuracy_after=0.5),
+        "Report": pb.ReportRequest(round=1, score_after=0.5),
     }
     with server.unharmed():
         for method, request in good.items():

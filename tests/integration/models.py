@@ -79,6 +79,37 @@ def spectral(num_classes: int, image_shape: Shape) -> nn.Module:
     return Spectral(num_classes, image_shape)
 
 
+def normed(num_classes: int, image_shape: Shape) -> nn.Module:
+    """Return a network whose second module normalises batches."""
+    norm = nn.BatchNorm1d(32)
+    return nn.Sequential(
+        nn.Flatten(), nn.Linear(math.prod(image_shape), 32), norm, nn.ReLU(), nn.Linear(32, num_classes)
+    )
+
+
+class LowRank(nn.Module):
+    """A frozen network of 64 KiB and more, and a small part beside it that is trained, as in LoRA."""
+
+    def __init__(self, num_classes: int, image_shape: Shape, rank: int = 2) -> None:
+        super().__init__()
+        size, hidden = math.prod(image_shape), 256
+        self.body = nn.Linear(size, hidden)
+        self.head = nn.Linear(hidden, num_classes)
+        self.down = nn.Linear(size, rank, bias=False)
+        self.up = nn.Linear(rank, num_classes, bias=False)
+        self.body.requires_grad_(False)
+        self.head.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = x.flatten(1)
+        logits: Tensor = self.head(self.body(flat).relu()) + self.up(self.down(flat))
+        return logits
+
+
+def low_rank(num_classes: int, image_shape: Shape) -> nn.Module:
+    return LowRank(num_classes, image_shape)
+
+
 class FullPrecision(Linear):
     """A model with an operation that there is not in bfloat16."""
 

@@ -67,7 +67,7 @@ def test_specialist_adapts_the_global_model_where_that_does_worse(cluster: Clust
     assert found["accuracy_after"] < 0.5 < found["accuracy_before"] <= found["accuracy_adapted"]
     own = json.loads((cluster.folder / SPECIALIST / "report.json").read_text("utf-8"))
     assert own["accuracy_adapted"] == found["accuracy_adapted"]
-    assert query(cluster, "SELECT accuracy_adapted FROM reports ORDER BY agent_id") == [
+    assert query(cluster, "SELECT score_adapted FROM reports ORDER BY agent_id") == [
         None,
         found["accuracy_adapted"],
     ]

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from common.config import CLASS_NAMES
+from common.dataset import CLASS_NAMES
 from common.faults import Point
 from tests.processes import Cluster, Command
 

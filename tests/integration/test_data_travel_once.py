@@ -38,7 +38,7 @@ class Device:
 
     def remove_one_of(self, shard: Path) -> None:
         """Remove an image that is in the shard, rather than held out."""
-        image = read_shard(shard).images[0, 0]
+        image = read_shard(shard).inputs[0, 0]
         (number,) = (n for n in range(len(self._images)) if np.array_equal(self._pixels(n), image))
         next(self.folder.glob(f"train/*/{number}.png")).unlink()
 

@@ -26,11 +26,16 @@ def processes_in(folder: Path) -> list[int]:
 
 
 @pytest.fixture
-def running_demo(tmp_path: Path) -> Iterator[Command]:
+def flags() -> list[str]:
+    return []
+
+
+@pytest.fixture
+def running_demo(tmp_path: Path, flags: list[str]) -> Iterator[Command]:
     # A proxy for the world outside, such as a company's, has no part in it.
     dead = "http://127.0.0.1:9"
     env = {"PYTHONPATH": str(ROOT), "https_proxy": dead, "http_proxy": dead}
-    command = Command("experiments.demo", folder=tmp_path / "log", cwd=tmp_path, env=env)
+    command = Command("experiments.demo", *flags, folder=tmp_path / "log", cwd=tmp_path, env=env)
     yield command
     for pid in processes_in(tmp_path):
         os.kill(pid, signal.SIGKILL)
@@ -46,6 +51,13 @@ def test_demo_shows_before_and_after(running_demo: Command, tmp_path: Path) -> N
         assert row.count(" 0.") == 2 or " 1.0000" in row
     assert "one round of mlp on digits" in output
     assert processes_in(tmp_path) == []
+
+
+@pytest.mark.parametrize("flags", [["--task", "regression"]])
+def test_demo_of_a_regression_shows_its_own_figure(running_demo: Command) -> None:
+    assert running_demo.wait() == 0
+    assert "R² on held-out data" in running_demo.output
+    assert "one round of mlp on diabetes" in running_demo.output
 
 
 @pytest.mark.parametrize("signals", [(signal.SIGTERM,), (signal.SIGINT, signal.SIGINT, signal.SIGTERM)])

@@ -42,6 +42,24 @@ def test_own_data_and_own_model_run_as_the_readme_says(cluster: Cluster) -> None
     assert cluster.report()["model"] == "shapes:net"
 
 
+def test_own_task_runs_as_the_readme_says(cluster: Cluster) -> None:
+    env = {"PYTHONPATH": str(EXAMPLES)}
+    server = cluster.server("--config", EXAMPLES / "two_heads.toml", env=env)
+    agents = [
+        cluster.agent(
+            f"edge-{number}", "--data", "two_heads:windows", "--partition", f"{number}/2",
+            "--allow-factory", "two_heads:net", "--allow-factory", "two_heads:TwoHeads", env=env,
+        )
+        for number in (1, 2)
+    ]  # fmt: skip
+    assert_published(cluster, *agents, server)
+    report = cluster.report()
+    assert (report["task"], report["metric"]) == ("two_heads:TwoHeads", "half accuracy, half closeness")
+    # A model that knows nothing is right in half of the cases, and mostly a quarter off.
+    assert report["score_published"] > 0.75
+    assert all("score_after" in agent for agent in report["agents"])
+
+
 def test_image_folders_run_as_the_readme_says(cluster: Cluster, tmp_path: Path) -> None:
     server = cluster.server("--config", EXAMPLES / "letters.toml")
     agents = []

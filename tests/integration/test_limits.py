@@ -82,7 +82,7 @@ async def test_what_was_contributed_does_not_count(tmp_path: Path) -> None:
             weights=Blob(contribution.weights_digest, 0),
             shards=[blob for _, blob in shards],
             num_examples=2000,
-            accuracy_local=None,
+            score_local=None,
             initial_weights=start,
         )
         assert verdict.outcome == "accepted"

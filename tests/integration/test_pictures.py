@@ -211,7 +211,7 @@ def test_icons_give_the_same_shards_transparent_and_flattened(
     assert server.wait() == 0
     shards = [cluster.folder / way / "shards/000001.safetensors" for way in ways]
     assert len({shard.read_bytes() for shard in shards}) == 1
-    images = read_shard(shards[0]).images
+    images = read_shard(shards[0]).inputs
     assert len(images) == 20
     assert (images[:, 0, 0, 0] == shade).all()
     assert (images == shape).any(axis=(1, 2, 3)).all()

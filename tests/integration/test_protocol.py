@@ -81,7 +81,7 @@ async def initial_weights(client: Member, folder: Path) -> dict[str, np.ndarray]
 
 async def contribute(client: Member, weights: Blob, **changes: Any) -> Verdict:
     start = client.state.initial_weights.digest
-    fields = {"shards": [], "num_examples": 1, "accuracy_local": None, "initial_weights": start}
+    fields = {"shards": [], "num_examples": 1, "score_local": None, "initial_weights": start}
     return await client.contribute(1, weights=weights, **(fields | changes))
 
 
@@ -272,10 +272,10 @@ async def test_contribution_counts_once_and_another_one_is_refused(cluster: Clus
         first = await upload(client, written(tmp_path, weights))
         second = await upload(client, written(tmp_path, with_value(0.5)(weights)))
         for _ in range(2):
-            verdict = await contribute(client, first, num_examples=7, accuracy_local=0.5)
+            verdict = await contribute(client, first, num_examples=7, score_local=0.5)
             assert verdict.outcome == "accepted"
         with pytest.raises(ConflictError):
-            await contribute(client, second, num_examples=7, accuracy_local=0.5)
+            await contribute(client, second, num_examples=7, score_local=0.5)
 
 
 async def test_num_examples_is_held_against_the_shards(cluster: Cluster, tmp_path: Path) -> None:
@@ -283,7 +283,7 @@ async def test_num_examples_is_held_against_the_shards(cluster: Cluster, tmp_pat
         weights = await upload(client, written(tmp_path, await initial_weights(client, tmp_path)))
         path = shard_file(tmp_path, np.full((4, 1, 8, 8), 7, np.uint8), np.arange(4))
         shards = [await upload(client, path, "data")]
-        with pytest.raises(InvalidError, match=r"num_examples is 3, .* 4 labels") as refused:
+        with pytest.raises(InvalidError, match=r"num_examples is 3, .* 4 examples") as refused:
             await contribute(client, weights, shards=shards, num_examples=3)
         assert refused.value.reason == Reason.MALFORMED_REQUEST
         assert (await contribute(client, weights, shards=shards, num_examples=5)).outcome == "accepted"
@@ -425,17 +425,17 @@ async def test_same_agent_keeps_its_slot(cluster: Cluster) -> None:
 
 async def test_report_on_an_unpublished_round_is_refused(cluster: Cluster) -> None:
     async with member(cluster, "early") as client:
-        request = pb.ReportRequest(round=1, accuracy_after=0.5)
+        request = pb.ReportRequest(round=1, score_after=0.5)
         refused = await refusal_of(client.stub.Report(request, metadata=client.metadata))
         assert isinstance(refused, NotFoundError)
 
 
 async def test_report_of_an_impossible_accuracy_is_refused(cluster: Cluster) -> None:
     async with member(cluster, "boaster") as client:
-        request = pb.ReportRequest(round=1, accuracy_after=0.5, accuracy_adapted=1.5)
+        request = pb.ReportRequest(round=1, score_after=0.5, score_adapted=1.5)
         refused = await refusal_of(client.stub.Report(request, metadata=client.metadata))
         assert refused.reason == Reason.MALFORMED_REQUEST
-        assert str(refused) == "accuracy_adapted must be between 0 and 1"
+        assert str(refused) == "score_adapted must be a number from 0 to 1"
 
 
 async def test_health_and_reflection_answer(cluster: Cluster) -> None:

@@ -11,7 +11,7 @@ QUICK = ("--set", "run.pretrain.epochs=1", "--set", "run.fine_tune.epochs=1")
 
 
 def images_in(folder: Path) -> set[bytes]:
-    return {image.tobytes() for path in folder.glob("*.safetensors") for image in read_shard(path).images}
+    return {image.tobytes() for path in folder.glob("*.safetensors") for image in read_shard(path).inputs}
 
 
 def contents_of(state_dir: Path) -> bytes:

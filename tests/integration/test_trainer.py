@@ -35,6 +35,7 @@ from common.models import build_model
 from common.schema import read_header
 from common.seeds import derive_seed
 from common.shards import Shard, write_shard
+from common.tasks.task import task_of
 from common.training import Examples, train
 from common.transfer import blob_of
 from common.weights import read_state_dict, write_state_dict
@@ -56,7 +57,7 @@ def digits() -> Shard:
 
 
 def part(shard: Shard, index: slice) -> Shard:
-    return Shard(shard.images[index], shard.labels[index])
+    return Shard(shard.inputs[index], shard.targets[index])
 
 
 def put_blob(path: Path, blobs_dir: Path) -> str:
@@ -84,7 +85,7 @@ def contributions(blobs_dir) -> tuple[Contribution, ...]:
     made = []
     for agent_id, half in zip(AGENTS, halves, strict=True):
         model = build_model(RUN, seed=derive_seed(RUN.seed, "initial_weights"))
-        images, labels = torch.from_numpy(half.images), torch.from_numpy(half.labels)
+        images, labels = torch.from_numpy(half.inputs), torch.from_numpy(half.targets)
         train(model, Examples(images, labels), recipe_of(RUN, seed=1), device=CPU)
         write_state_dict(model.state_dict(), blobs_dir / "new")
         weights = put_blob(blobs_dir / "new", blobs_dir)
@@ -130,21 +131,21 @@ def test_a_round_averages_fine_tunes_and_evaluates(do, blobs_dir, contributions)
 
     paths = [blob_path(blobs_dir, contribution.weights_digest) for contribution in contributions]
     model.load_state_dict(mean(paths, [900, 897]))
-    average = evaluate(model, *data.held_out, spec=RUN.spec, device=CPU)
+    average = evaluate(model, *data.held_out, task=task_of(RUN), device=CPU)
     model.load_state_dict(read_state_dict(directory.weights_path))
-    published = evaluate(model, *data.held_out, spec=RUN.spec, device=CPU)
+    published = evaluate(model, *data.held_out, task=task_of(RUN), device=CPU)
 
     assert average.num_examples == 180  # a tenth
-    assert result.candidates["average"] == average.accuracy
+    assert result.candidates["average"] == average.score
     assert set(result.candidates) == {"aligned", "average", "best_agent", "greedy_soup"}  # none is previous
     assert result.candidates[result.start] == max(result.candidates.values())
     assert set(result.soup) <= set(AGENTS)
     assert result.published == "fine_tuned"
-    assert result.accuracy_fine_tuned == result.accuracy_published == published.accuracy > 0.9
+    assert result.score_fine_tuned == result.score_published == published.score > 0.9
     assert [item.label for item in result.classes] == list(range(10))
     assert sum(item.num_examples for item in result.classes) == 180
-    num_right = sum(item.num_examples * item.accuracy_published for item in result.classes)
-    assert num_right == pytest.approx(180 * published.accuracy)
+    num_right = sum(item.num_examples * item.score_published for item in result.classes)
+    assert num_right == pytest.approx(180 * published.score)
     assert set(result.seconds) == {"aggregate", "fine_tune", "evaluate"}
     assert min(result.seconds.values()) > 0
     assert result.weights.sha256 == hashlib.sha256(directory.weights_path.read_bytes()).hexdigest()
@@ -192,7 +193,7 @@ def test_agents_without_data_get_their_average(do, blobs_dir, contributions):
     alone = tuple(replace(item, shard_digests=()) for item in contributions)
     result, directory = do(contributions=alone)
     assert result.error is None
-    assert (result.candidates, result.accuracy_published) == ({}, None)
+    assert (result.candidates, result.score_published) == ({}, None)
     expected = mean([blob_path(blobs_dir, item.weights_digest) for item in alone], [900, 897])
     found = read_state_dict(directory.weights_path)
     assert all(torch.equal(found[name], expected[name]) for name in expected)
@@ -219,18 +220,18 @@ def test_each_shard_of_an_agent_is_split_by_itself(blobs_dir, contributions):
     together = combined(*shards)
     for index, name in enumerate(("train", "held_out")):
         apart = [combined(shard)[index] for shard in shards]
-        assert torch.equal(getattr(together, name).images, torch.cat([each.images for each in apart]))
-        assert torch.equal(getattr(together, name).labels, torch.cat([each.labels for each in apart]))
-    assert len(together.train.labels) + len(together.held_out.labels) == 900
+        assert torch.equal(getattr(together, name).inputs, torch.cat([each.inputs for each in apart]))
+        assert torch.equal(getattr(together, name).targets, torch.cat([each.targets for each in apart]))
+    assert len(together.train.targets) + len(together.held_out.targets) == 900
 
 
 def test_combined_data_is_every_example_once_and_held_out_alike_in_any_company(blobs_dir, contributions):
     both = combine(RUN, contributions, blobs_dir)
-    images = torch.cat([both.train.images, both.held_out.images]).flatten(1).numpy()
-    everything = digits().images.reshape(len(images), -1)
+    images = torch.cat([both.train.inputs, both.held_out.inputs]).flatten(1).numpy()
+    everything = digits().inputs.reshape(len(images), -1)
     assert sorted(map(bytes, images)) == sorted(map(bytes, everything))
     alone = combine(RUN, contributions[1:], blobs_dir)
-    assert torch.equal(both.held_out.images[-len(alone.held_out.labels) :], alone.held_out.images)
+    assert torch.equal(both.held_out.inputs[-len(alone.held_out.targets) :], alone.held_out.inputs)
 
 
 class Full(Exception): ...
@@ -282,7 +283,7 @@ def test_round_whose_graph_takes_the_last_memory_is_done_with_half_the_batch_and
     assert (second.attempt, second.run.fine_tune.batch_size) == (2, 32)
     result, _ = do(name="again", attempt=second.attempt, run=second.run)
     assert result.error is None
-    assert result.accuracy_fine_tuned > 0.5
+    assert result.score_fine_tuned > 0.5
     # The second attempt did not even try to record.
     assert recorder.num_asked == 1
 
@@ -322,7 +323,7 @@ def test_a_fine_tune_that_makes_it_worse_is_not_published(do, monkeypatch):
     monkeypatch.setattr(pipeline, "fine_tune", lambda model, *_, **__: model[1].weight.data.fill_(np.inf))
     result, directory = do()
     assert result.published == "start"
-    assert result.accuracy_fine_tuned < result.accuracy_published == result.candidates[result.start]
+    assert result.score_fine_tuned < result.score_published == result.candidates[result.start]
     assert all(tensor.isfinite().all() for tensor in read_state_dict(directory.weights_path).values())
 
 
@@ -348,7 +349,7 @@ def test_the_previous_global_model_is_a_candidate_from_the_second_round_on(do, c
 def test_every_aggregator_makes_a_round(do, aggregator):
     result, _ = do(run=RUN.model_copy(update={"aggregator": aggregator}))
     assert result.error is None
-    assert result.accuracy_published > 0.9
+    assert result.score_published > 0.9
 
 
 # Who takes part
@@ -363,7 +364,7 @@ def three(blobs_dir) -> tuple[str, tuple[Contribution, ...]]:
     for index, agent_id in enumerate(("ann", "bob", "cas")):
         third = part(digits(), slice(index, None, 3))
         model = build_model(RUN, seed=derive_seed(RUN.seed, "initial_weights"))
-        images, labels = torch.from_numpy(third.images.copy()), torch.from_numpy(third.labels.copy())
+        images, labels = torch.from_numpy(third.inputs.copy()), torch.from_numpy(third.targets.copy())
         train(model, Examples(images, labels), recipe_of(RUN, seed=index), device=CPU)
         write_state_dict(model.state_dict(), blobs_dir / "new")
         weights = put_blob(blobs_dir / "new", blobs_dir)
@@ -462,7 +463,7 @@ def with_wire(wire: str) -> RunConfig:
 def accuracy_of(path: Path, data) -> float:
     model = build_model(RUN, seed=0)
     model.load_state_dict(read_state_dict(path))
-    return evaluate(model, *data.held_out, spec=RUN.spec, device=CPU).accuracy
+    return evaluate(model, *data.held_out, task=task_of(RUN), device=CPU).score
 
 
 @pytest.mark.parametrize("wire", ["bfloat16", "int8"])
@@ -476,7 +477,7 @@ def test_published_is_what_the_agents_decode(do, blobs_dir, contributions, tmp_p
     assert (tmp_path / "decoded").read_bytes() == directory.weights_path.read_bytes()
     assert read_header(directory.weights_path).metadata == {"format": "pt"}
     data = combine(RUN, contributions, blobs_dir)
-    assert accuracy_of(directory.weights_path, data) == result.accuracy_published > 0.9
+    assert accuracy_of(directory.weights_path, data) == result.score_published > 0.9
     assert not directory.scratch_path.exists()
 
 
@@ -499,7 +500,7 @@ def test_a_start_that_is_published_is_measured_as_it_arrives(do, monkeypatch, bl
     result, directory = do(run=with_wire("int8"), contributions=sent, initial_weights=base.digest)
     assert result.published == "start"
     data = combine(RUN, contributions, blobs_dir)
-    assert accuracy_of(directory.weights_path, data) == result.accuracy_published
+    assert accuracy_of(directory.weights_path, data) == result.score_published
     assert result.encoded.sha256 == blob_of(directory.encoded_path).digest
 
 
@@ -661,7 +662,7 @@ def test_two_ranks_under_torchrun_train_together_and_leave_with_their_server(sta
         assert trainer.result_of(initialise).error is None
         result = trainer.result_of(ask(state_dir, job(contributions)))
         assert result.error is None
-        assert result.accuracy_published > 0.9
+        assert result.score_published > 0.9
         _, sent = encoded_as("bfloat16", contributions, state_dir / "blobs")
         result = trainer.result_of(ask(state_dir, job(sent, run=with_wire("bfloat16"), name="encoded")))
         assert result.error is None

@@ -65,7 +65,7 @@ def contribute(store: Store, number: int, *shards: bytes) -> list[bytes]:
     for shard in sent:
         upload(store, shard, "data", number + 0.2)
     digests = tuple(map(digest_of, shards))
-    contribution = Contribution(AGENT, weights, digests, 10, accuracy_local=0.9)
+    contribution = Contribution(AGENT, weights, digests, 10, score_local=0.9)
     store.record_contribution(number, Decision(AGENT, Outcome.ACCEPTED, number + 0.3, contribution))
     return sent
 
@@ -83,7 +83,7 @@ def run_job(state_dir: Path, number: int, start: str) -> JobDirectory:
         sha256=digest_of(encoded_of(number)), bytes=len(encoded_of(number)), base=start
     )
     directory.write_result(
-        Result(weights=weights, encoded=encoded, candidates={"average": 0.8}, accuracy_published=0.9)
+        Result(weights=weights, encoded=encoded, candidates={"average": 0.8}, score_published=0.9)
     )
     return directory
 

@@ -51,9 +51,9 @@ class Workshop:
         """One that trains on its shard, but for the cloud's part; its update is multiplied."""
         agent_id = f"edge-{number:02}"
         seed = derive_seed(RUN.seed, "cloud_holdout", agent_id)
-        rest, _ = cloud_holdout(shard.labels, RUN.fine_tune.holdout_fraction, seed)
+        rest, _ = cloud_holdout(shard.targets, RUN.fine_tune.holdout_fraction, seed)
         model = build_model(RUN, seed=1)
-        images, labels = torch.from_numpy(shard.images[rest]), torch.from_numpy(shard.labels[rest])
+        images, labels = torch.from_numpy(shard.inputs[rest]), torch.from_numpy(shard.targets[rest])
         train(model, Examples(images, labels), recipe_of(RUN, seed=number), device=CPU)
         start = read_state_dict(self.start)
         state_dict = {
@@ -65,7 +65,7 @@ class Workshop:
             agent_id=agent_id,
             weights_digest=(weights := self._put("new")).name,
             shard_digests=(self._put("shard").name,),
-            num_examples=len(shard.labels),
+            num_examples=len(shard.targets),
         )
         return Agent(contribution, weights)
 
@@ -113,8 +113,8 @@ def part_of(digits: Shard) -> Callable[..., Shard]:
     """One agent's part of the digits, by a scheme of the configuration."""
 
     def part(number: int, count: int = 5, by: str = "iid", seed: int = 0) -> Shard:
-        indices = partition_indices(digits.labels, count, by, seed)[number - 1]
-        return Shard(digits.images[indices], digits.labels[indices])
+        indices = partition_indices(digits.targets, count, by, seed)[number - 1]
+        return Shard(digits.inputs[indices], digits.targets[indices])
 
     return part
 
@@ -125,7 +125,7 @@ def honest(workshop: Workshop, part_of: Callable[..., Shard]) -> list[Agent]:
 
 
 def flipped(shard: Shard) -> Shard:
-    return Shard(shard.images, 9 - shard.labels)
+    return Shard(shard.inputs, 9 - shard.targets)
 
 
 def test_nothing_is_held_against_honest_agents(workshop: Workshop, honest: list[Agent]) -> None:
@@ -147,8 +147,8 @@ def test_who_flips_labels_is_flagged_among_five(
     agents = [honest[0], bad, *honest[2:]]
     assert workshop.flags(agents) == [(), ("labels", "model"), (), (), ()]
     found, others = workshop.findings(agents)[1], workshop.findings(agents)[0]
-    assert found.labels
-    assert found.labels.found < 0.1 < 0.7 < found.labels.expected
+    assert found.targets
+    assert found.targets.found < 0.1 < 0.7 < found.targets.expected
     assert found.label_loss
     assert others.label_loss
     assert found.label_loss > 2 * others.label_loss
@@ -176,15 +176,15 @@ def test_honest_specialists_are_not_flagged(
     workshop: Workshop, part_of: Callable[..., Shard], seed: int, count: int
 ) -> None:
     parts = [part_of(number, count, "dirichlet:0.3", seed) for number in range(1, count + 1)]
-    agents = [workshop.agent(number, part) for number, part in enumerate(parts, 1) if len(part.labels) > 1]
+    agents = [workshop.agent(number, part) for number, part in enumerate(parts, 1) if len(part.targets) > 1]
     assert workshop.flags(agents) == [()] * len(agents)
 
 
 def test_agent_whose_classes_nobody_else_has_is_not_flagged(workshop: Workshop, digits: Shard) -> None:
-    alone, rest = np.flatnonzero(digits.labels >= 8), np.flatnonzero(digits.labels < 8)
+    alone, rest = np.flatnonzero(digits.targets >= 8), np.flatnonzero(digits.targets < 8)
     parts = [alone, *np.array_split(np.random.Generator(np.random.PCG64(0)).permutation(rest), 4)]
     agents = [
-        workshop.agent(number, Shard(digits.images[part], digits.labels[part]))
+        workshop.agent(number, Shard(digits.inputs[part], digits.targets[part]))
         for number, part in enumerate(parts, 1)
     ]
     findings = workshop.findings(agents)
@@ -193,7 +193,7 @@ def test_agent_whose_classes_nobody_else_has_is_not_flagged(workshop: Workshop, 
 
 
 def test_a_few_examples_prove_nothing(workshop: Workshop, honest: list[Agent], digits: Shard) -> None:
-    few = workshop.agent(1, flipped(Shard(digits.images[:3], digits.labels[:3])))
+    few = workshop.agent(1, flipped(Shard(digits.inputs[:3], digits.targets[:3])))
     assert workshop.flags([few, *honest[1:]]) == [()] * 5
 
 

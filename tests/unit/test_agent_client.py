@@ -124,9 +124,7 @@ async def test_agent_that_is_not_known_is_told_so(tmp_path: Path) -> None:
         anext(client.watch()),
         client.download(BLOB, tmp_path / "blob", lambda *_: None),
         client.upload(tmp_path / "blob", BLOB, "data", lambda *_: None),
-        client.contribute(
-            1, weights=BLOB, shards=[], num_examples=1, accuracy_local=None, initial_weights=None
-        ),
+        client.contribute(1, weights=BLOB, shards=[], num_examples=1, score_local=None, initial_weights=None),
     ]
     for call in calls:
         with pytest.raises(UnknownAgentError):

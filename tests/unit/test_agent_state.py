@@ -1,3 +1,4 @@
+import json
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from common.models import build_model
 from common.schedule import learning_rate_factor
 from common.seeds import derive_seed
 from common.shards import Shard, cloud_holdout, read_shard
+from common.tasks import unpublished
 from common.training import Examples, OnStep, StepReport, train
 from common.transfer import Blob, blob_of
 from common.weights import read_state_dict, write_state_dict
@@ -27,10 +29,10 @@ from tests.recipes import recipe_of
 REPORT = Report(
     round=2,
     initial_weights="cd" * 32,
-    accuracy_local=0.1,
-    accuracy_before=1 / 3,
-    accuracy_after=0.7000000000000001,
-    accuracy_adapted=0.1 + 0.7,
+    score_local=0.1,
+    score_before=1 / 3,
+    score_after=0.7000000000000001,
+    score_adapted=0.1 + 0.7,
     num_held_out=30,
     applied=True,
     reason="",
@@ -74,7 +76,7 @@ def test_progress_comes_back_to_the_last_bit(disk: AgentState) -> None:
     blob = Blob("ab" * 32, 123)
     progress = Progress(
         run_id="r",
-        trained=Trained(round=2, weights=blob, accuracy=0.1 + 0.2, initial_weights="cd" * 32),
+        trained=Trained(round=2, weights=blob, score=0.1 + 0.2, initial_weights="cd" * 32),
         contributed_round=2,
         arrived=Arrived(weights=blob, report=REPORT),
         evaluated_round=1,
@@ -195,17 +197,17 @@ def test_interrupted_pretraining_goes_on_to_the_same_weights(
 def test_global_model_that_does_no_worse_replaces_the_one_in_use(disk: AgentState, tmp_path: Path) -> None:
     local = local_models(disk)
     trained = pretrain(local, ignore)
-    labels = make_shard(20, 1).labels
+    labels = make_shard(20, 1).targets
     rare, common = np.argsort(np.bincount(labels))[[0, -1]]
     saying(rare, disk.model, disk.local_weights)
     weights = saying(common, tmp_path / "global", disk.local_weights)
 
     report = local.measure(1, weights, trained, refuse)
-    assert (report.accuracy_local, report.initial_weights) == (trained.accuracy, None)
-    assert report.accuracy_before == (labels == rare).mean()
-    assert report.accuracy_after == (labels == common).mean()
+    assert (report.score_local, report.initial_weights) == (trained.score, None)
+    assert report.score_before == (labels == rare).mean()
+    assert report.score_after == (labels == common).mean()
     assert (report.num_held_out, report.applied, report.reason) == (20, True, "")
-    assert (report.accuracy_adapted, report.uses_adapted) == (None, False)
+    assert (report.score_adapted, report.uses_adapted) == (None, False)
 
     for _ in range(2):  # the second after a crash
         local.apply(weights, report, refuse)
@@ -218,7 +220,7 @@ def test_global_model_that_does_worse_leaves_the_one_in_use_alone(disk: AgentSta
     run = RUN.model_copy(update={"adapt_epochs": 0})
     local = local_models(disk, run)
     trained = pretrain(local, ignore).model_copy(update={"initial_weights": "cd" * 32})
-    labels = make_shard(20, 1).labels
+    labels = make_shard(20, 1).targets
     rare, common = np.argsort(np.bincount(labels))[[0, -1]]
     saying(common, disk.model, disk.local_weights)
     in_use = disk.model.read_bytes()
@@ -226,7 +228,7 @@ def test_global_model_that_does_worse_leaves_the_one_in_use_alone(disk: AgentSta
 
     report = local.measure(1, weights, trained, refuse)
     assert not report.applied
-    assert report.accuracy_adapted is None
+    assert report.score_adapted is None
     before, after = (labels == common).mean(), (labels == rare).mean()
     assert report.reason.startswith(f"accuracy {before:.4f} → {after:.4f} on 20 held-out examples, worse by")
     assert "adaptation" not in report.reason
@@ -266,14 +268,14 @@ def test_global_model_that_does_worse_is_adapted_and_used(disk: AgentState, tmp_
     steps: list[StepReport] = []
     weights = generalist(tmp_path / "global")
     report = local.measure(4, weights, trained, steps.append)
-    assert report.accuracy_after < 0.5 < report.accuracy_before == report.accuracy_adapted == 1.0
+    assert report.score_after < 0.5 < report.score_before == report.score_adapted == 1.0
     assert (report.applied, report.uses_adapted, report.reason) == (True, True, "")
     assert steps[-1].step == steps[-1].num_steps == 9  # three epochs of 36 images, 16 at a time
 
     # Independently: as many epochs of pre-training, on what the cloud does not hold back.
     model = build_model(RUN, seed=5)
     shard = two_classes(40, 0)
-    rest, _ = cloud_holdout(shard.labels, 0.1, derive_seed(0, "cloud_holdout", "edge-1"))
+    rest, _ = cloud_holdout(shard.targets, 0.1, derive_seed(0, "cloud_holdout", "edge-1"))
     train(
         model,
         Examples(*(torch.from_numpy(array[rest]) for array in shard)),
@@ -316,10 +318,10 @@ def test_own_model_is_kept_where_adaptation_does_not_help(disk: AgentState, tmp_
     weights = saying(7, tmp_path / "global", disk.local_weights)  # without weights it can learn the bias only
     report = local.measure(1, weights, trained, ignore)
     assert (report.applied, report.uses_adapted) == (False, False)
-    assert report.accuracy_adapted in (0.0, 0.5)
+    assert report.score_adapted in (0.0, 0.5)
     assert report.reason == (
         "accuracy 1.0000 → 0.0000 on 20 held-out examples, worse by more than the tolerance 0.0000;"
-        f" {report.accuracy_adapted:.4f} after local adaptation"
+        f" {report.score_adapted:.4f} after local adaptation"
     )
     local.apply(weights, report, refuse)
     assert disk.model.read_bytes() == in_use
@@ -337,7 +339,7 @@ def test_own_model_is_kept_where_adaptation_diverges(
 
     monkeypatch.setattr("edge_agent.local.train", diverge)
     report = local.measure(1, generalist(tmp_path / "global"), trained, ignore)
-    assert (report.applied, report.accuracy_adapted) == (False, None)
+    assert (report.applied, report.score_adapted) == (False, None)
     assert report.reason.endswith("; local adaptation: training diverged in epoch 1")
 
 
@@ -346,7 +348,8 @@ def refuse(_: StepReport) -> None:
 
 
 def report_on(disk: AgentState) -> Report:
-    return Report.model_validate_json(disk.report.read_text().replace('"agent_id": "edge-1",', ""))
+    fields = unpublished(json.loads(disk.report.read_text()))
+    return Report.model_validate({name: value for name, value in fields.items() if name != "agent_id"})
 
 
 @pytest.mark.parametrize("sizes", [(40,), (30, 10), (39, 1)])
@@ -361,7 +364,7 @@ def test_agent_does_not_train_on_what_the_cloud_holds_back(
     monkeypatch.setattr("edge_agent.local.train", train)
     everything, held_out = make_shard(40, 0), make_shard(20, 1)
     for end in np.cumsum(sizes):  # the agent is started again with more data
-        data = AgentData(Shard(everything.images[:end], everything.labels[:end]), held_out, num_skipped=0)
+        data = AgentData(Shard(everything.inputs[:end], everything.targets[:end]), held_out, num_skipped=0)
         local = LocalModels(RUN, data, disk, torch.device("cpu"), (), 0.0)
     local.pretrain(1, None, ignore)
 
@@ -372,11 +375,11 @@ def test_agent_does_not_train_on_what_the_cloud_holds_back(
         path.rename(target)
     contribution = Contribution(disk.agent_id, "", shards, local.num_examples)
     combined = combine(RUN, [contribution], tmp_path / "blobs")
-    assert torch.equal(trained_on["images"], combined.train.images)
-    assert torch.equal(trained_on["labels"], combined.train.labels)
+    assert torch.equal(trained_on["inputs"], combined.train.inputs)
+    assert torch.equal(trained_on["targets"], combined.train.targets)
     assert len(shards) == len(sizes)
-    assert len(combined.held_out.labels) == sum(round(size / 10) for size in sizes)
-    assert local.num_examples == len(combined.train.labels) + len(combined.held_out.labels) == 40
+    assert len(combined.held_out.targets) == sum(round(size / 10) for size in sizes)
+    assert local.num_examples == len(combined.train.targets) + len(combined.held_out.targets) == 40
 
 
 @pytest.mark.parametrize("fraction", [0.0, 0.5, 1.0])
@@ -396,14 +399,14 @@ def test_private_examples_are_all_trained_on_and_of_shared_ones_what_the_cloud_t
     shared, private = (
         [read_shard(path) for path in folder.glob("*")] for folder in (disk.shards, disk.private)
     )
-    assert sum(len(shard.labels) for shard in shared) == local.num_shared
+    assert sum(len(shard.targets) for shard in shared) == local.num_shared
     assert abs(local.num_shared - 200 * fraction) < 30
-    assert sum(len(shard.labels) for shard in private) == 200 - local.num_shared
+    assert sum(len(shard.targets) for shard in private) == 200 - local.num_shared
     assert local.num_examples == 200
     seed = derive_seed(RUN.seed, "cloud_holdout", disk.agent_id)
-    expected = [shard.images[cloud_holdout(shard.labels, 0.1, seed)[0]] for shard in shared]
-    expected += [shard.images for shard in private]
-    np.testing.assert_array_equal(trained_on["images"].numpy(), np.concatenate(expected))
+    expected = [shard.inputs[cloud_holdout(shard.targets, 0.1, seed)[0]] for shard in shared]
+    expected += [shard.inputs for shard in private]
+    np.testing.assert_array_equal(trained_on["inputs"].numpy(), np.concatenate(expected))
     assert len(local.trained_on) == len(shared) + len(private)
 
 
@@ -413,7 +416,7 @@ def test_sharing_less_withdraws_files_and_sharing_the_same_or_growing_does_not(d
     def load(count: int, fraction: float) -> tuple[LocalModels, set[bytes]]:
         data = AgentData(Shard(*(array[:count] for array in everything)), held_out, num_skipped=0)
         local = LocalModels(RUN, data, disk, torch.device("cpu"), (), 0.0, shared_fraction=fraction)
-        return local, {image.tobytes() for path in local.shards for image in read_shard(path).images}
+        return local, {image.tobytes() for path in local.shards for image in read_shard(path).inputs}
 
     first, shared_at_first = load(80, 0.6)
     grown, shared = load(100, 0.6)
@@ -438,13 +441,13 @@ def test_model_of_another_run_counts_as_absent_and_is_replaced(disk: AgentState,
     stranger = {"another.weight": torch.zeros(3)}
 
     write_state_dict(stranger, disk.model)
-    assert local.measure(1, weights, None, refuse).accuracy_before is None
+    assert local.measure(1, weights, None, refuse).score_before is None
     local.keep(1, None, local.pretrain(1, None, ignore))
     assert blob_of(disk.model) == blob_of(disk.local_weights)
 
     disk.model.write_bytes(b"no safetensors")
     report = local.measure(1, weights, None, refuse)
-    assert report.accuracy_before is None
+    assert report.score_before is None
     local.apply(weights, report, refuse)
     assert blob_of(disk.model) == blob_of(weights)
 
@@ -474,5 +477,19 @@ def test_one_network_is_built_and_what_is_known_of_the_model_in_use_is_not_measu
     local.apply(weights, always, ignore)
     calls.clear()
     report = local.measure(2, weights, None, ignore)
-    assert report.accuracy_before == report.accuracy_after
+    assert report.score_before == report.score_after
     assert calls == ["evaluate"]
+
+
+def test_progress_of_the_version_that_wrote_accuracies_is_read(tmp_path: Path) -> None:
+    report = REPORT.model_dump(mode="json")
+    old = {name.replace("score", "accuracy"): value for name, value in report.items()}
+    trained = {"round": 1, "weights": ["0" * 64, 7], "accuracy": 0.25}
+    arrived = {"weights": trained["weights"], "report": old}
+    (tmp_path / "progress.json").write_text(json.dumps({"trained": trained, "arrived": arrived}))
+    disk = AgentState(tmp_path, "edge-1")
+    assert disk.progress.trained
+    assert disk.progress.trained.score == 0.25
+    assert disk.progress.arrived
+    assert disk.progress.arrived.report == REPORT
+    disk.close()

@@ -98,7 +98,7 @@ def difference(model: nn.Module, state_dict, image_shape) -> float:
 
 def check_groups(model: nn.Module, image_shape):
     randomise(model, image_shape)
-    groups = permutation_groups(model, image_shape)
+    groups = permutation_groups(model, torch.zeros(2, *image_shape))
     before = model.state_dict()
     after = apply(groups, random_permutations(groups), before)
     moved = {place.tensor for group in groups if group.size > 8 for place in group.places}
@@ -136,7 +136,7 @@ def test_every_torchvision_family_can_be_permuted(name):
 
 def test_float32_logits_stay_within_a_ten_thousandth():
     model = randomise(torchvision_model("resnet18", 32), (3, 32, 32)).float()
-    groups = permutation_groups(model, (3, 32, 32))
+    groups = permutation_groups(model, torch.zeros(2, 3, 32, 32))
     images = torch.randn(2, 3, 32, 32)
     found = outputs(model, apply(groups, random_permutations(groups), model.state_dict()), images)
     expected = outputs(model, model.state_dict(), images)
@@ -147,7 +147,7 @@ def test_float32_logits_stay_within_a_ten_thousandth():
 def test_leaving_out_one_place_changes_the_logits(index):
     """So the comparison of logits would notice."""
     model = randomise(torchvision_model("resnet18", 32), (3, 32, 32))
-    groups = permutation_groups(model, (3, 32, 32))
+    groups = permutation_groups(model, torch.zeros(2, 3, 32, 32))
     group = groups[5]
     incomplete = group._replace(places=group.places[:index] + group.places[index + 1 :])
     after = apply([incomplete], [torch.randperm(group.size)], model.state_dict())
@@ -337,7 +337,7 @@ def test_a_tensor_with_two_names_moves_under_both():
     layers = [nn.Flatten(), nn.Linear(192, 16), first, nn.ReLU(), second, nn.Linear(16, 10)]
     model = nn.Sequential(*layers)
     randomise(model, (3, 8, 8))
-    groups = permutation_groups(model, (3, 8, 8))
+    groups = permutation_groups(model, torch.zeros(2, 3, 8, 8))
 
     after = apply(groups, random_permutations(groups), model.state_dict())
 
@@ -348,26 +348,26 @@ def test_a_tensor_with_two_names_moves_under_both():
 def test_a_hooked_layer_stays_fixed():
     model = nn.Sequential(nn.Flatten(), nn.Linear(192, 16), nn.ReLU(), nn.Linear(16, 10))
     model[1].register_forward_hook(lambda module, args, output: output.cumsum(1))
-    assert permutation_groups(model, (3, 8, 8)) == []
+    assert permutation_groups(model, torch.zeros(2, 3, 8, 8)) == []
 
 
 def test_a_model_without_a_fixed_graph_is_not_traceable():
     model = Net(lambda net, x: net.last(x.flatten(1)) if x.sum() > 0 else x, last=nn.Linear(192, 10))
     with pytest.raises(NotTraceable):
-        permutation_groups(model, (3, 8, 8))
+        permutation_groups(model, torch.zeros(2, 3, 8, 8))
 
 
 def test_parameters_outside_the_graph_make_it_not_traceable():
     model = Net(lambda net, x: net.last(x.flatten(1)), last=nn.Linear(192, 10), aux=nn.Linear(192, 10))
     with pytest.raises(NotTraceable, match=r"aux\.weight"):
-        permutation_groups(model, (3, 8, 8))
+        permutation_groups(model, torch.zeros(2, 3, 8, 8))
 
 
 def test_the_model_is_left_as_it_was():
     model = torchvision_model("resnet18", 32).train()
     model.bn1.eval()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    permutation_groups(model, (3, 32, 32))
+    permutation_groups(model, torch.zeros(2, 3, 32, 32))
     assert model.training
     assert model.layer1.training
     assert not model.bn1.training
@@ -385,7 +385,7 @@ def same(first, second) -> bool:
 @pytest.mark.parametrize("name", ["mlp", "resnet18", "mobilenet_v2", "shufflenet_v2_x0_5"])
 def test_align_undoes_a_permutation(name):
     model = build_model(run_config(model=name), seed=0)
-    groups = permutation_groups(model, (3, 32, 32))
+    groups = permutation_groups(model, torch.zeros(2, 3, 32, 32))
     original = model.state_dict()
     permuted = apply(groups, random_permutations(groups), original)
 
@@ -400,7 +400,7 @@ def test_align_undoes_a_permutation(name):
 def test_align_undoes_a_permutation_of_disturbed_weights():
     """As after training from the same weights: not the same, but near."""
     model = randomise(build_model(run_config(model="resnet18"), seed=0), (3, 32, 32)).float()
-    groups = permutation_groups(model, (3, 32, 32))
+    groups = permutation_groups(model, torch.zeros(2, 3, 32, 32))
     original = model.state_dict()
     disturbed = {
         name: tensor + 0.5 * tensor.std() * torch.randn_like(tensor) if tensor.dim() > 1 else tensor
@@ -416,7 +416,7 @@ def test_align_brings_a_residual_chain_no_further_away():
     """The group is on both axes of one tensor, where the assignment alone can go wrong."""
     layers = {"first": nn.Linear(192, 16), "again": nn.Linear(16, 16), "last": nn.Linear(16, 10)}
     model = Net(recurrent, **layers)
-    groups = permutation_groups(model, (3, 8, 8))
+    groups = permutation_groups(model, torch.zeros(2, 3, 8, 8))
     for seed in range(10):
         first, second = ({key: torch.randn_like(value) for key, value in model.state_dict().items()}
                          for _ in range(2))  # fmt: skip
@@ -430,7 +430,7 @@ def distance(first, second) -> float:
 
 def test_align_of_the_same_weights_moves_nothing():
     state_dict = mlp(0).state_dict()
-    groups = permutation_groups(mlp(0), (3, 32, 32))
+    groups = permutation_groups(mlp(0), torch.zeros(2, 3, 32, 32))
     (permutation,) = align(state_dict, state_dict, groups, seed=0)
     assert torch.equal(permutation, torch.arange(64))
 
@@ -438,7 +438,7 @@ def test_align_of_the_same_weights_moves_nothing():
 def test_running_statistics_move_but_are_not_compared():
     layers = [conv(3, 12), nn.BatchNorm2d(12), nn.ReLU(), head()]
     model = randomise(nn.Sequential(*layers), (3, 8, 8)).float()
-    groups = permutation_groups(model, (3, 8, 8))
+    groups = permutation_groups(model, torch.zeros(2, 3, 8, 8))
     permuted = apply(groups, random_permutations(groups), model.state_dict())
     other = {**permuted, "1.running_var": torch.rand(12) * 1e9, "1.running_mean": torch.rand(12) * 1e9}
 
@@ -452,7 +452,7 @@ def test_running_statistics_move_but_are_not_compared():
 @pytest.mark.parametrize("as_files", [False, True])
 def test_all_agents_are_brought_into_the_order_of_the_first(as_files, tmp_path):
     model = mlp(0)
-    groups = permutation_groups(model, (3, 32, 32))
+    groups = permutation_groups(model, torch.zeros(2, 3, 32, 32))
     original = model.state_dict()
     noisy = [{name: tensor + 0.01 * torch.randn_like(tensor) for name, tensor in original.items()}
              for _ in range(4)]  # fmt: skip
@@ -472,7 +472,7 @@ def test_all_agents_are_brought_into_the_order_of_the_first(as_files, tmp_path):
 
 def test_align_all_of_independent_networks_is_where_no_single_one_can_be_improved():
     contributions = [mlp(seed).state_dict() for seed in range(4)]
-    groups = permutation_groups(mlp(0), (3, 32, 32))
+    groups = permutation_groups(mlp(0), torch.zeros(2, 3, 32, 32))
 
     found = align_all(contributions, [1.0] * 4, groups, seed=0)
 

@@ -20,11 +20,11 @@ from common.batches import (
     horizontal_flip,
     random_crop,
 )
-from common.config import DatasetSpec
+from common.dataset import pictures
 from common.errors import UsageError
 
 CPU = torch.device("cpu")
-SPEC = DatasetSpec(3, (3, 7, 9), (0.4, 0.5, 0.6), (0.2, 0.25, 0.3))
+SPEC = pictures(3, (3, 7, 9), (0.4, 0.5, 0.6), (0.2, 0.25, 0.3))
 
 
 def make_images(num_images: int) -> Tensor:
@@ -33,7 +33,9 @@ def make_images(num_images: int) -> Tensor:
 
 
 def normalised(images: Tensor) -> Tensor:
-    return v2.normalize(v2.to_dtype(images, torch.float32, scale=True), list(SPEC.mean), list(SPEC.std))
+    return v2.normalize(
+        v2.to_dtype(images, torch.float32, scale=True), list(SPEC.inputs.mean), list(SPEC.inputs.std)
+    )
 
 
 def test_images_are_taken_normalised_and_their_targets_with_them() -> None:
@@ -130,7 +132,7 @@ def test_an_image_is_augmented_alike_in_any_part_of_the_epoch_that_has_it() -> N
     data = DeviceData(make_images(30), SPEC, CPU, [torch.arange(30)])
     draws = draw_epoch(30, 5)
     (whole,) = draws.batches(data, [slice(0, 30)])
-    assert torch.equal(whole.labels_B, draws.order_N)
+    assert torch.equal(whole.targets, draws.order_N)
     plain = whole.augmented(data, ())
     cropped = random_crop(plain, draws.corners_N2)
     for augment, expected in (

@@ -191,3 +191,16 @@ def test_a_process_that_failed_is_named_with_what_it_said(tmp_path: Path) -> Non
         processes.start("broken", ["/bin/sh", "-c", "echo no such luck; exit 1"])
         with pytest.raises(RuntimeError, match="broken failed while waiting for nothing:\nno such luck"):
             processes.wait_for("nothing", lambda: None, seconds=60)
+
+
+def test_memory_of_a_big_model_depends_on_its_largest_tensor_only() -> None:
+    """The model has 92 MiB, so that a process that held it would show that."""
+    size = ("--layers", 32, "--hidden", 256, "--vocabulary", 4096)
+    result = run("big_model", *size, "--wire", "int8")
+    model_mib, largest_mib = (result[f"{what}_bytes"] / 2**20 for what in ("model", "largest_tensor"))
+    assert (model_mib > 90, largest_mib) == (True, 4.0)
+    added = {name: result["peak_mib"][name] - result["idle_mib"][name] for name in result["peak_mib"]}
+    assert added["trainer"] < 3 * largest_mib + 16
+    assert added["cloud-server"] < 48
+    assert result["peak_mib"]["cloud-server"] < 200
+    assert result["sent_bytes"] < 0.27 * result["model_bytes"]

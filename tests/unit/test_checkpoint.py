@@ -11,12 +11,14 @@ from structlog.testing import capture_logs
 from torch import Tensor, nn
 
 from common import checkpoint
-from common.config import DatasetSpec, RunConfig, TrainingConfig
+from common.config import RunConfig, TrainingConfig
+from common.dataset import pictures
 from common.models import build_model
+from common.tasks.classification import Classification
 from common.training import CheckpointFile, Examples, Ranks, Recipe, StepReport, train
 from tests.recipes import PowerCutError, Tied
 
-SPEC = DatasetSpec(3, (3, 8, 8), (0.4, 0.5, 0.6), (0.2, 0.25, 0.3))
+SPEC = pictures(3, (3, 8, 8), (0.4, 0.5, 0.6), (0.2, 0.25, 0.3))
 NUM_EPOCHS = 4
 SETTINGS: dict[str, dict[str, Any]] = {
     "sgd": {"momentum": 0.9, "nesterov": True, "weight_decay": 1e-3, "schedule": "cosine"},
@@ -48,7 +50,7 @@ def run(
     model: nn.Module, path: Path | None, config: TrainingConfig, *, seed: int = 7, **more: Any
 ) -> tuple[float, dict[str, Tensor]]:
     examples = Examples(*(more.pop("data", None) or make_data()))
-    recipe = Recipe(config, more.pop("spec", SPEC), seed, "float32")
+    recipe = Recipe(config, Classification(more.pop("spec", SPEC)), seed, "float32")
     checkpoint = CheckpointFile(path, more.pop("seconds", 0.0)) if path else None
     loss = train(model, examples, recipe, device=torch.device("cpu"), checkpoint=checkpoint, **more)
     return loss, model.state_dict()
@@ -123,7 +125,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "weights": {"weights_seed": 1},
     "images": {"data": (make_data()[0] ^ 1, make_data()[1])},
     "labels": {"data": (make_data()[0], (make_data()[1] + 1) % 3)},
-    "spec": {"spec": SPEC._replace(mean=(0.4, 0.5, 0.5))},
+    "spec": {"spec": SPEC._replace(inputs=SPEC.inputs._replace(mean=(0.4, 0.5, 0.5)))},
 }
 
 

@@ -44,6 +44,7 @@ from common.errors import (
 )
 from common.run_state import Outcome, Phase
 from common.shards import Shard, write_shard
+from common.tasks import KINDS
 from common.transfer import Blob
 from common.wire import Base, encode
 from tests.unit.test_metrics import values
@@ -51,9 +52,9 @@ from tests.unit.world import PlayedTrainer, World, hurry, model_in, world, write
 
 REPORT = ReportRow(
     agent_id="",
-    accuracy_local=0.5,
-    accuracy_before=0.5,
-    accuracy_after=0.6,
+    score_local=0.5,
+    score_before=0.5,
+    score_after=0.6,
     num_held_out=10,
     applied=True,
     reason="",
@@ -444,7 +445,9 @@ async def test_independent_agents_start_from_their_own_weights_until_a_model_is_
 
 async def test_accuracies_are_those_of_the_last_published_round(tmp_path: Path) -> None:
     async with world(tmp_path, [None, failure("failed")], max_attempts=1) as here:
-        here.metrics.set_accuracies({"average": 0.3, "best_agent": 0.4})  # as of a round before
+        here.metrics.set_scores(
+            KINDS["classification"], {"average": 0.3, "best_agent": 0.4}
+        )  # as of a round before
         for number in (1, 2):
             await here.contribute("a", number)
             await here.until(lambda number=number: here.standing.state_for().round > number)
@@ -532,7 +535,7 @@ async def test_reports_of_agents_end_up_in_the_report(tmp_path: Path) -> None:
     async with world(tmp_path) as here:
         await here.contribute("a")
         await here.until(lambda: here.standing.state_for().round == 2)
-        row = replace(REPORT, agent_id="a", accuracy_after=0.3, accuracy_adapted=0.6)
+        row = replace(REPORT, agent_id="a", score_after=0.3, score_adapted=0.6)
         await asyncio.gather(*(here.desk.report("a", 1, row) for _ in range(5)))
         await here.reports.write_changed()
         (agent,) = here.report()["agents"]
@@ -698,10 +701,10 @@ async def test_who_is_forgotten_as_a_model_is_published_is_in_no_metric(
             set_audit(audit)
             assert values(here.metrics.registry, "ecavg_server_agent_flagged") == {"stays": 0.0}
 
-        def leave(_: object) -> None:  # published, and the lock is free again
+        def leave(*_: object) -> None:  # published, and the lock is free again
             here.ledger.expel("gone")
 
-        monkeypatch.setattr(here.metrics, "set_accuracies", leave)
+        monkeypatch.setattr(here.metrics, "set_scores", leave)
         monkeypatch.setattr(here.metrics, "set_audit", after_somebody_left)
         for name in names:
             assert await here.contribute(name) is Outcome.ACCEPTED

@@ -13,10 +13,12 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from torchvision.datasets import utils as torchvision_utils
 
-from common.config import DATASETS, RunConfig
+from common.config import RunConfig
+from common.dataset import DATASETS
 from common.errors import UsageError
 from common.shards import Shard
 from edge_agent import data
+from edge_agent.bundles import BUNDLES
 from edge_agent.config import AgentConfig
 from edge_agent.data import AgentData, choose_shared, fit, hold_out, load_agent_data
 from edge_agent.partition import Partition, parse_partition
@@ -39,7 +41,7 @@ def random_arrays(num: int, *shape: int, num_classes: int = 10) -> tuple[np.ndar
 
 
 def as_set(*shards: Shard) -> set[tuple[bytes, int]]:
-    return {(i.tobytes(), int(label)) for s in shards for i, label in zip(s.images, s.labels, strict=True)}
+    return {(i.tobytes(), int(label)) for s in shards for i, label in zip(s.inputs, s.targets, strict=True)}
 
 
 def write_idx(path: Path, array: np.ndarray) -> None:
@@ -102,17 +104,17 @@ def test_digits_are_scaled_to_bytes_and_split_by_the_holdout_fraction() -> None:
         for image, label in zip(pixels, labels, strict=True)
     }
     loaded = load(DIGITS)
-    assert loaded.train.images.shape[1:] == (1, 8, 8)
-    assert loaded.train.images.dtype == np.uint8
-    assert loaded.train.labels.dtype == np.int64
-    assert abs(len(loaded.held_out.labels) - 0.1 * len(labels)) < 4 * (0.09 * len(labels)) ** 0.5
+    assert loaded.train.inputs.shape[1:] == (1, 8, 8)
+    assert loaded.train.inputs.dtype == np.uint8
+    assert loaded.train.targets.dtype == np.int64
+    assert abs(len(loaded.held_out.targets) - 0.1 * len(labels)) < 4 * (0.09 * len(labels)) ** 0.5
     assert as_set(loaded.train, loaded.held_out) == expected
     assert loaded.num_skipped == 0
 
 
 def test_held_out_part_is_not_trained_on() -> None:
     loaded = load(DIGITS)
-    assert len(loaded.train.labels) + len(loaded.held_out.labels) == 1797
+    assert len(loaded.train.targets) + len(loaded.held_out.targets) == 1797
     assert not as_set(loaded.train) & as_set(loaded.held_out)
 
 
@@ -121,13 +123,13 @@ def test_agents_share_the_whole_source_between_them(partition_by: str) -> None:
     run = DIGITS.model_copy(update={"partition_by": partition_by})
     agents = [load(run, partition=Partition(index, 3), seed_name=f"agent-{index}") for index in (1, 2, 3)]
     shards = [shard for agent in agents for shard in (agent.train, agent.held_out)]
-    assert sum(len(shard.labels) for shard in shards) == 1797
+    assert sum(len(shard.targets) for shard in shards) == 1797
     assert as_set(*shards) == as_set(*load(DIGITS)[:2])
 
 
 def test_loading_again_gives_the_same_and_another_name_holds_out_others() -> None:
     first, again, other = (load(DIGITS, seed_name=name) for name in ("a", "a", "b"))
-    np.testing.assert_array_equal(first.held_out.images, again.held_out.images)
+    np.testing.assert_array_equal(first.held_out.inputs, again.held_out.inputs)
     assert as_set(first.held_out) != as_set(other.held_out)
 
 
@@ -160,8 +162,8 @@ def test_idx_files_are_read_from_the_data_dir(tmp_path: Path, offline: None, nam
     written = write_mnist(tmp_path, folder=folder)
     loaded = load(RunConfig(dataset=name), data_dir=tmp_path)
     for shard, (images, labels) in zip(loaded[:2], written.values(), strict=True):
-        np.testing.assert_array_equal(shard.images, images[:, None])
-        np.testing.assert_array_equal(shard.labels, labels)
+        np.testing.assert_array_equal(shard.inputs, images[:, None])
+        np.testing.assert_array_equal(shard.targets, labels)
 
 
 def test_held_out_part_is_the_agents_part_of_the_test_split(tmp_path: Path) -> None:
@@ -170,24 +172,24 @@ def test_held_out_part_is_the_agents_part_of_the_test_split(tmp_path: Path) -> N
     agents = [load(run, data_dir=tmp_path, partition=Partition(index, 2)) for index in (1, 2)]
     assert as_set(*(agent.held_out for agent in agents)) == as_set(Shard(test_images[:, None], test_labels))
     for agent in agents:
-        assert set(agent.held_out.labels) == set(agent.train.labels)
-        assert len(set(agent.train.labels)) == 5
+        assert set(agent.held_out.targets) == set(agent.train.targets)
+        assert len(set(agent.train.targets)) == 5
 
 
 def test_source_overrides_the_runs_dataset(tmp_path: Path) -> None:
     write_mnist(tmp_path)
-    assert load(DIGITS, "mnist", data_dir=tmp_path).train.images.shape == (120, 1, 8, 8)
+    assert load(DIGITS, "mnist", data_dir=tmp_path).train.inputs.shape == (120, 1, 8, 8)
 
 
 def test_a_data_dir_with_train_in_it_is_an_image_folder(pets: Path) -> None:
     run = RunConfig(dataset="cifar10", num_classes=2)
     loaded = load(run, "cifar10", data_dir=pets)
-    assert loaded.train.images.shape[1:] == (3, 32, 32)
-    assert len(loaded.train.labels) + len(loaded.held_out.labels) == 16
+    assert loaded.train.inputs.shape[1:] == (3, 32, 32)
+    assert len(loaded.train.targets) + len(loaded.held_out.targets) == 16
 
 
 def test_every_named_dataset_can_be_opened() -> None:
-    assert {"digits", *data._TORCHVISION} == set(DATASETS)
+    assert {*BUNDLES, *data._TORCHVISION} == set(DATASETS)
 
 
 def test_a_missing_data_dir_is_refused_and_not_made(tmp_path: Path) -> None:
@@ -240,8 +242,8 @@ def test_labels_that_the_run_does_not_have_are_refused() -> None:
 
 def test_an_image_folder_is_read_from_its_path(pets: Path) -> None:
     loaded = load(PETS, str(pets))
-    assert np.bincount([*loaded.train.labels, *loaded.held_out.labels]).tolist() == [8, 8]
-    assert len(loaded.held_out.labels) >= 1
+    assert np.bincount([*loaded.train.targets, *loaded.held_out.targets]).tolist() == [8, 8]
+    assert len(loaded.held_out.targets) >= 1
 
 
 def test_agents_decode_only_their_own_part(pets: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -259,7 +261,7 @@ def test_unreadable_images_are_counted(pets: Path) -> None:
     (pets / "train/cat/3.png").write_bytes(b"")
     loaded = load(PETS, str(pets))
     assert loaded.num_skipped == 1
-    assert len(loaded.train.labels) + len(loaded.held_out.labels) == 15
+    assert len(loaded.train.targets) + len(loaded.held_out.targets) == 15
 
 
 def test_what_is_not_read_is_told(pets: Path) -> None:
@@ -307,15 +309,15 @@ def test_a_factory_gives_train_and_test(factory: Any) -> None:
     train, test = random_arrays(20, 1, 8, 8), random_arrays(10, 1, 8, 8)
     name = factory(train=train, test=test)
     loaded = load(DIGITS, name, allowed_factories=[name])
-    np.testing.assert_array_equal(loaded.train.images, train[0])
-    np.testing.assert_array_equal(loaded.held_out.images, test[0])
+    np.testing.assert_array_equal(loaded.train.inputs, train[0])
+    np.testing.assert_array_equal(loaded.held_out.inputs, test[0])
 
 
 def test_a_factory_without_test_split_is_split_by_the_holdout_fraction(factory: Any) -> None:
     name = factory(train=random_arrays(20, 1, 8, 8))
     loaded = load(DIGITS, name, allowed_factories=[name])
-    assert len(loaded.train.labels) + len(loaded.held_out.labels) == 20
-    assert len(loaded.held_out.labels) >= 1
+    assert len(loaded.train.targets) + len(loaded.held_out.targets) == 20
+    assert len(loaded.held_out.targets) >= 1
 
 
 @pytest.mark.parametrize("source", ["users_own:load", None], ids=["by the agent", "by the run"])
@@ -324,7 +326,7 @@ def test_a_factory_is_only_imported_where_it_is_allowed(factory: Any, source: st
     with pytest.raises(UsageError, match="--allow-factory users_own:load"):
         load(run, source)
     loaded = load(run, source, allowed_factories=["users_own:load"])
-    assert len(loaded.train.labels) + len(loaded.held_out.labels) == 20
+    assert len(loaded.train.targets) + len(loaded.held_out.targets) == 20
 
 
 @pytest.mark.parametrize(
@@ -332,10 +334,22 @@ def test_a_factory_is_only_imported_where_it_is_allowed(factory: Any, source: st
     [
         (None, "must return"),
         (7, "must return"),
-        ((np.zeros((2, 1, 8, 8)), np.zeros(2, int)), r"float64 \[2, 1, 8, 8\], not uint8"),
-        ((np.zeros((2, 8, 8), np.uint8), np.zeros(2, int)), r"uint8 \[2, 8, 8\], not uint8 \[N, C, H, W\]"),
-        ((np.zeros((2, 1, 8, 8), np.uint8), np.zeros(2)), r"labels are float64 \[2\] for 2 images"),
-        ((np.zeros((2, 1, 8, 8), np.uint8), np.zeros(3, int)), r"labels are int64 \[3\] for 2 images"),
+        (
+            (np.zeros((2, 1, 8, 8)), np.zeros(2, int)),
+            r"inputs of float32 \[1, 8, 8\], and the run wants uint8 \[1, 8, 8\]",
+        ),
+        (
+            (np.zeros((2, 8, 8), np.uint8), np.zeros(2, int)),
+            r"inputs of uint8 \[8, 8\], and the run wants uint8",
+        ),
+        (
+            (np.zeros((2, 1, 8, 8), np.uint8), np.zeros(2)),
+            r"targets of float32 \[\], and the run wants int64 \[\]",
+        ),
+        (
+            (np.zeros((2, 1, 8, 8), np.uint8), np.zeros(3, int)),
+            r"targets int64 \[3\]; there must be one target for each",
+        ),
         ((np.zeros((0, 1, 8, 8), np.uint8), np.zeros(0, int)), "at least one"),
         ((np.zeros((2, 1, 8, 8), np.uint8), np.array([0, -1])), "label -1, and the run only 0 to 9"),
         ((np.zeros((2, 2, 8, 8), np.uint8), np.zeros(2, int)), "2 channels, and the run wants 1"),
@@ -442,12 +456,12 @@ def real_data() -> Path:
 @pytest.mark.realdata
 def test_real_mnist_is_dealt_out_whole(real_data: Path) -> None:
     agents = [load(MNIST, data_dir=real_data, partition=parse_partition(text)) for text in ("1/2", "2/2")]
-    assert [len(agent.train.labels) for agent in agents] == [30_000, 30_000]
-    assert [len(agent.held_out.labels) for agent in agents] == [5_000, 5_000]
-    counts = sum(np.bincount(agent.train.labels) for agent in agents)
+    assert [len(agent.train.targets) for agent in agents] == [30_000, 30_000]
+    assert [len(agent.held_out.targets) for agent in agents] == [5_000, 5_000]
+    counts = sum(np.bincount(agent.train.targets) for agent in agents)
     # The counts of the ten digits in the training set, as its authors publish them.
     assert counts.tolist() == [5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949]
-    pixels = np.concatenate([agent.train.images for agent in agents]) / np.float32(255)
+    pixels = np.concatenate([agent.train.inputs for agent in agents]) / np.float32(255)
     assert pixels.mean() == pytest.approx(DATASETS["mnist"].mean[0], abs=1e-4)
     assert pixels.std() == pytest.approx(DATASETS["mnist"].std[0], abs=1e-4)
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from common.evaluation import evaluate, predict, recompute_statistics
+from common.tasks.classification import Classification
 from tests.recipes import CPU, SPEC, Recorder, make_data, make_model, normalised
 
 
@@ -20,7 +21,7 @@ def test_images_that_do_not_fit_are_measured_alike(monkeypatch: pytest.MonkeyPat
         monkeypatch.setattr("common.batches._fits", lambda tensors, device, fits=fits: fits)
         model = make_normalised_model()
         recompute_statistics(model, images, spec=SPEC, device=CPU, seed=2, batch_size=10)
-        found = evaluate(model, images, labels, spec=SPEC, device=CPU, batch_size=10)
+        found = evaluate(model, images, labels, task=Classification(SPEC), device=CPU, batch_size=10)
         measured.append((found.loss, [tensor.tolist() for tensor in model.state_dict().values()]))
     assert measured[0] == measured[1]
 
@@ -32,21 +33,23 @@ def test_evaluation_equals_a_plain_loop_over_images(was_training: bool) -> None:
     model[1].eval()  # the user's own frozen layer
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
-    found = evaluate(model, images, labels, spec=SPEC, device=CPU, batch_size=10)
-    predicted = predict(model, images, spec=SPEC, device=CPU, batch_size=7)
+    found = evaluate(model, images, labels, task=Classification(SPEC), device=CPU, batch_size=10)
+    predicted = predict(model, images, task=Classification(SPEC), device=CPU, batch_size=7)
 
     assert model.training is model[4].training is was_training
     assert not model[1].training
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     model.eval()
     logits = torch.cat([model(normalised(image)[None]) for image in images]).detach()
-    assert torch.equal(found.correct, logits.argmax(1) == labels)
-    assert found.accuracy == found.correct.double().mean().item()
+    assert torch.equal(found.scores, (logits.argmax(1) == labels).float())
+    assert found.score == found.scores.double().mean().item()
     assert found.loss == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-5)
     assert found.num_examples == 23
     torch.testing.assert_close(predicted, logits)
     # More batches than are fetched at once.
-    torch.testing.assert_close(predict(model, images, spec=SPEC, device=CPU, batch_size=1), logits)
+    torch.testing.assert_close(
+        predict(model, images, task=Classification(SPEC), device=CPU, batch_size=1), logits
+    )
 
 
 def test_evaluation_says_how_far_it_is_whenever_it_has_waited_for_the_device() -> None:
@@ -56,7 +59,7 @@ def test_evaluation_says_how_far_it_is_whenever_it_has_waited_for_the_device() -
         make_model(),
         images,
         labels,
-        spec=SPEC,
+        task=Classification(SPEC),
         device=CPU,
         batch_size=1,
         on_examples=lambda *so: told.append(so),
@@ -66,7 +69,7 @@ def test_evaluation_says_how_far_it_is_whenever_it_has_waited_for_the_device() -
 
 def test_predictions_can_be_trained_with() -> None:
     images, _ = make_data(5)
-    predicted = predict(make_model(), images, spec=SPEC, device=CPU)
+    predicted = predict(make_model(), images, task=Classification(SPEC), device=CPU)
     assert predicted.dtype == torch.float32
     assert not predicted.requires_grad
     scale = torch.ones(3, requires_grad=True)
@@ -93,7 +96,7 @@ def test_recomputed_statistics_are_the_mean_over_equal_batches(batch_size: int, 
     images, _ = make_data(25)
     model = make_normalised_model()
     given = {name: tensor.double().numpy().copy() for name, tensor in model.state_dict().items()}
-    mean, std = (np.array(values).reshape(3, 1, 1) for values in (SPEC.mean, SPEC.std))
+    mean, std = (np.array(values).reshape(3, 1, 1) for values in (SPEC.inputs.mean, SPEC.inputs.std))
     x = (images.double().numpy() / 255 - mean) / std
     order = torch.randperm(25, generator=torch.Generator().manual_seed(9)).numpy()
     expected: dict[str, list[Any]] = {"0": [], "4": []}
@@ -137,7 +140,7 @@ def test_recomputed_variances_have_what_differs_between_agents() -> None:
     images[30:] = 255  # one agent at night, one by day
     model = make_normalised_model()
     recompute_statistics(model, images, spec=SPEC, device=CPU, seed=0, batch_size=30)
-    assert model[0].running_var.numpy() == pytest.approx(0.25 / np.square(SPEC.std), rel=0.1)
+    assert model[0].running_var.numpy() == pytest.approx(0.25 / np.square(SPEC.inputs.std), rel=0.1)
 
 
 def test_statistics_stay_where_there_is_nothing_to_recompute() -> None:
@@ -189,7 +192,7 @@ def test_evaluation_waits_for_the_device_once_in_sixteen_batches(
 ) -> None:
     images, labels = make_data(2 * num_batches)
     with FarDevice() as mode:
-        evaluate(make_normalised_model(), images, labels, spec=SPEC, device=far, batch_size=2)
+        evaluate(make_normalised_model(), images, labels, task=Classification(SPEC), device=far, batch_size=2)
     assert mode.num_waits == num_waits
 
 
@@ -210,6 +213,10 @@ def test_model_that_fails_in_evaluation_is_back_in_its_mode() -> None:
     model = make_model()
     with pytest.raises(RuntimeError):
         evaluate(
-            model, torch.zeros(2, 3, 9, 9, dtype=torch.uint8), torch.tensor([0, 1]), spec=SPEC, device=CPU
+            model,
+            torch.zeros(2, 3, 9, 9, dtype=torch.uint8),
+            torch.tensor([0, 1]),
+            task=Classification(SPEC),
+            device=CPU,
         )
     assert model.training

@@ -81,12 +81,14 @@ def test_figures_are_those_of_the_weights_on_the_common_test_set(make: Make, fol
     make("claims")
     (group,) = figures_of(folder, "claims").values()
     (place,) = (folder / "work").glob("digits-independent-iid-2x60-seed1-*")
-    (arrays,) = (path.parent for path in (folder / "work").glob("*/test-labels.npy"))
+    (arrays,) = (path.parent for path in (folder / "work").glob("*/test-targets.npy"))
     images, labels = data.sample(data.read(arrays, "test"), 100, 0)
     spec = RunConfig(**TASKS["digits"].run).spec
     for agent_id, found in zip(("edge-01", "edge-02"), group["seeds"][1]["edges"], strict=True):
         weights = read_state_dict(place / "network" / agent_id / "work/local.safetensors")
-        x = torch.from_numpy(((images / 255 - spec.mean) / spec.std).astype(np.float32)).flatten(1)
+        x = torch.from_numpy(
+            ((images / 255 - spec.inputs.mean) / spec.inputs.std).astype(np.float32)
+        ).flatten(1)
         hidden = torch.relu(x @ weights["1.weight"].T + weights["1.bias"])
         chosen = (hidden @ weights["3.weight"].T + weights["3.bias"]).argmax(1)
         assert found == (chosen.numpy() == labels).mean()
@@ -253,12 +255,12 @@ def test_data_are_drawn_anew_for_each_seed_and_never_from_the_test_split(tmp_pat
         data.choose(folder, 50, 30, seed)
         drawn[seed] = {name: data.examples(name) for name in ("train", "test")}
     train, test = drawn[0]["train"], drawn[0]["test"]
-    assert (len(train.labels), len(test.labels)) == (50, 30)
-    assert not np.array_equal(train.images, drawn[1]["train"].images)
-    assert np.array_equal(test.images, drawn[1]["test"].images)
-    everything = {image.tobytes() for image in data.read(folder, "train").images}
-    assert {image.tobytes() for image in train.images} <= everything
-    assert len(data.read(folder, "train").labels) + len(data.read(folder, "test").labels) == 1797
+    assert (len(train.targets), len(test.targets)) == (50, 30)
+    assert not np.array_equal(train.inputs, drawn[1]["train"].inputs)
+    assert np.array_equal(test.inputs, drawn[1]["test"].inputs)
+    everything = {image.tobytes() for image in data.read(folder, "train").inputs}
+    assert {image.tobytes() for image in train.inputs} <= everything
+    assert len(data.read(folder, "train").targets) + len(data.read(folder, "test").targets) == 1797
 
 
 def setting_with(**changes: Any) -> Setting:
@@ -334,10 +336,10 @@ def test_what_the_gate_decides_is_measured_and_then_applied(tmp_path: Path) -> N
 
         ungated = replace(edge, run=setting.run.model_copy(update={"apply": "always"}))
         always = ungated.receive(1, stranger, nothing)
-        assert (always.weights, always.accuracy) == (stranger, always.report.accuracy_after)
+        assert (always.weights, always.accuracy) == (stranger, always.report.score_after)
         assert always.comparison.is_worse
         gated = edge.receive(1, stranger, nothing)
-        assert (gated.weights, gated.accuracy) == (edge.disk.adapted, gated.report.accuracy_adapted)
+        assert (gated.weights, gated.accuracy) == (edge.disk.adapted, gated.report.score_adapted)
         assert gated.report.uses_adapted
         assert not gated.comparison.is_worse
 

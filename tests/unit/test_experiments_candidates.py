@@ -10,6 +10,7 @@ import torch
 from cloud_server.trainer.finetune import combine
 from common.config import RunConfig, deep_merge
 from common.evaluation import evaluate
+from common.tasks.task import task_of
 from experiments import data
 from experiments.round import Network, round_job
 from experiments.tasks import TASKS, Setting
@@ -49,7 +50,7 @@ def test_they_have_the_accuracies_that_the_trainer_has_measured(
         kept = [item for item in job.contributions if item.agent_id not in left_out]
         held_out = combine(run, kept, network.cloud.blobs.path).held_out
         found = {
-            name: evaluate(model, *held_out, spec=run.spec, device=cpu).accuracy
+            name: evaluate(model, *held_out, task=task_of(run), device=cpu).score
             for name, model in network.cloud.weighed(job, result)
         }
-    assert found == {**result.candidates, "fine_tuned": result.accuracy_fine_tuned}
+    assert found == {**result.candidates, "fine_tuned": result.score_fine_tuned}

@@ -32,7 +32,7 @@ def test_backdoor_is_in_the_share_of_the_images_that_it_should_be_in() -> None:
 
 def test_every_label_is_flipped() -> None:
     shard = poison._poisoned_data(ATTACKS["label_flip"], Shard(IMAGES, LABELS), 10, 0)
-    assert list(shard.labels) == list(range(9, -1, -1))
+    assert list(shard.targets) == list(range(9, -1, -1))
 
 
 def test_every_variant_is_in_the_tables() -> None:

@@ -17,6 +17,7 @@ from common.config import FineTuneConfig, RunConfig
 from common.models import build_model
 from common.seeds import derive_seed
 from common.shards import Shard, cloud_holdout, write_shard
+from common.tasks.classification import Classification
 from common.training import Examples, Recipe, train
 
 RUN = RunConfig(hidden_units=16, fine_tune=FineTuneConfig(epochs=2, batch_size=32))
@@ -50,7 +51,7 @@ def equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 def test_fine_tune_is_the_training_that_the_run_asks_for(examples: Examples, class_balanced: bool) -> None:
     expected = build_model(RUN, seed=1)
     seed = derive_seed(RUN.seed, 3, "fine_tune")
-    recipe = Recipe(RUN.fine_tune, RUN.spec, seed, "float32", class_balanced)
+    recipe = Recipe(RUN.fine_tune, Classification(RUN.spec), seed, "float32", class_balanced)
     train(expected, examples, recipe, device=CPU)
     run = configured(class_balanced=class_balanced)
     assert equal(fine_tuned(examples, run), expected.state_dict())
@@ -70,7 +71,7 @@ def test_warm_up_is_the_fine_tune_for_epochs_of_its_own(examples: Examples) -> N
     run = RUN.model_copy(update={"warm_up_epochs": 3})
     expected = build_model(RUN, seed=1)
     config = RUN.fine_tune.model_copy(update={"epochs": 3})
-    recipe = Recipe(config, RUN.spec, derive_seed(RUN.seed, 0, "fine_tune"), "float32")
+    recipe = Recipe(config, Classification(RUN.spec), derive_seed(RUN.seed, 0, "fine_tune"), "float32")
     train(expected, examples, recipe, device=CPU)
     assert equal(fine_tuned(examples, run, round_number=0), expected.state_dict())
     assert equal(fine_tuned(examples, run), fine_tuned(examples, RUN))
@@ -103,8 +104,8 @@ def test_combined_data_is_that_of_each_shard_in_turn_split_as_the_agent_splits_i
 
     assert (len(rest), len(held_out)) == (54 + 1 + 35 + 144, 6 + 0 + 4 + 16)
     for found, expected in ((data.train, rest), (data.held_out, held_out)):
-        assert torch.equal(found.images, examples.images[expected])
-        assert torch.equal(found.labels, examples.labels[expected])
+        assert torch.equal(found.inputs, examples.inputs[expected])
+        assert torch.equal(found.targets, examples.targets[expected])
 
 
 def test_another_shard_moves_no_example_to_or_from_those_held_back(
@@ -121,13 +122,13 @@ def test_another_shard_moves_no_example_to_or_from_those_held_back(
         for shards in ((first,), (first, second))
     )
     for before, after in zip(small, grown, strict=True):
-        assert torch.equal(after.images[: len(before.images)], before.images)
-        assert len(after.labels) > len(before.labels)
+        assert torch.equal(after.inputs[: len(before.inputs)], before.inputs)
+        assert len(after.targets) > len(before.targets)
 
 
 def test_without_shards_there_is_no_data(tmp_path: Path) -> None:
     alone = Contribution("ann", "", (), 5)
     for part in combine(RUN, [alone], tmp_path):
-        assert part.images.shape == (0, 1, 8, 8)
-        assert (part.images.dtype, part.labels.dtype) == (torch.uint8, torch.int64)
-        assert len(part.labels) == 0
+        assert part.inputs.shape == (0, 1, 8, 8)
+        assert (part.inputs.dtype, part.targets.dtype) == (torch.uint8, torch.int64)
+        assert len(part.targets) == 0

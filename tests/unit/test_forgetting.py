@@ -56,7 +56,7 @@ def contribute_other(store: Store, number: int, outcome: Outcome = Outcome.ACCEP
     """Have the other contribute weights, a shard of its own, and the one that AGENT has as well."""
     weights = upload(store, OTHER, f"weights of the other {number}".encode(), "weights")
     shards = tuple(upload(store, OTHER, content, "data") for content in (SECRET, SHARD))
-    contribution = Contribution(OTHER, weights, shards, 10, accuracy_local=0.9)
+    contribution = Contribution(OTHER, weights, shards, 10, score_local=0.9)
     is_accepted = outcome is Outcome.ACCEPTED
     decision = Decision(OTHER, outcome, number + 0.3, contribution if is_accepted else None)
     store.record_contribution(number, decision)

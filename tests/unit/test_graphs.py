@@ -20,14 +20,16 @@ from cloud_server.jobs import Job, JobDirectory
 from cloud_server.trainer import pipeline
 from cloud_server.trainer.group import Group
 from common import graphs, training
-from common.config import DatasetSpec, RunConfig, TrainingConfig
+from common.config import RunConfig, TrainingConfig
+from common.dataset import pictures
 from common.models import build_model
+from common.tasks.classification import Classification
 from common.training import CheckpointFile, Examples, Recipe, StepReport, train
 from tests.recipes import TRAININGS, PowerCutError, Tied
 from tests.tapes import BitFlipper, Caller, Failing, TapeRecorder
 
 CPU = torch.device("cpu")
-SPEC = DatasetSpec(3, (3, 8, 8), (0.4, 0.5, 0.6), (0.2, 0.25, 0.3))
+SPEC = pictures(3, (3, 8, 8), (0.4, 0.5, 0.6), (0.2, 0.25, 0.3))
 
 
 class TiedWithPlainTensor(Tied):
@@ -86,7 +88,7 @@ class Trained:
         self.losses: list[float] = []
         more.setdefault("on_step", lambda report: self.losses.append(report.loss))
         settings = {"epochs": 3, "batch_size": 10, "learning_rate": 0.02, **config}
-        recipe = Recipe(TrainingConfig(**settings), SPEC, 7, "float32", balanced)
+        recipe = Recipe(TrainingConfig(**settings), Classification(SPEC), 7, "float32", balanced)
         with pytest.MonkeyPatch.context() as patch, capture_logs() as logs:
             patch.setattr(training, "recorder_for", lambda device: recorder)
             self.loss = train(model, make_data(), recipe, device=CPU, **more)

@@ -4,9 +4,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from common.config import RunConfig
 from common.errors import UsageError
+from common.sharded import weight_files
 from common.transfer import blob_of
 from common.weights import write_state_dict
 from edge_agent.history import History, Source, Use, use_of
@@ -86,3 +88,13 @@ def test_device_without_a_model_and_damaged_history_say_what_to_do(history: Hist
     (tmp_path / "state/models/history.json").write_text("{")
     with pytest.raises(UsageError, match=r"history\.json is damaged; remove it"):
         history.uses()
+
+
+def test_model_that_is_rolled_back_to_is_written_in_several_files_as_well(tmp_path: Path) -> None:
+    (tmp_path / "state").mkdir()
+    history = History(tmp_path / "state", keep_models=3, max_file_bytes=1)
+    for number in (1, 2):
+        take(history, tmp_path, number)
+    history.roll_back()
+    (file,) = weight_files(tmp_path / "state/model.safetensors.index.json")
+    assert load_file(file)["w"].tolist() == [1.0, 1.0]

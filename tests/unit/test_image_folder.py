@@ -9,6 +9,7 @@ import pytest
 import structlog
 from PIL import Image
 
+from common import dataset
 from common.config import RunConfig
 from common.errors import UsageError
 from edge_agent import image_folder, pictures
@@ -53,7 +54,9 @@ def pets(tmp_path: Path) -> Path:
 
 
 def read_all(split: FileSplit, shape: tuple[int, int, int] = (3, 4, 6)) -> tuple[np.ndarray, np.ndarray, int]:
-    (images, labels), num_skipped = split.read(np.arange(len(split.labels)), shape)
+    (images, labels), num_skipped = split.read(
+        np.arange(len(split.targets)), dataset.pictures(10, shape, (), ())
+    )
     return images, labels, num_skipped
 
 
@@ -64,9 +67,9 @@ def test_files_and_classes_are_in_sorted_order(pets: Path) -> None:
         "train/cat/b.png",
         "train/dog/c.png",
     ]
-    assert train.labels.tolist() == [0, 0, 1]
+    assert train.targets.tolist() == [0, 0, 1]
     assert test is not None
-    assert test.labels.tolist() == [1]
+    assert test.targets.tolist() == [1]
 
 
 def test_reading_says_how_far_it_is_after_each_batch_of_files(
@@ -76,7 +79,7 @@ def test_reading_says_how_far_it_is_after_each_batch_of_files(
     (pets / "train/cat/a.png").write_bytes(b"broken")
     train, _ = list_image_folder(pets, RUN)
     told: list[tuple[int, int]] = []
-    _, num_skipped = train.read(np.arange(3), (3, 4, 6), lambda *so: told.append(so))
+    _, num_skipped = train.read(np.arange(3), RUN.spec, lambda *so: told.append(so))
     assert (told, num_skipped) == ([(2, 3), (3, 3)], 1)
 
 
@@ -89,14 +92,14 @@ def test_a_folder_without_test_has_none(tmp_path: Path) -> None:
 def test_class_names_fix_the_labels(pets: Path) -> None:
     run = RUN.model_copy(update={"num_classes": 3, "class_names": ("emu", "dog", "cat")})
     train, _ = list_image_folder(pets, run)
-    assert train.labels.tolist() == [2, 2, 1]
+    assert train.targets.tolist() == [2, 2, 1]
 
 
 def test_only_the_files_asked_for_are_decoded(pets: Path) -> None:
     train, _ = list_image_folder(pets, RUN)
     (pets / "train/cat/a.png").unlink()
-    shard, num_skipped = train.read(np.array([1, 2]), (3, 4, 6))
-    assert shard.labels.tolist() == [0, 1]
+    shard, num_skipped = train.read(np.array([1, 2]), dataset.pictures(10, (3, 4, 6), (), ()))
+    assert shard.targets.tolist() == [0, 1]
     assert num_skipped == 0
 
 
@@ -265,13 +268,13 @@ def test_pictures_of_a_class_are_those_in_all_folders_below_its_own(pets: Path) 
         "dog/2024/z.png",
         "dog/c.png",
     ]
-    assert train.labels.tolist() == [0, 0, 1, 1, 1, 1]
+    assert train.targets.tolist() == [0, 0, 1, 1, 1, 1]
 
 
 def test_class_whose_folder_is_a_link_is_read(pets: Path) -> None:
     (pets / "train/dog").rename(pets / "dogs")
     (pets / "train/dog").symlink_to(pets / "dogs")
-    assert list_image_folder(pets, RUN)[0].labels.tolist() == [0, 0, 1]
+    assert list_image_folder(pets, RUN)[0].targets.tolist() == [0, 0, 1]
 
 
 @pytest.mark.parametrize("target", [".", "..", "../..", "../../..", "inner", "../dog/inner/back"])

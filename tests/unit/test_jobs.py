@@ -31,8 +31,8 @@ RESULT = Result(
     weights=WeightsFile(sha256=DIGEST, bytes=1),
     candidates={"average": 0.5},
     start="average",
-    accuracy_fine_tuned=0.75,
-    accuracy_published=0.75,
+    score_fine_tuned=0.75,
+    score_published=0.75,
     seconds={"aggregate": 0.5},
     num_parameters=10,
 )

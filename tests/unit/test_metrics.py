@@ -17,6 +17,7 @@ from cloud_server.showing.agent_metrics import AgentsProgress, OneAgent
 from common import metrics
 from common.run_state import Outcome
 from common.run_state import Phase as RoundPhase
+from common.tasks import KINDS
 from edge_agent.metrics import AgentMetrics
 from edge_agent.metrics import Phase as AgentPhase
 
@@ -35,6 +36,7 @@ SERVER_CONTRACT = {
     "ecavg_server_connections_ended_total": set(),
     "ecavg_server_sent_bytes_total": {"kind"},
     "ecavg_server_accuracy_ratio": {"stage"},
+    "ecavg_server_score": {"stage"},
     "ecavg_build_info": {"version"},
     "ecavg_server_flagged_agents": set(),
     "ecavg_server_largest_update_norm_ratio": set(),
@@ -61,6 +63,7 @@ AGENT_CONTRACT = {
     "ecavg_agent_phase": {"phase"},
     "ecavg_agent_pretrain_loss": set(),
     "ecavg_agent_accuracy_ratio": {"stage"},
+    "ecavg_agent_score": {"stage"},
     "ecavg_agent_sent_bytes_total": {"kind"},
     "ecavg_agent_reconnects_total": set(),
 }
@@ -122,7 +125,8 @@ def test_server_metrics_have_the_names_and_labels_of_the_contract(agent_labels: 
     server = ServerMetrics(agent_labels=agent_labels)
     server.set_phase(1, "collecting")
     server.set_phase(1, "aggregating")
-    server.set_accuracies({"average": 0.9})
+    server.set_scores(KINDS["classification"], {"average": 0.9})
+    server.set_scores(KINDS["regression"], {"average": -0.9})
     server.set_audit([AgentAudit(agent_id="edge-1", update_norm=2.0, norm_ratio=1.0)])
     server.observe_rpc("ecavg.v1.ECAvg", "Join", "OK", 0.01)
     expected = SERVER_CONTRACT | (AGENTS_CONTRACT if agent_labels else {})
@@ -133,6 +137,7 @@ def test_server_metrics_have_the_names_and_labels_of_the_contract(agent_labels: 
 @pytest.mark.usefixtures("no_gpus")
 def test_agent_metrics_have_the_names_and_labels_of_the_contract(agent: AgentMetrics) -> None:
     agent.accuracy_ratio.labels("local").set(0.9)
+    agent.score.labels("local").set(0.9)
     assert scraped(agent.registry) == AGENT_CONTRACT
 
 
@@ -158,21 +163,21 @@ def test_counters_are_there_before_they_count(server: ServerMetrics, agent: Agen
 def test_accuracy_is_absent_until_it_is_measured(server: ServerMetrics, agent: AgentMetrics) -> None:
     assert values(server.registry, "ecavg_server_accuracy_ratio") == {}
     assert values(agent.registry, "ecavg_agent_accuracy_ratio") == {}
-    server.set_accuracies({"published": 0.5})
+    server.set_scores(KINDS["classification"], {"published": 0.5})
     assert values(server.registry, "ecavg_server_accuracy_ratio") == {"published": 0.5}
 
 
 def test_accuracy_of_an_agent_is_of_one_round(agent: AgentMetrics) -> None:
-    agent.set_accuracies(local=0.9, before=0.9, after=0.7, adapted=0.95)
-    agent.set_accuracies(local=None, before=0.95, after=0.0, adapted=None)
+    agent.set_scores(KINDS["classification"], local=0.9, before=0.9, after=0.7, adapted=0.95)
+    agent.set_scores(KINDS["classification"], local=None, before=0.95, after=0.0, adapted=None)
     assert values(agent.registry, "ecavg_agent_accuracy_ratio") == {"before": 0.95, "after": 0.0}
 
 
 def test_accuracy_is_of_one_round(server: ServerMetrics) -> None:
-    server.set_accuracies({"average": 0.7, "aligned": 0.8, "published": 0.9})
-    server.set_accuracies({"average": 0.75, "published": 0.85})
+    server.set_scores(KINDS["classification"], {"average": 0.7, "aligned": 0.8, "published": 0.9})
+    server.set_scores(KINDS["classification"], {"average": 0.75, "published": 0.85})
     assert values(server.registry, "ecavg_server_accuracy_ratio") == {"average": 0.75, "published": 0.85}
-    server.set_accuracies({})
+    server.set_scores(KINDS["classification"], {})
     assert values(server.registry, "ecavg_server_accuracy_ratio") == {}
 
 

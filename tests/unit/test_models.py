@@ -10,6 +10,7 @@ from torch import nn
 from common.config import RunConfig
 from common.errors import UsageError
 from common.models import build_model, check_model, model_names
+from common.tasks.task import task_of
 
 FACTORIES = """
 import torch
@@ -188,5 +189,5 @@ def test_factory_that_does_not_work_is_refused_in_one_line(
 def test_check_leaves_the_mode_of_the_model_alone() -> None:
     run = RunConfig()
     model = build_model(run, seed=0).eval()
-    check_model(model, run)
+    check_model(model, run, task_of(run))
     assert not model.training

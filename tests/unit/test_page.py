@@ -146,7 +146,7 @@ def report_of(agent_id: str, after: float, adapted: float | None = None) -> Repo
 
 def contribute(store: Store, number: int, agent_id: str, accuracy: float) -> None:
     store.join(agent_id, 0.5)
-    contribution = Contribution(agent_id, "", (), 10, accuracy_local=accuracy)
+    contribution = Contribution(agent_id, "", (), 10, score_local=accuracy)
     store.record_contribution(number, Decision(agent_id, Outcome.ACCEPTED, 1.0, contribution))
 
 

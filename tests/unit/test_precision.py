@@ -9,9 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from common import precision, training
-from common.config import DatasetSpec, RunConfig, TrainingConfig
+from common.config import RunConfig, TrainingConfig
+from common.dataset import pictures
 from common.models import build_model
 from common.precision import MIN_STEPS, decide, describe
+from common.tasks.classification import Classification
+from common.tasks.task import Task, task_of
 from common.training import CheckpointFile, Examples, Recipe, choose_precision, train
 
 CPU = torch.device("cpu")
@@ -110,11 +113,11 @@ def trained(
     )
     images = torch.randint(256, (50, 3, 8, 8), dtype=torch.uint8)
     examples = Examples(images, torch.randint(3, (50,)))
-    spec = DatasetSpec(3, (3, 8, 8), (0.4,) * 3, (0.2,) * 3)
+    spec = pictures(3, (3, 8, 8), (0.4,) * 3, (0.2,) * 3)
     config = TrainingConfig(epochs=epochs, batch_size=20, precision=asked)
     before = torch.get_rng_state()
-    chosen = choose_precision(model, examples, config, spec=spec, device=CPU, kept_at=path)
-    train(model, examples, Recipe(config, spec, 1, chosen), device=CPU, checkpoint=checkpoint)
+    chosen = choose_precision(model, examples, config, task=Classification(spec), device=CPU, kept_at=path)
+    train(model, examples, Recipe(config, Classification(spec), 1, chosen), device=CPU, checkpoint=checkpoint)
     assert torch.equal(torch.get_rng_state(), before)
     return model.state_dict()
 
@@ -164,17 +167,17 @@ def test_a_checkpoint_of_another_precision_is_not_gone_on_with(tmp_path: Path) -
     assert are_equal(trained("auto", path, checkpoint=checkpoint), trained(other))
 
 
-def odd_model(name: str) -> tuple[nn.Module, Examples, TrainingConfig, DatasetSpec]:
+def odd_model(name: str) -> tuple[nn.Module, Examples, TrainingConfig, Task]:
     run = RunConfig(model=f"tests.integration.models:{name}")
     images = torch.randint(256, (8, 1, 8, 8), dtype=torch.uint8)
-    return build_model(run), Examples(images, torch.arange(8)), TrainingConfig(), run.spec
+    return build_model(run), Examples(images, torch.arange(8)), TrainingConfig(), task_of(run)
 
 
 @pytest.mark.parametrize(("name", "can"), [("linear", True), ("full_precision", False), ("scripted", False)])
 def test_model_that_cannot_take_a_step_in_bfloat16_is_found_out(name: str, *, can: bool) -> None:
-    model, examples, config, spec = odd_model(name)
+    model, examples, config, task = odd_model(name)
     before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
-    assert training.can_train_in_bfloat16(model, examples, config, spec, CPU) is can
+    assert training.can_train_in_bfloat16(model, examples, config, task, CPU) is can
     assert are_equal(before, model.state_dict())
 
 
@@ -190,6 +193,6 @@ def test_lack_of_memory_says_nothing_of_bfloat16(monkeypatch: pytest.MonkeyPatch
 @pytest.mark.usefixtures("measured")
 @pytest.mark.parametrize("name", ["full_precision", "scripted"])
 def test_such_a_model_is_trained_in_float32(tmp_path: Path, name: str) -> None:
-    model, examples, config, spec = odd_model(name)
+    model, examples, config, task = odd_model(name)
     kept_at = tmp_path / "kept"
-    assert choose_precision(model, examples, config, spec=spec, device=CPU, kept_at=kept_at) == "float32"
+    assert choose_precision(model, examples, config, task=task, device=CPU, kept_at=kept_at) == "float32"

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from common import training
 from common.config import TrainingConfig
+from common.tasks.classification import Classification
 from common.training import Examples, Recipe, train
 from common.weights import read_state_dict, write_state_dict
 from tests.recipes import CPU, SPEC, make_data, make_model
@@ -25,6 +26,7 @@ from unittest.mock import patch
 import torch
 from common import training
 from common.config import TrainingConfig
+from common.tasks.classification import Classification
 from tests.recipes import SPEC, make_data, make_model
 
 rank, folder = int(sys.argv[1]), Path(sys.argv[2])
@@ -34,7 +36,7 @@ torch.distributed.init_process_group(
 
 def trained():
     model = make_model(batch_norm=True, dropout=0.3)
-    recipe = training.Recipe(TrainingConfig(epochs=2, batch_size=10), SPEC, 3, "float32")
+    recipe = training.Recipe(TrainingConfig(epochs=2, batch_size=10), Classification(SPEC), 3, "float32")
     ranks, device = training.Ranks(rank, 2), torch.device("cpu")
     training.train(model, training.Examples(*make_data(45)), recipe, device=device, ranks=ranks)
     return model.state_dict()
@@ -115,7 +117,7 @@ def train_deep(kind: str, optimizer: Any, ranks: training.Ranks = training.ALONE
     config = TrainingConfig(
         epochs=4, batch_size=10, optimizer=optimizer, learning_rate=0.01, augment=augment, label_smoothing=0.1
     )
-    recipe = Recipe(config, SPEC, 3, "float32")
+    recipe = Recipe(config, Classification(SPEC), 3, "float32")
     train(model, Examples(*make_data(45)), recipe, device=CPU, ranks=ranks)
     return model
 
@@ -146,47 +148,52 @@ RANK_SCRIPT = """
 import sys
 from pathlib import Path
 import torch
-from common.config import DatasetSpec, TrainingConfig
+from common.config import TrainingConfig
+from common.tasks.classification import Classification
 from common.training import Examples, Ranks, Recipe, train
 from common.weights import read_state_dict, write_state_dict
+from tests.recipes import SPEC
 
-rank, folder = int(sys.argv[1]), Path(sys.argv[2])
+rank, folder, world_size = int(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[5])
 given = read_state_dict(folder / "given")
 model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 3))
 model[1].load_state_dict({"weight": given["weight"], "bias": given["bias"]})
 torch.distributed.init_process_group(
-    "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2
+    "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world_size
 )
 loss = train(
-    model, Examples(given["images"], given["labels"]),
+    model, Examples(given["inputs"], given["targets"]),
     Recipe(
-        TrainingConfig.model_validate_json(sys.argv[3]), DatasetSpec(*eval(sys.argv[4])),
+        TrainingConfig.model_validate_json(sys.argv[3]), Classification(SPEC),
         seed=3, precision="float32", class_balanced=True,
     ),
-    device=torch.device("cpu"), ranks=Ranks(rank, 2),
+    device=torch.device("cpu"), ranks=Ranks(rank, world_size),
 )
 torch.distributed.destroy_process_group()
 write_state_dict({**model[1].state_dict(), "loss": torch.tensor(loss)}, folder / str(rank))
 """
 
 
-def test_two_ranks_train_what_one_process_trains(tmp_path: Path) -> None:
-    images, labels = make_data(23)
+@pytest.mark.parametrize("world_size", [2, pytest.param(4, marks=pytest.mark.soak)])
+def test_ranks_train_what_one_process_trains(tmp_path: Path, world_size: int) -> None:
+    # The last batch has 4 images: with fewer than there are ranks, the batches would be others.
+    images, labels = make_data(24)
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(192, 3))
     examples = Examples(images, labels)
     write_state_dict({**model[1].state_dict(), **examples._asdict()}, tmp_path / "given")
-    config = TrainingConfig(epochs=2, batch_size=5, augment=("random_crop",))  # parts of 2 and 3 images
-    arguments = [str(tmp_path), config.model_dump_json(), repr(tuple(SPEC))]
+    config = TrainingConfig(epochs=2, batch_size=5, augment=("random_crop",))  # unequal parts
+    arguments = [str(tmp_path), config.model_dump_json(), str(world_size)]
     ranks = [
-        subprocess.Popen([sys.executable, "-c", RANK_SCRIPT, str(rank), *arguments]) for rank in range(2)
+        subprocess.Popen([sys.executable, "-c", RANK_SCRIPT, str(rank), *arguments], cwd=ROOT)
+        for rank in range(world_size)
     ]
-    assert [process.wait(100) for process in ranks] == [0, 0]
+    assert [process.wait(100) for process in ranks] == [0] * world_size
 
-    recipe = Recipe(config, SPEC, 3, "float32", class_balanced=True)
+    recipe = Recipe(config, Classification(SPEC), 3, "float32", class_balanced=True)
     loss = train(model, examples, recipe, device=CPU)
 
-    assert (tmp_path / "0").read_bytes() == (tmp_path / "1").read_bytes()
+    assert len({(tmp_path / str(rank)).read_bytes() for rank in range(world_size)}) == 1
     together = read_state_dict(tmp_path / "0")
     assert together.keys() == {"weight", "bias", "loss"}
     assert together["loss"].item() == pytest.approx(loss, rel=1e-5)

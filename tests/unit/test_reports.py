@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from cloud_server.jobs import AgentAudit, ClassAccuracy, JobDirectory, Result
+from cloud_server.jobs import AgentAudit, ClassScore, JobDirectory, Result
 from cloud_server.showing import reports
 from cloud_server.showing.reports import Reports
 from cloud_server.store import Store
@@ -22,11 +22,11 @@ RESULT = Result(
     start="greedy_soup",
     soup=("edge-3", "edge-1"),
     published="fine_tuned",
-    accuracy_fine_tuned=0.97,
-    accuracy_published=0.97,
+    score_fine_tuned=0.97,
+    score_published=0.97,
     classes=(
-        ClassAccuracy(label=0, num_examples=8, accuracy_start=0.5, accuracy_published=0.75),
-        ClassAccuracy(label=7, num_examples=2, accuracy_start=0.5, accuracy_published=0.0),
+        ClassScore(label=0, num_examples=8, score_start=0.5, score_published=0.75),
+        ClassScore(label=7, num_examples=2, score_start=0.5, score_published=0.0),
     ),
     audit=(
         AgentAudit(agent_id="edge-1", update_norm=2.0, norm_ratio=1.0, label_share=0.9),
@@ -104,7 +104,7 @@ async def test_what_was_not_found_is_absent(store: Store, tmp_path: Path) -> Non
 
 
 async def test_accuracy_of_zero_is_not_absent(store: Store, tmp_path: Path) -> None:
-    report = await report_of(RESULT.model_copy(update={"accuracy_published": 0.0}), store, tmp_path)
+    report = await report_of(RESULT.model_copy(update={"score_published": 0.0}), store, tmp_path)
     assert report["accuracy_published"] == 0.0
 
 
@@ -132,10 +132,10 @@ def test_damaged_report_tells_nothing(tmp_path: Path, text: str) -> None:
 
 def test_every_candidate_is_a_stage_and_nothing_that_is_unknown() -> None:
     candidates = {"average": 0.1, "aligned": 0.2, "greedy_soup": 0.3, "best_agent": 0.4, "previous": 0.5}
-    result = Result(candidates=candidates | {"made_up": 0.9}, accuracy_fine_tuned=0.6, accuracy_published=0.7)
+    result = Result(candidates=candidates | {"made_up": 0.9}, score_fine_tuned=0.6, score_published=0.7)
     assert reports.stages(result) == candidates | {"fine_tuned": 0.6, "published": 0.7}
 
 
 def test_what_was_not_measured_is_no_stage() -> None:
-    result = Result(candidates={"best_agent": 0.0}, start="best_agent", accuracy_published=0.5)
+    result = Result(candidates={"best_agent": 0.0}, start="best_agent", score_published=0.5)
     assert reports.stages(result) == {"best_agent": 0.0, "published": 0.5}

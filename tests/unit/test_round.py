@@ -155,7 +155,7 @@ def test_same_contribution_again_is_accepted_and_changes_nothing(phase):
 
 def test_local_accuracy_does_not_make_it_another_contribution():
     before = round_of("a")
-    assert before.contribute(contribution("a", accuracy_local=None)) == (before, Outcome.ACCEPTED)
+    assert before.contribute(contribution("a", score_local=None)) == (before, Outcome.ACCEPTED)
 
 
 @pytest.mark.parametrize("phase", Phase)

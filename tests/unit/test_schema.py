@@ -12,13 +12,14 @@ from hypothesis import strategies as st
 from safetensors.numpy import save
 
 from common import schema
+from common.dataset import pictures
 from common.errors import InvalidError, Reason
 from common.schema import (
     MAX_HEADER_BYTES,
     Header,
     TensorSpec,
+    check_examples,
     check_finite,
-    check_labels,
     check_shard,
     check_weights,
     header_bytes_needed,
@@ -309,7 +310,7 @@ def shard(images: np.ndarray, labels: np.ndarray, **more: np.ndarray) -> Header:
 
 def test_shard_of_the_dataset_passes_and_is_counted() -> None:
     header = shard(np.zeros((5, 3, 4, 4), np.uint8), np.zeros(5, np.int64))
-    assert check_shard(header, image_shape=(3, 4, 4)) == 5
+    assert check_shard(header, pictures(10, (3, 4, 4), (), ())) == 5
 
 
 @pytest.mark.parametrize(
@@ -330,7 +331,7 @@ def test_shard_of_the_dataset_passes_and_is_counted() -> None:
 )
 def test_anything_but_a_shard_of_the_dataset_is_refused(header: Header) -> None:
     with pytest.raises(InvalidError) as caught:
-        check_shard(header, image_shape=(3, 4, 4))
+        check_shard(header, pictures(10, (3, 4, 4), (), ()))
     assert caught.value.reason is Reason.INVALID_SHARD
 
 
@@ -339,12 +340,12 @@ def test_label_outside_the_classes_is_refused(label: int, tmp_path: Path) -> Non
     labels = np.arange(100_000) % 10  # more than one piece
     images = np.zeros((100_000, 1, 1, 1), np.uint8)
     path = write(tmp_path / "good", images=images, labels=labels)
-    check_labels(path, read_header(path), 10)
+    check_examples(path, read_header(path), pictures(10, (1, 1, 1), (), ()))
 
     labels[-1] = label
     path = write(tmp_path / "bad", images=images, labels=labels)
     with pytest.raises(InvalidError, match=f"label {label},") as caught:
-        check_labels(path, read_header(path), 10)
+        check_examples(path, read_header(path), pictures(10, (1, 1, 1), (), ()))
     assert caught.value.reason is Reason.INVALID_SHARD
 
 

@@ -19,7 +19,8 @@ from common import evaluation as evaluation_module
 from common.batches import DeviceData
 from common.config import CANDIDATES, RunConfig
 from common.evaluation import evaluate
-from common.models import build_model
+from common.models import build_model, empty_inputs
+from common.tasks.task import task_of
 from common.training import Examples, train
 from common.weights import write_state_dict
 from tests.recipes import recipe_of
@@ -70,7 +71,7 @@ def trained(data):
 
     def trained(seed: int, begin: int, end: int, model: nn.Module | None = None) -> nn.Module:
         model = model or build_model(RUN, seed=seed)
-        examples = Examples(data.train.images[begin:end], data.train.labels[begin:end])
+        examples = Examples(data.train.inputs[begin:end], data.train.targets[begin:end])
         train(model, examples, recipe_of(RUN, seed), device=CPU)
         return model
 
@@ -115,12 +116,12 @@ def write(model: nn.Module | dict, path: Path) -> Path:
 
 
 def accuracy(model: nn.Module, examples: Examples) -> float:
-    return evaluate(model, *examples, spec=RUN.spec, device=CPU).accuracy
+    return evaluate(model, *examples, task=task_of(RUN), device=CPU).score
 
 
 def shuffled(model: nn.Module, seed: int = 0) -> dict:
     """Return the state_dict of the same function, with the neurons in another order."""
-    groups = permutation_groups(model, RUN.spec.image_shape)
+    groups = permutation_groups(model, empty_inputs(RUN.spec))
     generator = torch.Generator().manual_seed(seed)
     permutations = [torch.randperm(group.size, generator=generator) for group in groups]
     return apply(groups, permutations, model.state_dict())
@@ -129,8 +130,8 @@ def shuffled(model: nn.Module, seed: int = 0) -> dict:
 def test_neurons_in_another_order_are_averaged_as_if_they_were_in_the_same(selected, trained, data):
     model = trained(1, 0, 1400)
     selection = selected(model, shuffled(model))
-    assert selection.accuracies["aligned"] == accuracy(model, data.held_out)
-    assert selection.accuracies["average"] < selection.accuracies["aligned"] - 0.05
+    assert selection.scores["aligned"] == accuracy(model, data.held_out)
+    assert selection.scores["average"] < selection.scores["aligned"] - 0.05
     best = selection.take_best()
     assert best.name == "aligned"
     for name, tensor in model.state_dict().items():
@@ -141,7 +142,7 @@ def test_every_candidate_is_measured_and_the_best_one_is_taken(selected, trained
     models = [trained(seed, 100 * seed, 100 * seed + 300) for seed in range(1, 4)]
     previous = trained(7, 0, 60)
     selection = selected(*models, previous=previous)
-    found = selection.accuracies
+    found = selection.scores
     assert list(found) == list(CANDIDATES)
     assert found["previous"] == accuracy(previous, data.held_out)
     for name in CANDIDATES:
@@ -152,23 +153,23 @@ def test_every_candidate_is_measured_and_the_best_one_is_taken(selected, trained
         model.load_state_dict(alone.state_dict)
         assert accuracy(model, data.held_out) == found[name]
     best = selection.take_best()
-    assert found[best.name] == max(found.values()) == best.evaluation.accuracy
-    assert selection.accuracies["best_agent"] == max(accuracy(model, data.held_out) for model in models)
+    assert found[best.name] == max(found.values()) == best.evaluation.score
+    assert selection.scores["best_agent"] == max(accuracy(model, data.held_out) for model in models)
 
 
 def test_who_would_spoil_the_soup_is_left_out(selected, trained):
     good, also_good = trained(1, 0, 700), trained(1, 700, 1400)
     selection = selected(good, build_model(RUN, seed=5), also_good)
     assert set(selection.soup) == {"a", "c"}
-    assert selection.accuracies["greedy_soup"] > selection.accuracies["aligned"]
-    assert selection.accuracies["greedy_soup"] >= selection.accuracies["best_agent"]
+    assert selection.scores["greedy_soup"] > selection.scores["aligned"]
+    assert selection.scores["greedy_soup"] >= selection.scores["best_agent"]
 
 
 def test_the_previous_model_is_kept_where_the_agents_got_worse(selected, trained, data):
     previous = trained(1, 0, 1400)
     selection = selected(build_model(RUN, seed=5), build_model(RUN, seed=6), previous=previous)
     assert selection.take_best().name == "previous"
-    assert selection.accuracies["previous"] == accuracy(previous, data.held_out)
+    assert selection.scores["previous"] == accuracy(previous, data.held_out)
 
 
 def test_a_worse_model_offered_later_is_not_taken(selected, trained, data):
@@ -176,9 +177,9 @@ def test_a_worse_model_offered_later_is_not_taken(selected, trained, data):
     selection = selected(trained(1, 0, 1400), trained(1, 0, 1200), structure=model)
     best = selection.take_best()
     nn.init.zeros_(model[3].weight)
-    assert selection.offer("fine_tuned").accuracy < 0.2
+    assert selection.offer("fine_tuned").score < 0.2
     assert selection.take_best() is best
-    assert accuracy(model, data.held_out) == best.evaluation.accuracy
+    assert accuracy(model, data.held_out) == best.evaluation.score
 
 
 def test_running_statistics_are_those_of_the_combined_data(selected, trained):
@@ -194,15 +195,15 @@ def test_running_statistics_are_those_of_the_combined_data(selected, trained):
     averaged = selected(
         models[0], broken, structure=ConvNet(), run=RUN.model_copy(update={"recompute_statistics": False})
     )
-    assert recomputed.accuracies["average"] > 0.8
-    assert averaged.accuracies["average"] < 0.3
+    assert recomputed.scores["average"] > 0.8
+    assert averaged.scores["average"] < 0.3
 
 
 def test_without_held_out_data_the_first_candidate_is_taken(selected, trained):
     nothing = Examples(torch.empty(0, 1, 8, 8, dtype=torch.uint8), torch.empty(0, dtype=torch.int64))
     model = trained(1, 0, 1400)
     selection = selected(model, shuffled(model), data=CombinedData(nothing, nothing))
-    assert selection.accuracies == {}
+    assert selection.scores == {}
     assert selection.soup == ()
     best = selection.take_best()
     assert (best.name, best.evaluation) == ("aligned", None)
@@ -217,8 +218,8 @@ def test_a_model_without_a_graph_is_averaged_as_it_is(selected, trained):
     with structlog.testing.capture_logs() as logs:
         selection = selected(*models, run=run)
     assert [line["event"] for line in logs].count("averaged_without_alignment") == 1
-    assert "aligned" not in selection.accuracies
-    assert {"average", "greedy_soup", "best_agent"} <= set(selection.accuracies)
+    assert "aligned" not in selection.scores
+    assert {"average", "greedy_soup", "best_agent"} <= set(selection.scores)
     alone = selected(*models, run=run.model_copy(update={"candidates": ("aligned",)}))
     assert alone.take_best().name == "average"
 
@@ -227,7 +228,7 @@ def test_one_agent_alone_is_the_average(selected, trained, data):
     model = trained(1, 0, 1400)
     selection = selected(model)
     found = accuracy(model, data.held_out)
-    assert selection.accuracies == {"average": found, "best_agent": found}
+    assert selection.scores == {"average": found, "best_agent": found}
     torch.testing.assert_close(selection.take_best().state_dict, read_state_dict_of(model), rtol=0, atol=0)
 
 
@@ -237,9 +238,9 @@ def test_the_run_s_aggregator_makes_the_average(selected, trained, aggregator):
     models = [trained(1, 100 * index, 100 * index + 400) for index in range(4)]
     absurd = {name: tensor * -1000 for name, tensor in models[0].state_dict().items()}
     run = RUN.model_copy(update={"candidates": ("average",), "trim_fraction": 0.2})
-    assert selected(absurd, *models, run=run).accuracies["average"] < 0.6
+    assert selected(absurd, *models, run=run).scores["average"] < 0.6
     robust = run.model_copy(update={"aggregator": aggregator})
-    assert selected(absurd, *models, run=robust).accuracies["average"] > 0.8
+    assert selected(absurd, *models, run=robust).scores["average"] > 0.8
 
 
 def test_the_same_selection_gives_the_same_bits(tmp_path, trained, data):
@@ -341,4 +342,4 @@ def test_groups_of_a_network_are_found_once_for_all_rounds(selected, trained, co
     models = [trained(1, 0, 700), trained(2, 0, 700)]
     first, second = (selected(*models, structure=model) for _ in range(2))
     assert len(found) == 1
-    assert first.accuracies == second.accuracies
+    assert first.scores == second.scores

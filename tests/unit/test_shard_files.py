@@ -7,7 +7,7 @@ import pytest
 from common.shards import Shard, read_shard
 from common.transfer import Blob, blob_of
 from edge_agent import shard_files
-from edge_agent.shard_files import image_digests, keep_shards
+from edge_agent.shard_files import input_digests, keep_shards
 
 
 def examples(*numbers: int) -> Shard:
@@ -18,15 +18,15 @@ def examples(*numbers: int) -> Shard:
 
 def contents(paths: list[Path]) -> list[list[int]]:
     """Which numbers each file holds."""
-    known = {examples(number).images.tobytes(): number for number in range(100)}
-    return [[known[image.tobytes()] for image in read_shard(path).images] for path in paths]
+    known = {examples(number).inputs.tobytes(): number for number in range(100)}
+    return [[known[image.tobytes()] for image in read_shard(path).inputs] for path in paths]
 
 
 def keep(folder: Path, *numbers: int) -> list[list[int]]:
     paths = keep_shards(folder, examples(*numbers))
     assert sorted(folder.iterdir()) == paths
     for path in paths:
-        np.testing.assert_array_equal(read_shard(path).labels, examples(*contents([path])[0]).labels)
+        np.testing.assert_array_equal(read_shard(path).targets, examples(*contents([path])[0]).targets)
     return contents(paths)
 
 
@@ -66,7 +66,7 @@ def test_relabelled_example_is_another_one(tmp_path: Path) -> None:
     keep(tmp_path, 1, 2)
     images, labels = examples(1, 2)
     (path,) = keep_shards(tmp_path, Shard(images, labels[::-1].copy()))
-    assert read_shard(path).labels.tolist() == [2, 1]
+    assert read_shard(path).targets.tolist() == [2, 1]
 
 
 def test_copy_of_an_example_that_is_in_a_shard_is_not_written_again(tmp_path: Path) -> None:
@@ -88,8 +88,8 @@ def test_damaged_file_is_written_again(tmp_path: Path, damage) -> None:  # type:
 def test_images_of_another_shape_are_others(tmp_path: Path) -> None:
     shard = examples(1, 2)
     keep_shards(tmp_path, shard)
-    (path,) = keep_shards(tmp_path, Shard(shard.images.reshape(2, 1, 2, 8), shard.labels))
-    assert read_shard(path).images.shape == (2, 1, 2, 8)
+    (path,) = keep_shards(tmp_path, Shard(shard.inputs.reshape(2, 1, 2, 8), shard.targets))
+    assert read_shard(path).inputs.shape == (2, 1, 2, 8)
 
 
 def test_too_many_shards_become_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -125,10 +125,10 @@ def test_cut_off_at_any_step_and_called_again_it_leaves_the_same(
 
 
 def test_digests_are_those_of_blake2_and_differ_by_pixels_and_key() -> None:
-    images = np.asfortranarray(examples(1, 2, 1).images)
-    found = image_digests(images, [b"a", b"a", b"b"])
+    images = np.asfortranarray(examples(1, 2, 1).inputs)
+    found = input_digests(images, [b"a", b"a", b"b"])
     expected = [
-        int.from_bytes(blake2b(examples(number).images.tobytes(), digest_size=8, key=key).digest())
+        int.from_bytes(blake2b(examples(number).inputs.tobytes(), digest_size=8, key=key).digest())
         for number, key in ((1, b"a"), (2, b"a"), (1, b"b"))
     ]
     assert found.tolist() == expected

@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
+from common.dataset import pictures
 from common.errors import UsageError
 from common.schema import check_shard, read_header
 from common.shards import Shard, cloud_holdout, read_shard, split, write_shard
@@ -23,8 +24,8 @@ def test_shard_comes_back_as_read_only_views_of_the_file(tmp_path: Path) -> None
 
     images, labels = read_shard(path)
 
-    np.testing.assert_array_equal(images, shard.images)
-    np.testing.assert_array_equal(labels, shard.labels)
+    np.testing.assert_array_equal(images, shard.inputs)
+    np.testing.assert_array_equal(labels, shard.targets)
     assert (images.dtype, labels.dtype) == (np.uint8, np.int64)
     assert isinstance(images, np.memmap)
     assert not images.flags.writeable
@@ -34,14 +35,14 @@ def test_shard_comes_back_as_read_only_views_of_the_file(tmp_path: Path) -> None
 def test_written_shard_is_plain_safetensors_and_passes_the_gate(tmp_path: Path) -> None:
     shard, path = make_shard(), tmp_path / "shard"
     write_shard(path, shard)
-    np.testing.assert_array_equal(load_file(path)["images"], shard.images)
-    assert check_shard(read_header(path), image_shape=(3, 5, 3)) == 7
+    np.testing.assert_array_equal(load_file(path)["images"], shard.inputs)
+    assert check_shard(read_header(path), pictures(10, (3, 5, 3), (), ())) == 7
 
 
 def test_same_shard_gives_the_same_bytes_whatever_its_memory_layout(tmp_path: Path) -> None:
     shard = make_shard()
     write_shard(tmp_path / "a", shard)
-    write_shard(tmp_path / "b", Shard(np.asfortranarray(shard.images), np.repeat(shard.labels, 2)[::2]))
+    write_shard(tmp_path / "b", Shard(np.asfortranarray(shard.inputs), np.repeat(shard.targets, 2)[::2]))
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 
 
@@ -53,8 +54,8 @@ def test_shard_with_unaligned_labels_is_read(tmp_path: Path) -> None:
     )
     path.write_bytes(len(header).to_bytes(8, "little") + header + b"\x07" + (5).to_bytes(8, "little"))
     shard = read_shard(path)
-    assert shard.labels.tolist() == [5]
-    assert shard.labels.flags.aligned
+    assert shard.targets.tolist() == [5]
+    assert shard.targets.flags.aligned
 
 
 def test_failed_write_leaves_the_old_shard_and_no_litter(
@@ -77,14 +78,14 @@ def test_failed_write_leaves_the_old_shard_and_no_litter(
 @pytest.mark.parametrize(
     "shard",
     [
-        Shard(np.zeros((2, 1, 1, 1), np.float32), np.zeros(2, np.int64)),
-        Shard(np.zeros((2, 1, 1), np.uint8), np.zeros(2, np.int64)),
+        Shard(np.zeros((2, 1, 1, 1), np.float64), np.zeros(2, np.int64)),
+        Shard(np.zeros((2, 1, 1, 1), np.uint8), np.zeros(2, np.uint8)),
         Shard(np.zeros((2, 1, 1, 1), np.uint8), np.zeros(2, np.int32)),
         Shard(np.zeros((2, 1, 1, 1), np.uint8), np.zeros(3, np.int64)),
     ],
 )
 def test_arrays_that_are_no_shard_are_not_written(shard: Shard, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="labels"):
+    with pytest.raises(ValueError, match="targets"):
         write_shard(tmp_path / "shard", shard)
     assert not list(tmp_path.iterdir())
 

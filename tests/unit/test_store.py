@@ -46,7 +46,7 @@ CONTRIBUTION = Decision(
     "a",
     Outcome.ACCEPTED,
     12.5,
-    Contribution("a", DIGEST, ("b" * 64, "c" * 64), 600, "e" * 64, accuracy_local=0.1 + 0.2, num_shared=540),
+    Contribution("a", DIGEST, ("b" * 64, "c" * 64), 600, "e" * 64, score_local=0.1 + 0.2, num_shared=540),
 )
 REPORT = ReportRow("a", 0.91, None, 0.96, 120, True, "", 99.5, 0.1 + 0.7)
 
@@ -605,7 +605,7 @@ def test_contributions_of_an_older_program_started_from_nobody_knows_what(state_
 def test_reports_of_an_older_program_tell_of_no_adaptation(state_dir, left_by_older_program):
     left_by_older_program(3, "INSERT INTO reports VALUES (1, 'a', 0.91, NULL, 0.96, 120, 1, '', 99.5)")
     with closing(Store(state_dir)) as upgraded:
-        assert upgraded.reports(1) == [replace(REPORT, accuracy_adapted=None)]
+        assert upgraded.reports(1) == [replace(REPORT, score_adapted=None)]
         upgraded.record_report(1, REPORT)
         assert upgraded.reports(1) == [REPORT]
 

@@ -29,9 +29,9 @@ from tests.unit.world import World, hurry, world
 
 REPORT = ReportRow(
     agent_id="",
-    accuracy_local=0.4,
-    accuracy_before=0.4,
-    accuracy_after=0.6,
+    score_local=0.4,
+    score_before=0.4,
+    score_after=0.6,
     num_held_out=10,
     applied=True,
     reason="",
@@ -251,7 +251,7 @@ async def a_round(here: World, number: int) -> None:
         await here.contribute(name, number)
     await here.until(lambda: here.store.round(number).phase == "published")
     for name, accuracy in (("a", 0.5), ("b", 0.75)):
-        row = ReportRow(**{**vars(REPORT), "agent_id": name, "accuracy_after": accuracy})
+        row = ReportRow(**{**vars(REPORT), "agent_id": name, "score_after": accuracy})
         await here.desk.report(name, number, row)
 
 
@@ -344,10 +344,20 @@ def test_record_that_was_cut_off_by_a_kill_is_written_again(store: Store, tmp_pa
     assert reader.points() == whole
 
 
+def test_round_is_told_once_its_report_is_written(store: Store) -> None:
+    run_rounds(store, store.state_dir.path, 2)
+    report = store.state_dir.report(2)
+    written = report.read_bytes()
+    report.unlink()
+    assert [part.order for part in facts.of_rounds(store, -4, is_run_over=False)] == [2]
+    report.write_bytes(written)
+    assert [part.order for part in facts.of_rounds(store, -4, is_run_over=False)] == [2, 3, 4]
+
+
 def test_model_that_has_been_given_up_is_left_out(store: Store) -> None:
     run_rounds(store, store.state_dir.path, 1)
     assert digest_of(model_of(1)) == store.round(1).published_digest
     shutil.rmtree(store.state_dir.round(1))
-    (part,) = [each for each in facts.of_rounds(store, -4, is_run_over=False) if each.round == 1]
+    part, _ = facts.of_rounds(store, -4, is_run_over=True)
     assert part.model is None
     assert part.digest == store.round(1).published_digest

@@ -20,6 +20,7 @@ from common.evaluation import evaluate, predict
 from common.models import build_model
 from common.schedule import Place, learning_rate_factor, whole
 from common.seeds import derive_seed
+from common.tasks.classification import Classification
 from common.training import CheckpointFile, Examples, Recipe, StepReport, train
 from common.weights import write_state_dict
 from tests.recipes import CPU, SPEC, Recorder, make_data, make_model, normalised, recipe_of
@@ -28,7 +29,7 @@ from tests.recipes import CPU, SPEC, Recorder, make_data, make_model, normalised
 def run(model: nn.Module, data: tuple[Tensor, Tensor], seed: int = 0, **config: Any) -> float:
     more = {key: config.pop(key) for key in ("on_step", "checkpoint") if key in config}
     is_balanced = config.pop("class_balanced", False)
-    recipe = Recipe(TrainingConfig(**config), SPEC, seed, "float32", is_balanced)
+    recipe = Recipe(TrainingConfig(**config), Classification(SPEC), seed, "float32", is_balanced)
     return train(model, Examples(*data), recipe, device=CPU, **more)
 
 
@@ -82,8 +83,8 @@ WRITTEN_OUT: dict[str, tuple[dict[str, Any], Callable[[Any], torch.optim.Optimiz
 def written_out(model: nn.Module, optimizer: Any, config: TrainingConfig, seed: int, balanced: bool) -> float:
     """Train as `train` does on a CPU, in a plain loop; return the mean loss of the last epoch."""
     images, labels = make_data(43)
-    std = torch.tensor(SPEC.std).view(-1, 1, 1)
-    shift = -torch.tensor(SPEC.mean).view(-1, 1, 1) / std
+    std = torch.tensor(SPEC.inputs.std).view(-1, 1, 1)
+    shift = -torch.tensor(SPEC.inputs.mean).view(-1, 1, 1) / std
     x = torch.addcmul(shift, images.float(), 1 / (255 * std))
     num_batches = 5
     for epoch in range(config.epochs):
@@ -190,7 +191,7 @@ def test_training_learns() -> None:
     model = make_model(batch_norm=True)
     run(model, make_data(300), epochs=3, batch_size=20, schedule="one-cycle", augment=("horizontal_flip",))
     images, labels = make_data(200, seed=1)
-    assert evaluate(model, images, labels, spec=SPEC, device=CPU).accuracy > 0.95
+    assert evaluate(model, images, labels, task=Classification(SPEC), device=CPU).score > 0.95
 
 
 def test_every_epoch_shows_each_image_once_normalised_in_another_order() -> None:
@@ -245,7 +246,7 @@ def test_loss_is_computed_in_float32_whatever_the_model_answers_in() -> None:
     images, labels = make_data(40)
     torch.manual_seed(0)
     model = Coarse()
-    logits = predict(model, images, spec=SPEC, device=CPU)
+    logits = predict(model, images, task=Classification(SPEC), device=CPU)
     assert logits.dtype == torch.float32
     expected = -(F.one_hot(labels, 3) * logits.double().log_softmax(1)).sum(1).mean().item()
 
@@ -305,7 +306,7 @@ def test_training_follows_its_part_of_the_schedule_of_the_run() -> None:
             for place in places:
                 epochs = 2 // len(places)
                 config = TrainingConfig(epochs=epochs, batch_size=5, schedule="one-cycle")
-                recipe = Recipe(config, SPEC, 0, "float32", place=place)
+                recipe = Recipe(config, Classification(SPEC), 0, "float32", place=place)
                 train(make_model(), Examples(*make_data(20)), recipe, device=CPU)
         rates.append(seen)
     assert rates[0] == rates[1]

@@ -1,0 +1,136 @@
+"""The relay of a training machine: it brings jobs and their blobs from a bucket, and takes results there.
+
+    python -m cloud_server.training.relay --bucket s3://BUCKET/PREFIX --state-dir DIR
+    torchrun --nnodes=1:4 … -m cloud_server.trainer --state-dir DIR
+
+Both run on each machine, and DIR is a folder of this machine alone. It holds the pending job, with the
+blobs that the job reads. What the server withdraws disappears from DIR as well.
+"""
+
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import structlog
+
+from cloud_server.disk.bucket import Bucket
+from cloud_server.jobs import Job, JobDirectory
+from cloud_server.state_dir import StateDir, blob_path
+from cloud_server.training.handout import JOBS, key_of
+from common import cli
+from common.errors import RunError, StorageError
+from common.files import sync
+from common.logs import configure_logging
+from common.transfer import Blob
+
+STEP_SECONDS = 0.5
+
+log = structlog.get_logger()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the relay until the process is ended."""
+    return cli.enter("relay", lambda: _run(argv))
+
+
+def _run(argv: Sequence[str] | None) -> int:
+    parser = cli.Parser(
+        prog="python -m cloud_server.training.relay",
+        description='Bring the jobs of a cloud-server with `trainers = "external"` to this machine.',
+    )
+    parser.add_argument("--bucket", required=True, metavar="URL", help="the server's `blobs`")
+    parser.add_argument(
+        "--state-dir",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="a folder, which the trainer here has too",
+    )
+    arguments = parser.parse_args(argv)
+    configure_logging()
+    relay = Relay(StateDir(arguments.state_dir), Bucket(arguments.bucket.rstrip("/")))
+    log.info("relay_ready", bucket=arguments.bucket)
+    while True:
+        relay.try_step()
+        time.sleep(STEP_SECONDS)
+
+
+class Relay:
+    """One machine's folder, kept like the jobs in the bucket."""
+
+    def __init__(self, state_dir: StateDir, bucket: Bucket) -> None:
+        self._state_dir = state_dir
+        self._bucket = bucket
+        for folder in (*state_dir.folders, state_dir.incoming):
+            folder.mkdir(parents=True, exist_ok=True)
+
+    def try_step(self) -> None:
+        """Take a step; what fails is logged, and the next step tries it again."""
+        try:
+            self.step()
+        except (StorageError, RunError, OSError, ValueError) as error:
+            log.warning("relay_failed", reason=str(error))
+
+    def step(self) -> None:
+        """Bring new jobs, take progress and results back, and drop jobs that are not in the bucket any more.
+
+        Raises:
+            StorageError, OSError: the bucket or the disk does not let it; a later step goes on.
+        """
+        there = self._bucket.names(JOBS)
+        asked_for = {name.rpartition("/")[0] for name in there if name.endswith("/job.json")}
+        here = self._here()
+        for key in here.keys() - asked_for:
+            here.pop(key).remove()
+        new = [self._read_job(key) for key in sorted(asked_for - here.keys())]
+        self._drop_blobs([*new, *(directory.read_job() for directory in here.values())])
+        for key, directory in here.items():
+            self._take_back(key, directory, there)
+        for job in new:
+            self._bring(job)
+
+    def _here(self) -> dict[str, JobDirectory]:
+        directories = [JobDirectory(path) for path in self._state_dir.jobs.iterdir()]
+        return {key_of(each.read_job()): each for each in directories if each.is_begun}
+
+    def _read_job(self, key: str) -> Job:
+        job = Job.model_validate_json(self._bucket.read(f"{key}/job.json"))
+        # The name of a job becomes a path.
+        if key_of(job) != key:
+            raise RunError(f"{self._bucket.url}/{key} is no job of this version of cloud-server: update it")
+        return job
+
+    def _drop_blobs(self, jobs: Sequence[Job]) -> None:
+        needed = {digest for job in jobs for digest in job.blobs}
+        for path in self._state_dir.blobs.glob("??/*"):
+            if path.name not in needed:
+                path.unlink()
+
+    def _bring(self, job: Job) -> None:
+        """Bring the blobs of a job, then the job."""
+        for digest in job.blobs:
+            path = blob_path(self._state_dir.blobs, digest)
+            if not path.exists():
+                incoming = self._state_dir.incoming / digest
+                self._bucket.fetch(Blob(digest, self._bucket.size(digest)), incoming)
+                sync(incoming)
+                path.parent.mkdir(exist_ok=True)
+                incoming.replace(path)
+        JobDirectory(self._state_dir.job(job.name)).write_job(job)
+        log.info("job_brought", job=job.name, attempt=job.attempt)
+
+    def _take_back(self, key: str, directory: JobDirectory, there: dict[str, int]) -> None:
+        """Take progress and result to the bucket; only the machine that has rank 0 has either."""
+        progress, name = directory.progress_path, f"{key}/progress.jsonl"
+        if progress.exists() and progress.stat().st_size != there.get(name):
+            self._bucket.put_file(progress, name)
+        if directory.result_path.exists() and f"{key}/result.json" not in there:
+            for path in (directory.weights_path, directory.encoded_path, directory.result_path):
+                if path.exists():
+                    self._bucket.put_file(path, f"{key}/{path.name}")
+            log.info("result_taken_back", job=directory.path.name)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
