@@ -1,10 +1,12 @@
 """What examples/ holds, run as its README says."""
 
+import re
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+from common.config import TrainingConfig
 from tests.processes import ROOT, Cluster, Command
 
 EXAMPLES = ROOT / "examples"
@@ -58,6 +60,26 @@ def test_own_task_runs_as_the_readme_says(cluster: Cluster) -> None:
     # A model that knows nothing is right in half of the cases, and mostly a quarter off.
     assert report["score_published"] > 0.75
     assert all("score_after" in agent for agent in report["agents"])
+
+
+def test_own_loop_runs_as_the_readme_says(cluster: Cluster, tmp_path: Path) -> None:
+    env = {"PYTHONPATH": f"{EXAMPLES}:{ROOT}"}
+    server = cluster.server("--config", EXAMPLES / "shapes.toml", env=env)
+    agents = []
+    for number in (1, 2):
+        cluster.enroll(f"edge-{number}")
+        # The default state directory is below the working folder.
+        (tmp_path / f"ecavg-agent-edge-{number}").symlink_to(tmp_path / f"edge-{number}")
+        words = (f"127.0.0.1:{cluster.port}", f"edge-{number}", f"{number}/2")
+        agents.append(Command("own_loop", *words, folder=tmp_path / "logs", cwd=tmp_path, env=env))
+    try:
+        assert_published(cluster, *agents, server)
+    finally:
+        for agent in agents:
+            agent.close()
+    # The batches of the example are smaller than the run's, which holds all images of an agent.
+    steps = re.findall(r'"round 1: pre-training", "done": \d+, "total": (\d+)', agents[0].output)
+    assert {int(total) for total in steps} == {3 * TrainingConfig().epochs}
 
 
 def test_image_folders_run_as_the_readme_says(cluster: Cluster, tmp_path: Path) -> None:
