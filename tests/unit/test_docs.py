@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 
+import ecavg
 from cloud_server.commands import admin, status
 from cloud_server.commands import doctor as server_doctor
 from cloud_server.config import DEFAULT_PRESET, ServerConfig
@@ -203,3 +204,8 @@ async def test_every_field_of_a_report_is_in_the_reference(tmp_path: Path) -> No
 def test_every_field_of_an_agents_report_is_in_the_reference() -> None:
     fields = published(KINDS["classification"], dict.fromkeys(Report.model_fields))
     assert {"agent_id", *fields} <= code_in("reports.md")
+
+
+def test_all_that_the_library_gives_is_in_its_page() -> None:
+    code = code_in("library.md")
+    assert {*ecavg.__all__, *ecavg.Start._fields, "inputs", "targets", "normalise"} <= code
