@@ -30,7 +30,8 @@ def predict(
     """
     if not (run.spec.is_pictures and kind_of(run.task).has_labels):
         raise UsageError(
-            f"the model in use does not tell the classes of pictures: its task is {run.task!r}; export it instead"
+            f"the model in use does not tell the classes of pictures: its task is {run.task!r}, its inputs"
+            f" are {run.spec.inputs.dtype} {list(run.spec.inputs.shape)}; export it for your own program"
         )
     return {path: _guesses(model, run, path, num_classes) for path in paths}
 

@@ -88,7 +88,8 @@ def _run_round(
 def _toml(run: RunConfig) -> str:
     """Return the `[run]` table as the text of a configuration file."""
     values: dict[str, Any] = run.model_dump(mode="json", exclude_none=True)
-    tables = {f"run.{name}": values.pop(name) for name in ("pretrain", "fine_tune")}
+    names = [name for name, value in values.items() if isinstance(value, dict)]
+    tables = {f"run.{name}": values.pop(name) for name in names}
     lines = []
     for name, table in {"run": values, **tables}.items():
         lines += [f"[{name}]", *(f"{key} = {json.dumps(value)}" for key, value in table.items())]

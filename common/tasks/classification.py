@@ -36,11 +36,8 @@ class Classification(Task):
         labels_N, right_N = tally.unbind(1)
         counts = torch.bincount(labels_N)
         right = torch.bincount(labels_N[right_N.bool()], minlength=len(counts))
+        pairs = enumerate(zip(counts.tolist(), right.tolist(), strict=True))
         return Figure(
             int(right_N.sum()) / len(tally),
-            {
-                label: ClassFigure(count, right[label].item() / count)
-                for label, count in enumerate(counts.tolist())
-                if count
-            },
+            {label: ClassFigure(count, good / count) for label, (count, good) in pairs if count},
         )

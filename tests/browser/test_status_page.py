@@ -15,6 +15,7 @@ from cloud_server.upkeep import retention
 from common.config import RunConfig
 from tests.browser.pages import given, need_browser
 from tests.unit.states import digest_of, model_of, run_rounds
+from tests.unit.test_other_figures import run_a_round
 from tests.unit.test_reports import RESULT
 from tests.unit.test_standing import Viewed
 
@@ -199,3 +200,22 @@ async def test_history_has_plots_that_tell_values_and_a_table_of_every_round(
         *_, second, _first = await page.rows("#history")
     assert second.startswith("Round 2 90.0 % 90.0 % 90.0 %")
     assert "95.0 % 97.0 % 97.0 %" in second
+
+
+async def test_figure_of_another_task_has_its_own_name_and_is_a_number(store: Store, tmp_path: Path) -> None:
+    status = await run_a_round(store, tmp_path)
+    async with given(status, store) as page:
+        assert await page.text("#result dl") == (
+            "R² at the start 0.400 Aligned average R² as published 0.500 The fine-tuned model Gain +0.100"
+        )
+        assert (await page.rows("#result"))[0] == "Candidate R²"
+        _, agent, _ = await page.rows("#agents")
+        assert agent.endswith("– – -0.100 adapted 0.300 –")
+        await page.until_text("#plot-score figcaption", "^R² over the rounds$")
+        await page.page.get_by_text("The figures of all rounds").click()
+        assert "0.900 0.900 0.900 -0.250 0.400 0.500 0.500 0.300" in (await page.rows("#history"))[1]
+        await page.page.goto(f"{page.page.url}#round-1")
+        await page.until_text("#report", "the global model has a score of 0.500")
+        assert "has a score of 0.500 (R²)." in await page.text("#report")
+        assert "%" not in await page.text("main")
+        assert page.complaints == []

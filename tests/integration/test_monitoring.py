@@ -107,6 +107,8 @@ def fits(labels: dict[str, str], matchers: list[tuple[str, str, str]]) -> bool:
 def test_every_query_of_the_dashboard_and_the_alerts_is_about_what_a_run_exports(watched: Watched) -> None:
     # gRPC's codes appear when there is such an error.
     samples = [*watched.samples(), ("grpc_server_handled_total", {"grpc_code": "INTERNAL"})]
+    # The run is a classification; another task has a score at the same stages.
+    samples += [(name.replace("accuracy_ratio", "score"), labels) for name, labels in samples]
     assert len(queries()) > 20
     assert len(rules()) == ALERTS.read_text("utf-8").count("- alert:")
     assert {

@@ -13,6 +13,7 @@ from cloud_server.upkeep import provenance
 from common.config import RunConfig
 from common.run_state import Outcome
 
+RUN = RunConfig()
 INITIAL = b"initial weights"
 AGENT = "edge-1"
 # The same shard is contributed in every round.
@@ -35,11 +36,11 @@ def local_of(number: int) -> bytes:
     return f"local weights {number}".encode()
 
 
-def begin(store: Store, state_dir: Path, first_round: int = 1) -> None:
+def begin(store: Store, state_dir: Path, first_round: int = 1, run: RunConfig = RUN) -> None:
     made = state_dir / "jobs/made"
     made.write_bytes(INITIAL)
     store.blobs.adopt(made, digest_of(INITIAL))
-    config_json = RunConfig().model_dump_json()
+    config_json = run.model_dump_json()
     store.create_run("run-1", config_json, digest_of(INITIAL), 0.0, first_round=first_round)
     store.join(AGENT, 0.5)
 

@@ -147,8 +147,8 @@ def test_who_flips_labels_is_flagged_among_five(
     agents = [honest[0], bad, *honest[2:]]
     assert workshop.flags(agents) == [(), ("labels", "model"), (), (), ()]
     found, others = workshop.findings(agents)[1], workshop.findings(agents)[0]
-    assert found.targets
-    assert found.targets.found < 0.1 < 0.7 < found.targets.expected
+    assert found.labels
+    assert found.labels.found < 0.1 < 0.7 < found.labels.expected
     assert found.label_loss
     assert others.label_loss
     assert found.label_loss > 2 * others.label_loss

@@ -132,3 +132,31 @@ def test_doctor_says_what_to_normalise_by(tmp_path: Path) -> None:
     assert _look_at_data(AgentConfig(server="127.0.0.1:1", data=str(path))) == (
         f"{path} has 2 examples; mean = [2], std = [1]; of the targets, mean = [3], std = [1]"
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "task", "num_examples"),
+    [
+        ("breast-cancer", "classification", 569),
+        ("wine", "classification", 178),
+        ("diabetes", "regression", 442),
+    ],
+)
+def test_tables_of_scikit_learn_are_normalised_by_what_the_run_says(
+    name: str, task: str, num_examples: int
+) -> None:
+    run = RunConfig(dataset=name, task=task)
+    loaded = load_agent_data(
+        run, source=None, data_dir=None, partition=None, seed_name="edge-1", allowed_factories=()
+    )
+    inputs, targets = (np.concatenate(both) for both in zip(loaded.train, loaded.held_out, strict=True))
+    assert len(inputs) == num_examples
+    normalised = (inputs - np.array(run.spec.inputs.mean)) / np.array(run.spec.inputs.std)
+    np.testing.assert_allclose(normalised.mean(0), 0, atol=0.01)
+    np.testing.assert_allclose(normalised.std(0), 1, atol=0.01)
+    if task == "regression":
+        normalised = (targets - run.spec.targets.mean) / np.array(run.spec.targets.std)
+        assert abs(normalised.mean()) < 0.01
+        assert abs(normalised.std() - 1) < 0.01
+    else:
+        assert set(targets) == set(range(run.spec.num_classes))

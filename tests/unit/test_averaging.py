@@ -90,7 +90,7 @@ def test_round_publishes_the_weighted_mean_of_a_model_that_is_never_built(tmp_pa
     fields = {"initial_weights": start, "contributions": contributions}
     result, directory = cloud.do("round-0001", **fields)
     assert result.error is None
-    assert (result.start, result.published, result.accuracy_published) == ("average", "start", None)
+    assert (result.start, result.published, result.score_published) == ("average", "start", None)
     found, tolerance = load_file(directory.weights_path), 0.0 if wire == "float32" else 0.05
     assert found.keys() == SHAPES.keys()
     for name in ("embed.weight", "layers.0.weight", "head.weight"):

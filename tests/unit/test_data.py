@@ -462,8 +462,8 @@ def test_real_mnist_is_dealt_out_whole(real_data: Path) -> None:
     # The counts of the ten digits in the training set, as its authors publish them.
     assert counts.tolist() == [5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949]
     pixels = np.concatenate([agent.train.inputs for agent in agents]) / np.float32(255)
-    assert pixels.mean() == pytest.approx(DATASETS["mnist"].mean[0], abs=1e-4)
-    assert pixels.std() == pytest.approx(DATASETS["mnist"].std[0], abs=1e-4)
+    assert pixels.mean() == pytest.approx(DATASETS["mnist"].inputs.mean[0], abs=1e-4)
+    assert pixels.std() == pytest.approx(DATASETS["mnist"].inputs.std[0], abs=1e-4)
 
 
 # What is shared

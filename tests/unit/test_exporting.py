@@ -37,7 +37,7 @@ def in_use(run: RunConfig, folder: Path) -> tuple[Use, Path]:
 
 def images_of(run: RunConfig, number: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(number)
-    return torch.randint(256, (number, *run.spec.image_shape), dtype=torch.uint8, generator=generator)
+    return torch.randint(256, (number, *run.spec.inputs.shape), dtype=torch.uint8, generator=generator)
 
 
 def expected_logits(run: RunConfig, weights: Path, images: torch.Tensor) -> np.ndarray:
@@ -109,7 +109,7 @@ def test_wrong_logits_leave_the_file_as_it_was(tmp_path: Path, monkeypatch: pyte
         return program(other, run)
 
     monkeypatch.setattr(exporting, "_program", other_program)
-    with pytest.raises(RunError, match="its logits differ from PyTorch's by 1"):
+    with pytest.raises(RunError, match="its outputs differ from PyTorch's by 1"):
         export(MLP, use, weights, "torch-export", output, ())
     assert output.read_text() == "before"
 

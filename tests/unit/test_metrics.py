@@ -64,6 +64,7 @@ AGENT_CONTRACT = {
     "ecavg_agent_pretrain_loss": set(),
     "ecavg_agent_accuracy_ratio": {"stage"},
     "ecavg_agent_score": {"stage"},
+    "ecavg_agent_updates_total": {"result"},
     "ecavg_agent_sent_bytes_total": {"kind"},
     "ecavg_agent_reconnects_total": set(),
 }

@@ -170,7 +170,7 @@ def select(folder: Path, structure: nn.Module, rest_names: set[str], *models: di
 def test_only_groups_that_travel_as_a_whole_are_aligned(tmp_path: Path) -> None:
     model = deep(1).state_dict()
     selection = select(tmp_path, deep(2), {"5.weight", "5.bias"}, model, permuted(model))
-    assert {"aligned", "average"} <= selection.accuracies.keys()
+    assert {"aligned", "average"} <= selection.scores.keys()
     aligned = selection._chosen([0, 1])
     for member in aligned:
         tensors = read_state_dict(member.weights_path)

@@ -154,7 +154,7 @@ from common.training import Examples, Ranks, Recipe, train
 from common.weights import read_state_dict, write_state_dict
 from tests.recipes import SPEC
 
-rank, folder, world_size = int(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[5])
+rank, folder, world_size = int(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[4])
 given = read_state_dict(folder / "given")
 model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 3))
 model[1].load_state_dict({"weight": given["weight"], "bias": given["bias"]})

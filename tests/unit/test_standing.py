@@ -26,7 +26,17 @@ from common.config import RunConfig
 from common.errors import Reason
 from common.run_state import LeftOut, Outcome, Phase, RunState, WorkProgress
 from common.transfer import Blob
-from tests.unit.states import AGENT, INITIAL, begin, contribute, digest_of, encoded_of, model_of, run_rounds
+from tests.unit.states import (
+    AGENT,
+    INITIAL,
+    RUN,
+    begin,
+    contribute,
+    digest_of,
+    encoded_of,
+    model_of,
+    run_rounds,
+)
 from tests.unit.test_reports import RESULT
 
 
@@ -39,7 +49,7 @@ def store(tmp_path: Path) -> Iterator[Store]:
 class Viewed:
     """A standing, and the states that were displayed."""
 
-    def __init__(self, store: Store, state_dir: Path) -> None:
+    def __init__(self, store: Store, state_dir: Path, run: RunConfig = RUN) -> None:
         self.round = current_round(store)
         self.displayed: list[RunState] = []
         self.metrics = ServerMetrics()
@@ -62,7 +72,7 @@ class Viewed:
             self.standing,
             presence,
             store=store,
-            reports=Reports(RunConfig(), store),
+            reports=Reports(run, store),
             board=self.board,
             upload_places=lambda: self.places,
             is_trainer_running=lambda: self.is_trainer_running,

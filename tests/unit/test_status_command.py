@@ -115,6 +115,17 @@ def test_agents_have_a_row_each_with_what_they_do(page: Page, capsys: pytest.Cap
     assert "\x1b" not in "".join(lines)
 
 
+def test_figure_of_another_task_is_a_number_with_its_name(
+    page: Page, capsys: pytest.CaptureFixture[str]
+) -> None:
+    agent = {"agent_id": "edge-1", "score_local": 0.25, "score_before": None, "score_after": -0.125}
+    rounds = [{"round": 1, "outcome": "published", "score_start": 0.25, "score_published": 0.5}]
+    page.answers = [DOCUMENT | {"metric": "R²", "agents": [agent], "rounds": rounds}]
+    lines = shown(page, capsys)
+    assert "Global model of round 1: R² 0.250 at the start, 0.500 as published" in lines
+    assert lines[-1].split()[-4:] == ["0.250", "–", "-0.125", "-0.375"]
+
+
 def test_work_under_way_has_a_bar(page: Page, capsys: pytest.CaptureFixture[str]) -> None:
     work = {"done": 3, "total": 12, "loss": 0.25}
     page.answers = [{**DOCUMENT, "phase": "fine_tuning", "progress": work, "agents": []}]

@@ -259,7 +259,7 @@ async def test_num_examples_is_no_fewer_than_the_shards_hold(
     for claimed in (13, 14, 2**40):
         assert uploads.count_shared([first.digest, second.digest], claimed) == 13
     for claimed in (1, 12):
-        with pytest.raises(InvalidError, match=f"num_examples is {claimed}, .* 13 labels") as refused:
+        with pytest.raises(InvalidError, match=f"num_examples is {claimed}, .* 13 examples") as refused:
             uploads.count_shared([first.digest, second.digest], claimed)
         assert refused.value.reason == Reason.MALFORMED_REQUEST
 
