@@ -15,7 +15,7 @@ help:
 	@echo "make soak    every case that make test leaves, and 200 random kills (half an hour)"
 	@echo "make fuzz    coverage-guided fuzzing of what strangers' bytes meet (FUZZ_SECONDS=600 each)"
 	@echo "make bench   speed, memory and bytes (minutes); make bench-peers: the same rounds on Flower and NVFlare"
-	@echo "make docs    write the tables of docs/configuration.md from the code"
+	@echo "make docs    write what docs/ has from the code, and build the documentation site in site/"
 	@echo "make screenshots  take the pictures of the status page in docs/img, of a real run, with Chromium"
 	@echo "make format  rewrite the code in the house style"
 	@echo "make proto   generate common/pb from proto/"
@@ -93,6 +93,7 @@ bench-peers: $(READY)
 
 docs: $(READY)
 	$(BIN)/python -m docs.generate
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
 
 screenshots: $(READY)
 	$(BIN)/python -m tests.browser.screenshots
@@ -110,4 +111,4 @@ proto:
 	rm -rf $(VENV)-proto
 
 clean:
-	rm -rf $(VENV) .demo build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .fuzz
+	rm -rf $(VENV) .demo build site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .fuzz

@@ -1,4 +1,7 @@
-"""The generator of docs/configuration.md: `python -m docs.generate` writes its tables from the code."""
+"""The generator of the reference: `python -m docs.generate` writes its pages and tables from the code.
+
+The tables of docs/configuration.md are made here, and docs/calls.md in calls.py.
+"""
 
 import json
 import re
@@ -13,6 +16,7 @@ from pydantic.fields import FieldInfo
 from cloud_server.config import ENV_PREFIX as SERVER_PREFIX
 from cloud_server.config import ServerConfig, TrackingConfig
 from common.config import FineTuneConfig, InputsConfig, RunConfig, TargetsConfig, TrainingConfig
+from docs import calls
 from edge_agent.config import ENV_PREFIX as AGENT_PREFIX
 from edge_agent.config import AgentConfig, EnrollConfig
 
@@ -115,3 +119,4 @@ def _type_name(annotation: Any) -> str:
 
 if __name__ == "__main__":
     PAGE.write_text(page(PAGE.read_text("utf-8")), "utf-8")
+    calls.PAGE.write_text(calls.page(), "utf-8")

@@ -16,6 +16,7 @@ from edge_agent.model_commands import MODEL_COMMANDS
 
 if TYPE_CHECKING:
     from edge_agent.identity import Identity
+    from edge_agent.own_training import OwnTraining
     from edge_agent.state import AgentState
 
 Config = TypeVar("Config", bound=AgentConfig)
@@ -160,8 +161,12 @@ async def enrolled_by_file(config: AgentConfig, state: "AgentState", why: str) -
     return newcomer
 
 
-async def take_part(config: AgentConfig) -> int:
-    """Take part in the server's run until it is over; enroll anew if the certificate has ended."""
+async def take_part(config: AgentConfig, own_training: "OwnTraining | None" = None) -> int:
+    """Take part in the server's run until it is over; enroll anew if the certificate has ended.
+
+    Args:
+        own_training: trains in the place of this project's loop.
+    """
     from common import logs, tracing
     from edge_agent.state import AgentState
 
@@ -175,12 +180,17 @@ async def take_part(config: AgentConfig) -> int:
 
     while True:
         try:
-            return await take_part_as(caller, config, state)
+            return await take_part_as(caller, config, state, own_training)
         except EndedError as error:
             caller = await enrolled_by_file(config, state, str(error))
 
 
-async def take_part_as(caller: "Identity | str", config: AgentConfig, state: "AgentState") -> int:
+async def take_part_as(
+    caller: "Identity | str",
+    config: AgentConfig,
+    state: "AgentState",
+    own_training: "OwnTraining | None" = None,
+) -> int:
     """Take part in the server's run until it is over, as an agent that has enrolled.
 
     Raises:
@@ -215,7 +225,7 @@ async def take_part_as(caller: "Identity | str", config: AgentConfig, state: "Ag
     )
     http = None
     try:
-        agent = EdgeAgent(config, state, client, metrics, display)
+        agent = EdgeAgent(config, state, client, metrics, display, own_training)
         if config.metrics_port is not None:
             token_path = config.metrics_token_file or state.path / "metrics-token"
             token = endpoints.http_token(config.metrics_host, config.metrics_token_file, token_path)

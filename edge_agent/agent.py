@@ -30,6 +30,7 @@ from edge_agent.local_data import LocalData
 from edge_agent.member import Member
 from edge_agent.metrics import AgentMetrics, Phase
 from edge_agent.news import News
+from edge_agent.own_training import OwnTraining
 from edge_agent.readiness import Readiness
 from edge_agent.state import AgentState, Progress
 from edge_agent.teller import Teller
@@ -55,7 +56,11 @@ class _Shown:
 
 
 class EdgeAgent:
-    """One device, for as long as its process runs."""
+    """One device, for as long as its process runs.
+
+    Args:
+        own_training: trains in the place of this project's loop.
+    """
 
     def __init__(
         self,
@@ -64,8 +69,10 @@ class EdgeAgent:
         client: CloudClient,
         metrics: AgentMetrics,
         display: ProgressDisplay,
+        own_training: OwnTraining | None = None,
     ) -> None:
         self._config = config
+        self._own_training = own_training
         self._disk = state
         self._client = client
         self._metrics = metrics
@@ -178,6 +185,7 @@ class EdgeAgent:
                         self._device,
                         self._showing(Activity.READING),
                         self._showing(Activity.EVALUATING),
+                        self._own_training,
                     ),
                     joined.run,
                     self._config,

@@ -39,6 +39,7 @@ from edge_agent.comparison import objection
 from edge_agent.config import AgentConfig
 from edge_agent.data import AgentData, choose_shared, load_agent_data
 from edge_agent.history import History, Source, use_of
+from edge_agent.own_training import Data, OwnTraining, Purpose, Start, train_as_own
 from edge_agent.partition import Partition, parse_partition
 from edge_agent.shard_files import keep_shards
 from edge_agent.state import AgentState, Report, Trained
@@ -53,12 +54,14 @@ def load_local_models(
     device: torch.device,
     on_read: OnExamples = ignore_examples,
     on_evaluated: OnExamples = ignore_examples,
+    own_training: OwnTraining | None = None,
 ) -> "LocalModels":
     """Rehearse the model, read this agent's data, and make sure that its shard files hold them.
 
     Args:
         on_read: called now and then while the data are read.
         on_evaluated: called now and then while a model is measured, as long as there is this object.
+        own_training: trains in the place of this project's loop.
 
     Raises:
         UsageError: the model cannot be used here, or is another one than the server's; or the data cannot be
@@ -88,6 +91,7 @@ def load_local_models(
         on_evaluated=on_evaluated,
         keep_models=config.keep_models,
         max_file_bytes=config.max_file_bytes,
+        own_training=own_training,
     )
 
 
@@ -125,6 +129,7 @@ class LocalModels:
         on_evaluated: called now and then while a model is measured, in the thread that measures it.
         keep_models: how many of the models that were last in use stay on the disk.
         max_file_bytes: a model in use with more bytes is written as several files as well; None: none is.
+        own_training: trains in the place of this project's loop, without checkpoints.
 
     Attributes:
         metric: the name of the figure that models are measured by.
@@ -151,8 +156,10 @@ class LocalModels:
         on_evaluated: OnExamples = ignore_examples,
         keep_models: int = 3,
         max_file_bytes: int | None = None,
+        own_training: OwnTraining | None = None,
     ) -> None:
         self._run = run
+        self._own_training = own_training
         self._on_evaluated = on_evaluated
         self._history = History(disk.path, keep_models, max_file_bytes)
         self._task = task_of(run, allowed_factories)
@@ -378,28 +385,25 @@ class LocalModels:
         self,
         model: nn.Module,
         config: TrainingConfig,
-        stream: str,
+        stream: Purpose,
         number: int,
         on_step: OnStep,
         place: Place | None = None,
     ) -> None:
-        """Train on the examples that the cloud fine-tunes on, and on those that it never sees.
-
-        The other examples are those that the cloud chooses and evaluates on.
+        """Train by the user's own loop, if there is one, or by the run's recipe.
 
         Args:
             stream: names the random stream of this training in round `number`.
             place: the place in the schedule of the run; None: this training has a schedule of its own.
         """
-        fraction = self._run.fine_tune.holdout_fraction
-        holdout_seed = derive_seed(self._run.seed, "cloud_holdout", self._disk.agent_id)
-        parts = [(shard, cloud_holdout(shard.targets, fraction, holdout_seed)[0]) for shard in self._shared]
-        parts += [(shard, np.arange(len(shard.targets))) for shard in self._private]
-        examples = Examples(*map(torch.from_numpy, gather(parts, self._run.spec)))
-        task, device = self._task, self._device
+        examples, task, device = self._examples(), self._task, self._device
+        seed = derive_seed(self._run.seed, stream, number, self._disk.agent_id)
+        if self._own_training:
+            start = Start(number, stream, seed, device, config)
+            train_as_own(self._own_training, model, Data(examples, task.spec), start, on_step)
+            return
         kept_at = self._disk.precision
         precision = choose_precision(model, examples, config, task=task, device=device, kept_at=kept_at)
-        seed = derive_seed(self._run.seed, stream, number, self._disk.agent_id)
         with errors_of_model(self._run, RunError):
             train(
                 model,
@@ -409,6 +413,17 @@ class LocalModels:
                 on_step=on_step,
                 checkpoint=CheckpointFile(self._disk.checkpoint, self._checkpoint_seconds),
             )
+
+    def _examples(self) -> Examples:
+        """Return the examples that the cloud fine-tunes on, and those that it never sees.
+
+        The other examples are those that the cloud chooses and evaluates on.
+        """
+        fraction = self._run.fine_tune.holdout_fraction
+        holdout_seed = derive_seed(self._run.seed, "cloud_holdout", self._disk.agent_id)
+        parts = [(shard, cloud_holdout(shard.targets, fraction, holdout_seed)[0]) for shard in self._shared]
+        parts += [(shard, np.arange(len(shard.targets))) for shard in self._private]
+        return Examples(*map(torch.from_numpy, gather(parts, self._run.spec)))
 
     def _objection(self, before: Evaluation | None, after: Evaluation) -> str:
         """Return why a model should not take the place of the one in use; empty: it may."""

@@ -1,10 +1,14 @@
 """What examples/ holds, run as its README says."""
 
+import re
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+from common.config import TrainingConfig
+from tests.conftest import need
 from tests.processes import ROOT, Cluster, Command
 
 EXAMPLES = ROOT / "examples"
@@ -58,6 +62,43 @@ def test_own_task_runs_as_the_readme_says(cluster: Cluster) -> None:
     # A model that knows nothing is right in half of the cases, and mostly a quarter off.
     assert report["score_published"] > 0.75
     assert all("score_after" in agent for agent in report["agents"])
+
+
+def test_own_loops_run_as_the_readme_says(cluster: Cluster, tmp_path: Path) -> None:
+    need("Lightning", find_spec("pytorch_lightning"), "pytorch-lightning")
+    env = {"PYTHONPATH": f"{EXAMPLES}:{ROOT}"}
+    server = cluster.server("--config", EXAMPLES / "shapes.toml", env=env)
+    agents = []
+    for number, example in enumerate(("own_loop", "lightning_loop"), start=1):
+        cluster.enroll(f"edge-{number}")
+        # The default state directory is below the working folder.
+        (tmp_path / f"ecavg-agent-edge-{number}").symlink_to(tmp_path / f"edge-{number}")
+        words = (f"127.0.0.1:{cluster.port}", f"edge-{number}", f"{number}/2")
+        agents.append(Command(example, *words, folder=tmp_path / "logs", cwd=tmp_path, env=env))
+    try:
+        assert_published(cluster, *agents, server)
+    finally:
+        for agent in agents:
+            agent.close()
+    for agent in agents:
+        # The batches of the examples are smaller than the run's, which holds all images of an agent.
+        steps = re.findall(r'"round 1: pre-training", "done": \d+, "total": (\d+)', agent.output)
+        assert {int(total) for total in steps} == {3 * TrainingConfig().epochs}
+
+
+def test_hugging_face_model_runs_as_the_readme_says(cluster: Cluster) -> None:
+    need("transformers", find_spec("transformers"), "transformers")
+    env = {"PYTHONPATH": str(EXAMPLES), "HF_HUB_OFFLINE": "1"}
+    server = cluster.server("--config", EXAMPLES / "vision_transformer.toml", env=env)
+    agents = [
+        cluster.agent(
+            f"edge-{number}", "--data", "shapes:images", "--partition", f"{number}/2",
+            "--allow-factory", "vision_transformer:net", env=env,
+        )
+        for number in (1, 2)
+    ]  # fmt: skip
+    assert_published(cluster, *agents, server)
+    assert cluster.report()["model"] == "vision_transformer:net"
 
 
 def test_image_folders_run_as_the_readme_says(cluster: Cluster, tmp_path: Path) -> None:

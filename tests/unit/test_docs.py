@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 
+import ecavg
 from cloud_server.commands import admin, status
 from cloud_server.commands import doctor as server_doctor
 from cloud_server.config import DEFAULT_PRESET, ServerConfig
@@ -20,7 +21,7 @@ from cloud_server.store import Store
 from common.cli import add_flags
 from common.pb import ecavg_pb2 as pb
 from common.tasks import KINDS, published
-from docs import generate
+from docs import calls, generate
 from edge_agent import doctor as agent_doctor
 from edge_agent.config import AgentConfig, EnrollConfig
 from edge_agent.metrics import AgentMetrics
@@ -31,6 +32,7 @@ from tests.unit.test_reports import NAMES, RESULT, report_of
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
+MESSAGES = pb.DESCRIPTOR.message_types_by_name
 MAX_README_LINES = 170
 MAX_ARCHITECTURE_LINES = 200
 
@@ -95,6 +97,19 @@ def test_every_page_is_in_the_index() -> None:
 def test_configuration_page_is_what_the_generator_writes() -> None:
     text = generate.PAGE.read_text("utf-8")
     assert generate.page(text) == text, "run `make docs`"
+
+
+def test_page_of_calls_is_what_the_generator_writes() -> None:
+    assert calls.PAGE.read_text("utf-8") == calls.page(), "run `make docs`"
+
+
+def test_page_of_calls_has_every_call_message_field_and_value() -> None:
+    code = code_in("calls.md")
+    assert all(field.name in code for message in MESSAGES.values() for field in message.fields)
+    assert all(set(enum.values_by_name) <= code for enum in pb.DESCRIPTOR.enum_types_by_name.values())
+    headings = anchors_of(calls.PAGE)
+    methods = pb.DESCRIPTOR.services_by_name["ECAvg"].methods_by_name
+    assert {*map(str.lower, MESSAGES), *(f"call-{name.lower()}" for name in methods)} <= headings
 
 
 @pytest.mark.parametrize("name", generate.TABLES)
@@ -189,3 +204,8 @@ async def test_every_field_of_a_report_is_in_the_reference(tmp_path: Path) -> No
 def test_every_field_of_an_agents_report_is_in_the_reference() -> None:
     fields = published(KINDS["classification"], dict.fromkeys(Report.model_fields))
     assert {"agent_id", *fields} <= code_in("reports.md")
+
+
+def test_all_that_the_library_gives_is_in_its_page() -> None:
+    code = code_in("library.md")
+    assert {*ecavg.__all__, *ecavg.Start._fields, "inputs", "targets", "normalise"} <= code
