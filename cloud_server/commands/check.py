@@ -285,8 +285,11 @@ class Check:
         if row.published_digest and not accepted and row.number not in self._used_by_forgotten:
             yield Problem(where, "it is published, of no contribution", _RESTORE_DATABASE)
         for item in accepted:
-            shards = () if row.without_data else item.shard_digests
-            for digest, kind in [(item.weights_digest, "weights"), *((digest, "data") for digest in shards)]:
+            named = [(item.weights_digest, "weights")]
+            named += [(digest, "data") for digest in (() if row.without_data else item.shard_digests)]
+            if item.staleness and item.initial_digest:
+                named.append((item.initial_digest, "start"))
+            for digest, kind in named:
                 contribution = f"contribution of {item.agent_id} to round {row.number}"
                 yield from self._blob(digest, contribution, kind)
 

@@ -20,6 +20,7 @@ from common.strict_json import to_json
 _MEDIA_TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript"}
 _HEADERS = {"X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer"}
 _FRESH = {**_HEADERS, "Cache-Control": "no-store"}
+_REST = "rest.safetensors"
 _ROUND = re.compile("[0-9]{1,9}")
 # Source: W3C Content Security Policy Level 3. The page is made of files that the server itself serves.
 _POLICY = (
@@ -54,6 +55,9 @@ def endpoints(store: Store, feed: Feed) -> dict[str, Endpoint]:
     async def model(request: Request) -> Response:
         return await _file(store, _round_of(request), "model.safetensors")
 
+    async def rest(request: Request) -> Response:
+        return await _file(store, _round_of(request), _REST)
+
     return {
         **_files(),
         "/api/events": events,
@@ -61,6 +65,7 @@ def endpoints(store: Store, feed: Feed) -> dict[str, Endpoint]:
         "/api/rounds/{number}/loss": loss,
         "/api/rounds/{number}/report.json": report,
         "/api/rounds/{number}/model.safetensors": model,
+        "/api/rounds/{number}/rest.safetensors": rest,
     }
 
 
@@ -94,12 +99,12 @@ async def _file(store: Store, number: int, name: str) -> Response:
     try:
         status = await asyncio.to_thread(path.stat)
     except FileNotFoundError:
-        return await asyncio.to_thread(_missing, store, number)
+        return await asyncio.to_thread(_missing, store, number, name)
     filename = f"round-{number:04d}-{name}"
     return FileResponse(path, stat_result=status, filename=filename, headers=_FRESH)
 
 
-def _missing(store: Store, number: int) -> Response:
+def _missing(store: Store, number: int, name: str) -> Response:
     """Return the answer for a file of a round that is not there."""
     row = store.round(number)
     if row and row.retired:
@@ -108,6 +113,8 @@ def _missing(store: Store, number: int) -> Response:
         )
         return PlainTextResponse(f"{text}\n", 410, _FRESH)
     why = "it is not over, or has failed" if row else "there is no such round"
+    if row and row.published_digest and name == _REST:
+        why = "all of its model travels"
     return PlainTextResponse(f"round {number} has no such file: {why}\n", 404, _FRESH)
 
 

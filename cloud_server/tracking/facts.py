@@ -54,6 +54,8 @@ class Facts:
     report: Mapping[str, Any] | None = None
     # None: no model was published, or it has been given up.
     model: Path | None = None
+    # The parts of the model that do not travel; None: all do.
+    rest: Path | None = None
     digest: str | None = None
     provenance: Mapping[str, str] = field(default_factory=dict)
 
@@ -106,7 +108,7 @@ def _over(store: Store, first: int, is_run_over: bool) -> list[int]:
 
 def _round(store: Store, row: RoundRow, field: str, with_agent_ids: bool) -> Facts:
     report = _read_report(store.state_dir, row.number)
-    model = store.state_dir.model(row.number)
+    model, rest = store.state_dir.model(row.number), store.state_dir.rest(row.number)
     agents = report.get("agents", [])
     metrics = {f"{field}/candidate/{name}": value for name, value in report.get("candidates", {}).items()}
     metrics |= {f"{field}/figure/{_tag(name)}": value for name, value in report.get("figures", {}).items()}
@@ -129,6 +131,7 @@ def _round(store: Store, row: RoundRow, field: str, with_agent_ids: bool) -> Fac
         order=2 * row.number,
         report=report if with_agent_ids else _without_agent_ids(report),
         model=model if row.published_digest and model.exists() else None,
+        rest=rest if row.published_digest and rest.exists() else None,
         digest=row.published_digest,
         provenance={
             "round": str(row.number),

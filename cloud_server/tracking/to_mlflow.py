@@ -107,6 +107,8 @@ class MLflow:
             report = Path(scratch) / "report.json"
             report.write_text(json.dumps(facts.report, indent=2) + "\n", "utf-8")
             self._client.log_artifact(self._run_id, str(report), folder)
+        if facts.rest:
+            self._client.log_artifact(self._run_id, str(facts.rest), folder)
         if facts.model:
             self._client.log_artifact(self._run_id, str(facts.model), folder)
             self._register(f"{self._artifact_uri}/{folder}", facts.provenance)

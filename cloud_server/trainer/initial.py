@@ -61,8 +61,12 @@ def initial_model(run: RunConfig) -> nn.Module:
     return model
 
 
-def initial_files(run: RunConfig) -> list[Path]:
-    """Return the files of the initial weights, all of whose values are finite.
+def initial_files(run: RunConfig, *, are_read: bool = True) -> list[Path]:
+    """Return the files of the initial weights.
+
+    Args:
+        run: the configuration of the run.
+        are_read: True to check that all values are finite, for which the files are read to their ends.
 
     Raises:
         UsageError: a file cannot be read, or is not valid.
@@ -73,7 +77,7 @@ def initial_files(run: RunConfig) -> list[Path]:
         raise UsageError(f"run.initial_weights: {error}") from error
     try:
         files = weight_files(path)
-        for file in files:
+        for file in files if are_read else ():
             check_finite(file, read_header(file))
     except OSError as error:
         unread = error.filename or path

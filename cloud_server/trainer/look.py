@@ -4,26 +4,37 @@ The run's configuration comes on stdin, as JSON; the answer is one line on stdou
 and writes no file.
 """
 
+import math
 import sys
 from collections.abc import Sequence
 
+from cloud_server.trainer.initial import initial_files
+from cloud_server.trainer.output import num_parameters
 from common import cli
 from common.config import RunConfig
 from common.devices import describe_device
 from common.models import build_model
+from common.schema import read_header
 
 
 def main(argv: Sequence[str]) -> int:
     """Print what the trainer would find on the device that the only argument names.
 
     Raises:
-        UsageError: there is no such device, or the model cannot be built.
+        UsageError: there is no such device, the model cannot be built, or its files cannot be read.
     """
     run = RunConfig.model_validate_json(sys.stdin.read())
     device = describe_device(argv[0])
-    num_parameters = sum(parameter.numel() for parameter in build_model(run).parameters())
-    cli.print_result(f"{device}; model {run.model} has {num_parameters} parameters")
+    cli.print_result(f"{device}; {_describe_model(run)}")
     return 0
+
+
+def _describe_model(run: RunConfig) -> str:
+    if run.only_averages:
+        schemas = [read_header(file).schema for file in initial_files(run, are_read=False)]
+        num_values = sum(math.prod(spec.shape) for schema in schemas for spec in schema.values())
+        return f"initial weights of {num_values} numbers, which are averaged without the model"
+    return f"model {run.model} has {num_parameters(build_model(run))} parameters"
 
 
 if __name__ == "__main__":

@@ -57,9 +57,14 @@ async function model(number, report) {
   if (status !== 200) return [note("The model is not there.")];
   return [
     element("a", { href: path, download: "" }, `Download the model (${size(report.weights.bytes)})`),
+    ...(report.rest ? [rest(number, report)] : []),
     note(`SHA-256 ${report.weights.sha256}`),
   ];
 }
+
+/** Return the link to the parts of the model that do not travel. */
+const rest = (number, report) => element(
+  "a", { href: `api/rounds/${number}/rest.safetensors`, download: "" }, `Download the rest of it (${size(report.rest.bytes)})`);
 
 function agents(report, figures) {
   if (!report.agents.length) return [];

@@ -151,6 +151,12 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda s: blob(s, SHARD).unlink(),
         "contribution of edge-1 to round 2: its data blobs/",
     ),
+    "start of stale weights gone": (
+        lambda s: sql(
+            s, f"UPDATE contributions SET staleness = 3, initial_weights = '{'f' * 64}' WHERE round = 4"
+        ),
+        "contribution of edge-1 to round 4: its start blobs/",
+    ),
     "upload gone": (lambda s: blob(s, EXTRA).unlink(), "record of an upload of edge-1: its data blobs/"),
     "no digest": (
         lambda s: sql(s, "UPDATE contributions SET weights = '../../etc' WHERE round = 4"),

@@ -5,15 +5,19 @@ from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
+from safetensors.numpy import save_file
 
 from cloud_server.commands import doctor as server_doctor
 from cloud_server.config import ServerConfig
 from cloud_server.door.authority import Authority
 from cloud_server.state_dir import StateDir
+from common.config import FineTuneConfig
 from common.doctor import Check
 from common.errors import ECAvgError, RunError
+from common.sharded import write_sharded
 from edge_agent import doctor as agent_doctor
 from edge_agent.config import AgentConfig
 from tests.processes import enroll
@@ -90,6 +94,26 @@ def test_port_in_use_and_a_ca_without_its_key_are_told(tmp_path: Path) -> None:
         assert said(checks, "tls").startswith("ok ")
         next(StateDir(tmp_path).tls.glob("ca*key*")).unlink()
         assert said(checks, "tls").startswith("wrong ")
+
+
+def test_model_that_is_only_averaged_is_not_built(tmp_path: Path) -> None:
+    save_file({"weight": np.zeros((3, 4), np.float32), "bias": np.zeros(3, np.float32)}, tmp_path / "whole")
+    index = tmp_path / "model.safetensors.index.json"
+    write_sharded(tmp_path / "whole", index, 20)
+    averaging = {
+        "model": "no-such-model",
+        "initial_weights": str(index),
+        "candidates": ("average",),
+        "fine_tune": FineTuneConfig(epochs=0),
+    }
+    run = ServerConfig().run.model_copy(update=averaging)
+    checks = server_doctor.checks(ServerConfig(state_dir=tmp_path).model_copy(update={"run": run}))
+    assert checks["trainer"]().endswith(
+        "; initial weights of 15 numbers, which are averaged without the model"
+    )
+    index.unlink()
+    with pytest.raises(RunError, match=r"run\.initial_weights: cannot read"):
+        checks["trainer"]()
 
 
 def test_model_that_cannot_be_built_is_told_by_the_trainer(tmp_path: Path) -> None:

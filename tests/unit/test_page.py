@@ -118,6 +118,17 @@ async def test_report_and_model_of_a_past_round_are_sent(store: Store, tmp_path:
     assert model.headers["cache-control"] == "no-store"
 
 
+async def test_rest_of_a_model_is_sent_where_there_is_one(store: Store, tmp_path: Path) -> None:
+    run_rounds(store, tmp_path, 2)
+    store.state_dir.rest(2).write_bytes(b"what does not travel")
+    async with served(store) as client:
+        rest = await client.get("/api/rounds/2/rest.safetensors")
+        none = await client.get("/api/rounds/1/rest.safetensors")
+    assert rest.content == b"what does not travel"
+    assert 'filename="round-0002-rest.safetensors"' in rest.headers["content-disposition"]
+    assert (none.status_code, none.text) == (404, "round 1 has no such file: all of its model travels\n")
+
+
 async def test_model_that_was_removed_is_gone_and_its_report_is_not(store: Store, tmp_path: Path) -> None:
     run_rounds(store, tmp_path, 3)
     retention.clean_up(store, keep_rounds=1, keep_partial_seconds=1e9, now=100.0)

@@ -302,6 +302,20 @@ async def test_mlflow_has_parameters_report_model_and_a_version_with_provenance_
         assert "agents" not in report
 
 
+def test_mlflow_has_the_rest_of_a_model_of_which_a_part_travels(store: Store, tmp_path: Path) -> None:
+    need("mlflow", find_spec("mlflow"), "mlflow-skinny")
+    run_rounds(store, store.state_dir.path, 1)
+    store.state_dir.rest(1).write_bytes(b"what does not travel")
+    reader = MLflowReader(tmp_path / "tracked")
+    (mlflow,) = tracker.trackers_of(TrackingConfig(mlflow=reader.where))
+    mlflow.open(facts.of_run(store))
+    for part in facts.of_rounds(store, -4, is_run_over=True):
+        mlflow.write(part)
+    folder = Path(reader.client.download_artifacts(reader.run().info.run_id, "rounds/0001"))
+    assert (folder / "rest.safetensors").read_bytes() == b"what does not travel"
+    assert (folder / "model.safetensors").read_bytes() == model_of(1)
+
+
 async def test_tracker_that_is_down_during_a_round_has_it_when_it_is_back(
     reader: Any, tmp_path: Path
 ) -> None:
