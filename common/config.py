@@ -326,7 +326,7 @@ class RunConfig(DocumentedModel):
     """Number of parts in which a shared dataset is dealt out (default: `max_agents`)"""
 
     holdout_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
-    """About this share of an agent's examples is held out on the device, where the source has no test split."""
+    """About this share of an agent's examples is held out on the device, if the source has no test split."""
 
     initial_weights: Name = "shared"
     """The weights that round 1 starts from: `"shared"`, `"independent"`, `"pretrained"`, or a file.
