@@ -134,10 +134,10 @@ class TrainingConfig(DocumentedModel):
     """One training: the agents' pre-training, or the cloud's fine-tuning."""
 
     epochs: Annotated[int, Field(ge=0, le=100_000)] = 5
-    """Passes over the images; 0 skips the training."""
+    """Passes over the examples; 0 skips the training."""
 
     batch_size: Annotated[int, Field(ge=1, le=1_000_000)] = 64
-    """Images in one step."""
+    """Examples in one step."""
 
     optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
     """The optimizer."""
@@ -185,7 +185,7 @@ class TrainingConfig(DocumentedModel):
     `"auto"` takes the faster one. A GPU that has bfloat16 uses it. On a CPU that has it, a long training
     times a few steps of each, once. The decision stays in `STATE/precision.json`, so that a training that
     is done again gives the same bytes. Two devices may decide differently, so choose `"float32"` to
-    compare digests. Accuracy is always measured in float32.
+    compare digests. Models are always measured in float32.
     """
 
     graphs: Literal["auto", "off"] = "auto"
@@ -209,7 +209,7 @@ class FineTuneConfig(TrainingConfig):
     holdout_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
     """Share of each uploaded shard on which nobody trains, neither the agent nor the cloud.
 
-    The cloud measures accuracy on these images.
+    The cloud measures models on these examples.
     """
 
     class_balanced: bool = False
@@ -326,7 +326,7 @@ class RunConfig(DocumentedModel):
     """Number of parts in which a shared dataset is dealt out (default: `max_agents`)"""
 
     holdout_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
-    """About this share of an agent's images is held out on the device, where the source has no test split."""
+    """About this share of an agent's examples is held out on the device, if the source has no test split."""
 
     initial_weights: Name = "shared"
     """The weights that round 1 starts from: `"shared"`, `"independent"`, `"pretrained"`, or a file.
@@ -338,11 +338,11 @@ class RunConfig(DocumentedModel):
     """
 
     warm_up_epochs: Annotated[int, Field(ge=0, le=100_000)] = 0
-    """Epochs for which the cloud trains the initial weights on shared images, before round 1; 0 for none.
+    """Epochs for which the cloud trains the initial weights on shared examples, before round 1; 0 for none.
 
-    The images come in a round 0, in which nobody pre-trains; the cloud trains by `[run.fine_tune]`. Models
+    The examples come in a round 0, in which nobody pre-trains; the cloud trains by `[run.fine_tune]`. Models
     that had some training in common can be averaged in round 1 already. There is no warm-up where no agent
-    shares images, and none unless `initial_weights` is `"shared"`.
+    shares examples, and none unless `initial_weights` is `"shared"`.
     """
 
     mode: Literal["sync", "async"] = "sync"
@@ -376,20 +376,20 @@ class RunConfig(DocumentedModel):
     on_large_update: Literal["clip", "reject"] = "clip"
     """What happens to an update that is too large.
 
-    `"clip"` makes it as large as allowed. `"reject"` leaves the agent's weights and images out of the round.
+    `"clip"` makes it as large as allowed. `"reject"` leaves the agent's weights and data out of the round.
     """
 
     quarantine: Literal["report", "exclude"] = "report"
     """What happens to agents that the audit flags.
 
-    `"report"` names them. `"exclude"` also leaves their weights and images out of the round.
+    `"report"` names them. `"exclude"` also leaves their weights and data out of the round.
     """
 
     candidates: tuple[CandidateName, ...] = CANDIDATES
     """What the fine-tune may start from; where two do equally well, the first is taken."""
 
     recompute_statistics: bool = True
-    """After any averaging, compute BatchNorm's running statistics anew on the uploaded images."""
+    """After any averaging, compute BatchNorm's running statistics anew on the uploaded examples."""
 
     wire: Wire = "float32"
     """How weights travel, both ways.
@@ -407,7 +407,7 @@ class RunConfig(DocumentedModel):
     """
 
     retain_data: Literal["round", "run"] = "run"
-    """How long the server keeps uploaded images.
+    """How long the server keeps uploaded data.
 
     `"round"`: they are deleted as soon as their round is over, published or failed, and sent again for
     the next. `"run"`: they travel once and stay as long as the rounds that used them (`keep_rounds`).
@@ -416,14 +416,14 @@ class RunConfig(DocumentedModel):
     apply: Literal["if-not-worse", "always"] = "if-not-worse"
     """When an agent uses the global model.
 
-    `"if-not-worse"`: unless it does worse on the agent's held-out images by more than one standard error.
+    `"if-not-worse"`: unless it does worse on the agent's held-out examples by more than one standard error.
     """
 
     adapt_epochs: Annotated[int, Field(ge=0, le=100_000)] = 1
     """Epochs of local adaptation of a global model that does worse; 0 for none.
 
     With `apply = "if-not-worse"`, a global model that does worse is trained for so many epochs on the
-    agent's own images, by `[run.pretrain]`, and compared again.
+    agent's own examples, by `[run.pretrain]`, and compared again.
     """
 
     inputs: InputsConfig = InputsConfig()

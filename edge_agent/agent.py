@@ -20,6 +20,7 @@ from common.progress import LongWork, ProgressDisplay
 from common.run_display import RunDisplay
 from common.run_state import Phase as RoundPhase
 from common.run_state import Selection
+from common.tasks import kind_of, published
 from edge_agent.async_member import AsyncMember
 from edge_agent.client import CloudClient, Joined, UnknownAgentError
 from edge_agent.config import AgentConfig
@@ -88,6 +89,8 @@ class EdgeAgent:
             [parse_hours(text) for text in config.work_hours],
         )
         self._updates = Updates(config, state, self._worker, metrics, display.message)
+        # The task of the run that was joined last.
+        self._task = "classification"
         self._shown = _Shown()
         self._teller = Teller(client)
         self._cloud = RunDisplay(display, "cloud: ")
@@ -133,7 +136,7 @@ class EdgeAgent:
     async def status(self) -> dict[str, Any]:
         """Return the JSON behind the agent's status."""
         progress, latest = self._disk.progress, self._news.latest
-        return {
+        fields = {
             "agent_id": self._disk.agent_id,
             "run_id": progress.run_id,
             "round": latest.round if latest else None,
@@ -144,6 +147,7 @@ class EdgeAgent:
             "evaluated_round": progress.evaluated_round,
             "score_local": progress.trained.score if progress.trained else None,
         }
+        return published(kind_of(self._task), fields)
 
     async def _join(self) -> Joined:
         self._metrics.set_phase(Phase.CONNECTING)
@@ -163,6 +167,7 @@ class EdgeAgent:
             await self._worker.run(self._disk.save, Progress(run_id=joined.run_id))
             self._disk.discard_all_but(())
             self._shown = _Shown()
+        self._task = joined.run.task
         self._cloud.epochs = joined.run.fine_tune.epochs
         crash_point(Point.AGENT_JOINED)
         self._display.message(

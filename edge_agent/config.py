@@ -46,7 +46,7 @@ class AgentConfig(ProcessConfig):
     """
 
     share_data: str = Field("all", title="all|FRACTION|none")
-    """How many of the images to train on are uploaded; what is not shared never leaves the device."""
+    """How many of the examples to train on are uploaded; what is not shared never leaves the device."""
 
     partition: str | None = Field(None, title="I/N")
     """Take part I of N of the data (default: by the server's slot)

@@ -85,6 +85,7 @@ def metadata_of(run: RunConfig, use: Use) -> dict[str, str]:
         "model": run.model,
         "labels": json.dumps(labels_of(run)),
         "task": run.task,
+        "input_shape": json.dumps(run.spec.inputs.shape),
         "mean": json.dumps(run.spec.inputs.mean),
         "std": json.dumps(run.spec.inputs.std),
         "input": f"{input_name(run)}: {_described(run)}; mean and std are in the graph",

@@ -115,8 +115,9 @@ class Member:
         self._metrics.set_phase(Phase.WAITING)
         while await self._act_on(await self._news.next(self._is_called_for)):
             pass
-        # The telling of a pre-trained model may have been cut off with a contribution that was in vain.
-        await self._updates.tell()
+        if self._updates.is_cut_off:
+            # That was of a pre-trained model, in a contribution that was in vain.
+            await self._updates.tell()
 
     async def _act_on(self, state: RunState) -> bool:
         """Do what the state calls for; return False if that is to leave."""

@@ -89,8 +89,8 @@ def export(argv: Sequence[str]) -> int:
     """
     parser = cli.Parser(
         prog="edge-agent export",
-        description="Write the model in use as a file that takes images as they are (uint8), for an inference"
-        " process that needs nothing of this program. Its logits are compared with PyTorch's first.",
+        description="Write the model in use as a file that takes inputs as they are, for an inference process"
+        " that needs nothing of this program. Its outputs are compared with PyTorch's first.",
     )
     parser.add_argument("--format", choices=sorted(SUFFIXES), default="onnx", help="(default: onnx)")
     parser.add_argument("--output", metavar="FILE", type=Path, help="(default: model.onnx, or model.pt2)")

@@ -40,6 +40,9 @@ class Updates:
 
     Args:
         say: called with a line for the user.
+
+    Attributes:
+        is_cut_off: True while a model is told of, and afterwards if that was cancelled.
     """
 
     def __init__(
@@ -56,12 +59,19 @@ class Updates:
         self._metrics = metrics
         self._say = say
         self._history = History(disk.path, config.keep_models, config.max_file_bytes)
+        self.is_cut_off = False
 
     async def tell(self) -> Told:
         """Export the model in use and run `on_update`, or return how that went before.
 
         Where that fails, the model before is in use again if the configuration wants so, and is told of.
         """
+        self.is_cut_off = True
+        told = await self._tell()
+        self.is_cut_off = False
+        return told
+
+    async def _tell(self) -> Told:
         uses = await self._worker.run(self._history.uses)
         is_asked_for = self._config.on_update or self._config.export != "none"
         if not uses or not is_asked_for:
@@ -89,7 +99,7 @@ class Updates:
             return Told(failure)
         self._metrics.updates_total.labels("rolled_back").inc()
         self._say(f"round {use.round}: {failure}; rolled back to the model of round {restored.round}")
-        await self.tell()
+        await self._tell()
         return Told(failure, is_rolled_back=True)
 
     async def _do(self, use: Use) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from common import rpc
+from common.config import RunConfig
 from common.dataset import CLASS_NAMES
 from common.errors import BudgetError, InvalidError, NotFoundError, Reason, UnavailableError, UsageError
 from common.run_state import Phase, PublishedModel, RunState, Verdict
@@ -35,13 +36,13 @@ class Steered(Client):
         super().__init__(cloud, Power(None))
         self.states: asyncio.Queue[RunState | Exception] = asyncio.Queue()
         self.run_ids = ["run"]
+        # The classes are named already, so that the agent joins once.
+        self.run = RUN.model_copy(update={"class_names": CLASS_NAMES["digits"]})
         self.num_joins = 0
 
     async def join(self, class_names: Sequence[str] = ()) -> Joined:
         self.num_joins += 1
-        # The classes are named already, so that the agent joins once.
-        run = RUN.model_copy(update={"class_names": CLASS_NAMES["digits"]})
-        return Joined(self.run_ids[min(self.num_joins, len(self.run_ids)) - 1], run, 1, 1)
+        return Joined(self.run_ids[min(self.num_joins, len(self.run_ids)) - 1], self.run, 1, 1)
 
     async def watch(self) -> AsyncIterator[RunState]:
         while True:
@@ -120,6 +121,25 @@ async def test_run_that_ends_while_data_are_loaded_lets_the_agent_go(tmp_path: P
     started.send()
     running = asyncio.create_task(started.run())
     await asyncio.to_thread(loading.entered.wait, 30)
+    started.send(over=True)
+    await running
+    loading.let_go()
+
+
+@pytest.mark.parametrize(
+    ("settings", "name"),
+    [({}, "accuracy_local"), ({"task": "regression", "dataset": "diabetes"}, "score_local")],
+)
+async def test_status_names_the_figure_of_the_task(
+    tmp_path: Path, settings: dict[str, str], name: str
+) -> None:
+    started = Started(tmp_path)
+    started.client.run = RunConfig(**settings)
+    loading = started.load = Blocked(lambda _: None)
+    started.send()
+    running = asyncio.create_task(started.run())
+    await asyncio.to_thread(loading.entered.wait, 30)
+    assert {key for key in await started.agent.status() if key.endswith("_local")} == {name}
     started.send(over=True)
     await running
     loading.let_go()

@@ -94,7 +94,7 @@ async def test_agent_contributes_to_the_round_that_is_open_when_it_has_finished(
     assert progress.begun is None
     # The newest model is taken next, and the one before it never.
     assert [report.round for report in cloud.reports] == [number]
-    assert cloud.reports[0].accuracy_local == progress.trained.accuracy
+    assert cloud.reports[0].score_local == progress.trained.score
 
 
 async def test_agent_that_is_too_old_starts_again_from_the_newest_model(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,9 +13,10 @@ from common.batches import DeviceData
 from common.config import RunConfig
 from common.errors import RunError, UsageError
 from common.models import build_model
+from common.tasks.task import task_of
 from common.weights import read_state_dict, write_state_dict
 from edge_agent import config, exporting
-from edge_agent.exporting import Deployed, export, metadata_of
+from edge_agent.exporting import Deployed, Format, export, metadata_of
 from edge_agent.history import Source, Use, use_of
 
 MLP = RunConfig(hidden_units=8, class_names=tuple(f"class {letter}" for letter in "abcdefghij"))
@@ -95,6 +97,50 @@ def test_metadata_say_which_weights_they_belong_to_and_how_to_read_the_output(tm
     assert json.loads(found["labels"]) == list(MLP.class_names)
     assert json.loads(metadata_of(MOBILE, use)["labels"]) == ["0", "1", "2"]
     assert json.loads(metadata_of(MOBILE, use)["mean"]) == [0.5, 0.4, 0.3]
+
+
+@pytest.mark.parametrize(
+    ("settings", "name"),
+    [
+        ({"task": "regression", "dataset": "diabetes"}, "outputs"),
+        ({"model": "cnn1d", "dataset": "own", "num_classes": 3, "inputs": {"shape": (2, 16)}}, "logits"),
+    ],
+    ids=["table of floats", "windows"],
+)
+@pytest.mark.parametrize("file_format", ["onnx", "torch-export"])
+def test_file_of_other_data_gives_what_the_agent_measures(
+    settings: dict[str, Any], name: str, file_format: Format, tmp_path: Path
+) -> None:
+    run = RunConfig(**settings)
+    use, weights = in_use(run, tmp_path)
+    output = tmp_path / "out"
+    # A regression is in the unit of its targets, which are far from 0.
+    inputs = 50 * torch.randn(5, *run.spec.inputs.shape, generator=torch.Generator().manual_seed(0))
+    expected = task_of(run).predictions(torch.from_numpy(expected_logits(run, weights, inputs))).numpy()
+    if file_format == "onnx":
+        onnxruntime = pytest.importorskip("onnxruntime", reason="ONNX needs ecavg[onnx]")
+        pytest.importorskip("onnxscript", reason="ONNX needs ecavg[onnx]")
+        export(run, use, weights, file_format, output, ())
+        session = onnxruntime.InferenceSession(output, providers=["CPUExecutionProvider"])
+        (found,) = session.run([name], {"inputs": inputs.numpy()})
+    else:
+        export(run, use, weights, file_format, output, ())
+        found = torch.export.load(output).module()(inputs).numpy()
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_example_of_the_docs_reads_the_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("onnxruntime", reason="ONNX needs ecavg[onnx]")
+    pytest.importorskip("onnxscript", reason="ONNX needs ecavg[onnx]")
+    text = (Path(__file__).parents[2] / "docs/model-in-use.md").read_text("utf-8")
+    example = text.split("```python\n")[1].split("```")[0]
+    use, weights = in_use(MLP, tmp_path)
+    (tmp_path / "ecavg-agent").mkdir()
+    export(MLP, use, weights, "onnx", tmp_path / "ecavg-agent/model.onnx", ())
+    monkeypatch.chdir(tmp_path)
+    variables: dict[str, Any] = {}
+    exec(example, variables)
+    assert variables["logits"].shape == (1, 10)
 
 
 def test_wrong_logits_leave_the_file_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -81,9 +81,9 @@ async def test_command_is_told_of_each_model_once(device: Device) -> None:
     assert device.counts() == [2, 0, 0]
 
 
-async def test_command_that_was_cut_off_runs_again(device: Device) -> None:
-    device.take(1)
-    telling = asyncio.create_task(device.updates("echo begun >> CALLS; sleep 60").tell())
+async def cut_off(updates: Updates, device: Device) -> None:
+    """Have it tell, and cancel that once the command runs."""
+    telling = asyncio.create_task(updates.tell())
     async with asyncio.timeout(10):
         while True:
             if device.lines():
@@ -92,6 +92,11 @@ async def test_command_that_was_cut_off_runs_again(device: Device) -> None:
     telling.cancel()
     with pytest.raises(asyncio.CancelledError):
         await telling
+
+
+async def test_command_that_was_cut_off_runs_again(device: Device) -> None:
+    device.take(1)
+    await cut_off(device.updates("echo begun >> CALLS; sleep 60"), device)
     assert not device.history.latest().is_told
     assert await device.updates("echo again >> CALLS").tell() == Told()
     assert device.lines() == ["begun", "again"]
@@ -181,6 +186,7 @@ def logged() -> Callable[[], list[dict[str, object]]]:
 
 
 async def test_model_whose_telling_was_cut_off_is_told_of_before_the_agent_leaves(device: Device) -> None:
+    updates = device.updates("test -e CALLS && exec echo again >> CALLS; echo begun >> CALLS; sleep 60")
     news = News()
     nobody: Any = None
     member = Member(
@@ -191,7 +197,7 @@ async def test_model_whose_telling_was_cut_off_is_told_of_before_the_agent_leave
         data=nobody,
         news=news,
         readiness=Readiness((), 60.0, device.said.append, nobody),
-        updates=device.updates("echo $ECAVG_SOURCE >> CALLS"),
+        updates=updates,
         metrics=device.metrics,
         display=nobody,
         teller=nobody,
@@ -203,8 +209,10 @@ async def test_model_whose_telling_was_cut_off_is_told_of_before_the_agent_leave
             if device.metrics.registry.get_sample_value("ecavg_agent_phase", {"phase": "waiting"}):
                 break
             await asyncio.sleep(0.005)
-        # What a contribution leaves that is cut off between these two steps.
+        # What a contribution does, until it is in vain.
         device.take(1, Source.PRE_TRAINED)
+        await cut_off(updates, device)
         news.tell(replace(STATE, run_over=True))
         await taking_part
-    assert device.lines() == ["pre-trained"]
+    assert device.lines() == ["begun", "again"]
+    assert device.history.latest().is_told
