@@ -48,7 +48,7 @@ check: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m bandit --quiet --configfile pyproject.toml --recursive common edge_agent cloud_server
+	$(BIN)/python -m bandit --quiet --configfile pyproject.toml --recursive common edge_agent cloud_server ecavg
 	@$(BIN)/python -m tests.hostile.audit
 
 # Every server and trainer is started as users start it: in `make test` they are forked from one that is warm.

@@ -18,6 +18,8 @@ README_NOT_RUN = {
     "python3 -m venv .venv": "it downloads packages; the tests run in such an environment",
     "make demo": "tests/integration/test_demo.py runs it",
 }
+# A page starts seven or more processes, most of which import PyTorch, one after the other.
+at_its_pace = pytest.mark.timeout(400)
 TOKEN = re.compile(r"ecavg1\.[\w-]+")
 
 
@@ -67,12 +69,14 @@ def follow(page: Path, reader: Reader, ports: dict[str, str]) -> None:
     reader.wait()
 
 
+@at_its_pace
 def test_readme_gets_three_terminals_through_a_round(reader: Reader, ports: dict[str, str]) -> None:
     follow(README, reader, ports)
     assert reader.output.count("enrolled as edge-") == 2
     assert reader.output.count(", applied") + reader.output.count("kept its own model") == 2
 
 
+@at_its_pace
 def test_tutorial_gets_to_an_answer_and_a_back_up(reader: Reader, ports: dict[str, str]) -> None:
     pytest.importorskip("onnxruntime", reason="there is no ONNX Runtime: pip install 'ecavg[onnx]'")
     follow(TUTORIAL, reader, ports)
