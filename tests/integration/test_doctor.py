@@ -15,7 +15,7 @@ from common import tls
 from tests.processes import Cluster, Command, cluster_in, enroll, free_port
 
 AGENT = ["versions", "name", "port", "identity", "tls", "clock", "state", "disk", "data", "device"]
-SERVER = ["versions", "configuration", "port", "page", "state", "disk", "tls", "clock", "trainer"]
+SERVER = ["versions", "configuration", "port", "page", "state", "disk", "blobs", "tls", "clock", "trainer"]
 
 
 def doctor(module: str, folder: Path, *args: object, env: Mapping[str, str] | None = None) -> Command:
