@@ -218,6 +218,13 @@ class AgentConfig(ProcessConfig):
             raise ValueError(str(error)) from error
         return value
 
+    @field_validator("keep_models")
+    @classmethod
+    def _can_roll_back(cls, value: int, info: ValidationInfo) -> int:
+        if value < 2 and info.data.get("on_update_failure") == "roll-back":
+            raise ValueError('on_update_failure = "roll-back" needs the model before: make it 2 or more')
+        return value
+
     @field_validator("data_dir")
     @classmethod
     def _exists(cls, value: Path | None) -> Path | None:

@@ -144,6 +144,12 @@ async def test_rolling_back_ends_where_every_model_fails(device: Device) -> None
     assert device.history.latest().round == 2
 
 
+def test_rolling_back_without_a_model_to_go_back_to_is_refused() -> None:
+    assert AgentConfig(server="127.0.0.1:1", keep_models=1).keep_models == 1
+    with pytest.raises(ValueError, match="needs the model before: make it 2 or more"):
+        AgentConfig(server="127.0.0.1:1", keep_models=1, on_update_failure="roll-back")
+
+
 async def test_first_model_is_kept_though_it_fails_because_none_was_before(device: Device) -> None:
     device.take(1)
     told = await device.updates("false", on_update_failure="roll-back").tell()
