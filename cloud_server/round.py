@@ -114,7 +114,7 @@ class Round:
         if not self.contributions:
             return "every agent that contributed is forgotten"
         if self.is_warm_up and not any(each.shard_digests for each in self.contributions.values()):
-            return "no agent shares images: the run begins without a warm-up"
+            return "no agent shares data: the run begins without a warm-up"
         return ""
 
     @property

@@ -123,7 +123,7 @@ def test_agent_killed_in_the_warm_up_goes_on_to_the_same_digest(
 
 def test_where_nobody_shares_there_is_no_warm_up(cluster: Cluster, tmp_path: Path) -> None:
     cold = play(cluster, *WARM, share_data="none")
-    assert cluster.report(0)["failure"] == "no agent shares images: the run begins without a warm-up"
+    assert cluster.report(0)["failure"] == "no agent shares data: the run begins without a warm-up"
     assert main(["check", str(cluster.state_dir)]) == 0
     with cluster_in(tmp_path / "other") as other:
         assert play(other, *QUICK, share_data="none") == cold

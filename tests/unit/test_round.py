@@ -205,7 +205,7 @@ def test_warm_up_takes_the_initial_weights_as_they_are_and_no_others():
 
 
 def test_only_a_warm_up_needs_somebody_who_shares():
-    for number, obstacle in ((0, "no agent shares images: the run begins without a warm-up"), (1, "")):
+    for number, obstacle in ((0, "no agent shares data: the run begins without a warm-up"), (1, "")):
         unshared = {name: contribution(name, shard_digests=()) for name in ("a", "b")}
         round_ = replace(round_of(), number=number, contributions=unshared)
         assert round_.obstacle == obstacle
