@@ -47,6 +47,14 @@ class Made(NamedTuple):
     model: nn.Module
 
 
+def held_out_scores(result: Result) -> dict[str, float | None]:
+    """Return the score of every model that a round has weighed, by name; None: there was no data."""
+    scores = {**result.candidates, "fine_tuned": result.score_fine_tuned}
+    if result.score_fine_tuned_average is not None:
+        scores["fine_tuned_average"] = result.score_fine_tuned_average
+    return scores
+
+
 def make_candidates(
     job: Job, result: Result, blobs_dir: Path, device: torch.device, names: Sequence[CandidateName]
 ) -> Iterator[Made]:
