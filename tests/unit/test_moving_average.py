@@ -9,9 +9,11 @@ from torch import Tensor, nn
 
 from cloud_server.trainer.finetune import fine_tune
 from cloud_server.trainer.moving_average import MovingAverage
+from common import training
 from common.config import FineTuneConfig, RunConfig
 from common.models import build_model
 from common.training import Examples
+from tests.tapes import TapeRecorder
 
 CPU = torch.device("cpu")
 RUN = RunConfig(hidden_units=16, fine_tune=FineTuneConfig(epochs=2, batch_size=64))
@@ -89,3 +91,23 @@ def test_small_changes_of_bfloat16_weights_are_not_lost() -> None:
         average.update()
     # In bfloat16 itself each hundredth of the way would be rounded away.
     assert average._averages[0].item() == pytest.approx(258 - 2 * 0.99**100, abs=1e-3)
+
+
+def test_average_is_the_same_where_steps_are_replayed(
+    examples: Examples, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recorder = TapeRecorder()
+    run = RUN.model_copy(update={"fine_tune": RUN.fine_tune.model_copy(update={"epochs": 15})})
+    monkeypatch.setattr(training, "_has_tensor_rate", lambda device: True)
+
+    def averaged() -> Tensor:
+        model = build_model(run, seed=1)
+        average = MovingAverage(model, DECAY)
+        fine_tune(model, examples, run, round_number=1, device=CPU, after_step=average.update)
+        average.load()
+        return model[1].weight.detach()
+
+    plain = averaged()
+    monkeypatch.setattr(training, "recorder_for", lambda device: recorder)
+    assert torch.equal(averaged(), plain)
+    assert recorder.num_replayed > 50
