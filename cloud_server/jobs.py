@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Literal, TypeVar, get_args
 
 from pydantic import Field, ValidationError
 
@@ -152,6 +152,11 @@ class AgentAudit(FrozenModel):
     left_out: Reason | None = None
 
 
+# The models that a fine-tune makes: as it ends, and the moving average of its weights.
+TrainedName = Literal["fine_tuned", "fine_tuned_average"]
+TRAINED: tuple[TrainedName, ...] = get_args(TrainedName)
+
+
 class Result(Scored):
     """The outcome of a job.
 
@@ -172,8 +177,10 @@ class Result(Scored):
     metric: str = ""
     # The ids of the agents in the greedy soup.
     soup: tuple[str, ...] = ()
-    published: Literal["start", "fine_tuned"] | None = None
+    published: Literal["start"] | TrainedName | None = None
     score_fine_tuned: float | None = None
+    # Of the moving average of the fine-tune's weights; None if the run keeps none.
+    score_fine_tuned_average: float | None = None
     score_published: float | None = None
     # Further figures of the published model, by name, such as the mean absolute error.
     figures: dict[str, float] = Field(default_factory=dict)

@@ -215,6 +215,14 @@ class FineTuneConfig(TrainingConfig):
     class_balanced: bool = False
     """Draw every class equally often."""
 
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Decay, for each step, of an exponential moving average of the weights; 0 keeps none.
+
+    The average is measured as the fine-tuned model is, and published where it is the best. It helps most
+    where the learning rate stays high, as with `schedule = "constant"`. `0.95` is about the mean of the last
+    20 steps.
+    """
+
 
 class InputsConfig(DocumentedModel):
     """The inputs of a run whose data are not pictures."""

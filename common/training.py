@@ -47,6 +47,7 @@ class StepReport(NamedTuple):
 
 
 OnStep = Callable[[StepReport], None]
+AfterStep = Callable[[], None]
 
 log = structlog.get_logger()
 
@@ -186,6 +187,7 @@ def train(
     *,
     device: torch.device,
     on_step: OnStep | None = None,
+    after_step: AfterStep = lambda: None,
     ranks: Ranks = ALONE,
     checkpoint: CheckpointFile | None = None,
 ) -> float:
@@ -195,6 +197,8 @@ def train(
 
     Args:
         on_step: called about ten times a second at most, and after the last step; may raise to stop.
+        after_step: called after every step, when the parameters have changed; must not change them. It is
+            not called again for the steps that a checkpoint has.
         ranks: the processes that train together; each takes its part of every batch.
         checkpoint: keeps the last finished epoch. If the file is there, and of a training with the same
             recipe, weights and examples, that training is gone on with; on the CPU it ends with the same
@@ -216,7 +220,7 @@ def train(
     data = DeviceData(examples.inputs, recipe.task.spec, device, [examples.targets])
     balanced = examples.targets.cpu() if recipe.class_balanced else None
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        training = _Training(model, data, recipe, on_step, ranks, balanced)
+        training = _Training(model, data, recipe, on_step, ranks, balanced, after_step)
         kept = None
         if checkpoint:
             identity = _identity(recipe, model, examples)
@@ -276,6 +280,7 @@ class _Training:
         ranks: Ranks,
         # The labels by which to balance; None: each example is shown once.
         balanced_N: Tensor | None = None,
+        after_step: AfterStep = lambda: None,
     ) -> None:
         self._data, self._balanced_N = data, balanced_N
         self._config, self._seed = recipe.config, recipe.seed
@@ -287,6 +292,7 @@ class _Training:
         self._num_steps = self._config.epochs * len(self._batches)
         self._step = _Step(model, data, recipe, ranks.world_size)
         self._reports = _Reports(on_step, self._num_steps, self._step.reported_loss)
+        self._after_step = after_step
         # The size of all batches but the last.
         self._full_size = self._batches[0][1]
         self._take_full: Step = partial(self._step.take, batch_size=self._full_size)
@@ -321,6 +327,7 @@ class _Training:
                     self._take_full(batch)
                 else:
                     self._step.take(batch, end - begin)
+                self._after_step()
                 self._reports.add(step + 1, len(batch.targets))
         if self._world_size > 1:
             dist.all_reduce(total)

@@ -25,6 +25,7 @@ from cloud_server.trainer.members import (
     make_weights,
     members_of,
 )
+from cloud_server.trainer.moving_average import MovingAverage
 from cloud_server.trainer.norms import clip
 from cloud_server.trainer.output import write_model
 from cloud_server.trainer.screening import Screening, clipped_path
@@ -32,6 +33,7 @@ from cloud_server.trainer.selection import Selection
 from common.config import CandidateName
 from common.errors import InvalidError, RunError
 from common.models import build_model, shared_part
+from common.training import AfterStep
 from common.weights import load_into
 from common.wire import wire_of
 
@@ -39,10 +41,18 @@ from common.wire import wire_of
 class Made(NamedTuple):
     """A model that has been made again, and its name."""
 
-    # The name of the candidate, or "fine_tuned".
+    # The name of the candidate, or one of TRAINED.
     name: str
     # The same object each time, with other weights.
     model: nn.Module
+
+
+def held_out_scores(result: Result) -> dict[str, float | None]:
+    """Return the score of every model that a round has weighed, by name; None: there was no data."""
+    scores = {**result.candidates, "fine_tuned": result.score_fine_tuned}
+    if result.score_fine_tuned_average is not None:
+        scores["fine_tuned_average"] = result.score_fine_tuned_average
+    return scores
 
 
 def make_candidates(
@@ -60,7 +70,7 @@ def make_candidates(
 def make_weighed(
     job: Job, result: Result, blobs_dir: Path, device: torch.device, precision_path: Path
 ) -> Iterator[Made]:
-    """Make all candidates of a finished round, and last the fine-tuned model, if there is one.
+    """Make all candidates of a finished round, and what its fine-tune has made, if there was one.
 
     Args:
         result: the trainer's result, as for `make_candidates`.
@@ -101,28 +111,37 @@ class _Again:
                 yield Made(name, self._model)
 
     def fine_tuned(self, precision_path: Path) -> Iterator[Made]:
-        """Make the fine-tuned model as it would be sent; make none if no agent has shared data."""
+        """Make what the fine-tune makes, as it would be sent; make none if no agent has shared data."""
         if not len(self._data.train.targets):
             return
-        if self._result.published == "fine_tuned" and self._result.weights:
+        decay = self._run.fine_tune.ema_decay
+        if self._result.published == "fine_tuned" and self._result.weights and not decay:
             load_into(self._model, blob_path(self._blobs_dir, self._result.weights.sha256))
-        else:
-            selection = self._selection(self._result.start)
-            selection.run()
-            selection.take_best()
-            fine_tune(
-                self._model,
-                self._data.train,
-                self._run,
-                round_number=self._job.round,
-                planned_rounds=self._job.planned_rounds,
-                device=self._device,
-                precision_path=precision_path,
-            )
-            # Weights that are not finite cannot be sent. Such a model is measured as it is.
-            with suppress(RunError, InvalidError):
-                self._send()
+            yield Made("fine_tuned", self._model)
+            return
+        selection = self._selection(self._result.start)
+        selection.run()
+        selection.take_best()
+        average = MovingAverage(self._model, decay)
+        self._fine_tune(precision_path, average.update if decay else lambda: None)
+        self._send_if_finite()
         yield Made("fine_tuned", self._model)
+        if len(self._data.held_out.targets) and average.load():
+            selection.recompute_statistics()
+            self._send_if_finite()
+            yield Made("fine_tuned_average", self._model)
+
+    def _fine_tune(self, precision_path: Path, after_step: AfterStep) -> None:
+        fine_tune(
+            self._model,
+            self._data.train,
+            self._run,
+            round_number=self._job.round,
+            planned_rounds=self._job.planned_rounds,
+            device=self._device,
+            precision_path=precision_path,
+            after_step=after_step,
+        )
 
     def _selection(self, name: str | None) -> Selection:
         """Return a selection with this candidate alone, which makes the candidate the best one."""
@@ -149,6 +168,11 @@ class _Again:
             if agent.scale < 1:
                 clip(member.weights_path, base_path, agent.scale, clipped_path(self._scratch, member))
         return Screening(agents=self._result.audit).kept(self._sent, self._scratch)
+
+    def _send_if_finite(self) -> None:
+        """Do what `_send` does; weights that are not finite cannot be sent, and are measured as they are."""
+        with suppress(RunError, InvalidError):
+            self._send()
 
     def _send(self) -> None:
         """Load the weights that would arrive at the agents, after encoding and decoding, into the model."""

@@ -31,6 +31,7 @@ from common.weights import load_into
 from common.wire import Base, decode
 from edge_agent.state import Report
 from experiments import barrier, data
+from experiments.candidates import held_out_scores
 from experiments.round import Edge, Network, OnProgress, Received, round_job
 from experiments.tasks import DEFAULT, VARIANTS, Setting, Variant
 
@@ -215,7 +216,7 @@ class _Run:
         record = {
             "local": local,
             "models": models,
-            "held_out": {**result.candidates, "fine_tuned": result.score_fine_tuned},
+            "held_out": held_out_scores(result),
             "start": result.start,
             "soup": result.soup,
             "published": result.published,

@@ -10,6 +10,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from cloud_server.jobs import TRAINED
 from cloud_server.state_dir import StateDir
 from common.config import RunConfig
 from common.errors import RunError
@@ -100,7 +101,7 @@ def _toml(run: RunConfig) -> str:
 def _in_words(setting: Setting, here: Record, report: Record) -> str:
     is_same = here["digest"] == report["weights"]["sha256"]
     agents = {agent["agent_id"]: agent for agent in report["agents"]}
-    held_out = {**report["candidates"], "fine_tuned": report.get("accuracy_fine_tuned")}
+    held_out = report["candidates"] | {name: report.get(f"accuracy_{name}") for name in TRAINED}
     rows = [
         ["published, SHA-256", here["digest"][:16], report["weights"]["sha256"][:16]],
         ["start", here["start"], report["start"]],

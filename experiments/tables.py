@@ -39,7 +39,7 @@ def _claims_of(cell: Cell) -> Record:
     for name, record in last.items():
         accuracies = {key: value["accuracy"] for key, value in record["models"].items()}
         start, fine_tuned = accuracies[record["start"]], accuracies["fine_tuned"]
-        published = fine_tuned if record["published"] == "fine_tuned" else start
+        published = start if record["published"] == "start" else accuracies[record["published"]]
         # The paper publishes the fine-tuned model in any case, and every edge uses it.
         if name == "plain_average":
             published, after = fine_tuned, [fine_tuned for _ in record["edges"]]
@@ -65,6 +65,7 @@ STAGES: Mapping[str, Callable[[Record, str], float | None]] = {
     "best agent": lambda seed, name: seed[name].get("best_agent"),
     "start": lambda seed, name: seed[name]["start"],
     "fine-tuned": lambda seed, name: seed[name]["fine_tuned"],
+    "average of the fine-tune": lambda seed, name: seed[name].get("fine_tuned_average"),
     "published": lambda seed, name: seed[name]["published"],
     "edges, after": lambda seed, name: fmean(seed[name]["edges_after"]),
 }
@@ -167,12 +168,13 @@ def _local(cell: Cell) -> list[Record]:
 def _part_of(cell: Cell, name: str) -> Record:
     last = _last(cell, name)
     start, fine_tuned = (last["models"][key]["accuracy"] for key in (last["start"], "fine_tuned"))
+    published = last["start"] if last["published"] == "start" else last["published"]
     return {
         "seed": cell.setting.run.seed,
         "start_is": last["start"],
         "start": start,
         "fine_tuned": fine_tuned,
-        "published": fine_tuned if last["published"] == "fine_tuned" else start,
+        "published": last["models"][published]["accuracy"],
         "seconds": _seconds(cell, name),
     }
 

@@ -274,8 +274,9 @@ class _Way:
         """Measure the published model; the paper publishes the fine-tuned model in any case."""
         if not self._row.is_paper or result.published == "fine_tuned":
             return float(self._test.measure_file(published)["accuracy"])
-        *_, last = self._network.cloud.weighed(job, result)
-        return float(self._test.measure(last.model)["accuracy"])
+        weighed = self._network.cloud.weighed(job, result)
+        fine_tuned = next(model for name, model in weighed if name == "fine_tuned")
+        return float(self._test.measure(fine_tuned)["accuracy"])
 
 
 # ---------------------------------------------------------------------- the table

@@ -95,6 +95,7 @@ class History:
                 "average": result.candidates.get("average"),
                 "start": result.candidates.get(result.start or ""),
                 "fine_tuned": result.score_fine_tuned,
+                "fine_tuned_average": result.score_fine_tuned_average,
                 "published": result.score_published,
             }
         return self._measured[row.number]

@@ -27,8 +27,8 @@ from common.transfer import to_the_end
 
 # These fields are copied from the trainer's result, where there is one.
 _MEASURED = (
-    "candidates", "start", "soup", "published", "score_fine_tuned", "score_published", "figures",
-    "audit", "audit_note",
+    "candidates", "start", "soup", "published", "score_fine_tuned", "score_fine_tuned_average",
+    "score_published", "figures", "audit", "audit_note",
 )  # fmt: skip
 # The trainer measures these parts of a round, under these names.
 _TRAINER_SECONDS = ("audit", "aggregate", "fine_tune", "evaluate")
@@ -241,10 +241,11 @@ def read_result(folder: Path) -> Result | None:
 def stages(result: Result) -> dict[str, float]:
     """Return the scores of a round by stage, those that were measured.
 
-    A stage is one of CANDIDATES, "fine_tuned" or "published".
+    A stage is one of CANDIDATES, "fine_tuned", "fine_tuned_average" or "published".
     """
     measured = {name: result.candidates.get(name) for name in CANDIDATES} | {
         "fine_tuned": result.score_fine_tuned,
+        "fine_tuned_average": result.score_fine_tuned_average,
         "published": result.score_published,
     }
     return {stage: score for stage, score in measured.items() if score is not None}

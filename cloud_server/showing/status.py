@@ -221,6 +221,7 @@ def _round_status(kind: Kind, row: RoundRow, num_contributions: int, result: Res
     scores = {
         "score_start": result.candidates.get(result.start or ""),
         "score_fine_tuned": result.score_fine_tuned,
+        "score_fine_tuned_average": result.score_fine_tuned_average,
         "score_published": result.score_published,
     }
     return {

@@ -115,6 +115,7 @@ def _round(store: Store, row: RoundRow, field: str, with_agent_ids: bool) -> Fac
     metrics |= {
         f"{field}/start": report.get("candidates", {}).get(report.get("start")),
         f"{field}/fine_tuned": report.get(f"{field}_fine_tuned"),
+        f"{field}/fine_tuned_average": report.get(f"{field}_fine_tuned_average"),
         f"{field}/published": report.get(f"{field}_published"),
         "loss/fine_tune": _last_loss(store.state_dir, row.number),
         "agents/contributed": len(agents),

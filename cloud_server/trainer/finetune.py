@@ -15,7 +15,7 @@ from common.schedule import place_of
 from common.seeds import derive_seed
 from common.shards import Shard, cloud_holdout, gather, read_shard
 from common.tasks.task import task_of
-from common.training import ALONE, Examples, OnStep, Ranks, Recipe, choose_precision, train
+from common.training import ALONE, AfterStep, Examples, OnStep, Ranks, Recipe, choose_precision, train
 
 
 class CombinedData(NamedTuple):
@@ -57,6 +57,7 @@ def fine_tune(
     device: torch.device,
     precision_path: Path | None = None,
     on_step: OnStep | None = None,
+    after_step: AfterStep = lambda: None,
     ranks: Ranks = ALONE,
 ) -> None:
     """Train the model in place on the examples; see `common.training.train` for arguments and exceptions.
@@ -72,6 +73,7 @@ def fine_tune(
         device: the device to train on.
         precision_path: the file that keeps the choice of the precision; None keeps it nowhere.
         on_step: a callback for reports on the training.
+        after_step: a callback for every step of the training.
         ranks: this process's place among the ranks.
     """
     config = run.fine_tune_of(round_number)
@@ -81,7 +83,7 @@ def fine_tune(
     seed = derive_seed(run.seed, round_number, "fine_tune")
     place = place_of(run, "fine_tune", round_number, planned_rounds, has_full_curve=has_full_curve)
     recipe = Recipe(config, task, seed, precision, config.class_balanced, place)
-    train(model, examples, recipe, device=device, on_step=on_step, ranks=ranks)
+    train(model, examples, recipe, device=device, on_step=on_step, after_step=after_step, ranks=ranks)
 
 
 def _examples(run: RunConfig, parts: Sequence[tuple[Shard, np.ndarray]]) -> Examples:

@@ -1,4 +1,4 @@
-"""The steps of a round: screen → select the start → fine-tune → publish the better one of both models."""
+"""The steps of a round: screen → select the start → fine-tune → publish the best of these models."""
 
 import time
 from collections.abc import Iterator
@@ -11,12 +11,13 @@ import structlog
 import torch
 from torch import nn
 
-from cloud_server.jobs import ClassScore, Job, JobDirectory, Progress, Result
+from cloud_server.jobs import TRAINED, ClassScore, Job, JobDirectory, Progress, Result, TrainedName
 from cloud_server.state_dir import blob_path
 from cloud_server.trainer.audit import MIN_AGENTS
 from cloud_server.trainer.finetune import CombinedData, combine, fine_tune
 from cloud_server.trainer.group import Group
 from cloud_server.trainer.members import all_hold_base, base_of, common_start, make_weights, members_of
+from cloud_server.trainer.moving_average import MovingAverage
 from cloud_server.trainer.output import Written, num_parameters, write_model
 from cloud_server.trainer.screening import Screening, screen
 from cloud_server.trainer.selection import Best, Selection
@@ -79,13 +80,13 @@ class RoundPipeline:
             selection = self._select(model, data) if self._is_first else None
         self._tell("fine_tuning", 0, 1)
         start = selection.take_best() if selection else None
-        self._fine_tune(model, data.train)
+        average = self._fine_tune(model, data.train)
         crash_point(Point.TRAINER_FINE_TUNED)
         if selection is None or start is None:
             return Result()
         self._tell("evaluating", 0, 1)
         with self._timed("evaluate"):
-            result = self._publish(model, data, selection, start, base)
+            result = self._publish(model, average, data, selection, start, base)
         self._tell("evaluating", 1, 1)
         return self._timestamped(result)
 
@@ -150,11 +151,16 @@ class RoundPipeline:
             selection.run(lambda done, total: self._tell("aggregating", done, total))
         return selection
 
-    def _fine_tune(self, model: nn.Module, examples: Examples) -> None:
-        """Fine-tune the model in place, if there are examples."""
+    def _fine_tune(self, model: nn.Module, examples: Examples) -> MovingAverage | None:
+        """Fine-tune the model in place, if there are examples; return its average, if the run keeps one.
+
+        All ranks have the same weights after each step, so rank 0 alone keeps their average.
+        """
         if not len(examples.targets):
             # No agent has shared any data.
-            return
+            return None
+        decay = self._run.fine_tune.ema_decay
+        average = MovingAverage(model, decay) if decay and self._is_first else None
         with self._timed("fine_tune"):
             fine_tune(
                 model,
@@ -166,24 +172,28 @@ class RoundPipeline:
                 device=self._device,
                 precision_path=self._directory.precision_path,
                 on_step=self._tell_step if self._is_first else None,
+                after_step=average.update if average else lambda: None,
                 ranks=Ranks(self._group.rank, self._group.world_size),
             )
+        return average
 
     def _publish(
-        self, model: nn.Module, data: CombinedData, selection: Selection, start: Best, base: Base | None
+        self,
+        model: nn.Module,
+        average: MovingAverage | None,
+        data: CombinedData,
+        selection: Selection,
+        start: Best,
+        base: Base | None,
     ) -> Result:
-        """Write the better one of start and fine-tuned model, and return the result with both scores."""
-        written, fine_tuned = None, None
-        if len(data.train.targets):
-            if self._is_encoded:
-                # The model is encoded before it is measured, so that the score is that of the model which
-                # the agents will have. A model that is not finite cannot be encoded. Either the start is
-                # better, or the same error is raised below.
-                with suppress(RunError, InvalidError):
-                    written = self._write(model, base)
-            fine_tuned = selection.offer("fine_tuned")
+        """Write the best of the start and what the fine-tune has made; return the result with all scores."""
+        written, latest, scores = None, "", {}
+        for latest in _trained(average, data, selection):
+            written = self._write_early(model, base)
+            if measured := selection.offer(latest):
+                scores[f"score_{latest}"] = measured.score
         published = selection.take_best()
-        if not written or published.name != "fine_tuned":
+        if not written or published.name != latest:
             written = self._write(model, base)
             if written.encoded:
                 # Encoding has rounded the model since it was measured, so it is measured again.
@@ -197,8 +207,8 @@ class RoundPipeline:
             start=start.name,
             metric=selection.metric,
             soup=selection.soup,
-            published="fine_tuned" if published.name == "fine_tuned" else "start",
-            score_fine_tuned=fine_tuned and fine_tuned.score,
+            published=next((name for name in TRAINED if name == published.name), "start"),
+            **scores,
             score_published=published.evaluation and published.evaluation.score,
             figures=dict(published.evaluation.figures) if published.evaluation else {},
             classes=_by_class(start.evaluation, published.evaluation),
@@ -212,6 +222,18 @@ class RoundPipeline:
     def _timestamped(self, result: Result) -> Result:
         """Return the result with the seconds that the steps have taken."""
         return result.model_copy(update={"seconds": self._seconds, "finished_at": time.time()})
+
+    def _write_early(self, model: nn.Module, base: Base | None) -> Written | None:
+        """Write the files of a model that is not measured yet, where the weights travel encoded.
+
+        So its score is that of the model which the agents will have. A model that is not finite cannot be
+        encoded, and None is returned. Either another model is better, or it is written again, which raises
+        the same error.
+        """
+        if self._is_encoded:
+            with suppress(RunError, InvalidError):
+                return self._write(model, base)
+        return None
 
     def _write(self, model: nn.Module, base: Base | None) -> Written:
         """Write the files of the model."""
@@ -250,6 +272,19 @@ def _without_graphs(run: RunConfig) -> RunConfig:
     """
     fine_tune = run.fine_tune.model_copy(update={"graphs": "off"})
     return run.model_copy(update={"fine_tune": fine_tune})
+
+
+def _trained(
+    average: MovingAverage | None, data: CombinedData, selection: Selection
+) -> Iterator[TrainedName]:
+    """Yield the name of each model that the fine-tune has made; its weights are then in the model."""
+    if not len(data.train.targets):
+        return
+    yield "fine_tuned"
+    # Without held-out data nothing says whether the average is better.
+    if average and len(data.held_out.targets) and average.load():
+        selection.recompute_statistics()
+        yield "fine_tuned_average"
 
 
 @lru_cache(maxsize=1)

@@ -152,6 +152,17 @@ class Selection:
         inputs, targets = self._on_device("held_out"), self._data.held_out.targets
         return evaluate(self._model, inputs, targets, task=self._task, device=self._device)
 
+    def recompute_statistics(self) -> None:
+        """Fit BatchNorm's running statistics to the weights in the model, which are an average."""
+        if self._run.recompute_statistics and batch_norms(self._model):
+            recompute_statistics(
+                self._model,
+                self._on_device("train"),
+                spec=self._run.spec,
+                device=self._device,
+                seed=derive_seed(self._run.seed, "statistics"),
+            )
+
     def take_best(self) -> Best:
         """Return the best model so far, and load its weights into the model."""
         assert self.best is not None
@@ -300,14 +311,7 @@ class Selection:
             on_tensor=self._on_tensor,
         )
         copy_into(self._model, state_dict | (read_state_dict(self._rest) if self._rest else {}))
-        if self._run.recompute_statistics and batch_norms(self._model):
-            recompute_statistics(
-                self._model,
-                self._on_device("train"),
-                spec=self._run.spec,
-                device=self._device,
-                seed=derive_seed(self._run.seed, "statistics"),
-            )
+        self.recompute_statistics()
 
     def _versions(self) -> list[tuple[int, int]]:
         """Return numbers that change when a tensor of the model is replaced or written to."""

@@ -75,6 +75,9 @@ function drawRounds({ rounds, every }) {
     { label: "average", colour: "--plot-2", dash: [6, 4], values: column((round) => round.average) },
     { label: "start", colour: "--plot-3", dash: [2, 3], values: column((round) => round.start) },
     { label: "fine-tuned", colour: "--plot-4", dash: [8, 3], values: column((round) => round.fine_tuned) },
+    ...(rounds.some((round) => round.fine_tuned_average != null) ? [
+      { label: "average of the fine-tune", colour: "--plot-6", dash: [2, 6], values: column((round) => round.fine_tuned_average) },
+    ] : []),
     { label: "published", colour: "--plot-5", values: column((round) => round.published) },
     { label: "edges after, mean", colour: "--plot-6", values: column((round) => round.after?.mean) },
   ] });

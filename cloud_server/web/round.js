@@ -63,7 +63,11 @@ export function result(rounds, figures) {
   if (!last) return [];
   const [start, end] = ["start", "published"].map((stage) => figures.of(last, stage));
   const tile = (name, ...value) => element("div", {}, element("dt", {}, name), element("dd", {}, ...value));
-  const published = { start: "The start, unchanged", fine_tuned: "The fine-tuned model" }[last.published];
+  const published = {
+    start: "The start, unchanged",
+    fine_tuned: "The fine-tuned model",
+    fine_tuned_average: "The average of the fine-tune's weights",
+  }[last.published];
   return [
     element("h2", { id: "result-title" }, `Global model of round ${last.round}`),
     element("dl", { class: "tiles" },

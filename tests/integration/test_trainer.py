@@ -686,3 +686,42 @@ def test_two_ranks_under_torchrun_train_together_and_leave_with_their_server(sta
 def test_an_unknown_flag_is_bad_usage():
     command = [sys.executable, "-m", "cloud_server.trainer", "--unknown"]
     assert subprocess.run(command, cwd=ROOT, capture_output=True, check=False).returncode == 2
+
+
+# The learning rate stays so high that the last weights are worse than their average.
+KEPT_HIGH = {"ema_decay": 0.95, "schedule": "constant", "learning_rate": 0.3, "momentum": 0.9}
+
+
+def averaging(**more: object) -> RunConfig:
+    return RUN.model_copy(update={"fine_tune": RUN.fine_tune.model_copy(update=KEPT_HIGH)} | more)
+
+
+@pytest.mark.parametrize("wire", ["float32", "int8"])
+def test_average_of_the_fine_tune_is_published_where_it_is_the_best(do, blobs_dir, contributions, wire):
+    run = averaging()
+    changes = {}
+    if wire == "int8":
+        base, contributions = encoded_as(wire, contributions, blobs_dir)
+        run = averaging(wire=wire)
+        changes = {"contributions": contributions, "initial_weights": base.digest}
+    result, directory = do(run=run, **changes)
+    assert result.error is None
+    assert result.published == "fine_tuned_average"
+    assert result.score_published == result.score_fine_tuned_average > result.score_fine_tuned
+    model = build_model(RUN, seed=0)
+    model.load_state_dict(read_state_dict(directory.weights_path))
+    data = combine(RUN, contributions, blobs_dir)
+    measured = evaluate(model, *data.held_out, task=task_of(RUN), device=CPU)
+    assert measured.score == result.score_published
+
+
+def test_average_of_the_fine_tune_is_not_published_where_it_is_worse(do):
+    # The average is still where the fine-tune has begun: after the first step of a start of chance.
+    run = averaging()
+    slow = {"ema_decay": 0.9999, "schedule": "cosine", "learning_rate": 0.05}
+    result, _ = do(run=run.model_copy(update={"fine_tune": run.fine_tune.model_copy(update=slow)}))
+    without, _ = do(name="without")
+    assert result.score_fine_tuned_average < result.score_fine_tuned == result.score_published
+    assert result.published == "fine_tuned"
+    assert result.weights == without.weights
+    assert without.score_fine_tuned_average is None

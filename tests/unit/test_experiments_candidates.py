@@ -12,10 +12,12 @@ from common.config import RunConfig, deep_merge
 from common.evaluation import evaluate
 from common.tasks.task import task_of
 from experiments import data
+from experiments.candidates import held_out_scores
 from experiments.round import Network, round_job
 from experiments.tasks import TASKS, Setting
 
 SHORT = {"pretrain": {"epochs": 3}, "fine_tune": {"epochs": 2}}
+KEPT_HIGH = {"fine_tune": {"ema_decay": 0.95, "schedule": "constant", "learning_rate": 0.3}}
 HARMFUL = {"fine_tune": {"learning_rate": 5.0}}
 
 
@@ -28,6 +30,8 @@ def nothing(*_: Any) -> None: ...
         ({}, "fine_tuned"),
         (HARMFUL, "start"),
         ({"wire": "int8"}, "fine_tuned"),
+        (KEPT_HIGH, "fine_tuned_average"),
+        ({"wire": "int8", **KEPT_HIGH}, "fine_tuned_average"),
         ({"wire": "int8", **HARMFUL}, "start"),
         ({"max_norm_ratio": 1.01}, "fine_tuned"),  # the longest update of three is clipped
         ({"max_norm_ratio": 1.01, "on_large_update": "reject"}, "fine_tuned"),
@@ -53,4 +57,5 @@ def test_they_have_the_accuracies_that_the_trainer_has_measured(
             name: evaluate(model, *held_out, task=task_of(run), device=cpu).score
             for name, model in network.cloud.weighed(job, result)
         }
-    assert found == {**result.candidates, "fine_tuned": result.score_fine_tuned}
+    assert found == held_out_scores(result)
+    assert ("fine_tuned_average" in found) == bool(run.fine_tune.ema_decay)

@@ -26,6 +26,7 @@ RESULT = Result(
     start="aligned",
     published="fine_tuned",
     score_fine_tuned=0.5,
+    score_fine_tuned_average=0.45,
     score_published=0.5,
     figures={"mean_absolute_error": 41.5},
 )
@@ -87,6 +88,7 @@ async def test_trackers_are_told_scores_and_further_figures(store: Store, tmp_pa
         "score/candidate/average": -0.25,
         "score/figure/mean_absolute_error": 41.5,
         "score/fine_tuned": 0.5,
+        "score/fine_tuned_average": 0.45,
         "score/published": 0.5,
         "score/start": 0.4,
     }

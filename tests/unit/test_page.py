@@ -188,6 +188,7 @@ def test_history_has_the_recorded_figures_of_each_round(store: Store, tmp_path: 
         "average": RESULT.candidates["average"],
         "start": 0.95,
         "fine_tuned": 0.97,
+        "fine_tuned_average": None,
         "published": 0.97,
         "seconds": {"collecting": pytest.approx(0.9)},
         "received_bytes": 1000,

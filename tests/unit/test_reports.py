@@ -136,6 +136,16 @@ def test_every_candidate_is_a_stage_and_nothing_that_is_unknown() -> None:
     assert reports.stages(result) == candidates | {"fine_tuned": 0.6, "published": 0.7}
 
 
+async def test_average_of_the_fine_tune_has_its_place(store: Store, tmp_path: Path) -> None:
+    average = {"published": "fine_tuned_average", "score_fine_tuned_average": 0.98, "score_published": 0.98}
+    result = RESULT.model_copy(update=average)
+    report = await report_of(result, store, tmp_path)
+    assert report["published"] == "fine_tuned_average"
+    assert report["accuracy_fine_tuned"] < report["accuracy_fine_tuned_average"] == 0.98
+    assert reports.read_result(tmp_path / "rounds/0001") == result
+    assert reports.stages(result)["fine_tuned_average"] == 0.98
+
+
 def test_what_was_not_measured_is_no_stage() -> None:
     result = Result(candidates={"best_agent": 0.0}, start="best_agent", score_published=0.5)
     assert reports.stages(result) == {"best_agent": 0.0, "published": 0.5}

@@ -114,6 +114,7 @@ async def test_page_shows_candidates_and_start_of_each_published_round(store: St
         "published": "fine_tuned",
         "accuracy_start": 0.95,
         "accuracy_fine_tuned": 0.97,
+        "accuracy_fine_tuned_average": None,
         "accuracy_published": 0.97,
         "flagged": ["edge-3"],
         "audit_note": "nobody knows",
