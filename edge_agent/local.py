@@ -75,6 +75,7 @@ def load_local_models(
         # Whoever names code with --data allows it to run.
         allowed_factories={*config.allow_factory, config.data or ""},
         on_read=on_read,
+        table=config.table,
     )
     return LocalModels(
         joined.run,
