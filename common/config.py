@@ -231,6 +231,13 @@ class InputsConfig(DocumentedModel):
     high: FiniteFloat | None = None
     """The largest value that an input may have (default: no bound)"""
 
+    overlap: Annotated[int, Field(ge=0, le=1_000_000)] = 0
+    """How many of the next examples share values with an example: windows of a series (default: the dataset's)
+
+    Where it is not 0, examples are in the order of time, all splits are blocks of them, and examples between
+    two blocks are left out.
+    """
+
 
 class TargetsConfig(DocumentedModel):
     """The targets of a run whose task has numbers for targets, or is your own."""
@@ -585,7 +592,9 @@ class RunConfig(DocumentedModel):
             own = own._replace(mean=known.mean, std=known.std)
         elif own.dtype == "uint8":
             own = own._replace(mean=(0.5,) * own.shape[0], std=(0.25,) * own.shape[0])
-        return own._replace(mean=self.mean or own.mean, std=self.std or own.std)
+        return own._replace(
+            mean=self.mean or own.mean, std=self.std or own.std, overlap=given.overlap or own.overlap
+        )
 
     def _targets(self, known: Targets | None) -> Targets:
         given = self.targets

@@ -23,6 +23,8 @@ class Inputs(NamedTuple):
     # No value is below `low` or above `high`; None: there is no bound.
     low: float | None = None
     high: float | None = None
+    # So many of the next examples share values with an example, as windows of a series do; 0: none.
+    overlap: int = 0
 
 
 class Targets(NamedTuple):

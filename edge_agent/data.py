@@ -37,6 +37,7 @@ from edge_agent.config import FACTORY_PATTERN, check_source, data_root
 from edge_agent.image_folder import class_folders, list_image_folder, list_splits, stamp_of
 from edge_agent.not_read import find_not_read
 from edge_agent.partition import Partition, partition_indices
+from edge_agent.series import block_of, check_overlap, hold_out_latest
 from edge_agent.shard_files import input_digests
 from edge_agent.tables import TableFormat, is_table, names_in, open_table
 
@@ -124,6 +125,7 @@ def load_agent_data(
         UsageError: the source does not exist, cannot be read, does not fit the run, or leaves nothing
             for this agent.
     """
+    check_overlap(run, table)
     # The stamp is taken first, so that a change while the data are read is noticed.
     stamp = data_stamp(run, source, data_dir)
     folder = _image_folder(run.dataset, source, data_dir)
@@ -146,10 +148,14 @@ def load_agent_data(
         num_skipped += skipped
 
     if opened.test is None:
-        seed = derive_seed(run.seed, "holdout", seed_name)
-        parts = hold_out(shards[0].inputs, run.holdout_fraction, seed)
-        shards = [_take(shards[0], part) for part in parts]
+        shards = [_take(shards[0], part) for part in _hold_out(run, shards[0], seed_name)]
     return AgentData(shards[0], shards[1], num_skipped, stamp, not_read)
+
+
+def _hold_out(run: RunConfig, shard: Shard, seed_name: str) -> tuple[np.ndarray, np.ndarray]:
+    if overlap := run.spec.inputs.overlap:
+        return hold_out_latest(len(shard.targets), run.holdout_fraction, overlap)
+    return hold_out(shard.inputs, run.holdout_fraction, derive_seed(run.seed, "holdout", seed_name))
 
 
 def data_stamp(run: RunConfig, source: str | None, data_dir: Path | None) -> str:
@@ -467,6 +473,8 @@ def _own_indices(
 ) -> np.ndarray:
     if partition is None:
         return np.arange(len(targets))
+    if overlap := run.spec.inputs.overlap:
+        return block_of(len(targets), partition, overlap)
     seed = derive_seed(run.seed, "partition")
     parts = partition_indices(targets, partition.count, run.partition_by, seed, classes=classes)
     indices = parts[partition.index - 1]
