@@ -232,10 +232,10 @@ class InputsConfig(DocumentedModel):
     """The largest value that an input may have (default: no bound)"""
 
     overlap: Annotated[int, Field(ge=0, le=1_000_000)] = 0
-    """How many of the next examples share values with an example: windows of a series (default: the dataset's)
+    """How many of the next examples share values with an example (default: the dataset's)
 
-    Where it is not 0, examples are in the order of time, all splits are blocks of them, and examples between
-    two blocks are left out.
+    Windows of a series do. Where it is not 0, examples are in the order of time, all splits are blocks of
+    them, and examples between two blocks are left out.
     """
 
 
@@ -288,8 +288,9 @@ class RunConfig(DocumentedModel):
     dataset: Name = "digits"
     """The dataset: `"digits"`, `"mnist"`, `"fashion-mnist"`, `"cifar10"`, `"cifar100"`, or your own.
 
-    Of tables there are `"breast-cancer"`, `"wine"` and, for `task = "regression"`, `"diabetes"`. Any other
-    name describes your own data, together with `num_classes` and `image_shape`, or `[run.inputs]`.
+    Of tables there are `"breast-cancer"`, `"wine"` and, for `task = "regression"`, `"diabetes"`, and of time
+    series `"sunspots"`. Any other name describes your own data, together with `num_classes` and
+    `image_shape`, or `[run.inputs]`.
     """
 
     num_classes: Annotated[int, Field(ge=2, le=1_000_000)] | None = None

@@ -37,9 +37,9 @@ class AgentConfig(ProcessConfig):
     data: str | None = Field(None, title="SOURCE")
     """The examples (default: the run's dataset)
 
-    `digits`, `mnist`, `fashion-mnist`, `cifar10`, `cifar100`, `diabetes`, `breast-cancer`, `wine`, an image
-    folder (`DIR/{train,test}/<class>/*`), arrays (`FILE.npz` or `DIR/{inputs,targets}.npy`), a table
-    (`FILE.csv`) or `package.module:factory`.
+    `digits`, `mnist`, `fashion-mnist`, `cifar10`, `cifar100`, `diabetes`, `breast-cancer`, `wine`,
+    `sunspots`, an image folder (`DIR/{train,test}/<class>/*`), arrays (`FILE.npz` or
+    `DIR/{inputs,targets}.npy`), a table (`FILE.csv`) or `package.module:factory`.
     """
 
     data_inputs: tuple[Name, ...] = ()
