@@ -239,6 +239,13 @@ class InputsConfig(DocumentedModel):
     high: FiniteFloat | None = None
     """The largest value that an input may have (default: no bound)"""
 
+    overlap: Annotated[int, Field(ge=0, le=1_000_000)] = 0
+    """How many of the next examples share values with an example (default: the dataset's)
+
+    Windows of a series do. Where it is not 0, examples are in the order of time, all splits are blocks of
+    them, and examples between two blocks are left out.
+    """
+
 
 class TargetsConfig(DocumentedModel):
     """The targets of a run whose task has numbers for targets, or is your own."""
@@ -289,8 +296,9 @@ class RunConfig(DocumentedModel):
     dataset: Name = "digits"
     """The dataset: `"digits"`, `"mnist"`, `"fashion-mnist"`, `"cifar10"`, `"cifar100"`, or your own.
 
-    Of tables there are `"breast-cancer"`, `"wine"` and, for `task = "regression"`, `"diabetes"`. Any other
-    name describes your own data, together with `num_classes` and `image_shape`, or `[run.inputs]`.
+    Of tables there are `"breast-cancer"`, `"wine"` and, for `task = "regression"`, `"diabetes"`, and of time
+    series `"sunspots"`. Any other name describes your own data, together with `num_classes` and
+    `image_shape`, or `[run.inputs]`.
     """
 
     num_classes: Annotated[int, Field(ge=2, le=1_000_000)] | None = None
@@ -593,7 +601,9 @@ class RunConfig(DocumentedModel):
             own = own._replace(mean=known.mean, std=known.std)
         elif own.dtype == "uint8":
             own = own._replace(mean=(0.5,) * own.shape[0], std=(0.25,) * own.shape[0])
-        return own._replace(mean=self.mean or own.mean, std=self.std or own.std)
+        return own._replace(
+            mean=self.mean or own.mean, std=self.std or own.std, overlap=given.overlap or own.overlap
+        )
 
     def _targets(self, known: Targets | None) -> Targets:
         given = self.targets

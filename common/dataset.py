@@ -23,6 +23,8 @@ class Inputs(NamedTuple):
     # No value is below `low` or above `high`; None: there is no bound.
     low: float | None = None
     high: float | None = None
+    # So many of the next examples share values with an example, as windows of a series do; 0: none.
+    overlap: int = 0
 
 
 class Targets(NamedTuple):
@@ -85,6 +87,8 @@ def _rows(mean: tuple[float, ...], std: tuple[float, ...]) -> Inputs:
     return Inputs("float32", (len(mean),), mean, std)
 
 
+SUNSPOTS_WINDOW = 11
+
 DATASETS: Mapping[str, DatasetSpec] = {
     "digits": pictures(10, (1, 8, 8), (0.305,), (0.376,)),
     "mnist": pictures(10, (1, 28, 28), (0.1307,), (0.3081,)),
@@ -97,6 +101,11 @@ DATASETS: Mapping[str, DatasetSpec] = {
             (13.09, 0.499, 4.413, 13.82, 34.57, 30.38, 12.92, 1.289, 0.5218, 11.48),
         ),
         Targets("float32", (1,), 0, 1000, (152.1,), (77.01,)),
+    ),
+    # The sunspots of 11 years one after the other, about one cycle, and of the next year.
+    "sunspots": DatasetSpec(
+        Inputs("float32", (1, SUNSPOTS_WINDOW), (49.75,), (40.39,), overlap=SUNSPOTS_WINDOW),
+        Targets("float32", (1,), 0, 1000, (49.75,), (40.39,)),
     ),
     "breast-cancer": DatasetSpec(
         _rows(

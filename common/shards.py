@@ -104,7 +104,9 @@ def check_splittable(num_examples: int) -> None:
         raise UsageError(f"{num_examples} examples cannot be split: at least 2 are needed to hold some back")
 
 
-def cloud_holdout(targets: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+def cloud_holdout(
+    targets: np.ndarray, fraction: float, seed: int, overlap: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
     """Split off the part of one shard on which the cloud selects and evaluates models.
 
     The agent computes the same split and does not pre-train on the held-out part, because the cloud would
@@ -116,14 +118,35 @@ def cloud_holdout(targets: np.ndarray, fraction: float, seed: int) -> tuple[np.n
             where they are labels, int64 [N]; others are split whatever they are.
         fraction: the value of `run.fine_tune.holdout_fraction`.
         seed: the seed of the run's stream "cloud_holdout" for the agent's id.
+        overlap: how many of the next examples share values with an example. If there are any, the split is
+            that of `_middle_block`.
 
     Returns:
         Indices like those of `split`. With fewer than two examples, the held-out part is empty.
     """
+    if overlap:
+        return _middle_block(len(targets), fraction, overlap)
     if len(targets) < 2:
         return np.arange(len(targets)), np.arange(0)
     are_labels = targets.dtype == np.int64 and targets.ndim == 1
     return split(targets if are_labels else np.zeros(len(targets), np.int64), fraction, seed)
+
+
+def _middle_block(num_examples: int, fraction: float, overlap: int) -> tuple[np.ndarray, np.ndarray]:
+    """Hold out a block in the middle, and leave out `overlap` examples on either side of it.
+
+    The block is so far from both ends that it shares nothing with the shards before and after, either.
+
+    Returns:
+        Sorted int64 indices of the rest and of the block. With too few examples, the block is empty.
+    """
+    num_held_out = max(1, round(fraction * num_examples))
+    begin = (num_examples - num_held_out) // 2
+    end = begin + num_held_out
+    if begin <= overlap:
+        return np.arange(num_examples), np.arange(0)
+    rest = np.arange(begin - overlap), np.arange(end + overlap, num_examples)
+    return np.concatenate(rest), np.arange(begin, end)
 
 
 def gather(parts: Sequence[tuple[Shard, np.ndarray]], spec: DatasetSpec) -> Shard:

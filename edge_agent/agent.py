@@ -154,11 +154,12 @@ class EdgeAgent:
         # The latest state may have been another run's.
         self._news.latest = None
         source = self._config.data, self._config.data_dir
-        names = await self._worker.run(class_names_of, *source)
+        names_of = partial(class_names_of, *source, table=self._config.table)
+        names = await self._worker.run(names_of)
         joined = await self._client.join(names)
         if not names:
             # Only the run says which dataset this agent reads, where its own configuration does not.
-            names = await self._worker.run(class_names_of, *source, joined.run)
+            names = await self._worker.run(names_of, joined.run)
             if not set(names) <= set(joined.run.class_names):
                 joined = await self._client.join(names)
         if joined.run_id != self._disk.progress.run_id:

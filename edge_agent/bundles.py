@@ -1,14 +1,23 @@
-"""The named datasets that come with scikit-learn, and so are on every device."""
+"""The named datasets that come with scikit-learn, which is on every device, or with an optional package."""
 
 from collections.abc import Callable, Mapping
+from importlib.util import find_spec
+from pathlib import Path
 
 import numpy as np
 
+from common.dataset import SUNSPOTS_WINDOW
+from common.errors import UsageError
 from edge_agent.arrays import Arrays
+from edge_agent.tables import TableFormat, open_table
 
 
 def open_bundle(name: str) -> Arrays:
-    """Return all examples of the dataset, which is one of BUNDLES."""
+    """Return all examples of the dataset, which is one of BUNDLES.
+
+    Raises:
+        UsageError: the package that it comes with is not installed.
+    """
     return BUNDLES[name]()
 
 
@@ -45,9 +54,21 @@ def _wine() -> Arrays:
     return Arrays(columns.astype(np.float32), labels.astype(np.int64))
 
 
+def _sunspots() -> Arrays:
+    # The package is not imported, because its file of yearly numbers from 1700 to 2008 is all that is needed.
+    package = find_spec("statsmodels")
+    if package is None or package.origin is None:
+        raise UsageError("the dataset sunspots needs statsmodels: pip install 'ecavg[series]'")
+    path = Path(package.origin).parent / "datasets" / "sunspots" / "sunspots.csv"
+    activity = ("SUNACTIVITY",)
+    windows, targets = open_table(path, TableFormat(activity, activity, SUNSPOTS_WINDOW))
+    return Arrays(windows.astype(np.float32), targets.astype(np.float32)[:, None])
+
+
 BUNDLES: Mapping[str, Callable[[], Arrays]] = {
     "digits": _digits,
     "diabetes": _diabetes,
     "breast-cancer": _breast_cancer,
     "wine": _wine,
+    "sunspots": _sunspots,
 }

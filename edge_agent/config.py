@@ -4,7 +4,7 @@ import re
 import shutil
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
@@ -13,6 +13,9 @@ from common.config import AGENT_ID_PATTERN, Name, ProcessConfig, UserPath, expan
 from common.dataset import DATASETS
 from common.errors import UsageError, one_line
 from edge_agent.hours import parse_hours
+
+if TYPE_CHECKING:
+    from edge_agent.tables import TableFormat
 
 ENV_PREFIX = "ECAVG_AGENT_"
 
@@ -34,10 +37,31 @@ class AgentConfig(ProcessConfig):
     data: str | None = Field(None, title="SOURCE")
     """The examples (default: the run's dataset)
 
-    `digits`, `mnist`, `fashion-mnist`, `cifar10`, `cifar100`, `diabetes`, `breast-cancer`, `wine`, an image
-    folder (`DIR/{train,test}/<class>/*`), arrays (`FILE.npz` or `DIR/{inputs,targets}.npy`) or
-    `package.module:factory`.
+    `digits`, `mnist`, `fashion-mnist`, `cifar10`, `cifar100`, `diabetes`, `breast-cancer`, `wine`,
+    `sunspots`, an image folder (`DIR/{train,test}/<class>/*`), arrays (`FILE.npz` or
+    `DIR/{inputs,targets}.npy`), a table (`FILE.csv`) or `package.module:factory`.
     """
+
+    data_inputs: tuple[Name, ...] = ()
+    """Column of a table that is an input, in the order of the inputs; repeatable."""
+
+    data_target: tuple[Name, ...] = ()
+    """Column of a table that is the target; repeatable."""
+
+    data_window: int | None = Field(None, ge=1, le=1_000_000, title="ROWS")
+    """Rows of a table that are one input, one after the other (default: each row is an input)
+
+    The rows must be in the order of time. The server's `[run.inputs]` needs `overlap`.
+    """
+
+    data_stride: int = Field(1, ge=1, le=1_000_000, title="ROWS")
+    """From the first row of a window to that of the next."""
+
+    data_horizon: int = Field(1, ge=0, le=1_000_000, title="ROWS")
+    """How many rows after the last of a window the row of its target is; 0: it is the last."""
+
+    max_bad_rows: float = Field(0.01, ge=0, lt=1, title="FRACTION")
+    """Largest part of a table's rows that may be left out because they cannot be used."""
 
     data_dir: UserPath | None = None
     """Where named datasets are, or are downloaded to (default: `~/.cache/ecavg`)
@@ -234,6 +258,21 @@ class AgentConfig(ProcessConfig):
         return value
 
     @property
+    def table(self) -> "TableFormat":
+        """Return how a table becomes examples."""
+        # Imported here, with NumPy, because --help does without.
+        from edge_agent.tables import TableFormat
+
+        return TableFormat(
+            self.data_inputs,
+            self.data_target,
+            self.data_window,
+            self.data_stride,
+            self.data_horizon,
+            self.max_bad_rows,
+        )
+
+    @property
     def shared_fraction(self) -> float:
         """Return the fraction of the examples that is shared, 0 to 1."""
         return float({"all": 1, "none": 0}.get(self.share_data, self.share_data))
@@ -270,17 +309,17 @@ def check_source(source: str) -> None:
     Raises:
         UsageError: it names neither a dataset, nor code of the user's, nor a folder.
     """
-    if _is_named(source) or _is_folder(Path(source)) or _is_npz(Path(source)):
+    if _is_named(source) or _is_folder(Path(source)) or _is_data_file(Path(source)):
         return
     raise UsageError(
         f"data source {source!r} is neither a folder nor a dataset: give an existing image folder,"
-        f" arrays (.npz), {', '.join(DATASETS)}, or package.module:factory"
+        f" arrays (.npz), a table (.csv), {', '.join(DATASETS)}, or package.module:factory"
     )
 
 
-def _is_npz(path: Path) -> bool:
+def _is_data_file(path: Path) -> bool:
     try:
-        return path.suffix == ".npz" and path.is_file()
+        return path.suffix.lower() in (".npz", ".csv") and path.is_file()
     except OSError:
         return False
 

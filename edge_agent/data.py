@@ -13,7 +13,7 @@ What only some sources need is imported where it is needed: torchvision takes as
 
 import fcntl
 import os
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import repeat
@@ -37,7 +37,9 @@ from edge_agent.config import FACTORY_PATTERN, check_source, data_root
 from edge_agent.image_folder import class_folders, list_image_folder, list_splits, stamp_of
 from edge_agent.not_read import find_not_read
 from edge_agent.partition import Partition, partition_indices
+from edge_agent.series import block_of, check_overlap, hold_out_latest
 from edge_agent.shard_files import input_digests
+from edge_agent.tables import TableFormat, is_table, names_in, open_table
 
 # The class of each dataset in torchvision.datasets.
 _TORCHVISION: Mapping[str, str] = {
@@ -46,6 +48,9 @@ _TORCHVISION: Mapping[str, str] = {
     "cifar10": "CIFAR10",
     "cifar100": "CIFAR100",
 }
+
+# Of a source that is no table.
+NO_TABLE = TableFormat()
 
 # The key of the digests that decide which images are shared.
 _SHARING = b"share_data"
@@ -103,6 +108,7 @@ def load_agent_data(
     seed_name: str,
     allowed_factories: Collection[str],
     on_read: OnExamples = ignore_examples,
+    table: TableFormat = NO_TABLE,
 ) -> AgentData:
     """Read this agent's part of `source`, or of the run's dataset where that is None.
 
@@ -113,16 +119,18 @@ def load_agent_data(
         seed_name: names the random stream that picks the held-out part: the agent's id.
         allowed_factories: the "package.module:factory" names that may be imported.
         on_read: called now and then with how many examples of a split were read, and with their number.
+        table: what the columns of a table are.
 
     Raises:
         UsageError: the source does not exist, cannot be read, does not fit the run, or leaves nothing
             for this agent.
     """
+    check_overlap(run, table)
     # The stamp is taken first, so that a change while the data are read is noticed.
     stamp = data_stamp(run, source, data_dir)
     folder = _image_folder(run.dataset, source, data_dir)
     not_read = str(find_not_read(folder)) if folder else ""
-    opened = open_source(run, source, data_dir=data_dir, allowed_factories=allowed_factories)
+    opened = open_source(run, source, data_dir=data_dir, allowed_factories=allowed_factories, table=table)
     name = source or run.dataset
     splits = [part for part in opened if part is not None]
     has_labels = kind_of(run.task).has_labels
@@ -140,10 +148,14 @@ def load_agent_data(
         num_skipped += skipped
 
     if opened.test is None:
-        seed = derive_seed(run.seed, "holdout", seed_name)
-        parts = hold_out(shards[0].inputs, run.holdout_fraction, seed)
-        shards = [_take(shards[0], part) for part in parts]
+        shards = [_take(shards[0], part) for part in _hold_out(run, shards[0], seed_name)]
     return AgentData(shards[0], shards[1], num_skipped, stamp, not_read)
+
+
+def _hold_out(run: RunConfig, shard: Shard, seed_name: str) -> tuple[np.ndarray, np.ndarray]:
+    if overlap := run.spec.inputs.overlap:
+        return hold_out_latest(len(shard.targets), run.holdout_fraction, overlap)
+    return hold_out(shard.inputs, run.holdout_fraction, derive_seed(run.seed, "holdout", seed_name))
 
 
 def data_stamp(run: RunConfig, source: str | None, data_dir: Path | None) -> str:
@@ -152,19 +164,23 @@ def data_stamp(run: RunConfig, source: str | None, data_dir: Path | None) -> str
     Raises:
         UsageError: there is no such source.
     """
-    if source and not _is_name(source) and is_arrays(Path(source)):
+    if source and _is_in_files(source):
         return stamp_of_arrays(Path(source))
     folder = _image_folder(run.dataset, source, data_dir)
     return stamp_of(folder) if folder else ""
 
 
 def class_names_of(
-    source: str | None, data_dir: Path | None, run: RunConfig | None = None
+    source: str | None,
+    data_dir: Path | None,
+    run: RunConfig | None = None,
+    *,
+    table: TableFormat = NO_TABLE,
 ) -> tuple[str, ...]:
     """Return the names of the classes that the labels of `source`, or else of the run's dataset, stand for.
 
     Args:
-        run: None: the run is not known yet, and only the class folders of an image folder count.
+        run: None: the run is not known yet, and only what the source itself says counts.
 
     Returns:
         The names in NFC; none where the names are not known.
@@ -172,6 +188,8 @@ def class_names_of(
     Raises:
         UsageError: there is no such source, or it is an image folder that cannot be read.
     """
+    if source and not _is_name(source) and is_table(Path(source)):
+        return names_in(Path(source), table)
     dataset = run.dataset if run else ""
     if folder := _image_folder(dataset, source, data_dir):
         return tuple(class_folders(folder / "train"))
@@ -180,7 +198,12 @@ def class_names_of(
 
 
 def open_source(
-    run: RunConfig, source: str | None, *, data_dir: Path | None, allowed_factories: Collection[str]
+    run: RunConfig,
+    source: str | None,
+    *,
+    data_dir: Path | None,
+    allowed_factories: Collection[str],
+    table: TableFormat = NO_TABLE,
 ) -> Source:
     """Find what `source`, or the run's dataset where that is None, means.
 
@@ -191,8 +214,8 @@ def open_source(
         UsageError: there is no such source, or it cannot be read.
     """
     name = source or run.dataset
-    if source and not _is_name(source) and is_arrays(Path(source)):
-        return _in_memory(*open_arrays(Path(source)))
+    if source and _is_in_files(source):
+        return _open_files(Path(source), table, run.class_names)
     if folder := _image_folder(run.dataset, source, data_dir):
         return Source(*list_image_folder(folder, run))
     if name in BUNDLES:
@@ -206,7 +229,7 @@ def open_source(
     )
 
 
-def find_source(source: str, data_dir: Path | None) -> Source | None:
+def find_source(source: str, data_dir: Path | None, *, table: TableFormat = NO_TABLE) -> Source | None:
     """Find what is on this device of a source that an agent's own configuration names, whatever the run is.
 
     Returns:
@@ -219,8 +242,10 @@ def find_source(source: str, data_dir: Path | None) -> Source | None:
         return Source(*list_splits(folder, tuple(class_folders(folder / "train")), "white"))
     if source in BUNDLES:
         return _in_memory(open_bundle(source))
-    if is_arrays(Path(source)):
-        return _in_memory(*open_arrays(Path(source)))
+    if _is_in_files(source):
+        return _open_files(
+            Path(source), table, names_in(Path(source), table) if is_table(Path(source)) else ()
+        )
     if source not in _TORCHVISION:
         return _open_factory(source, {source})
     try:
@@ -244,12 +269,23 @@ def _image_folder(dataset: str, source: str | None, data_dir: Path | None) -> Pa
     if source is None or _is_name(source):
         return None
     check_source(source)
-    return None if is_arrays(Path(source)) else Path(source)
+    return None if _is_in_files(source) else Path(source)
 
 
 def _is_name(source: str) -> bool:
     """Return True if the source is a dataset or code of the user's, and no path."""
     return source in DATASETS or FACTORY_PATTERN.fullmatch(source) is not None
+
+
+def _is_in_files(source: str) -> bool:
+    """Return True if the source is a table, or files of arrays."""
+    return not _is_name(source) and (is_table(Path(source)) or is_arrays(Path(source)))
+
+
+def _open_files(path: Path, table: TableFormat, class_names: Sequence[str]) -> Source:
+    if is_table(path):
+        return _in_memory(open_table(path, table, class_names))
+    return _in_memory(*open_arrays(path))
 
 
 def hold_out(inputs: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -437,6 +473,8 @@ def _own_indices(
 ) -> np.ndarray:
     if partition is None:
         return np.arange(len(targets))
+    if overlap := run.spec.inputs.overlap:
+        return block_of(len(targets), partition, overlap)
     seed = derive_seed(run.seed, "partition")
     parts = partition_indices(targets, partition.count, run.partition_by, seed, classes=classes)
     indices = parts[partition.index - 1]

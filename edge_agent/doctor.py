@@ -165,7 +165,7 @@ def _look_at_data(config: AgentConfig) -> str:
     from edge_agent.data import ArraySplit, find_source
     from edge_agent.image_folder import FileSplit
 
-    source = find_source(config.data, config.data_dir)
+    source = find_source(config.data, config.data_dir, table=config.table)
     if source is None:
         return f"{config.data} is not here yet, the agent downloads it at its start"
     splits = [split for split in source if split is not None]

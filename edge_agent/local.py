@@ -41,6 +41,7 @@ from edge_agent.data import AgentData, choose_shared, load_agent_data
 from edge_agent.history import History, Source, use_of
 from edge_agent.own_training import Data, OwnTraining, Purpose, Start, train_as_own
 from edge_agent.partition import Partition, parse_partition
+from edge_agent.series import check_shared_fraction
 from edge_agent.shard_files import keep_shards
 from edge_agent.state import AgentState, Report, Trained
 
@@ -68,6 +69,7 @@ def load_local_models(
             read, or do not fit the run.
         OSError: a shard file cannot be written.
     """
+    check_shared_fraction(joined.run, config.shared_fraction)
     _check_model(joined.run, config.allow_factory, joined.probe)
     data = load_agent_data(
         joined.run,
@@ -78,6 +80,7 @@ def load_local_models(
         # Whoever names code with --data allows it to run.
         allowed_factories={*config.allow_factory, config.data or ""},
         on_read=on_read,
+        table=config.table,
     )
     return LocalModels(
         joined.run,
@@ -421,7 +424,11 @@ class LocalModels:
         """
         fraction = self._run.fine_tune.holdout_fraction
         holdout_seed = derive_seed(self._run.seed, "cloud_holdout", self._disk.agent_id)
-        parts = [(shard, cloud_holdout(shard.targets, fraction, holdout_seed)[0]) for shard in self._shared]
+        overlap = self._run.spec.inputs.overlap
+        parts = [
+            (shard, cloud_holdout(shard.targets, fraction, holdout_seed, overlap)[0])
+            for shard in self._shared
+        ]
         parts += [(shard, np.arange(len(shard.targets))) for shard in self._private]
         return Examples(*map(torch.from_numpy, gather(parts, self._run.spec)))
 

@@ -1,4 +1,4 @@
-"""`make demo`: one real cloud-server, two real edge-agents, one round of handwritten digits or of a table.
+"""`make demo`: one real cloud-server, two real edge-agents, one round of digits, a table or a time series.
 
 Server and agents are processes of their own on loopback, started by the commands that a user would type. They
 leave their files in the folder `.demo`.
@@ -30,7 +30,12 @@ from cloud_server.state_dir import StateDir
 FOLDER = Path(".demo")
 AGENTS = ("edge-1", "edge-2")
 # The preset of each task.
-PRESETS = {"classification": "digits-mlp", "regression": "diabetes-mlp"}
+PRESETS = {
+    "classification": "digits-mlp",
+    "regression": "diabetes-mlp",
+    "table": "breast-cancer-mlp",
+    "series": "sunspots-gru",
+}
 TIMEOUT_SECONDS = 300.0
 STOP_SECONDS = 10.0
 

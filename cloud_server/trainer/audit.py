@@ -178,10 +178,7 @@ def _draw(run: RunConfig, contributions: Sequence[Contribution], blobs_dir: Path
         agent_id = contribution.agent_id
         shards = [read_shard(blob_path(blobs_dir, digest)) for digest in contribution.shard_digests]
         is_held_out = [
-            _is_held_out(
-                shard, run.fine_tune.holdout_fraction, derive_seed(run.seed, "cloud_holdout", agent_id)
-            )
-            for shard in shards
+            _is_held_out(shard, run, derive_seed(run.seed, "cloud_holdout", agent_id)) for shard in shards
         ]
         is_chosen = _choose(is_held_out, most, derive_seed(run.seed, "audit", agent_id))
         for shard, chosen, known in zip(shards, is_chosen, is_held_out, strict=True):
@@ -192,9 +189,10 @@ def _draw(run: RunConfig, contributions: Sequence[Contribution], blobs_dir: Path
     return _Sample(torch.from_numpy(inputs), labels_N, np.concatenate(owners), np.concatenate(held_out))
 
 
-def _is_held_out(shard: Shard, fraction: float, seed: int) -> Booleans:
+def _is_held_out(shard: Shard, run: RunConfig, seed: int) -> Booleans:
     """Return True for each example of the shard that is held out, so that no agent has trained on it."""
-    _, held_out = cloud_holdout(shard.targets, fraction, seed)
+    fraction, overlap = run.fine_tune.holdout_fraction, run.spec.inputs.overlap
+    _, held_out = cloud_holdout(shard.targets, fraction, seed, overlap)
     return np.isin(np.arange(len(shard.targets)), held_out)
 
 

@@ -40,7 +40,9 @@ def combine(run: RunConfig, contributions: Sequence[Contribution], blobs_dir: Pa
         seed = derive_seed(run.seed, "cloud_holdout", contribution.agent_id)
         for digest in contribution.shard_digests:
             shard = read_shard(blob_path(blobs_dir, digest))
-            rest, held_out = cloud_holdout(shard.targets, run.fine_tune.holdout_fraction, seed)
+            rest, held_out = cloud_holdout(
+                shard.targets, run.fine_tune.holdout_fraction, seed, run.spec.inputs.overlap
+            )
             train_parts.append((shard, rest))
             held_out_parts.append((shard, held_out))
     return CombinedData(_examples(run, train_parts), _examples(run, held_out_parts))
