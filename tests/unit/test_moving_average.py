@@ -1,5 +1,6 @@
 """The moving average of a fine-tune's weights: its formula, and what becomes of it in a training."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -7,9 +8,12 @@ import torch
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
-from cloud_server.trainer.finetune import fine_tune
+from cloud_server.trainer import pipeline
+from cloud_server.trainer.finetune import CombinedData, fine_tune
 from cloud_server.trainer.moving_average import MovingAverage
+from cloud_server.trainer.selection import Selection
 from common import training
+from common.batches import DeviceData
 from common.config import FineTuneConfig, RunConfig
 from common.models import build_model
 from common.training import Examples
@@ -111,3 +115,24 @@ def test_average_is_the_same_where_steps_are_replayed(
     monkeypatch.setattr(training, "recorder_for", lambda device: recorder)
     assert torch.equal(averaged(), plain)
     assert recorder.num_replayed > 50
+
+
+@pytest.mark.parametrize("num_held_out", [50, 0])
+def test_average_that_is_measured_has_statistics_of_its_own(
+    examples: Examples, tmp_path: Path, num_held_out: int
+) -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.BatchNorm1d(8), nn.Linear(8, 10))
+    average = MovingAverage(model, DECAY)
+    data = CombinedData(examples, Examples(*(part[:num_held_out] for part in examples)))
+    selection = Selection(model, RUN, [], None, data, device=CPU, scratch=tmp_path)
+    fine_tune(model, examples, RUN, round_number=1, device=CPU, after_step=average.update)
+    before = model[2].running_mean.clone()
+    expected = ["fine_tuned", "fine_tuned_average"] if num_held_out else ["fine_tuned"]
+    assert list(pipeline._trained(average, data, selection)) == expected
+    assert torch.equal(model[2].running_mean, before) == (num_held_out == 0)
+    if num_held_out:
+        with torch.no_grad():
+            activations = model[1](
+                DeviceData(examples.inputs, RUN.spec, CPU).normalise(examples.inputs).flatten(1)
+            )
+        assert torch.allclose(model[2].running_mean, activations.mean(0), atol=0.05)
