@@ -77,6 +77,7 @@ def test_readme_gets_three_terminals_through_a_round(reader: Reader, ports: dict
 
 
 @at_its_pace
+@pytest.mark.soak
 def test_tutorial_gets_to_an_answer_and_a_back_up(reader: Reader, ports: dict[str, str]) -> None:
     pytest.importorskip("onnxruntime", reason="there is no ONNX Runtime: pip install 'ecavg[onnx]'")
     follow(TUTORIAL, reader, ports)

@@ -5,6 +5,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from common.config import TrainingConfig
@@ -86,6 +87,7 @@ def test_own_loops_run_as_the_readme_says(cluster: Cluster, tmp_path: Path) -> N
         assert {int(total) for total in steps} == {3 * TrainingConfig().epochs}
 
 
+@pytest.mark.soak
 def test_hugging_face_model_runs_as_the_readme_says(cluster: Cluster) -> None:
     need("transformers", find_spec("transformers"), "transformers")
     env = {"PYTHONPATH": str(EXAMPLES), "HF_HUB_OFFLINE": "1"}

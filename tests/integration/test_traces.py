@@ -124,6 +124,7 @@ def test_one_trace_follows_a_round_through_agents_server_and_trainer(
     assert not [text for text in collector.texts if b"secret" in text or str(cluster.folder).encode() in text]
 
 
+@pytest.mark.soak
 def test_collector_that_is_down_disturbs_no_round_and_is_told_of_once(cluster: Cluster) -> None:
     need("opentelemetry", find_spec("opentelemetry"), PACKAGE)
     # Nothing listens on this port.

@@ -11,6 +11,7 @@ from tests.processes import Cluster, Command, until
 from tests.unit.test_tracking import MLflowReader, TensorBoardReader
 
 
+@pytest.mark.soak
 def test_server_that_is_killed_between_rounds_leaves_no_point_out_and_none_twice(
     cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

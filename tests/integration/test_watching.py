@@ -114,7 +114,7 @@ def test_terminals_of_a_whole_round_have_bars_of_every_long_step(cluster: Cluste
         assert re.search(r"cloud: fine-tuning .*%.* \d+ of 20 epochs", of_agent.text)
 
 
-@pytest.mark.parametrize("level", ["info", "debug"])
+@pytest.mark.parametrize("level", [pytest.param("info", marks=pytest.mark.soak), "debug"])
 def test_json_log_parses_line_by_line_and_knows_round_and_agent(
     cluster: Cluster, tmp_path: Path, level: str
 ) -> None:
