@@ -116,8 +116,7 @@ def _closing(current: Round, now: float) -> str:
         return f"The round closes {_at(at, now)} with {num_there}."
     if policy.on_too_few == "fail":
         return f"The round fails {_at(at, now)} if fewer than {policy.min_agents} have contributed."
-    enough = f"if {policy.min_agents} have contributed, and waits on if fewer have"
-    return f"The round closes {_at(at, now)} {enough}."
+    return f"The round closes {_at(at, now)} if {policy.min_agents} have contributed, else it waits."
 
 
 def _at(at: float, now: float) -> str:

@@ -34,7 +34,10 @@ def run(*args: object, env: dict[str, str] | None = None) -> tuple[int, str]:
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (("--preset", "mnist"), "unknown preset 'mnist': choose cifar10-mobilenetv2, cifar100-resnet50"),
+        (
+            ("--preset", "mnist"),
+            "unknown preset 'mnist': choose breast-cancer-mlp, cifar10-mobilenetv2, cifar100-resnet50",
+        ),
         (("--set", "run.dataset=mnits"), "unknown dataset 'mnits': choose digits, mnist"),
         (("--set", "run.sead=3"), "unknown key 'run.sead' (from the command line)"),
         (("--set", "run.pretrain.epochs=x"), "run.pretrain.epochs: should be a valid integer"),

@@ -54,7 +54,7 @@ def test_status_shows_run_round_phase_model_and_agents_with_before_and_after(
     assert lines[1:3] == ["Round 2: collecting", "0 of 1 contributions, at least 1"]
     assert re.fullmatch(
         r"Waiting for 1 of 1: edge-1 has been away for \d+ (s|min). The round closes .+"
-        r" if 1 have contributed, and waits on if fewer have.",
+        r" if 1 have contributed, else it waits.",
         lines[3],
     )
     assert lines[4].startswith("Global model of round 1: accuracy ")

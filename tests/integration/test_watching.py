@@ -102,8 +102,8 @@ def test_status_names_who_holds_up_the_round_and_a_terminal_has_its_bar(cluster:
 
 def test_terminals_of_a_whole_round_have_bars_of_every_long_step(cluster: Cluster) -> None:
     with terminal() as of_server, terminal() as of_agent:
-        # The agent hears of the cloud's progress once a second.
-        tune = ("--set", "run.fine_tune.epochs=20", "--set", "run.fine_tune.batch_size=8")
+        # The agent hears of the progress of the cloud once a second, so the fine-tune must take a few.
+        tune = ("--set", "run.fine_tune.epochs=80", "--set", "run.fine_tune.batch_size=8")
         server = cluster.server("--min-agents", 1, *QUICK, *tune, streams={2: of_server.path})
         agent = cluster.agent("edge-1", "--partition", "1/1", streams={2: of_agent.path})
         assert (agent.wait(), server.wait()) == (0, 0)
@@ -111,7 +111,7 @@ def test_terminals_of_a_whole_round_have_bars_of_every_long_step(cluster: Cluste
             assert re.search(f"{label} .*100%", of_agent.text)
         for label in ("contributions", "fine-tuning"):
             assert re.search(f"round 1: {label} .*100%", of_server.text)
-        assert re.search(r"cloud: fine-tuning .*%.* \d+ of 20 epochs", of_agent.text)
+        assert re.search(r"cloud: fine-tuning .*%.* \d+ of 80 epochs", of_agent.text)
 
 
 @pytest.mark.parametrize("level", [pytest.param("info", marks=pytest.mark.soak), "debug"])

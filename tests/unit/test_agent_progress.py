@@ -198,7 +198,7 @@ def test_what_an_agent_does_is_said_as_far_as_it_is_known() -> None:
     text = said(round_with(0), silent, unready, here("c"), here("d", total=None))
     assert text == (
         "Waiting for 5 of 5: d uploads; c uploads, 25 % done; b is not ready to take part; and 1 more;"
-        " 1 has not joined. The round closes at 14:30 UTC if 3 have contributed, and waits on if fewer have."
+        " 1 has not joined. The round closes at 14:30 UTC if 3 have contributed, else it waits."
     )
     assert "a has not contributed" in (said(round_with(4), silent) or "")
 
@@ -215,7 +215,7 @@ def test_what_an_agent_does_is_said_as_far_as_it_is_known() -> None:
         (
             {"policy": replace(POLICY, deadline_seconds=3 * 86_400.0)},
             0,
-            "The round closes on 2027-01-18 at 14:00 UTC if 3 have contributed, and waits on if fewer have.",
+            "The round closes on 2027-01-18 at 14:00 UTC if 3 have contributed, else it waits.",
         ),
         (
             {"policy": replace(POLICY, deadline_seconds=None)},
