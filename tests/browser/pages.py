@@ -19,7 +19,7 @@ from tests.conftest import need
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), "")
 WIDE, NARROW = 1280, 390
-WAIT_MS = 30_000
+WAIT_MS = 60_000
 
 
 def need_browser() -> None:
