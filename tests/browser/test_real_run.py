@@ -40,6 +40,8 @@ async def open_round(page: Given) -> int:
     return int(re.findall(r"\d+", await page.text("#headline h1"))[0])
 
 
+# One run in four does not see the slow upload within a minute, and nobody has found out why yet.
+@pytest.mark.soak
 async def test_page_names_the_slow_agent_draws_the_history_and_survives_a_restart(
     cluster: Cluster, tmp_path: Path
 ) -> None:
