@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cloud_server.config import DEFAULT_PRESET, ENV_PREFIX, ServerConfig
 from common import cli, clock
-from common.addresses import Address, http_url
-from common.config import is_loopback
+from common.addresses import Address, http_url, is_loopback
 from common.errors import RunError
 
 if TYPE_CHECKING:

@@ -107,3 +107,11 @@ def _meant(text: str) -> Address | None:
     host, _, port = bare.rpartition(":")
     candidates = (whole, bare, f"[{host}]:{port}", f"{bare}:{DEFAULT_PORT}", f"[{bare}]:{DEFAULT_PORT}")
     return next(filter(None, map(_address_in, candidates)), None)
+
+
+def is_loopback(host: str) -> bool:
+    """Return True if only this machine reaches the address."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False

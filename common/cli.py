@@ -19,8 +19,9 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from common import streams
-from common.config import ProcessConfig, deep_merge, load
+from common.config import ProcessConfig
 from common.errors import ECAvgError, RunError, UsageError, is_out_of_memory, one_line
+from common.layers import deep_merge, load
 
 Config = TypeVar("Config", bound=ProcessConfig)
 

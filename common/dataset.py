@@ -4,8 +4,14 @@ Shapes are those of one example, without N. Nothing here needs PyTorch: the serv
 devices send.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Literal, NamedTuple
+
+# One input or target may have so many values; those of an image, channels included.
+MAX_VALUES = 64_000_000
+# One input or target may have so many axes.
+MAX_AXES = 8
 
 InputDtype = Literal["uint8", "float32", "int64"]
 TargetDtype = Literal["int64", "float32"]
@@ -159,3 +165,29 @@ CLASS_NAMES: Mapping[str, tuple[str, ...]] = {
         "tulip", "turtle", "wardrobe", "whale", "willow_tree", "wolf", "woman", "worm",
     ),
 }  # fmt: skip
+
+
+def check_spec(spec: DatasetSpec, *, is_pictures: bool) -> None:
+    """Raise ValueError if inputs or targets are too large, or mean, deviation or bounds do not fit them."""
+    what = "image_shape" if is_pictures else "inputs.shape"
+    for name, side in ((what, spec.inputs), ("targets.shape", spec.targets)):
+        if math.prod(side.shape) > MAX_VALUES or len(side.shape) > MAX_AXES:
+            raise ValueError(
+                f"{name} {list(side.shape)} has more than {MAX_VALUES} values, or {MAX_AXES} axes"
+            )
+    _check_scaling("", spec.inputs, "channels" if len(spec.inputs.shape) > 1 else "features")
+    _check_scaling("targets.", spec.targets, "numbers")
+    if spec.inputs.dtype == "int64" and spec.inputs.mean:
+        raise ValueError("mean and std are not for inputs of int64, which a model gets as they are")
+    for name, side in (("inputs", spec.inputs), ("targets", spec.targets)):
+        if side.low is not None and side.high is not None and side.low > side.high:
+            raise ValueError(f"{name}.low must not be above {name}.high")
+
+
+def _check_scaling(prefix: str, side: Inputs | Targets, noun: str) -> None:
+    """Raise ValueError if there is a mean or a deviation, and not one for each index of the first axis."""
+    size = side.shape[0] if side.shape else 1
+    if (side.mean or side.std) and not len(side.mean) == len(side.std) == size:
+        raise ValueError(f"{prefix}mean and {prefix}std need one number for each of {size} {noun}")
+    if min(side.std, default=1) <= 0:
+        raise ValueError(f"{prefix}std must be above 0")

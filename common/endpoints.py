@@ -20,8 +20,7 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from common.addresses import Address
-from common.config import is_loopback
+from common.addresses import Address, is_loopback
 from common.errors import UsageError
 from common.files import read_text, replacing
 from common.strict_json import to_json

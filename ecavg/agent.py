@@ -5,7 +5,7 @@ import os
 from typing import Any
 
 from common import proxy
-from common.config import load
+from common.layers import load
 from edge_agent.__main__ import take_part
 from edge_agent.config import ENV_PREFIX, AgentConfig
 from edge_agent.own_training import OwnTraining

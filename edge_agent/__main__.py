@@ -7,8 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
 from common import addresses, cli
-from common.addresses import http_url
-from common.config import is_loopback
+from common.addresses import http_url, is_loopback
 from common.errors import UsageError
 from edge_agent.config import ENV_PREFIX, AgentConfig, EnrollConfig
 from edge_agent.join_token import how_to_enroll, read_token

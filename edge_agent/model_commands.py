@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common import cli
-from common.config import load
 from common.errors import RunError, UsageError
+from common.layers import load
 from edge_agent.config import ENV_PREFIX, ModelConfig, check_exporter
 
 if TYPE_CHECKING:

@@ -11,9 +11,10 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from common.config import RunConfig, deep_merge
+from common.config import RunConfig
 from common.errors import ECAvgError, UsageError
 from common.files import replacing
+from common.layers import deep_merge
 
 console = Console()
 

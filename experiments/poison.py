@@ -19,8 +19,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from common.config import RunConfig, deep_merge
+from common.config import RunConfig
 from common.errors import InvalidError, RunError
+from common.layers import deep_merge
 from common.shards import Shard
 from common.tasks.task import task_of
 from experiments import command

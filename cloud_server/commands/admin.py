@@ -17,9 +17,9 @@ from cloud_server.state_dir import StateDir
 from cloud_server.store import Store
 from cloud_server.upkeep import forgetting, forgotten
 from common import cli, clock
-from common.config import load
 from common.errors import NotFoundError, RunError, UsageError
 from common.faults import Point, crash_point
+from common.layers import load
 
 DEFAULT_TTL_SECONDS = 3600.0
 # `forget` pauses for this time before it asks again whether a running server has forgotten the agent.

@@ -14,7 +14,7 @@ import yaml
 
 from cloud_server.config import ENV_PREFIX as SERVER_PREFIX
 from cloud_server.config import ServerConfig
-from common.config import load
+from common.layers import load
 from edge_agent.config import ENV_PREFIX as AGENT_PREFIX
 from edge_agent.config import AgentConfig
 from tests.deploy.kustomize import Resource, build

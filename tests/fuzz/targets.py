@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from safetensors.numpy import save
 
 from cloud_server.config import ServerConfig
-from common import config, schema, shards, wire
+from common import layers, schema, shards, wire
 from common.config import ProcessConfig, RunConfig, Wire
 from common.dataset import pictures
 from common.errors import InvalidError, UsageError
@@ -89,7 +89,7 @@ def check_config(content: bytes) -> None:
         )
         for config_class, flags in loaders:
             try:
-                config.load(config_class, env_prefix="X_", config_file=str(path), flags=flags, environ={})
+                layers.load(config_class, env_prefix="X_", config_file=str(path), flags=flags, environ={})
             except UsageError as error:
                 _is_one_line(error)
     try:

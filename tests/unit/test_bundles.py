@@ -6,9 +6,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from common.config import RunConfig, read_preset
+from common.config import RunConfig
 from common.dataset import DATASETS, SUNSPOTS_WINDOW
 from common.errors import UsageError
+from common.layers import read_preset
 from edge_agent.bundles import open_bundle
 from edge_agent.data import load_agent_data
 from edge_agent.partition import Partition

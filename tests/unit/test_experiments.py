@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from cloud_server.trainer.finetune import fine_tune
-from common.config import RunConfig, deep_merge
+from common.config import RunConfig
+from common.layers import deep_merge
 from common.weights import read_state_dict
 from edge_agent.local import LocalModels
 from experiments import barrier, cell, command, data, paper, plots, tables

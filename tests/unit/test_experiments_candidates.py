@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from cloud_server.trainer.finetune import combine
-from common.config import RunConfig, deep_merge
+from common.config import RunConfig
 from common.evaluation import evaluate
+from common.layers import deep_merge
 from common.tasks.task import task_of
 from experiments import data
 from experiments.candidates import held_out_scores
