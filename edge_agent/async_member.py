@@ -67,16 +67,9 @@ class AsyncMember(Member):
         begun, trained = self._begun, self._disk.progress.trained
         if begun.offered_to is None or begun.offered is None or trained is None:
             return None
-        models = await self._data.models()
+        offer = Offer(begun.offered_to, begun.offered, None, trained.initial_weights, trained.score)
         try:
-            verdict = await self._client.contribute(
-                begun.offered_to,
-                weights=begun.offered,
-                shards=list(models.shards.values()),
-                num_examples=models.num_examples,
-                score_local=trained.score,
-                initial_weights=trained.initial_weights,
-            )
+            verdict = await self._commit(offer)
         except (UnauthenticatedError, ForbiddenError):
             raise
         except Refusal as error:

@@ -266,21 +266,13 @@ class Member:
             uploading: the upload of the shards, which is under way.
         """
         self._metrics.set_phase(Phase.UPLOADING)
-        models = await self._data.models()
         for attempt in range(1, MAX_SENDINGS + 1):
             try:
                 await (uploading if attempt == 1 else self._transfers.upload_shards())
                 if offer.path:
                     await self._transfers.upload_weights(offer.path, offer.weights)
                 await self._save(sent_weights=(*self._disk.progress.sent_weights, offer.weights.digest))
-                return await self._client.contribute(
-                    offer.round,
-                    weights=offer.weights,
-                    shards=list(models.shards.values()),
-                    num_examples=models.num_examples,
-                    score_local=offer.score,
-                    initial_weights=offer.initial_weights,
-                )
+                return await self._commit(offer)
             except ConflictError as error:
                 return await self._verdict_on_conflict(offer.round, error)
             except (UnauthenticatedError, ForbiddenError):
@@ -291,6 +283,18 @@ class Member:
                     return Verdict(Outcome.REJECTED, error.reason, str(error))
                 log.warning("uploading_again", round=offer.round, reason=str(error))
         raise AssertionError("the last attempt returns")
+
+    async def _commit(self, offer: Offer) -> Verdict:
+        """Make the contribution of what is offered and of the shards, which the server has."""
+        models = await self._data.models()
+        return await self._client.contribute(
+            offer.round,
+            weights=offer.weights,
+            shards=list(models.shards.values()),
+            num_examples=models.num_examples,
+            score_local=offer.score,
+            initial_weights=offer.initial_weights,
+        )
 
     async def _verdict_on_conflict(self, number: int, error: ConflictError) -> Verdict:
         """Return whose contribution stands: this agent's own, of an earlier life, or another device's."""

@@ -152,21 +152,6 @@ MIGRATIONS = (
     """,
     """
     ALTER TABLE contributions ADD COLUMN staleness INTEGER NOT NULL DEFAULT 0;
-    DROP VIEW named_blobs;
-    CREATE VIEW named_blobs AS
-        WITH ours AS (
-            SELECT number AS round, initial_weights AS digest, opened_at AS at FROM rounds
-            UNION ALL SELECT number, published, opened_at FROM rounds WHERE published IS NOT NULL
-        )
-        SELECT round, '' AS agent_id, digest, at FROM ours
-        UNION ALL SELECT round, '', encodings.digest, at FROM ours
-            JOIN encodings ON encodings.weights = ours.digest
-        UNION ALL SELECT round, agent_id, weights, at FROM contributions WHERE weights != ''
-        UNION ALL SELECT round, '', initial_weights, at FROM contributions WHERE staleness
-        UNION ALL SELECT round, agent_id, value, contributions.at
-            FROM contributions JOIN rounds ON number = round, json_each(shards) WHERE NOT without_data;
-    """,
-    """
     CREATE TABLE rests (weights TEXT PRIMARY KEY NOT NULL, digest TEXT NOT NULL);
     CREATE INDEX rests_by_digest ON rests (digest);
     DROP VIEW named_blobs;
