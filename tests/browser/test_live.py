@@ -1,12 +1,11 @@
 """The page while the server comes and goes."""
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, closing
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-import pytest
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
@@ -14,22 +13,11 @@ from starlette.routing import Route
 
 from cloud_server.store import Store
 from common.endpoints import serve_http
-from tests.browser.pages import Given, a_page, need_browser, serving
+from tests.browser.pages import Given, a_page, serving
 from tests.unit.states import run_rounds
 from tests.unit.test_standing import Viewed
 
 TOKEN = "correct horse battery"
-
-
-@pytest.fixture(autouse=True)
-def _browser() -> None:
-    need_browser()
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> Iterator[Store]:
-    with closing(Store(tmp_path)) as store:
-        yield store
 
 
 async def status_of(store: Store, state_dir: Path) -> dict[str, Any]:

@@ -1,8 +1,6 @@
 """What the page tells of agents at work, of those that hold up a round, and of a crowd of them."""
 
 import itertools
-from collections.abc import Iterator
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +10,7 @@ from cloud_server.jobs import Progress, round_job
 from cloud_server.showing.reports import Reports
 from cloud_server.store import Store
 from common.config import RunConfig
-from tests.browser.pages import NARROW, WIDE, Given, axe_script, given, need_browser
+from tests.browser.pages import NARROW, WIDE, Given, axe_script, given
 from tests.unit.states import begin, run_rounds
 from tests.unit.test_page import contribute, report_of
 from tests.unit.test_reports import RESULT
@@ -24,17 +22,6 @@ DAY_SECONDS = 24 * 3600.0
 NUM_AGENTS = 1000
 # What one update of the page may take with NUM_AGENTS agents. It takes a few milliseconds on an idle machine.
 UPDATE_MS = 250
-
-
-@pytest.fixture(autouse=True)
-def _browser() -> None:
-    need_browser()
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> Iterator[Store]:
-    with closing(Store(tmp_path)) as store:
-        yield store
 
 
 async def collecting(store: Store, state_dir: Path) -> dict[str, Any]:

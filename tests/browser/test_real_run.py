@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.browser.pages import Given, a_page, need_browser
+from tests.browser.pages import Given, a_page
 from tests.faults.proxy import Flow, Proxy
 from tests.integration.test_round import QUICK
 from tests.processes import Cluster, Command, until
@@ -18,11 +18,6 @@ NO_SERVER = re.compile(r"net::ERR_(CONNECTION_REFUSED|INCOMPLETE_CHUNKED_ENCODIN
 SLOW = 50_000
 LARGE = ("--set", "run.hidden_units=8192", "--set", 'run.candidates=["average"]')
 SETTINGS = ("--min-agents", 3, "--rounds", 0, *QUICK, *LARGE)
-
-
-@pytest.fixture(autouse=True)
-def _browser() -> None:
-    need_browser()
 
 
 async def started(cluster: Cluster) -> Command:

@@ -1,36 +1,21 @@
 """The status page as a real browser shows it, where there is one."""
 
 import json
-from collections.abc import Iterator
-from contextlib import closing
 from pathlib import Path
 from typing import Any
-
-import pytest
 
 from cloud_server.jobs import JobDirectory, Result
 from cloud_server.showing.reports import Reports
 from cloud_server.store import Store
 from cloud_server.upkeep import retention
 from common.config import RunConfig
-from tests.browser.pages import given, need_browser
+from tests.browser.pages import given
 from tests.unit.states import digest_of, model_of, run_rounds
 from tests.unit.test_other_figures import run_a_round
 from tests.unit.test_reports import RESULT
 from tests.unit.test_standing import Viewed
 
 MARKUP = "<img src=x onerror=\"document.title='markup'\"><script>document.title='markup'</script>"
-
-
-@pytest.fixture(autouse=True)
-def _browser() -> None:
-    need_browser()
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> Iterator[Store]:
-    with closing(Store(tmp_path)) as store:
-        yield store
 
 
 async def status_of(result: Result, store: Store, state_dir: Path) -> dict[str, Any]:

@@ -1,9 +1,12 @@
 import logging
 from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
 
 import pytest
 import structlog
 
+from cloud_server.store import Store
 from common import cli, logs
 
 
@@ -19,3 +22,14 @@ def _restore_logging() -> Iterator[None]:
     structlog.reset_defaults()
     logs.unbind()
     cli.complain_by(None)
+
+
+@pytest.fixture
+def state_dir(tmp_path: Path) -> Path:
+    return tmp_path / "state"
+
+
+@pytest.fixture
+def store(state_dir: Path) -> Iterator[Store]:
+    with closing(Store(state_dir)) as store:
+        yield store

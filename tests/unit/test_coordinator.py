@@ -17,7 +17,6 @@ from structlog.testing import capture_logs
 
 from cloud_server import ledger
 from cloud_server.contribution import Contribution
-from cloud_server.disk.tables import ReportRow
 from cloud_server.intake.uploads import unused_sizes
 from cloud_server.jobs import (
     AgentAudit,
@@ -49,18 +48,7 @@ from common.tasks import KINDS
 from common.transfer import Blob
 from common.wire import Base, encode
 from tests.unit.test_metrics import values
-from tests.unit.world import PlayedTrainer, World, hurry, model_in, world, write_weights
-
-REPORT = ReportRow(
-    agent_id="",
-    score_local=0.5,
-    score_before=0.5,
-    score_after=0.6,
-    num_held_out=10,
-    applied=True,
-    reason="",
-    at=0.0,
-)
+from tests.unit.world import REPORT, PlayedTrainer, World, hurry, model_in, world, write_weights
 
 
 @pytest.fixture(autouse=True)

@@ -63,11 +63,6 @@ def contribute_other(store: Store, number: int, outcome: Outcome = Outcome.ACCEP
 
 
 @pytest.fixture
-def state_dir(tmp_path: Path) -> Path:
-    return tmp_path / "state"
-
-
-@pytest.fixture
 def store(state_dir: Path) -> Iterator[Store]:
     with closing(Store(state_dir)) as store:
         make(store, state_dir)

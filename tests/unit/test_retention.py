@@ -4,7 +4,6 @@ import errno
 import os
 import shutil
 import time
-from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -41,17 +40,6 @@ from tests.unit.states import (
 WEEK = 7 * 24 * 3600.0
 # The rounds' own times are near zero: only files are young.
 NOW = time.time()
-
-
-@pytest.fixture
-def state_dir(tmp_path: Path) -> Path:
-    return tmp_path / "state"
-
-
-@pytest.fixture
-def store(state_dir: Path) -> Iterator[Store]:
-    with closing(Store(state_dir)) as store:
-        yield store
 
 
 def clean_up(

@@ -2,8 +2,6 @@
 
 import hashlib
 import math
-from collections.abc import Iterator
-from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -71,17 +69,6 @@ def test_round_without_earlier_starts_refuses_what_is_stale() -> None:
 
 
 # What is on record
-
-
-@pytest.fixture
-def state_dir(tmp_path: Path) -> Path:
-    return tmp_path / "state"
-
-
-@pytest.fixture
-def store(state_dir: Path) -> Iterator[Store]:
-    with closing(Store(state_dir)) as store:
-        yield store
 
 
 def starts(store: Store, number: int) -> tuple[str, ...]:

@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,6 @@ import pytest
 from structlog.testing import capture_logs
 
 from cloud_server.config import TrackingConfig
-from cloud_server.disk.tables import ReportRow
 from cloud_server.store import Store
 from cloud_server.tracking import facts, thread, tracker
 from cloud_server.tracking.facts import Facts, RunFacts
@@ -25,18 +25,7 @@ from cloud_server.tracking.thread import Tracking
 from common.errors import UsageError
 from tests.conftest import need
 from tests.unit.states import begin, contribute, digest_of, model_of, publish, run_rounds
-from tests.unit.world import World, hurry, world
-
-REPORT = ReportRow(
-    agent_id="",
-    score_local=0.4,
-    score_before=0.4,
-    score_after=0.6,
-    num_held_out=10,
-    applied=True,
-    reason="",
-    at=0.0,
-)
+from tests.unit.world import REPORT, World, hurry, world
 
 
 @pytest.fixture(autouse=True)
@@ -251,7 +240,7 @@ async def a_round(here: World, number: int) -> None:
         await here.contribute(name, number)
     await here.until(lambda: here.store.round(number).phase == "published")
     for name, accuracy in (("a", 0.5), ("b", 0.75)):
-        row = ReportRow(**{**vars(REPORT), "agent_id": name, "score_after": accuracy})
+        row = replace(REPORT, agent_id=name, score_local=0.4, score_before=0.4, score_after=accuracy)
         await here.desk.report(name, number, row)
 
 

@@ -19,6 +19,7 @@ from cloud_server.config import ServerConfig
 from cloud_server.contribution import Contribution
 from cloud_server.coordinator import Coordinator
 from cloud_server.desk import Desk
+from cloud_server.disk.tables import ReportRow
 from cloud_server.jobs import (
     AgentAudit,
     Job,
@@ -45,6 +46,18 @@ from common.errors import (
 )
 from common.run_state import Outcome
 from common.transfer import Blob
+
+# What an agent reports on a model that it uses.
+REPORT = ReportRow(
+    agent_id="",
+    score_local=0.5,
+    score_before=0.5,
+    score_after=0.6,
+    num_held_out=10,
+    applied=True,
+    reason="",
+    at=0.0,
+)
 
 
 def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
