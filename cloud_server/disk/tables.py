@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from common.run_state import Phase
+
 # Never edit one, add another.
 MIGRATIONS = (
     """
@@ -226,6 +228,12 @@ class RoundRow:
     without_data: bool = False
     # True if the learning rate takes a full curve in this round after the plan: see common/schedule.py.
     has_full_curve: bool = False
+
+    @property
+    def phases(self) -> list[tuple[str, float]]:
+        """Return the phases that the round has entered, in order, and when it did."""
+        entered = {Phase.COLLECTING.value: self.opened_at} | self.phase_times
+        return sorted(entered.items(), key=lambda item: item[1])
 
 
 @dataclass(frozen=True)

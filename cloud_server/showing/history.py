@@ -112,9 +112,7 @@ _OVER_VALUES = sorted(phase.value for phase in OVER)
 
 def phase_seconds(row: RoundRow) -> dict[str, float]:
     """Return how long a round that is over was in each of its phases, in seconds."""
-    times = {Phase.COLLECTING.value: row.opened_at, **row.phase_times}
-    starts = sorted(times.items(), key=lambda item: item[1])
-    return {phase: round(max(0.0, end - start), 3) for (phase, start), (_, end) in pairwise(starts)}
+    return {phase: round(max(0.0, end - start), 3) for (phase, start), (_, end) in pairwise(row.phases)}
 
 
 def thinned(points: Sequence[_T], most: int) -> list[_T]:

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 from cloud_server.disk.tables import ReportRow, RoundRow
@@ -216,7 +217,7 @@ def _audit_status(audit: AgentAudit) -> dict[str, Any]:
 
 
 def _round_status(kind: Kind, row: RoundRow, num_contributions: int, result: Result | None) -> dict[str, Any]:
-    ended_at = max(row.phase_times.values(), default=row.opened_at)
+    _, ended_at = row.phases[-1]
     result = result or Result()
     scores = {
         "score_start": result.candidates.get(result.start or ""),
@@ -242,11 +243,9 @@ def _round_status(kind: Kind, row: RoundRow, num_contributions: int, result: Res
 
 def _phases(row: RoundRow, current: Round, now: float) -> list[dict[str, Any]]:
     """Return how long the current round has been in each of its phases, in order."""
-    starts = {Phase.COLLECTING.value: row.opened_at} | row.phase_times
-    ordered = sorted(starts.items(), key=lambda item: item[1])
-    ends = [start for _, start in ordered[1:]]
-    ends.append(ordered[-1][1] if current.is_over else now)
+    phases = row.phases
+    ended = ("", phases[-1][1] if current.is_over else now)
     return [
         {"phase": phase, "seconds": round(max(0.0, end - start), 3)}
-        for (phase, start), end in zip(ordered, ends, strict=True)
+        for (phase, start), (_, end) in pairwise([*phases, ended])
     ]
