@@ -106,8 +106,8 @@ format: $(READY)
 proto:
 	$(PYTHON) -m venv $(VENV)-proto
 	$(VENV)-proto/bin/pip install --quiet --disable-pip-version-check 'grpcio-tools==1.76.0'
-	$(VENV)-proto/bin/python -m grpc_tools.protoc -Iproto --python_out=. --pyi_out=. --grpc_python_out=. \
-		proto/common/pb/ecavg.proto
+	$(VENV)-proto/bin/python -m grpc_tools.protoc -Iecavg=proto --python_out=. --pyi_out=. --grpc_python_out=. \
+		ecavg/common/pb/ecavg.proto
 	rm -rf $(VENV)-proto
 
 clean:

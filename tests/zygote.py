@@ -34,7 +34,7 @@ IS_COLD = os.environ.get("ECAVG_TESTS_COLD", "") not in ("", "0")
 # Agents import these modules by name, so the zygote imports them, too.
 LARGE = ("sklearn.datasets", "tests.faults.runs", "tests.integration.sources")
 # These modules need packages that not everybody has.
-OPTIONAL = ("cloud_server.tracking.to_tensorboard", "common.trace_export")
+OPTIONAL = ("ecavg.cloud_server.tracking.to_tensorboard", "ecavg.common.trace_export")
 # The kernel allows at most 15 bytes for the name of a process: proc(5), comm.
 TRAINER_NAME = "ecavg-trainer"
 # The option's number is that of prctl(2).
@@ -140,7 +140,7 @@ def serve() -> None:
     The tests that started the forked processes must kill those that still run then.
     """
     for package in ("common", "edge_agent", "cloud_server"):
-        for module in pkgutil.walk_packages([str(ROOT / package)], f"{package}."):
+        for module in pkgutil.walk_packages([str(ROOT / package)], f"ecavg.{package}."):
             if not module.name.endswith(".__main__") and module.name not in OPTIONAL:
                 importlib.import_module(module.name)
     for name in LARGE:
@@ -196,7 +196,7 @@ def _run_command(
     sys.path[1:1] = filter(None, env.get("PYTHONPATH", "").split(os.pathsep))
     module, *args = start
     _arm()
-    if module.startswith("cloud_server") and args[:1] != ["forget"]:
+    if module.startswith("ecavg.cloud_server") and args[:1] != ["forget"]:
         _take_trainers_from_a_nursery()
     for number, what in streams.items():
         _spoil(int(number), what)
@@ -226,8 +226,8 @@ def _spoil(number: int, what: str) -> None:
 
 
 def _arm() -> None:
-    """Read the environment variable again that `common.faults` has read when it was imported."""
-    from common import faults
+    """Read the environment variable again that `ecavg.common.faults` has read when it was imported."""
+    from ecavg.common import faults
 
     faults._armed = faults._Armed(os.environ.get("ECAVG_CRASH_AT", ""))
 
@@ -267,7 +267,7 @@ class _Nursery:
         self, *command: str, stdin: BinaryIO, stdout: BinaryIO, stderr: BinaryIO, process_group: int
     ) -> "_Trainer":
         """Start a trainer, in place of `asyncio.create_subprocess_exec`."""
-        assert (command[1:3], process_group) == (("-m", "cloud_server.trainer"), 0)
+        assert (command[1:3], process_group) == (("-m", "ecavg.cloud_server.trainer"), 0)
         files = [each.fileno() for each in (stdin, stdout, stderr)]
         socket.send_fds(self._line, [json.dumps(command[2:]).encode()], files)
         pid, is_ours = self._line.recv(4, socket.MSG_WAITALL), self._line.recv(1)
@@ -326,7 +326,7 @@ def _take_order(line: socket.socket) -> bool:
 
 
 def _take_trainers_from_a_nursery() -> None:
-    from cloud_server.training import supervisor
+    from ecavg.cloud_server.training import supervisor
 
     setattr(supervisor, "create_subprocess_exec", _Nursery().start)  # noqa: B010
 

@@ -3,7 +3,7 @@
 import grpc
 import warnings
 
-from common.pb import ecavg_pb2 as common_dot_pb_dot_ecavg__pb2
+from ecavg.common.pb import ecavg_pb2 as ecavg_dot_common_dot_pb_dot_ecavg__pb2
 
 GRPC_GENERATED_VERSION = '1.76.0'
 GRPC_VERSION = grpc.__version__
@@ -18,7 +18,7 @@ except ImportError:
 if _version_not_supported:
     raise RuntimeError(
         f'The grpc package installed is at version {GRPC_VERSION},'
-        + ' but the generated code in common/pb/ecavg_pb2_grpc.py depends on'
+        + ' but the generated code in ecavg/common/pb/ecavg_pb2_grpc.py depends on'
         + f' grpcio>={GRPC_GENERATED_VERSION}.'
         + f' Please upgrade your grpc module to grpcio>={GRPC_GENERATED_VERSION}'
         + f' or downgrade your generated code using grpcio-tools<={GRPC_VERSION}.'
@@ -36,53 +36,53 @@ class ECAvgStub(object):
         """
         self.Join = channel.unary_unary(
                 '/ecavg.v1.ECAvg/Join',
-                request_serializer=common_dot_pb_dot_ecavg__pb2.JoinRequest.SerializeToString,
-                response_deserializer=common_dot_pb_dot_ecavg__pb2.JoinReply.FromString,
+                request_serializer=ecavg_dot_common_dot_pb_dot_ecavg__pb2.JoinRequest.SerializeToString,
+                response_deserializer=ecavg_dot_common_dot_pb_dot_ecavg__pb2.JoinReply.FromString,
                 _registered_method=True)
         self.Watch = channel.unary_stream(
                 '/ecavg.v1.ECAvg/Watch',
-                request_serializer=common_dot_pb_dot_ecavg__pb2.WatchRequest.SerializeToString,
-                response_deserializer=common_dot_pb_dot_ecavg__pb2.WatchEvent.FromString,
+                request_serializer=ecavg_dot_common_dot_pb_dot_ecavg__pb2.WatchRequest.SerializeToString,
+                response_deserializer=ecavg_dot_common_dot_pb_dot_ecavg__pb2.WatchEvent.FromString,
                 _registered_method=True)
         self.QueryUpload = channel.unary_unary(
                 '/ecavg.v1.ECAvg/QueryUpload',
-                request_serializer=common_dot_pb_dot_ecavg__pb2.QueryUploadRequest.SerializeToString,
-                response_deserializer=common_dot_pb_dot_ecavg__pb2.QueryUploadReply.FromString,
+                request_serializer=ecavg_dot_common_dot_pb_dot_ecavg__pb2.QueryUploadRequest.SerializeToString,
+                response_deserializer=ecavg_dot_common_dot_pb_dot_ecavg__pb2.QueryUploadReply.FromString,
                 _registered_method=True)
         self.Upload = channel.stream_unary(
                 '/ecavg.v1.ECAvg/Upload',
-                request_serializer=common_dot_pb_dot_ecavg__pb2.UploadRequest.SerializeToString,
-                response_deserializer=common_dot_pb_dot_ecavg__pb2.UploadReply.FromString,
+                request_serializer=ecavg_dot_common_dot_pb_dot_ecavg__pb2.UploadRequest.SerializeToString,
+                response_deserializer=ecavg_dot_common_dot_pb_dot_ecavg__pb2.UploadReply.FromString,
                 _registered_method=True)
         self.Contribute = channel.unary_unary(
                 '/ecavg.v1.ECAvg/Contribute',
-                request_serializer=common_dot_pb_dot_ecavg__pb2.ContributeRequest.SerializeToString,
-                response_deserializer=common_dot_pb_dot_ecavg__pb2.ContributeReply.FromString,
+                request_serializer=ecavg_dot_common_dot_pb_dot_ecavg__pb2.ContributeRequest.SerializeToString,
+                response_deserializer=ecavg_dot_common_dot_pb_dot_ecavg__pb2.ContributeReply.FromString,
                 _registered_method=True)
         self.Download = channel.unary_stream(
                 '/ecavg.v1.ECAvg/Download',
-                request_serializer=common_dot_pb_dot_ecavg__pb2.DownloadRequest.SerializeToString,
-                response_deserializer=common_dot_pb_dot_ecavg__pb2.DownloadReply.FromString,
+                request_serializer=ecavg_dot_common_dot_pb_dot_ecavg__pb2.DownloadRequest.SerializeToString,
+                response_deserializer=ecavg_dot_common_dot_pb_dot_ecavg__pb2.DownloadReply.FromString,
                 _registered_method=True)
         self.Report = channel.unary_unary(
                 '/ecavg.v1.ECAvg/Report',
-                request_serializer=common_dot_pb_dot_ecavg__pb2.ReportRequest.SerializeToString,
-                response_deserializer=common_dot_pb_dot_ecavg__pb2.ReportReply.FromString,
+                request_serializer=ecavg_dot_common_dot_pb_dot_ecavg__pb2.ReportRequest.SerializeToString,
+                response_deserializer=ecavg_dot_common_dot_pb_dot_ecavg__pb2.ReportReply.FromString,
                 _registered_method=True)
         self.Progress = channel.unary_unary(
                 '/ecavg.v1.ECAvg/Progress',
-                request_serializer=common_dot_pb_dot_ecavg__pb2.ProgressRequest.SerializeToString,
-                response_deserializer=common_dot_pb_dot_ecavg__pb2.ProgressReply.FromString,
+                request_serializer=ecavg_dot_common_dot_pb_dot_ecavg__pb2.ProgressRequest.SerializeToString,
+                response_deserializer=ecavg_dot_common_dot_pb_dot_ecavg__pb2.ProgressReply.FromString,
                 _registered_method=True)
         self.Enroll = channel.unary_unary(
                 '/ecavg.v1.ECAvg/Enroll',
-                request_serializer=common_dot_pb_dot_ecavg__pb2.EnrollRequest.SerializeToString,
-                response_deserializer=common_dot_pb_dot_ecavg__pb2.EnrollReply.FromString,
+                request_serializer=ecavg_dot_common_dot_pb_dot_ecavg__pb2.EnrollRequest.SerializeToString,
+                response_deserializer=ecavg_dot_common_dot_pb_dot_ecavg__pb2.EnrollReply.FromString,
                 _registered_method=True)
         self.Renew = channel.unary_unary(
                 '/ecavg.v1.ECAvg/Renew',
-                request_serializer=common_dot_pb_dot_ecavg__pb2.RenewRequest.SerializeToString,
-                response_deserializer=common_dot_pb_dot_ecavg__pb2.RenewReply.FromString,
+                request_serializer=ecavg_dot_common_dot_pb_dot_ecavg__pb2.RenewRequest.SerializeToString,
+                response_deserializer=ecavg_dot_common_dot_pb_dot_ecavg__pb2.RenewReply.FromString,
                 _registered_method=True)
 
 
@@ -171,53 +171,53 @@ def add_ECAvgServicer_to_server(servicer, server):
     rpc_method_handlers = {
             'Join': grpc.unary_unary_rpc_method_handler(
                     servicer.Join,
-                    request_deserializer=common_dot_pb_dot_ecavg__pb2.JoinRequest.FromString,
-                    response_serializer=common_dot_pb_dot_ecavg__pb2.JoinReply.SerializeToString,
+                    request_deserializer=ecavg_dot_common_dot_pb_dot_ecavg__pb2.JoinRequest.FromString,
+                    response_serializer=ecavg_dot_common_dot_pb_dot_ecavg__pb2.JoinReply.SerializeToString,
             ),
             'Watch': grpc.unary_stream_rpc_method_handler(
                     servicer.Watch,
-                    request_deserializer=common_dot_pb_dot_ecavg__pb2.WatchRequest.FromString,
-                    response_serializer=common_dot_pb_dot_ecavg__pb2.WatchEvent.SerializeToString,
+                    request_deserializer=ecavg_dot_common_dot_pb_dot_ecavg__pb2.WatchRequest.FromString,
+                    response_serializer=ecavg_dot_common_dot_pb_dot_ecavg__pb2.WatchEvent.SerializeToString,
             ),
             'QueryUpload': grpc.unary_unary_rpc_method_handler(
                     servicer.QueryUpload,
-                    request_deserializer=common_dot_pb_dot_ecavg__pb2.QueryUploadRequest.FromString,
-                    response_serializer=common_dot_pb_dot_ecavg__pb2.QueryUploadReply.SerializeToString,
+                    request_deserializer=ecavg_dot_common_dot_pb_dot_ecavg__pb2.QueryUploadRequest.FromString,
+                    response_serializer=ecavg_dot_common_dot_pb_dot_ecavg__pb2.QueryUploadReply.SerializeToString,
             ),
             'Upload': grpc.stream_unary_rpc_method_handler(
                     servicer.Upload,
-                    request_deserializer=common_dot_pb_dot_ecavg__pb2.UploadRequest.FromString,
-                    response_serializer=common_dot_pb_dot_ecavg__pb2.UploadReply.SerializeToString,
+                    request_deserializer=ecavg_dot_common_dot_pb_dot_ecavg__pb2.UploadRequest.FromString,
+                    response_serializer=ecavg_dot_common_dot_pb_dot_ecavg__pb2.UploadReply.SerializeToString,
             ),
             'Contribute': grpc.unary_unary_rpc_method_handler(
                     servicer.Contribute,
-                    request_deserializer=common_dot_pb_dot_ecavg__pb2.ContributeRequest.FromString,
-                    response_serializer=common_dot_pb_dot_ecavg__pb2.ContributeReply.SerializeToString,
+                    request_deserializer=ecavg_dot_common_dot_pb_dot_ecavg__pb2.ContributeRequest.FromString,
+                    response_serializer=ecavg_dot_common_dot_pb_dot_ecavg__pb2.ContributeReply.SerializeToString,
             ),
             'Download': grpc.unary_stream_rpc_method_handler(
                     servicer.Download,
-                    request_deserializer=common_dot_pb_dot_ecavg__pb2.DownloadRequest.FromString,
-                    response_serializer=common_dot_pb_dot_ecavg__pb2.DownloadReply.SerializeToString,
+                    request_deserializer=ecavg_dot_common_dot_pb_dot_ecavg__pb2.DownloadRequest.FromString,
+                    response_serializer=ecavg_dot_common_dot_pb_dot_ecavg__pb2.DownloadReply.SerializeToString,
             ),
             'Report': grpc.unary_unary_rpc_method_handler(
                     servicer.Report,
-                    request_deserializer=common_dot_pb_dot_ecavg__pb2.ReportRequest.FromString,
-                    response_serializer=common_dot_pb_dot_ecavg__pb2.ReportReply.SerializeToString,
+                    request_deserializer=ecavg_dot_common_dot_pb_dot_ecavg__pb2.ReportRequest.FromString,
+                    response_serializer=ecavg_dot_common_dot_pb_dot_ecavg__pb2.ReportReply.SerializeToString,
             ),
             'Progress': grpc.unary_unary_rpc_method_handler(
                     servicer.Progress,
-                    request_deserializer=common_dot_pb_dot_ecavg__pb2.ProgressRequest.FromString,
-                    response_serializer=common_dot_pb_dot_ecavg__pb2.ProgressReply.SerializeToString,
+                    request_deserializer=ecavg_dot_common_dot_pb_dot_ecavg__pb2.ProgressRequest.FromString,
+                    response_serializer=ecavg_dot_common_dot_pb_dot_ecavg__pb2.ProgressReply.SerializeToString,
             ),
             'Enroll': grpc.unary_unary_rpc_method_handler(
                     servicer.Enroll,
-                    request_deserializer=common_dot_pb_dot_ecavg__pb2.EnrollRequest.FromString,
-                    response_serializer=common_dot_pb_dot_ecavg__pb2.EnrollReply.SerializeToString,
+                    request_deserializer=ecavg_dot_common_dot_pb_dot_ecavg__pb2.EnrollRequest.FromString,
+                    response_serializer=ecavg_dot_common_dot_pb_dot_ecavg__pb2.EnrollReply.SerializeToString,
             ),
             'Renew': grpc.unary_unary_rpc_method_handler(
                     servicer.Renew,
-                    request_deserializer=common_dot_pb_dot_ecavg__pb2.RenewRequest.FromString,
-                    response_serializer=common_dot_pb_dot_ecavg__pb2.RenewReply.SerializeToString,
+                    request_deserializer=ecavg_dot_common_dot_pb_dot_ecavg__pb2.RenewRequest.FromString,
+                    response_serializer=ecavg_dot_common_dot_pb_dot_ecavg__pb2.RenewReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -245,8 +245,8 @@ class ECAvg(object):
             request,
             target,
             '/ecavg.v1.ECAvg/Join',
-            common_dot_pb_dot_ecavg__pb2.JoinRequest.SerializeToString,
-            common_dot_pb_dot_ecavg__pb2.JoinReply.FromString,
+            ecavg_dot_common_dot_pb_dot_ecavg__pb2.JoinRequest.SerializeToString,
+            ecavg_dot_common_dot_pb_dot_ecavg__pb2.JoinReply.FromString,
             options,
             channel_credentials,
             insecure,
@@ -272,8 +272,8 @@ class ECAvg(object):
             request,
             target,
             '/ecavg.v1.ECAvg/Watch',
-            common_dot_pb_dot_ecavg__pb2.WatchRequest.SerializeToString,
-            common_dot_pb_dot_ecavg__pb2.WatchEvent.FromString,
+            ecavg_dot_common_dot_pb_dot_ecavg__pb2.WatchRequest.SerializeToString,
+            ecavg_dot_common_dot_pb_dot_ecavg__pb2.WatchEvent.FromString,
             options,
             channel_credentials,
             insecure,
@@ -299,8 +299,8 @@ class ECAvg(object):
             request,
             target,
             '/ecavg.v1.ECAvg/QueryUpload',
-            common_dot_pb_dot_ecavg__pb2.QueryUploadRequest.SerializeToString,
-            common_dot_pb_dot_ecavg__pb2.QueryUploadReply.FromString,
+            ecavg_dot_common_dot_pb_dot_ecavg__pb2.QueryUploadRequest.SerializeToString,
+            ecavg_dot_common_dot_pb_dot_ecavg__pb2.QueryUploadReply.FromString,
             options,
             channel_credentials,
             insecure,
@@ -326,8 +326,8 @@ class ECAvg(object):
             request_iterator,
             target,
             '/ecavg.v1.ECAvg/Upload',
-            common_dot_pb_dot_ecavg__pb2.UploadRequest.SerializeToString,
-            common_dot_pb_dot_ecavg__pb2.UploadReply.FromString,
+            ecavg_dot_common_dot_pb_dot_ecavg__pb2.UploadRequest.SerializeToString,
+            ecavg_dot_common_dot_pb_dot_ecavg__pb2.UploadReply.FromString,
             options,
             channel_credentials,
             insecure,
@@ -353,8 +353,8 @@ class ECAvg(object):
             request,
             target,
             '/ecavg.v1.ECAvg/Contribute',
-            common_dot_pb_dot_ecavg__pb2.ContributeRequest.SerializeToString,
-            common_dot_pb_dot_ecavg__pb2.ContributeReply.FromString,
+            ecavg_dot_common_dot_pb_dot_ecavg__pb2.ContributeRequest.SerializeToString,
+            ecavg_dot_common_dot_pb_dot_ecavg__pb2.ContributeReply.FromString,
             options,
             channel_credentials,
             insecure,
@@ -380,8 +380,8 @@ class ECAvg(object):
             request,
             target,
             '/ecavg.v1.ECAvg/Download',
-            common_dot_pb_dot_ecavg__pb2.DownloadRequest.SerializeToString,
-            common_dot_pb_dot_ecavg__pb2.DownloadReply.FromString,
+            ecavg_dot_common_dot_pb_dot_ecavg__pb2.DownloadRequest.SerializeToString,
+            ecavg_dot_common_dot_pb_dot_ecavg__pb2.DownloadReply.FromString,
             options,
             channel_credentials,
             insecure,
@@ -407,8 +407,8 @@ class ECAvg(object):
             request,
             target,
             '/ecavg.v1.ECAvg/Report',
-            common_dot_pb_dot_ecavg__pb2.ReportRequest.SerializeToString,
-            common_dot_pb_dot_ecavg__pb2.ReportReply.FromString,
+            ecavg_dot_common_dot_pb_dot_ecavg__pb2.ReportRequest.SerializeToString,
+            ecavg_dot_common_dot_pb_dot_ecavg__pb2.ReportReply.FromString,
             options,
             channel_credentials,
             insecure,
@@ -434,8 +434,8 @@ class ECAvg(object):
             request,
             target,
             '/ecavg.v1.ECAvg/Progress',
-            common_dot_pb_dot_ecavg__pb2.ProgressRequest.SerializeToString,
-            common_dot_pb_dot_ecavg__pb2.ProgressReply.FromString,
+            ecavg_dot_common_dot_pb_dot_ecavg__pb2.ProgressRequest.SerializeToString,
+            ecavg_dot_common_dot_pb_dot_ecavg__pb2.ProgressReply.FromString,
             options,
             channel_credentials,
             insecure,
@@ -461,8 +461,8 @@ class ECAvg(object):
             request,
             target,
             '/ecavg.v1.ECAvg/Enroll',
-            common_dot_pb_dot_ecavg__pb2.EnrollRequest.SerializeToString,
-            common_dot_pb_dot_ecavg__pb2.EnrollReply.FromString,
+            ecavg_dot_common_dot_pb_dot_ecavg__pb2.EnrollRequest.SerializeToString,
+            ecavg_dot_common_dot_pb_dot_ecavg__pb2.EnrollReply.FromString,
             options,
             channel_credentials,
             insecure,
@@ -488,8 +488,8 @@ class ECAvg(object):
             request,
             target,
             '/ecavg.v1.ECAvg/Renew',
-            common_dot_pb_dot_ecavg__pb2.RenewRequest.SerializeToString,
-            common_dot_pb_dot_ecavg__pb2.RenewReply.FromString,
+            ecavg_dot_common_dot_pb_dot_ecavg__pb2.RenewRequest.SerializeToString,
+            ecavg_dot_common_dot_pb_dot_ecavg__pb2.RenewReply.FromString,
             options,
             channel_credentials,
             insecure,
