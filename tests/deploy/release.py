@@ -1,7 +1,7 @@
 """`make release`: build wheel and sdist, and try the wheel as a user would, on every Python that is here.
 
-For each Python the wheel is installed into an empty environment, outside of the checkout. From there the commands do
-a round of the demo.
+For each Python the wheel is installed into an empty environment, outside of the checkout. From there the
+commands do a round of the demo.
 """
 
 import shutil
