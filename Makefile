@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help install demo test test-gpu coverage check soak fuzz bench bench-peers docs screenshots format proto clean
+.PHONY: help install demo test test-gpu coverage check soak fuzz bench bench-peers docs screenshots release format proto clean
 
 help:
 	@echo "make demo    one round of handwritten digits: a server and two agents on this machine (TASK=regression)"
@@ -17,6 +17,7 @@ help:
 	@echo "make bench   speed, memory and bytes (minutes); make bench-peers: the same rounds on Flower and NVFlare"
 	@echo "make docs    write what docs/ has from the code, and build the documentation site in site/"
 	@echo "make screenshots  take the pictures of the status page in docs/img, of a real run, with Chromium"
+	@echo "make release wheel and sdist in dist/, tried in an empty environment on each Python that is here"
 	@echo "make format  rewrite the code in the house style"
 	@echo "make proto   generate common/pb from proto/"
 	@echo "make clean   remove everything that was made"
@@ -98,6 +99,10 @@ docs: $(READY)
 screenshots: $(READY)
 	$(BIN)/python -m tests.browser.screenshots
 
+# Each Python installs PyTorch anew, which takes minutes.
+release: $(READY)
+	@$(BIN)/python -m tests.deploy.release
+
 format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
@@ -111,4 +116,4 @@ proto:
 	rm -rf $(VENV)-proto
 
 clean:
-	rm -rf $(VENV) .demo build site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .fuzz
+	rm -rf $(VENV) .demo build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .fuzz

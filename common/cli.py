@@ -56,6 +56,18 @@ class Parser(argparse.ArgumentParser):
 _log_line: Callable[[str, str], None] | None = None
 
 
+class ShowVersion(argparse.Action):
+    """A flag that prints the version of the package, and ends the command."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        """Print the name of the command and the version."""
+        # Its import takes longer than that of argparse.
+        from importlib.metadata import version
+
+        print_result(f"{parser.prog} {version('ecavg')}")
+        parser.exit()
+
+
 def enter(command: str, body: Callable[[], int]) -> int:
     """Run a command from its beginning to its end, and return its exit code.
 
@@ -132,6 +144,8 @@ def add_flags(
     parser: argparse.ArgumentParser, config_class: type[ProcessConfig], default_preset: str | None
 ) -> None:
     """Add one flag for each key at the top of the configuration, and `--set` for the keys of its tables."""
+    text = "Print the version, and exit"
+    parser.add_argument("--version", action=ShowVersion, nargs=0, default=argparse.SUPPRESS, help=text)
     config_help = "TOML file with any of these keys"
     if default_preset:
         text = f"A complete configuration to start from (default: {default_preset})"

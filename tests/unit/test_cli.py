@@ -9,6 +9,7 @@ import sqlite3
 import subprocess
 import sys
 import time
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -209,3 +210,12 @@ def test_library_that_is_not_installed_is_told(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(doctor, "_PACKAGES", ("ecavg", "no-such-library"))
     with pytest.raises(RunError, match="no-such-library is not installed: install this program again"):
         doctor.versions()
+
+
+def test_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) -> None:
+    parser = cli.Parser(prog="edge-agent")
+    with pytest.raises(SystemExit) as ended:
+        cli.parse_command_line(parser, AgentConfig, "ECAVG_AGENT_", ["--version"])
+    assert ended.value.code == 0
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    assert capsys.readouterr().out == f"edge-agent {project['version']}\n"
