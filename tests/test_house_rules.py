@@ -193,8 +193,8 @@ def test_nothing_unpickles(module: str) -> None:
 def test_serving_process_does_not_import_torch() -> None:
     code = (
         "import sys, ecavg.cloud_server.server, ecavg.cloud_server.coordinator,"
-        " ecavg.cloud_server.training.supervisor, ecavg.common.run_display, ecavg.cloud_server.commands.admin,"
-        " ecavg.cloud_server.__main__;"
+        " ecavg.cloud_server.training.supervisor, ecavg.common.run_display,"
+        " ecavg.cloud_server.commands.admin, ecavg.cloud_server.__main__;"
         "sys.exit(1 if 'torch' in sys.modules else 0)"
     )
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0

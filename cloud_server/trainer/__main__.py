@@ -2,7 +2,7 @@
 
 The server starts `python -m ecavg.cloud_server.trainer --state-dir DIR`. On a machine with several GPUs, this
 process starts one rank for each GPU through torchrun's launcher; otherwise it does the jobs itself. To train
-on several machines, run `torchrun --nnodes=N … -m ecavg.cloud_server.trainer --state-dir DIR` on each of them,
+on several machines, run `torchrun --nnodes=N … -m ecavg.cloud_server.trainer --state-dir DIR` on each,
 with a state directory that all of them share, or one that cloud_server/training/relay.py fills on each.
 
 The trainer cleans nothing up before it exits, because a job may be killed at any moment and started again.
