@@ -1,6 +1,6 @@
 """`make screenshots`: the status page of a real run of three agents, into docs/img/.
 
-The pictures are taken after ROUNDS rounds, while the server waits for the third agent, which has left.
+The pictures are taken after ROUNDS rounds, while the server waits for the upload of the third agent.
 """
 
 import asyncio
@@ -17,10 +17,13 @@ FOLDER = ROOT / "docs/img"
 ROUNDS = 8
 MAX_BYTES = 150_000
 WAIT_SECONDS = 300.0
+# Bytes a second: the weights are on their way for longer than the pictures take.
+SLOW = 12_000
 # Little training in each round, so that there is something to see over the rounds.
 SETTINGS = (
     "--min-agents", 3, "--rounds", 0, "--set", "run.pretrain.epochs=2", "--set", "run.fine_tune.epochs=2",
     "--set", "run.pretrain.learning_rate=0.01", "--set", "run.fine_tune.learning_rate=0.01",
+    "--set", "run.hidden_units=2048",
 )  # fmt: skip
 
 
@@ -31,11 +34,12 @@ def main() -> None:
 
 
 def run_rounds(cluster: Cluster) -> None:
-    """Run ROUNDS rounds; then the third agent leaves, and the next round waits for it."""
+    """Run ROUNDS rounds; then the third agent is started again behind a slow link, and the next round waits for it."""
     server = cluster.server(*SETTINGS)
     agents = [cluster.agent(f"edge-{number}", "--partition", f"{number}/3") for number in (1, 2, 3)]
     until((cluster.state_dir / f"rounds/{ROUNDS:04d}/report.json").exists, server, WAIT_SECONDS)
     agents[-1].terminate()
+    cluster.agent("edge-3", "--partition", "3/3", "--max-upload-rate", SLOW)
 
 
 async def take_pictures(address: str) -> None:
@@ -49,7 +53,7 @@ async def take_picture(address: str, width: int, dark: bool) -> None:
     async with a_page(width=width, dark=dark) as (page, complaints):
         await page.goto(address)
         await page.locator("#plot-loss canvas").wait_for()
-        await page.get_by_text("away").first.wait_for()
+        await page.get_by_text("edge-3 uploads").wait_for()
         # The pointer is on a plot, which then shows the values of a round.
         await page.locator("#plot-score .u-over").hover()
         card = await page.locator("#history-card").bounding_box()
