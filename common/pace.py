@@ -5,7 +5,8 @@ from collections import deque
 
 # The pace is that of the last so many seconds, and more where the work is told of less often.
 PACE_SECONDS = 20.0
-# Of two moments that are closer than this only the first is kept, so that the memory stays bounded.
+# Of two moments that are closer than this only the first is kept, so that the memory stays bounded. A shorter
+# time says nothing of a pace either: bytes travel by chunks, and a chunk arrives at once.
 _STEP_SECONDS = 1.0
 
 
@@ -38,7 +39,7 @@ class Pace:
         began_at, before = self._moments[0]
         latest_at, done = self._latest
         seconds = max(latest_at, now - 2 * pause_seconds) - began_at
-        return (done - before) / seconds if seconds > 0 else None
+        return (done - before) / seconds if seconds >= _STEP_SECONDS and latest_at > began_at else None
 
     def seconds_left(
         self, total: float | None, now: float, pause_seconds: float = _STEP_SECONDS

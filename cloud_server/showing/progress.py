@@ -28,7 +28,7 @@ class Shown(NamedTuple):
 
 
 class Work:
-    """One piece of work of an agent that is under way.
+    """One piece of work of an agent that is under way. Its pace counts from the first note.
 
     Args:
         pause_seconds: how long nothing may be heard of work that gets on.
@@ -41,7 +41,6 @@ class Work:
         self.pause_seconds = pause_seconds
         self.noted_at = now
         self._pace = Pace()
-        self._pace.note(progress.done, now)
 
     def note(self, progress: AgentProgress, now: float) -> None:
         """Note how far the work is."""
@@ -82,7 +81,7 @@ class ProgressBoard:
         if progress is None:
             self._told.pop(agent_id, None)
         elif work is None:
-            self._told[agent_id] = Work(progress, now, pause_seconds)
+            self._begin(agent_id, progress, now)
         else:
             is_same = work.progress.activity is progress.activity
             if now - work.noted_at >= _TOLERANCE * (work.pause_seconds if is_same else LEAST_PAUSE_SECONDS):
@@ -94,7 +93,11 @@ class ProgressBoard:
             work.note(progress, now)
             work.pause_seconds = self._pause_seconds
         else:
-            self._told[agent_id] = Work(progress, now, self._pause_seconds)
+            self._begin(agent_id, progress, now)
+
+    def _begin(self, agent_id: str, progress: AgentProgress, now: float) -> None:
+        self._told[agent_id] = work = Work(progress, now, self._pause_seconds)
+        work.note(progress, now)
 
     @property
     def _pause_seconds(self) -> float:
@@ -110,6 +113,7 @@ class ProgressBoard:
             done: the bytes of it that were there before.
         """
         activity = Activity.DOWNLOADING if kind == "model" else Activity.UPLOADING
+        # The first chunk of an upload has travelled before it is seen, so the pace counts from its arrival.
         work = Work(AgentProgress(activity, done, total), self._clock())
         entry = kind, work
         self._transfers.setdefault(agent_id, []).append(entry)

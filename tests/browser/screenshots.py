@@ -5,6 +5,7 @@ The pictures are taken after ROUNDS rounds, while the server waits for the uploa
 
 import asyncio
 import io
+import re
 import tempfile
 from pathlib import Path
 
@@ -18,12 +19,12 @@ ROUNDS = 8
 MAX_BYTES = 150_000
 WAIT_SECONDS = 300.0
 # Bytes a second: the weights are on their way for longer than the pictures take.
-SLOW = 12_000
+SLOW = 30_000
 # Little training in each round, so that there is something to see over the rounds.
 SETTINGS = (
     "--min-agents", 3, "--rounds", 0, "--set", "run.pretrain.epochs=2", "--set", "run.fine_tune.epochs=2",
     "--set", "run.pretrain.learning_rate=0.01", "--set", "run.fine_tune.learning_rate=0.01",
-    "--set", "run.hidden_units=2048",
+    "--set", "run.hidden_units=4096",
 )  # fmt: skip
 
 
@@ -34,7 +35,7 @@ def main() -> None:
 
 
 def run_rounds(cluster: Cluster) -> None:
-    """Run ROUNDS rounds; then the third agent is started again behind a slow link, and the next round waits for it."""
+    """Run ROUNDS rounds; then the third agent gets a slow link, and the next round waits for it."""
     server = cluster.server(*SETTINGS)
     agents = [cluster.agent(f"edge-{number}", "--partition", f"{number}/3") for number in (1, 2, 3)]
     until((cluster.state_dir / f"rounds/{ROUNDS:04d}/report.json").exists, server, WAIT_SECONDS)
@@ -53,7 +54,7 @@ async def take_picture(address: str, width: int, dark: bool) -> None:
     async with a_page(width=width, dark=dark) as (page, complaints):
         await page.goto(address)
         await page.locator("#plot-loss canvas").wait_for()
-        await page.get_by_text("edge-3 uploads").wait_for()
+        await page.get_by_text(re.compile("edge-3 uploads, .* left")).wait_for()
         # The pointer is on a plot, which then shows the values of a round.
         await page.locator("#plot-score .u-over").hover()
         card = await page.locator("#history-card").bounding_box()

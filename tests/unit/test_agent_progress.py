@@ -87,11 +87,12 @@ def test_a_thousand_agents_together_are_asked_for_a_bounded_number_of_calls(
 
 def test_transfer_is_seen_by_the_server_itself(board: ProgressBoard, clock: Clock) -> None:
     with board.transfer("edge-1", "weights", 1000, 200) as moved:
+        moved(200)
+        clock.now = 1.0
+        assert shown(board) == (AgentProgress(Activity.UPLOADING, 400, 1000), None, None)
         clock.now = 2.0
-        moved(400)
-        found = shown(board)
-        assert found.progress == AgentProgress(Activity.UPLOADING, 600, 1000)
-        assert (found.rate, found.seconds_left) == (200.0, 2.0)
+        moved(200)
+        assert shown(board) == (AgentProgress(Activity.UPLOADING, 600, 1000), 100.0, 4.0)
         assert (board.num_transfers("weights", "data"), board.num_transfers("model")) == (1, 0)
     assert board.of("edge-1") is None
     assert board.num_transfers("weights", "data") == 0

@@ -24,6 +24,13 @@ def test_nothing_is_said_of_work_that_has_just_begun() -> None:
     assert told().rate(1.0) is None
     assert told((5.0, 0.0)).rate(5.0) is None
     assert told((5.0, 0.0)).seconds_left(10.0, 5.0) is None
+    assert told((5.0, 0.0)).rate(50.0) is None
+
+
+def test_what_comes_at_once_has_no_pace() -> None:
+    at_once = told((5.0, 0.0), (5.001, 1000.0))
+    assert at_once.rate(5.5) is None
+    assert at_once.seconds_left(2000.0, 5.5) is None
 
 
 def test_work_that_stands_still_slows_down_and_has_no_time_left_to_tell() -> None:
