@@ -25,6 +25,7 @@ from tests.hostile.target import (
     chunk,
     digest_of,
     header,
+    honestly,
     refusal_of,
     shard,
     target_in,
@@ -52,8 +53,10 @@ def serve_newcomer(target: Target) -> None:
     name = next(newcomers)
     agent = Agent(target.address, name, target.cluster.enroll(name).material)
     try:
-        agent.stub.Join(pb.JoinRequest(protocol_version=1), wait_for_ready=True, timeout=SERVED_SECONDS)
-        assert agent.event().round == 1
+        honestly(agent.stub.Join)(
+            pb.JoinRequest(protocol_version=1), wait_for_ready=True, timeout=SERVED_SECONDS
+        )
+        assert honestly(agent.event)().round == 1
     finally:
         agent.close()
     assert time.monotonic() - started < SERVED_SECONDS
