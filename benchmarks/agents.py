@@ -25,9 +25,9 @@ from benchmarks import figures
 from benchmarks.crowd import Life, Plan, calls_of, live
 from benchmarks.processes import Usage, processes_in, usage_of
 from benchmarks.product import Server, start_server
-from cloud_server.door.authority import Authority
-from cloud_server.state_dir import StateDir
-from common import tls
+from ecavg.cloud_server.door.authority import Authority
+from ecavg.cloud_server.state_dir import StateDir
+from ecavg.common import tls
 
 # The weights of this model are a file of 20 KB. The trainer averages, and does not train.
 RUN = """

@@ -21,10 +21,10 @@ from torch import nn
 
 from benchmarks import figures
 from benchmarks.processes import peak_bytes, reset_peak
-from cloud_server.trainer.aggregation import aggregate
-from common.config import RunConfig
-from common.schema import read_header
-from common.weights import write_state_dict
+from ecavg.cloud_server.trainer.aggregation import aggregate
+from ecavg.common.config import RunConfig
+from ecavg.common.schema import read_header
+from ecavg.common.weights import write_state_dict
 
 AGGREGATORS = ("mean", "trimmed_mean", "median", "geometric_median")
 

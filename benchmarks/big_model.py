@@ -27,15 +27,15 @@ from benchmarks import figures
 from benchmarks.processes import Processes, children, peak_bytes, processes_in
 from benchmarks.product import Server, enrolled, start_server
 from benchmarks.transfer import changed
-from common.config import Wire
-from common.run_state import PublishedModel, RunState
-from common.schema import TensorSpec
-from common.sharded import write_sharded
-from common.tensor_files import PLAIN, writing
-from common.transfer import Blob, blob_of
-from common.wire import Base, decode, encode
-from edge_agent.client import CloudClient
-from edge_agent.metrics import AgentMetrics
+from ecavg.common.config import Wire
+from ecavg.common.run_state import PublishedModel, RunState
+from ecavg.common.schema import TensorSpec
+from ecavg.common.sharded import write_sharded
+from ecavg.common.tensor_files import PLAIN, writing
+from ecavg.common.transfer import Blob, blob_of
+from ecavg.common.wire import Base, decode, encode
+from ecavg.edge_agent.client import CloudClient
+from ecavg.edge_agent.metrics import AgentMetrics
 
 AGENTS = ("agent-1", "agent-2")
 # The initial weights are in files of so many bytes at most, as Hugging Face's tools write them.

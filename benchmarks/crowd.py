@@ -20,11 +20,11 @@ import grpc
 import numpy as np
 from safetensors.numpy import save
 
-from common import rpc
-from common.config import PROTOCOL_VERSION
-from common.pb import ecavg_pb2 as pb
-from common.pb import ecavg_pb2_grpc as pb_grpc
-from common.tls import SERVER_NAME, TlsMaterial
+from ecavg.common import rpc
+from ecavg.common.config import PROTOCOL_VERSION
+from ecavg.common.pb import ecavg_pb2 as pb
+from ecavg.common.pb import ecavg_pb2_grpc as pb_grpc
+from ecavg.common.tls import SERVER_NAME, TlsMaterial
 
 # Everyone stays in line for so long; a benchmark has no use for an agent that gives up.
 CALL_SECONDS = 600.0

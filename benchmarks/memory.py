@@ -18,8 +18,8 @@ from benchmarks import figures
 from benchmarks.processes import peak_bytes, processes_in
 from benchmarks.product import enrolled, start_server
 from benchmarks.transfer import changed, configuration
-from edge_agent.client import CloudClient
-from edge_agent.metrics import AgentMetrics
+from ecavg.edge_agent.client import CloudClient
+from ecavg.edge_agent.metrics import AgentMetrics
 
 
 def main(argv: list[str] | None = None) -> int:

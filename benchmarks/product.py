@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from benchmarks.processes import Processes
-from cloud_server.door.authority import Authority
-from cloud_server.state_dir import StateDir
-from common.tls import JoinToken
-from edge_agent.enrolment import Enrolment, enroll
-from edge_agent.identity import Identity
+from ecavg.cloud_server.door.authority import Authority
+from ecavg.cloud_server.state_dir import StateDir
+from ecavg.common.tls import JoinToken
+from ecavg.edge_agent.enrolment import Enrolment, enroll
+from ecavg.edge_agent.identity import Identity
 
 # A start imports PyTorch and builds the run's model.
 START_SECONDS = 300.0
@@ -40,7 +40,15 @@ def start_server(processes: Processes, folder: Path, run: str, *flags: object) -
     """
     configuration, state_dir = folder / "run.toml", folder / "server"
     configuration.write_text(f"[run]\n{run}", "utf-8")
-    command = [sys.executable, "-m", "cloud_server", "--config", configuration, "--state-dir", state_dir]
+    command = [
+        sys.executable,
+        "-m",
+        "ecavg.cloud_server",
+        "--config",
+        configuration,
+        "--state-dir",
+        state_dir,
+    ]
     addresses = ("--host", "127.0.0.1", "--port", 0, "--http-port", 0)
     pid = processes.start("cloud-server", [*command, *addresses, *flags])
     ready = processes.wait_for_output("cloud-server", r"ready: agents on \S+?:(\d+),", seconds=START_SECONDS)
@@ -63,6 +71,6 @@ def start_agent(processes: Processes, folder: Path, name: str, server: Server, *
     token = folder / f"{name}.token"
     token.touch(mode=0o600)
     token.write_text(server.join_token(), "utf-8")
-    command = [sys.executable, "-m", "edge_agent", "--server", server.address]
+    command = [sys.executable, "-m", "ecavg.edge_agent", "--server", server.address]
     state = ("--agent-id", name, "--state-dir", folder / name, "--join-token-file", token)
     return processes.start(name, [*command, *state, *flags])

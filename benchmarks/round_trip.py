@@ -32,7 +32,7 @@ from benchmarks.processes import (
     processes_in,
 )
 from benchmarks.product import Server, start_agent, start_server
-from cloud_server.state_dir import StateDir
+from ecavg.cloud_server.state_dir import StateDir
 
 FIRST_ROUND_SECONDS = 300.0
 # A round may take so long for each agent.

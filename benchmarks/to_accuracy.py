@@ -24,13 +24,13 @@ from torch.utils.data import DataLoader
 
 from benchmarks import figures
 from benchmarks.train import Case, Pictures, as_the_product, device_name, set_up, train_step
-from common.config import RunConfig, TrainingConfig
-from common.evaluation import evaluate
-from common.models import build_model
-from common.shards import Shard
-from common.tasks.classification import Classification
-from common.training import Examples, Recipe, StepReport, choose_precision, train
-from edge_agent.image_folder import FileSplit, list_image_folder
+from ecavg.common.config import RunConfig, TrainingConfig
+from ecavg.common.evaluation import evaluate
+from ecavg.common.models import build_model
+from ecavg.common.shards import Shard
+from ecavg.common.tasks.classification import Classification
+from ecavg.common.training import Examples, Recipe, StepReport, choose_precision, train
+from ecavg.edge_agent.image_folder import FileSplit, list_image_folder
 
 SEED = 0
 # By default a loop gives up after so many epochs.

@@ -36,14 +36,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision import transforms
 
 from benchmarks import figures
-from common.config import RunConfig, TrainingConfig
-from common.dataset import DATASETS, DatasetSpec
-from common.devices import make_deterministic, select_device
-from common.errors import UsageError
-from common.models import build_model
-from common.tasks.classification import Classification
-from common.tasks.task import main_output
-from common.training import Examples, Recipe, choose_precision, train
+from ecavg.common.config import RunConfig, TrainingConfig
+from ecavg.common.dataset import DATASETS, DatasetSpec
+from ecavg.common.devices import make_deterministic, select_device
+from ecavg.common.errors import UsageError
+from ecavg.common.models import build_model
+from ecavg.common.tasks.classification import Classification
+from ecavg.common.tasks.task import main_output
+from ecavg.common.training import Examples, Recipe, choose_precision, train
 
 SEED = 0
 
@@ -276,7 +276,7 @@ def _train_ours(case: Case) -> None:
 
 
 def _train_ours_on_host(case: Case) -> None:
-    with patch("common.batches._fits", return_value=False):
+    with patch("ecavg.common.batches._fits", return_value=False):
         _train_ours(case)
 
 

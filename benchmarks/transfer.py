@@ -31,14 +31,14 @@ import numpy as np
 from benchmarks import figures
 from benchmarks.processes import Meter, Processes, peak_bytes, processes_in, reset_peak
 from benchmarks.product import START_SECONDS, enrolled, start_server
-from cloud_server.door.authority import Authority
-from common import rpc
-from common.schema import read_header
-from common.tls import SERVER_NAME
-from common.transfer import CHUNK_BYTES, Blob, blob_of
-from edge_agent.client import CloudClient
-from edge_agent.identity import Identity
-from edge_agent.metrics import AgentMetrics
+from ecavg.cloud_server.door.authority import Authority
+from ecavg.common import rpc
+from ecavg.common.schema import read_header
+from ecavg.common.tls import SERVER_NAME
+from ecavg.common.transfer import CHUNK_BYTES, Blob, blob_of
+from ecavg.edge_agent.client import CloudClient
+from ecavg.edge_agent.identity import Identity
+from ecavg.edge_agent.metrics import AgentMetrics
 
 # Our transfers are compared with bare streams over the same transport.
 TRANSPORTS = ("plaintext", "tls")

@@ -24,9 +24,9 @@ from typing import Any
 from benchmarks import figures
 from benchmarks.processes import ROOT, processes_in
 from benchmarks.product import Server, enrolled, start_agent, start_server
-from cloud_server.state_dir import StateDir
-from edge_agent.client import CloudClient
-from edge_agent.metrics import AgentMetrics
+from ecavg.cloud_server.state_dir import StateDir
+from ecavg.edge_agent.client import CloudClient
+from ecavg.edge_agent.metrics import AgentMetrics
 
 PROGRAMS = ("cloud_server", "edge_agent")
 AGENTS = ("edge-1", "edge-2")

@@ -7,28 +7,28 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from cloud_server.config import DEFAULT_PRESET, ENV_PREFIX, ServerConfig
-from common import cli, clock
-from common.addresses import Address, http_url, is_loopback
-from common.errors import RunError
+from ecavg.cloud_server.config import DEFAULT_PRESET, ENV_PREFIX, ServerConfig
+from ecavg.common import cli, clock
+from ecavg.common.addresses import Address, http_url, is_loopback
+from ecavg.common.errors import RunError
 
 if TYPE_CHECKING:
-    from cloud_server.coordinator import Coordinator
-    from cloud_server.desk import Desk
-    from cloud_server.door.authority import Authority
-    from cloud_server.ledger import Ledger
-    from cloud_server.metrics import ServerMetrics
-    from cloud_server.showing.reports import Reports
-    from cloud_server.showing.standing import Standing
-    from cloud_server.showing.status import Status
-    from cloud_server.showing.traffic import Traffic
-    from cloud_server.showing.viewers import Viewers
-    from cloud_server.store import Store
-    from cloud_server.tracking.thread import Tracking
-    from cloud_server.training.handout import ExternalTrainers
-    from cloud_server.training.runner import Trainer
-    from cloud_server.training.supervisor import TrainerProcess
-    from common.run_state import RunState
+    from ecavg.cloud_server.coordinator import Coordinator
+    from ecavg.cloud_server.desk import Desk
+    from ecavg.cloud_server.door.authority import Authority
+    from ecavg.cloud_server.ledger import Ledger
+    from ecavg.cloud_server.metrics import ServerMetrics
+    from ecavg.cloud_server.showing.reports import Reports
+    from ecavg.cloud_server.showing.standing import Standing
+    from ecavg.cloud_server.showing.status import Status
+    from ecavg.cloud_server.showing.traffic import Traffic
+    from ecavg.cloud_server.showing.viewers import Viewers
+    from ecavg.cloud_server.store import Store
+    from ecavg.cloud_server.tracking.thread import Tracking
+    from ecavg.cloud_server.training.handout import ExternalTrainers
+    from ecavg.cloud_server.training.runner import Trainer
+    from ecavg.cloud_server.training.supervisor import TrainerProcess
+    from ecavg.common.run_state import RunState
 
 # How long the token is valid that a server prints by itself.
 FIRST_TOKEN_SECONDS = 24 * 3600.0
@@ -73,7 +73,7 @@ def check(argv: Sequence[str]) -> int:
         UsageError: there is nothing to check, or it cannot be checked now.
         RunError: stdout cannot be written.
     """
-    from cloud_server.commands.check import main as check_state
+    from ecavg.cloud_server.commands.check import main as check_state
 
     return check_state(argv)
 
@@ -85,7 +85,7 @@ def examine(argv: Sequence[str]) -> int:
         UsageError: the configuration is wrong.
         RunError: stdout cannot be written.
     """
-    from cloud_server.commands.doctor import main as check_surroundings
+    from ecavg.cloud_server.commands.doctor import main as check_surroundings
 
     return check_surroundings(argv)
 
@@ -97,7 +97,7 @@ def show_status(argv: Sequence[str]) -> int:
         UsageError: the server asks for another token.
         RunError: the server does not answer, or stdout cannot be written.
     """
-    from cloud_server.commands.status import main as show
+    from ecavg.cloud_server.commands.status import main as show
 
     return show(argv)
 
@@ -108,7 +108,7 @@ def administer(argv: Sequence[str]) -> int:
     Raises:
         ECAvgError: the command cannot be done.
     """
-    from cloud_server.commands.admin import main as do_command
+    from ecavg.cloud_server.commands.admin import main as do_command
 
     return do_command(argv)
 
@@ -123,18 +123,18 @@ async def serve(config: ServerConfig) -> int:
     # Imported here, so that --help and configuration errors are immediate.
     import asyncio
 
-    from cloud_server.door.connections import raise_file_limit
-    from cloud_server.metrics import ServerMetrics
-    from cloud_server.server import GrpcServer
-    from cloud_server.showing import page
-    from cloud_server.showing.feed import Feed
-    from cloud_server.showing.viewers import Viewers
-    from cloud_server.store import Store
-    from cloud_server.tracking.tracker import check_packages
-    from common import endpoints, logs, tracing
-    from common.background import beside
-    from common.progress import progress_display
-    from common.run_display import RunDisplay
+    from ecavg.cloud_server.door.connections import raise_file_limit
+    from ecavg.cloud_server.metrics import ServerMetrics
+    from ecavg.cloud_server.server import GrpcServer
+    from ecavg.cloud_server.showing import page
+    from ecavg.cloud_server.showing.feed import Feed
+    from ecavg.cloud_server.showing.viewers import Viewers
+    from ecavg.cloud_server.store import Store
+    from ecavg.cloud_server.tracking.tracker import check_packages
+    from ecavg.common import endpoints, logs, tracing
+    from ecavg.common.background import beside
+    from ecavg.common.progress import progress_display
+    from ecavg.common.run_display import RunDisplay
 
     logs.set_up(config.log_level, config.log_format, quiet=config.quiet)
     tracing.start("ecavg-server")
@@ -214,12 +214,12 @@ async def serve(config: ServerConfig) -> int:
 def trainer_of(config: ServerConfig) -> "ExternalTrainers | TrainerProcess":
     """Return the trainer of the server, which is not started yet."""
     if config.trainers == "own":
-        from cloud_server.training.supervisor import TrainerProcess
+        from ecavg.cloud_server.training.supervisor import TrainerProcess
 
         return TrainerProcess(config.state_dir, device=config.device)
-    from cloud_server.disk.bucket import Bucket
-    from cloud_server.disk.place import FILES
-    from cloud_server.training.handout import ExternalTrainers
+    from ecavg.cloud_server.disk.bucket import Bucket
+    from ecavg.cloud_server.disk.place import FILES
+    from ecavg.cloud_server.training.handout import ExternalTrainers
 
     bucket = None if config.blobs == FILES else Bucket(config.blobs)
     return ExternalTrainers(config.state_dir, bucket)
@@ -232,7 +232,7 @@ async def open_authority(folder: Path) -> "Authority":
     """
     import asyncio
 
-    from cloud_server.door.authority import Authority, CaNotValidError
+    from ecavg.cloud_server.door.authority import Authority, CaNotValidError
 
     told = ""
     while True:
@@ -298,29 +298,29 @@ async def open_service(
     """
     import asyncio
 
-    from cloud_server import records
-    from cloud_server.coordinator import Coordinator
-    from cloud_server.desk import Desk
-    from cloud_server.disk.failures import when_disk_allows
-    from cloud_server.intake.turns import Turns
-    from cloud_server.intake.uploads import Uploads
-    from cloud_server.ledger import Ledger
-    from cloud_server.round import Policy, Sampling
-    from cloud_server.run import open_run
-    from cloud_server.showing.agent_metrics import AgentsProgress
-    from cloud_server.showing.presence import Presence
-    from cloud_server.showing.progress import ProgressBoard
-    from cloud_server.showing.reports import Reports
-    from cloud_server.showing.standing import Standing
-    from cloud_server.showing.status import Status
-    from cloud_server.showing.traffic import Traffic
-    from cloud_server.tracking.thread import Tracking
-    from cloud_server.tracking.tracker import trackers_of
-    from cloud_server.training.runner import JobRunner
-    from cloud_server.upkeep import provenance
-    from cloud_server.upkeep.caretaker import Caretaker
-    from cloud_server.upkeep.eraser import Eraser
-    from common.wire import contributed_wires
+    from ecavg.cloud_server import records
+    from ecavg.cloud_server.coordinator import Coordinator
+    from ecavg.cloud_server.desk import Desk
+    from ecavg.cloud_server.disk.failures import when_disk_allows
+    from ecavg.cloud_server.intake.turns import Turns
+    from ecavg.cloud_server.intake.uploads import Uploads
+    from ecavg.cloud_server.ledger import Ledger
+    from ecavg.cloud_server.round import Policy, Sampling
+    from ecavg.cloud_server.run import open_run
+    from ecavg.cloud_server.showing.agent_metrics import AgentsProgress
+    from ecavg.cloud_server.showing.presence import Presence
+    from ecavg.cloud_server.showing.progress import ProgressBoard
+    from ecavg.cloud_server.showing.reports import Reports
+    from ecavg.cloud_server.showing.standing import Standing
+    from ecavg.cloud_server.showing.status import Status
+    from ecavg.cloud_server.showing.traffic import Traffic
+    from ecavg.cloud_server.tracking.thread import Tracking
+    from ecavg.cloud_server.tracking.tracker import trackers_of
+    from ecavg.cloud_server.training.runner import JobRunner
+    from ecavg.cloud_server.upkeep import provenance
+    from ecavg.cloud_server.upkeep.caretaker import Caretaker
+    from ecavg.cloud_server.upkeep.eraser import Eraser
+    from ecavg.common.wire import contributed_wires
 
     jobs = JobRunner(store.state_dir.jobs, trainer, config.max_attempts)
     run = await open_run(config, store, jobs, clock)

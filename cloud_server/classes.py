@@ -8,8 +8,8 @@ an agent joins. The names of the configuration stand, or those of the first agen
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from common.config import class_name
-from common.errors import InvalidError, Reason
+from ecavg.common.config import class_name
+from ecavg.common.errors import InvalidError, Reason
 
 # A message quotes so many characters of a list of names.
 MAX_LISTED_CHARACTERS = 150

@@ -7,9 +7,9 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator, model_validator
 
-from cloud_server.state_dir import StateDir
-from common import addresses
-from common.config import DocumentedModel, Name, ProcessConfig, RunConfig, UserPath
+from ecavg.cloud_server.state_dir import StateDir
+from ecavg.common import addresses
+from ecavg.common.config import DocumentedModel, Name, ProcessConfig, RunConfig, UserPath
 
 ENV_PREFIX = "ECAVG_SERVER_"
 DEFAULT_PRESET = "digits-mlp"

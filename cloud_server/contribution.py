@@ -3,8 +3,8 @@
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from common.errors import Reason
-from common.run_state import Outcome
+from ecavg.common.errors import Reason
+from ecavg.common.run_state import Outcome
 
 
 @dataclass(frozen=True)

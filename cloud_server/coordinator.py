@@ -12,29 +12,29 @@ from functools import partial
 
 import structlog
 
-from cloud_server import records
-from cloud_server.config import ServerConfig
-from cloud_server.disk.failures import when_disk_allows
-from cloud_server.intake.uploads import Uploads
-from cloud_server.jobs import Job, Progress, Result
-from cloud_server.ledger import Ledger
-from cloud_server.metrics import ServerMetrics
-from cloud_server.round import Round
-from cloud_server.run import adopt_model, kept_model
-from cloud_server.showing.presence import LIVENESS_SECONDS, Presence
-from cloud_server.showing.reports import Reports, stages
-from cloud_server.showing.standing import Standing, wait_for
-from cloud_server.showing.traffic import Traffic
-from cloud_server.showing.viewers import Viewers
-from cloud_server.store import Store
-from cloud_server.tracking.thread import Tracking
-from cloud_server.training.runner import JobRunner, JobWithdrawnError
-from cloud_server.upkeep.caretaker import Caretaker
-from common import clock, tracing
-from common.background import beside
-from common.errors import RunError
-from common.run_state import Phase, WorkProgress
-from common.tasks import kind_of
+from ecavg.cloud_server import records
+from ecavg.cloud_server.config import ServerConfig
+from ecavg.cloud_server.disk.failures import when_disk_allows
+from ecavg.cloud_server.intake.uploads import Uploads
+from ecavg.cloud_server.jobs import Job, Progress, Result
+from ecavg.cloud_server.ledger import Ledger
+from ecavg.cloud_server.metrics import ServerMetrics
+from ecavg.cloud_server.round import Round
+from ecavg.cloud_server.run import adopt_model, kept_model
+from ecavg.cloud_server.showing.presence import LIVENESS_SECONDS, Presence
+from ecavg.cloud_server.showing.reports import Reports, stages
+from ecavg.cloud_server.showing.standing import Standing, wait_for
+from ecavg.cloud_server.showing.traffic import Traffic
+from ecavg.cloud_server.showing.viewers import Viewers
+from ecavg.cloud_server.store import Store
+from ecavg.cloud_server.tracking.thread import Tracking
+from ecavg.cloud_server.training.runner import JobRunner, JobWithdrawnError
+from ecavg.cloud_server.upkeep.caretaker import Caretaker
+from ecavg.common import clock, tracing
+from ecavg.common.background import beside
+from ecavg.common.errors import RunError
+from ecavg.common.run_state import Phase, WorkProgress
+from ecavg.common.tasks import kind_of
 
 LIVENESS_POLL_SECONDS = 1.0
 

@@ -9,24 +9,24 @@ from typing import NamedTuple
 
 import structlog
 
-from cloud_server.contribution import Contribution, Decision, Rejection
-from cloud_server.disk.tables import ReportRow
-from cloud_server.intake.uploads import UNFIT, Upload, Uploads
-from cloud_server.ledger import Group, Ledger
-from cloud_server.metrics import ServerMetrics
-from cloud_server.run import Run
-from cloud_server.showing.progress import ProgressBoard
-from cloud_server.showing.reports import Reports
-from cloud_server.showing.standing import Standing
-from cloud_server.store import Store
-from common.agent_progress import AgentProgress
-from common.config import RunConfig
-from common.errors import BudgetError, ConflictError, InvalidError, NotFoundError, Reason
-from common.faults import Point, crash_point
-from common.run_state import Outcome, Phase, RunState, Verdict
-from common.tasks import Kind, kind_of
-from common.transfer import Blob
-from common.wire import needs_base
+from ecavg.cloud_server.contribution import Contribution, Decision, Rejection
+from ecavg.cloud_server.disk.tables import ReportRow
+from ecavg.cloud_server.intake.uploads import UNFIT, Upload, Uploads
+from ecavg.cloud_server.ledger import Group, Ledger
+from ecavg.cloud_server.metrics import ServerMetrics
+from ecavg.cloud_server.run import Run
+from ecavg.cloud_server.showing.progress import ProgressBoard
+from ecavg.cloud_server.showing.reports import Reports
+from ecavg.cloud_server.showing.standing import Standing
+from ecavg.cloud_server.store import Store
+from ecavg.common.agent_progress import AgentProgress
+from ecavg.common.config import RunConfig
+from ecavg.common.errors import BudgetError, ConflictError, InvalidError, NotFoundError, Reason
+from ecavg.common.faults import Point, crash_point
+from ecavg.common.run_state import Outcome, Phase, RunState, Verdict
+from ecavg.common.tasks import Kind, kind_of
+from ecavg.common.transfer import Blob
+from ecavg.common.wire import needs_base
 
 log = structlog.get_logger()
 

@@ -24,11 +24,11 @@ from typing import Literal, TypeVar, get_args
 
 from pydantic import Field, ValidationError
 
-from cloud_server.contribution import Contribution
-from cloud_server.state_dir import StateDir
-from common.config import FrozenModel, RunConfig, Scored
-from common.errors import Reason, RunError
-from common.files import replacing, sync
+from ecavg.cloud_server.contribution import Contribution
+from ecavg.cloud_server.state_dir import StateDir
+from ecavg.common.config import FrozenModel, RunConfig, Scored
+from ecavg.common.errors import Reason, RunError
+from ecavg.common.files import replacing, sync
 
 # The objections of the audit to an agent: "labels", the other models contradict the agent's labels; "model",
 # the agent's model fails on the images of the others.

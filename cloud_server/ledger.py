@@ -18,22 +18,22 @@ from typing import Any, TypeVar
 
 import structlog
 
-from cloud_server import records
-from cloud_server.classes import Classes
-from cloud_server.contribution import Decision
-from cloud_server.disk.failures import when_disk_allows
-from cloud_server.disk.tables import SelectionRow
-from cloud_server.disk.together import Together
-from cloud_server.metrics import ServerMetrics
-from cloud_server.round import Policy, Round
-from cloud_server.run import Run
-from cloud_server.showing.standing import Standing
-from cloud_server.store import Store
-from common.errors import BudgetError, InvalidError, NotFoundError, Reason, StorageError
-from common.faults import Point, crash_point
-from common.run_state import Outcome
-from common.schedule import is_full_curve_due
-from common.transfer import to_the_end
+from ecavg.cloud_server import records
+from ecavg.cloud_server.classes import Classes
+from ecavg.cloud_server.contribution import Decision
+from ecavg.cloud_server.disk.failures import when_disk_allows
+from ecavg.cloud_server.disk.tables import SelectionRow
+from ecavg.cloud_server.disk.together import Together
+from ecavg.cloud_server.metrics import ServerMetrics
+from ecavg.cloud_server.round import Policy, Round
+from ecavg.cloud_server.run import Run
+from ecavg.cloud_server.showing.standing import Standing
+from ecavg.cloud_server.store import Store
+from ecavg.common.errors import BudgetError, InvalidError, NotFoundError, Reason, StorageError
+from ecavg.common.faults import Point, crash_point
+from ecavg.common.run_state import Outcome
+from ecavg.common.schedule import is_full_curve_due
+from ecavg.common.transfer import to_the_end
 
 # More than it takes until the last call of an agent that was revoked has ended.
 CUT_OFF_SECONDS = 5.0

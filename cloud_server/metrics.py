@@ -10,12 +10,12 @@ from contextlib import suppress
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-from cloud_server.jobs import AgentAudit
-from cloud_server.round import OVER
-from common.errors import Reason
-from common.metrics import MachineMetrics, make_registry
-from common.run_state import Outcome, Phase, Selection
-from common.tasks import Kind
+from ecavg.cloud_server.jobs import AgentAudit
+from ecavg.cloud_server.round import OVER
+from ecavg.common.errors import Reason
+from ecavg.common.metrics import MachineMetrics, make_registry
+from ecavg.common.run_state import Outcome, Phase, Selection
+from ecavg.common.tasks import Kind
 
 RECEIVED_KINDS = ("weights", "data")
 SENT_KINDS = ("model",)

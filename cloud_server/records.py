@@ -9,16 +9,16 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from cloud_server.classes import Classes
-from cloud_server.contribution import Decision, Rejection
-from cloud_server.disk.tables import RoundRow, SelectionRow
-from cloud_server.jobs import AgentAudit, Job, Result, job_name
-from cloud_server.round import Policy, Round
-from cloud_server.store import Store
-from common.config import RunConfig
-from common.errors import Reason
-from common.run_state import Outcome, Phase
-from common.schedule import Combined
+from ecavg.cloud_server.classes import Classes
+from ecavg.cloud_server.contribution import Decision, Rejection
+from ecavg.cloud_server.disk.tables import RoundRow, SelectionRow
+from ecavg.cloud_server.jobs import AgentAudit, Job, Result, job_name
+from ecavg.cloud_server.round import Policy, Round
+from ecavg.cloud_server.store import Store
+from ecavg.common.config import RunConfig
+from ecavg.common.errors import Reason
+from ecavg.common.run_state import Outcome, Phase
+from ecavg.common.schedule import Combined
 
 
 def recorded_round(store: Store, run: RunConfig, policy: Policy) -> Round:

@@ -13,10 +13,10 @@ from collections.abc import Mapping, Set
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from cloud_server.contribution import Contribution, Rejection
-from common.errors import ConflictError, InvalidError, Reason, second_device
-from common.run_state import Outcome, Phase, Selection
-from common.seeds import derive_seed
+from ecavg.cloud_server.contribution import Contribution, Rejection
+from ecavg.common.errors import ConflictError, InvalidError, Reason, second_device
+from ecavg.common.run_state import Outcome, Phase, Selection
+from ecavg.common.seeds import derive_seed
 
 TRANSITIONS: Mapping[Phase, frozenset[Phase]] = {
     Phase.COLLECTING: frozenset({Phase.AGGREGATING, Phase.FAILED}),

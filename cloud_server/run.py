@@ -7,18 +7,18 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
-from cloud_server import records
-from cloud_server.config import ServerConfig
-from cloud_server.disk.failures import when_disk_allows
-from cloud_server.disk.tables import EncodingRow
-from cloud_server.jobs import JobDirectory, JobError, Result
-from cloud_server.store import Store
-from cloud_server.training.runner import JobRunner
-from common import schema
-from common.config import RunConfig
-from common.errors import RunError, UsageError
-from common.faults import Point, crash_point
-from common.transfer import to_the_end
+from ecavg.cloud_server import records
+from ecavg.cloud_server.config import ServerConfig
+from ecavg.cloud_server.disk.failures import when_disk_allows
+from ecavg.cloud_server.disk.tables import EncodingRow
+from ecavg.cloud_server.jobs import JobDirectory, JobError, Result
+from ecavg.cloud_server.store import Store
+from ecavg.cloud_server.training.runner import JobRunner
+from ecavg.common import schema
+from ecavg.common.config import RunConfig
+from ecavg.common.errors import RunError, UsageError
+from ecavg.common.faults import Point, crash_point
+from ecavg.common.transfer import to_the_end
 
 
 @dataclass(frozen=True)

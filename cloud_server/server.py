@@ -7,16 +7,16 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from cloud_server.desk import Desk
-from cloud_server.door.admission import Admission
-from cloud_server.door.authority import Authority
-from cloud_server.door.connections import Connections
-from cloud_server.door.limits import CallLimits
-from cloud_server.metrics import ServerMetrics
-from cloud_server.servicer import SERVICE_NAME, ECAvgServicer
-from common import rpc
-from common.addresses import Address
-from common.errors import UsageError
+from ecavg.cloud_server.desk import Desk
+from ecavg.cloud_server.door.admission import Admission
+from ecavg.cloud_server.door.authority import Authority
+from ecavg.cloud_server.door.connections import Connections
+from ecavg.cloud_server.door.limits import CallLimits
+from ecavg.cloud_server.metrics import ServerMetrics
+from ecavg.cloud_server.servicer import SERVICE_NAME, ECAvgServicer
+from ecavg.common import rpc
+from ecavg.common.addresses import Address
+from ecavg.common.errors import UsageError
 
 # Calls are turned away, before anyone looks at them, where there are more on average over all connections.
 MAX_CALLS_PER_CONNECTION = 4

@@ -9,21 +9,21 @@ import time
 from collections.abc import AsyncIterator
 from typing import Any
 
-from cloud_server.contribution import Contribution
-from cloud_server.desk import Desk
-from cloud_server.disk.tables import ReportRow
-from cloud_server.door.admission import calling_agent, token_in_use
-from cloud_server.door.authority import Authority
-from common import rpc
-from common.agent_progress import TOLD, AgentProgress
-from common.config import PROTOCOL_VERSION
-from common.errors import InvalidError, Reason, UnavailableError
-from common.faults import Point, crash_point
-from common.pb import ecavg_pb2 as pb
-from common.pb import ecavg_pb2_grpc as pb_grpc
-from common.run_state import Outcome, Phase, RunState, Selection, Verdict
-from common.tasks import Kind
-from common.transfer import DIGEST, Blob, Encoded, chunks_of
+from ecavg.cloud_server.contribution import Contribution
+from ecavg.cloud_server.desk import Desk
+from ecavg.cloud_server.disk.tables import ReportRow
+from ecavg.cloud_server.door.admission import calling_agent, token_in_use
+from ecavg.cloud_server.door.authority import Authority
+from ecavg.common import rpc
+from ecavg.common.agent_progress import TOLD, AgentProgress
+from ecavg.common.config import PROTOCOL_VERSION
+from ecavg.common.errors import InvalidError, Reason, UnavailableError
+from ecavg.common.faults import Point, crash_point
+from ecavg.common.pb import ecavg_pb2 as pb
+from ecavg.common.pb import ecavg_pb2_grpc as pb_grpc
+from ecavg.common.run_state import Outcome, Phase, RunState, Selection, Verdict
+from ecavg.common.tasks import Kind
+from ecavg.common.transfer import DIGEST, Blob, Encoded, chunks_of
 
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["ECAvg"].full_name
 

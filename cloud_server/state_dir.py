@@ -19,7 +19,7 @@ The configuration may put the authority and the token elsewhere.
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.transfer import checked_digest
+from ecavg.common.transfer import checked_digest
 
 
 @dataclass(frozen=True)

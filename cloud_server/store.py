@@ -13,12 +13,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cloud_server.contribution import Contribution, Decision, Rejection
-from cloud_server.disk.opened import OpenStateDir
-from cloud_server.disk.tables import AgentRow, EncodingRow, ReportRow, RoundRow, RunRow, UploadRow
-from common.errors import NotFoundError, Reason
-from common.faults import Point, crash_point
-from common.run_state import Outcome, Phase
+from ecavg.cloud_server.contribution import Contribution, Decision, Rejection
+from ecavg.cloud_server.disk.opened import OpenStateDir
+from ecavg.cloud_server.disk.tables import AgentRow, EncodingRow, ReportRow, RoundRow, RunRow, UploadRow
+from ecavg.common.errors import NotFoundError, Reason
+from ecavg.common.faults import Point, crash_point
+from ecavg.common.run_state import Outcome, Phase
 
 # The values that are recorded for a decision that keeps no contribution.
 _NOTHING = Contribution("", "", (), 0)

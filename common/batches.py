@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common.dataset import DatasetSpec, Inputs
-from common.errors import UsageError
+from ecavg.common.dataset import DatasetSpec, Inputs
+from ecavg.common.errors import UsageError
 
 # So many pixels are added on each side, as usual for 32x32 images (He et al., arXiv 1512.03385, 4.2).
 CROP_PADDING = 4

@@ -19,9 +19,9 @@ from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from common.config import FrozenModel
-from common.faults import Point, crash_point
-from common.weights import StateDict, write_state_dict
+from ecavg.common.config import FrozenModel
+from ecavg.common.faults import Point, crash_point
+from ecavg.common.weights import StateDict, write_state_dict
 
 # So much time is between two checkpoints: where epochs are shorter, writing would slow them down.
 CHECKPOINT_SECONDS = 5.0

@@ -18,10 +18,10 @@ from typing import Any, NoReturn, TextIO, TypeVar
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from common import streams
-from common.config import ProcessConfig
-from common.errors import ECAvgError, RunError, UsageError, is_out_of_memory, one_line
-from common.layers import deep_merge, load
+from ecavg.common import streams
+from ecavg.common.config import ProcessConfig
+from ecavg.common.errors import ECAvgError, RunError, UsageError, is_out_of_memory, one_line
+from ecavg.common.layers import deep_merge, load
 
 Config = TypeVar("Config", bound=ProcessConfig)
 

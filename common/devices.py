@@ -4,8 +4,8 @@ import os
 
 import torch
 
-from common.errors import UsageError
-from common.precision import has_bfloat16
+from ecavg.common.errors import UsageError
+from ecavg.common.precision import has_bfloat16
 
 
 def select_device(name: str) -> torch.device:

@@ -9,8 +9,8 @@ from datetime import datetime
 from importlib import metadata
 from pathlib import Path
 
-from common import cli, clock
-from common.errors import RunError, UsageError
+from ecavg.common import cli, clock
+from ecavg.common.errors import RunError, UsageError
 
 # A check returns what is well, and raises an error that says what is wrong and what to do.
 Check = Callable[[], str]

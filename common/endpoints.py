@@ -20,10 +20,10 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from common.addresses import Address, is_loopback
-from common.errors import UsageError
-from common.files import read_text, replacing
-from common.strict_json import to_json
+from ecavg.common.addresses import Address, is_loopback
+from ecavg.common.errors import UsageError
+from ecavg.common.files import read_text, replacing
+from ecavg.common.strict_json import to_json
 
 # The HTTP server has at most so many open connections. For a new one beyond, it closes the oldest.
 HTTP_CONNECTIONS = 128

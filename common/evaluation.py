@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from common.agent_progress import OnExamples, ignore_examples
-from common.batches import DeviceData
-from common.dataset import DatasetSpec
-from common.tasks.task import ClassFigure, Task
+from ecavg.common.agent_progress import OnExamples, ignore_examples
+from ecavg.common.batches import DeviceData
+from ecavg.common.dataset import DatasetSpec
+from ecavg.common.tasks.task import ClassFigure, Task
 
 # No score is below this one.
 WORST = -1e9

@@ -4,7 +4,7 @@ import importlib
 from collections.abc import Callable, Collection
 from typing import Any
 
-from common.errors import UsageError
+from ecavg.common.errors import UsageError
 
 
 def import_factory(name: str, allowed_factories: Collection[str] | None) -> Callable[..., Any]:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from common.errors import UsageError
+from ecavg.common.errors import UsageError
 
 # A disk without room, and a user whose quota is used up: deleting files cures both.
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT})

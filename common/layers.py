@@ -12,9 +12,9 @@ from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
-from common.config import ProcessConfig, expand_home
-from common.errors import UsageError, one_line
-from common.files import read_text
+from ecavg.common.config import ProcessConfig, expand_home
+from ecavg.common.errors import UsageError, one_line
+from ecavg.common.files import read_text
 
 # An error quotes so much of what the user has written.
 MAX_QUOTED_CHARACTERS = 500
@@ -79,7 +79,7 @@ def read_preset(name: str) -> dict[str, Any]:
 
 
 def _presets() -> Any:
-    return resources.files("common") / "presets"
+    return resources.files("ecavg.common") / "presets"
 
 
 def _read_toml(file: str) -> dict[str, Any]:

@@ -7,9 +7,9 @@ from typing import Any, Literal, TextIO
 
 import structlog
 
-from common import cli
-from common.errors import UsageError, one_line
-from common.strict_json import to_json
+from ecavg.common import cli
+from ecavg.common.errors import UsageError, one_line
+from ecavg.common.strict_json import to_json
 
 LOG_LEVELS = ("debug", "info", "warning", "error")
 

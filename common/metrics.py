@@ -18,8 +18,8 @@ from prometheus_client import (
 from prometheus_client.metrics_core import CounterMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from common import streams
-from common.gpus import find_gpus
+from ecavg.common import streams
+from ecavg.common.gpus import find_gpus
 
 
 def make_registry() -> CollectorRegistry:

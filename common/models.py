@@ -14,14 +14,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from common.config import RunConfig
-from common.dataset import DatasetSpec
-from common.errors import ECAvgError, UsageError
-from common.factories import first_line, import_factory
-from common.parts import shared_names
-from common.seeds import derive_seed
-from common.tasks.task import Task, output_shape_of, task_of
-from common.windows import Gru, cnn1d, head
+from ecavg.common.config import RunConfig
+from ecavg.common.dataset import DatasetSpec
+from ecavg.common.errors import ECAvgError, UsageError
+from ecavg.common.factories import first_line, import_factory
+from ecavg.common.parts import shared_names
+from ecavg.common.seeds import derive_seed
+from ecavg.common.tasks.task import Task, output_shape_of, task_of
+from ecavg.common.windows import Gru, cnn1d, head
 
 _NO_AUXILIARY_HEADS = {"aux_logits": False, "init_weights": True}
 _OPTIONS: dict[str, dict[str, Any]] = {"googlenet": _NO_AUXILIARY_HEADS, "inception_v3": _NO_AUXILIARY_HEADS}

@@ -9,8 +9,8 @@ holds the shared part; the rest of a model is a file of its own.
 from collections.abc import Collection, Iterable
 from fnmatch import fnmatchcase
 
-from common.config import RunConfig
-from common.errors import UsageError
+from ecavg.common.config import RunConfig
+from ecavg.common.errors import UsageError
 
 # A pattern that begins so says what is not shared.
 NOT = "!"

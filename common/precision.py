@@ -15,8 +15,8 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
-from common.config import FrozenModel
-from common.files import replacing
+from ecavg.common.config import FrozenModel
+from ecavg.common.files import replacing
 
 Precision = Literal["float32", "bfloat16"]
 # Makes a step of the training, on copies.

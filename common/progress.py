@@ -22,8 +22,8 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from common.errors import one_line
-from common.pace import Pace
+from ecavg.common.errors import one_line
+from ecavg.common.pace import Pace
 
 # Two "progress" events of one label are at least so far apart.
 LOGGED_PROGRESS_SECONDS = 5.0

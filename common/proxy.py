@@ -16,9 +16,9 @@ from typing import NamedTuple
 from urllib.parse import unquote, urlsplit
 from urllib.request import getproxies, proxy_bypass
 
-from common import addresses
-from common.addresses import Address
-from common.errors import UnavailableError, UsageError, one_line
+from ecavg.common import addresses
+from ecavg.common.addresses import Address
+from ecavg.common.errors import UnavailableError, UsageError, one_line
 
 # The first of these variables that has a value counts.
 PROXY_VARIABLES = ("grpc_proxy", "https_proxy", "http_proxy")

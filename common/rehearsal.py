@@ -14,14 +14,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from common.batches import DeviceData
-from common.config import RunConfig, TrainingConfig
-from common.dataset import Inputs, Targets
-from common.errors import DivergedError, UsageError
-from common.models import build_model, errors_of_model
-from common.tasks.task import Task, task_of
-from common.training import ALONE, Examples, Recipe, train
-from common.weights import StateDict, copy_into, dtype_name
+from ecavg.common.batches import DeviceData
+from ecavg.common.config import RunConfig, TrainingConfig
+from ecavg.common.dataset import Inputs, Targets
+from ecavg.common.errors import DivergedError, UsageError
+from ecavg.common.models import build_model, errors_of_model
+from ecavg.common.tasks.task import Task, task_of
+from ecavg.common.training import ALONE, Examples, Recipe, train
+from ecavg.common.weights import StateDict, copy_into, dtype_name
 
 # Two examples are the fewest with which every kind of layer can be trained.
 NUM_EXAMPLES = 2

@@ -19,9 +19,9 @@ from tenacity import (
 )
 from tenacity.stop import StopBaseT
 
-from common import proxy as proxies
-from common import tracing
-from common.errors import (
+from ecavg.common import proxy as proxies
+from ecavg.common import tracing
+from ecavg.common.errors import (
     BudgetError,
     BusyError,
     ConflictError,
@@ -37,8 +37,8 @@ from common.errors import (
     UnavailableError,
     one_line,
 )
-from common.proxy import Proxy
-from common.tls import SERVER_NAME, TlsMaterial
+from ecavg.common.proxy import Proxy
+from ecavg.common.tls import SERVER_NAME, TlsMaterial
 
 # The key of the request metadata that names the calling agent over plaintext.
 AGENT_ID_KEY = "ecavg-agent-id"
@@ -175,7 +175,7 @@ def channel(address: str, material: TlsMaterial | None) -> grpc.aio.Channel:
         material: the agent's key, its certificate and the root to trust; None stands for plaintext.
 
     Raises:
-        UsageError: as for `common.proxy.find`.
+        UsageError: as for `ecavg.common.proxy.find`.
     """
     proxy = proxies.find(address)
     options = [*channel_options(), *_route_options(address, proxy)]

@@ -1,7 +1,7 @@
 """The progress of a run at a terminal, the server's or an agent's."""
 
-from common.progress import ProgressDisplay
-from common.run_state import Phase, RunState, WorkProgress
+from ecavg.common.progress import ProgressDisplay
+from ecavg.common.run_state import Phase, RunState, WorkProgress
 
 
 class RunDisplay:

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import NamedTuple
 
-from common.errors import Reason
-from common.transfer import Blob, Encoded
+from ecavg.common.errors import Reason
+from ecavg.common.transfer import Blob, Encoded
 
 
 class Phase(StrEnum):

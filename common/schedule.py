@@ -19,7 +19,7 @@ import math
 from collections.abc import Iterable
 from typing import Literal, NamedTuple
 
-from common.config import RunConfig, TrainingConfig
+from ecavg.common.config import RunConfig, TrainingConfig
 
 # The learning rate at the beginning of a round after the plan, as a share of the highest one. Re-warming to
 # the full rate forgets what was learnt (arXiv 2503.02844, 2403.08763).

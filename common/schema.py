@@ -16,8 +16,8 @@ from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 
-from common.dataset import DatasetSpec, Inputs, Targets
-from common.errors import InvalidError, Reason
+from ecavg.common.dataset import DatasetSpec, Inputs, Targets
+from ecavg.common.errors import InvalidError, Reason
 
 MAX_HEADER_BYTES = 1 << 20
 # Tensor data is read in pieces of this size, which stay in a processor's cache.

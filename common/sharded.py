@@ -11,11 +11,11 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from common.config import INDEX_SUFFIX
-from common.errors import InvalidError, Reason
-from common.files import replacing
-from common.schema import TensorSpec, read_header
-from common.tensor_files import PLAIN, own_header, reading, writing
+from ecavg.common.config import INDEX_SUFFIX
+from ecavg.common.errors import InvalidError, Reason
+from ecavg.common.files import replacing
+from ecavg.common.schema import TensorSpec, read_header
+from ecavg.common.tensor_files import PLAIN, own_header, reading, writing
 
 # Each tensor has a line with its own name and a file's, so that this is for more tensors than a file holds.
 MAX_INDEX_BYTES = 2**24

@@ -11,10 +11,10 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
-from common.dataset import DatasetSpec, InputDtype, Inputs, TargetDtype, Targets
-from common.errors import UsageError
-from common.files import replacing
-from common.schema import Header, read_header
+from ecavg.common.dataset import DatasetSpec, InputDtype, Inputs, TargetDtype, Targets
+from ecavg.common.errors import UsageError
+from ecavg.common.files import replacing
+from ecavg.common.schema import Header, read_header
 
 _NUMPY_DTYPES = {"U8": "u1", "I64": "<i8", "F32": "<f4"}
 _NAMES = (("images", "labels"), ("inputs", "targets"))

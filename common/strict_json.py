@@ -5,7 +5,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from common.errors import encodable
+from ecavg.common.errors import encodable
 
 
 def to_json(value: Any, **options: Any) -> str:

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from common.errors import InvalidError, Reason, RunError
-from common.files import replacing
-from common.schema import Header, Schema, TensorSpec, check_finite, parse_header, read_header
+from ecavg.common.errors import InvalidError, Reason, RunError
+from ecavg.common.files import replacing
+from ecavg.common.schema import Header, Schema, TensorSpec, check_finite, parse_header, read_header
 
 # So much of a file is held at once, or one channel if that is longer: it stays in the cache.
 PIECE_ELEMENTS = 1 << 15

@@ -35,9 +35,9 @@ from cryptography.hazmat.primitives.serialization import (
 )
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from common.config import AGENT_ID_PATTERN
-from common.errors import InvalidError, UsageError
-from common.files import replacing
+from ecavg.common.config import AGENT_ID_PATTERN
+from ecavg.common.errors import InvalidError, UsageError
+from ecavg.common.files import replacing
 
 # The name is fixed, so that an agent recognises the server without DNS and at any address.
 SERVER_NAME = "server.ecavg"

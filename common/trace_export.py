@@ -18,7 +18,7 @@ from opentelemetry.sdk.trace.id_generator import RandomIdGenerator
 from opentelemetry.sdk.trace.sampling import Decision
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
-from common.tracing import TRACEPARENT
+from ecavg.common.tracing import TRACEPARENT
 
 _ROUND = "ecavg.round"
 _W3C = TraceContextTextMapPropagator()

@@ -28,7 +28,7 @@ def start(service: str) -> None:
     """Trace from now on, as this service, if the package and a variable with an endpoint are there."""
     global _exporting
     if _is_wanted() and find_spec("opentelemetry") and find_spec("opentelemetry.exporter"):
-        from common.trace_export import Exporting
+        from ecavg.common.trace_export import Exporting
 
         _exporting = Exporting(os.environ.get("OTEL_SERVICE_NAME") or service)
 

@@ -21,16 +21,16 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from common.batches import Batch, DeviceData, batch_bounds, draw_epoch
-from common.checkpoint import CHECKPOINT_SECONDS, Checkpoints, Finished, fingerprint
-from common.config import TrainingConfig
-from common.errors import DivergedError, is_out_of_memory
-from common.evaluation import batch_norms, laid_out, place
-from common.graphs import MIN_STEPS, Recorder, ReplayedSteps, Step, recorder_for
-from common.precision import Precision, decide, describe, has_bfloat16
-from common.schedule import Place, learning_rate_factor, whole
-from common.seeds import derive_seed
-from common.tasks.task import Task
+from ecavg.common.batches import Batch, DeviceData, batch_bounds, draw_epoch
+from ecavg.common.checkpoint import CHECKPOINT_SECONDS, Checkpoints, Finished, fingerprint
+from ecavg.common.config import TrainingConfig
+from ecavg.common.errors import DivergedError, is_out_of_memory
+from ecavg.common.evaluation import batch_norms, laid_out, place
+from ecavg.common.graphs import MIN_STEPS, Recorder, ReplayedSteps, Step, recorder_for
+from ecavg.common.precision import Precision, decide, describe, has_bfloat16
+from ecavg.common.schedule import Place, learning_rate_factor, whole
+from ecavg.common.seeds import derive_seed
+from ecavg.common.tasks.task import Task
 
 # Reading the loss waits for the device, so it is not read at every step.
 REPORT_SECONDS = 0.1

@@ -13,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
-from common.errors import CorruptError, InvalidError, OffsetError, Reason
+from ecavg.common.errors import CorruptError, InvalidError, OffsetError, Reason
 
 CHUNK_BYTES = 256 * 1024
 MAX_CHUNK_BYTES = 1024 * 1024

@@ -10,9 +10,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from common.errors import InvalidError, RunError
-from common.files import replacing
-from common.schema import Header, TensorSpec, check_parts, check_weights, read_header
+from ecavg.common.errors import InvalidError, RunError
+from ecavg.common.files import replacing
+from ecavg.common.schema import Header, TensorSpec, check_parts, check_weights, read_header
 
 StateDict = dict[str, Tensor]
 

@@ -32,12 +32,12 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import Field, ValidationError, model_validator
 
-from common.config import FrozenModel, RunConfig, Wire
-from common.errors import InvalidError, Reason, RunError, UsageError
-from common.files import replacing
-from common.schema import Header, Schema, TensorSpec, check_finite, check_weights, read_header
-from common.tensor_files import PIECE_ELEMENTS, PLAIN, Array, TensorFile, own_header, reading, writing
-from common.transfer import DIGEST
+from ecavg.common.config import FrozenModel, RunConfig, Wire
+from ecavg.common.errors import InvalidError, Reason, RunError, UsageError
+from ecavg.common.files import replacing
+from ecavg.common.schema import Header, Schema, TensorSpec, check_finite, check_weights, read_header
+from ecavg.common.tensor_files import PIECE_ELEMENTS, PLAIN, Array, TensorFile, own_header, reading, writing
+from ecavg.common.transfer import DIGEST
 
 # The only entry of the metadata: the format's own writer shuffles several.
 _ENTRY = "ecavg"

@@ -13,12 +13,12 @@ from annotated_types import Ge, Gt, Le, Lt
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from cloud_server.config import ENV_PREFIX as SERVER_PREFIX
-from cloud_server.config import ServerConfig, TrackingConfig
-from common.config import FineTuneConfig, InputsConfig, RunConfig, TargetsConfig, TrainingConfig
 from docs import calls
-from edge_agent.config import ENV_PREFIX as AGENT_PREFIX
-from edge_agent.config import AgentConfig, EnrollConfig
+from ecavg.cloud_server.config import ENV_PREFIX as SERVER_PREFIX
+from ecavg.cloud_server.config import ServerConfig, TrackingConfig
+from ecavg.common.config import FineTuneConfig, InputsConfig, RunConfig, TargetsConfig, TrainingConfig
+from ecavg.edge_agent.config import ENV_PREFIX as AGENT_PREFIX
+from ecavg.edge_agent.config import AgentConfig, EnrollConfig
 
 PAGE = Path(__file__).parent / "configuration.md"
 

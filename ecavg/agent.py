@@ -4,11 +4,11 @@ import asyncio
 import os
 from typing import Any
 
-from common import proxy
-from common.layers import load
-from edge_agent.__main__ import take_part
-from edge_agent.config import ENV_PREFIX, AgentConfig
-from edge_agent.own_training import OwnTraining
+from ecavg.common import proxy
+from ecavg.common.layers import load
+from ecavg.edge_agent.__main__ import take_part
+from ecavg.edge_agent.config import ENV_PREFIX, AgentConfig
+from ecavg.edge_agent.own_training import OwnTraining
 
 
 class Agent:

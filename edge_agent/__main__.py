@@ -6,17 +6,17 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
-from common import addresses, cli
-from common.addresses import http_url, is_loopback
-from common.errors import UsageError
-from edge_agent.config import ENV_PREFIX, AgentConfig, EnrollConfig
-from edge_agent.join_token import how_to_enroll, read_token
-from edge_agent.model_commands import MODEL_COMMANDS
+from ecavg.common import addresses, cli
+from ecavg.common.addresses import http_url, is_loopback
+from ecavg.common.errors import UsageError
+from ecavg.edge_agent.config import ENV_PREFIX, AgentConfig, EnrollConfig
+from ecavg.edge_agent.join_token import how_to_enroll, read_token
+from ecavg.edge_agent.model_commands import MODEL_COMMANDS
 
 if TYPE_CHECKING:
-    from edge_agent.identity import Identity
-    from edge_agent.own_training import OwnTraining
-    from edge_agent.state import AgentState
+    from ecavg.edge_agent.identity import Identity
+    from ecavg.edge_agent.own_training import OwnTraining
+    from ecavg.edge_agent.state import AgentState
 
 Config = TypeVar("Config", bound=AgentConfig)
 
@@ -73,8 +73,8 @@ def examine(argv: Sequence[str]) -> int:
     )
     config = cli.parse_command_line(parser, AgentConfig, ENV_PREFIX, argv)
     # Imported here, so that --help and configuration errors are immediate.
-    from common.doctor import examine
-    from edge_agent.doctor import checks
+    from ecavg.common.doctor import examine
+    from ecavg.edge_agent.doctor import checks
 
     return examine(checks(config))
 
@@ -83,7 +83,7 @@ def _configuration(parser: cli.Parser, config_class: type[Config], argv: Sequenc
     """Return the configuration of an agent; raise UsageError if its way to the server cannot be used."""
     config = cli.parse_command_line(parser, config_class, ENV_PREFIX, argv)
     # Imported here, because --help does without.
-    from common import proxy
+    from ecavg.common import proxy
 
     proxy.find(config.server)
     return config
@@ -91,7 +91,7 @@ def _configuration(parser: cli.Parser, config_class: type[Config], argv: Sequenc
 
 async def do_enroll(config: AgentConfig, token: str) -> int:
     """Enroll this device, and say until when its certificate holds."""
-    from edge_agent.state import AgentState
+    from ecavg.edge_agent.state import AgentState
 
     state = AgentState(config.state_dir, config.agent_id)
     identity = await enrolled(config, state, token, on_wrong_clock=cli.print_status)
@@ -106,9 +106,9 @@ async def enrolled(
     on_wrong_clock: Callable[[str], None] = lambda _: None,
 ) -> "Identity":
     """Enroll, waiting for the server if need be, and return the identity."""
-    from common.tls import JoinToken
-    from edge_agent.enrolment import Enrolment
-    from edge_agent.enrolment import enroll as enroll_with
+    from ecavg.common.tls import JoinToken
+    from ecavg.edge_agent.enrolment import Enrolment
+    from ecavg.edge_agent.enrolment import enroll as enroll_with
 
     enrolment = await asyncio.to_thread(
         Enrolment, state.tls, state.agent_id, JoinToken.parse(token), config.server
@@ -119,7 +119,7 @@ async def enrolled(
 
 def waiting_teller(server: str, show: Callable[[str], None]) -> Callable[[str], None]:
     """Return what shows why the server is waited for, and with an empty text that it is reached."""
-    from common.proxy import route
+    from ecavg.common.proxy import route
 
     def tell(trouble: str) -> None:
         show(f"waiting for {route(server)}: {trouble}" if trouble else f"reached {server}")
@@ -139,7 +139,7 @@ async def who_to_be(config: AgentConfig, state: "AgentState") -> "Identity | str
         if not is_loopback(addresses.parse(config.server).host):
             cli.warn("edge-agent", f"--insecure: images and weights travel to {config.server} in plaintext")
         return state.agent_id
-    from edge_agent.identity import find
+    from ecavg.edge_agent.identity import find
 
     return find(state.tls) or await enrolled_by_file(config, state, "this agent has not enrolled")
 
@@ -166,8 +166,8 @@ async def take_part(config: AgentConfig, own_training: "OwnTraining | None" = No
     Args:
         own_training: trains in the place of this project's loop.
     """
-    from common import logs, tracing
-    from edge_agent.state import AgentState
+    from ecavg.common import logs, tracing
+    from ecavg.edge_agent.state import AgentState
 
     logs.set_up(config.log_level, config.log_format, quiet=config.quiet)
     tracing.start("ecavg-agent")
@@ -175,7 +175,7 @@ async def take_part(config: AgentConfig, own_training: "OwnTraining | None" = No
     logs.bind(agent_id=state.agent_id)
     caller = await who_to_be(config, state)
 
-    from edge_agent.identity import EndedError
+    from ecavg.edge_agent.identity import EndedError
 
     while True:
         try:
@@ -195,16 +195,16 @@ async def take_part_as(
     Raises:
         EndedError: the agent's certificate has ended, and the agent has to enroll anew.
     """
-    from common import endpoints, tracing
+    from ecavg.common import endpoints, tracing
 
     # Imported here, so that --help and configuration errors are immediate.
-    from common.background import beside
-    from common.devices import make_deterministic
-    from common.progress import progress_display
-    from edge_agent.agent import EdgeAgent
-    from edge_agent.client import CloudClient
-    from edge_agent.metrics import AgentMetrics
-    from edge_agent.rate_limit import RateLimit
+    from ecavg.common.background import beside
+    from ecavg.common.devices import make_deterministic
+    from ecavg.common.progress import progress_display
+    from ecavg.edge_agent.agent import EdgeAgent
+    from ecavg.edge_agent.client import CloudClient
+    from ecavg.edge_agent.metrics import AgentMetrics
+    from ecavg.edge_agent.rate_limit import RateLimit
 
     make_deterministic()
     metrics = AgentMetrics()

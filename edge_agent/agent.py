@@ -10,33 +10,33 @@ from typing import Any
 
 import structlog
 
-from common import logs, rpc
-from common.agent_progress import Activity, AgentProgress, OnExamples
-from common.background import beside
-from common.devices import select_device
-from common.errors import Refusal
-from common.faults import Point, crash_point
-from common.progress import LongWork, ProgressDisplay
-from common.run_display import RunDisplay
-from common.run_state import Phase as RoundPhase
-from common.run_state import Selection
-from common.tasks import kind_of, published
-from edge_agent.async_member import AsyncMember
-from edge_agent.client import CloudClient, Joined, UnknownAgentError
-from edge_agent.config import AgentConfig
-from edge_agent.data import class_names_of
-from edge_agent.hours import parse_hours
-from edge_agent.local import load_local_models
-from edge_agent.local_data import LocalData
-from edge_agent.member import Member
-from edge_agent.metrics import AgentMetrics, Phase
-from edge_agent.news import News
-from edge_agent.own_training import OwnTraining
-from edge_agent.readiness import Readiness
-from edge_agent.state import AgentState, Progress
-from edge_agent.teller import Teller
-from edge_agent.updating import Updates
-from edge_agent.worker import Worker
+from ecavg.common import logs, rpc
+from ecavg.common.agent_progress import Activity, AgentProgress, OnExamples
+from ecavg.common.background import beside
+from ecavg.common.devices import select_device
+from ecavg.common.errors import Refusal
+from ecavg.common.faults import Point, crash_point
+from ecavg.common.progress import LongWork, ProgressDisplay
+from ecavg.common.run_display import RunDisplay
+from ecavg.common.run_state import Phase as RoundPhase
+from ecavg.common.run_state import Selection
+from ecavg.common.tasks import kind_of, published
+from ecavg.edge_agent.async_member import AsyncMember
+from ecavg.edge_agent.client import CloudClient, Joined, UnknownAgentError
+from ecavg.edge_agent.config import AgentConfig
+from ecavg.edge_agent.data import class_names_of
+from ecavg.edge_agent.hours import parse_hours
+from ecavg.edge_agent.local import load_local_models
+from ecavg.edge_agent.local_data import LocalData
+from ecavg.edge_agent.member import Member
+from ecavg.edge_agent.metrics import AgentMetrics, Phase
+from ecavg.edge_agent.news import News
+from ecavg.edge_agent.own_training import OwnTraining
+from ecavg.edge_agent.readiness import Readiness
+from ecavg.edge_agent.state import AgentState, Progress
+from ecavg.edge_agent.teller import Teller
+from ecavg.edge_agent.updating import Updates
+from ecavg.edge_agent.worker import Worker
 
 # When the run is over and a model is left to take, the server may be silent for so long.
 LAST_SECONDS = 60.0

@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.lib import format as npy
 
-from common.dataset import Inputs, Targets
-from common.errors import UsageError
+from ecavg.common.dataset import Inputs, Targets
+from ecavg.common.errors import UsageError
 
 _NAMES = ("inputs", "targets")
 

@@ -11,12 +11,12 @@ from functools import partial
 
 import structlog
 
-from common.errors import ForbiddenError, NotFoundError, Reason, Refusal, UnauthenticatedError
-from common.faults import Point, crash_point
-from common.run_state import Outcome, Phase, RunState, Verdict
-from common.transfer import Blob
-from edge_agent.member import Member, Offer
-from edge_agent.state import Begun, Trained
+from ecavg.common.errors import ForbiddenError, NotFoundError, Reason, Refusal, UnauthenticatedError
+from ecavg.common.faults import Point, crash_point
+from ecavg.common.run_state import Outcome, Phase, RunState, Verdict
+from ecavg.common.transfer import Blob
+from ecavg.edge_agent.member import Member, Offer
+from ecavg.edge_agent.state import Begun, Trained
 
 log = structlog.get_logger()
 

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np
 
-from common.dataset import SUNSPOTS_WINDOW
-from common.errors import UsageError
-from edge_agent.arrays import Arrays
-from edge_agent.tables import TableFormat, open_table
+from ecavg.common.dataset import SUNSPOTS_WINDOW
+from ecavg.common.errors import UsageError
+from ecavg.edge_agent.arrays import Arrays
+from ecavg.edge_agent.tables import TableFormat, open_table
 
 
 def open_bundle(name: str) -> Arrays:

@@ -17,10 +17,10 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from pydantic import ValidationError
 from tenacity import RetryCallState
 
-from common import rpc, tracing
-from common.agent_progress import TOLD, Activity, AgentProgress
-from common.config import PROTOCOL_VERSION, RunConfig
-from common.errors import (
+from ecavg.common import rpc, tracing
+from ecavg.common.agent_progress import TOLD, Activity, AgentProgress
+from ecavg.common.config import PROTOCOL_VERSION, RunConfig
+from ecavg.common.errors import (
     CorruptError,
     ECAvgError,
     InvalidError,
@@ -31,11 +31,11 @@ from common.errors import (
     UnavailableError,
     UsageError,
 )
-from common.faults import Point, crash_point
-from common.files import sync
-from common.pb import ecavg_pb2 as pb
-from common.pb import ecavg_pb2_grpc as pb_grpc
-from common.run_state import (
+from ecavg.common.faults import Point, crash_point
+from ecavg.common.files import sync
+from ecavg.common.pb import ecavg_pb2 as pb
+from ecavg.common.pb import ecavg_pb2_grpc as pb_grpc
+from ecavg.common.run_state import (
     LeftOut,
     Outcome,
     Phase,
@@ -45,13 +45,13 @@ from common.run_state import (
     Verdict,
     WorkProgress,
 )
-from common.tls import TlsMaterial
-from common.transfer import DIGEST, Blob, Encoded, Receiver, WriteBehind, chunks_of
-from edge_agent.identity import Identity, explain
-from edge_agent.metrics import AgentMetrics
-from edge_agent.rate_limit import RateLimit
-from edge_agent.server_clock import ServerClock
-from edge_agent.state import Report
+from ecavg.common.tls import TlsMaterial
+from ecavg.common.transfer import DIGEST, Blob, Encoded, Receiver, WriteBehind, chunks_of
+from ecavg.edge_agent.identity import Identity, explain
+from ecavg.edge_agent.metrics import AgentMetrics
+from ecavg.edge_agent.rate_limit import RateLimit
+from ecavg.edge_agent.server_clock import ServerClock
+from ecavg.edge_agent.state import Report
 
 Kind = Literal["weights", "data"]
 # Called with the bytes done and the bytes in all.

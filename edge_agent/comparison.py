@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from common.evaluation import Evaluation
+from ecavg.common.evaluation import Evaluation
 
 
 class Comparison(NamedTuple):

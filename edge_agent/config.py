@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
-from common import addresses
-from common.config import AGENT_ID_PATTERN, Name, ProcessConfig, UserPath, expand_home
-from common.dataset import DATASETS
-from common.errors import UsageError, one_line
-from edge_agent.hours import parse_hours
+from ecavg.common import addresses
+from ecavg.common.config import AGENT_ID_PATTERN, Name, ProcessConfig, UserPath, expand_home
+from ecavg.common.dataset import DATASETS
+from ecavg.common.errors import UsageError, one_line
+from ecavg.edge_agent.hours import parse_hours
 
 if TYPE_CHECKING:
-    from edge_agent.tables import TableFormat
+    from ecavg.edge_agent.tables import TableFormat
 
 ENV_PREFIX = "ECAVG_AGENT_"
 
@@ -201,7 +201,7 @@ class AgentConfig(ProcessConfig):
         A source that is a folder becomes a path without `~`.
         """
         # Imported here, with NumPy, because --help does without.
-        from edge_agent.partition import parse_partition
+        from ecavg.edge_agent.partition import parse_partition
 
         if value is None:
             return None
@@ -261,7 +261,7 @@ class AgentConfig(ProcessConfig):
     def table(self) -> "TableFormat":
         """Return how a table becomes examples."""
         # Imported here, with NumPy, because --help does without.
-        from edge_agent.tables import TableFormat
+        from ecavg.edge_agent.tables import TableFormat
 
         return TableFormat(
             self.data_inputs,

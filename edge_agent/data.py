@@ -23,23 +23,23 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import torch
 
-from common.agent_progress import OnExamples, ignore_examples
-from common.config import RunConfig
-from common.dataset import CLASS_NAMES, DATASETS, DatasetSpec
-from common.errors import UsageError
-from common.factories import import_factory
-from common.seeds import derive_seed
-from common.shards import Shard, check_splittable
-from common.tasks import kind_of
-from edge_agent.arrays import Arrays, as_wanted, check_arrays, is_arrays, open_arrays, stamp_of_arrays
-from edge_agent.bundles import BUNDLES, open_bundle
-from edge_agent.config import FACTORY_PATTERN, check_source, data_root
-from edge_agent.image_folder import class_folders, list_image_folder, list_splits, stamp_of
-from edge_agent.not_read import find_not_read
-from edge_agent.partition import Partition, partition_indices
-from edge_agent.series import block_of, check_overlap, hold_out_latest
-from edge_agent.shard_files import input_digests
-from edge_agent.tables import TableFormat, is_table, names_in, open_table
+from ecavg.common.agent_progress import OnExamples, ignore_examples
+from ecavg.common.config import RunConfig
+from ecavg.common.dataset import CLASS_NAMES, DATASETS, DatasetSpec
+from ecavg.common.errors import UsageError
+from ecavg.common.factories import import_factory
+from ecavg.common.seeds import derive_seed
+from ecavg.common.shards import Shard, check_splittable
+from ecavg.common.tasks import kind_of
+from ecavg.edge_agent.arrays import Arrays, as_wanted, check_arrays, is_arrays, open_arrays, stamp_of_arrays
+from ecavg.edge_agent.bundles import BUNDLES, open_bundle
+from ecavg.edge_agent.config import FACTORY_PATTERN, check_source, data_root
+from ecavg.edge_agent.image_folder import class_folders, list_image_folder, list_splits, stamp_of
+from ecavg.edge_agent.not_read import find_not_read
+from ecavg.edge_agent.partition import Partition, partition_indices
+from ecavg.edge_agent.series import block_of, check_overlap, hold_out_latest
+from ecavg.edge_agent.shard_files import input_digests
+from ecavg.edge_agent.tables import TableFormat, is_table, names_in, open_table
 
 # The class of each dataset in torchvision.datasets.
 _TORCHVISION: Mapping[str, str] = {

@@ -5,10 +5,10 @@ import socket
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from common import addresses, doctor, proxy, tls
-from common.errors import ECAvgError, RunError, UnavailableError, UsageError
-from edge_agent.config import AgentConfig
-from edge_agent.identity import (
+from ecavg.common import addresses, doctor, proxy, tls
+from ecavg.common.errors import ECAvgError, RunError, UnavailableError, UsageError
+from ecavg.edge_agent.config import AgentConfig
+from ecavg.edge_agent.identity import (
     PROBE_SECONDS,
     SPEAKS_TLS,
     Identity,
@@ -18,11 +18,11 @@ from edge_agent.identity import (
     is_outside,
     wrong_clock,
 )
-from edge_agent.join_token import how_to_enroll, read_token
-from edge_agent.state import default_directories, user_of
+from ecavg.edge_agent.join_token import how_to_enroll, read_token
+from ecavg.edge_agent.state import default_directories, user_of
 
 if TYPE_CHECKING:
-    from edge_agent.image_folder import FileSplit
+    from ecavg.edge_agent.image_folder import FileSplit
 
 # So many images of each split are decoded at most, to see that it can be done.
 NUM_SAMPLES = 8
@@ -128,7 +128,7 @@ def _check_tls(config: AgentConfig, folder: Path, identity: Identity | None) -> 
     if reason := distrust(config.server, identity):
         raise UsageError(reason)
     # Imported here, because gRPC may be what is broken.
-    from edge_agent.client import ask_for_health
+    from ecavg.edge_agent.client import ask_for_health
 
     # Whether an agent is revoked is known only when it calls.
     asyncio.run(ask_for_health(config.server, identity.material))
@@ -161,9 +161,9 @@ def _look_at_data(config: AgentConfig) -> str:
     if config.data is None:
         return "the run's dataset, which the server names when the agent joins"
     # Imported here, because PyTorch takes seconds, and may be what is broken.
-    from edge_agent.arrays import statistics
-    from edge_agent.data import ArraySplit, find_source
-    from edge_agent.image_folder import FileSplit
+    from ecavg.edge_agent.arrays import statistics
+    from ecavg.edge_agent.data import ArraySplit, find_source
+    from ecavg.edge_agent.image_folder import FileSplit
 
     source = find_source(config.data, config.data_dir, table=config.table)
     if source is None:
@@ -187,7 +187,7 @@ def _look_at_data(config: AgentConfig) -> str:
 
 def _decode_some(split: "FileSplit") -> None:
     """Decode a few images from all over the split; raise UsageError if one of them cannot be read."""
-    from edge_agent.pictures import decode_image, quiet_pillow
+    from ecavg.edge_agent.pictures import decode_image, quiet_pillow
 
     step = max(1, len(split.paths) // NUM_SAMPLES)
     with quiet_pillow():
@@ -203,6 +203,6 @@ def _decode_some(split: "FileSplit") -> None:
 
 
 def _look_at_device(config: AgentConfig) -> str:
-    from common.devices import describe_device
+    from ecavg.common.devices import describe_device
 
     return describe_device(config.device)

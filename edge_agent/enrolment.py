@@ -4,13 +4,13 @@ import asyncio
 from collections.abc import Callable
 from pathlib import Path
 
-from common import rpc, tls
-from common.errors import ECAvgError, UnavailableError, UsageError
-from common.faults import Point, crash_point
-from common.proxy import route
-from edge_agent.client import ask_for_certificate
-from edge_agent.identity import Identity, certificate_of, is_outside, wrong_clock
-from edge_agent.server_clock import ServerClock
+from ecavg.common import rpc, tls
+from ecavg.common.errors import ECAvgError, UnavailableError, UsageError
+from ecavg.common.faults import Point, crash_point
+from ecavg.common.proxy import route
+from ecavg.edge_agent.client import ask_for_certificate
+from ecavg.edge_agent.identity import Identity, certificate_of, is_outside, wrong_clock
+from ecavg.edge_agent.server_clock import ServerClock
 
 # Where the server breaks off so many handshakes, the token is at fault, not the network.
 MAX_UNTAKEN = 3

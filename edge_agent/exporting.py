@@ -12,15 +12,15 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from common.config import RunConfig
-from common.dataset import Inputs
-from common.errors import ECAvgError, RunError
-from common.files import replacing
-from common.models import build_model
-from common.tasks.task import Task, task_of
-from common.weights import load_into
-from edge_agent.config import check_exporter
-from edge_agent.history import Use
+from ecavg.common.config import RunConfig
+from ecavg.common.dataset import Inputs
+from ecavg.common.errors import ECAvgError, RunError
+from ecavg.common.files import replacing
+from ecavg.common.models import build_model
+from ecavg.common.tasks.task import Task, task_of
+from ecavg.common.weights import load_into
+from ecavg.edge_agent.config import check_exporter
+from ecavg.edge_agent.history import Use
 
 Format = Literal["onnx", "torch-export"]
 

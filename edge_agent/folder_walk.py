@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from common.errors import one_line
-from edge_agent.pictures import IMAGE_FORMATS
+from ecavg.common.errors import one_line
+from ecavg.edge_agent.pictures import IMAGE_FORMATS
 
 # Operating systems and storage devices leave these beside pictures; here in small letters.
 _OF_THE_SYSTEM = frozenset({"thumbs.db", "desktop.ini", "@eadir", "__macosx"})

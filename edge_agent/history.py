@@ -9,11 +9,11 @@ from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
 
-from common.config import FrozenModel, RunConfig
-from common.errors import UsageError
-from common.files import link, replacing
-from common.sharded import remove_sharded, write_sharded
-from common.transfer import blob_of
+from ecavg.common.config import FrozenModel, RunConfig
+from ecavg.common.errors import UsageError
+from ecavg.common.files import link, replacing
+from ecavg.common.sharded import remove_sharded, write_sharded
+from ecavg.common.transfer import blob_of
 
 # So many entries stay; an entry has a few hundred bytes.
 MAX_ENTRIES = 200

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable
 from typing import NamedTuple
 
-from common.errors import UsageError, one_line
+from ecavg.common.errors import UsageError, one_line
 
 _PATTERN = re.compile(r"([01]\d|2[0-3]):([0-5]\d)-([01]\d|2[0-3]):([0-5]\d)")
 _DAY_MINUTES = 24 * 60

@@ -13,8 +13,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import TypeVar
 
-from common import clock, proxy, tls
-from common.errors import ECAvgError, UsageError
+from ecavg.common import clock, proxy, tls
+from ecavg.common.errors import ECAvgError, UsageError
 
 _Result = TypeVar("_Result")
 

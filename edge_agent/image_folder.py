@@ -13,13 +13,13 @@ from typing import NamedTuple
 import numpy as np
 import structlog
 
-from common.agent_progress import OnExamples, ignore_examples
-from common.config import Background, RunConfig, class_name
-from common.dataset import DatasetSpec
-from common.errors import UsageError, encodable, one_line
-from common.shards import Shard
-from edge_agent.folder_walk import Item, folders_in, items_below
-from edge_agent.pictures import IMAGE_FORMATS, MODES, decode_image, quiet_pillow
+from ecavg.common.agent_progress import OnExamples, ignore_examples
+from ecavg.common.config import Background, RunConfig, class_name
+from ecavg.common.dataset import DatasetSpec
+from ecavg.common.errors import UsageError, encodable, one_line
+from ecavg.common.shards import Shard
+from ecavg.edge_agent.folder_walk import Item, folders_in, items_below
+from ecavg.edge_agent.pictures import IMAGE_FORMATS, MODES, decode_image, quiet_pillow
 
 # Pillow lets go of the interpreter's lock only while it decodes: photos keep several threads busy, and
 # with tiny images more than a few only wait for each other.

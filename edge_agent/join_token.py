@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from common.errors import UsageError
-from common.files import read_text
+from ecavg.common.errors import UsageError
+from ecavg.common.files import read_text
 
 
 def read_token(file: Path | None) -> str:

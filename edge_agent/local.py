@@ -16,34 +16,34 @@ import structlog
 import torch
 from torch import nn
 
-from common.agent_progress import OnExamples, ignore_examples
-from common.config import RunConfig, TrainingConfig
-from common.errors import DivergedError, RunError
-from common.evaluation import Evaluation, evaluate
-from common.faults import Point, crash_point
-from common.files import replacing, sync
-from common.models import build_model, errors_of_model, shared_part
-from common.rehearsal import Probe, check_probe, rehearse
-from common.schedule import Place, place_of
-from common.schema import most_file_bytes
-from common.seeds import derive_seed
-from common.shards import Shard, cloud_holdout, gather, read_shard
-from common.tasks import kind_of, published
-from common.tasks.task import task_of
-from common.training import CheckpointFile, Examples, OnStep, Recipe, choose_precision, train
-from common.transfer import Blob, blob_of
-from common.weights import StateDict, load_into, write_state_dict
-from common.wire import Base, encode, wire_of
-from edge_agent.client import Joined
-from edge_agent.comparison import objection
-from edge_agent.config import AgentConfig
-from edge_agent.data import AgentData, choose_shared, load_agent_data
-from edge_agent.history import History, Source, use_of
-from edge_agent.own_training import Data, OwnTraining, Purpose, Start, train_as_own
-from edge_agent.partition import Partition, parse_partition
-from edge_agent.series import check_shared_fraction
-from edge_agent.shard_files import keep_shards
-from edge_agent.state import AgentState, Report, Trained
+from ecavg.common.agent_progress import OnExamples, ignore_examples
+from ecavg.common.config import RunConfig, TrainingConfig
+from ecavg.common.errors import DivergedError, RunError
+from ecavg.common.evaluation import Evaluation, evaluate
+from ecavg.common.faults import Point, crash_point
+from ecavg.common.files import replacing, sync
+from ecavg.common.models import build_model, errors_of_model, shared_part
+from ecavg.common.rehearsal import Probe, check_probe, rehearse
+from ecavg.common.schedule import Place, place_of
+from ecavg.common.schema import most_file_bytes
+from ecavg.common.seeds import derive_seed
+from ecavg.common.shards import Shard, cloud_holdout, gather, read_shard
+from ecavg.common.tasks import kind_of, published
+from ecavg.common.tasks.task import task_of
+from ecavg.common.training import CheckpointFile, Examples, OnStep, Recipe, choose_precision, train
+from ecavg.common.transfer import Blob, blob_of
+from ecavg.common.weights import StateDict, load_into, write_state_dict
+from ecavg.common.wire import Base, encode, wire_of
+from ecavg.edge_agent.client import Joined
+from ecavg.edge_agent.comparison import objection
+from ecavg.edge_agent.config import AgentConfig
+from ecavg.edge_agent.data import AgentData, choose_shared, load_agent_data
+from ecavg.edge_agent.history import History, Source, use_of
+from ecavg.edge_agent.own_training import Data, OwnTraining, Purpose, Start, train_as_own
+from ecavg.edge_agent.partition import Partition, parse_partition
+from ecavg.edge_agent.series import check_shared_fraction
+from ecavg.edge_agent.shard_files import keep_shards
+from ecavg.edge_agent.state import AgentState, Report, Trained
 
 log = structlog.get_logger()
 

@@ -3,16 +3,16 @@
 import asyncio
 from collections.abc import Callable
 
-from common.agent_progress import Activity, AgentProgress
-from common.config import RunConfig
-from common.errors import UsageError
-from common.faults import Point, crash_point
-from common.progress import ProgressDisplay
-from edge_agent.config import AgentConfig
-from edge_agent.data import data_stamp
-from edge_agent.local import LocalModels
-from edge_agent.teller import Teller
-from edge_agent.worker import Worker
+from ecavg.common.agent_progress import Activity, AgentProgress
+from ecavg.common.config import RunConfig
+from ecavg.common.errors import UsageError
+from ecavg.common.faults import Point, crash_point
+from ecavg.common.progress import ProgressDisplay
+from ecavg.edge_agent.config import AgentConfig
+from ecavg.edge_agent.data import data_stamp
+from ecavg.edge_agent.local import LocalModels
+from ecavg.edge_agent.teller import Teller
+from ecavg.edge_agent.worker import Worker
 
 
 class LocalData:

@@ -15,10 +15,10 @@ from typing import Any, NamedTuple, TypeVar
 
 import structlog
 
-from common import tracing
-from common.agent_progress import Activity, AgentProgress
-from common.config import RunConfig
-from common.errors import (
+from ecavg.common import tracing
+from ecavg.common.agent_progress import Activity, AgentProgress
+from ecavg.common.config import RunConfig
+from ecavg.common.errors import (
     ConflictError,
     ForbiddenError,
     NotFoundError,
@@ -27,25 +27,25 @@ from common.errors import (
     RunError,
     UnauthenticatedError,
 )
-from common.faults import Point, crash_point
-from common.progress import ProgressDisplay
-from common.run_state import Outcome, PublishedModel, RunState, Verdict
-from common.run_state import Phase as RoundPhase
-from common.tasks import kind_of
-from common.training import StepReport
-from common.transfer import Blob
-from common.wire import is_encoded
-from edge_agent.client import CloudClient
-from edge_agent.local import LocalModels
-from edge_agent.local_data import LocalData
-from edge_agent.metrics import AgentMetrics, Phase
-from edge_agent.news import News
-from edge_agent.readiness import Readiness
-from edge_agent.state import AgentState, Arrived, Report, Trained
-from edge_agent.teller import Teller
-from edge_agent.transfers import Transfers, is_whole
-from edge_agent.updating import Updates
-from edge_agent.worker import Worker
+from ecavg.common.faults import Point, crash_point
+from ecavg.common.progress import ProgressDisplay
+from ecavg.common.run_state import Outcome, PublishedModel, RunState, Verdict
+from ecavg.common.run_state import Phase as RoundPhase
+from ecavg.common.tasks import kind_of
+from ecavg.common.training import StepReport
+from ecavg.common.transfer import Blob
+from ecavg.common.wire import is_encoded
+from ecavg.edge_agent.client import CloudClient
+from ecavg.edge_agent.local import LocalModels
+from ecavg.edge_agent.local_data import LocalData
+from ecavg.edge_agent.metrics import AgentMetrics, Phase
+from ecavg.edge_agent.news import News
+from ecavg.edge_agent.readiness import Readiness
+from ecavg.edge_agent.state import AgentState, Arrived, Report, Trained
+from ecavg.edge_agent.teller import Teller
+from ecavg.edge_agent.transfers import Transfers, is_whole
+from ecavg.edge_agent.updating import Updates
+from ecavg.edge_agent.worker import Worker
 
 # One contribution is sent so often, where the server turns out not to hold what was uploaded.
 MAX_SENDINGS = 3

@@ -8,8 +8,8 @@ from enum import StrEnum
 
 from prometheus_client import Counter, Gauge
 
-from common.metrics import MachineMetrics, make_registry
-from common.tasks import Kind
+from ecavg.common.metrics import MachineMetrics, make_registry
+from ecavg.common.tasks import Kind
 
 SENT_KINDS = ("weights", "data")
 RECEIVED_KINDS = ("model",)

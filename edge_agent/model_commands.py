@@ -11,15 +11,15 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common import cli
-from common.errors import RunError, UsageError
-from common.layers import load
-from edge_agent.config import ENV_PREFIX, ModelConfig, check_exporter
+from ecavg.common import cli
+from ecavg.common.errors import RunError, UsageError
+from ecavg.common.layers import load
+from ecavg.edge_agent.config import ENV_PREFIX, ModelConfig, check_exporter
 
 if TYPE_CHECKING:
-    from edge_agent.exporting import Deployed
-    from edge_agent.history import History, Use
-    from edge_agent.state import AgentState
+    from ecavg.edge_agent.exporting import Deployed
+    from ecavg.edge_agent.history import History, Use
+    from ecavg.edge_agent.state import AgentState
 
 # So many classes are shown of each picture.
 NUM_CLASSES = 5
@@ -67,7 +67,7 @@ def predict(argv: Sequence[str]) -> int:
     history = _history(config)
     use = history.latest()
     model = _model(history, use, config)
-    from edge_agent.prediction import predict
+    from ecavg.edge_agent.prediction import predict
 
     guesses = predict(model, history.run_of(use), own["images"], NUM_CLASSES)
     if own["json"]:
@@ -98,7 +98,7 @@ def export(argv: Sequence[str]) -> int:
     check_exporter(own["format"])
     history = _history(config)
     use = history.latest()
-    from edge_agent.exporting import export
+    from ecavg.edge_agent.exporting import export
 
     output = own["output"] or Path(f"model.{SUFFIXES[own['format']]}")
     try:
@@ -124,7 +124,7 @@ def roll_back(argv: Sequence[str]) -> int:
     config, own = _parsed(parser, argv, "round")
     folder = _folder(config)
     _history(config).latest()
-    from edge_agent.state import user_of
+    from ecavg.edge_agent.state import user_of
 
     if process := user_of(folder):
         raise UsageError(
@@ -134,11 +134,11 @@ def roll_back(argv: Sequence[str]) -> int:
 
 
 async def _do_roll_back(config: ModelConfig, number: int | None) -> int:
-    from common import logs
-    from edge_agent.metrics import AgentMetrics
-    from edge_agent.state import AgentState
-    from edge_agent.updating import Updates
-    from edge_agent.worker import Worker
+    from ecavg.common import logs
+    from ecavg.edge_agent.metrics import AgentMetrics
+    from ecavg.edge_agent.state import AgentState
+    from ecavg.edge_agent.updating import Updates
+    from ecavg.edge_agent.worker import Worker
 
     logs.set_up(config.log_level, config.log_format, quiet=config.quiet)
     worker = Worker(cli.print_status)
@@ -193,20 +193,20 @@ def _parsed(parser: cli.Parser, argv: Sequence[str], *own: str) -> tuple[ModelCo
 
 
 def _folder(config: ModelConfig) -> Path:
-    from edge_agent.state import default_directories
+    from ecavg.edge_agent.state import default_directories
 
     return config.state_dir or default_directories(config.agent_id)[0]
 
 
 def _history(config: ModelConfig) -> "History":
-    from edge_agent.history import History
+    from ecavg.edge_agent.history import History
 
     return History(_folder(config), config.keep_models, config.max_file_bytes)
 
 
 def _model(history: "History", use: "Use", config: ModelConfig) -> "Deployed":
     # Imported here, because PyTorch takes seconds.
-    from edge_agent.exporting import Deployed
+    from ecavg.edge_agent.exporting import Deployed
 
     return Deployed(history.run_of(use), history.weights(use), config.allow_factory)
 

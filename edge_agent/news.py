@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Callable, Coroutine
 from typing import Any
 
-from common.run_state import RunState
+from ecavg.common.run_state import RunState
 
 
 class News:

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import structlog
 
-from common.errors import one_line
-from edge_agent.folder_walk import Item, folders_in, is_left_out, items_below, look_at
+from ecavg.common.errors import one_line
+from ecavg.edge_agent.folder_walk import Item, folders_in, is_left_out, items_below, look_at
 
 # So many suffixes and folders are named.
 MAX_NAMED = 5

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from common.batches import DeviceData
-from common.config import TrainingConfig
-from common.dataset import DatasetSpec
-from common.errors import DivergedError, RunError
-from common.training import Examples, OnStep, StepReport
-from common.weights import copy_into
+from ecavg.common.batches import DeviceData
+from ecavg.common.config import TrainingConfig
+from ecavg.common.dataset import DatasetSpec
+from ecavg.common.errors import DivergedError, RunError
+from ecavg.common.training import Examples, OnStep, StepReport
+from ecavg.common.weights import copy_into
 
 Purpose = Literal["pretrain", "adapt"]
 

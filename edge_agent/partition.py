@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from common.errors import UsageError
+from ecavg.common.errors import UsageError
 
 _SHARES_STREAM = 0
 _EXAMPLES_STREAM = 1

@@ -18,7 +18,7 @@ from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 
-from common.config import Background
+from ecavg.common.config import Background
 
 # One file may have so many pixels, which is checked before it is decoded.
 MAX_IMAGE_PIXELS = 64_000_000

@@ -6,11 +6,11 @@ from typing import NamedTuple
 
 import torch
 
-from common.config import RunConfig
-from common.errors import UsageError
-from common.tasks import kind_of
-from edge_agent.exporting import Deployed, labels_of
-from edge_agent.pictures import decode_image, quiet_pillow
+from ecavg.common.config import RunConfig
+from ecavg.common.errors import UsageError
+from ecavg.common.tasks import kind_of
+from ecavg.edge_agent.exporting import Deployed, labels_of
+from ecavg.edge_agent.pictures import decode_image, quiet_pillow
 
 
 class Guess(NamedTuple):

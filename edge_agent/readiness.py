@@ -3,8 +3,8 @@
 import asyncio
 from collections.abc import Callable, Sequence
 
-from edge_agent.hours import Hours, local_minute
-from edge_agent.running import reason_of_failure
+from ecavg.edge_agent.hours import Hours, local_minute
+from ecavg.edge_agent.running import reason_of_failure
 
 # The command has so much time; a device that cannot say so soon whether it is ready is not.
 LIMIT_SECONDS = 30.0

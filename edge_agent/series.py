@@ -6,10 +6,10 @@ Between two parts so many examples are left out that no row is in both.
 
 import numpy as np
 
-from common.config import RunConfig
-from common.errors import UsageError
-from edge_agent.partition import Partition
-from edge_agent.tables import TableFormat
+from ecavg.common.config import RunConfig
+from ecavg.common.errors import UsageError
+from ecavg.edge_agent.partition import Partition
+from ecavg.edge_agent.tables import TableFormat
 
 
 def check_overlap(run: RunConfig, table: TableFormat) -> None:

@@ -4,7 +4,7 @@ import asyncio
 import time
 from collections.abc import Callable
 
-from common import clock, tls
+from ecavg.common import clock, tls
 
 
 class ServerClock:

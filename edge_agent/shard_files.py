@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from common.errors import InvalidError
-from common.shards import Shard, read_shard, write_shard
+from ecavg.common.errors import InvalidError
+from ecavg.common.shards import Shard, read_shard, write_shard
 
 # The server is asked for each shard in every round; where there are more, all become one again.
 MAX_SHARDS = 256

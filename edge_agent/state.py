@@ -9,10 +9,10 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from common.config import AGENT_ID_PATTERN, FrozenModel, Scored
-from common.errors import RunError, UsageError
-from common.files import is_full, read_text, replacing
-from common.transfer import Blob
+from ecavg.common.config import AGENT_ID_PATTERN, FrozenModel, Scored
+from ecavg.common.errors import RunError, UsageError
+from ecavg.common.files import is_full, read_text, replacing
+from ecavg.common.transfer import Blob
 
 DEFAULT_STATE_DIR = "ecavg-agent"
 # So many agents on one machine may share a working directory.

@@ -15,8 +15,8 @@ from typing import NamedTuple
 import numpy as np
 import structlog
 
-from common.errors import UsageError, one_line
-from edge_agent.arrays import Arrays
+from ecavg.common.errors import UsageError, one_line
+from ecavg.edge_agent.arrays import Arrays
 
 # An error names at most so many columns of a file.
 _MAX_NAMED = 20

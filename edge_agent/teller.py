@@ -6,9 +6,9 @@ from contextlib import asynccontextmanager
 
 import structlog
 
-from common.agent_progress import AgentProgress
-from common.errors import ECAvgError
-from edge_agent.client import CloudClient
+from ecavg.common.agent_progress import AgentProgress
+from ecavg.common.errors import ECAvgError
+from ecavg.edge_agent.client import CloudClient
 
 # Nothing is told of an activity that is shorter.
 FIRST_SECONDS = 1.0

@@ -5,15 +5,15 @@ from pathlib import Path
 
 import structlog
 
-from common.errors import InvalidError, NotFoundError, RunError
-from common.faults import Point, crash_point
-from common.progress import ProgressDisplay
-from common.transfer import Blob, Encoded, blob_of
-from common.wire import Base, decode
-from edge_agent.client import CloudClient, Kind, OnBytes
-from edge_agent.local_data import LocalData
-from edge_agent.state import AgentState
-from edge_agent.worker import Worker
+from ecavg.common.errors import InvalidError, NotFoundError, RunError
+from ecavg.common.faults import Point, crash_point
+from ecavg.common.progress import ProgressDisplay
+from ecavg.common.transfer import Blob, Encoded, blob_of
+from ecavg.common.wire import Base, decode
+from ecavg.edge_agent.client import CloudClient, Kind, OnBytes
+from ecavg.edge_agent.local_data import LocalData
+from ecavg.edge_agent.state import AgentState
+from ecavg.edge_agent.worker import Worker
 
 log = structlog.get_logger()
 

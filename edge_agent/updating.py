@@ -11,13 +11,13 @@ from typing import IO, NamedTuple
 
 import structlog
 
-from common.errors import ECAvgError
-from edge_agent.config import AgentConfig
-from edge_agent.history import History, Source, Use
-from edge_agent.metrics import AgentMetrics
-from edge_agent.running import reason_of_failure
-from edge_agent.state import AgentState
-from edge_agent.worker import Worker
+from ecavg.common.errors import ECAvgError
+from ecavg.edge_agent.config import AgentConfig
+from ecavg.edge_agent.history import History, Source, Use
+from ecavg.edge_agent.metrics import AgentMetrics
+from ecavg.edge_agent.running import reason_of_failure
+from ecavg.edge_agent.state import AgentState
+from ecavg.edge_agent.worker import Worker
 
 FILE_NAMES = {"onnx": "model.onnx", "torch-export": "model.pt2"}
 # So much of what the command has written goes to the log, from the end.
@@ -116,7 +116,7 @@ class Updates:
 
     def _export(self, use: Use, path: Path) -> None:
         # Imported here, because the commands that only run `on_update` do without PyTorch.
-        from edge_agent.exporting import export
+        from ecavg.edge_agent.exporting import export
 
         assert self._config.export != "none"
         weights, run = self._history.weights(use), self._history.run_of(use)

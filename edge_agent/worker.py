@@ -5,8 +5,8 @@ from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
-from common.files import is_full
-from common.rpc import Backoff
+from ecavg.common.files import is_full
+from ecavg.common.rpc import Backoff
 
 _T = TypeVar("_T")
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.tasks.task import Figure, Task
+from ecavg.common.tasks.task import Figure, Task
 
 NUM_CLASSES = 2
 

@@ -11,15 +11,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from cloud_server.trainer.aggregation import mean
-from cloud_server.trainer.alignment import align_all
-from cloud_server.trainer.permutations import apply, permutation_groups
-from common.config import RunConfig
-from common.evaluation import evaluate, recompute_statistics
-from common.models import build_model, empty_inputs
-from common.seeds import derive_seed
-from common.tasks.task import task_of
-from common.weights import copy_into, read_state_dict, write_state_dict
+from ecavg.cloud_server.trainer.aggregation import mean
+from ecavg.cloud_server.trainer.alignment import align_all
+from ecavg.cloud_server.trainer.permutations import apply, permutation_groups
+from ecavg.common.config import RunConfig
+from ecavg.common.evaluation import evaluate, recompute_statistics
+from ecavg.common.models import build_model, empty_inputs
+from ecavg.common.seeds import derive_seed
+from ecavg.common.tasks.task import task_of
+from ecavg.common.weights import copy_into, read_state_dict, write_state_dict
 from experiments import data
 
 NUM_POINTS = 11

@@ -14,10 +14,10 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from cloud_server.jobs import Job, JobDirectory, Result
-from cloud_server.state_dir import blob_path
-from cloud_server.trainer.finetune import combine, fine_tune
-from cloud_server.trainer.members import (
+from ecavg.cloud_server.jobs import Job, JobDirectory, Result
+from ecavg.cloud_server.state_dir import blob_path
+from ecavg.cloud_server.trainer.finetune import combine, fine_tune
+from ecavg.cloud_server.trainer.members import (
     Member,
     all_hold_base,
     base_of,
@@ -25,17 +25,17 @@ from cloud_server.trainer.members import (
     make_weights,
     members_of,
 )
-from cloud_server.trainer.moving_average import MovingAverage
-from cloud_server.trainer.norms import clip
-from cloud_server.trainer.output import write_model
-from cloud_server.trainer.screening import Screening, clipped_path
-from cloud_server.trainer.selection import Selection
-from common.config import CandidateName
-from common.errors import InvalidError, RunError
-from common.models import build_model, shared_part
-from common.training import AfterStep
-from common.weights import load_into
-from common.wire import wire_of
+from ecavg.cloud_server.trainer.moving_average import MovingAverage
+from ecavg.cloud_server.trainer.norms import clip
+from ecavg.cloud_server.trainer.output import write_model
+from ecavg.cloud_server.trainer.screening import Screening, clipped_path
+from ecavg.cloud_server.trainer.selection import Selection
+from ecavg.common.config import CandidateName
+from ecavg.common.errors import InvalidError, RunError
+from ecavg.common.models import build_model, shared_part
+from ecavg.common.training import AfterStep
+from ecavg.common.weights import load_into
+from ecavg.common.wire import wire_of
 
 
 class Made(NamedTuple):

@@ -18,18 +18,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from cloud_server.contribution import Contribution
-from cloud_server.jobs import Job, Result
-from common.config import RunConfig
-from common.devices import select_device
-from common.errors import RunError
-from common.evaluation import evaluate
-from common.files import replacing
-from common.models import build_model
-from common.tasks.task import task_of
-from common.weights import load_into
-from common.wire import Base, decode
-from edge_agent.state import Report
+from ecavg.cloud_server.contribution import Contribution
+from ecavg.cloud_server.jobs import Job, Result
+from ecavg.common.config import RunConfig
+from ecavg.common.devices import select_device
+from ecavg.common.errors import RunError
+from ecavg.common.evaluation import evaluate
+from ecavg.common.files import replacing
+from ecavg.common.models import build_model
+from ecavg.common.tasks.task import task_of
+from ecavg.common.weights import load_into
+from ecavg.common.wire import Base, decode
+from ecavg.edge_agent.state import Report
 from experiments import barrier, data
 from experiments.candidates import held_out_scores
 from experiments.round import Edge, Network, OnProgress, Received, round_job

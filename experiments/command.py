@@ -11,10 +11,10 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from common.config import RunConfig
-from common.errors import ECAvgError, UsageError
-from common.files import replacing
-from common.layers import deep_merge
+from ecavg.common.config import RunConfig
+from ecavg.common.errors import ECAvgError, UsageError
+from ecavg.common.files import replacing
+from ecavg.common.layers import deep_merge
 
 console = Console()
 
@@ -23,8 +23,8 @@ def set_up_process() -> None:
     """Set this process to one thread, deterministic results, and the product's log to warnings and errors."""
     # PyTorch reads the variable when it is imported.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    from common.devices import make_deterministic
-    from common.logs import configure_logging
+    from ecavg.common.devices import make_deterministic
+    from ecavg.common.logs import configure_logging
 
     make_deterministic()
     configure_logging(level="warning")

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import numpy as np
 
-from common.config import RunConfig
-from common.files import replacing
-from common.seeds import derive_seed
-from common.shards import Shard, split
-from edge_agent.data import ArraySplit, open_source
+from ecavg.common.config import RunConfig
+from ecavg.common.files import replacing
+from ecavg.common.seeds import derive_seed
+from ecavg.common.shards import Shard, split
+from ecavg.edge_agent.data import ArraySplit, open_source
 
 FACTORY = "experiments.data:examples"
 _VARIABLE = "EXPERIMENT_DATA"

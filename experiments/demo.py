@@ -24,8 +24,8 @@ from rich.console import Console
 from rich.status import Status
 from rich.table import Table
 
-from cloud_server.door.authority import Authority
-from cloud_server.state_dir import StateDir
+from ecavg.cloud_server.door.authority import Authority
+from ecavg.cloud_server.state_dir import StateDir
 
 FOLDER = Path(".demo")
 AGENTS = ("edge-1", "edge-2")
@@ -98,13 +98,13 @@ def run_round(status: Status, stop: Stop, preset: str) -> None:
     port, http_port = free_ports(2)
     token = join_token(FOLDER / "server", uses=len(AGENTS))
     server = [
-        "cloud_server", "--preset", preset, "--host", "127.0.0.1", "--port", str(port),
+        "ecavg.cloud_server", "--preset", preset, "--host", "127.0.0.1", "--port", str(port),
         "--http-port", str(http_port), "--state-dir", str(FOLDER / "server"), "--rounds", "1",
     ]  # fmt: skip
     commands = {"cloud-server": server}
     for agent_id in AGENTS:
         commands[agent_id] = [
-            "edge_agent", "--server", f"127.0.0.1:{port}", "--agent-id", agent_id,
+            "ecavg.edge_agent", "--server", f"127.0.0.1:{port}", "--agent-id", agent_id,
             "--state-dir", str(FOLDER / agent_id), "--join-token-file", str(token),
         ]  # fmt: skip
     with running(commands) as processes:

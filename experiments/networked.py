@@ -10,10 +10,10 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from cloud_server.jobs import TRAINED
-from cloud_server.state_dir import StateDir
-from common.config import RunConfig
-from common.errors import RunError
+from ecavg.cloud_server.jobs import TRAINED
+from ecavg.cloud_server.state_dir import StateDir
+from ecavg.common.config import RunConfig
+from ecavg.common.errors import RunError
 from experiments import data
 from experiments.cell import Cell, Record
 from experiments.demo import describe, environment, free_ports, join_token
@@ -58,7 +58,7 @@ def _run_round(
     agents, count = agent_ids(setting.num_agents), str(setting.num_agents)
     commands = {
         "server": [
-            "cloud_server", "--config", str(folder / "run.toml"), "--rounds", "1", "--device", device,
+            "ecavg.cloud_server", "--config", str(folder / "run.toml"), "--rounds", "1", "--device", device,
             "--host", "127.0.0.1", "--port", str(port), "--http-port", str(http_port),
             "--min-agents", count, "--deadline-seconds", str(_DEADLINE_SECONDS),
         ]
@@ -66,7 +66,7 @@ def _run_round(
     token = join_token(folder / "server", uses=setting.num_agents)
     for number, agent_id in enumerate(agents, 1):
         commands[agent_id] = [
-            "edge_agent", "--server", f"127.0.0.1:{port}", "--agent-id", agent_id, "--device", device,
+            "ecavg.edge_agent", "--server", f"127.0.0.1:{port}", "--agent-id", agent_id, "--device", device,
             "--data", data.FACTORY, "--partition", f"{number}/{count}", "--join-token-file", str(token),
         ]  # fmt: skip
     with ExitStack() as stack:

@@ -17,9 +17,9 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from common.config import RunConfig
-from common.errors import UsageError
-from common.layers import deep_merge
+from ecavg.common.config import RunConfig
+from ecavg.common.errors import UsageError
+from ecavg.common.layers import deep_merge
 from experiments import command
 from experiments.command import console, write_text
 from experiments.tasks import EXAMPLES_FOR_ASYNC, FOR_ASYNC, TASKS, VARIANTS, Setting

@@ -9,7 +9,7 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from common.files import replacing
+from ecavg.common.files import replacing
 from experiments import tables
 from experiments import worth as worth_table
 from experiments.tasks import VARIANTS

@@ -19,11 +19,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from common.config import RunConfig
-from common.errors import InvalidError, RunError
-from common.layers import deep_merge
-from common.shards import Shard
-from common.tasks.task import task_of
+from ecavg.common.config import RunConfig
+from ecavg.common.errors import InvalidError, RunError
+from ecavg.common.layers import deep_merge
+from ecavg.common.shards import Shard
+from ecavg.common.tasks.task import task_of
 from experiments import command
 from experiments.command import console, write_text
 from experiments.tasks import TASKS, Setting
@@ -217,7 +217,7 @@ def _do(cell: Cell, show: Callable[[str, int, int], None]) -> Iterator[Variant]:
 
 def _poisoned(cell: Cell, network: Any, honest: Sequence[Any], name: str, show: Any) -> list[Any]:
     """Make and return the contributions of the poisoned agents."""
-    from edge_agent.state import AgentState
+    from ecavg.edge_agent.state import AgentState
 
     attack, made = ATTACKS[name], []
     for index in range(cell.num_poisoned):
@@ -255,7 +255,7 @@ def _patched(images: np.ndarray) -> np.ndarray:
 
 def _with_factor(cell: Cell, network: Any, item: Any, factor: float) -> Any:
     """Return the contribution with its update multiplied by the factor."""
-    from common.weights import read_state_dict, write_state_dict
+    from ecavg.common.weights import read_state_dict, write_state_dict
 
     blobs, path = network.cloud.blobs, cell.path / "new.safetensors"
     start, weights = (
@@ -274,10 +274,10 @@ def _measure(cell: Cell, network: Any, contributions: Sequence[Any], variant: Va
     """Do one round as the server would, without the contributions that the gate refuses, and measure it."""
     import torch
 
-    from common.evaluation import predict
-    from common.models import build_model
-    from common.schema import check_finite, read_header
-    from common.weights import load_into
+    from ecavg.common.evaluation import predict
+    from ecavg.common.models import build_model
+    from ecavg.common.schema import check_finite, read_header
+    from ecavg.common.weights import load_into
     from experiments import data
     from experiments.round import round_job
 

@@ -14,29 +14,29 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from cloud_server.contribution import Contribution
-from cloud_server.jobs import Job, JobDirectory, Progress, Result
-from cloud_server.state_dir import StateDir, blob_path
-from cloud_server.trainer.group import Group
-from cloud_server.trainer.pipeline import RoundPipeline
-from cloud_server.trainer.warm_up import WarmUp
-from cloud_server.trainer.work import run_job
-from common.checkpoint import CHECKPOINT_SECONDS
-from common.config import CandidateName, RunConfig
-from common.errors import RunError
-from common.evaluation import evaluate
-from common.models import build_model
-from common.seeds import derive_seed
-from common.tasks.task import task_of
-from common.training import StepReport
-from common.transfer import Blob, blob_of
-from common.weights import load_into, write_state_dict
-from common.wire import is_encoded
-from edge_agent.comparison import Comparison, compare
-from edge_agent.data import AgentData, load_agent_data
-from edge_agent.local import LocalModels
-from edge_agent.partition import Partition
-from edge_agent.state import AgentState, Report
+from ecavg.cloud_server.contribution import Contribution
+from ecavg.cloud_server.jobs import Job, JobDirectory, Progress, Result
+from ecavg.cloud_server.state_dir import StateDir, blob_path
+from ecavg.cloud_server.trainer.group import Group
+from ecavg.cloud_server.trainer.pipeline import RoundPipeline
+from ecavg.cloud_server.trainer.warm_up import WarmUp
+from ecavg.cloud_server.trainer.work import run_job
+from ecavg.common.checkpoint import CHECKPOINT_SECONDS
+from ecavg.common.config import CandidateName, RunConfig
+from ecavg.common.errors import RunError
+from ecavg.common.evaluation import evaluate
+from ecavg.common.models import build_model
+from ecavg.common.seeds import derive_seed
+from ecavg.common.tasks.task import task_of
+from ecavg.common.training import StepReport
+from ecavg.common.transfer import Blob, blob_of
+from ecavg.common.weights import load_into, write_state_dict
+from ecavg.common.wire import is_encoded
+from ecavg.edge_agent.comparison import Comparison, compare
+from ecavg.edge_agent.data import AgentData, load_agent_data
+from ecavg.edge_agent.local import LocalModels
+from ecavg.edge_agent.partition import Partition
+from ecavg.edge_agent.state import AgentState, Report
 from experiments import data
 from experiments.candidates import Made, make_candidates, make_weighed
 from experiments.tasks import Setting

@@ -13,9 +13,9 @@ from pathlib import Path
 from statistics import fmean
 from typing import NamedTuple
 
-from cloud_server.contribution import Contribution
-from common.devices import select_device
-from common.errors import RunError, UsageError
+from ecavg.cloud_server.contribution import Contribution
+from ecavg.common.devices import select_device
+from ecavg.common.errors import RunError, UsageError
 from experiments.cell import Record, TestSet, prefixed, read_record, write_record
 from experiments.round import Edge, Network, OnProgress, round_job
 from experiments.tables import grid, spread

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from common.config import RunConfig
-from common.layers import deep_merge, read_preset
+from ecavg.common.config import RunConfig
+from ecavg.common.layers import deep_merge, read_preset
 
 # These settings train a deep network in few epochs, on a CPU.
 _FOR_FEW_EPOCHS: Mapping[str, Any] = {

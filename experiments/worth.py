@@ -12,12 +12,12 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
-from cloud_server.jobs import Job, Result
-from cloud_server.trainer.finetune import combine
-from common.config import RunConfig
-from common.devices import select_device
-from common.errors import RunError, UsageError
-from common.layers import deep_merge
+from ecavg.cloud_server.jobs import Job, Result
+from ecavg.cloud_server.trainer.finetune import combine
+from ecavg.common.config import RunConfig
+from ecavg.common.devices import select_device
+from ecavg.common.errors import RunError, UsageError
+from ecavg.common.layers import deep_merge
 from experiments.cell import Record, TestSet, prefixed, read_record, write_record
 from experiments.round import Network, OnProgress, round_job
 from experiments.tables import grid, signed, spread

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from hypothesis import settings
 
-from common.proxy import EXEMPT_VARIABLES, PROXY_VARIABLES
+from ecavg.common.proxy import EXEMPT_VARIABLES, PROXY_VARIABLES
 from tests.processes import Cluster, cluster_in
 
 _NUM_LEFT = pytest.StashKey[int]()

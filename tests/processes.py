@@ -14,10 +14,10 @@ from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from cloud_server.door.authority import Authority
-from cloud_server.state_dir import StateDir
-from common import tls
-from edge_agent.identity import Identity, find
+from ecavg.cloud_server.door.authority import Authority
+from ecavg.cloud_server.state_dir import StateDir
+from ecavg.common import tls
+from ecavg.edge_agent.identity import Identity, find
 from tests.zygote import IS_COLD, the_zygote
 
 ROOT = Path(__file__).parent.parent
@@ -158,7 +158,7 @@ class Cluster:
     ) -> Command:
         """Start the server; a later start uses the ports of the first start again."""
         command = self._start(
-            "cloud_server", "--host", "127.0.0.1", "--port", self.port, "--http-port", self.http_port,
+            "ecavg.cloud_server", "--host", "127.0.0.1", "--port", self.port, "--http-port", self.http_port,
             "--state-dir", self.state_dir, *args, folder=self.folder, env=env, streams=streams,
         )  # fmt: skip
         if ready:
@@ -178,7 +178,7 @@ class Cluster:
         if not {"--insecure", "--join-token-file"} & set(args):
             self.enroll(name)
         return self._start(
-            "edge_agent", "--server", f"127.0.0.1:{self.port}", "--agent-id", name,
+            "ecavg.edge_agent", "--server", f"127.0.0.1:{self.port}", "--agent-id", name,
             "--state-dir", self.folder / name, *args, folder=self.folder, env=env, forked=forked,
             streams=streams,
         )  # fmt: skip
@@ -189,7 +189,7 @@ class Cluster:
     def forget(self, name: str, env: Mapping[str, str] | None = None) -> Command:
         """Start `cloud-server forget`, which ends after the server has forgotten the agent."""
         where = ("--state-dir", self.state_dir)
-        return self._start("cloud_server", "forget", name, *where, folder=self.folder, env=env)
+        return self._start("ecavg.cloud_server", "forget", name, *where, folder=self.folder, env=env)
 
     def join_token(self, uses: int) -> Path:
         """Return the path of a file with a join token; every call returns the same token."""

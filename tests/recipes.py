@@ -6,10 +6,10 @@ import torch
 from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as v2
 
-from common.config import RunConfig, TrainingConfig
-from common.dataset import pictures
-from common.tasks.task import task_of
-from common.training import Recipe
+from ecavg.common.config import RunConfig, TrainingConfig
+from ecavg.common.dataset import pictures
+from ecavg.common.tasks.task import task_of
+from ecavg.common.training import Recipe
 
 CPU = torch.device("cpu")
 SPEC = pictures(3, (3, 8, 8), (0.4, 0.5, 0.6), (0.2, 0.25, 0.3))

@@ -1,4 +1,4 @@
-"""Recorders of steps for machines without a GPU, in the place of `common.graphs.CudaRecorder`."""
+"""Recorders of steps for machines without a GPU, in the place of `ecavg.common.graphs.CudaRecorder`."""
 
 from collections.abc import Callable
 from typing import Any

@@ -11,8 +11,8 @@ import grpc
 import pytest
 from google.protobuf import descriptor_pb2
 
-from common import errors, rpc
-from common.pb import ecavg_pb2 as pb
+from ecavg.common import errors, rpc
+from ecavg.common.pb import ecavg_pb2 as pb
 from tests.rooms import BEGIN, END, ROOMS, drawing
 
 ROOT = Path(__file__).parent.parent
@@ -106,7 +106,7 @@ def test_imports_keep_to_the_arrows(module: str) -> None:
     if module not in MAY_IMPORT_CRYPTOGRAPHY:
         assert "cryptography" not in top_levels(module)
     if module not in MAY_IMPORT_PB:
-        assert not {name for name in imports_of(module) if name.startswith("common.pb")}
+        assert not {name for name in imports_of(module) if name.startswith("ecavg.common.pb")}
 
 
 def test_torchvision_is_imported_only_inside_functions_that_need_it() -> None:
@@ -188,7 +188,7 @@ def test_nothing_unpickles(module: str) -> None:
 
 def test_serving_process_does_not_import_torch() -> None:
     code = (
-        "import sys, cloud_server.server, cloud_server.coordinator, cloud_server.training.supervisor,"
+        "import sys, ecavg.cloud_server.server, ecavg.cloud_server.coordinator, ecavg.cloud_server.training.supervisor,"
         " common.run_display, cloud_server.commands.admin, cloud_server.__main__;"
         "sys.exit(1 if 'torch' in sys.modules else 0)"
     )
@@ -208,9 +208,7 @@ def test_help_imports_nothing_that_takes_long(package: str) -> None:
 
 
 def test_commands_about_tokens_and_agents_need_no_grpc() -> None:
-    code = (
-        "import sys, cloud_server.commands.admin;sys.exit(1 if {'torch', 'grpc'} & set(sys.modules) else 0)"
-    )
+    code = "import sys, ecavg.cloud_server.commands.admin;sys.exit(1 if {'torch', 'grpc'} & set(sys.modules) else 0)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
 

@@ -34,7 +34,7 @@ IS_COLD = os.environ.get("ECAVG_TESTS_COLD", "") not in ("", "0")
 # Agents import these modules by name, so the zygote imports them, too.
 LARGE = ("sklearn.datasets", "tests.faults.runs", "tests.integration.sources")
 # These modules need packages that not everybody has.
-OPTIONAL = ("cloud_server.tracking.to_tensorboard", "common.trace_export")
+OPTIONAL = ("ecavg.cloud_server.tracking.to_tensorboard", "ecavg.common.trace_export")
 # The kernel allows at most 15 bytes for the name of a process: proc(5), comm.
 TRAINER_NAME = "ecavg-trainer"
 # The option's number is that of prctl(2).
@@ -226,8 +226,8 @@ def _spoil(number: int, what: str) -> None:
 
 
 def _arm() -> None:
-    """Read the environment variable again that `common.faults` has read when it was imported."""
-    from common import faults
+    """Read the environment variable again that `ecavg.common.faults` has read when it was imported."""
+    from ecavg.common import faults
 
     faults._armed = faults._Armed(os.environ.get("ECAVG_CRASH_AT", ""))
 
@@ -267,7 +267,7 @@ class _Nursery:
         self, *command: str, stdin: BinaryIO, stdout: BinaryIO, stderr: BinaryIO, process_group: int
     ) -> "_Trainer":
         """Start a trainer, in place of `asyncio.create_subprocess_exec`."""
-        assert (command[1:3], process_group) == (("-m", "cloud_server.trainer"), 0)
+        assert (command[1:3], process_group) == (("-m", "ecavg.cloud_server.trainer"), 0)
         files = [each.fileno() for each in (stdin, stdout, stderr)]
         socket.send_fds(self._line, [json.dumps(command[2:]).encode()], files)
         pid, is_ours = self._line.recv(4, socket.MSG_WAITALL), self._line.recv(1)
@@ -326,7 +326,7 @@ def _take_order(line: socket.socket) -> bool:
 
 
 def _take_trainers_from_a_nursery() -> None:
-    from cloud_server.training import supervisor
+    from ecavg.cloud_server.training import supervisor
 
     setattr(supervisor, "create_subprocess_exec", _Nursery().start)  # noqa: B010
 

@@ -9,17 +9,17 @@ from pathlib import Path
 
 from rich.table import Table
 
-from cloud_server.config import DEFAULT_PRESET, ENV_PREFIX, ServerConfig
-from cloud_server.disk.lock import InUseError
-from cloud_server.disk.tables import ForgettingRow
-from cloud_server.door.authority import Authority, EnrolledAgent, TokenRow
-from cloud_server.state_dir import StateDir
-from cloud_server.store import Store
-from cloud_server.upkeep import forgetting, forgotten
-from common import cli, clock
-from common.errors import NotFoundError, RunError, UsageError
-from common.faults import Point, crash_point
-from common.layers import load
+from ecavg.cloud_server.config import DEFAULT_PRESET, ENV_PREFIX, ServerConfig
+from ecavg.cloud_server.disk.lock import InUseError
+from ecavg.cloud_server.disk.tables import ForgettingRow
+from ecavg.cloud_server.door.authority import Authority, EnrolledAgent, TokenRow
+from ecavg.cloud_server.state_dir import StateDir
+from ecavg.cloud_server.store import Store
+from ecavg.cloud_server.upkeep import forgetting, forgotten
+from ecavg.common import cli, clock
+from ecavg.common.errors import NotFoundError, RunError, UsageError
+from ecavg.common.faults import Point, crash_point
+from ecavg.common.layers import load
 
 DEFAULT_TTL_SECONDS = 3600.0
 # `forget` pauses for this time before it asks again whether a running server has forgotten the agent.

@@ -18,22 +18,22 @@ from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 
-from cloud_server import jobs
-from cloud_server.disk.bucket import Bucket
-from cloud_server.disk.lock import unused
-from cloud_server.disk.place import known_bucket
-from cloud_server.disk.tables import MIGRATIONS, RoundRow
-from cloud_server.round import OVER
-from cloud_server.state_dir import StateDir, blob_path
-from cloud_server.store import Store
-from cloud_server.upkeep import provenance
-from cloud_server.upkeep.forgotten import forgettings, to_forget
-from cloud_server.upkeep.retired import needed_blobs
-from common import cli
-from common.config import RunConfig, expand_home
-from common.errors import RunError, UsageError, one_line
-from common.run_state import Phase
-from common.transfer import DIGEST, Blob, blob_of
+from ecavg.cloud_server import jobs
+from ecavg.cloud_server.disk.bucket import Bucket
+from ecavg.cloud_server.disk.lock import unused
+from ecavg.cloud_server.disk.place import known_bucket
+from ecavg.cloud_server.disk.tables import MIGRATIONS, RoundRow
+from ecavg.cloud_server.round import OVER
+from ecavg.cloud_server.state_dir import StateDir, blob_path
+from ecavg.cloud_server.store import Store
+from ecavg.cloud_server.upkeep import provenance
+from ecavg.cloud_server.upkeep.forgotten import forgettings, to_forget
+from ecavg.cloud_server.upkeep.retired import needed_blobs
+from ecavg.common import cli
+from ecavg.common.config import RunConfig, expand_home
+from ecavg.common.errors import RunError, UsageError, one_line
+from ecavg.common.run_state import Phase
+from ecavg.common.transfer import DIGEST, Blob, blob_of
 
 _PARTIAL_NAME = re.compile(rf"(\d+)-{DIGEST.pattern}")
 

@@ -8,14 +8,14 @@ from asyncio.subprocess import PIPE
 from collections.abc import Sequence
 from pathlib import Path
 
-from cloud_server.config import DEFAULT_PRESET, ENV_PREFIX, ServerConfig
-from cloud_server.disk.bucket import Bucket
-from cloud_server.disk.lock import unused
-from cloud_server.disk.place import FILES
-from cloud_server.state_dir import StateDir
-from common import cli, clock, doctor, tls
-from common.addresses import Address
-from common.errors import RunError, UsageError
+from ecavg.cloud_server.config import DEFAULT_PRESET, ENV_PREFIX, ServerConfig
+from ecavg.cloud_server.disk.bucket import Bucket
+from ecavg.cloud_server.disk.lock import unused
+from ecavg.cloud_server.disk.place import FILES
+from ecavg.cloud_server.state_dir import StateDir
+from ecavg.common import cli, clock, doctor, tls
+from ecavg.common.addresses import Address
+from ecavg.common.errors import RunError, UsageError
 
 # PyTorch is imported in this time even where the disk is slow.
 TRAINER_SECONDS = 120.0
@@ -143,7 +143,13 @@ def _start_trainer(config: ServerConfig) -> str:
 async def _look(config: ServerConfig) -> tuple[int | None, str, str]:
     """Return the exit code, stdout and stderr of `trainer.look`; raise TimeoutError if it takes too long."""
     process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "cloud_server.trainer.look", config.device, stdin=PIPE, stdout=PIPE, stderr=PIPE
+        sys.executable,
+        "-m",
+        "ecavg.cloud_server.trainer.look",
+        config.device,
+        stdin=PIPE,
+        stdout=PIPE,
+        stderr=PIPE,
     )
     try:
         async with asyncio.timeout(TRAINER_SECONDS):

@@ -14,13 +14,13 @@ from urllib.error import HTTPError
 from urllib.parse import urlsplit
 from urllib.request import ProxyHandler, Request, build_opener
 
-from cloud_server.commands.status_view import show, shown_live
-from cloud_server.config import DEFAULT_PRESET, ENV_PREFIX, ServerConfig
-from common import cli
-from common.addresses import http_url, is_loopback
-from common.errors import RunError, UsageError, one_line
-from common.files import read_text
-from common.layers import load
+from ecavg.cloud_server.commands.status_view import show, shown_live
+from ecavg.cloud_server.config import DEFAULT_PRESET, ENV_PREFIX, ServerConfig
+from ecavg.common import cli
+from ecavg.common.addresses import http_url, is_loopback
+from ecavg.common.errors import RunError, UsageError, one_line
+from ecavg.common.files import read_text
+from ecavg.common.layers import load
 
 # The status is asked for so often; a server that is watched stays for two seconds after the end of its run.
 POLL_SECONDS = 0.5

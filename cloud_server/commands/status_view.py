@@ -15,9 +15,9 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from common import cli
-from common.errors import one_line
-from common.progress import rate_text
+from ecavg.common import cli
+from ecavg.common.errors import one_line
+from ecavg.common.progress import rate_text
 
 # The width of what is not written to a terminal.
 WIDTH = 120

@@ -10,11 +10,11 @@ from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from threading import RLock
 
-from cloud_server.disk.failures import storage_errors
-from cloud_server.state_dir import StateDir, blob_path
-from common.errors import NotFoundError
-from common.files import sync
-from common.transfer import DIGEST, checked_digest
+from ecavg.cloud_server.disk.failures import storage_errors
+from ecavg.cloud_server.state_dir import StateDir, blob_path
+from ecavg.common.errors import NotFoundError
+from ecavg.common.files import sync
+from ecavg.common.transfer import DIGEST, checked_digest
 
 
 class Blobs:

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import urlsplit
 
-from common.errors import StorageError, UsageError, one_line
-from common.transfer import DIGEST, Blob, checked_digest
+from ecavg.common.errors import StorageError, UsageError, one_line
+from ecavg.common.transfer import DIGEST, Blob, checked_digest
 
 if TYPE_CHECKING:
     from obstore.store import S3Store

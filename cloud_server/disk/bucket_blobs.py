@@ -16,13 +16,13 @@ from time import time
 from typing import TypeVar
 from weakref import WeakValueDictionary
 
-from cloud_server.disk.blobs import Blobs
-from cloud_server.disk.bucket import Bucket, StoredObject
-from cloud_server.disk.failures import storage_errors
-from cloud_server.state_dir import StateDir
-from common.faults import Point, crash_point
-from common.files import sync
-from common.transfer import DIGEST, Blob, blob_of
+from ecavg.cloud_server.disk.blobs import Blobs
+from ecavg.cloud_server.disk.bucket import Bucket, StoredObject
+from ecavg.cloud_server.disk.failures import storage_errors
+from ecavg.cloud_server.state_dir import StateDir
+from ecavg.common.faults import Point, crash_point
+from ecavg.common.files import sync
+from ecavg.common.transfer import DIGEST, Blob, blob_of
 
 # Transfers have threads of their own, so that a slow bucket does not hold up what needs only the disk.
 _NUM_THREADS = 8

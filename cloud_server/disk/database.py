@@ -6,7 +6,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from common.errors import UsageError
+from ecavg.common.errors import UsageError
 
 
 def connect(path: Path) -> sqlite3.Connection:

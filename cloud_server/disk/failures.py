@@ -10,8 +10,8 @@ from typing import TypeVar
 
 import structlog
 
-from common.errors import StorageError
-from common.files import error_number, is_full
+from ecavg.common.errors import StorageError
+from ecavg.common.files import error_number, is_full
 
 # `when_disk_allows` pauses for this time between two attempts.
 STORAGE_RETRY_SECONDS = 2.0

@@ -8,8 +8,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 
-from cloud_server.state_dir import StateDir
-from common.errors import UsageError
+from ecavg.cloud_server.state_dir import StateDir
+from ecavg.common.errors import UsageError
 
 
 class InUseError(UsageError):

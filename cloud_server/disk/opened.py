@@ -7,15 +7,15 @@ from pathlib import Path
 from threading import RLock
 from typing import Any
 
-from cloud_server.disk.blobs import Blobs
-from cloud_server.disk.database import connect, empty_log, migrate, version
-from cloud_server.disk.failures import storage_errors
-from cloud_server.disk.lock import locked
-from cloud_server.disk.place import DEFAULT_CACHE_BYTES, open_blobs
-from cloud_server.disk.tables import MIGRATIONS
-from cloud_server.state_dir import StateDir
-from common.errors import UsageError
-from common.files import sync
+from ecavg.cloud_server.disk.blobs import Blobs
+from ecavg.cloud_server.disk.database import connect, empty_log, migrate, version
+from ecavg.cloud_server.disk.failures import storage_errors
+from ecavg.cloud_server.disk.lock import locked
+from ecavg.cloud_server.disk.place import DEFAULT_CACHE_BYTES, open_blobs
+from ecavg.cloud_server.disk.tables import MIGRATIONS
+from ecavg.cloud_server.state_dir import StateDir
+from ecavg.common.errors import UsageError
+from ecavg.common.files import sync
 
 
 class OpenStateDir:

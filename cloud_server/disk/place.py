@@ -4,12 +4,12 @@ import json
 import uuid
 from threading import RLock
 
-from cloud_server.disk.blobs import Blobs
-from cloud_server.disk.bucket import Bucket
-from cloud_server.disk.bucket_blobs import BucketBlobs
-from cloud_server.state_dir import StateDir
-from common.errors import StorageError, UsageError
-from common.files import read_text, replacing
+from ecavg.cloud_server.disk.blobs import Blobs
+from ecavg.cloud_server.disk.bucket import Bucket
+from ecavg.cloud_server.disk.bucket_blobs import BucketBlobs
+from ecavg.cloud_server.state_dir import StateDir
+from ecavg.common.errors import StorageError, UsageError
+from ecavg.common.files import read_text, replacing
 
 FILES = "files"
 DEFAULT_CACHE_BYTES = 10 * 2**30

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from common.run_state import Phase
+from ecavg.common.run_state import Phase
 
 # Never edit one, add another.
 MIGRATIONS = (

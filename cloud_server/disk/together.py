@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Generic, NamedTuple, TypeVar
 
-from common.transfer import to_the_end
+from ecavg.common.transfer import to_the_end
 
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")

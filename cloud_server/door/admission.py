@@ -18,11 +18,11 @@ from contextvars import ContextVar
 
 import structlog
 
-from cloud_server.door.authority import Authority, Holder, revocation
-from cloud_server.door.instances import Instances
-from cloud_server.door.limits import CallLimits
-from common.config import AGENT_ID_PATTERN
-from common.errors import (
+from ecavg.cloud_server.door.authority import Authority, Holder, revocation
+from ecavg.cloud_server.door.instances import Instances
+from ecavg.cloud_server.door.limits import CallLimits
+from ecavg.common.config import AGENT_ID_PATTERN
+from ecavg.common.errors import (
     ConflictError,
     ForbiddenError,
     InvalidError,
@@ -31,7 +31,7 @@ from common.errors import (
     UnavailableError,
     second_device,
 )
-from common.rpc import AGENT_ID_KEY, Peer
+from ecavg.common.rpc import AGENT_ID_KEY, Peer
 
 # An open stream outlives its agent's revocation by so much at most.
 POLL_SECONDS = 0.2

@@ -22,10 +22,10 @@ from typing import Any, NamedTuple
 
 import structlog
 
-from cloud_server.disk.database import connect, migrate
-from cloud_server.disk.failures import storage_errors
-from common import clock, tls
-from common.errors import (
+from ecavg.cloud_server.disk.database import connect, migrate
+from ecavg.cloud_server.disk.failures import storage_errors
+from ecavg.common import clock, tls
+from ecavg.common.errors import (
     ConflictError,
     ForbiddenError,
     InvalidError,
@@ -34,7 +34,7 @@ from common.errors import (
     UnauthenticatedError,
     UsageError,
 )
-from common.faults import Point, crash_point
+from ecavg.common.faults import Point, crash_point
 
 # A migration is never edited; another one is added.
 _MIGRATIONS = (

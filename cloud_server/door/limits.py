@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from common.errors import BusyError, Reason
+from ecavg.common.errors import BusyError, Reason
 
 # One caller may have so many open calls. An agent needs one for Watch, one or two for transfers, and some for
 # calls that a dead connection has left open.

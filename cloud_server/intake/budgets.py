@@ -12,8 +12,8 @@ Bytes sent are counted in memory: a server that is started again counts from zer
 import asyncio
 from collections.abc import Callable, Collection, Mapping, Sequence
 
-from cloud_server.disk.together import Together
-from common.errors import BudgetError, NotFoundError, Reason
+from ecavg.cloud_server.disk.together import Together
+from ecavg.common.errors import BudgetError, NotFoundError, Reason
 
 # A message or a file counts for so many bytes at least: either costs more than the bytes in it.
 LEAST_BYTES = 4096

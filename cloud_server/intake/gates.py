@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from common import schema, wire
-from common.config import Wire
-from common.dataset import DatasetSpec
-from common.errors import InvalidError, Reason
+from ecavg.common import schema, wire
+from ecavg.common.config import Wire
+from ecavg.common.dataset import DatasetSpec
+from ecavg.common.errors import InvalidError, Reason
 
 
 class BlobGate:

@@ -7,20 +7,20 @@ from contextlib import asynccontextmanager, suppress
 from functools import partial
 from pathlib import Path
 
-from cloud_server.contribution import Contribution
-from cloud_server.disk.failures import storage_errors
-from cloud_server.disk.tables import UploadRow
-from cloud_server.disk.together import Together
-from cloud_server.intake.budgets import Budgets
-from cloud_server.intake.gates import BlobGate, DataGate, WeightsGate
-from cloud_server.intake.turns import Turns
-from cloud_server.store import Store
-from common import schema, wire
-from common.config import Wire
-from common.dataset import DatasetSpec
-from common.errors import InvalidError, NotFoundError, OffsetError, Reason, UnavailableError
-from common.faults import Point, crash_point
-from common.transfer import Blob, Receiver, WriteBehind, to_the_end
+from ecavg.cloud_server.contribution import Contribution
+from ecavg.cloud_server.disk.failures import storage_errors
+from ecavg.cloud_server.disk.tables import UploadRow
+from ecavg.cloud_server.disk.together import Together
+from ecavg.cloud_server.intake.budgets import Budgets
+from ecavg.cloud_server.intake.gates import BlobGate, DataGate, WeightsGate
+from ecavg.cloud_server.intake.turns import Turns
+from ecavg.cloud_server.store import Store
+from ecavg.common import schema, wire
+from ecavg.common.config import Wire
+from ecavg.common.dataset import DatasetSpec
+from ecavg.common.errors import InvalidError, NotFoundError, OffsetError, Reason, UnavailableError
+from ecavg.common.faults import Point, crash_point
+from ecavg.common.transfer import Blob, Receiver, WriteBehind, to_the_end
 
 # For these reasons a blob is unfit for this round; any other fault is cured by sending the blob again.
 UNFIT = {

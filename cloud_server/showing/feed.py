@@ -15,7 +15,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import suppress
 from typing import Any
 
-from common.strict_json import to_json
+from ecavg.common.strict_json import to_json
 
 # There is one event in this time, and the status is read no more often, however many watch.
 EVENT_SECONDS = 1.0

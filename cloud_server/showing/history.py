@@ -5,12 +5,12 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any, TypeVar
 
-from cloud_server.disk.tables import RoundRow
-from cloud_server.jobs import Result, round_job
-from cloud_server.round import OVER
-from cloud_server.showing.reports import result_of
-from cloud_server.store import Store
-from common.run_state import Phase
+from ecavg.cloud_server.disk.tables import RoundRow
+from ecavg.cloud_server.jobs import Result, round_job
+from ecavg.cloud_server.round import OVER
+from ecavg.cloud_server.showing.reports import result_of
+from ecavg.cloud_server.store import Store
+from ecavg.common.run_state import Phase
 
 # An answer has so many rounds at most, or points of one fine-tune.
 MAX_POINTS = 300

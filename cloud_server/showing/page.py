@@ -11,11 +11,11 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import FileResponse, PlainTextResponse, Response, StreamingResponse
 
-from cloud_server.showing.feed import Feed
-from cloud_server.showing.history import History
-from cloud_server.store import Store
-from common.endpoints import Endpoint
-from common.strict_json import to_json
+from ecavg.cloud_server.showing.feed import Feed
+from ecavg.cloud_server.showing.history import History
+from ecavg.cloud_server.store import Store
+from ecavg.common.endpoints import Endpoint
+from ecavg.common.strict_json import to_json
 
 _MEDIA_TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript"}
 _HEADERS = {"X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer"}
@@ -71,7 +71,7 @@ def endpoints(store: Store, feed: Feed) -> dict[str, Endpoint]:
 
 def _files() -> dict[str, Endpoint]:
     """Return an endpoint for each file of the page, by path."""
-    folder = resources.files("cloud_server").joinpath("web")
+    folder = resources.files("ecavg.cloud_server").joinpath("web")
     files = {f"/{file.name}": file for file in folder.iterdir() if file.is_file()}
     files |= {f"/uplot/{file.name}": file for file in folder.joinpath("uplot").iterdir()}
     pages = {path: _content(file) for path, file in files.items() if _suffix(file) in _MEDIA_TYPES}

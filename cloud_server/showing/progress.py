@@ -5,8 +5,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
-from common.agent_progress import Activity, AgentProgress
-from common.pace import Pace
+from ecavg.common.agent_progress import Activity, AgentProgress
+from ecavg.common.pace import Pace
 
 # An agent need not tell its progress more often than this.
 LEAST_PAUSE_SECONDS = 1.0

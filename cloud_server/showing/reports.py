@@ -10,20 +10,20 @@ from typing import Any
 
 import structlog
 
-from cloud_server import records
-from cloud_server.contribution import Decision
-from cloud_server.disk.failures import storage_errors, when_disk_allows
-from cloud_server.disk.tables import AgentRow, ReportRow, RoundRow, SelectionRow
-from cloud_server.jobs import Result, round_job
-from cloud_server.round import OVER
-from cloud_server.store import Store
-from common.config import CANDIDATES, RunConfig
-from common.errors import StorageError
-from common.faults import Point, crash_point
-from common.files import replacing
-from common.run_state import Outcome, Phase
-from common.tasks import Kind, kind_of, published, unpublished
-from common.transfer import to_the_end
+from ecavg.cloud_server import records
+from ecavg.cloud_server.contribution import Decision
+from ecavg.cloud_server.disk.failures import storage_errors, when_disk_allows
+from ecavg.cloud_server.disk.tables import AgentRow, ReportRow, RoundRow, SelectionRow
+from ecavg.cloud_server.jobs import Result, round_job
+from ecavg.cloud_server.round import OVER
+from ecavg.cloud_server.store import Store
+from ecavg.common.config import CANDIDATES, RunConfig
+from ecavg.common.errors import StorageError
+from ecavg.common.faults import Point, crash_point
+from ecavg.common.files import replacing
+from ecavg.common.run_state import Outcome, Phase
+from ecavg.common.tasks import Kind, kind_of, published, unpublished
+from ecavg.common.transfer import to_the_end
 
 # These fields are copied from the trainer's result, where there is one.
 _MEASURED = (

@@ -10,16 +10,16 @@ from collections import Counter, defaultdict
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Set
 from contextlib import contextmanager
 
-from cloud_server.disk.tables import RoundRow
-from cloud_server.metrics import ServerMetrics
-from cloud_server.round import Round
-from cloud_server.showing.presence import Presence
-from cloud_server.showing.progress import ProgressBoard
-from cloud_server.store import Store
-from common.errors import Reason
-from common.pace import Pace
-from common.run_state import LeftOut, PublishedModel, RunState, WorkProgress
-from common.transfer import Blob, Encoded
+from ecavg.cloud_server.disk.tables import RoundRow
+from ecavg.cloud_server.metrics import ServerMetrics
+from ecavg.cloud_server.round import Round
+from ecavg.cloud_server.showing.presence import Presence
+from ecavg.cloud_server.showing.progress import ProgressBoard
+from ecavg.cloud_server.store import Store
+from ecavg.common.errors import Reason
+from ecavg.common.pace import Pace
+from ecavg.common.run_state import LeftOut, PublishedModel, RunState, WorkProgress
+from ecavg.common.transfer import Blob, Encoded
 
 # Agents hear of counts and progress so often at most, and so many of them in a second, so that a thousand
 # agents hear of them every five seconds. Of everything else they hear at once.

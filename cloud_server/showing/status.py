@@ -5,19 +5,19 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
-from cloud_server.disk.tables import ReportRow, RoundRow
-from cloud_server.jobs import AgentAudit, Result
-from cloud_server.round import OVER, Round
-from cloud_server.showing.agent_metrics import OneAgent
-from cloud_server.showing.presence import Presence
-from cloud_server.showing.progress import ProgressBoard, Shown
-from cloud_server.showing.reports import Reports
-from cloud_server.showing.standing import Standing
-from cloud_server.showing.waiting import Pending, sentence
-from cloud_server.store import Store
-from common.agent_progress import UNITS, Activity, AgentProgress
-from common.run_state import Outcome, Phase, Selection
-from common.tasks import Kind, published
+from ecavg.cloud_server.disk.tables import ReportRow, RoundRow
+from ecavg.cloud_server.jobs import AgentAudit, Result
+from ecavg.cloud_server.round import OVER, Round
+from ecavg.cloud_server.showing.agent_metrics import OneAgent
+from ecavg.cloud_server.showing.presence import Presence
+from ecavg.cloud_server.showing.progress import ProgressBoard, Shown
+from ecavg.cloud_server.showing.reports import Reports
+from ecavg.cloud_server.showing.standing import Standing
+from ecavg.cloud_server.showing.waiting import Pending, sentence
+from ecavg.cloud_server.store import Store
+from ecavg.common.agent_progress import UNITS, Activity, AgentProgress
+from ecavg.common.run_state import Outcome, Phase, Selection
+from ecavg.common.tasks import Kind, published
 
 # So many of the latest rounds are on the status page.
 STATUS_ROUNDS = 50

@@ -2,9 +2,9 @@
 
 import structlog
 
-from cloud_server.metrics import ServerMetrics
-from cloud_server.store import Store
-from common.errors import StorageError
+from ecavg.cloud_server.metrics import ServerMetrics
+from ecavg.cloud_server.store import Store
+from ecavg.common.errors import StorageError
 
 log = structlog.get_logger()
 

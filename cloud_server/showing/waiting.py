@@ -5,10 +5,10 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import NamedTuple
 
-from cloud_server.round import Round
-from cloud_server.showing.progress import Shown
-from common.agent_progress import Activity
-from common.run_state import Phase
+from ecavg.cloud_server.round import Round
+from ecavg.cloud_server.showing.progress import Shown
+from ecavg.common.agent_progress import Activity
+from ecavg.common.run_state import Phase
 
 # So many agents are named.
 NUM_NAMED = 3

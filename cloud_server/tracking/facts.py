@@ -16,12 +16,12 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from cloud_server.disk.tables import RoundRow
-from cloud_server.jobs import round_job
-from cloud_server.round import OVER
-from cloud_server.state_dir import StateDir
-from cloud_server.store import Store
-from common.tasks import kind_of
+from ecavg.cloud_server.disk.tables import RoundRow
+from ecavg.cloud_server.jobs import round_job
+from ecavg.cloud_server.round import OVER
+from ecavg.cloud_server.state_dir import StateDir
+from ecavg.cloud_server.store import Store
+from ecavg.common.tasks import kind_of
 
 # The fields of a report that name agents; `num_agents` and its like stand there in their place.
 _NAMING = ("agents", "rejected", "late", "vanished", "drawn", "not_ready")

@@ -12,10 +12,10 @@ from collections.abc import Sequence
 
 import structlog
 
-from cloud_server.store import Store
-from cloud_server.tracking import facts
-from cloud_server.tracking.tracker import Tracker
-from common.errors import one_line
+from ecavg.cloud_server.store import Store
+from ecavg.cloud_server.tracking import facts
+from ecavg.cloud_server.tracking.tracker import Tracker
+from ecavg.common.errors import one_line
 
 # A tracker that failed is tried again after this time.
 RETRY_SECONDS = 15.0

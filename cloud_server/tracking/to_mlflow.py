@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from cloud_server.tracking.facts import Facts, RunFacts
+from ecavg.cloud_server.tracking.facts import Facts, RunFacts
 
 EXPERIMENT = "ecavg"
 RUN_ID_TAG = "ecavg.run_id"

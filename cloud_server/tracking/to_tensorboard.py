@@ -17,7 +17,7 @@ from tensorboard.compat.proto.tensor_shape_pb2 import TensorShapeProto
 from tensorboard.compat.proto.types_pb2 import DT_STRING
 from tensorboard.summary.writer.record_writer import RecordWriter
 
-from cloud_server.tracking.facts import Facts, RunFacts
+from ecavg.cloud_server.tracking.facts import Facts, RunFacts
 
 # A record is its length in 8 bytes, a checksum of that in 4, the event, and a checksum of the event in 4.
 _HEADER = struct.Struct("<QI")

@@ -3,9 +3,9 @@
 from importlib.util import find_spec
 from typing import Protocol
 
-from cloud_server.config import TrackingConfig
-from cloud_server.tracking.facts import Facts, RunFacts
-from common.errors import UsageError
+from ecavg.cloud_server.config import TrackingConfig
+from ecavg.cloud_server.tracking.facts import Facts, RunFacts
+from ecavg.common.errors import UsageError
 
 # Key of the configuration → the module that it needs, and the extra that brings it.
 _NEEDS = {"tensorboard": "tensorboard", "mlflow": "mlflow"}
@@ -44,11 +44,11 @@ def trackers_of(config: TrackingConfig) -> list[Tracker]:
     trackers: list[Tracker] = []
     # Imported here: each needs a package that not everybody has, and takes a second.
     if config.tensorboard is not None:
-        from cloud_server.tracking.to_tensorboard import TensorBoard
+        from ecavg.cloud_server.tracking.to_tensorboard import TensorBoard
 
         trackers.append(TensorBoard(config.tensorboard))
     if config.mlflow is not None:
-        from cloud_server.tracking.to_mlflow import MLflow
+        from ecavg.cloud_server.tracking.to_mlflow import MLflow
 
         trackers.append(MLflow(config.mlflow))
     return trackers

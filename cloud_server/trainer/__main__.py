@@ -1,8 +1,8 @@
 """The trainer's command, which does the jobs of a state directory one after the other, until it is stopped.
 
-The server starts `python -m cloud_server.trainer --state-dir DIR`. On a machine with several GPUs, this
+The server starts `python -m ecavg.cloud_server.trainer --state-dir DIR`. On a machine with several GPUs, this
 process starts one rank for each GPU through torchrun's launcher; otherwise it does the jobs itself. To train
-on several machines, run `torchrun --nnodes=N … -m cloud_server.trainer --state-dir DIR` on each machine, with
+on several machines, run `torchrun --nnodes=N … -m ecavg.cloud_server.trainer --state-dir DIR` on each machine, with
 a state directory that all of them share, or one that cloud_server/training/relay.py fills on each.
 
 The trainer cleans nothing up before it exits, because a job may be killed at any moment and started again.
@@ -23,11 +23,11 @@ from typing import NoReturn
 
 import structlog
 
-from cloud_server.jobs import JobDirectory, pending_jobs
-from cloud_server.state_dir import StateDir
-from common import cli, tracing
-from common.errors import RunError, UsageError
-from common.logs import configure_logging
+from ecavg.cloud_server.jobs import JobDirectory, pending_jobs
+from ecavg.cloud_server.state_dir import StateDir
+from ecavg.common import cli, tracing
+from ecavg.common.errors import RunError, UsageError
+from ecavg.common.logs import configure_logging
 
 POLL_SECONDS = 0.025
 # A job that one machine has found is on all others after this time, with all its blobs.
@@ -67,7 +67,7 @@ def _start(argv: Sequence[str] | None) -> int:
 def _parser() -> cli.Parser:
     """Return the parser of the command line."""
     parser = cli.Parser(
-        prog="python -m cloud_server.trainer",
+        prog="python -m ecavg.cloud_server.trainer",
         description="Do the training of a cloud-server. The server starts this by itself;"
         " run it under torchrun to train on several machines.",
     )
@@ -118,7 +118,7 @@ def _launch(num_ranks: int, arguments: argparse.Namespace) -> int:
         rdzv_endpoint="localhost:0",
         max_restarts=MAX_RESTARTS,
     )
-    command = ["-m", "cloud_server.trainer", "--state-dir", str(arguments.state_dir)]
+    command = ["-m", "ecavg.cloud_server.trainer", "--state-dir", str(arguments.state_dir)]
     try:
         elastic_launch(config, sys.executable)(*command, "--device", arguments.device)
     except SignalException:
@@ -133,9 +133,9 @@ def _work(state_dir: StateDir, device: str) -> NoReturn:
     # Importing PyTorch takes seconds, and an error in the command line should be reported without that delay.
     import torch
 
-    from cloud_server.trainer.group import Group
-    from cloud_server.trainer.work import run_job
-    from common.devices import make_deterministic
+    from ecavg.cloud_server.trainer.group import Group
+    from ecavg.cloud_server.trainer.work import run_job
+    from ecavg.common.devices import make_deterministic
 
     make_deterministic()
     group = Group.join(device)

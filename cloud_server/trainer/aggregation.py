@@ -19,7 +19,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from cloud_server.trainer.pieces import (
+from ecavg.cloud_server.trainer.pieces import (
     PIECE_ELEMENTS,
     Contributions,
     OnTensor,
@@ -27,11 +27,11 @@ from cloud_server.trainer.pieces import (
     Reduction,
     torch_dtype,
 )
-from common.config import RunConfig
-from common.errors import RunError
-from common.schema import read_header
-from common.weights import StateDict
-from common.wire import is_statistic
+from ecavg.common.config import RunConfig
+from ecavg.common.errors import RunError
+from ecavg.common.schema import read_header
+from ecavg.common.weights import StateDict
+from ecavg.common.wire import is_statistic
 
 # The size of a stack of pieces, of all contributions together: at most 2 MiB, in float64.
 STACK_ELEMENTS = 1 << 18

@@ -15,7 +15,7 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from cloud_server.trainer.permutations import (
+from ecavg.cloud_server.trainer.permutations import (
     Permutation,
     PermutationGroup,
     Place,
@@ -23,8 +23,8 @@ from cloud_server.trainer.permutations import (
     as_matrix,
     permute_in_place,
 )
-from common.seeds import derive_seed
-from common.weights import StateDict, read_state_dict
+from ecavg.common.seeds import derive_seed
+from ecavg.common.weights import StateDict, read_state_dict
 
 # A gain below this part of the largest possible gain of a group is a rounding error of float32.
 MIN_GAIN = 1e-6

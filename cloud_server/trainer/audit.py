@@ -32,17 +32,17 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from cloud_server.contribution import Contribution
-from cloud_server.jobs import Flag
-from cloud_server.state_dir import blob_path
-from cloud_server.trainer.members import Member
-from common.batches import DeviceData
-from common.config import RunConfig
-from common.evaluation import predict
-from common.seeds import derive_seed
-from common.shards import Shard, cloud_holdout, gather, read_shard
-from common.tasks.task import task_of
-from common.weights import load_into
+from ecavg.cloud_server.contribution import Contribution
+from ecavg.cloud_server.jobs import Flag
+from ecavg.cloud_server.state_dir import blob_path
+from ecavg.cloud_server.trainer.members import Member
+from ecavg.common.batches import DeviceData
+from ecavg.common.config import RunConfig
+from ecavg.common.evaluation import predict
+from ecavg.common.seeds import derive_seed
+from ecavg.common.shards import Shard, cloud_holdout, gather, read_shard
+from ecavg.common.tasks.task import task_of
+from ecavg.common.weights import load_into
 
 # If only two agents contradict each other, nothing shows which one is right.
 MIN_AGENTS = 3

@@ -9,19 +9,19 @@ from collections.abc import Collection, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-from cloud_server.jobs import Job, JobDirectory, Result
-from cloud_server.trainer.aggregation import aggregate_into
-from cloud_server.trainer.initial import initial_files
-from cloud_server.trainer.output import exact_path, finish
-from cloud_server.trainer.pipeline import RoundPipeline
-from common.config import RunConfig
-from common.errors import InvalidError, RunError, UsageError
-from common.faults import Point, crash_point
-from common.files import link
-from common.parts import shared_names
-from common.schema import Schema, read_header
-from common.tensor_files import PLAIN, reading, writing
-from common.wire import wire_of, wire_schema
+from ecavg.cloud_server.jobs import Job, JobDirectory, Result
+from ecavg.cloud_server.trainer.aggregation import aggregate_into
+from ecavg.cloud_server.trainer.initial import initial_files
+from ecavg.cloud_server.trainer.output import exact_path, finish
+from ecavg.cloud_server.trainer.pipeline import RoundPipeline
+from ecavg.common.config import RunConfig
+from ecavg.common.errors import InvalidError, RunError, UsageError
+from ecavg.common.faults import Point, crash_point
+from ecavg.common.files import link
+from ecavg.common.parts import shared_names
+from ecavg.common.schema import Schema, read_header
+from ecavg.common.tensor_files import PLAIN, reading, writing
+from ecavg.common.wire import wire_of, wire_schema
 
 
 class Averaging(RoundPipeline):

@@ -8,14 +8,14 @@ import numpy as np
 import torch
 from torch import nn
 
-from cloud_server.contribution import Contribution
-from cloud_server.state_dir import blob_path
-from common.config import RunConfig
-from common.schedule import place_of
-from common.seeds import derive_seed
-from common.shards import Shard, cloud_holdout, gather, read_shard
-from common.tasks.task import task_of
-from common.training import ALONE, AfterStep, Examples, OnStep, Ranks, Recipe, choose_precision, train
+from ecavg.cloud_server.contribution import Contribution
+from ecavg.cloud_server.state_dir import blob_path
+from ecavg.common.config import RunConfig
+from ecavg.common.schedule import place_of
+from ecavg.common.seeds import derive_seed
+from ecavg.common.shards import Shard, cloud_holdout, gather, read_shard
+from ecavg.common.tasks.task import task_of
+from ecavg.common.training import ALONE, AfterStep, Examples, OnStep, Ranks, Recipe, choose_precision, train
 
 
 class CombinedData(NamedTuple):
@@ -62,7 +62,7 @@ def fine_tune(
     after_step: AfterStep = lambda: None,
     ranks: Ranks = ALONE,
 ) -> None:
-    """Train the model in place on the examples; see `common.training.train` for arguments and exceptions.
+    """Train the model in place on the examples; see `ecavg.common.training.train` for arguments and exceptions.
 
     Args:
         model: the model, with the weights from which the fine-tune starts.

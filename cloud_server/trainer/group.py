@@ -8,8 +8,8 @@ from typing import NamedTuple, Self
 import torch
 import torch.distributed as dist
 
-from common.devices import select_device
-from common.errors import UsageError
+from ecavg.common.devices import select_device
+from ecavg.common.errors import UsageError
 
 # A rank waits within a collective for the next job, or until rank 0 has averaged, which may take any time.
 # The death of another rank shows by its broken connection, so that no time-out is needed.

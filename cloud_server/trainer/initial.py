@@ -14,13 +14,13 @@ import structlog
 import torch
 from torch import nn
 
-from common.config import INDEX_SUFFIX, RunConfig, expand_home
-from common.errors import InvalidError, RunError, UsageError
-from common.models import build_model
-from common.proxy import route_of_download
-from common.schema import check_finite, read_header
-from common.sharded import weight_files
-from common.weights import StateDict, load_into
+from ecavg.common.config import INDEX_SUFFIX, RunConfig, expand_home
+from ecavg.common.errors import InvalidError, RunError, UsageError
+from ecavg.common.models import build_model
+from ecavg.common.proxy import route_of_download
+from ecavg.common.schema import check_finite, read_header
+from ecavg.common.sharded import weight_files
+from ecavg.common.weights import StateDict, load_into
 
 # A download fails when no data has arrived for so long.
 IDLE_SECONDS = 30.0

@@ -8,13 +8,13 @@ import math
 import sys
 from collections.abc import Sequence
 
-from cloud_server.trainer.initial import initial_files
-from cloud_server.trainer.output import num_parameters
-from common import cli
-from common.config import RunConfig
-from common.devices import describe_device
-from common.models import build_model
-from common.schema import read_header
+from ecavg.cloud_server.trainer.initial import initial_files
+from ecavg.cloud_server.trainer.output import num_parameters
+from ecavg.common import cli
+from ecavg.common.config import RunConfig
+from ecavg.common.devices import describe_device
+from ecavg.common.models import build_model
+from ecavg.common.schema import read_header
 
 
 def main(argv: Sequence[str]) -> int:

@@ -4,14 +4,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from cloud_server.contribution import Contribution
-from cloud_server.jobs import Job
-from cloud_server.state_dir import blob_path
-from cloud_server.trainer.aggregation import coefficients
-from cloud_server.trainer.staleness import discount, shift
-from common.config import RunConfig
-from common.schema import read_header
-from common.wire import Base, decode, encoding_of, is_encoded, needs_base
+from ecavg.cloud_server.contribution import Contribution
+from ecavg.cloud_server.jobs import Job
+from ecavg.cloud_server.state_dir import blob_path
+from ecavg.cloud_server.trainer.aggregation import coefficients
+from ecavg.cloud_server.trainer.staleness import discount, shift
+from ecavg.common.config import RunConfig
+from ecavg.common.schema import read_header
+from ecavg.common.wire import Base, decode, encoding_of, is_encoded, needs_base
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,9 @@ from statistics import median
 import torch
 from torch import Tensor
 
-from cloud_server.trainer.pieces import PIECE_ELEMENTS, Contributions, torch_dtype, write_piece
-from common.tensor_files import PLAIN, writing
-from common.wire import is_statistic
+from ecavg.cloud_server.trainer.pieces import PIECE_ELEMENTS, Contributions, torch_dtype, write_piece
+from ecavg.common.tensor_files import PLAIN, writing
+from ecavg.common.wire import is_statistic
 
 
 def update_norms(paths: Sequence[Path], base: Path | None) -> list[float]:

@@ -6,13 +6,13 @@ from typing import NamedTuple
 
 from torch import nn
 
-from cloud_server.jobs import EncodedWeightsFile, JobDirectory, WeightsFile
-from common.config import Wire
-from common.errors import RunError
-from common.faults import Point, crash_point
-from common.transfer import blob_of
-from common.weights import load_into, write_state_dict
-from common.wire import Base, decode, encode
+from ecavg.cloud_server.jobs import EncodedWeightsFile, JobDirectory, WeightsFile
+from ecavg.common.config import Wire
+from ecavg.common.errors import RunError
+from ecavg.common.faults import Point, crash_point
+from ecavg.common.transfer import blob_of
+from ecavg.common.weights import load_into, write_state_dict
+from ecavg.common.wire import Base, decode, encode
 
 
 class Written(NamedTuple):

@@ -30,7 +30,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from common.weights import StateDict
+from ecavg.common.weights import StateDict
 
 # int64 [size]: the neuron in place permutation[i] goes to place i.
 Permutation = Tensor

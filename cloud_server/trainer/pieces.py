@@ -13,10 +13,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from common.errors import RunError
-from common.schema import TensorSpec, read_header
-from common.tensor_files import PLAIN, TensorFile, writing
-from common.weights import StateDict
+from ecavg.common.errors import RunError
+from ecavg.common.schema import TensorSpec, read_header
+from ecavg.common.tensor_files import PLAIN, TensorFile, writing
+from ecavg.common.weights import StateDict
 
 # The largest piece that PyTorch adds up in one thread. For longer pieces PyTorch would wake other threads,
 # which costs more than it saves, and many times more on a busy machine.

@@ -11,24 +11,24 @@ import structlog
 import torch
 from torch import nn
 
-from cloud_server.jobs import TRAINED, ClassScore, Job, JobDirectory, Progress, Result, TrainedName
-from cloud_server.state_dir import blob_path
-from cloud_server.trainer.audit import MIN_AGENTS
-from cloud_server.trainer.finetune import CombinedData, combine, fine_tune
-from cloud_server.trainer.group import Group
-from cloud_server.trainer.members import all_hold_base, base_of, common_start, make_weights, members_of
-from cloud_server.trainer.moving_average import MovingAverage
-from cloud_server.trainer.output import Written, num_parameters, write_model
-from cloud_server.trainer.screening import Screening, screen
-from cloud_server.trainer.selection import Best, Selection
-from common import tracing
-from common.config import RunConfig
-from common.errors import InvalidError, RunError
-from common.evaluation import Evaluation
-from common.faults import Point, crash_point
-from common.models import build_model, shared_part
-from common.training import Examples, Ranks, StepReport
-from common.wire import Base, is_encoded, wire_of
+from ecavg.cloud_server.jobs import TRAINED, ClassScore, Job, JobDirectory, Progress, Result, TrainedName
+from ecavg.cloud_server.state_dir import blob_path
+from ecavg.cloud_server.trainer.audit import MIN_AGENTS
+from ecavg.cloud_server.trainer.finetune import CombinedData, combine, fine_tune
+from ecavg.cloud_server.trainer.group import Group
+from ecavg.cloud_server.trainer.members import all_hold_base, base_of, common_start, make_weights, members_of
+from ecavg.cloud_server.trainer.moving_average import MovingAverage
+from ecavg.cloud_server.trainer.output import Written, num_parameters, write_model
+from ecavg.cloud_server.trainer.screening import Screening, screen
+from ecavg.cloud_server.trainer.selection import Best, Selection
+from ecavg.common import tracing
+from ecavg.common.config import RunConfig
+from ecavg.common.errors import InvalidError, RunError
+from ecavg.common.evaluation import Evaluation
+from ecavg.common.faults import Point, crash_point
+from ecavg.common.models import build_model, shared_part
+from ecavg.common.training import Examples, Ranks, StepReport
+from ecavg.common.wire import Base, is_encoded, wire_of
 
 log = structlog.get_logger()
 

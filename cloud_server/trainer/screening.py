@@ -14,13 +14,13 @@ from statistics import median
 import torch
 from torch import nn
 
-from cloud_server.jobs import AgentAudit
-from cloud_server.trainer.audit import Finding, audit
-from cloud_server.trainer.members import Member
-from cloud_server.trainer.norms import clip, scales, update_norms
-from common.config import FrozenModel, RunConfig
-from common.errors import Reason
-from common.tasks import kind_of
+from ecavg.cloud_server.jobs import AgentAudit
+from ecavg.cloud_server.trainer.audit import Finding, audit
+from ecavg.cloud_server.trainer.members import Member
+from ecavg.cloud_server.trainer.norms import clip, scales, update_norms
+from ecavg.common.config import FrozenModel, RunConfig
+from ecavg.common.errors import Reason
+from ecavg.common.tasks import kind_of
 
 
 class Screening(FrozenModel):

@@ -22,24 +22,24 @@ import structlog
 import torch
 from torch import nn
 
-from cloud_server.trainer.aggregation import aggregate
-from cloud_server.trainer.alignment import align_all
-from cloud_server.trainer.finetune import CombinedData
-from cloud_server.trainer.members import Member
-from cloud_server.trainer.permutations import (
+from ecavg.cloud_server.trainer.aggregation import aggregate
+from ecavg.cloud_server.trainer.alignment import align_all
+from ecavg.cloud_server.trainer.finetune import CombinedData
+from ecavg.cloud_server.trainer.members import Member
+from ecavg.cloud_server.trainer.permutations import (
     NotTraceable,
     PermutationGroup,
     apply,
     permutation_groups,
 )
-from common.batches import DeviceData
-from common.config import RunConfig
-from common.dataset import DatasetSpec
-from common.evaluation import Evaluation, batch_norms, evaluate, recompute_statistics
-from common.models import empty_inputs, shared_part
-from common.seeds import derive_seed
-from common.tasks.task import task_of
-from common.weights import StateDict, copy_into, load_into, read_state_dict, write_state_dict
+from ecavg.common.batches import DeviceData
+from ecavg.common.config import RunConfig
+from ecavg.common.dataset import DatasetSpec
+from ecavg.common.evaluation import Evaluation, batch_norms, evaluate, recompute_statistics
+from ecavg.common.models import empty_inputs, shared_part
+from ecavg.common.seeds import derive_seed
+from ecavg.common.tasks.task import task_of
+from ecavg.common.weights import StateDict, copy_into, load_into, read_state_dict, write_state_dict
 
 # A callback that gets the number of tensors that are done, and the number of all tensors.
 OnTensor = Callable[[int, int], None]

@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from cloud_server.trainer.pieces import PIECE_ELEMENTS, Contributions, write_piece
-from common.tensor_files import PLAIN, writing
-from common.wire import is_statistic
+from ecavg.cloud_server.trainer.pieces import PIECE_ELEMENTS, Contributions, write_piece
+from ecavg.common.tensor_files import PLAIN, writing
+from ecavg.common.wire import is_statistic
 
 
 def discount(staleness: int) -> float:

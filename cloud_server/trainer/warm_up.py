@@ -6,9 +6,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from cloud_server.jobs import Job, JobDirectory
-from cloud_server.trainer.group import Group
-from cloud_server.trainer.pipeline import RoundPipeline
+from ecavg.cloud_server.jobs import Job, JobDirectory
+from ecavg.cloud_server.trainer.group import Group
+from ecavg.cloud_server.trainer.pipeline import RoundPipeline
 
 
 class WarmUp(RoundPipeline):

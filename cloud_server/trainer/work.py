@@ -8,21 +8,21 @@ import structlog
 import torch
 import torch.distributed as dist
 
-from cloud_server.jobs import Job, JobDirectory, JobError, Result
-from cloud_server.trainer.averaging import Averaging, initialise
-from cloud_server.trainer.group import Group
-from cloud_server.trainer.initial import initial_model
-from cloud_server.trainer.output import num_parameters, write_model
-from cloud_server.trainer.pipeline import RoundPipeline
-from cloud_server.trainer.warm_up import WarmUp
-from common import tracing
-from common.errors import ECAvgError, UsageError, is_out_of_memory
-from common.faults import Point, crash_point
-from common.files import error_number, is_full
-from common.models import shared_part
-from common.rehearsal import rehearse
-from common.schema import read_header
-from common.wire import wire_of, wire_schema
+from ecavg.cloud_server.jobs import Job, JobDirectory, JobError, Result
+from ecavg.cloud_server.trainer.averaging import Averaging, initialise
+from ecavg.cloud_server.trainer.group import Group
+from ecavg.cloud_server.trainer.initial import initial_model
+from ecavg.cloud_server.trainer.output import num_parameters, write_model
+from ecavg.cloud_server.trainer.pipeline import RoundPipeline
+from ecavg.cloud_server.trainer.warm_up import WarmUp
+from ecavg.common import tracing
+from ecavg.common.errors import ECAvgError, UsageError, is_out_of_memory
+from ecavg.common.faults import Point, crash_point
+from ecavg.common.files import error_number, is_full
+from ecavg.common.models import shared_part
+from ecavg.common.rehearsal import rehearse
+from ecavg.common.schema import read_header
+from ecavg.common.wire import wire_of, wire_schema
 
 log = structlog.get_logger()
 

@@ -16,13 +16,13 @@ from pathlib import Path
 
 import structlog
 
-from cloud_server.disk.bucket import Bucket
-from cloud_server.disk.failures import storage_errors
-from cloud_server.jobs import Job, JobDirectory, Result, pending_jobs
-from cloud_server.state_dir import StateDir
-from common.errors import RunError, StorageError
-from common.files import replacing
-from common.transfer import Blob
+from ecavg.cloud_server.disk.bucket import Bucket
+from ecavg.cloud_server.disk.failures import storage_errors
+from ecavg.cloud_server.jobs import Job, JobDirectory, Result, pending_jobs
+from ecavg.cloud_server.state_dir import StateDir
+from ecavg.common.errors import RunError, StorageError
+from ecavg.common.files import replacing
+from ecavg.common.transfer import Blob
 
 STEP_SECONDS = 0.5
 JOBS = "jobs"

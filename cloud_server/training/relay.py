@@ -1,7 +1,7 @@
 """The relay of a training machine: it brings jobs and their blobs from a bucket, and takes results there.
 
-    python -m cloud_server.training.relay --bucket s3://BUCKET/PREFIX --state-dir DIR
-    torchrun --nnodes=1:4 … -m cloud_server.trainer --state-dir DIR
+    python -m ecavg.cloud_server.training.relay --bucket s3://BUCKET/PREFIX --state-dir DIR
+    torchrun --nnodes=1:4 … -m ecavg.cloud_server.trainer --state-dir DIR
 
 Both run on each machine, and DIR is a folder of this machine alone. It holds the pending job, with the
 blobs that the job reads. What the server withdraws disappears from DIR as well.
@@ -14,15 +14,15 @@ from pathlib import Path
 
 import structlog
 
-from cloud_server.disk.bucket import Bucket
-from cloud_server.jobs import Job, JobDirectory
-from cloud_server.state_dir import StateDir, blob_path
-from cloud_server.training.handout import JOBS, key_of
-from common import cli
-from common.errors import RunError, StorageError
-from common.files import sync
-from common.logs import configure_logging
-from common.transfer import Blob
+from ecavg.cloud_server.disk.bucket import Bucket
+from ecavg.cloud_server.jobs import Job, JobDirectory
+from ecavg.cloud_server.state_dir import StateDir, blob_path
+from ecavg.cloud_server.training.handout import JOBS, key_of
+from ecavg.common import cli
+from ecavg.common.errors import RunError, StorageError
+from ecavg.common.files import sync
+from ecavg.common.logs import configure_logging
+from ecavg.common.transfer import Blob
 
 STEP_SECONDS = 0.5
 
@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(argv: Sequence[str] | None) -> int:
     parser = cli.Parser(
-        prog="python -m cloud_server.training.relay",
+        prog="python -m ecavg.cloud_server.training.relay",
         description='Bring the jobs of a cloud-server with `trainers = "external"` to this machine.',
     )
     parser.add_argument("--bucket", required=True, metavar="URL", help="the server's `blobs`")

@@ -8,11 +8,11 @@ from typing import Protocol
 
 import structlog
 
-from cloud_server.disk.failures import STORAGE_RETRY_SECONDS, storage_errors, when_disk_allows
-from cloud_server.jobs import Job, JobDirectory, JobError, Progress, Result
-from common.config import RunConfig
-from common.faults import Point, crash_point
-from common.transfer import to_the_end
+from ecavg.cloud_server.disk.failures import STORAGE_RETRY_SECONDS, storage_errors, when_disk_allows
+from ecavg.cloud_server.jobs import Job, JobDirectory, JobError, Progress, Result
+from ecavg.common.config import RunConfig
+from ecavg.common.faults import Point, crash_point
+from ecavg.common.transfer import to_the_end
 
 POLL_SECONDS = 0.05
 # A trainer may die so often before it takes up a job, without that being an attempt at the job.

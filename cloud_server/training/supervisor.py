@@ -20,7 +20,7 @@ from typing import BinaryIO
 
 import structlog
 
-from cloud_server.state_dir import StateDir
+from ecavg.cloud_server.state_dir import StateDir
 
 # The pause before a trainer is started again doubles each time, from the first to the longest pause.
 FIRST_PAUSE_SECONDS = 0.2
@@ -152,7 +152,7 @@ class TrainerProcess:
 
 def _trainer_command(state_dir: Path, device: str) -> list[str]:
     return [
-        sys.executable, "-m", "cloud_server.trainer", "--state-dir", str(state_dir), "--device", device
+        sys.executable, "-m", "ecavg.cloud_server.trainer", "--state-dir", str(state_dir), "--device", device
     ]  # fmt: skip
 
 

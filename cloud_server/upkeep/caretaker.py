@@ -9,18 +9,18 @@ from pathlib import Path
 
 import structlog
 
-from cloud_server.config import ServerConfig
-from cloud_server.disk.failures import when_disk_allows
-from cloud_server.disk.tables import ForgettingRow
-from cloud_server.intake.uploads import Uploads
-from cloud_server.ledger import Ledger
-from cloud_server.showing.presence import Presence
-from cloud_server.showing.reports import Reports
-from cloud_server.showing.standing import Standing
-from cloud_server.store import Store
-from cloud_server.upkeep import provenance, retention
-from cloud_server.upkeep.eraser import Eraser
-from common.errors import StorageError
+from ecavg.cloud_server.config import ServerConfig
+from ecavg.cloud_server.disk.failures import when_disk_allows
+from ecavg.cloud_server.disk.tables import ForgettingRow
+from ecavg.cloud_server.intake.uploads import Uploads
+from ecavg.cloud_server.ledger import Ledger
+from ecavg.cloud_server.showing.presence import Presence
+from ecavg.cloud_server.showing.reports import Reports
+from ecavg.cloud_server.showing.standing import Standing
+from ecavg.cloud_server.store import Store
+from ecavg.cloud_server.upkeep import provenance, retention
+from ecavg.cloud_server.upkeep.eraser import Eraser
+from ecavg.common.errors import StorageError
 
 FORGET_POLL_SECONDS = 0.5
 # The longest time between two clean-ups while a round collects.

@@ -6,12 +6,12 @@ from functools import partial
 
 import structlog
 
-from cloud_server.disk.failures import when_disk_allows
-from cloud_server.disk.tables import ForgettingRow
-from cloud_server.store import Store
-from cloud_server.training.runner import JobRunner
-from cloud_server.upkeep import forgetting
-from cloud_server.upkeep.forgotten import to_forget
+from ecavg.cloud_server.disk.failures import when_disk_allows
+from ecavg.cloud_server.disk.tables import ForgettingRow
+from ecavg.cloud_server.store import Store
+from ecavg.cloud_server.training.runner import JobRunner
+from ecavg.cloud_server.upkeep import forgetting
+from ecavg.cloud_server.upkeep.forgotten import to_forget
 
 log = structlog.get_logger()
 

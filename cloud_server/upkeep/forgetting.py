@@ -24,19 +24,19 @@ from typing import Any
 
 import structlog
 
-from cloud_server.disk.bucket import Bucket
-from cloud_server.disk.failures import storage_errors
-from cloud_server.disk.place import known_bucket
-from cloud_server.disk.tables import ForgettingRow
-from cloud_server.jobs import JobDirectory, round_job, round_jobs
-from cloud_server.round import OVER
-from cloud_server.store import Store
-from cloud_server.training.handout import take_back
-from cloud_server.upkeep import forgotten, provenance, retired
-from cloud_server.upkeep.retention import unpublished_model
-from common.errors import RunError
-from common.faults import Point, crash_point
-from common.files import replacing
+from ecavg.cloud_server.disk.bucket import Bucket
+from ecavg.cloud_server.disk.failures import storage_errors
+from ecavg.cloud_server.disk.place import known_bucket
+from ecavg.cloud_server.disk.tables import ForgettingRow
+from ecavg.cloud_server.jobs import JobDirectory, round_job, round_jobs
+from ecavg.cloud_server.round import OVER
+from ecavg.cloud_server.store import Store
+from ecavg.cloud_server.training.handout import take_back
+from ecavg.cloud_server.upkeep import forgotten, provenance, retired
+from ecavg.cloud_server.upkeep.retention import unpublished_model
+from ecavg.common.errors import RunError
+from ecavg.common.faults import Point, crash_point
+from ecavg.common.files import replacing
 
 # The lists of agent ids in report.json and result.json.
 _LISTS_OF_IDS = ("late", "vanished", "drawn", "not_ready", "soup")

@@ -3,9 +3,9 @@
 import secrets
 from collections.abc import Collection
 
-from cloud_server.disk.tables import ForgettingRow
-from cloud_server.store import Store
-from cloud_server.upkeep.retired import keep_needed, keep_uploaded
+from ecavg.cloud_server.disk.tables import ForgettingRow
+from ecavg.cloud_server.store import Store
+from ecavg.cloud_server.upkeep.retired import keep_needed, keep_uploaded
 
 
 def ask_to_forget(store: Store, agent_id: str, now: float) -> str:

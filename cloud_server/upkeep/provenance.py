@@ -20,10 +20,10 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from cloud_server.disk.failures import storage_errors
-from cloud_server.store import Store
-from cloud_server.upkeep.forgotten import forgettings
-from common.files import replacing, sync
+from ecavg.cloud_server.disk.failures import storage_errors
+from ecavg.cloud_server.store import Store
+from ecavg.cloud_server.upkeep.forgotten import forgettings
+from ecavg.common.files import replacing, sync
 
 _PUBLISHED = (
     "SELECT number, published, (SELECT at FROM phase_history WHERE round = number AND phase = 'published'"

@@ -23,13 +23,13 @@ from typing import Literal
 
 import structlog
 
-from cloud_server.disk.failures import storage_errors
-from cloud_server.disk.tables import RoundRow
-from cloud_server.jobs import round_job, round_jobs
-from cloud_server.round import OVER
-from cloud_server.state_dir import StateDir
-from cloud_server.store import Store
-from cloud_server.upkeep import retired
+from ecavg.cloud_server.disk.failures import storage_errors
+from ecavg.cloud_server.disk.tables import RoundRow
+from ecavg.cloud_server.jobs import round_job, round_jobs
+from ecavg.cloud_server.round import OVER
+from ecavg.cloud_server.state_dir import StateDir
+from ecavg.cloud_server.store import Store
+from ecavg.cloud_server.upkeep import retired
 
 log = structlog.get_logger()
 

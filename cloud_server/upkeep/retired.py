@@ -7,8 +7,8 @@ A blob is given up by a row in `removals`, written in the transaction that remov
 import sqlite3
 from collections.abc import Collection
 
-from cloud_server.disk.failures import storage_errors
-from cloud_server.store import Store
+from ecavg.cloud_server.disk.failures import storage_errors
+from ecavg.cloud_server.store import Store
 
 # The values of `rounds.retired`: a round's records are given up; and so are its files.
 _RETIRED, _CLEARED = 1, 2

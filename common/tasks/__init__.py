@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
-from common.dataset import DatasetSpec, Targets, labels
+from ecavg.common.dataset import DatasetSpec, Targets, labels
 
 Shape = tuple[int, ...]
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common.tasks.task import ClassFigure, Figure, Task
+from ecavg.common.tasks.task import ClassFigure, Figure, Task
 
 
 class Classification(Task):

@@ -6,8 +6,8 @@ Shapes: B examples of a batch, N of a data set, D numbers an example.
 import torch
 from torch import Tensor
 
-from common.dataset import DatasetSpec
-from common.tasks.task import Figure, Task
+from ecavg.common.dataset import DatasetSpec
+from ecavg.common.tasks.task import Figure, Task
 
 
 class Regression(Task):

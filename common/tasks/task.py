@@ -8,11 +8,11 @@ from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor
 
-from common.config import RunConfig
-from common.dataset import DatasetSpec
-from common.errors import UsageError
-from common.factories import import_factory
-from common.tasks import is_own, kind_of
+from ecavg.common.config import RunConfig
+from ecavg.common.dataset import DatasetSpec
+from ecavg.common.errors import UsageError
+from ecavg.common.factories import import_factory
+from ecavg.common.tasks import is_own, kind_of
 
 
 class ClassFigure(NamedTuple):
@@ -100,7 +100,7 @@ def task_of(run: RunConfig, allowed_factories: Collection[str] | None = None) ->
     """
     name = run.task
     if not is_own(name):
-        name = f"common.tasks.{name.replace('-', '_')}:{name.title().replace('-', '')}"
+        name = f"ecavg.common.tasks.{name.replace('-', '_')}:{name.title().replace('-', '')}"
         allowed_factories = None
     made: Any = import_factory(name, allowed_factories)
     try:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from cloud_server.store import Store
+from ecavg.cloud_server.store import Store
 from tests.browser.pages import need_browser
 
 

@@ -10,11 +10,11 @@ from typing import Any
 
 from playwright.async_api import Page, async_playwright
 
-from cloud_server.showing import page as status_page
-from cloud_server.showing.feed import Feed
-from cloud_server.store import Store
-from common.endpoints import make_app, serve_http
-from common.metrics import make_registry
+from ecavg.cloud_server.showing import page as status_page
+from ecavg.cloud_server.showing.feed import Feed
+from ecavg.cloud_server.store import Store
+from ecavg.common.endpoints import make_app, serve_http
+from ecavg.common.metrics import make_registry
 from tests.conftest import need
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), "")

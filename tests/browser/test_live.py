@@ -11,8 +11,8 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
-from cloud_server.store import Store
-from common.endpoints import serve_http
+from ecavg.cloud_server.store import Store
+from ecavg.common.endpoints import serve_http
 from tests.browser.pages import Given, a_page, serving
 from tests.unit.states import run_rounds
 from tests.unit.test_standing import Viewed

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from cloud_server.jobs import Progress, round_job
-from cloud_server.showing.reports import Reports
-from cloud_server.store import Store
-from common.config import RunConfig
+from ecavg.cloud_server.jobs import Progress, round_job
+from ecavg.cloud_server.showing.reports import Reports
+from ecavg.cloud_server.store import Store
+from ecavg.common.config import RunConfig
 from tests.browser.pages import NARROW, WIDE, Given, axe_script, given
 from tests.unit.states import begin, run_rounds
 from tests.unit.test_page import contribute, report_of
@@ -86,7 +86,7 @@ async def test_page_tells_how_far_each_agent_is(store: Store, tmp_path: Path) ->
 async def test_page_tells_since_when_an_agent_is_away(
     store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("cloud_server.showing.feed.time.time", lambda: AT_10_42 + 60)
+    monkeypatch.setattr("ecavg.cloud_server.showing.feed.time.time", lambda: AT_10_42 + 60)
     status = await collecting(store, tmp_path)
     # What it did before it went away says nothing any more.
     doing = progress("pre_training", 1, 2, "steps")

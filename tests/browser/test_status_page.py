@@ -4,11 +4,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from cloud_server.jobs import JobDirectory, Result
-from cloud_server.showing.reports import Reports
-from cloud_server.store import Store
-from cloud_server.upkeep import retention
-from common.config import RunConfig
+from ecavg.cloud_server.jobs import JobDirectory, Result
+from ecavg.cloud_server.showing.reports import Reports
+from ecavg.cloud_server.store import Store
+from ecavg.cloud_server.upkeep import retention
+from ecavg.common.config import RunConfig
 from tests.browser.pages import given
 from tests.unit.states import digest_of, model_of, run_rounds
 from tests.unit.test_other_figures import run_a_round

@@ -12,11 +12,11 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from cloud_server.config import ENV_PREFIX as SERVER_PREFIX
-from cloud_server.config import ServerConfig
-from common.layers import load
-from edge_agent.config import ENV_PREFIX as AGENT_PREFIX
-from edge_agent.config import AgentConfig
+from ecavg.cloud_server.config import ENV_PREFIX as SERVER_PREFIX
+from ecavg.cloud_server.config import ServerConfig
+from ecavg.common.layers import load
+from ecavg.edge_agent.config import ENV_PREFIX as AGENT_PREFIX
+from ecavg.edge_agent.config import AgentConfig
 from tests.deploy.kustomize import Resource, build
 
 DEPLOY = Path(__file__).parents[2] / "deploy"

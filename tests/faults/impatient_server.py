@@ -2,9 +2,9 @@
 
 import sys
 
-from cloud_server import servicer
-from cloud_server.__main__ import main
-from common import rpc
+from ecavg.cloud_server import servicer
+from ecavg.cloud_server.__main__ import main
+from ecavg.common import rpc
 
 KEEPALIVE_SECONDS = 0.5
 KEEPALIVE_TIMEOUT_SECONDS = 3.0

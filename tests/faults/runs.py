@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from common.faults import Point
+from ecavg.common.faults import Point
 from tests.processes import Cluster, Command, free_port
 from tests.zygote import TRAINER_NAME
 
@@ -144,7 +144,7 @@ def trainers_of(server_pid: int) -> list[int]:
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):
             parent_pid = int(process.joinpath("stat").read_text("utf-8").rpartition(")")[2].split()[1])
             is_trainer = (
-                b"cloud_server.trainer" in process.joinpath("cmdline").read_bytes()
+                b"ecavg.cloud_server.trainer" in process.joinpath("cmdline").read_bytes()
                 or process.joinpath("comm").read_text("utf-8").strip() == TRAINER_NAME
             )
             if parent_pid == server_pid and is_trainer:

@@ -9,20 +9,20 @@ from typing import Any
 
 import pytest
 
-from common import rpc
-from common.config import RunConfig
-from common.dataset import CLASS_NAMES
-from common.errors import BudgetError, InvalidError, NotFoundError, Reason, UnavailableError, UsageError
-from common.run_state import Phase, PublishedModel, RunState, Verdict
-from common.transfer import Blob
-from edge_agent import agent as agent_module
-from edge_agent.agent import EdgeAgent
-from edge_agent.client import Joined, UnknownAgentError
-from edge_agent.config import AgentConfig
-from edge_agent.local import load_local_models
-from edge_agent.member import MAX_SENDINGS, Member
-from edge_agent.metrics import AgentMetrics
-from edge_agent.state import AgentState, Arrived, Progress, Report
+from ecavg.common import rpc
+from ecavg.common.config import RunConfig
+from ecavg.common.dataset import CLASS_NAMES
+from ecavg.common.errors import BudgetError, InvalidError, NotFoundError, Reason, UnavailableError, UsageError
+from ecavg.common.run_state import Phase, PublishedModel, RunState, Verdict
+from ecavg.common.transfer import Blob
+from ecavg.edge_agent import agent as agent_module
+from ecavg.edge_agent.agent import EdgeAgent
+from ecavg.edge_agent.client import Joined, UnknownAgentError
+from ecavg.edge_agent.config import AgentConfig
+from ecavg.edge_agent.local import load_local_models
+from ecavg.edge_agent.member import MAX_SENDINGS, Member
+from ecavg.edge_agent.metrics import AgentMetrics
+from ecavg.edge_agent.state import AgentState, Arrived, Progress, Report
 from tests.faults.test_agent_restart import RUN, Client, Cloud, Display, Power, run_state
 from tests.processes import Cluster
 
@@ -486,7 +486,7 @@ async def test_data_that_cannot_be_read_again_are_used_as_they_were(
     def gone(*_: Any) -> str:
         raise UsageError("no class folders in photos/train")
 
-    monkeypatch.setattr("edge_agent.local_data.data_stamp", gone)
+    monkeypatch.setattr("ecavg.edge_agent.local_data.data_stamp", gone)
     started = Started(tmp_path)
     end_when_contributed(started)
     started.send()
@@ -498,7 +498,7 @@ async def test_data_that_cannot_be_read_again_are_used_as_they_were(
 async def test_data_that_have_changed_are_read_again_before_the_training(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("edge_agent.local_data.data_stamp", lambda *_: "another")
+    monkeypatch.setattr("ecavg.edge_agent.local_data.data_stamp", lambda *_: "another")
     started = Started(tmp_path)
     loaded, trained = [], []
 

@@ -12,20 +12,20 @@ from typing import Any
 
 import pytest
 
-from common.config import RunConfig, TrainingConfig, Wire
-from common.errors import InvalidError, NotFoundError
-from common.models import build_model
-from common.run_state import Outcome, Phase, PublishedModel, RunState, Verdict
-from common.transfer import Blob, Encoded, blob_of
-from common.weights import write_state_dict
-from common.wire import Base, decode, encode
-from edge_agent import agent as agent_module
-from edge_agent.agent import EdgeAgent
-from edge_agent.client import Joined
-from edge_agent.config import AgentConfig
-from edge_agent.local import LocalModels, load_local_models
-from edge_agent.metrics import AgentMetrics
-from edge_agent.state import AgentState, Progress, Report, Trained
+from ecavg.common.config import RunConfig, TrainingConfig, Wire
+from ecavg.common.errors import InvalidError, NotFoundError
+from ecavg.common.models import build_model
+from ecavg.common.run_state import Outcome, Phase, PublishedModel, RunState, Verdict
+from ecavg.common.transfer import Blob, Encoded, blob_of
+from ecavg.common.weights import write_state_dict
+from ecavg.common.wire import Base, decode, encode
+from ecavg.edge_agent import agent as agent_module
+from ecavg.edge_agent.agent import EdgeAgent
+from ecavg.edge_agent.client import Joined
+from ecavg.edge_agent.config import AgentConfig
+from ecavg.edge_agent.local import LocalModels, load_local_models
+from ecavg.edge_agent.metrics import AgentMetrics
+from ecavg.edge_agent.state import AgentState, Progress, Report, Trained
 
 RUN = RunConfig(hidden_units=8, pretrain=TrainingConfig(epochs=2))
 

@@ -5,11 +5,11 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from common.config import Wire
-from common.errors import InvalidError, NotFoundError, Reason
-from common.run_state import Outcome, PublishedModel, RunState, Verdict
-from common.transfer import Blob
-from edge_agent.state import AgentState, Begun, Progress
+from ecavg.common.config import Wire
+from ecavg.common.errors import InvalidError, NotFoundError, Reason
+from ecavg.common.run_state import Outcome, PublishedModel, RunState, Verdict
+from ecavg.common.transfer import Blob
+from ecavg.edge_agent.state import AgentState, Begun, Progress
 from tests.faults.test_agent_restart import RUN, Cloud, Power, PowerCutError, live, run_state
 
 ASYNC = RUN.model_copy(update={"mode": "async"})

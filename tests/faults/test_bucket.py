@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from cloud_server.commands.check import main as check
-from cloud_server.disk.bucket import Bucket
-from common.faults import Point
+from ecavg.cloud_server.commands.check import main as check
+from ecavg.cloud_server.disk.bucket import Bucket
+from ecavg.common.faults import Point
 from tests.buckets import SECRET, Service, s3_service
 from tests.faults.runs import NUM_ROUNDS, SETTINGS, Run, armed_with
 from tests.processes import Cluster, cluster_in

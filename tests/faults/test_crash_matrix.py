@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from cloud_server.__main__ import main
-from common.faults import Point
-from common.transfer import Blob, blob_of
+from ecavg.cloud_server.__main__ import main
+from ecavg.common.faults import Point
+from ecavg.common.transfer import Blob, blob_of
 from tests.faults.runs import ADAPTING, AGENTS, ASYNC, HEADS, INT8, NUM_ROUNDS, SETTINGS, Run, armed_with
 from tests.integration.test_forgetting import check_forgotten, provenance
 from tests.processes import Cluster, cluster_in, until

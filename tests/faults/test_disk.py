@@ -48,7 +48,7 @@ def fill(disk: Path) -> Path:
 
 
 def is_sound(state_dir: Path) -> bool:
-    command = [sys.executable, "-m", "cloud_server", "check", str(state_dir)]
+    command = [sys.executable, "-m", "ecavg.cloud_server", "check", str(state_dir)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     print(done.stdout, done.stderr)
     return done.returncode == 0

@@ -12,14 +12,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cloud_server import servicer
-from common import rpc
-from common.run_state import Outcome, RunState
-from common.shards import Shard, write_shard
-from common.transfer import CHUNK_BYTES, Blob, blob_of
-from edge_agent.client import CloudClient
-from edge_agent.identity import Identity
-from edge_agent.metrics import AgentMetrics
+from ecavg.cloud_server import servicer
+from ecavg.common import rpc
+from ecavg.common.run_state import Outcome, RunState
+from ecavg.common.shards import Shard, write_shard
+from ecavg.common.transfer import CHUNK_BYTES, Blob, blob_of
+from ecavg.edge_agent.client import CloudClient
+from ecavg.edge_agent.identity import Identity
+from ecavg.edge_agent.metrics import AgentMetrics
 from tests.faults import impatient_server
 from tests.faults.proxy import Action, Fault, Flow, Proxy
 from tests.processes import WAIT_SECONDS, Cluster, Command

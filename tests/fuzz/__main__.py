@@ -4,7 +4,9 @@ import sys
 
 import atheris
 
-with atheris.instrument_imports(include=["common", "cloud_server.config", "edge_agent.config", "tomllib"]):
+with atheris.instrument_imports(
+    include=["common", "ecavg.cloud_server.config", "ecavg.edge_agent.config", "tomllib"]
+):
     from tests.fuzz.targets import TARGETS
 from tests.fuzz.mutation import mutated
 

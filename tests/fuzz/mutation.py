@@ -5,7 +5,7 @@ import random
 from collections.abc import Callable
 from typing import Any
 
-from common.schema import _DTYPE_BYTES, TensorSpec
+from ecavg.common.schema import _DTYPE_BYTES, TensorSpec
 
 VALUES: tuple[Any, ...] = (
     0, 1, 2, 3, 4, 8, 12, -1, 2**31, 2**32, 2**62 + 1, 2**63 - 1, 2**63, 2**64, True, None, 1.5,

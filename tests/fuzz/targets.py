@@ -13,13 +13,13 @@ import safetensors
 from pydantic import ValidationError
 from safetensors.numpy import save
 
-from cloud_server.config import ServerConfig
-from common import layers, schema, shards, wire
-from common.config import ProcessConfig, RunConfig, Wire
-from common.dataset import pictures
-from common.errors import InvalidError, UsageError
-from common.schema import Header, TensorSpec
-from edge_agent.config import AgentConfig
+from ecavg.cloud_server.config import ServerConfig
+from ecavg.common import layers, schema, shards, wire
+from ecavg.common.config import ProcessConfig, RunConfig, Wire
+from ecavg.common.dataset import pictures
+from ecavg.common.errors import InvalidError, UsageError
+from ecavg.common.schema import Header, TensorSpec
+from ecavg.edge_agent.config import AgentConfig
 
 IMAGE_SHAPE = (1, 2, 2)
 NUM_CLASSES = 3

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from common.devices import make_deterministic
+from ecavg.common.devices import make_deterministic
 
 FOLDER = Path(__file__).parent
 

@@ -8,13 +8,13 @@ import torch
 from structlog.testing import capture_logs
 from torch import Tensor, nn
 
-from common import training
-from common.config import RunConfig, TrainingConfig
-from common.evaluation import evaluate, predict
-from common.models import build_model
-from common.tasks.classification import Classification
-from common.tasks.task import task_of
-from common.training import CheckpointFile, Examples, Recipe, StepReport, train
+from ecavg.common import training
+from ecavg.common.config import RunConfig, TrainingConfig
+from ecavg.common.evaluation import evaluate, predict
+from ecavg.common.models import build_model
+from ecavg.common.tasks.classification import Classification
+from ecavg.common.tasks.task import task_of
+from ecavg.common.training import CheckpointFile, Examples, Recipe, StepReport, train
 from tests.recipes import TRAININGS, PowerCutError
 
 DEVICE = torch.device("cuda:0")
@@ -154,7 +154,7 @@ def test_same_training_gives_the_same_bits_twice() -> None:
 @pytest.mark.parametrize("graphs", ["auto", "off"])
 def test_images_that_do_not_fit_are_trained_on_alike(graphs: str, monkeypatch: pytest.MonkeyPatch) -> None:
     resident = Trained("dropping", graphs=graphs, augment=("random_crop",))
-    monkeypatch.setattr("common.batches._fits", lambda tensors, device: False)
+    monkeypatch.setattr("ecavg.common.batches._fits", lambda tensors, device: False)
     on_host = Trained("dropping", graphs=graphs, augment=("random_crop",))
     assert on_host.is_graphed == (graphs == "auto")
     assert_same(on_host, resident)
@@ -164,7 +164,7 @@ def test_predictions_are_the_same_wherever_the_images_are(monkeypatch: pytest.Mo
     images = torch.randint(256, (1500, 3, 32, 32), dtype=torch.uint8)
     model = make_model("dropping")
     resident = predict(model, images, task=Classification(CIFAR), device=DEVICE)
-    monkeypatch.setattr("common.batches._fits", lambda tensors, device: False)
+    monkeypatch.setattr("ecavg.common.batches._fits", lambda tensors, device: False)
     assert torch.equal(predict(model, images, task=Classification(CIFAR), device=DEVICE), resident)
     labels = torch.zeros(1500, dtype=torch.int64)
     assert evaluate(model, images, labels, task=Classification(CIFAR), device=DEVICE).num_examples == 1500

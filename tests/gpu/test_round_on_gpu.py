@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from cloud_server.state_dir import StateDir
+from ecavg.cloud_server.state_dir import StateDir
 from tests.processes import Cluster, cluster_in
 
 DEVICE = "cuda"

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from common.pb import ecavg_pb2 as pb
+from ecavg.common.pb import ecavg_pb2 as pb
 
 SERVICE = pb.DESCRIPTOR.services_by_name["ECAvg"].full_name
 

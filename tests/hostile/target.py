@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import load, save
 
-from common import rpc
-from common.config import PROTOCOL_VERSION
-from common.errors import Reason, Refusal
-from common.pb import ecavg_pb2 as pb
-from common.pb import ecavg_pb2_grpc as pb_grpc
-from common.tls import SERVER_NAME, TlsMaterial
+from ecavg.common import rpc
+from ecavg.common.config import PROTOCOL_VERSION
+from ecavg.common.errors import Reason, Refusal
+from ecavg.common.pb import ecavg_pb2 as pb
+from ecavg.common.pb import ecavg_pb2_grpc as pb_grpc
+from ecavg.common.tls import SERVER_NAME, TlsMaterial
 from tests.processes import Cluster, Command, cluster_in
 
 CALL_SECONDS = 30.0

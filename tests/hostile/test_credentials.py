@@ -14,10 +14,10 @@ from typing import Any
 import grpc
 import pytest
 
-from cloud_server.door.authority import Authority
-from common import rpc, tls
-from common.errors import Reason
-from common.pb import ecavg_pb2 as pb
+from ecavg.cloud_server.door.authority import Authority
+from ecavg.common import rpc, tls
+from ecavg.common.errors import Reason
+from ecavg.common.pb import ecavg_pb2 as pb
 from tests.hostile.target import CALL_SECONDS, Agent, Target, chunk, digest_of, header, refusal_of, shard
 from tests.processes import ROOT, enroll
 
@@ -83,7 +83,7 @@ def test_agent_that_is_revoked_in_mid_upload_is_cut_off(server: Target) -> None:
         uploading = agent.stub.Upload.future(messages(), timeout=30)
         uploading.add_done_callback(lambda _: ended.set())
         assert sent.wait(CALL_SECONDS)
-        command = ("cloud_server", "agents", "revoke", "revoked", "--state-dir", str(server.state_dir))
+        command = ("ecavg.cloud_server", "agents", "revoke", "revoked", "--state-dir", str(server.state_dir))
         subprocess.run([sys.executable, "-m", *command], cwd=ROOT, check=True, capture_output=True)
         assert refusal_of(uploading.result).reason is Reason.REVOKED
         assert refusal_of(agent.join).reason is Reason.REVOKED

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import save
 
-from common.errors import Reason
-from common.schema import MAX_HEADER_BYTES
+from ecavg.common.errors import Reason
+from ecavg.common.schema import MAX_HEADER_BYTES
 from tests.hostile.target import IMAGE_SHAPE, Agent, Target, chunk, digest_of, header, refusal_of
 from tests.unit.test_schema import entry, file_bytes
 

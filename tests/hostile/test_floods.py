@@ -12,10 +12,10 @@ from typing import Any
 import grpc
 import pytest
 
-from common import rpc
-from common.endpoints import HTTP_CONNECTIONS
-from common.errors import Reason
-from common.pb import ecavg_pb2 as pb
+from ecavg.common import rpc
+from ecavg.common.endpoints import HTTP_CONNECTIONS
+from ecavg.common.errors import Reason
+from ecavg.common.pb import ecavg_pb2 as pb
 from tests.hostile import raw
 from tests.hostile.target import (
     CALL_SECONDS,

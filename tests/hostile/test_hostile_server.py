@@ -9,19 +9,19 @@ import grpc
 import pytest
 import torch
 
-from common import rpc
-from common.config import RunConfig, TrainingConfig
-from common.errors import ECAvgError, InvalidError, RunError, UsageError
-from common.models import build_model
-from common.pb import ecavg_pb2 as pb
-from common.pb import ecavg_pb2_grpc as pb_grpc
-from common.transfer import MAX_CHUNK_BYTES, Blob
-from common.weights import write_state_dict
-from edge_agent.agent import EdgeAgent
-from edge_agent.client import CloudClient
-from edge_agent.config import AgentConfig
-from edge_agent.metrics import AgentMetrics
-from edge_agent.state import AgentState
+from ecavg.common import rpc
+from ecavg.common.config import RunConfig, TrainingConfig
+from ecavg.common.errors import ECAvgError, InvalidError, RunError, UsageError
+from ecavg.common.models import build_model
+from ecavg.common.pb import ecavg_pb2 as pb
+from ecavg.common.pb import ecavg_pb2_grpc as pb_grpc
+from ecavg.common.transfer import MAX_CHUNK_BYTES, Blob
+from ecavg.common.weights import write_state_dict
+from ecavg.edge_agent.agent import EdgeAgent
+from ecavg.edge_agent.client import CloudClient
+from ecavg.edge_agent.config import AgentConfig
+from ecavg.edge_agent.metrics import AgentMetrics
+from ecavg.edge_agent.state import AgentState
 from tests.hostile import pickles
 from tests.hostile.target import digest_of
 from tests.processes import enroll

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from PIL import GifImagePlugin, Image, PngImagePlugin, TiffImagePlugin
 
-from common.config import RunConfig
-from edge_agent.data import load_agent_data
-from edge_agent.pictures import MAX_IMAGE_BYTES
+from ecavg.common.config import RunConfig
+from ecavg.edge_agent.data import load_agent_data
+from ecavg.edge_agent.pictures import MAX_IMAGE_BYTES
 from tests.hostile import pickles
 from tests.hostile.target import MAX_GROWTH_BYTES
 

@@ -18,10 +18,10 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from common import rpc, tls
-from common.config import PROTOCOL_VERSION
-from common.errors import Reason
-from common.pb import ecavg_pb2 as pb
+from ecavg.common import rpc, tls
+from ecavg.common.config import PROTOCOL_VERSION
+from ecavg.common.errors import Reason
+from ecavg.common.pb import ecavg_pb2 as pb
 from tests.hostile.target import CALL_SECONDS, Agent, Target, digest_of, header, refusal_of, shard
 
 SERVICE = pb.DESCRIPTOR.services_by_name["ECAvg"]

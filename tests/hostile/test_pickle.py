@@ -6,17 +6,17 @@ from typing import Any
 import pytest
 import torch
 
-from cloud_server.jobs import JobDirectory
-from common import precision
-from common.config import RunConfig, TrainingConfig
-from common.errors import InvalidError, Reason, RunError, UsageError
-from common.models import build_model
-from common.schema import read_header
-from common.shards import read_shard
-from common.training import CheckpointFile, Examples, train
-from common.weights import load_into, read_state_dict
-from common.wire import decode
-from edge_agent.state import AgentState
+from ecavg.cloud_server.jobs import JobDirectory
+from ecavg.common import precision
+from ecavg.common.config import RunConfig, TrainingConfig
+from ecavg.common.errors import InvalidError, Reason, RunError, UsageError
+from ecavg.common.models import build_model
+from ecavg.common.schema import read_header
+from ecavg.common.shards import read_shard
+from ecavg.common.training import CheckpointFile, Examples, train
+from ecavg.common.weights import load_into, read_state_dict
+from ecavg.common.wire import decode
+from ecavg.edge_agent.state import AgentState
 from tests.hostile.pickles import UNPICKLE
 from tests.hostile.target import Agent, Target, digest_of, refusal_of
 from tests.recipes import recipe_of

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import save
 
-from common.errors import Reason
-from common.pb import ecavg_pb2 as pb
-from common.transfer import MAX_CHUNK_BYTES
+from ecavg.common.errors import Reason
+from ecavg.common.pb import ecavg_pb2 as pb
+from ecavg.common.transfer import MAX_CHUNK_BYTES
 from tests.hostile.target import IMAGE_SHAPE, Agent, Target, chunk, digest_of, header, refusal_of, shard
 
 CONTENT = shard(1000, first_pixel=1 << 20)

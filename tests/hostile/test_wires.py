@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import save
 
-from common import wire
-from common.config import Wire
-from common.errors import Reason
-from common.pb import ecavg_pb2 as pb
-from common.schema import read_header
+from ecavg.common import wire
+from ecavg.common.config import Wire
+from ecavg.common.errors import Reason
+from ecavg.common.pb import ecavg_pb2 as pb
+from ecavg.common.schema import read_header
 from tests.hostile.target import Agent, Target, digest_of, refusal_of, target_in
 from tests.unit.test_schema import file_bytes
 

@@ -95,7 +95,7 @@ def proxy_to(port: int, **kwargs: Any) -> Iterator[ConnectProxy]:
 def enrolling(cluster: Cluster, *args: object, env: Mapping[str, str]) -> Iterator[Command]:
     """Start `edge-agent enroll` for edge-1, with a token of the cluster's server."""
     command = Command(
-        "edge_agent", "enroll", "--agent-id", "edge-1", "--state-dir", cluster.folder / "edge-1",
+        "ecavg.edge_agent", "enroll", "--agent-id", "edge-1", "--state-dir", cluster.folder / "edge-1",
         "--join-token-file", cluster.join_token(1), *args,
         folder=cluster.folder / "logs", env=env, forked=not IS_COLD,
     )  # fmt: skip
@@ -218,7 +218,7 @@ def test_proxy_that_cannot_be_used_is_refused_at_once(
     tmp_path: Path, command: tuple[str, ...], url: str, reason: str
 ) -> None:
     server = ("--server", "server.example:50051", "--log-level", "debug")
-    line = refusal_of(tmp_path, "edge_agent", *command, *server, env={"https_proxy": url})
+    line = refusal_of(tmp_path, "ecavg.edge_agent", *command, *server, env={"https_proxy": url})
     assert f"https_proxy {reason}: write http://HOST:PORT" in line
     assert "secret" not in line
 
@@ -263,7 +263,7 @@ WRONG_SERVERS = {
 def test_server_that_is_not_host_and_port_is_refused_with_the_right_form(
     tmp_path: Path, command: tuple[str, ...], text: str
 ) -> None:
-    line = refusal_of(tmp_path, "edge_agent", *command, "--server", text)
+    line = refusal_of(tmp_path, "ecavg.edge_agent", *command, "--server", text)
     meant = WRONG_SERVERS[text]
     write = f"; write {meant}, not" if meant else " with a port from 1 to 65535, not"
     assert f"server: should be HOST:PORT{write} {text!r} (from the command line)" in line
@@ -295,7 +295,9 @@ WRONG_HOSTS = {
 def test_host_that_is_more_than_a_host_is_refused_with_the_right_form(
     tmp_path: Path, key: str, text: str
 ) -> None:
-    command = ("edge_agent", "--server", "127.0.0.1:1") if key == "metrics_host" else ("cloud_server",)
+    command = (
+        ("ecavg.edge_agent", "--server", "127.0.0.1:1") if key == "metrics_host" else ("ecavg.cloud_server",)
+    )
     line = refusal_of(tmp_path, *command, f"--{key.replace('_', '-')}", text)
     meant = WRONG_HOSTS[text]
     write = f"; write {meant}, not" if meant else ", such as 0.0.0.0, :: or localhost, not"
@@ -346,7 +348,7 @@ def test_ipv6_address_that_is_taken_is_named_as_an_address(tmp_path: Path) -> No
             ("--host", "::1", "--port", port, "--http-port", 0),
             ("--host", "127.0.0.1", "--port", 0, "--http-host", "[::1]", "--http-port", port),
         ):
-            line = refusal_of(tmp_path, "cloud_server", *ports, *state)
+            line = refusal_of(tmp_path, "ecavg.cloud_server", *ports, *state)
             assert f"cannot listen on [::1]:{port}: " in line
 
 

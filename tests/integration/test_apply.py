@@ -7,7 +7,7 @@ import urllib.request
 from contextlib import closing
 from typing import Any
 
-from common.transfer import blob_of
+from ecavg.common.transfer import blob_of
 from tests.processes import Cluster, Command
 
 GENERALIST, SPECIALIST = "edge-1", "edge-2"

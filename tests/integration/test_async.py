@@ -8,14 +8,14 @@ from contextlib import closing
 import numpy as np
 import pytest
 
-from cloud_server.__main__ import main
-from cloud_server.jobs import JobDirectory, round_job
-from cloud_server.state_dir import StateDir, blob_path
-from cloud_server.store import Store
-from cloud_server.trainer import work
-from cloud_server.trainer.group import Group
-from common.faults import Point
-from common.weights import read_state_dict
+from ecavg.cloud_server.__main__ import main
+from ecavg.cloud_server.jobs import JobDirectory, round_job
+from ecavg.cloud_server.state_dir import StateDir, blob_path
+from ecavg.cloud_server.store import Store
+from ecavg.cloud_server.trainer import work
+from ecavg.cloud_server.trainer.group import Group
+from ecavg.common.faults import Point
+from ecavg.common.weights import read_state_dict
 from tests.processes import Cluster, Command, until
 
 SETTINGS = (

@@ -12,8 +12,8 @@ from PIL import Image
 
 from tests.processes import ROOT, Cluster
 
-SERVER = ("cloud_server",)
-AGENT = ("edge_agent", "--server", "127.0.0.1:1")
+SERVER = ("ecavg.cloud_server",)
+AGENT = ("ecavg.edge_agent", "--server", "127.0.0.1:1")
 
 
 def run(*args: object, env: dict[str, str] | None = None) -> tuple[int, str]:

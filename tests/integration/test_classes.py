@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from common.dataset import CLASS_NAMES
-from common.faults import Point
+from ecavg.common.dataset import CLASS_NAMES
+from ecavg.common.faults import Point
 from tests.processes import Cluster, Command
 
 PETS = ("cat", "dog", "fish")

@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 
-from cloud_server.door.authority import Authority
-from cloud_server.state_dir import StateDir
-from common import tls
+from ecavg.cloud_server.door.authority import Authority
+from ecavg.cloud_server.state_dir import StateDir
+from ecavg.common import tls
 from tests.conftest import need
 from tests.processes import ROOT, Cluster, Command, cluster_in, free_port
 from tests.zygote import IS_COLD
@@ -158,7 +158,7 @@ def test_enrolment_says_how_far_off_the_clock_of_the_device_is(cluster: Cluster,
     cluster.server("--min-agents", 1000)
     device = ("--server", f"127.0.0.1:{cluster.port}", "--state-dir", cluster.folder / "edge-1")
     token = ("--token", cluster.join_token(1).read_text("utf-8"))
-    code, said, error = run("edge_agent", "enroll", *device, *token, clock=clocks.ahead(-3 * DAY))
+    code, said, error = run("ecavg.edge_agent", "enroll", *device, *token, clock=clocks.ahead(-3 * DAY))
     assert (code, error) == (0, "")
     assert said.splitlines()[0] == (
         "this device's clock is 3 days behind the server's: set it (timedatectl set-ntp true)"
@@ -231,7 +231,7 @@ def test_server_first_started_with_a_wrong_clock_serves_after_it_is_set(
     assert server.terminate() == 0
 
     where = ("--state-dir", cluster.state_dir)
-    code, token, said = run("cloud_server", "token", "create", *where)
+    code, token, said = run("ecavg.cloud_server", "token", "create", *where)
     assert (code, "records reach to" in said) == (0, first != "1970")
     (cluster.folder / "own-token").write_text(token, "utf-8")
     server = cluster.server(*flags)
@@ -260,7 +260,7 @@ def test_ca_of_ones_own_that_is_not_valid_is_told_in_one_line_and_waited_for(
     clock = clocks.ahead(0)
     server = cluster.server("--min-agents", 1, env=clock.env, ready=False)
     server.wait_for(re.escape(f"WARNING: waiting: {line}"))
-    refused = run("cloud_server", "token", "create", "--state-dir", cluster.state_dir)
+    refused = run("ecavg.cloud_server", "token", "create", "--state-dir", cluster.state_dir)
     assert refused == (2, "", f"cloud-server: {line}")
     clock.set(200 * DAY)
     server.wait_for("cloud-server ready")
@@ -270,7 +270,7 @@ def test_ca_of_ones_own_that_is_not_valid_is_told_in_one_line_and_waited_for(
 
 def test_doctor_tells_a_clock_that_is_wrong(clocks: Clocks, tmp_path: Path) -> None:
     flags = ("--server", f"127.0.0.1:{free_port()}", "--state-dir", tmp_path / "edge-1")
-    code, output, _ = run("edge_agent", "doctor", *flags, clock=clocks.in_1970())
+    code, output, _ = run("ecavg.edge_agent", "doctor", *flags, clock=clocks.in_1970())
     (line,) = (line for line in output.splitlines() if " clock: " in line)
     assert code == 1
     assert re.fullmatch(

@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from cloud_server.__main__ import main
-from common.shards import read_shard
+from ecavg.cloud_server.__main__ import main
+from ecavg.common.shards import read_shard
 from tests.integration.test_round import get
 from tests.processes import Cluster, Command, until
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from cloud_server.door.authority import Authority
-from cloud_server.state_dir import StateDir
-from common import tls
+from ecavg.cloud_server.door.authority import Authority
+from ecavg.cloud_server.state_dir import StateDir
+from ecavg.common import tls
 from tests.processes import Cluster, Command, cluster_in, enroll, free_port
 
 AGENT = ["versions", "name", "port", "identity", "tls", "clock", "state", "disk", "data", "device"]
@@ -68,7 +68,9 @@ def agent_flags(cluster: Cluster, **changed: object) -> list[object]:
 def agent_trouble(
     cluster: Cluster, folder: Path, env: Mapping[str, str] | None = None, **changed: object
 ) -> dict[str, str]:
-    return wrong_lines(doctor("edge_agent", folder, *agent_flags(cluster, **changed), env=env), AGENT, 1)
+    return wrong_lines(
+        doctor("ecavg.edge_agent", folder, *agent_flags(cluster, **changed), env=env), AGENT, 1
+    )
 
 
 # ---------------------------------------------------------------------- the agent's
@@ -76,7 +78,7 @@ def agent_trouble(
 
 def test_agent_that_lacks_nothing_is_well_and_nothing_is_changed(running: Cluster, tmp_path: Path) -> None:
     before = files_below(running.folder / "edge-1")
-    command = doctor("edge_agent", tmp_path, *agent_flags(running))
+    command = doctor("ecavg.edge_agent", tmp_path, *agent_flags(running))
     assert wrong_lines(command, AGENT, 0) == {}
     assert files_below(running.folder / "edge-1") == before
     assert f"ok     port: 127.0.0.1:{running.port} is reached\n" in command.output
@@ -89,7 +91,7 @@ def test_agent_that_is_at_work_is_well(cluster: Cluster, tmp_path: Path) -> None
     cluster.server("--min-agents", 2)
     agent = cluster.agent("edge-1", "--partition", "1/1")
     agent.wait_for("joined as")
-    command = doctor("edge_agent", tmp_path, *agent_flags(cluster, data=None))
+    command = doctor("ecavg.edge_agent", tmp_path, *agent_flags(cluster, data=None))
     assert wrong_lines(command, AGENT, 0) == {}
     assert f"is in use by the edge-agent with process id {agent.process.pid}\n" in command.output
 
@@ -134,7 +136,7 @@ def test_agent_that_has_not_enrolled_is_told_how(running: Cluster, tmp_path: Pat
 
 def test_agent_that_will_enroll_with_its_file_is_well(running: Cluster, tmp_path: Path) -> None:
     flags = agent_flags(running, state_dir=tmp_path / "new", join_token_file=running.join_token(1))
-    assert wrong_lines(doctor("edge_agent", tmp_path, *flags), AGENT, 0) == {}
+    assert wrong_lines(doctor("ecavg.edge_agent", tmp_path, *flags), AGENT, 0) == {}
 
 
 def test_agent_of_another_server_is_told(running: Cluster, tmp_path: Path) -> None:
@@ -163,7 +165,7 @@ def test_agent_with_tls_of_a_server_in_plaintext_is_told(cluster: Cluster, tmp_p
         " with it"
     }
     flags = agent_flags(cluster, data=None, insecure=True)
-    assert wrong_lines(doctor("edge_agent", tmp_path, *flags), AGENT, 0) == {}
+    assert wrong_lines(doctor("ecavg.edge_agent", tmp_path, *flags), AGENT, 0) == {}
 
 
 def test_agent_that_speaks_plaintext_to_a_server_with_tls_is_told(running: Cluster, tmp_path: Path) -> None:
@@ -207,7 +209,7 @@ def test_device_that_is_not_there_is_told(running: Cluster, tmp_path: Path) -> N
 def test_dataset_that_is_not_there_is_not_downloaded(running: Cluster, tmp_path: Path) -> None:
     (tmp_path / "sets").mkdir()
     flags = agent_flags(running, data="mnist", data_dir=tmp_path / "sets")
-    command = doctor("edge_agent", tmp_path, *flags)
+    command = doctor("ecavg.edge_agent", tmp_path, *flags)
     assert wrong_lines(command, AGENT, 0) == {}
     assert "ok     data: mnist is not here yet, the agent downloads it at its start\n" in command.output
     assert not list((tmp_path / "sets").iterdir())
@@ -215,7 +217,7 @@ def test_dataset_that_is_not_there_is_not_downloaded(running: Cluster, tmp_path:
 
 @pytest.mark.parametrize(
     ("module", "flags"),
-    [("edge_agent", ("--server", "nowhere")), ("cloud_server", ("--port", "70000"))],
+    [("ecavg.edge_agent", ("--server", "nowhere")), ("ecavg.cloud_server", ("--port", "70000"))],
 )
 def test_configuration_that_is_wrong_is_one_line_and_code_2(
     module: str, flags: tuple[str, ...], tmp_path: Path
@@ -234,7 +236,7 @@ def server_flags(folder: Path, *args: object) -> list[object]:
 
 
 def test_server_that_lacks_nothing_is_well_and_nothing_is_made(tmp_path: Path) -> None:
-    command = doctor("cloud_server", tmp_path, *server_flags(tmp_path))
+    command = doctor("ecavg.cloud_server", tmp_path, *server_flags(tmp_path))
     assert wrong_lines(command, SERVER, 0) == {}
     assert not (tmp_path / "server").exists()
     assert re.search(r"^ok     trainer: .+; model mlp has \d+ parameters$", command.output, re.MULTILINE)
@@ -242,7 +244,7 @@ def test_server_that_lacks_nothing_is_well_and_nothing_is_made(tmp_path: Path) -
 
 def test_server_that_is_at_work_is_named(running: Cluster, tmp_path: Path) -> None:
     flags = ("--host", "127.0.0.1", "--port", running.port, "--http-port", running.http_port)
-    command = doctor("cloud_server", tmp_path, *flags, "--state-dir", running.state_dir)
+    command = doctor("ecavg.cloud_server", tmp_path, *flags, "--state-dir", running.state_dir)
     trouble = wrong_lines(command, SERVER, 1)
     assert re.fullmatch(
         rf"process \d+ on \S+ uses state directory {running.state_dir}: stop it first", trouble.pop("state")
@@ -264,7 +266,7 @@ def test_all_that_is_wrong_with_a_server_is_told_at_once(tmp_path: Path) -> None
     (tmp_path / "tls").mkdir()
     (tmp_path / "tls/ca.pem").write_bytes(tls.pem(tls.make_ca(key)))
     flags = server_flags(tmp_path, "--tls-dir", tmp_path / "tls", "--set", "run.model=no.module:here")
-    trouble = wrong_lines(doctor("cloud_server", tmp_path, *flags), SERVER, 1)
+    trouble = wrong_lines(doctor("ecavg.cloud_server", tmp_path, *flags), SERVER, 1)
     assert trouble["state"] == (
         f"{tmp_path / 'server'} cannot be written (Not a directory): make it writable,"
         " or choose another --state-dir"
@@ -283,7 +285,7 @@ def test_ca_that_ends_soon_and_device_that_is_not_there_are_told(tmp_path: Path)
     (folder / "ca.key").write_bytes(tls.pem(key))
     before = files_below(tmp_path)
     trouble = wrong_lines(
-        doctor("cloud_server", tmp_path, *server_flags(tmp_path, "--device", "cuda:77")), SERVER, 1
+        doctor("ecavg.cloud_server", tmp_path, *server_flags(tmp_path, "--device", "cuda:77")), SERVER, 1
     )
     dates = f"from {days[0]:%Y-%m-%d} until {days[1]:%Y-%m-%d}"
     assert trouble["tls"].startswith(f"{folder / 'ca.pem'} is valid {dates}, and this machine's clock says")

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from common.config import TrainingConfig
+from ecavg.common.config import TrainingConfig
 from tests.conftest import need
 from tests.processes import ROOT, Cluster, Command
 

@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from cloud_server.__main__ import main
-from cloud_server.jobs import JobDirectory
+from ecavg.cloud_server.__main__ import main
+from ecavg.cloud_server.jobs import JobDirectory
 from tests.integration.test_data_travel_once import next_rounds
 from tests.integration.test_round import get
 from tests.integration.test_sharing import agent, contents_of, images_in

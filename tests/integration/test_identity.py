@@ -21,12 +21,12 @@ from cryptography.x509 import DNSName
 from cryptography.x509.oid import ExtendedKeyUsageOID
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from cloud_server.door.authority import Authority, CaNotValidError
-from cloud_server.server import GrpcServer
-from common import rpc, tls
-from common.background import beside
-from common.config import PROTOCOL_VERSION
-from common.errors import (
+from ecavg.cloud_server.door.authority import Authority, CaNotValidError
+from ecavg.cloud_server.server import GrpcServer
+from ecavg.common import rpc, tls
+from ecavg.common.background import beside
+from ecavg.common.config import PROTOCOL_VERSION
+from ecavg.common.errors import (
     ConflictError,
     ForbiddenError,
     InvalidError,
@@ -36,15 +36,15 @@ from common.errors import (
     UnauthenticatedError,
     UsageError,
 )
-from common.faults import Point
-from common.pb import ecavg_pb2 as pb
-from common.pb import ecavg_pb2_grpc as pb_grpc
-from common.shards import Shard, write_shard
-from common.transfer import Blob, blob_of
-from edge_agent.client import CloudClient
-from edge_agent.enrolment import Enrolment, enroll
-from edge_agent.identity import Identity, find
-from edge_agent.metrics import AgentMetrics
+from ecavg.common.faults import Point
+from ecavg.common.pb import ecavg_pb2 as pb
+from ecavg.common.pb import ecavg_pb2_grpc as pb_grpc
+from ecavg.common.shards import Shard, write_shard
+from ecavg.common.transfer import Blob, blob_of
+from ecavg.edge_agent.client import CloudClient
+from ecavg.edge_agent.enrolment import Enrolment, enroll
+from ecavg.edge_agent.identity import Identity, find
+from ecavg.edge_agent.metrics import AgentMetrics
 from tests.processes import ROOT, WAIT_SECONDS, Cluster
 from tests.unit.world import World, world
 
@@ -601,20 +601,22 @@ async def run(*command: object, **env: str) -> tuple[int, str, str]:
 
 async def test_commands_let_in_and_keep_out_while_the_server_runs(served: Served, tmp_path: Path) -> None:
     where = ("--state-dir", served.folder / "server")
-    code, token, _ = await run("cloud_server", "token", "create", "--uses", 10, "--ttl-seconds", 3600, *where)
+    code, token, _ = await run(
+        "ecavg.cloud_server", "token", "create", "--uses", 10, "--ttl-seconds", 3600, *where
+    )
     assert (code, len(token.split())) == (0, 1)
     agent = ("--server", served.address, "--state-dir", tmp_path / "device", "--agent-id", "edge-7")
-    code, said, _ = await run("edge_agent", "enroll", *agent, "--token", token.strip())
+    code, said, _ = await run("ecavg.edge_agent", "enroll", *agent, "--token", token.strip())
     assert (code, said[:19]) == (0, "enrolled as edge-7,")
-    _, listed, _ = await run("cloud_server", "token", "list", *where)
+    _, listed, _ = await run("ecavg.cloud_server", "token", "list", *where)
     assert "1 of 10" in listed
     assert "live" in listed
     token_id = tls.JoinToken.parse(token).token_id
-    _, listed, _ = await run("cloud_server", "agents", "list", *where)
+    _, listed, _ = await run("ecavg.cloud_server", "agents", "list", *where)
     assert "edge-7" in listed
-    code, said, _ = await run("cloud_server", "agents", "revoke", "edge-7", *where)
+    code, said, _ = await run("ecavg.cloud_server", "agents", "revoke", "edge-7", *where)
     assert f"cloud-server token revoke {token_id}" in said  # its bearer could enroll under another id
-    assert (await run("cloud_server", "token", "revoke", token_id, *where))[0] == 0
+    assert (await run("ecavg.cloud_server", "token", "revoke", token_id, *where))[0] == 0
     identity = find(tmp_path / "device/tls")
     assert identity
     async with member(served, identity, join=False) as client:
@@ -622,12 +624,14 @@ async def test_commands_let_in_and_keep_out_while_the_server_runs(served: Served
             await client.join()
     with pytest.raises(UsageError):
         await served.enroll("edge-8", tls.JoinToken.parse(token))
-    code, _, error = await run("cloud_server", "agents", "revoke", "nobody", *where)
+    code, _, error = await run("ecavg.cloud_server", "agents", "revoke", "nobody", *where)
     assert (code, len(error.splitlines())) == (2, 1)
 
 
 async def test_agent_that_has_not_enrolled_says_what_to_do(tmp_path: Path) -> None:
-    code, _, error = await run("edge_agent", "--server", "127.0.0.1:1", "--state-dir", tmp_path / "device")
+    code, _, error = await run(
+        "ecavg.edge_agent", "--server", "127.0.0.1:1", "--state-dir", tmp_path / "device"
+    )
     assert code == 2
     assert error == (
         "edge-agent: this agent has not enrolled: run `edge-agent enroll --server 127.0.0.1:1"
@@ -640,7 +644,7 @@ async def test_enrolment_killed_half_way_is_done_again_at_no_cost(
     served: Served, tmp_path: Path, point: Point
 ) -> None:
     token = served.token(uses=1)
-    command = ("edge_agent", "enroll", "--server", served.address, "--agent-id", "edge-1")
+    command = ("ecavg.edge_agent", "enroll", "--server", served.address, "--agent-id", "edge-1")
     command += ("--state-dir", tmp_path / "device", "--token", str(token))
     killed, _, _ = await run(*command, ECAVG_CRASH_AT=f"{point.value}:1:{tmp_path / 'died'}")
     assert killed == -signal.SIGKILL
@@ -650,7 +654,7 @@ async def test_enrolment_killed_half_way_is_done_again_at_no_cost(
 
 
 async def test_ca_half_made_is_completed(tmp_path: Path) -> None:
-    command = ("cloud_server", "token", "create", "--state-dir", tmp_path / "state")
+    command = ("ecavg.cloud_server", "token", "create", "--state-dir", tmp_path / "state")
     env = {"ECAVG_CRASH_AT": f"{Point.SERVER_CA_KEY_WRITTEN.value}:1:{tmp_path / 'died'}"}
     assert (await run(*command, **env))[0] == -signal.SIGKILL
     folder = tmp_path / "state/tls"

@@ -4,12 +4,12 @@ from pathlib import Path
 
 import pytest
 
-from common.config import RunConfig
-from common.models import build_model
-from common.transfer import blob_of
-from common.weights import write_state_dict
-from edge_agent.client import CloudClient
-from edge_agent.metrics import AgentMetrics
+from ecavg.common.config import RunConfig
+from ecavg.common.models import build_model
+from ecavg.common.transfer import blob_of
+from ecavg.common.weights import write_state_dict
+from ecavg.edge_agent.client import CloudClient
+from ecavg.edge_agent.metrics import AgentMetrics
 from tests.processes import Cluster
 
 

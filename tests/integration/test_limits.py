@@ -12,14 +12,14 @@ import grpc
 import numpy as np
 import pytest
 
-from cloud_server.door import limits
-from cloud_server.upkeep import caretaker
-from common import rpc
-from common.errors import BudgetError, BusyError, Reason
-from common.pb import ecavg_pb2 as pb
-from common.shards import Shard, write_shard
-from common.transfer import Blob, blob_of
-from edge_agent.enrolment import Enrolment
+from ecavg.cloud_server.door import limits
+from ecavg.cloud_server.upkeep import caretaker
+from ecavg.common import rpc
+from ecavg.common.errors import BudgetError, BusyError, Reason
+from ecavg.common.pb import ecavg_pb2 as pb
+from ecavg.common.shards import Shard, write_shard
+from ecavg.common.transfer import Blob, blob_of
+from ecavg.edge_agent.enrolment import Enrolment
 from tests.integration.test_identity import (
     JOIN,
     member,

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from cloud_server.disk.bucket import Bucket
-from cloud_server.jobs import JobDirectory
-from cloud_server.state_dir import StateDir
-from common.transfer import blob_of
-from common.weights import read_state_dict
+from ecavg.cloud_server.disk.bucket import Bucket
+from ecavg.cloud_server.jobs import JobDirectory
+from ecavg.cloud_server.state_dir import StateDir
+from ecavg.common.transfer import blob_of
+from ecavg.common.weights import read_state_dict
 from tests.buckets import Service, s3_service
 from tests.processes import Cluster, Command, cluster_in, free_port, until
 from tests.unit.test_ranks import are_close
@@ -38,13 +38,13 @@ class Machine:
     def __init__(self, folder: Path, bucket: str, rendezvous: str, num_nodes: str, *, is_host: bool) -> None:
         self.state_dir = StateDir(folder / "work")
         where = ("--state-dir", self.state_dir)
-        self.relay = Command("cloud_server.training.relay", "--bucket", bucket, *where, folder=folder)
+        self.relay = Command("ecavg.cloud_server.training.relay", "--bucket", bucket, *where, folder=folder)
         self.torchrun = Command(
             "torch.distributed.run", "--nnodes", num_nodes, "--nproc-per-node", 1, "--max-restarts", 5,
             "--rdzv-backend", "c10d", "--rdzv-endpoint", rendezvous, "--rdzv-id", "round",
             "--rdzv-conf", f"is_host={int(is_host)},last_call_timeout=1,keep_alive_interval=2",
             "--local-addr", "127.0.0.1",
-            "-m", "cloud_server.trainer", *where, "--device", "cpu", folder=folder,
+            "-m", "ecavg.cloud_server.trainer", *where, "--device", "cpu", folder=folder,
         )  # fmt: skip
 
     @property

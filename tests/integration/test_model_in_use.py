@@ -4,8 +4,8 @@ import json
 import signal
 from pathlib import Path
 
-from common.transfer import blob_of
-from edge_agent.history import History, Source
+from ecavg.common.transfer import blob_of
+from ecavg.edge_agent.history import History, Source
 from tests.processes import Cluster
 
 SETTINGS = ("--min-agents", 1, "--rounds", 1, "--set", "run.pretrain.epochs=1")

@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from cloud_server.__main__ import main
-from common.config import RunConfig
-from common.faults import Point
-from common.models import build_model
-from common.schema import read_header
-from common.weights import StateDict, read_state_dict, write_state_dict
+from ecavg.cloud_server.__main__ import main
+from ecavg.common.config import RunConfig
+from ecavg.common.faults import Point
+from ecavg.common.models import build_model
+from ecavg.common.schema import read_header
+from ecavg.common.weights import StateDict, read_state_dict, write_state_dict
 from tests.integration.test_wire import blob_path, has_reports, num_bytes, onlooker, query, wired
 from tests.processes import Cluster, until
 

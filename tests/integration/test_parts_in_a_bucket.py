@@ -4,9 +4,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from cloud_server.__main__ import main
-from cloud_server.disk.bucket import Bucket
-from common.schema import read_header
+from ecavg.cloud_server.__main__ import main
+from ecavg.cloud_server.disk.bucket import Bucket
+from ecavg.common.schema import read_header
 from tests.buckets import Service, s3_service
 from tests.integration.test_async import (
     AGENT,

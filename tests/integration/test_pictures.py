@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from common.shards import read_shard
+from ecavg.common.shards import read_shard
 from tests.integration.test_data_travel_once import next_rounds
 from tests.processes import ROOT, Cluster, Command
 
@@ -94,7 +94,15 @@ def test_class_folder_whose_name_is_not_utf8_is_refused_in_one_line(cluster: Clu
 
 @pytest.mark.parametrize("key", ["data", "data-dir"])
 def test_missing_folder_whose_name_is_not_utf8_is_named_in_one_line(key: str) -> None:
-    command = [sys.executable, "-m", "edge_agent", "--server", "127.0.0.1:1", f"--{key}", f"/nowhere/{ODD}"]
+    command = [
+        sys.executable,
+        "-m",
+        "ecavg.edge_agent",
+        "--server",
+        "127.0.0.1:1",
+        f"--{key}",
+        f"/nowhere/{ODD}",
+    ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, check=False)
     (line,) = done.stderr.decode("utf-8").splitlines()
     assert done.returncode == 2

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from cloud_server.jobs import JobDirectory
-from cloud_server.trainer.group import Group
-from cloud_server.trainer.work import run_job
+from ecavg.cloud_server.jobs import JobDirectory
+from ecavg.cloud_server.trainer.group import Group
+from ecavg.cloud_server.trainer.work import run_job
 from tests.processes import Cluster
 
 HONEST, POISONED = ("edge-1", "edge-2", "edge-3"), "edge-4"

@@ -15,10 +15,10 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from safetensors.numpy import load_file, save_file
 
-from common import rpc
-from common.agent_progress import Activity, AgentProgress
-from common.config import PROTOCOL_VERSION
-from common.errors import (
+from ecavg.common import rpc
+from ecavg.common.agent_progress import Activity, AgentProgress
+from ecavg.common.config import PROTOCOL_VERSION
+from ecavg.common.errors import (
     ConflictError,
     InvalidError,
     NotFoundError,
@@ -27,13 +27,13 @@ from common.errors import (
     Refusal,
     UnavailableError,
 )
-from common.pb import ecavg_pb2 as pb
-from common.pb import ecavg_pb2_grpc as pb_grpc
-from common.run_state import RunState, Verdict
-from common.shards import Shard, write_shard
-from common.transfer import Blob, blob_of
-from edge_agent.client import CloudClient, Joined, Kind
-from edge_agent.metrics import AgentMetrics
+from ecavg.common.pb import ecavg_pb2 as pb
+from ecavg.common.pb import ecavg_pb2_grpc as pb_grpc
+from ecavg.common.run_state import RunState, Verdict
+from ecavg.common.shards import Shard, write_shard
+from ecavg.common.transfer import Blob, blob_of
+from ecavg.edge_agent.client import CloudClient, Joined, Kind
+from ecavg.edge_agent.metrics import AgentMetrics
 from tests.processes import WAIT_SECONDS, Cluster, cluster_in
 
 pytestmark = pytest.mark.asyncio

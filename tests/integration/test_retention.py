@@ -2,7 +2,7 @@
 
 import json
 
-from cloud_server.__main__ import main
+from ecavg.cloud_server.__main__ import main
 from tests.processes import Cluster
 
 QUICK = ("--set", "run.pretrain.epochs=1", "--set", "run.fine_tune.epochs=1")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from safetensors import safe_open
 
-from common.transfer import blob_of
+from ecavg.common.transfer import blob_of
 from tests.processes import Cluster, cluster_in, free_port, until
 
 QUICK = ("--set", "run.pretrain.epochs=2", "--set", "run.fine_tune.epochs=2")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from common.faults import Point
+from ecavg.common.faults import Point
 from tests.integration.test_round import get
 from tests.processes import Cluster, Command, cluster_in, free_port, until
 

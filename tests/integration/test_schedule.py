@@ -3,8 +3,8 @@
 import re
 from pathlib import Path
 
-from cloud_server.jobs import Job, round_job
-from cloud_server.state_dir import StateDir
+from ecavg.cloud_server.jobs import Job, round_job
+from ecavg.cloud_server.state_dir import StateDir
 from tests.integration.test_data_travel_once import Device, next_rounds
 from tests.processes import Cluster, cluster_in
 

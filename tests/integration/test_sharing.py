@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from cloud_server.__main__ import main
-from common.shards import read_shard
+from ecavg.cloud_server.__main__ import main
+from ecavg.common.shards import read_shard
 from tests.integration.test_data_travel_once import next_rounds, sent
 from tests.processes import Cluster, Command, until
 

@@ -19,7 +19,7 @@ from tests.processes import Cluster, Command, cluster_in, free_port
 
 
 def status(folder: Path, *args: object, **options: object) -> Command:
-    return Command("cloud_server", "status", *args, folder=folder / "logs", forked=True, **options)  # type: ignore[arg-type]
+    return Command("ecavg.cloud_server", "status", *args, folder=folder / "logs", forked=True, **options)  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module")

@@ -17,8 +17,8 @@ from typing import Any
 
 import pytest
 
-from cloud_server.door.authority import Authority
-from cloud_server.state_dir import StateDir
+from ecavg.cloud_server.door.authority import Authority
+from ecavg.cloud_server.state_dir import StateDir
 from tests.conftest import need
 from tests.faults.test_disk import fill, mount
 from tests.integration.test_round import QUICK
@@ -90,13 +90,13 @@ def no_file_has_a_standard_number(command: Command, streams: Mapping[int, str]) 
 # ---------------------------------------------------------------------- output that is the result
 
 
-TOKENS = ("cloud_server", "token", "list")
+TOKENS = ("ecavg.cloud_server", "token", "list")
 
 
 @pytest.mark.parametrize("stdout", ["/dev/full", "closed", "no reader"])
 def test_token_that_nobody_has_seen_is_revoked(stdout: str, tmp_path: Path) -> None:
     where = ("--state-dir", tmp_path / "server")
-    create = forked("cloud_server", "token", "create", *where, folder=tmp_path, streams={1: stdout})
+    create = forked("ecavg.cloud_server", "token", "create", *where, folder=tmp_path, streams={1: stdout})
     assert create.wait() == 1
     (made, line) = create.output.splitlines()
     assert made.startswith("made a CA in ")
@@ -173,19 +173,19 @@ def commands(used: Path, folder: Path) -> dict[tuple[object, ...], int]:
     """
     server, agent = ("--state-dir", used), ("--server", "127.0.0.1:1", "--state-dir", folder / "agent")
     return {
-        ("cloud_server", "--help"): 0,
-        ("cloud_server", "check", used): 0,
-        ("cloud_server", "status", "--server-url", "nowhere"): 2,
-        ("cloud_server", "token", "create", *server): 0,
-        ("cloud_server", "token", "list", *server): 0,
-        ("cloud_server", "agents", "list", *server): 0,
-        ("cloud_server", "token", "revoke", "nobody", *server): 2,
-        ("cloud_server", "forget", "nobody", *server): 2,
-        ("cloud_server", "--host", "127.0.0.1", "--port", 1, "--state-dir", "/proc/server"): 2,
-        ("edge_agent", "--help"): 0,
-        ("edge_agent", *agent): 2,
-        ("edge_agent", "enroll", *agent, "--token", "ecavg1.x"): 2,
-        ("cloud_server.trainer",): 2,
+        ("ecavg.cloud_server", "--help"): 0,
+        ("ecavg.cloud_server", "check", used): 0,
+        ("ecavg.cloud_server", "status", "--server-url", "nowhere"): 2,
+        ("ecavg.cloud_server", "token", "create", *server): 0,
+        ("ecavg.cloud_server", "token", "list", *server): 0,
+        ("ecavg.cloud_server", "agents", "list", *server): 0,
+        ("ecavg.cloud_server", "token", "revoke", "nobody", *server): 2,
+        ("ecavg.cloud_server", "forget", "nobody", *server): 2,
+        ("ecavg.cloud_server", "--host", "127.0.0.1", "--port", 1, "--state-dir", "/proc/server"): 2,
+        ("ecavg.edge_agent", "--help"): 0,
+        ("ecavg.edge_agent", *agent): 2,
+        ("ecavg.edge_agent", "enroll", *agent, "--token", "ecavg1.x"): 2,
+        ("ecavg.cloud_server.trainer",): 2,
     }
 
 
@@ -211,7 +211,7 @@ def test_commands_work_in_any_environment(name: str, used: Path, tmp_path: Path)
 def check_one_line(output: str) -> None:
     """Check that a command has said one line, beside the usage that argparse shows."""
     (line,) = (each for each in output.splitlines() if not each.startswith(("usage", " ")))
-    assert line.startswith(("cloud-server", "edge-agent", "python -m cloud_server.trainer"))
+    assert line.startswith(("cloud-server", "edge-agent", "python -m ecavg.cloud_server.trainer"))
 
 
 @pytest.mark.parametrize("name", STREAMS)
@@ -271,7 +271,7 @@ def test_user_without_a_home_takes_part_in_a_folder_of_any_name(tmp_path: Path) 
     settings = 'min_agents = 1\r\nhost = "127.0.0.1"\r\nport = 0\r\nhttp_port = 0\r\nstate_dir = ""\r\n'
     settings += "[run.pretrain]\r\nepochs = 1\r\n"
     (tmp_path / "server.toml").write_bytes(settings.encode("utf-16"))
-    with cold("cloud_server", "--config", tmp_path / "server.toml", cwd=folder) as server:
+    with cold("ecavg.cloud_server", "--config", tmp_path / "server.toml", cwd=folder) as server:
         lines: list[str] = []
         while not (ready := re.search(r"ready: agents on (\S+),", line := server.stdout.readline().decode())):
             assert line, lines
@@ -279,7 +279,7 @@ def test_user_without_a_home_takes_part_in_a_folder_of_any_name(tmp_path: Path) 
         token = re.search(r"ecavg1\.\S+", "".join(lines))[0]
         (tmp_path / "token").write_bytes(f"\r\n{token}\r\n\r\n".encode("utf-16"))
         agent_words = (
-            "edge_agent", "--server", ready[1], "--join-token-file", tmp_path / "token", "--metrics-port", 0
+            "ecavg.edge_agent", "--server", ready[1], "--join-token-file", tmp_path / "token", "--metrics-port", 0
         )  # fmt: skip
         with cold(*agent_words, cwd=folder) as agent:
             output = agent.stdout.read().decode()
@@ -294,10 +294,10 @@ def test_user_without_a_home_takes_part_in_a_folder_of_any_name(tmp_path: Path) 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("cloud_server", "--state-dir", "~/state"), "state_dir: the home folder in '~/state' is not known"),
-        (("cloud_server", "check", "~/state"), "the home folder in '~/state' is not known: set HOME"),
-        (("cloud_server", "--config", "~/c.toml"), "configuration file ~/c.toml: the home folder in"),
-        (("edge_agent", "--server", "a:1", "--data", "~/i"), "data: the home folder in '~/i' is not known"),
+        (("ecavg.cloud_server", "--state-dir", "~/state"), "state_dir: the home folder in '~/state' is not known"),
+        (("ecavg.cloud_server", "check", "~/state"), "the home folder in '~/state' is not known: set HOME"),
+        (("ecavg.cloud_server", "--config", "~/c.toml"), "configuration file ~/c.toml: the home folder in"),
+        (("ecavg.edge_agent", "--server", "a:1", "--data", "~/i"), "data: the home folder in '~/i' is not known"),
     ],
 )  # fmt: skip
 def test_home_that_is_not_known_is_named(words: tuple[str, ...], message: str, tmp_path: Path) -> None:
@@ -317,19 +317,19 @@ ODD = os.fsdecode(b"\xff")
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("cloud_server", "--host", ODD), "host: should be at most 500 printable characters"),
-        (("cloud_server", "--http-host", ODD), "http_host: should be at most 500 printable characters"),
-        (("cloud_server", "--device", ODD), "device: should be at most 500 printable characters"),
-        (("cloud_server", "--tls-dir", "a\nb", "--http-token-file", "/proc", "--http-port", 0), "/proc"),
-        (("cloud_server", "token", "revoke", ODD), "argument ID: should be printable characters"),
-        (("cloud_server", "agents", "revoke", ODD), "argument AGENT: should be printable characters"),
-        (("cloud_server", "forget", ODD), "argument AGENT: should be printable characters"),
-        (("cloud_server", "check", f"/{ODD}\n"), "is no state directory"),
-        (("edge_agent", "--server", "a:1", "--data-dir", f"/{ODD}\n"), "does not exist: make it"),
-        (("edge_agent", "--server", "a:1", "--data", ODD), "is neither a folder nor a dataset"),
-        (("edge_agent", "--server", "a:1", "--device", ODD), "device: should be at most 500 printable"),
-        (("edge_agent", "enroll", "--server", "a:1", "--token", ODD), "should be at most 500 printable"),
-        (("cloud_server.trainer", "--state-dir", "x", "--what", f"{ODD}\n"), "unrecognized arguments"),
+        (("ecavg.cloud_server", "--host", ODD), "host: should be at most 500 printable characters"),
+        (("ecavg.cloud_server", "--http-host", ODD), "http_host: should be at most 500 printable characters"),
+        (("ecavg.cloud_server", "--device", ODD), "device: should be at most 500 printable characters"),
+        (("ecavg.cloud_server", "--tls-dir", "a\nb", "--http-token-file", "/proc", "--http-port", 0), "/proc"),
+        (("ecavg.cloud_server", "token", "revoke", ODD), "argument ID: should be printable characters"),
+        (("ecavg.cloud_server", "agents", "revoke", ODD), "argument AGENT: should be printable characters"),
+        (("ecavg.cloud_server", "forget", ODD), "argument AGENT: should be printable characters"),
+        (("ecavg.cloud_server", "check", f"/{ODD}\n"), "is no state directory"),
+        (("ecavg.edge_agent", "--server", "a:1", "--data-dir", f"/{ODD}\n"), "does not exist: make it"),
+        (("ecavg.edge_agent", "--server", "a:1", "--data", ODD), "is neither a folder nor a dataset"),
+        (("ecavg.edge_agent", "--server", "a:1", "--device", ODD), "device: should be at most 500 printable"),
+        (("ecavg.edge_agent", "enroll", "--server", "a:1", "--token", ODD), "should be at most 500 printable"),
+        (("ecavg.cloud_server.trainer", "--state-dir", "x", "--what", f"{ODD}\n"), "unrecognized arguments"),
     ],
 )  # fmt: skip
 def test_odd_names_are_named_in_one_line(words: tuple[object, ...], message: str, tmp_path: Path) -> None:
@@ -353,10 +353,10 @@ def test_names_are_shown_in_any_locale(env: dict[str, str], tmp_path: Path) -> N
     """Each command prints a path with a character that the encoding of its output does not have."""
     state = tmp_path / "☃"
     for words, code in (
-        (("cloud_server", "token", "create", "--state-dir", state), 0),
-        (("cloud_server", "agents", "list", "--state-dir", tmp_path / "❄"), 2),
-        (("cloud_server", "check", state), 2),
-        (("edge_agent", "--server", "127.0.0.1:1", "--state-dir", state), 2),
+        (("ecavg.cloud_server", "token", "create", "--state-dir", state), 0),
+        (("ecavg.cloud_server", "agents", "list", "--state-dir", tmp_path / "❄"), 2),
+        (("ecavg.cloud_server", "check", state), 2),
+        (("ecavg.edge_agent", "--server", "127.0.0.1:1", "--state-dir", state), 2),
     ):
         command = Command(*map(str, words), folder=tmp_path / "logs", env=env)
         assert command.wait() == code, command.output
@@ -388,11 +388,11 @@ def test_text_file_of_another_system_is_named(
         enroll(tmp_path / "tls", tmp_path / "agent", "edge-1")
         (tmp_path / "agent/tls/identity.pem").write_bytes(content)
     words: tuple[object, ...] = {
-        "server.toml": ("cloud_server", "--config", file),
-        "agent.toml": ("edge_agent", *here, "--config", file),
-        "token": ("edge_agent", "enroll", *here, "--join-token-file", file),
-        "http-token": ("cloud_server", "--state-dir", tmp_path / "server", "--http-token-file", file),
-        "identity.pem": ("edge_agent", *here),
+        "server.toml": ("ecavg.cloud_server", "--config", file),
+        "agent.toml": ("ecavg.edge_agent", *here, "--config", file),
+        "token": ("ecavg.edge_agent", "enroll", *here, "--join-token-file", file),
+        "http-token": ("ecavg.cloud_server", "--state-dir", tmp_path / "server", "--http-token-file", file),
+        "identity.pem": ("ecavg.edge_agent", *here),
     }[name]
     command = forked(*words, folder=tmp_path)
     assert command.wait() == 2, command.output
@@ -415,7 +415,7 @@ def test_agent_without_a_network_waits_until_it_is_stopped(
     else:
         with closing(Authority(tmp_path / "tls")) as authority:
             words = ("enroll", *words, "--token", authority.create_token(1, 3600))
-    agent = forked("edge_agent", *words, folder=tmp_path)
+    agent = forked("ecavg.edge_agent", *words, folder=tmp_path)
     agent.wait_for(f"waiting for {re.escape(server)}: ")
     assert agent.terminate() == 0
     check_manners(agent.output)
@@ -448,13 +448,13 @@ def test_disk_that_takes_nothing_is_named(what: str, small_disk: Path, tmp_path:
     started = [
         forked(*words, folder=tmp_path)
         for words in (
-            ("cloud_server", *server, "--http-port", 0),
-            ("cloud_server", "--state-dir", small_disk / "new", "--http-port", 0),
-            ("cloud_server", "token", "create", *server),
-            ("cloud_server", "agents", "list", *server),
-            ("cloud_server", "forget", "edge-1", *server),
-            ("edge_agent", *agent),
-            ("edge_agent", "enroll", *agent, "--token", token),
+            ("ecavg.cloud_server", *server, "--http-port", 0),
+            ("ecavg.cloud_server", "--state-dir", small_disk / "new", "--http-port", 0),
+            ("ecavg.cloud_server", "token", "create", *server),
+            ("ecavg.cloud_server", "agents", "list", *server),
+            ("ecavg.cloud_server", "forget", "edge-1", *server),
+            ("ecavg.edge_agent", *agent),
+            ("ecavg.edge_agent", "enroll", *agent, "--token", token),
         )
     ]
     for command in started:
@@ -464,11 +464,11 @@ def test_disk_that_takes_nothing_is_named(what: str, small_disk: Path, tmp_path:
         assert str(small_disk) in command.output
         # A full disk may have room at the next start, and a supervisor does not start again after a 2.
         assert code == 2 or (what == "full" and code == 1)
-    check = forked("cloud_server", "check", small_disk / "server", folder=tmp_path)
+    check = forked("ecavg.cloud_server", "check", small_disk / "server", folder=tmp_path)
     assert check.wait() == 0, check.output
 
 
-@pytest.mark.parametrize("words", [("cloud_server",), ("edge_agent", "--server", "a:1")])
+@pytest.mark.parametrize("words", [("ecavg.cloud_server",), ("ecavg.edge_agent", "--server", "a:1")])
 def test_working_folder_that_has_been_removed_is_named(words: tuple[str, ...], tmp_path: Path) -> None:
     gone = tmp_path / "gone"
     gone.mkdir()
@@ -496,7 +496,7 @@ def test_agent_without_a_home_is_told_where_to_say_where_its_dataset_is(cluster:
 
 
 def test_trainer_names_variables_that_are_not_those_of_torchrun(tmp_path: Path) -> None:
-    words = ("cloud_server.trainer", "--state-dir", tmp_path, "--device", "cpu")
+    words = ("ecavg.cloud_server.trainer", "--state-dir", tmp_path, "--device", "cpu")
     trainer = forked(*words, folder=tmp_path, env={"WORLD_SIZE": "2"})
     assert trainer.wait() == 2
     check_manners(trainer.output)
@@ -510,7 +510,7 @@ def test_certificate_without_its_ca_is_named(tmp_path: Path) -> None:
     file = tmp_path / "agent/tls/identity.pem"
     end = "-----END CERTIFICATE-----\n"
     file.write_text(file.read_text("utf-8").partition(end)[0] + end, "utf-8")
-    agent = forked("edge_agent", "--server", "a:1", "--state-dir", tmp_path / "agent", folder=tmp_path)
+    agent = forked("ecavg.edge_agent", "--server", "a:1", "--state-dir", tmp_path / "agent", folder=tmp_path)
     assert agent.wait() == 2
     check_one_line(agent.output)
     assert f"{file} should have two certificates, and has 1" in agent.output
@@ -525,6 +525,6 @@ def test_host_whose_name_no_host_can_have_is_named(tmp_path: Path) -> None:
         "--token",
         "ecavg1." + "A" * 86,
     )
-    enrolment = forked("edge_agent", "enroll", *words, folder=tmp_path)
+    enrolment = forked("ecavg.edge_agent", "enroll", *words, folder=tmp_path)
     assert enrolment.wait() == 2
     check_one_line(enrolment.output)

@@ -9,23 +9,23 @@ import numpy as np
 import pytest
 import torch
 
-from cloud_server.contribution import Contribution
-from cloud_server.jobs import Job, JobDirectory, Result
-from cloud_server.state_dir import blob_path
-from cloud_server.trainer import work
-from cloud_server.trainer.group import Group
-from common.config import RunConfig
-from common.dataset import DatasetSpec
-from common.errors import InvalidError, Reason
-from common.models import build_model
-from common.schema import check_examples, check_shard, read_header
-from common.shards import Shard, write_shard
-from common.tasks.task import task_of
-from common.training import Examples, Recipe, train
-from common.weights import write_state_dict
-from edge_agent.data import AgentData
-from edge_agent.local import LocalModels
-from edge_agent.state import AgentState
+from ecavg.cloud_server.contribution import Contribution
+from ecavg.cloud_server.jobs import Job, JobDirectory, Result
+from ecavg.cloud_server.state_dir import blob_path
+from ecavg.cloud_server.trainer import work
+from ecavg.cloud_server.trainer.group import Group
+from ecavg.common.config import RunConfig
+from ecavg.common.dataset import DatasetSpec
+from ecavg.common.errors import InvalidError, Reason
+from ecavg.common.models import build_model
+from ecavg.common.schema import check_examples, check_shard, read_header
+from ecavg.common.shards import Shard, write_shard
+from ecavg.common.tasks.task import task_of
+from ecavg.common.training import Examples, Recipe, train
+from ecavg.common.weights import write_state_dict
+from ecavg.edge_agent.data import AgentData
+from ecavg.edge_agent.local import LocalModels
+from ecavg.edge_agent.state import AgentState
 from tests.recipes import CPU
 
 RNG = np.random.default_rng(0)

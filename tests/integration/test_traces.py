@@ -144,7 +144,7 @@ def test_nothing_is_imported_and_nothing_made_where_nobody_asks_for_traces(
     variables: dict[str, str],
 ) -> None:
     code = (
-        "import sys; from common import tracing; tracing.start('x')\n"
+        "import sys; from ecavg.common import tracing; tracing.start('x')\n"
         "with tracing.round_span('a', 'run', 1), tracing.span('b'), tracing.remote_span('c', '00-x'):\n"
         "    assert tracing.current() is None\n"
         "tracing.end_round('run', 1, 0.0); tracing.flush()\n"

@@ -48,7 +48,9 @@ def test_server_without_the_package_says_in_one_line_what_to_install(
         "u.find_spec = lambda name, *rest: None if name == 'mlflow' else found(name, *rest)\n"
     )
     env = {"PYTHONPATH": str(tmp_path)}
-    server = Command("cloud_server", "--set", "tracking.mlflow=http://127.0.0.1:9", folder=tmp_path, env=env)
+    server = Command(
+        "ecavg.cloud_server", "--set", "tracking.mlflow=http://127.0.0.1:9", folder=tmp_path, env=env
+    )
     assert server.wait() == 2
     assert server.output == (
         "cloud-server: tracking.mlflow needs another package: pip install 'ecavg[mlflow]'\n"

@@ -18,28 +18,28 @@ import torch
 from safetensors import SafetensorError
 from sklearn.datasets import load_digits
 
-from cloud_server.contribution import Contribution
-from cloud_server.jobs import Job, JobDirectory, Result
-from cloud_server.state_dir import blob_path
-from cloud_server.trainer import __main__ as trainer_main
-from cloud_server.trainer import pipeline, work
-from cloud_server.trainer.aggregation import mean
-from cloud_server.trainer.finetune import CombinedData, combine
-from cloud_server.trainer.group import Group
-from cloud_server.training import runner
-from common import training
-from common.config import FineTuneConfig, RunConfig
-from common.errors import Reason
-from common.evaluation import evaluate
-from common.models import build_model
-from common.schema import read_header
-from common.seeds import derive_seed
-from common.shards import Shard, write_shard
-from common.tasks.task import task_of
-from common.training import Examples, train
-from common.transfer import blob_of
-from common.weights import read_state_dict, write_state_dict
-from common.wire import Base, decode, encode, encoding_of
+from ecavg.cloud_server.contribution import Contribution
+from ecavg.cloud_server.jobs import Job, JobDirectory, Result
+from ecavg.cloud_server.state_dir import blob_path
+from ecavg.cloud_server.trainer import __main__ as trainer_main
+from ecavg.cloud_server.trainer import pipeline, work
+from ecavg.cloud_server.trainer.aggregation import mean
+from ecavg.cloud_server.trainer.finetune import CombinedData, combine
+from ecavg.cloud_server.trainer.group import Group
+from ecavg.cloud_server.training import runner
+from ecavg.common import training
+from ecavg.common.config import FineTuneConfig, RunConfig
+from ecavg.common.errors import Reason
+from ecavg.common.evaluation import evaluate
+from ecavg.common.models import build_model
+from ecavg.common.schema import read_header
+from ecavg.common.seeds import derive_seed
+from ecavg.common.shards import Shard, write_shard
+from ecavg.common.tasks.task import task_of
+from ecavg.common.training import Examples, train
+from ecavg.common.transfer import blob_of
+from ecavg.common.weights import read_state_dict, write_state_dict
+from ecavg.common.wire import Base, decode, encode, encoding_of
 from tests.processes import ROOT, WAIT_SECONDS, until
 from tests.recipes import recipe_of
 from tests.tapes import Failing
@@ -312,7 +312,7 @@ def test_a_disk_that_takes_no_weights_is_waited_for_and_costs_no_attempt(do, mon
     def fail(*_, **__):
         raise SafetensorError(f"I/O error: {os.strerror(number)} (os error {number})")
 
-    monkeypatch.setattr("common.weights.save_file", fail)
+    monkeypatch.setattr("ecavg.common.weights.save_file", fail)
     result, directory = do()
     assert result.error.kind == "storage"
     assert os.strerror(number) in result.error.message
@@ -592,7 +592,7 @@ class Trainer:
         arguments = ("--state-dir", str(state_dir), "--device", "cpu")
         with self._output_path.open("ab") as output:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", *launcher, "cloud_server.trainer", *arguments],
+                [sys.executable, "-m", *launcher, "ecavg.cloud_server.trainer", *arguments],
                 cwd=ROOT,
                 stdin=subprocess.PIPE,
                 stdout=output,
@@ -684,7 +684,7 @@ def test_two_ranks_under_torchrun_train_together_and_leave_with_their_server(sta
 
 
 def test_an_unknown_flag_is_bad_usage():
-    command = [sys.executable, "-m", "cloud_server.trainer", "--unknown"]
+    command = [sys.executable, "-m", "ecavg.cloud_server.trainer", "--unknown"]
     assert subprocess.run(command, cwd=ROOT, capture_output=True, check=False).returncode == 2
 
 

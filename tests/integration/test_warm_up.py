@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from cloud_server.__main__ import main
-from cloud_server.jobs import round_job
-from cloud_server.state_dir import StateDir
-from common.faults import Point
+from ecavg.cloud_server.__main__ import main
+from ecavg.cloud_server.jobs import round_job
+from ecavg.cloud_server.state_dir import StateDir
+from ecavg.common.faults import Point
 from tests.faults.runs import armed_with
 from tests.integration.test_forgetting import provenance
 from tests.processes import Cluster, cluster_in, until

@@ -12,13 +12,13 @@ from typing import Any
 
 import pytest
 
-from common.faults import Point
-from common.run_state import RunState
-from common.schema import read_header
-from common.transfer import blob_of
-from common.wire import Base, decode, encoding_of
-from edge_agent.client import CloudClient
-from edge_agent.metrics import AgentMetrics
+from ecavg.common.faults import Point
+from ecavg.common.run_state import RunState
+from ecavg.common.schema import read_header
+from ecavg.common.transfer import blob_of
+from ecavg.common.wire import Base, decode, encoding_of
+from ecavg.edge_agent.client import CloudClient
+from ecavg.edge_agent.metrics import AgentMetrics
 from tests.processes import Cluster, Command, until
 
 NUM_ROUNDS = 2

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import structlog
 
-from cloud_server.store import Store
-from common import cli, logs
+from ecavg.cloud_server.store import Store
+from ecavg.common import cli, logs
 
 
 @pytest.fixture(autouse=True)

@@ -5,13 +5,13 @@ import json
 import os
 from pathlib import Path
 
-from cloud_server.contribution import Contribution, Decision
-from cloud_server.disk.tables import EncodingRow, UploadRow
-from cloud_server.jobs import EncodedWeightsFile, Job, JobDirectory, Result, WeightsFile
-from cloud_server.store import Store
-from cloud_server.upkeep import provenance
-from common.config import RunConfig
-from common.run_state import Outcome
+from ecavg.cloud_server.contribution import Contribution, Decision
+from ecavg.cloud_server.disk.tables import EncodingRow, UploadRow
+from ecavg.cloud_server.jobs import EncodedWeightsFile, Job, JobDirectory, Result, WeightsFile
+from ecavg.cloud_server.store import Store
+from ecavg.cloud_server.upkeep import provenance
+from ecavg.common.config import RunConfig
+from ecavg.common.run_state import Outcome
 
 RUN = RunConfig()
 INITIAL = b"initial weights"

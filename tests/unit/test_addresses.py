@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from common import addresses, proxy
-from common.addresses import Address
-from common.errors import UnavailableError
+from ecavg.common import addresses, proxy
+from ecavg.common.addresses import Address
+from ecavg.common.errors import UnavailableError
 
 PROXY = "http://proxy.example:3128"
 

@@ -10,19 +10,19 @@ import pytest
 import torch
 from sklearn.datasets import load_digits
 
-from cloud_server.contribution import Contribution
-from cloud_server.trainer.audit import Finding, audit
-from cloud_server.trainer.members import Member
-from cloud_server.trainer.screening import Screening, screen
-from common.config import RunConfig, TrainingConfig
-from common.errors import Reason
-from common.models import build_model
-from common.seeds import derive_seed
-from common.shards import Shard, cloud_holdout, write_shard
-from common.training import Examples, train
-from common.transfer import blob_of
-from common.weights import read_state_dict, write_state_dict
-from edge_agent.partition import partition_indices
+from ecavg.cloud_server.contribution import Contribution
+from ecavg.cloud_server.trainer.audit import Finding, audit
+from ecavg.cloud_server.trainer.members import Member
+from ecavg.cloud_server.trainer.screening import Screening, screen
+from ecavg.common.config import RunConfig, TrainingConfig
+from ecavg.common.errors import Reason
+from ecavg.common.models import build_model
+from ecavg.common.seeds import derive_seed
+from ecavg.common.shards import Shard, cloud_holdout, write_shard
+from ecavg.common.training import Examples, train
+from ecavg.common.transfer import blob_of
+from ecavg.common.weights import read_state_dict, write_state_dict
+from ecavg.edge_agent.partition import partition_indices
 from tests.recipes import recipe_of
 
 CPU = torch.device("cpu")
@@ -266,7 +266,7 @@ def test_half_of_the_agents_are_never_left_out(
     workshop: Workshop, honest: list[Agent], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     accused = [Finding(None, None, None, ("labels",))] * 2 + [Finding(None, None, None, ())] * 2
-    monkeypatch.setattr("cloud_server.trainer.screening.audit", lambda *_, **__: accused)
+    monkeypatch.setattr("ecavg.cloud_server.trainer.screening.audit", lambda *_, **__: accused)
     screening = workshop.screened(honest[:4], tmp_path, quarantine="exclude")
     assert [agent.left_out for agent in screening.agents] == [None] * 4
     assert screening.note.startswith("2 of 4 agents are flagged")

@@ -12,15 +12,15 @@ from typing import Any
 import grpc
 import pytest
 
-from common import rpc
-from common.config import RunConfig
-from common.errors import InvalidError, Reason, RunError, UnavailableError
-from common.pb import ecavg_pb2 as pb
-from common.transfer import Blob
-from edge_agent import client as client_module
-from edge_agent.client import CloudClient, UnknownAgentError
-from edge_agent.metrics import AgentMetrics
-from edge_agent.server_clock import ServerClock
+from ecavg.common import rpc
+from ecavg.common.config import RunConfig
+from ecavg.common.errors import InvalidError, Reason, RunError, UnavailableError
+from ecavg.common.pb import ecavg_pb2 as pb
+from ecavg.common.transfer import Blob
+from ecavg.edge_agent import client as client_module
+from ecavg.edge_agent.client import CloudClient, UnknownAgentError
+from ecavg.edge_agent.metrics import AgentMetrics
+from ecavg.edge_agent.server_clock import ServerClock
 
 CONTENT = b"abcdefgh"
 BLOB = Blob(hashlib.sha256(CONTENT).hexdigest(), len(CONTENT))

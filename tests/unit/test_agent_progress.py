@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 
-from cloud_server.contribution import Contribution
-from cloud_server.round import Policy, Round, Sampling
-from cloud_server.showing.progress import CALLS_PER_SECOND, ProgressBoard, Shown
-from cloud_server.showing.waiting import Pending, duration, sentence
-from common.agent_progress import Activity, AgentProgress
-from common.run_state import Phase
-from common.transfer import Blob
+from ecavg.cloud_server.contribution import Contribution
+from ecavg.cloud_server.round import Policy, Round, Sampling
+from ecavg.cloud_server.showing.progress import CALLS_PER_SECOND, ProgressBoard, Shown
+from ecavg.cloud_server.showing.waiting import Pending, duration, sentence
+from ecavg.common.agent_progress import Activity, AgentProgress
+from ecavg.common.run_state import Phase
+from ecavg.common.transfer import Blob
 from tests.unit.world import world, write_weights
 
 

@@ -7,23 +7,22 @@ import numpy as np
 import pytest
 import torch
 
-import edge_agent.local
-from cloud_server.contribution import Contribution
-from cloud_server.state_dir import blob_path
-from cloud_server.trainer.finetune import combine
-from common.config import RunConfig, TrainingConfig
-from common.errors import DivergedError, UsageError
-from common.models import build_model
-from common.schedule import learning_rate_factor
-from common.seeds import derive_seed
-from common.shards import Shard, cloud_holdout, read_shard
-from common.tasks import unpublished
-from common.training import Examples, OnStep, StepReport, train
-from common.transfer import Blob, blob_of
-from common.weights import read_state_dict, write_state_dict
-from edge_agent.data import AgentData
-from edge_agent.local import LocalModels
-from edge_agent.state import AgentState, Arrived, Progress, Report, Trained
+from ecavg.cloud_server.contribution import Contribution
+from ecavg.cloud_server.state_dir import blob_path
+from ecavg.cloud_server.trainer.finetune import combine
+from ecavg.common.config import RunConfig, TrainingConfig
+from ecavg.common.errors import DivergedError, UsageError
+from ecavg.common.models import build_model
+from ecavg.common.schedule import learning_rate_factor
+from ecavg.common.seeds import derive_seed
+from ecavg.common.shards import Shard, cloud_holdout, read_shard
+from ecavg.common.tasks import unpublished
+from ecavg.common.training import Examples, OnStep, StepReport, train
+from ecavg.common.transfer import Blob, blob_of
+from ecavg.common.weights import read_state_dict, write_state_dict
+from ecavg.edge_agent.data import AgentData
+from ecavg.edge_agent.local import LocalModels
+from ecavg.edge_agent.state import AgentState, Arrived, Progress, Report, Trained
 from tests.recipes import recipe_of
 
 REPORT = Report(
@@ -135,7 +134,7 @@ def test_full_curve_of_a_round_after_the_plan_is_followed_and_resumed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With a full curve, the second round trains as the first does in a plan of one round."""
-    monkeypatch.setattr("common.training.REPORT_SECONDS", 0.0)
+    monkeypatch.setattr("ecavg.common.training.REPORT_SECONDS", 0.0)
     rates: list[float] = []
     factor = learning_rate_factor
 
@@ -143,7 +142,7 @@ def test_full_curve_of_a_round_after_the_plan_is_followed_and_resumed(
         rates.append(factor(*args))
         return rates[-1]
 
-    monkeypatch.setattr("common.training.learning_rate_factor", recorded)
+    monkeypatch.setattr("ecavg.common.training.learning_rate_factor", recorded)
     run = RUN.model_copy(
         update={"pretrain": RUN.pretrain.model_copy(update={"schedule_over": "run", "graphs": "off"})}
     )
@@ -174,7 +173,7 @@ def test_full_curve_of_a_round_after_the_plan_is_followed_and_resumed(
 def test_interrupted_pretraining_goes_on_to_the_same_weights(
     disk: AgentState, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("common.training.REPORT_SECONDS", 0.0)
+    monkeypatch.setattr("ecavg.common.training.REPORT_SECONDS", 0.0)
     undisturbed = AgentState(tmp_path / "other", "edge-1")
     expected = pretrain(local_models(undisturbed), ignore)
 
@@ -337,7 +336,7 @@ def test_own_model_is_kept_where_adaptation_diverges(
     def diverge(*_: object, **__: object) -> None:
         raise DivergedError("training diverged in epoch 1")
 
-    monkeypatch.setattr("edge_agent.local.train", diverge)
+    monkeypatch.setattr("ecavg.edge_agent.local.train", diverge)
     report = local.measure(1, generalist(tmp_path / "global"), trained, ignore)
     assert (report.applied, report.score_adapted) == (False, None)
     assert report.reason.endswith("; local adaptation: training diverged in epoch 1")
@@ -361,7 +360,7 @@ def test_agent_does_not_train_on_what_the_cloud_holds_back(
     def train(_: object, examples: Examples, *args: object, **kwargs: object) -> None:
         trained_on.update(examples._asdict())
 
-    monkeypatch.setattr("edge_agent.local.train", train)
+    monkeypatch.setattr("ecavg.edge_agent.local.train", train)
     everything, held_out = make_shard(40, 0), make_shard(20, 1)
     for end in np.cumsum(sizes):  # the agent is started again with more data
         data = AgentData(Shard(everything.inputs[:end], everything.targets[:end]), held_out, num_skipped=0)
@@ -391,7 +390,7 @@ def test_private_examples_are_all_trained_on_and_of_shared_ones_what_the_cloud_t
     def train(_: object, examples: Examples, *args: object, **kwargs: object) -> None:
         trained_on.update(examples._asdict())
 
-    monkeypatch.setattr("edge_agent.local.train", train)
+    monkeypatch.setattr("ecavg.edge_agent.local.train", train)
     everything = make_shard(200, 0)
     data = AgentData(everything, make_shard(20, 1), num_skipped=0)
     local = LocalModels(RUN, data, disk, torch.device("cpu"), (), 0.0, shared_fraction=fraction)

@@ -15,7 +15,7 @@ from hypothesis.extra.numpy import arrays
 from safetensors.numpy import load_file
 from safetensors.torch import save_file
 
-from cloud_server.trainer.aggregation import (
+from ecavg.cloud_server.trainer.aggregation import (
     PIECE_ELEMENTS,
     aggregate,
     coefficients,
@@ -24,8 +24,8 @@ from cloud_server.trainer.aggregation import (
     median,
     trimmed_mean,
 )
-from common.config import RunConfig
-from common.errors import InvalidError, RunError
+from ecavg.common.config import RunConfig
+from ecavg.common.errors import InvalidError, RunError
 
 NUM_EXAMPLES = (600, 150, 1000)
 AGGREGATORS = ("mean", "trimmed_mean", "median", "geometric_median")
@@ -447,8 +447,8 @@ def test_memory_does_not_grow_with_the_number_of_contributions(tmp_path):
     program = (
         "import sys\n"
         "from pathlib import Path\n"
-        "from cloud_server.trainer.aggregation import aggregate\n"
-        "from common.config import RunConfig\n"
+        "from ecavg.cloud_server.trainer.aggregation import aggregate\n"
+        "from ecavg.common.config import RunConfig\n"
         "def peak():\n"  # getrusage would give what this process's parent had at the fork
         "    status = Path('/proc/self/status').read_text()\n"
         "    return int(status.partition('VmHWM:')[2].split()[0])\n"

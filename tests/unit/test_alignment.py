@@ -7,11 +7,11 @@ from torch import nn
 from torch.func import functional_call
 from torch.nn import functional
 
-from cloud_server.trainer.alignment import align, align_all
-from cloud_server.trainer.permutations import NotTraceable, apply, permutation_groups
-from common.config import RunConfig
-from common.models import build_model
-from common.weights import write_state_dict
+from ecavg.cloud_server.trainer.alignment import align, align_all
+from ecavg.cloud_server.trainer.permutations import NotTraceable, apply, permutation_groups
+from ecavg.common.config import RunConfig
+from ecavg.common.models import build_model
+from ecavg.common.weights import write_state_dict
 
 # Groups counted by hand from the papers' tables: layers whose outputs nothing but weights follow, plus one
 # for each chain of residual additions.

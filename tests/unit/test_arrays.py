@@ -7,13 +7,20 @@ from typing import Any
 import numpy as np
 import pytest
 
-from common.config import RunConfig
-from common.dataset import Inputs, Targets
-from common.errors import UsageError
-from edge_agent.arrays import as_wanted, check_arrays, is_arrays, open_arrays, stamp_of_arrays, statistics
-from edge_agent.config import AgentConfig, check_source
-from edge_agent.data import AgentData, data_stamp, find_source, load_agent_data
-from edge_agent.doctor import _look_at_data
+from ecavg.common.config import RunConfig
+from ecavg.common.dataset import Inputs, Targets
+from ecavg.common.errors import UsageError
+from ecavg.edge_agent.arrays import (
+    as_wanted,
+    check_arrays,
+    is_arrays,
+    open_arrays,
+    stamp_of_arrays,
+    statistics,
+)
+from ecavg.edge_agent.config import AgentConfig, check_source
+from ecavg.edge_agent.data import AgentData, data_stamp, find_source, load_agent_data
+from ecavg.edge_agent.doctor import _look_at_data
 
 RUN = RunConfig(
     task="regression", dataset="pumps", model="mlp", inputs={"shape": (3,), "low": -5, "high": 5}, seed=1

@@ -8,17 +8,17 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from cloud_server.contribution import Contribution
-from cloud_server.jobs import Job, JobDirectory, Result
-from cloud_server.state_dir import blob_path
-from cloud_server.trainer import work
-from cloud_server.trainer.group import Group
-from common.config import FineTuneConfig, RunConfig
-from common.errors import Reason
-from common.schema import read_header
-from common.sharded import write_sharded
-from common.transfer import blob_of
-from common.wire import Base, encode, encoding_of
+from ecavg.cloud_server.contribution import Contribution
+from ecavg.cloud_server.jobs import Job, JobDirectory, Result
+from ecavg.cloud_server.state_dir import blob_path
+from ecavg.cloud_server.trainer import work
+from ecavg.cloud_server.trainer.group import Group
+from ecavg.common.config import FineTuneConfig, RunConfig
+from ecavg.common.errors import Reason
+from ecavg.common.schema import read_header
+from ecavg.common.sharded import write_sharded
+from ecavg.common.transfer import blob_of
+from ecavg.common.wire import Base, encode, encoding_of
 
 # Nothing of this name can be built.
 RUN = RunConfig(

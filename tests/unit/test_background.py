@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from common.background import beside
+from ecavg.common.background import beside
 
 
 async def for_ever(ended: list[str]) -> None:

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torchvision.transforms.v2 import functional as v2
 
-from common import batches
-from common.batches import (
+from ecavg.common import batches
+from ecavg.common.batches import (
     CROP_PADDING,
     DeviceData,
     Draws,
@@ -20,8 +20,8 @@ from common.batches import (
     horizontal_flip,
     random_crop,
 )
-from common.dataset import pictures
-from common.errors import UsageError
+from ecavg.common.dataset import pictures
+from ecavg.common.errors import UsageError
 
 CPU = torch.device("cpu")
 SPEC = pictures(3, (3, 7, 9), (0.4, 0.5, 0.6), (0.2, 0.25, 0.3))

@@ -11,15 +11,15 @@ from pathlib import Path
 
 import pytest
 
-from cloud_server.commands.check import main as check
-from cloud_server.commands.doctor import checks
-from cloud_server.config import ServerConfig
-from cloud_server.disk import bucket as bucket_module
-from cloud_server.disk.bucket import Bucket
-from cloud_server.disk.tables import UploadRow
-from cloud_server.store import Store
-from cloud_server.upkeep import retired
-from common.errors import NotFoundError, StorageError, UsageError
+from ecavg.cloud_server.commands.check import main as check
+from ecavg.cloud_server.commands.doctor import checks
+from ecavg.cloud_server.config import ServerConfig
+from ecavg.cloud_server.disk import bucket as bucket_module
+from ecavg.cloud_server.disk.bucket import Bucket
+from ecavg.cloud_server.disk.tables import UploadRow
+from ecavg.cloud_server.store import Store
+from ecavg.cloud_server.upkeep import retired
+from ecavg.common.errors import NotFoundError, StorageError, UsageError
 from tests.buckets import SECRET, Service, s3_service
 from tests.unit.states import digest_of
 

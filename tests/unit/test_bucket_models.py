@@ -7,22 +7,22 @@ from pathlib import Path
 
 import pytest
 
-from cloud_server import records
-from cloud_server.contribution import Contribution, Decision
-from cloud_server.disk.bucket import Bucket
-from cloud_server.disk.place import known_bucket
-from cloud_server.jobs import JobDirectory, Result, WeightsFile
-from cloud_server.records import round_job
-from cloud_server.round import Policy
-from cloud_server.run import adopt_model, kept_model
-from cloud_server.showing.reports import Reports
-from cloud_server.store import Store
-from cloud_server.tracking.facts import of_rounds
-from cloud_server.training.handout import HandOut
-from cloud_server.upkeep import forgotten
-from cloud_server.upkeep.forgetting import forget
-from common.config import RunConfig
-from common.run_state import Outcome
+from ecavg.cloud_server import records
+from ecavg.cloud_server.contribution import Contribution, Decision
+from ecavg.cloud_server.disk.bucket import Bucket
+from ecavg.cloud_server.disk.place import known_bucket
+from ecavg.cloud_server.jobs import JobDirectory, Result, WeightsFile
+from ecavg.cloud_server.records import round_job
+from ecavg.cloud_server.round import Policy
+from ecavg.cloud_server.run import adopt_model, kept_model
+from ecavg.cloud_server.showing.reports import Reports
+from ecavg.cloud_server.store import Store
+from ecavg.cloud_server.tracking.facts import of_rounds
+from ecavg.cloud_server.training.handout import HandOut
+from ecavg.cloud_server.upkeep import forgotten
+from ecavg.cloud_server.upkeep.forgetting import forget
+from ecavg.common.config import RunConfig
+from ecavg.common.run_state import Outcome
 from tests.buckets import Service, s3_service
 from tests.unit.states import AGENT, INITIAL, begin, digest_of
 

@@ -6,13 +6,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from common.config import RunConfig
-from common.dataset import DATASETS, SUNSPOTS_WINDOW
-from common.errors import UsageError
-from common.layers import read_preset
-from edge_agent.bundles import open_bundle
-from edge_agent.data import load_agent_data
-from edge_agent.partition import Partition
+from ecavg.common.config import RunConfig
+from ecavg.common.dataset import DATASETS, SUNSPOTS_WINDOW
+from ecavg.common.errors import UsageError
+from ecavg.common.layers import read_preset
+from ecavg.edge_agent.bundles import open_bundle
+from ecavg.edge_agent.data import load_agent_data
+from ecavg.edge_agent.partition import Partition
 
 needs_series = pytest.mark.skipif(
     find_spec("statsmodels") is None, reason="statsmodels is not installed: pip install 'ecavg[series]'"
@@ -48,6 +48,6 @@ def test_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     def nothing(name: str) -> Any:
         return None
 
-    monkeypatch.setattr("edge_agent.bundles.find_spec", nothing)
+    monkeypatch.setattr("ecavg.edge_agent.bundles.find_spec", nothing)
     with pytest.raises(UsageError, match=r"pip install 'ecavg\[series\]'"):
         open_bundle("sunspots")

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from cloud_server.__main__ import main
-from cloud_server.disk.lock import unused
-from cloud_server.disk.tables import MIGRATIONS
-from cloud_server.state_dir import StateDir
-from cloud_server.store import Store
-from cloud_server.upkeep.retention import clean_up
-from common.errors import UsageError
+from ecavg.cloud_server.__main__ import main
+from ecavg.cloud_server.disk.lock import unused
+from ecavg.cloud_server.disk.tables import MIGRATIONS
+from ecavg.cloud_server.state_dir import StateDir
+from ecavg.cloud_server.store import Store
+from ecavg.cloud_server.upkeep.retention import clean_up
+from ecavg.common.errors import UsageError
 from tests.unit.states import (
     AGENT,
     INITIAL,

@@ -10,12 +10,12 @@ import torch
 from structlog.testing import capture_logs
 from torch import Tensor, nn
 
-from common import checkpoint
-from common.config import RunConfig, TrainingConfig
-from common.dataset import pictures
-from common.models import build_model
-from common.tasks.classification import Classification
-from common.training import CheckpointFile, Examples, Ranks, Recipe, StepReport, train
+from ecavg.common import checkpoint
+from ecavg.common.config import RunConfig, TrainingConfig
+from ecavg.common.dataset import pictures
+from ecavg.common.models import build_model
+from ecavg.common.tasks.classification import Classification
+from ecavg.common.training import CheckpointFile, Examples, Ranks, Recipe, StepReport, train
 from tests.recipes import PowerCutError, Tied
 
 SPEC = pictures(3, (3, 8, 8), (0.4, 0.5, 0.6), (0.2, 0.25, 0.3))
@@ -78,7 +78,7 @@ def assert_same_bits(found: dict[str, Tensor], expected: dict[str, Tensor]) -> N
 
 @pytest.fixture(autouse=True)
 def _report_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("common.training.REPORT_SECONDS", 0.0)
+    monkeypatch.setattr("ecavg.common.training.REPORT_SECONDS", 0.0)
 
 
 @pytest.mark.parametrize("cut_epoch", range(NUM_EPOCHS))

@@ -2,8 +2,8 @@ import unicodedata
 
 import pytest
 
-from cloud_server.classes import Classes
-from common.errors import InvalidError, Reason
+from ecavg.cloud_server.classes import Classes
+from ecavg.common.errors import InvalidError, Reason
 
 PETS = ("cat", "dog", "fish")
 

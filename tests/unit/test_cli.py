@@ -14,10 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from cloud_server.config import ServerConfig
-from common import cli, doctor
-from common.errors import InvalidError, RunError, UsageError, one_line
-from edge_agent.config import AgentConfig, data_root
+from ecavg.cloud_server.config import ServerConfig
+from ecavg.common import cli, doctor
+from ecavg.common.errors import InvalidError, RunError, UsageError, one_line
+from ecavg.edge_agent.config import AgentConfig, data_root
 from tests.processes import ROOT
 
 
@@ -79,7 +79,7 @@ def test_bytes_of_a_path_that_are_not_utf8_are_shown_as_numbers() -> None:
 @pytest.mark.parametrize(("level", "is_shown"), [("debug", True), ("info", False)])
 def test_traceback_is_in_the_log_at_debug_level(level: str, is_shown: bool) -> None:
     code = (
-        "import sys\nfrom common import cli, logs\n"
+        "import sys\nfrom ecavg.common import cli, logs\n"
         f"logs.configure_logging(level={level!r})\n"
         "async def body(): return 1 // 0\n"
         "sys.exit(cli.run('edge-agent', body))"
@@ -93,7 +93,7 @@ def test_traceback_is_in_the_log_at_debug_level(level: str, is_shown: bool) -> N
 @pytest.mark.parametrize("executor", ["None", "concurrent.futures.ThreadPoolExecutor(1)"])
 def test_command_does_not_wait_for_a_thread_that_is_busy(executor: str) -> None:
     code = (
-        "import asyncio, concurrent.futures, sys, time\nfrom common import cli\n"
+        "import asyncio, concurrent.futures, sys, time\nfrom ecavg.common import cli\n"
         "async def body():\n"
         f"    asyncio.get_running_loop().run_in_executor({executor}, time.sleep, 60)\n"
         "    print('said')\n"

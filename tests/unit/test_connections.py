@@ -7,8 +7,8 @@ from contextlib import ExitStack
 
 import pytest
 
-from cloud_server.door import connections
-from cloud_server.door.connections import GRACE_SECONDS, Connections
+from ecavg.cloud_server.door import connections
+from ecavg.cloud_server.door.connections import GRACE_SECONDS, Connections
 
 
 class Port:

@@ -15,10 +15,10 @@ import pytest
 from safetensors.numpy import save_file
 from structlog.testing import capture_logs
 
-from cloud_server import ledger
-from cloud_server.contribution import Contribution
-from cloud_server.intake.uploads import unused_sizes
-from cloud_server.jobs import (
+from ecavg.cloud_server import ledger
+from ecavg.cloud_server.contribution import Contribution
+from ecavg.cloud_server.intake.uploads import unused_sizes
+from ecavg.cloud_server.jobs import (
     AgentAudit,
     Job,
     JobDirectory,
@@ -26,14 +26,14 @@ from cloud_server.jobs import (
     Progress,
     Result,
 )
-from cloud_server.showing import reports
-from cloud_server.showing.reports import Reports
-from cloud_server.store import Store
-from cloud_server.training.runner import JobRunner
-from cloud_server.upkeep import retired
-from cloud_server.upkeep.forgotten import ask_to_forget, forgettings
-from common.config import RunConfig
-from common.errors import (
+from ecavg.cloud_server.showing import reports
+from ecavg.cloud_server.showing.reports import Reports
+from ecavg.cloud_server.store import Store
+from ecavg.cloud_server.training.runner import JobRunner
+from ecavg.cloud_server.upkeep import retired
+from ecavg.cloud_server.upkeep.forgotten import ask_to_forget, forgettings
+from ecavg.common.config import RunConfig
+from ecavg.common.errors import (
     InvalidError,
     NotFoundError,
     Reason,
@@ -42,11 +42,11 @@ from common.errors import (
     UnavailableError,
     UsageError,
 )
-from common.run_state import Outcome, Phase
-from common.shards import Shard, write_shard
-from common.tasks import KINDS
-from common.transfer import Blob
-from common.wire import Base, encode
+from ecavg.common.run_state import Outcome, Phase
+from ecavg.common.shards import Shard, write_shard
+from ecavg.common.tasks import KINDS
+from ecavg.common.transfer import Blob
+from ecavg.common.wire import Base, encode
 from tests.unit.test_metrics import values
 from tests.unit.world import REPORT, PlayedTrainer, World, hurry, model_in, world, write_weights
 

@@ -13,15 +13,15 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from torchvision.datasets import utils as torchvision_utils
 
-from common.config import RunConfig
-from common.dataset import DATASETS
-from common.errors import UsageError
-from common.shards import Shard
-from edge_agent import data
-from edge_agent.bundles import BUNDLES
-from edge_agent.config import AgentConfig
-from edge_agent.data import AgentData, choose_shared, fit, hold_out, load_agent_data
-from edge_agent.partition import Partition, parse_partition
+from ecavg.common.config import RunConfig
+from ecavg.common.dataset import DATASETS
+from ecavg.common.errors import UsageError
+from ecavg.common.shards import Shard
+from ecavg.edge_agent import data
+from ecavg.edge_agent.bundles import BUNDLES
+from ecavg.edge_agent.config import AgentConfig
+from ecavg.edge_agent.data import AgentData, choose_shared, fit, hold_out, load_agent_data
+from ecavg.edge_agent.partition import Partition, parse_partition
 
 DIGITS = RunConfig(dataset="digits")
 MNIST = RunConfig(dataset="mnist")
@@ -249,7 +249,8 @@ def test_an_image_folder_is_read_from_its_path(pets: Path) -> None:
 def test_agents_decode_only_their_own_part(pets: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened: list[Path] = []
     monkeypatch.setattr(
-        "edge_agent.image_folder.decode_image", lambda path, shape, _: opened.append(path) or np.zeros(shape)
+        "ecavg.edge_agent.image_folder.decode_image",
+        lambda path, shape, _: opened.append(path) or np.zeros(shape),
     )
     load(PETS, str(pets), partition=Partition(1, 4))
     assert len(opened) == 4

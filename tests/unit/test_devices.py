@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from common.devices import select_device
-from common.errors import UsageError
+from ecavg.common.devices import select_device
+from ecavg.common.errors import UsageError
 from tests.recipes import CPU
 
 

@@ -13,20 +13,20 @@ import pytest
 from pydantic import BaseModel
 
 import ecavg
-from cloud_server.commands import admin, status
-from cloud_server.commands import doctor as server_doctor
-from cloud_server.config import DEFAULT_PRESET, ServerConfig
-from cloud_server.metrics import ServerMetrics
-from cloud_server.store import Store
-from common.cli import add_flags
-from common.pb import ecavg_pb2 as pb
-from common.tasks import KINDS, published
 from docs import calls, generate
-from edge_agent import doctor as agent_doctor
-from edge_agent.config import AgentConfig, EnrollConfig
-from edge_agent.metrics import AgentMetrics
-from edge_agent.model_commands import MODEL_COMMANDS
-from edge_agent.state import Report
+from ecavg.cloud_server.commands import admin, status
+from ecavg.cloud_server.commands import doctor as server_doctor
+from ecavg.cloud_server.config import DEFAULT_PRESET, ServerConfig
+from ecavg.cloud_server.metrics import ServerMetrics
+from ecavg.cloud_server.store import Store
+from ecavg.common.cli import add_flags
+from ecavg.common.pb import ecavg_pb2 as pb
+from ecavg.common.tasks import KINDS, published
+from ecavg.edge_agent import doctor as agent_doctor
+from ecavg.edge_agent.config import AgentConfig, EnrollConfig
+from ecavg.edge_agent.metrics import AgentMetrics
+from ecavg.edge_agent.model_commands import MODEL_COMMANDS
+from ecavg.edge_agent.state import Report
 from tests.unit.states import begin, contribute, publish
 from tests.unit.test_reports import NAMES, RESULT, report_of
 

@@ -10,16 +10,16 @@ import pytest
 from PIL import Image
 from safetensors.numpy import save_file
 
-from cloud_server.commands import doctor as server_doctor
-from cloud_server.config import ServerConfig
-from cloud_server.door.authority import Authority
-from cloud_server.state_dir import StateDir
-from common.config import FineTuneConfig
-from common.doctor import Check
-from common.errors import ECAvgError, RunError
-from common.sharded import write_sharded
-from edge_agent import doctor as agent_doctor
-from edge_agent.config import AgentConfig
+from ecavg.cloud_server.commands import doctor as server_doctor
+from ecavg.cloud_server.config import ServerConfig
+from ecavg.cloud_server.door.authority import Authority
+from ecavg.cloud_server.state_dir import StateDir
+from ecavg.common.config import FineTuneConfig
+from ecavg.common.doctor import Check
+from ecavg.common.errors import ECAvgError, RunError
+from ecavg.common.sharded import write_sharded
+from ecavg.edge_agent import doctor as agent_doctor
+from ecavg.edge_agent.config import AgentConfig
 from tests.processes import enroll
 
 

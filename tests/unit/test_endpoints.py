@@ -13,10 +13,10 @@ from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response, StreamingResponse
 
-from common import endpoints
-from common.endpoints import Endpoint, make_app, serve_http
-from common.errors import UsageError
-from common.metrics import make_registry
+from ecavg.common import endpoints
+from ecavg.common.endpoints import Endpoint, make_app, serve_http
+from ecavg.common.errors import UsageError
+from ecavg.common.metrics import make_registry
 
 
 async def say_hi(_: Request) -> Response:

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from common.evaluation import evaluate, predict, recompute_statistics
-from common.tasks.classification import Classification
+from ecavg.common.evaluation import evaluate, predict, recompute_statistics
+from ecavg.common.tasks.classification import Classification
 from tests.recipes import CPU, SPEC, Recorder, make_data, make_model, normalised
 
 
@@ -18,7 +18,7 @@ def test_images_that_do_not_fit_are_measured_alike(monkeypatch: pytest.MonkeyPat
     images, labels = make_data(43)
     measured = []
     for fits in (True, False):
-        monkeypatch.setattr("common.batches._fits", lambda tensors, device, fits=fits: fits)
+        monkeypatch.setattr("ecavg.common.batches._fits", lambda tensors, device, fits=fits: fits)
         model = make_normalised_model()
         recompute_statistics(model, images, spec=SPEC, device=CPU, seed=2, batch_size=10)
         found = evaluate(model, images, labels, task=Classification(SPEC), device=CPU, batch_size=10)
@@ -182,7 +182,7 @@ class FarDevice(TorchDispatchMode):
 
 @pytest.fixture
 def far(monkeypatch: pytest.MonkeyPatch) -> torch.device:
-    monkeypatch.setattr("common.batches._fits", lambda tensors, device: True)
+    monkeypatch.setattr("ecavg.common.batches._fits", lambda tensors, device: True)
     return torch.device("meta")
 
 

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 import torch
 
-from cloud_server.trainer.finetune import fine_tune
-from common.config import RunConfig
-from common.layers import deep_merge
-from common.weights import read_state_dict
-from edge_agent.local import LocalModels
+from ecavg.cloud_server.trainer.finetune import fine_tune
+from ecavg.common.config import RunConfig
+from ecavg.common.layers import deep_merge
+from ecavg.common.weights import read_state_dict
+from ecavg.edge_agent.local import LocalModels
 from experiments import barrier, cell, command, data, paper, plots, tables
 from experiments.round import Network
 from experiments.tasks import TASKS, VARIANTS, Setting, Variant
@@ -189,7 +189,7 @@ def test_a_stopped_experiment_goes_on_where_it_was(tmp_path: Path, monkeypatch: 
             raise KeyboardInterrupt
         fine_tune(*args, **more)
 
-    monkeypatch.setattr("cloud_server.trainer.pipeline.fine_tune", stopped_in_the_second)
+    monkeypatch.setattr("ecavg.cloud_server.trainer.pipeline.fine_tune", stopped_in_the_second)
     assert paper.main(command) == 130
     assert not (tmp_path / "out").exists()
 

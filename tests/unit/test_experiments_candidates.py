@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 
-from cloud_server.trainer.finetune import combine
-from common.config import RunConfig
-from common.evaluation import evaluate
-from common.layers import deep_merge
-from common.tasks.task import task_of
+from ecavg.cloud_server.trainer.finetune import combine
+from ecavg.common.config import RunConfig
+from ecavg.common.evaluation import evaluate
+from ecavg.common.layers import deep_merge
+from ecavg.common.tasks.task import task_of
 from experiments import data
 from experiments.candidates import held_out_scores
 from experiments.round import Network, round_job

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from common.shards import Shard
+from ecavg.common.shards import Shard
 from experiments import poison
 from experiments.poison import AGGREGATORS, ATTACKS, DEFENCES, TARGET, Variant
 

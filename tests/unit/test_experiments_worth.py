@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from common.config import RunConfig
-from common.schedule import Place, place_of
-from edge_agent.local import LocalModels
+from ecavg.common.config import RunConfig
+from ecavg.common.schedule import Place, place_of
+from ecavg.edge_agent.local import LocalModels
 from experiments import command, paper, worth
 from experiments.tasks import TASKS
 

@@ -9,15 +9,15 @@ import pytest
 import torch
 from torch import nn
 
-from common.batches import DeviceData
-from common.config import RunConfig
-from common.errors import RunError, UsageError
-from common.models import build_model
-from common.tasks.task import task_of
-from common.weights import read_state_dict, write_state_dict
-from edge_agent import config, exporting
-from edge_agent.exporting import Deployed, Format, export, metadata_of
-from edge_agent.history import Source, Use, use_of
+from ecavg.common.batches import DeviceData
+from ecavg.common.config import RunConfig
+from ecavg.common.errors import RunError, UsageError
+from ecavg.common.models import build_model
+from ecavg.common.tasks.task import task_of
+from ecavg.common.weights import read_state_dict, write_state_dict
+from ecavg.edge_agent import config, exporting
+from ecavg.edge_agent.exporting import Deployed, Format, export, metadata_of
+from ecavg.edge_agent.history import Source, Use, use_of
 
 MLP = RunConfig(hidden_units=8, class_names=tuple(f"class {letter}" for letter in "abcdefghij"))
 COLOUR = {"dataset": "own", "num_classes": 3, "image_shape": (3, 16, 16), "mean": (0.5, 0.4, 0.3)}

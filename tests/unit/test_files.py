@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 from safetensors import SafetensorError
 
-from common.errors import UsageError
-from common.files import MAX_TEXT_BYTES, error_number, is_full, link, read_text
+from ecavg.common.errors import UsageError
+from ecavg.common.files import MAX_TEXT_BYTES, error_number, is_full, link, read_text
 
 
 @pytest.fixture

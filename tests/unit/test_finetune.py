@@ -10,15 +10,15 @@ import torch
 from sklearn.datasets import load_digits
 from torch import Tensor
 
-from cloud_server.contribution import Contribution
-from cloud_server.state_dir import blob_path
-from cloud_server.trainer.finetune import combine, fine_tune
-from common.config import FineTuneConfig, RunConfig
-from common.models import build_model
-from common.seeds import derive_seed
-from common.shards import Shard, cloud_holdout, write_shard
-from common.tasks.classification import Classification
-from common.training import Examples, Recipe, train
+from ecavg.cloud_server.contribution import Contribution
+from ecavg.cloud_server.state_dir import blob_path
+from ecavg.cloud_server.trainer.finetune import combine, fine_tune
+from ecavg.common.config import FineTuneConfig, RunConfig
+from ecavg.common.models import build_model
+from ecavg.common.seeds import derive_seed
+from ecavg.common.shards import Shard, cloud_holdout, write_shard
+from ecavg.common.tasks.classification import Classification
+from ecavg.common.training import Examples, Recipe, train
 
 RUN = RunConfig(hidden_units=16, fine_tune=FineTuneConfig(epochs=2, batch_size=32))
 CPU = torch.device("cpu")

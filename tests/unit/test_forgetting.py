@@ -10,18 +10,18 @@ from typing import Any
 
 import pytest
 
-from cloud_server import jobs, records
-from cloud_server.commands import check
-from cloud_server.contribution import Contribution, Decision
-from cloud_server.disk import opened
-from cloud_server.disk.lock import InUseError
-from cloud_server.disk.tables import ReportRow, SelectionRow
-from cloud_server.jobs import JobDirectory
-from cloud_server.store import Store
-from cloud_server.upkeep import forgetting, forgotten, provenance
-from common.config import RunConfig
-from common.errors import NotFoundError, UsageError
-from common.run_state import Outcome
+from ecavg.cloud_server import jobs, records
+from ecavg.cloud_server.commands import check
+from ecavg.cloud_server.contribution import Contribution, Decision
+from ecavg.cloud_server.disk import opened
+from ecavg.cloud_server.disk.lock import InUseError
+from ecavg.cloud_server.disk.tables import ReportRow, SelectionRow
+from ecavg.cloud_server.jobs import JobDirectory
+from ecavg.cloud_server.store import Store
+from ecavg.cloud_server.upkeep import forgetting, forgotten, provenance
+from ecavg.common.config import RunConfig
+from ecavg.common.errors import NotFoundError, UsageError
+from ecavg.common.run_state import Outcome
 from tests.unit.states import (
     AGENT,
     INITIAL,

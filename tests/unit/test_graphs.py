@@ -15,16 +15,16 @@ import torch
 from structlog.testing import capture_logs
 from torch import Tensor, nn
 
-from cloud_server.contribution import Contribution
-from cloud_server.jobs import Job, JobDirectory
-from cloud_server.trainer import pipeline
-from cloud_server.trainer.group import Group
-from common import graphs, training
-from common.config import RunConfig, TrainingConfig
-from common.dataset import pictures
-from common.models import build_model
-from common.tasks.classification import Classification
-from common.training import CheckpointFile, Examples, Recipe, StepReport, train
+from ecavg.cloud_server.contribution import Contribution
+from ecavg.cloud_server.jobs import Job, JobDirectory
+from ecavg.cloud_server.trainer import pipeline
+from ecavg.cloud_server.trainer.group import Group
+from ecavg.common import graphs, training
+from ecavg.common.config import RunConfig, TrainingConfig
+from ecavg.common.dataset import pictures
+from ecavg.common.models import build_model
+from ecavg.common.tasks.classification import Classification
+from ecavg.common.training import CheckpointFile, Examples, Recipe, StepReport, train
 from tests.recipes import TRAININGS, PowerCutError, Tied
 from tests.tapes import BitFlipper, Caller, Failing, TapeRecorder
 

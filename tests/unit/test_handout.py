@@ -8,18 +8,26 @@ from pathlib import Path
 import pytest
 from torch.distributed import DistNetworkError
 
-from cloud_server.contribution import Contribution
-from cloud_server.disk.bucket import Bucket
-from cloud_server.jobs import EncodedWeightsFile, Job, JobDirectory, JobError, Progress, Result, WeightsFile
-from cloud_server.state_dir import StateDir, blob_path
-from cloud_server.trainer import __main__ as trainer
-from cloud_server.trainer import work
-from cloud_server.trainer.group import Group
-from cloud_server.training import relay as relay_module
-from cloud_server.training.handout import ExternalTrainers, HandOut
-from cloud_server.training.relay import Relay
-from common.config import RunConfig
-from common.errors import RunError, StorageError
+from ecavg.cloud_server.contribution import Contribution
+from ecavg.cloud_server.disk.bucket import Bucket
+from ecavg.cloud_server.jobs import (
+    EncodedWeightsFile,
+    Job,
+    JobDirectory,
+    JobError,
+    Progress,
+    Result,
+    WeightsFile,
+)
+from ecavg.cloud_server.state_dir import StateDir, blob_path
+from ecavg.cloud_server.trainer import __main__ as trainer
+from ecavg.cloud_server.trainer import work
+from ecavg.cloud_server.trainer.group import Group
+from ecavg.cloud_server.training import relay as relay_module
+from ecavg.cloud_server.training.handout import ExternalTrainers, HandOut
+from ecavg.cloud_server.training.relay import Relay
+from ecavg.common.config import RunConfig
+from ecavg.common.errors import RunError, StorageError
 from tests.buckets import Service, s3_service
 from tests.unit.states import digest_of
 

@@ -6,12 +6,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from common.config import RunConfig
-from common.errors import UsageError
-from common.sharded import weight_files
-from common.transfer import blob_of
-from common.weights import write_state_dict
-from edge_agent.history import History, Source, Use, use_of
+from ecavg.common.config import RunConfig
+from ecavg.common.errors import UsageError
+from ecavg.common.sharded import weight_files
+from ecavg.common.transfer import blob_of
+from ecavg.common.weights import write_state_dict
+from ecavg.edge_agent.history import History, Source, Use, use_of
 
 RUN = RunConfig(hidden_units=4, class_names=tuple("abcdefghij"))
 

@@ -5,11 +5,11 @@ import time
 import pytest
 from pydantic import ValidationError
 
-from common.background import beside
-from common.errors import UsageError
-from edge_agent.config import AgentConfig
-from edge_agent.hours import local_minute, parse_hours
-from edge_agent.readiness import Readiness
+from ecavg.common.background import beside
+from ecavg.common.errors import UsageError
+from ecavg.edge_agent.config import AgentConfig
+from ecavg.edge_agent.hours import local_minute, parse_hours
+from ecavg.edge_agent.readiness import Readiness
 from tests.unit.test_readiness import Device
 
 

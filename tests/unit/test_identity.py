@@ -10,8 +10,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from common import proxy
-from edge_agent.identity import certificate_of
+from ecavg.common import proxy
+from ecavg.edge_agent.identity import certificate_of
 
 # The kernel resets a connection that is closed with a linger time of zero.
 RESET = struct.pack("ii", 1, 0)

@@ -9,13 +9,13 @@ import pytest
 import structlog
 from PIL import Image
 
-from common import dataset
-from common.config import RunConfig
-from common.errors import UsageError
-from edge_agent import image_folder, pictures
-from edge_agent.image_folder import FileSplit, list_image_folder, stamp_of
-from edge_agent.not_read import find_not_read
-from edge_agent.pictures import IMAGE_FORMATS, decode_image
+from ecavg.common import dataset
+from ecavg.common.config import RunConfig
+from ecavg.common.errors import UsageError
+from ecavg.edge_agent import image_folder, pictures
+from ecavg.edge_agent.image_folder import FileSplit, list_image_folder, stamp_of
+from ecavg.edge_agent.not_read import find_not_read
+from ecavg.edge_agent.pictures import IMAGE_FORMATS, decode_image
 
 RUN = RunConfig(dataset="pets", num_classes=2, image_shape=(3, 4, 6))
 RANDOM = np.random.default_rng(0)

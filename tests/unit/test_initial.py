@@ -13,13 +13,13 @@ import torchvision
 from structlog.testing import capture_logs
 from torch import Tensor, nn
 
-from cloud_server.trainer import initial
-from cloud_server.trainer.initial import initial_model
-from common.config import RunConfig
-from common.errors import RunError, UsageError
-from common.models import build_model
-from common.seeds import derive_seed
-from common.weights import write_state_dict
+from ecavg.cloud_server.trainer import initial
+from ecavg.cloud_server.trainer.initial import initial_model
+from ecavg.common.config import RunConfig
+from ecavg.common.errors import RunError, UsageError
+from ecavg.common.models import build_model
+from ecavg.common.seeds import derive_seed
+from ecavg.common.weights import write_state_dict
 
 StateDict = dict[str, Tensor]
 Publish = Callable[..., Path]

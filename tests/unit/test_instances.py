@@ -1,4 +1,4 @@
-from cloud_server.door.instances import MAX_SEEN, Instances
+from ecavg.cloud_server.door.instances import MAX_SEEN, Instances
 
 
 def test_one_process_stays_however_often_it_comes() -> None:

@@ -3,8 +3,8 @@ import sys
 
 import pytest
 
-from cloud_server.contribution import Contribution
-from cloud_server.jobs import (
+from ecavg.cloud_server.contribution import Contribution
+from ecavg.cloud_server.jobs import (
     Job,
     JobDirectory,
     JobError,
@@ -13,8 +13,8 @@ from cloud_server.jobs import (
     WeightsFile,
     pending_jobs,
 )
-from common.config import RunConfig
-from common.errors import RunError
+from ecavg.common.config import RunConfig
+from ecavg.common.errors import RunError
 
 DIGEST = "ab" + "0123456789abcdef" * 3 + "0" * 14
 
@@ -169,6 +169,6 @@ def test_a_job_that_is_not_there_is_named(directory):
 
 
 def test_the_serving_side_does_not_import_torch():
-    program = "import sys, cloud_server.jobs, cloud_server.training.supervisor; print('torch' in sys.modules)"
+    program = "import sys, ecavg.cloud_server.jobs, ecavg.cloud_server.training.supervisor; print('torch' in sys.modules)"
     output = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
     assert output.stdout.strip() == "False"

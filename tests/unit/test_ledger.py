@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from cloud_server.contribution import Decision
-from cloud_server.store import Store
-from common.errors import InvalidError, NotFoundError, StorageError
-from common.run_state import Outcome, Verdict
+from ecavg.cloud_server.contribution import Decision
+from ecavg.cloud_server.store import Store
+from ecavg.common.errors import InvalidError, NotFoundError, StorageError
+from ecavg.common.run_state import Outcome, Verdict
 from tests.unit.world import hurry, world
 
 

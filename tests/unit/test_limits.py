@@ -8,10 +8,10 @@ from collections.abc import Callable, Collection
 
 import pytest
 
-from cloud_server.door import limits
-from cloud_server.door.limits import BURST_SECONDS, OPEN_CALLS, CallLimits
-from cloud_server.intake.budgets import LEAST_BYTES, MAX_FILES, Budgets
-from common.errors import BudgetError, BusyError, Reason
+from ecavg.cloud_server.door import limits
+from ecavg.cloud_server.door.limits import BURST_SECONDS, OPEN_CALLS, CallLimits
+from ecavg.cloud_server.intake.budgets import LEAST_BYTES, MAX_FILES, Budgets
+from ecavg.common.errors import BudgetError, BusyError, Reason
 
 
 class Clock:

@@ -11,9 +11,9 @@ from threading import Thread
 import pytest
 import structlog
 
-from common import cli, logs
-from common.errors import UsageError
-from common.logs import configure_logging
+from ecavg.common import cli, logs
+from ecavg.common.errors import UsageError
+from ecavg.common.logs import configure_logging
 from tests.unit.terminal import logged, on_a_terminal
 
 

@@ -11,15 +11,15 @@ import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from cloud_server.jobs import AgentAudit
-from cloud_server.metrics import ServerMetrics
-from cloud_server.showing.agent_metrics import AgentsProgress, OneAgent
-from common import metrics
-from common.run_state import Outcome
-from common.run_state import Phase as RoundPhase
-from common.tasks import KINDS
-from edge_agent.metrics import AgentMetrics
-from edge_agent.metrics import Phase as AgentPhase
+from ecavg.cloud_server.jobs import AgentAudit
+from ecavg.cloud_server.metrics import ServerMetrics
+from ecavg.cloud_server.showing.agent_metrics import AgentsProgress, OneAgent
+from ecavg.common import metrics
+from ecavg.common.run_state import Outcome
+from ecavg.common.run_state import Phase as RoundPhase
+from ecavg.common.tasks import KINDS
+from ecavg.edge_agent.metrics import AgentMetrics
+from ecavg.edge_agent.metrics import Phase as AgentPhase
 
 SERVER_CONTRACT = {
     "ecavg_log_lines_dropped_total": set(),

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from edge_agent.__main__ import main
-from edge_agent.history import History, Source, use_of
-from edge_agent.state import AgentState, Arrived, Progress
+from ecavg.edge_agent.__main__ import main
+from ecavg.edge_agent.history import History, Source, use_of
+from ecavg.edge_agent.state import AgentState, Arrived, Progress
 from tests.unit.test_agent_state import REPORT
 from tests.unit.test_exporting import MLP, in_use
 from tests.unit.test_history import take
@@ -134,7 +134,7 @@ def test_roll_back_waits_for_no_agent_that_runs(state: Path, capsys: pytest.Capt
 def test_model_that_was_about_to_be_reported_is_not_taken_again(
     state: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from common.transfer import blob_of
+    from ecavg.common.transfer import blob_of
 
     disk = AgentState(state, "edge-1")
     arrived = Arrived(weights=blob_of(disk.model), report=REPORT)

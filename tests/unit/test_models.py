@@ -7,10 +7,10 @@ import torch
 import torchvision
 from torch import nn
 
-from common.config import RunConfig
-from common.errors import UsageError
-from common.models import build_model, check_model, model_names
-from common.tasks.task import task_of
+from ecavg.common.config import RunConfig
+from ecavg.common.errors import UsageError
+from ecavg.common.models import build_model, check_model, model_names
+from ecavg.common.tasks.task import task_of
 
 FACTORIES = """
 import torch

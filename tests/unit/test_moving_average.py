@@ -8,15 +8,15 @@ import torch
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
-from cloud_server.trainer import pipeline
-from cloud_server.trainer.finetune import CombinedData, fine_tune
-from cloud_server.trainer.moving_average import MovingAverage
-from cloud_server.trainer.selection import Selection
-from common import training
-from common.batches import DeviceData
-from common.config import FineTuneConfig, RunConfig
-from common.models import build_model
-from common.training import Examples
+from ecavg.cloud_server.trainer import pipeline
+from ecavg.cloud_server.trainer.finetune import CombinedData, fine_tune
+from ecavg.cloud_server.trainer.moving_average import MovingAverage
+from ecavg.cloud_server.trainer.selection import Selection
+from ecavg.common import training
+from ecavg.common.batches import DeviceData
+from ecavg.common.config import FineTuneConfig, RunConfig
+from ecavg.common.models import build_model
+from ecavg.common.training import Examples
 from tests.tapes import TapeRecorder
 
 CPU = torch.device("cpu")

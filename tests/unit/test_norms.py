@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from cloud_server.trainer.aggregation import PIECE_ELEMENTS
-from cloud_server.trainer.norms import clip, scales, update_norms
-from common.errors import RunError
-from common.weights import StateDict, read_state_dict, write_state_dict
+from ecavg.cloud_server.trainer.aggregation import PIECE_ELEMENTS
+from ecavg.cloud_server.trainer.norms import clip, scales, update_norms
+from ecavg.common.errors import RunError
+from ecavg.common.weights import StateDict, read_state_dict, write_state_dict
 
 STATISTICS = ("norm.running_mean", "norm.running_var")
 

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 
-from cloud_server.commands import status_view
-from cloud_server.jobs import Result, round_job
-from cloud_server.showing.history import History
-from cloud_server.showing.reports import Reports
-from cloud_server.store import Store
-from cloud_server.tracking import facts
-from common.config import RunConfig
+from ecavg.cloud_server.commands import status_view
+from ecavg.cloud_server.jobs import Result, round_job
+from ecavg.cloud_server.showing.history import History
+from ecavg.cloud_server.showing.reports import Reports
+from ecavg.cloud_server.store import Store
+from ecavg.cloud_server.tracking import facts
+from ecavg.common.config import RunConfig
 from tests.unit.states import AGENT, begin, contribute, digest_of, model_of, publish
 from tests.unit.test_page import report_of
 from tests.unit.test_standing import Viewed

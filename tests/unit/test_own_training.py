@@ -9,16 +9,16 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import ecavg
-from common.config import RunConfig, TrainingConfig
-from common.errors import DivergedError, RunError, UsageError
-from common.shards import Shard
-from common.training import Examples
-from common.weights import read_state_dict
 from ecavg import agent as agent_module
-from edge_agent.data import AgentData
-from edge_agent.local import LocalModels
-from edge_agent.own_training import Data, Start, train_as_own
-from edge_agent.state import AgentState
+from ecavg.common.config import RunConfig, TrainingConfig
+from ecavg.common.errors import DivergedError, RunError, UsageError
+from ecavg.common.shards import Shard
+from ecavg.common.training import Examples
+from ecavg.common.weights import read_state_dict
+from ecavg.edge_agent.data import AgentData
+from ecavg.edge_agent.local import LocalModels
+from ecavg.edge_agent.own_training import Data, Start, train_as_own
+from ecavg.edge_agent.state import AgentState
 from tests.recipes import CPU, SPEC, make_data, make_model, normalised
 
 START = Start(1, "pretrain", 7, CPU, TrainingConfig(epochs=2))

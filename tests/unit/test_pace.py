@@ -2,7 +2,7 @@
 
 import pytest
 
-from common.pace import PACE_SECONDS, Pace
+from ecavg.common.pace import PACE_SECONDS, Pace
 
 
 def told(*moments: tuple[float, float]) -> Pace:

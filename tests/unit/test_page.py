@@ -11,22 +11,22 @@ from typing import Any
 import httpx
 import pytest
 
-from cloud_server.contribution import Contribution, Decision
-from cloud_server.disk.tables import ReportRow
-from cloud_server.jobs import Progress, round_job
-from cloud_server.metrics import ServerMetrics
-from cloud_server.showing import feed as feeds
-from cloud_server.showing import history as histories
-from cloud_server.showing import page
-from cloud_server.showing.feed import Feed, change
-from cloud_server.showing.history import History, thinned
-from cloud_server.showing.traffic import Traffic
-from cloud_server.store import Store
-from cloud_server.upkeep import retention
-from common.endpoints import make_app, serve_http
-from common.errors import StorageError
-from common.metrics import make_registry
-from common.run_state import Outcome
+from ecavg.cloud_server.contribution import Contribution, Decision
+from ecavg.cloud_server.disk.tables import ReportRow
+from ecavg.cloud_server.jobs import Progress, round_job
+from ecavg.cloud_server.metrics import ServerMetrics
+from ecavg.cloud_server.showing import feed as feeds
+from ecavg.cloud_server.showing import history as histories
+from ecavg.cloud_server.showing import page
+from ecavg.cloud_server.showing.feed import Feed, change
+from ecavg.cloud_server.showing.history import History, thinned
+from ecavg.cloud_server.showing.traffic import Traffic
+from ecavg.cloud_server.store import Store
+from ecavg.cloud_server.upkeep import retention
+from ecavg.common.endpoints import make_app, serve_http
+from ecavg.common.errors import StorageError
+from ecavg.common.metrics import make_registry
+from ecavg.common.run_state import Outcome
 from tests.unit.states import AGENT, model_of, run_rounds
 from tests.unit.test_reports import RESULT
 
@@ -82,7 +82,9 @@ async def test_page_may_load_the_servers_own_files_and_nothing_else(store: Store
 
 
 def test_page_asks_no_other_server_and_turns_no_data_into_markup() -> None:
-    files = [file for file in resources.files("cloud_server").joinpath("web").iterdir() if not file.is_dir()]
+    files = [
+        file for file in resources.files("ecavg.cloud_server").joinpath("web").iterdir() if not file.is_dir()
+    ]
     assert {file.name for file in files} >= {"index.html", "style.css", "main.js"}
     for file in files:
         text = file.read_text("utf-8")

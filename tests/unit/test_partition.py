@@ -3,8 +3,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.errors import UsageError
-from edge_agent.partition import Partition, parse_partition, partition_indices
+from ecavg.common.errors import UsageError
+from ecavg.edge_agent.partition import Partition, parse_partition, partition_indices
 
 LABELS = np.arange(1000) % 10
 SEEDS = st.integers(0, 2**63 - 1)

@@ -7,25 +7,25 @@ import structlog
 import torch
 from torch import Tensor, nn
 
-from cloud_server.contribution import Contribution
-from cloud_server.jobs import JobDirectory
-from cloud_server.state_dir import StateDir
-from cloud_server.store import Store
-from cloud_server.trainer.finetune import CombinedData
-from cloud_server.trainer.members import Member
-from cloud_server.trainer.output import write_model
-from cloud_server.trainer.selection import Selection
-from common.config import RunConfig, TrainingConfig
-from common.errors import RunError, UsageError
-from common.models import build_model, shared_part
-from common.schema import read_header
-from common.training import Examples
-from common.transfer import blob_of
-from common.weights import load_into, read_state_dict, write_state_dict
-from common.wire import Base
-from edge_agent.data import AgentData
-from edge_agent.local import LocalModels
-from edge_agent.state import AgentState
+from ecavg.cloud_server.contribution import Contribution
+from ecavg.cloud_server.jobs import JobDirectory
+from ecavg.cloud_server.state_dir import StateDir
+from ecavg.cloud_server.store import Store
+from ecavg.cloud_server.trainer.finetune import CombinedData
+from ecavg.cloud_server.trainer.members import Member
+from ecavg.cloud_server.trainer.output import write_model
+from ecavg.cloud_server.trainer.selection import Selection
+from ecavg.common.config import RunConfig, TrainingConfig
+from ecavg.common.errors import RunError, UsageError
+from ecavg.common.models import build_model, shared_part
+from ecavg.common.schema import read_header
+from ecavg.common.training import Examples
+from ecavg.common.transfer import blob_of
+from ecavg.common.weights import load_into, read_state_dict, write_state_dict
+from ecavg.common.wire import Base
+from ecavg.edge_agent.data import AgentData
+from ecavg.edge_agent.local import LocalModels
+from ecavg.edge_agent.state import AgentState
 from tests.recipes import Tied
 from tests.unit.states import run_rounds
 from tests.unit.test_agent_state import ignore, make_shard

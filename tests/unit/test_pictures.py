@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from common.config import Background
-from edge_agent.pictures import decode_image, quiet_pillow
+from ecavg.common.config import Background
+from ecavg.edge_agent.pictures import decode_image, quiet_pillow
 
 RANDOM = np.random.default_rng(0)
 SHADES: dict[Background, int] = {"white": 255, "black": 0, "grey": 128}

@@ -6,10 +6,10 @@ import sys
 import pytest
 import structlog
 
-from common import cli, progress, rpc
-from common.errors import UsageError
-from common.logs import configure_logging
-from common.progress import LongWork, progress_display
+from ecavg.common import cli, progress, rpc
+from ecavg.common.errors import UsageError
+from ecavg.common.logs import configure_logging
+from ecavg.common.progress import LongWork, progress_display
 from tests.unit.terminal import final_lines, logged, on_a_terminal
 
 

@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common import training
-from common.config import TrainingConfig
-from common.tasks.classification import Classification
-from common.training import Examples, Recipe, train
-from common.weights import read_state_dict, write_state_dict
+from ecavg.common import training
+from ecavg.common.config import TrainingConfig
+from ecavg.common.tasks.classification import Classification
+from ecavg.common.training import Examples, Recipe, train
+from ecavg.common.weights import read_state_dict, write_state_dict
 from tests.recipes import CPU, SPEC, make_data, make_model
 
 ROOT = Path(__file__).parents[2]
@@ -24,9 +24,9 @@ import sys
 from pathlib import Path
 from unittest.mock import patch
 import torch
-from common import training
-from common.config import TrainingConfig
-from common.tasks.classification import Classification
+from ecavg.common import training
+from ecavg.common.config import TrainingConfig
+from ecavg.common.tasks.classification import Classification
 from tests.recipes import SPEC, make_data, make_model
 
 rank, folder = int(sys.argv[1]), Path(sys.argv[2])
@@ -42,7 +42,7 @@ def trained():
     return model.state_dict()
 
 found = trained()
-with patch("common.training._has_shared_buffers", return_value=True) as shared:
+with patch("ecavg.common.training._has_shared_buffers", return_value=True) as shared:
     expected = trained()
 assert shared.called
 torch.distributed.destroy_process_group()
@@ -92,8 +92,8 @@ DEEP_SCRIPT = """
 import sys
 from pathlib import Path
 import torch
-from common.training import Ranks
-from common.weights import write_state_dict
+from ecavg.common.training import Ranks
+from ecavg.common.weights import write_state_dict
 from tests.unit.test_ranks import DEEP_KINDS, train_deep
 
 rank, folder = int(sys.argv[1]), Path(sys.argv[2])
@@ -148,10 +148,10 @@ RANK_SCRIPT = """
 import sys
 from pathlib import Path
 import torch
-from common.config import TrainingConfig
-from common.tasks.classification import Classification
-from common.training import Examples, Ranks, Recipe, train
-from common.weights import read_state_dict, write_state_dict
+from ecavg.common.config import TrainingConfig
+from ecavg.common.tasks.classification import Classification
+from ecavg.common.training import Examples, Ranks, Recipe, train
+from ecavg.common.weights import read_state_dict, write_state_dict
 from tests.recipes import SPEC
 
 rank, folder, world_size = int(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[4])

@@ -5,10 +5,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from common.pb import ecavg_pb2 as pb
-from edge_agent.client import CloudClient
-from edge_agent.metrics import AgentMetrics
-from edge_agent.rate_limit import RateLimit
+from ecavg.common.pb import ecavg_pb2 as pb
+from ecavg.edge_agent.client import CloudClient
+from ecavg.edge_agent.metrics import AgentMetrics
+from ecavg.edge_agent.rate_limit import RateLimit
 from tests.unit.test_agent_client import BLOB, CONTENT, Stream, streams, unary
 
 

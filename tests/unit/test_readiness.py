@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from common.background import beside
-from edge_agent import readiness
-from edge_agent.readiness import Readiness
+from ecavg.common.background import beside
+from ecavg.edge_agent import readiness
+from ecavg.edge_agent.readiness import Readiness
 
 
 class Device:

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from common.config import RunConfig
-from common.errors import UsageError
-from common.models import build_model
-from common.rehearsal import check_probe, rehearse
+from ecavg.common.config import RunConfig
+from ecavg.common.errors import UsageError
+from ecavg.common.models import build_model
+from ecavg.common.rehearsal import check_probe, rehearse
 
 ODD = (
     "auxiliary", "auxiliary_dict", "spectral", "left_out_buffer", "persistent_buffer", "tied", "lazy",

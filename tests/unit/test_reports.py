@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
-from cloud_server.jobs import AgentAudit, ClassScore, JobDirectory, Result
-from cloud_server.showing import reports
-from cloud_server.showing.reports import Reports
-from cloud_server.store import Store
-from common.config import RunConfig
-from common.errors import Reason
+from ecavg.cloud_server.jobs import AgentAudit, ClassScore, JobDirectory, Result
+from ecavg.cloud_server.showing import reports
+from ecavg.cloud_server.showing.reports import Reports
+from ecavg.cloud_server.store import Store
+from ecavg.common.config import RunConfig
+from ecavg.common.errors import Reason
 from tests.unit.states import AGENT, begin, contribute, digest_of, model_of, publish
 
 RESULT = Result(

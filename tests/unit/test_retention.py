@@ -10,16 +10,16 @@ from typing import Any
 
 import pytest
 
-from cloud_server import jobs
-from cloud_server.commands import check
-from cloud_server.config import ServerConfig
-from cloud_server.contribution import Decision
-from cloud_server.jobs import JobDirectory
-from cloud_server.showing import reports
-from cloud_server.store import Store
-from cloud_server.upkeep import retention, retired
-from common.errors import StorageError
-from common.run_state import Outcome
+from ecavg.cloud_server import jobs
+from ecavg.cloud_server.commands import check
+from ecavg.cloud_server.config import ServerConfig
+from ecavg.cloud_server.contribution import Decision
+from ecavg.cloud_server.jobs import JobDirectory
+from ecavg.cloud_server.showing import reports
+from ecavg.cloud_server.store import Store
+from ecavg.cloud_server.upkeep import retention, retired
+from ecavg.common.errors import StorageError
+from ecavg.common.run_state import Outcome
 from tests.unit.states import (
     AGENT,
     INITIAL,
@@ -460,7 +460,7 @@ def test_job_that_never_was_is_removed(state_dir: Path) -> None:
 
 
 def test_state_of_a_first_version_upgrades_itself(state_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from cloud_server.disk import opened
+    from ecavg.cloud_server.disk import opened
 
     with monkeypatch.context() as older:
         older.setattr(opened, "MIGRATIONS", opened.MIGRATIONS[:1])

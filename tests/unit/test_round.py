@@ -12,12 +12,12 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from cloud_server.contribution import Contribution, Decision, Rejection
-from cloud_server.records import round_from
-from cloud_server.round import TRANSITIONS, Policy, Round, Sampling
-from cloud_server.store import Store
-from common.errors import ConflictError, InvalidError, Reason
-from common.run_state import Outcome, Phase, Selection
+from ecavg.cloud_server.contribution import Contribution, Decision, Rejection
+from ecavg.cloud_server.records import round_from
+from ecavg.cloud_server.round import TRANSITIONS, Policy, Round, Sampling
+from ecavg.cloud_server.store import Store
+from ecavg.common.errors import ConflictError, InvalidError, Reason
+from ecavg.common.run_state import Outcome, Phase, Selection
 
 POLICY = Policy(min_agents=2, max_agents=3, deadline_seconds=60)
 OPENED_AT = 1_000.0

@@ -12,8 +12,8 @@ import grpc
 import pytest
 from tenacity import stop_after_attempt
 
-from common import rpc
-from common.errors import (
+from ecavg.common import rpc
+from ecavg.common.errors import (
     BudgetError,
     BusyError,
     ForbiddenError,
@@ -23,7 +23,7 @@ from common.errors import (
     Refusal,
     UnavailableError,
 )
-from common.rpc import Backoff, Peer, RefusingInterceptor
+from ecavg.common.rpc import Backoff, Peer, RefusingInterceptor
 
 
 def test_bound_of_pauses_doubles_up_to_the_longest(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,9 +2,9 @@
 
 from dataclasses import replace
 
-from common.run_display import RunDisplay
-from common.run_state import Phase, RunState, WorkProgress
-from common.transfer import Blob
+from ecavg.common.run_display import RunDisplay
+from ecavg.common.run_state import Phase, RunState, WorkProgress
+from ecavg.common.transfer import Blob
 
 STATE = RunState(
     round=1,

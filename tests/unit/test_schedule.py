@@ -1,7 +1,7 @@
 import pytest
 
-from common.config import RunConfig
-from common.schedule import (
+from ecavg.common.config import RunConfig
+from ecavg.common.schedule import (
     EXTRA_PEAK,
     Combined,
     Place,

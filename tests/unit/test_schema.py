@@ -11,10 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import save
 
-from common import schema
-from common.dataset import pictures
-from common.errors import InvalidError, Reason
-from common.schema import (
+from ecavg.common import schema
+from ecavg.common.dataset import pictures
+from ecavg.common.errors import InvalidError, Reason
+from ecavg.common.schema import (
     MAX_HEADER_BYTES,
     Header,
     TensorSpec,

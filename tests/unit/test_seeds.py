@@ -1,6 +1,6 @@
 """Seeds that streams with names have."""
 
-from common.seeds import derive_seed
+from ecavg.common.seeds import derive_seed
 
 
 def test_derived_seeds_are_stable_and_tell_all_parts_apart() -> None:

@@ -9,20 +9,20 @@ import torch
 from sklearn.datasets import load_digits
 from torch import nn
 
-from cloud_server.contribution import Contribution
-from cloud_server.trainer import selection as selection_module
-from cloud_server.trainer.finetune import CombinedData
-from cloud_server.trainer.members import Member
-from cloud_server.trainer.permutations import apply, permutation_groups
-from cloud_server.trainer.selection import Selection
-from common import evaluation as evaluation_module
-from common.batches import DeviceData
-from common.config import CANDIDATES, RunConfig
-from common.evaluation import evaluate
-from common.models import build_model, empty_inputs
-from common.tasks.task import task_of
-from common.training import Examples, train
-from common.weights import write_state_dict
+from ecavg.cloud_server.contribution import Contribution
+from ecavg.cloud_server.trainer import selection as selection_module
+from ecavg.cloud_server.trainer.finetune import CombinedData
+from ecavg.cloud_server.trainer.members import Member
+from ecavg.cloud_server.trainer.permutations import apply, permutation_groups
+from ecavg.cloud_server.trainer.selection import Selection
+from ecavg.common import evaluation as evaluation_module
+from ecavg.common.batches import DeviceData
+from ecavg.common.config import CANDIDATES, RunConfig
+from ecavg.common.evaluation import evaluate
+from ecavg.common.models import build_model, empty_inputs
+from ecavg.common.tasks.task import task_of
+from ecavg.common.training import Examples, train
+from ecavg.common.weights import write_state_dict
 from tests.recipes import recipe_of
 
 RUN = RunConfig(hidden_units=32)

@@ -6,13 +6,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from common.config import RunConfig
-from common.errors import UsageError
-from common.shards import cloud_holdout
-from edge_agent.data import AgentData, load_agent_data
-from edge_agent.partition import Partition
-from edge_agent.series import check_shared_fraction, hold_out_latest
-from edge_agent.tables import TableFormat
+from ecavg.common.config import RunConfig
+from ecavg.common.errors import UsageError
+from ecavg.common.shards import cloud_holdout
+from ecavg.edge_agent.data import AgentData, load_agent_data
+from ecavg.edge_agent.partition import Partition
+from ecavg.edge_agent.series import check_shared_fraction, hold_out_latest
+from ecavg.edge_agent.tables import TableFormat
 
 WINDOW, STRIDE, HORIZON = 6, 2, 3
 FORM = TableFormat(("level",), ("level",), window=WINDOW, stride=STRIDE, horizon=HORIZON)

@@ -4,10 +4,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from common.shards import Shard, read_shard
-from common.transfer import Blob, blob_of
-from edge_agent import shard_files
-from edge_agent.shard_files import input_digests, keep_shards
+from ecavg.common.shards import Shard, read_shard
+from ecavg.common.transfer import Blob, blob_of
+from ecavg.edge_agent import shard_files
+from ecavg.edge_agent.shard_files import input_digests, keep_shards
 
 
 def examples(*numbers: int) -> Shard:

@@ -7,13 +7,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from common import sharded
-from common.errors import InvalidError
-from common.schema import read_header
-from common.sharded import weight_files, write_sharded
-from edge_agent.data import AgentData
-from edge_agent.local import LocalModels
-from edge_agent.state import AgentState
+from ecavg.common import sharded
+from ecavg.common.errors import InvalidError
+from ecavg.common.schema import read_header
+from ecavg.common.sharded import weight_files, write_sharded
+from ecavg.edge_agent.data import AgentData
+from ecavg.edge_agent.local import LocalModels
+from ecavg.edge_agent.state import AgentState
 from tests.unit.test_agent_state import RUN, ignore, make_shard
 
 TENSORS = {

@@ -6,10 +6,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
-from common.dataset import pictures
-from common.errors import UsageError
-from common.schema import check_shard, read_header
-from common.shards import Shard, cloud_holdout, read_shard, split, write_shard
+from ecavg.common.dataset import pictures
+from ecavg.common.errors import UsageError
+from ecavg.common.schema import check_shard, read_header
+from ecavg.common.shards import Shard, cloud_holdout, read_shard, split, write_shard
 
 
 def make_shard(num_examples: int = 7) -> Shard:
@@ -68,7 +68,7 @@ def test_failed_write_leaves_the_old_shard_and_no_litter(
     def fail(*_: object) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr("common.shards.save_file", fail)
+    monkeypatch.setattr("ecavg.common.shards.save_file", fail)
     with pytest.raises(OSError, match="disk full"):
         write_shard(path, make_shard(9))
     assert path.read_bytes() == before

@@ -13,24 +13,24 @@ from pydantic import ValidationError
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cloud_server import records
-from cloud_server.config import ServerConfig
-from cloud_server.contribution import Contribution, Decision
-from cloud_server.jobs import Job, JobDirectory
-from cloud_server.round import Policy, Round
-from cloud_server.state_dir import blob_path
-from cloud_server.store import Store
-from cloud_server.trainer import work
-from cloud_server.trainer.group import Group
-from cloud_server.trainer.pieces import PIECE_ELEMENTS
-from cloud_server.trainer.staleness import discount, shift
-from cloud_server.upkeep.retention import clean_up
-from common.config import RunConfig, Wire
-from common.errors import InvalidError, Reason
-from common.models import build_model
-from common.run_state import Outcome
-from common.weights import StateDict, read_state_dict, write_state_dict
-from common.wire import Base, encode, wire_of
+from ecavg.cloud_server import records
+from ecavg.cloud_server.config import ServerConfig
+from ecavg.cloud_server.contribution import Contribution, Decision
+from ecavg.cloud_server.jobs import Job, JobDirectory
+from ecavg.cloud_server.round import Policy, Round
+from ecavg.cloud_server.state_dir import blob_path
+from ecavg.cloud_server.store import Store
+from ecavg.cloud_server.trainer import work
+from ecavg.cloud_server.trainer.group import Group
+from ecavg.cloud_server.trainer.pieces import PIECE_ELEMENTS
+from ecavg.cloud_server.trainer.staleness import discount, shift
+from ecavg.cloud_server.upkeep.retention import clean_up
+from ecavg.common.config import RunConfig, Wire
+from ecavg.common.errors import InvalidError, Reason
+from ecavg.common.models import build_model
+from ecavg.common.run_state import Outcome
+from ecavg.common.weights import StateDict, read_state_dict, write_state_dict
+from ecavg.common.wire import Base, encode, wire_of
 from tests.unit.states import AGENT, begin, contribute, digest_of, model_of, publish, run_rounds, upload
 
 INITIAL, EARLIER, EARLIEST = "0" * 64, "1" * 64, "2" * 64

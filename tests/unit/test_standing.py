@@ -9,23 +9,23 @@ from pathlib import Path
 
 import pytest
 
-from cloud_server.contribution import Contribution, Rejection
-from cloud_server.jobs import JobDirectory, Result
-from cloud_server.metrics import ServerMetrics
-from cloud_server.records import round_from
-from cloud_server.round import Policy, Round, Sampling
-from cloud_server.showing import standing
-from cloud_server.showing.presence import Presence
-from cloud_server.showing.progress import ProgressBoard
-from cloud_server.showing.reports import Reports
-from cloud_server.showing.standing import Standing
-from cloud_server.showing.status import Status
-from cloud_server.store import Store
-from common.agent_progress import Activity, AgentProgress
-from common.config import RunConfig
-from common.errors import Reason
-from common.run_state import LeftOut, Outcome, Phase, RunState, WorkProgress
-from common.transfer import Blob
+from ecavg.cloud_server.contribution import Contribution, Rejection
+from ecavg.cloud_server.jobs import JobDirectory, Result
+from ecavg.cloud_server.metrics import ServerMetrics
+from ecavg.cloud_server.records import round_from
+from ecavg.cloud_server.round import Policy, Round, Sampling
+from ecavg.cloud_server.showing import standing
+from ecavg.cloud_server.showing.presence import Presence
+from ecavg.cloud_server.showing.progress import ProgressBoard
+from ecavg.cloud_server.showing.reports import Reports
+from ecavg.cloud_server.showing.standing import Standing
+from ecavg.cloud_server.showing.status import Status
+from ecavg.cloud_server.store import Store
+from ecavg.common.agent_progress import Activity, AgentProgress
+from ecavg.common.config import RunConfig
+from ecavg.common.errors import Reason
+from ecavg.common.run_state import LeftOut, Outcome, Phase, RunState, WorkProgress
+from ecavg.common.transfer import Blob
 from tests.unit.states import (
     AGENT,
     INITIAL,

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from cloud_server.config import ServerConfig
-from cloud_server.jobs import JobDirectory, round_job, round_jobs
-from cloud_server.state_dir import StateDir, blob_path
+from ecavg.cloud_server.config import ServerConfig
+from ecavg.cloud_server.jobs import JobDirectory, round_job, round_jobs
+from ecavg.cloud_server.state_dir import StateDir, blob_path
 
 DIGEST = "ab" * 32
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from cloud_server.commands import status
-from common.errors import RunError, UsageError
+from ecavg.cloud_server.commands import status
+from ecavg.common.errors import RunError, UsageError
 
 AGENTS: list[dict[str, Any]] = [
     {

@@ -25,16 +25,16 @@ from typing import Any
 
 import pytest
 
-from cloud_server import records
-from cloud_server.contribution import Contribution, Decision, Rejection
-from cloud_server.disk import opened
-from cloud_server.disk.failures import storage_errors
-from cloud_server.disk.tables import AgentRow, ReportRow, RoundRow, RunRow, UploadRow
-from cloud_server.state_dir import blob_path
-from cloud_server.store import Store
-from common.errors import NotFoundError, Reason, StorageError, UsageError
-from common.run_state import Outcome, Phase
-from common.schedule import Combined
+from ecavg.cloud_server import records
+from ecavg.cloud_server.contribution import Contribution, Decision, Rejection
+from ecavg.cloud_server.disk import opened
+from ecavg.cloud_server.disk.failures import storage_errors
+from ecavg.cloud_server.disk.tables import AgentRow, ReportRow, RoundRow, RunRow, UploadRow
+from ecavg.cloud_server.state_dir import blob_path
+from ecavg.cloud_server.store import Store
+from ecavg.common.errors import NotFoundError, Reason, StorageError, UsageError
+from ecavg.common.run_state import Outcome, Phase
+from ecavg.common.schedule import Combined
 from tests.processes import ROOT
 from tests.unit.states import commit_upload
 

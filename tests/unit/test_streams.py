@@ -8,7 +8,7 @@ import pytest
 
 from tests.processes import ROOT
 
-PREPARED = "import os, sys\nfrom common import cli, streams\nstreams.prepare()\n"
+PREPARED = "import os, sys\nfrom ecavg.common import cli, streams\nstreams.prepare()\n"
 
 
 def run(code: str, redirection: str = "", **env: str) -> subprocess.CompletedProcess[str]:

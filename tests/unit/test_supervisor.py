@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from structlog.testing import capture_logs
 
-from cloud_server.training import supervisor
-from cloud_server.training.supervisor import TrainerProcess
+from ecavg.cloud_server.training import supervisor
+from ecavg.cloud_server.training.supervisor import TrainerProcess
 
 
 @pytest.fixture(autouse=True)
@@ -237,7 +237,7 @@ async def test_the_trainer_leaves_when_the_server_is_killed(tmp_path, fifo):
     program = (
         "import asyncio, sys\n"
         "from pathlib import Path\n"
-        "from cloud_server.training.supervisor import TrainerProcess\n"
+        "from ecavg.cloud_server.training.supervisor import TrainerProcess\n"
         "async def main():\n"
         "    await TrainerProcess(Path(sys.argv[1]), command=['/bin/sh', '-c', sys.argv[2]]).start()\n"
         "    await asyncio.Event().wait()\n"
@@ -253,7 +253,7 @@ async def test_the_trainer_leaves_when_the_server_is_killed(tmp_path, fifo):
 def test_the_trainer_is_this_python(tmp_path):
     command = TrainerProcess(tmp_path, device="cpu")._command
     assert command == [
-        sys.executable, "-m", "cloud_server.trainer", "--state-dir", str(tmp_path), "--device", "cpu"
+        sys.executable, "-m", "ecavg.cloud_server.trainer", "--state-dir", str(tmp_path), "--device", "cpu"
     ]  # fmt: skip
 
 

@@ -13,17 +13,17 @@ import torch.nn.functional as F
 from sklearn.metrics import average_precision_score, mean_absolute_error, r2_score
 from torch import Tensor, nn
 
-from common.config import RunConfig
-from common.dataset import DatasetSpec, Inputs, Targets
-from common.errors import UsageError
-from common.evaluation import WORST, evaluate
-from common.models import build_model
-from common.tasks import KINDS, kind_of, published, unpublished
-from common.tasks.classification import Classification
-from common.tasks.multi_label import MultiLabel
-from common.tasks.regression import Regression
-from common.tasks.segmentation import Segmentation
-from common.tasks.task import Figure, Task, output_shape_of, task_of
+from ecavg.common.config import RunConfig
+from ecavg.common.dataset import DatasetSpec, Inputs, Targets
+from ecavg.common.errors import UsageError
+from ecavg.common.evaluation import WORST, evaluate
+from ecavg.common.models import build_model
+from ecavg.common.tasks import KINDS, kind_of, published, unpublished
+from ecavg.common.tasks.classification import Classification
+from ecavg.common.tasks.multi_label import MultiLabel
+from ecavg.common.tasks.regression import Regression
+from ecavg.common.tasks.segmentation import Segmentation
+from ecavg.common.tasks.task import Figure, Task, output_shape_of, task_of
 from tests.recipes import CPU
 
 RUNS: dict[str, dict[str, Any]] = {

@@ -5,10 +5,10 @@ from collections.abc import Callable
 
 import pytest
 
-from common.agent_progress import Activity, AgentProgress
-from common.errors import Reason, UnavailableError
-from edge_agent import teller as teller_module
-from edge_agent.teller import Teller
+from ecavg.common.agent_progress import Activity, AgentProgress
+from ecavg.common.errors import Reason, UnavailableError
+from ecavg.edge_agent import teller as teller_module
+from ecavg.edge_agent.teller import Teller
 
 TRAINING = AgentProgress(Activity.PRE_TRAINING, 0, 10)
 

@@ -5,7 +5,7 @@ from importlib.util import find_spec
 
 import pytest
 
-from common import tracing
+from ecavg.common import tracing
 from tests.conftest import need
 from tests.integration.test_traces import PACKAGE, Collector, Span
 

@@ -17,12 +17,12 @@ from typing import Any
 import pytest
 from structlog.testing import capture_logs
 
-from cloud_server.config import TrackingConfig
-from cloud_server.store import Store
-from cloud_server.tracking import facts, thread, tracker
-from cloud_server.tracking.facts import Facts, RunFacts
-from cloud_server.tracking.thread import Tracking
-from common.errors import UsageError
+from ecavg.cloud_server.config import TrackingConfig
+from ecavg.cloud_server.store import Store
+from ecavg.cloud_server.tracking import facts, thread, tracker
+from ecavg.cloud_server.tracking.facts import Facts, RunFacts
+from ecavg.cloud_server.tracking.thread import Tracking
+from ecavg.common.errors import UsageError
 from tests.conftest import need
 from tests.unit.states import begin, contribute, digest_of, model_of, publish, run_rounds
 from tests.unit.world import REPORT, World, hurry, world
@@ -167,7 +167,7 @@ def test_missing_package_is_an_error_that_says_what_to_install(
 @pytest.mark.parametrize("key", ["tensorboard", "mlflow"])
 def test_tracker_brings_no_torch_into_the_serving_process(key: str) -> None:
     need(key, find_spec(key), key)
-    code = f"import sys, cloud_server.tracking.to_{key}; sys.exit('torch' in sys.modules)"
+    code = f"import sys, ecavg.cloud_server.tracking.to_{key}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
@@ -325,7 +325,7 @@ async def test_tracker_that_is_down_during_a_round_has_it_when_it_is_back(
 
 def test_record_that_was_cut_off_by_a_kill_is_written_again(store: Store, tmp_path: Path) -> None:
     need("tensorboard", find_spec("tensorboard"), "tensorboard")
-    from cloud_server.tracking.to_tensorboard import TensorBoard
+    from ecavg.cloud_server.tracking.to_tensorboard import TensorBoard
 
     run_rounds(store, store.state_dir.path, 2)
     parts = list(facts.of_rounds(store, -4, is_run_over=True))

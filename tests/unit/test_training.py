@@ -11,18 +11,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as v2
 
-from common import training
-from common.batches import CROP_PADDING, draw_epoch, horizontal_flip, random_crop
-from common.config import RunConfig, TrainingConfig
-from common.devices import make_deterministic
-from common.errors import DivergedError, UsageError
-from common.evaluation import evaluate, predict
-from common.models import build_model
-from common.schedule import Place, learning_rate_factor, whole
-from common.seeds import derive_seed
-from common.tasks.classification import Classification
-from common.training import CheckpointFile, Examples, Recipe, StepReport, train
-from common.weights import write_state_dict
+from ecavg.common import training
+from ecavg.common.batches import CROP_PADDING, draw_epoch, horizontal_flip, random_crop
+from ecavg.common.config import RunConfig, TrainingConfig
+from ecavg.common.devices import make_deterministic
+from ecavg.common.errors import DivergedError, UsageError
+from ecavg.common.evaluation import evaluate, predict
+from ecavg.common.models import build_model
+from ecavg.common.schedule import Place, learning_rate_factor, whole
+from ecavg.common.seeds import derive_seed
+from ecavg.common.tasks.classification import Classification
+from ecavg.common.training import CheckpointFile, Examples, Recipe, StepReport, train
+from ecavg.common.weights import write_state_dict
 from tests.recipes import CPU, SPEC, Recorder, make_data, make_model, normalised, recipe_of
 
 
@@ -118,7 +118,7 @@ def written_out(model: nn.Module, optimizer: Any, config: TrainingConfig, seed: 
 def test_training_has_the_bits_of_a_loop_that_is_written_out(
     name: str, fits: bool, balanced: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("common.batches._fits", lambda tensors, device: fits)
+    monkeypatch.setattr("ecavg.common.batches._fits", lambda tensors, device: fits)
     changes, optimizer = WRITTEN_OUT[name]
     config = TrainingConfig(**{"epochs": 3, "batch_size": 10, "learning_rate": 0.02, **changes})
     found, expected = (make_model(batch_norm=True, dropout=0.3) for _ in range(2))
@@ -141,7 +141,7 @@ def test_thread_that_gathers_batches_ends_with_a_stopped_training(monkeypatch: p
         seen.append({thread.name[:7] for thread in threading.enumerate()})
         raise StoppedError
 
-    monkeypatch.setattr("common.batches._fits", lambda tensors, device: False)
+    monkeypatch.setattr("ecavg.common.batches._fits", lambda tensors, device: False)
     seen: list[set[str]] = []
     with pytest.raises(StoppedError) as stopped:
         run(make_model(), make_data(50), epochs=1, batch_size=5, on_step=stop)

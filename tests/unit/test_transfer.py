@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from common.errors import OffsetError
-from common.transfer import CHUNK_BYTES, WriteBehind, chunks_of
+from ecavg.common.errors import OffsetError
+from ecavg.common.transfer import CHUNK_BYTES, WriteBehind, chunks_of
 
 CHUNKS = [bytes([number]) * 1000 for number in range(100)]
 

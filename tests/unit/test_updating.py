@@ -8,19 +8,19 @@ from typing import Any
 
 import pytest
 
-from common.config import RunConfig
-from common.errors import RunError
-from common.run_state import Phase
-from edge_agent import exporting
-from edge_agent.config import AgentConfig
-from edge_agent.history import History, Source
-from edge_agent.member import Member
-from edge_agent.metrics import UPDATE_RESULTS, AgentMetrics
-from edge_agent.news import News
-from edge_agent.readiness import Readiness
-from edge_agent.state import AgentState
-from edge_agent.updating import Told, Updates
-from edge_agent.worker import Worker
+from ecavg.common.config import RunConfig
+from ecavg.common.errors import RunError
+from ecavg.common.run_state import Phase
+from ecavg.edge_agent import exporting
+from ecavg.edge_agent.config import AgentConfig
+from ecavg.edge_agent.history import History, Source
+from ecavg.edge_agent.member import Member
+from ecavg.edge_agent.metrics import UPDATE_RESULTS, AgentMetrics
+from ecavg.edge_agent.news import News
+from ecavg.edge_agent.readiness import Readiness
+from ecavg.edge_agent.state import AgentState
+from ecavg.edge_agent.updating import Told, Updates
+from ecavg.edge_agent.worker import Worker
 from tests.unit.test_history import take
 from tests.unit.test_run_display import STATE
 

@@ -11,15 +11,15 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from cloud_server.intake.turns import Turns
-from cloud_server.intake.uploads import Uploads
-from cloud_server.store import Store
-from common.config import RunConfig, Wire
-from common.errors import CorruptError, InvalidError, OffsetError, Reason, UnavailableError
-from common.schema import read_header
-from common.shards import Shard, write_shard
-from common.transfer import Blob, Receiver, blob_of
-from common.wire import Base, encode
+from ecavg.cloud_server.intake.turns import Turns
+from ecavg.cloud_server.intake.uploads import Uploads
+from ecavg.cloud_server.store import Store
+from ecavg.common.config import RunConfig, Wire
+from ecavg.common.errors import CorruptError, InvalidError, OffsetError, Reason, UnavailableError
+from ecavg.common.schema import read_header
+from ecavg.common.shards import Shard, write_shard
+from ecavg.common.transfer import Blob, Receiver, blob_of
+from ecavg.common.wire import Base, encode
 
 
 @pytest.fixture

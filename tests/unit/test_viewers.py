@@ -4,8 +4,8 @@ import asyncio
 
 import pytest
 
-from cloud_server.showing import viewers
-from cloud_server.showing.viewers import Viewers
+from ecavg.cloud_server.showing import viewers
+from ecavg.cloud_server.showing.viewers import Viewers
 
 
 @pytest.fixture

@@ -8,9 +8,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from common.errors import RunError
-from common.schema import read_header
-from common.weights import copy_into, load_into, read_state_dict, write_state_dict
+from ecavg.common.errors import RunError
+from ecavg.common.schema import read_header
+from ecavg.common.weights import copy_into, load_into, read_state_dict, write_state_dict
 
 OTHER_WEIGHTS = [
     ({"3.bias": None}, "3.bias is missing"),
@@ -90,7 +90,7 @@ def test_failed_write_is_an_os_error_and_leaves_the_old_file(
         partial.write_bytes(b"half")
         raise SafetensorError("No space left on device")
 
-    monkeypatch.setattr("common.weights.save_file", fail)
+    monkeypatch.setattr("ecavg.common.weights.save_file", fail)
     with pytest.raises(OSError, match="No space left"):
         write_state_dict({"t": torch.zeros(2)}, path)
     assert path.read_bytes() == before

@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from cloud_server.trainer.alignment import align_all
-from cloud_server.trainer.permutations import apply, permutation_groups
-from common.config import RunConfig
-from common.errors import UsageError
-from common.models import build_model, empty_inputs
-from common.weights import StateDict, write_state_dict
+from ecavg.cloud_server.trainer.alignment import align_all
+from ecavg.cloud_server.trainer.permutations import apply, permutation_groups
+from ecavg.common.config import RunConfig
+from ecavg.common.errors import UsageError
+from ecavg.common.models import build_model, empty_inputs
+from ecavg.common.weights import StateDict, write_state_dict
 
 HIDDEN = 8
 

@@ -16,11 +16,11 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from common.config import Wire
-from common.errors import InvalidError, Reason, RunError, UsageError
-from common.schema import TensorSpec, check_weights, read_header
-from common.weights import read_state_dict, write_state_dict
-from common.wire import (
+from ecavg.common.config import Wire
+from ecavg.common.errors import InvalidError, Reason, RunError, UsageError
+from ecavg.common.schema import TensorSpec, check_weights, read_header
+from ecavg.common.weights import read_state_dict, write_state_dict
+from ecavg.common.wire import (
     PIECE_ELEMENTS,
     Base,
     Encoding,
@@ -31,7 +31,7 @@ from common.wire import (
     encoding_of,
     wire_of,
 )
-from common.wire import wire_schema as encoded_schema
+from ecavg.common.wire import wire_schema as encoded_schema
 
 StateDict = dict[str, Tensor]
 WIRES: tuple[Wire, ...] = get_args(Wire)
@@ -675,7 +675,7 @@ def test_memory_does_not_depend_on_the_size_of_a_tensor(wire: Wire, tmp_path: Pa
     program = (
         "import sys\n"
         "from pathlib import Path\n"
-        "from common.wire import Base, decode, encode\n"
+        "from ecavg.common.wire import Base, decode, encode\n"
         "def peak():\n"  # getrusage would give what this process's parent had at the fork
         "    status = Path('/proc/self/status').read_text()\n"
         "    return int(status.partition('VmHWM:')[2].split()[0])\n"

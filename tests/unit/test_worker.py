@@ -6,8 +6,8 @@ import threading
 
 import pytest
 
-from common import rpc
-from edge_agent.worker import Worker
+from ecavg.common import rpc
+from ecavg.edge_agent.worker import Worker
 
 FULL = OSError(errno.ENOSPC, "No space left on device", "somewhere")
 

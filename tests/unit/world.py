@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from cloud_server.__main__ import open_service
-from cloud_server.config import ServerConfig
-from cloud_server.contribution import Contribution
-from cloud_server.coordinator import Coordinator
-from cloud_server.desk import Desk
-from cloud_server.disk.tables import ReportRow
-from cloud_server.jobs import (
+from ecavg.cloud_server.__main__ import open_service
+from ecavg.cloud_server.config import ServerConfig
+from ecavg.cloud_server.contribution import Contribution
+from ecavg.cloud_server.coordinator import Coordinator
+from ecavg.cloud_server.desk import Desk
+from ecavg.cloud_server.disk.tables import ReportRow
+from ecavg.cloud_server.jobs import (
     AgentAudit,
     Job,
     JobDirectory,
@@ -29,23 +29,23 @@ from cloud_server.jobs import (
     WeightsFile,
     pending_jobs,
 )
-from cloud_server.ledger import Ledger
-from cloud_server.metrics import ServerMetrics
-from cloud_server.showing import presence
-from cloud_server.showing.reports import Reports
-from cloud_server.showing.standing import Standing
-from cloud_server.showing.status import Status
-from cloud_server.showing.traffic import Traffic
-from cloud_server.showing.viewers import Viewers
-from cloud_server.store import Store
-from cloud_server.tracking.thread import Tracking
-from cloud_server.training import runner as job_runner
-from cloud_server.upkeep import caretaker
-from common.errors import (
+from ecavg.cloud_server.ledger import Ledger
+from ecavg.cloud_server.metrics import ServerMetrics
+from ecavg.cloud_server.showing import presence
+from ecavg.cloud_server.showing.reports import Reports
+from ecavg.cloud_server.showing.standing import Standing
+from ecavg.cloud_server.showing.status import Status
+from ecavg.cloud_server.showing.traffic import Traffic
+from ecavg.cloud_server.showing.viewers import Viewers
+from ecavg.cloud_server.store import Store
+from ecavg.cloud_server.tracking.thread import Tracking
+from ecavg.cloud_server.training import runner as job_runner
+from ecavg.cloud_server.upkeep import caretaker
+from ecavg.common.errors import (
     RunError,
 )
-from common.run_state import Outcome
-from common.transfer import Blob
+from ecavg.common.run_state import Outcome
+from ecavg.common.transfer import Blob
 
 # What an agent reports on a model that it uses.
 REPORT = ReportRow(
