@@ -19,8 +19,9 @@ from common.config import RunConfig, TrainingConfig
 from common.dataset import Inputs, Targets
 from common.errors import DivergedError, UsageError
 from common.models import build_model, errors_of_model
+from common.ranks import ALONE
 from common.tasks.task import Task, task_of
-from common.training import ALONE, Examples, Recipe, train
+from common.training import Examples, Recipe, train
 from common.weights import StateDict, copy_into, dtype_name
 
 # Two examples are the fewest with which every kind of layer can be trained.

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from common.agent_progress import OnExamples, ignore_examples
+from common.checkpoint import CheckpointFile
 from common.config import RunConfig, TrainingConfig
 from common.errors import DivergedError, RunError
 from common.evaluation import Evaluation, evaluate
@@ -30,7 +31,7 @@ from common.seeds import derive_seed
 from common.shards import Shard, cloud_holdout, gather, read_shard
 from common.tasks import kind_of, published
 from common.tasks.task import task_of
-from common.training import CheckpointFile, Examples, OnStep, Recipe, choose_precision, train
+from common.training import Examples, OnStep, Recipe, choose_precision, train
 from common.transfer import Blob, blob_of
 from common.weights import StateDict, load_into, write_state_dict
 from common.wire import Base, encode, wire_of

@@ -27,6 +27,7 @@ MAY_IMPORT_TORCH = {
     "common/models.py",
     "common/rehearsal.py",
     "common/precision.py",
+    "common/ranks.py",
     "common/tasks/classification.py",
     "common/tasks/multi_label.py",
     "common/tasks/regression.py",

@@ -10,12 +10,14 @@ from torch import nn
 
 from cloud_server.contribution import Contribution
 from cloud_server.state_dir import blob_path
+from common.checkpoint import CheckpointFile
 from common.config import RunConfig
+from common.ranks import ALONE, Ranks
 from common.schedule import place_of
 from common.seeds import derive_seed
 from common.shards import Shard, cloud_holdout, gather, read_shard
 from common.tasks.task import task_of
-from common.training import ALONE, AfterStep, Examples, OnStep, Ranks, Recipe, choose_precision, train
+from common.training import AfterStep, Examples, OnStep, Recipe, choose_precision, train
 
 
 class CombinedData(NamedTuple):
@@ -61,6 +63,7 @@ def fine_tune(
     on_step: OnStep | None = None,
     after_step: AfterStep = lambda: None,
     ranks: Ranks = ALONE,
+    checkpoint: CheckpointFile | None = None,
 ) -> None:
     """Train the model in place on the examples; see `common.training.train` for arguments and exceptions.
 
@@ -77,6 +80,7 @@ def fine_tune(
         on_step: a callback for reports on the training.
         after_step: a callback for every step of the training.
         ranks: this process's place among the ranks.
+        checkpoint: keeps the last finished epoch, from which the same fine-tune goes on.
     """
     config = run.fine_tune_of(round_number)
     kept_at = precision_path if ranks == ALONE else None
@@ -85,7 +89,16 @@ def fine_tune(
     seed = derive_seed(run.seed, round_number, "fine_tune")
     place = place_of(run, "fine_tune", round_number, planned_rounds, has_full_curve=has_full_curve)
     recipe = Recipe(config, task, seed, precision, config.class_balanced, place)
-    train(model, examples, recipe, device=device, on_step=on_step, after_step=after_step, ranks=ranks)
+    train(
+        model,
+        examples,
+        recipe,
+        device=device,
+        on_step=on_step,
+        after_step=after_step,
+        ranks=ranks,
+        checkpoint=checkpoint,
+    )
 
 
 def _examples(run: RunConfig, parts: Sequence[tuple[Shard, np.ndarray]]) -> Examples:

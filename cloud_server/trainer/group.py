@@ -3,26 +3,22 @@
 import os
 from collections.abc import Mapping
 from datetime import timedelta
-from typing import NamedTuple, Self
+from typing import Self
 
 import torch
 import torch.distributed as dist
 
 from common.devices import select_device
 from common.errors import UsageError
+from common.ranks import Ranks
 
 # A rank waits within a collective for the next job, or until rank 0 has averaged, which may take any time.
 # The death of another rank shows by its broken connection, so that no time-out is needed.
 _TIMEOUT = timedelta(days=365)
 
 
-class Group(NamedTuple):
-    """This process's place among the ranks."""
-
-    rank: int = 0
-    world_size: int = 1
-    # The rank among the ranks of this machine, which is the number of the rank's GPU.
-    local_rank: int = 0
+class Group(Ranks):
+    """This process's place among the ranks of the trainer."""
 
     @classmethod
     def join(cls, device_name: str, environ: Mapping[str, str] = os.environ) -> Self:
@@ -59,15 +55,3 @@ class Group(NamedTuple):
         if self.world_size > 1 and device.type == "cuda":
             return torch.device("cuda", self.local_rank)
         return device
-
-    def share(self, text: str) -> str:
-        """Return the text that rank 0 gives, on every rank; the other ranks wait here for rank 0."""
-        if self.world_size == 1:
-            return text
-        encoded = torch.tensor(list(text.encode()), dtype=torch.uint8)
-        size = torch.tensor([len(encoded)])
-        dist.broadcast(size, src=0)
-        if self.rank != 0:
-            encoded = torch.empty(int(size), dtype=torch.uint8)
-        dist.broadcast(encoded, src=0)
-        return bytes(encoded.tolist()).decode()

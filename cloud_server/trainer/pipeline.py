@@ -22,12 +22,13 @@ from cloud_server.trainer.output import Written, num_parameters, write_model
 from cloud_server.trainer.screening import Screening, screen
 from cloud_server.trainer.selection import Best, Selection
 from common import tracing
+from common.checkpoint import CHECKPOINT_SECONDS, CheckpointFile
 from common.config import RunConfig
 from common.errors import InvalidError, RunError
 from common.evaluation import Evaluation
 from common.faults import Point, crash_point
 from common.models import build_model, shared_part
-from common.training import Examples, Ranks, StepReport
+from common.training import Examples, StepReport
 from common.wire import Base, is_encoded, wire_of
 
 log = structlog.get_logger()
@@ -37,7 +38,13 @@ class RoundPipeline:
     """The work on one round, step by step; within a group, every rank has a pipeline of its own."""
 
     def __init__(
-        self, job: Job, directory: JobDirectory, blobs_dir: Path, device: torch.device, group: Group
+        self,
+        job: Job,
+        directory: JobDirectory,
+        blobs_dir: Path,
+        device: torch.device,
+        group: Group,
+        checkpoint_seconds: float = CHECKPOINT_SECONDS,
     ) -> None:
         self._job = job
         self._run = job.run if job.attempt == 1 else _without_graphs(job.run)
@@ -53,6 +60,7 @@ class RoundPipeline:
         self._device = device
         self._group = group
         self._is_first = group.rank == 0
+        self._checkpoint_seconds = checkpoint_seconds
         self._screening = Screening()
         self._seconds: dict[str, float] = {}
 
@@ -154,13 +162,16 @@ class RoundPipeline:
     def _fine_tune(self, model: nn.Module, examples: Examples) -> MovingAverage | None:
         """Fine-tune the model in place, if there are examples; return its average, if the run keeps one.
 
-        All ranks have the same weights after each step, so rank 0 alone keeps their average.
+        All ranks have the same weights after each step, so that one of each machine keeps their average.
         """
         if not len(examples.targets):
             # No agent has shared any data.
             return None
         decay = self._run.fine_tune.ema_decay
-        average = MovingAverage(model, decay) if decay and self._is_first else None
+        average = MovingAverage(model, decay) if decay and self._group.local_rank == 0 else None
+        path = self._directory.checkpoint_path
+        path.parent.mkdir(exist_ok=True)
+        checkpoint = CheckpointFile(path, self._checkpoint_seconds, self._job.training_id, average)
         with self._timed("fine_tune"):
             fine_tune(
                 model,
@@ -173,7 +184,8 @@ class RoundPipeline:
                 precision_path=self._directory.precision_path,
                 on_step=self._tell_step if self._is_first else None,
                 after_step=average.update if average else lambda: None,
-                ranks=Ranks(self._group.rank, self._group.world_size),
+                ranks=self._group,
+                checkpoint=checkpoint,
             )
         return average
 

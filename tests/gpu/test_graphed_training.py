@@ -9,12 +9,13 @@ from structlog.testing import capture_logs
 from torch import Tensor, nn
 
 from common import training
+from common.checkpoint import CheckpointFile
 from common.config import RunConfig, TrainingConfig
 from common.evaluation import evaluate, predict
 from common.models import build_model
 from common.tasks.classification import Classification
 from common.tasks.task import task_of
-from common.training import CheckpointFile, Examples, Recipe, StepReport, train
+from common.training import Examples, Recipe, StepReport, train
 from tests.recipes import TRAININGS, PowerCutError
 
 DEVICE = torch.device("cuda:0")

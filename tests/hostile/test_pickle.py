@@ -8,12 +8,13 @@ import torch
 
 from cloud_server.jobs import JobDirectory
 from common import precision
+from common.checkpoint import CheckpointFile
 from common.config import RunConfig, TrainingConfig
 from common.errors import InvalidError, Reason, RunError, UsageError
 from common.models import build_model
 from common.schema import read_header
 from common.shards import read_shard
-from common.training import CheckpointFile, Examples, train
+from common.training import Examples, train
 from common.weights import load_into, read_state_dict
 from common.wire import decode
 from edge_agent.state import AgentState

@@ -20,11 +20,12 @@ from cloud_server.jobs import Job, JobDirectory
 from cloud_server.trainer import pipeline
 from cloud_server.trainer.group import Group
 from common import graphs, training
+from common.checkpoint import CheckpointFile
 from common.config import RunConfig, TrainingConfig
 from common.dataset import pictures
 from common.models import build_model
 from common.tasks.classification import Classification
-from common.training import CheckpointFile, Examples, Recipe, StepReport, train
+from common.training import Examples, Recipe, StepReport, train
 from tests.recipes import TRAININGS, PowerCutError, Tied
 from tests.tapes import BitFlipper, Caller, Failing, TapeRecorder
 

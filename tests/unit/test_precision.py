@@ -9,13 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from common import precision, training
+from common.checkpoint import CheckpointFile
 from common.config import RunConfig, TrainingConfig
 from common.dataset import pictures
 from common.models import build_model
 from common.precision import MIN_STEPS, decide, describe
 from common.tasks.classification import Classification
 from common.tasks.task import Task, task_of
-from common.training import CheckpointFile, Examples, Recipe, choose_precision, train
+from common.training import Examples, Recipe, choose_precision, train
 
 CPU = torch.device("cpu")
 LONG = 1_000_000  # steps

@@ -13,6 +13,7 @@ from torchvision.transforms.v2 import functional as v2
 
 from common import training
 from common.batches import CROP_PADDING, draw_epoch, horizontal_flip, random_crop
+from common.checkpoint import CheckpointFile
 from common.config import RunConfig, TrainingConfig
 from common.devices import make_deterministic
 from common.errors import DivergedError, UsageError
@@ -21,7 +22,7 @@ from common.models import build_model
 from common.schedule import Place, learning_rate_factor, whole
 from common.seeds import derive_seed
 from common.tasks.classification import Classification
-from common.training import CheckpointFile, Examples, Recipe, StepReport, train
+from common.training import Examples, Recipe, StepReport, train
 from common.weights import write_state_dict
 from tests.recipes import CPU, SPEC, Recorder, make_data, make_model, normalised, recipe_of
 
