@@ -4,7 +4,7 @@
         job.json            the job; the server writes this file, and the trainer writes all the others
         progress.jsonl      the progress of the job, one line for each report
         scratch/            intermediate files
-    checkpoints/        the last finished epoch of the fine-tune; one file of each machine that trains
+    checkpoint/         the last finished epoch of the fine-tune
         encoded.safetensors the new weights, encoded for the agents; missing if wire = "float32"
         rest.safetensors    the parts of the cloud's model that do not travel; missing if all parts do
         model.safetensors   the new weights; if they are encoded, the result of decoding encoded.safetensors
@@ -15,7 +15,6 @@ next trainer then does the job again, but for the epochs that a checkpoint has, 
 """
 
 import hashlib
-import platform
 import re
 import shutil
 from collections.abc import Iterator
@@ -252,12 +251,8 @@ class JobDirectory:
 
     @property
     def checkpoint_path(self) -> Path:
-        """Return the path of this machine's checkpoint; machines may share the folder, but not a name."""
-        return self._checkpoints_path / f"{platform.node()}.safetensors"
-
-    @property
-    def _checkpoints_path(self) -> Path:
-        return self.path / "checkpoints"
+        """Return the path of the checkpoint of the fine-tune, which has a folder for itself."""
+        return self.path / "checkpoint" / "latest.safetensors"
 
     def write_job(self, job: Job) -> None:
         """Make the job pending, also if an earlier attempt at the job has ended.
@@ -310,7 +305,7 @@ class JobDirectory:
         return job
 
     def discard_output(self) -> None:
-        """Delete what an attempt that was cut off has made, but for its checkpoints.
+        """Delete what an attempt that was cut off has made, but for its checkpoint.
 
         On several machines that share the folder each of them may do this at the same time.
         """
@@ -319,9 +314,9 @@ class JobDirectory:
             path.unlink(missing_ok=True)
         self.discard_scratch()
 
-    def discard_checkpoints(self) -> None:
-        """Delete the checkpoints of all machines."""
-        shutil.rmtree(self._checkpoints_path, ignore_errors=True)
+    def discard_checkpoint(self) -> None:
+        """Delete the checkpoint."""
+        shutil.rmtree(self.checkpoint_path.parent, ignore_errors=True)
 
     def discard_scratch(self) -> None:
         """Delete the folder for intermediate files, which a killed trainer leaves behind."""

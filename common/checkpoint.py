@@ -155,10 +155,19 @@ class Checkpoints:
         label = _Label(training=self._training, finished=finished, digest="")
         label = label.model_copy(update={"digest": _digest(label, tensors)})
         try:
-            write_state_dict(tensors, self._path, metadata={_KEY: label.model_dump_json()})
+            self._replace(tensors, {_KEY: label.model_dump_json()})
             crash_point(Point.AGENT_EPOCH_SAVED)
         except OSError as error:
             log.warning("checkpoint_not_written", path=str(self._path), reason=str(error))
+
+    def _replace(self, tensors: StateDict, metadata: Mapping[str, str]) -> None:
+        if self._ranks.world_size == 1:
+            write_state_dict(tensors, self._path, metadata=metadata)
+            return
+        # Machines that share the folder write the same bytes at the same time.
+        own_path = self._path.with_name(f"{self._ranks.rank}.safetensors")
+        write_state_dict(tensors, own_path, metadata=metadata)
+        own_path.replace(self._path)
 
     def _tensors(self, buffers: StateDict) -> StateDict:
         kept = {**_tensors_of(self._model), **buffers}

@@ -119,6 +119,9 @@ def _launch(num_ranks: int, arguments: argparse.Namespace) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+    from cloud_server.trainer.group import OWN_STORE
+
+    os.environ[OWN_STORE] = "1"
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,

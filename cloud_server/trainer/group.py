@@ -15,6 +15,9 @@ from common.ranks import Ranks
 # A rank waits within a collective for the next job, or until rank 0 has averaged, which may take any time.
 # The death of another rank shows by its broken connection, so that no time-out is needed.
 _TIMEOUT = timedelta(days=365)
+# With this variable each group of ranks that torchrun forms has a store of its own. Otherwise a group that is
+# formed anew finds the addresses of the last group in the store, and cannot connect.
+OWN_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
 
 
 class Group(Ranks):
@@ -25,7 +28,8 @@ class Group(Ranks):
         """Join the other ranks, if torchrun's variables in the environment say that there are any.
 
         Raises:
-            UsageError: this machine has no such device, or the variables are not those of torchrun.
+            UsageError: this machine has no such device, or the variables are not those of a torchrun whose
+                group of ranks can form anew.
         """
         if (environ.get("WORLD_SIZE") or "1") == "1":
             return cls()
@@ -37,6 +41,7 @@ class Group(Ranks):
                 f"the environment has WORLD_SIZE, but {', '.join(names)} are not three numbers: start the"
                 " trainer with torchrun, or remove these variables"
             ) from error
+        _check_store(environ)
         device = group.device(device_name)
         if device.type == "cuda":
             torch.cuda.set_device(device)
@@ -55,3 +60,12 @@ class Group(Ranks):
         if self.world_size > 1 and device.type == "cuda":
             return torch.device("cuda", self.local_rank)
         return device
+
+
+def _check_store(environ: Mapping[str, str]) -> None:
+    """Raise UsageError if torchrun would give the ranks the store of the last group; see OWN_STORE."""
+    if environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        raise UsageError(
+            "this torchrun could not start a group again after a failure: set"
+            f" {OWN_STORE}=1 in its environment, and use --rdzv-backend=c10d or --standalone"
+        )

@@ -59,7 +59,7 @@ def run_job(
             if group.rank == 0:
                 directory.write_result(result)
                 crash_point(Point.TRAINER_RESULT_WRITTEN)
-                directory.discard_checkpoints()
+                directory.discard_checkpoint()
             log.info("job_done", seconds=result.seconds, score=result.score_published)
         except Exception as error:
             # Model and data are the user's, so that a job can raise any exception.

@@ -25,7 +25,7 @@ from cloud_server.trainer import __main__ as trainer_main
 from cloud_server.trainer import pipeline, work
 from cloud_server.trainer.aggregation import mean
 from cloud_server.trainer.finetune import CombinedData, combine
-from cloud_server.trainer.group import Group
+from cloud_server.trainer.group import OWN_STORE, Group
 from cloud_server.training import runner
 from common import training
 from common.config import FineTuneConfig, RunConfig
@@ -589,7 +589,7 @@ class Trainer:
     def __init__(self, state_dir: Path, *launcher: str) -> None:
         state_dir.mkdir(exist_ok=True)
         self._output_path = state_dir / "trainer.log"
-        arguments = ("--state-dir", str(state_dir), "--device", "cpu")
+        arguments = ("--state-dir", str(state_dir), "--device", "cpu", "--checkpoint-seconds", "0")
         with self._output_path.open("ab") as output:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", *launcher, "cloud_server.trainer", *arguments],
@@ -597,7 +597,7 @@ class Trainer:
                 stdin=subprocess.PIPE,
                 stdout=output,
                 stderr=output,
-                env={**os.environ, "OMP_NUM_THREADS": "1"},
+                env={**os.environ, "OMP_NUM_THREADS": "1", OWN_STORE: "1"},
                 start_new_session=True,
             )
 
@@ -610,6 +610,14 @@ class Trainer:
 
     def wait_for_training(self, directory: JobDirectory) -> None:
         until(lambda: [line for line in directory.read_progress(0)[0] if line.loss], self)
+
+    def wait_for_checkpoint(self, directory: JobDirectory) -> None:
+        until(directory.checkpoint_path.exists, self)
+
+    def kill_rank(self) -> None:
+        """Kill one of the processes that the launcher has started."""
+        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
+        os.kill(int(children[-1]), signal.SIGKILL)
 
 
 @contextmanager
@@ -640,7 +648,7 @@ def test_a_job_that_was_stopped_is_done_again_with_the_same_bytes(state_dir, con
     long = RUN.model_copy(update={"fine_tune": RUN.fine_tune.model_copy(update={"epochs": 60})})
     stopped = ask(state_dir, job(contributions, run=long, name="stopped"))
     with trainer_in(state_dir) as trainer:
-        trainer.wait_for_training(stopped)
+        trainer.wait_for_checkpoint(stopped)
         trainer.process.terminate()
         assert trainer.process.wait(WAIT_SECONDS) == -signal.SIGTERM
     assert stopped.is_pending
@@ -648,6 +656,8 @@ def test_a_job_that_was_stopped_is_done_again_with_the_same_bytes(state_dir, con
         undisturbed = ask(state_dir, job(contributions, run=long, name="undisturbed"))
         assert trainer.result_of(stopped).error is None
         assert trainer.result_of(stopped).weights == trainer.result_of(undisturbed).weights
+        assert trainer.output.count("training_resumed") == 1
+        assert not stopped.checkpoint_path.exists()
 
         endless = ask(state_dir, job(contributions, run=ENDLESS, name="endless"))
         trainer.wait_for_training(endless)
@@ -657,7 +667,9 @@ def test_a_job_that_was_stopped_is_done_again_with_the_same_bytes(state_dir, con
 
 
 def test_two_ranks_under_torchrun_train_together_and_leave_with_their_server(state_dir, contributions, three):
-    launcher = ("torch.distributed.run", "--nproc-per-node", "2", "--standalone", "-m")
+    launcher = (
+        "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "--max-restarts", "1", "-m",
+    )  # fmt: skip
     with trainer_in(state_dir, *launcher) as trainer:
         initialise = ask(state_dir, job((), kind="initialise", name="initialise", round=0))
         assert trainer.result_of(initialise).error is None
@@ -677,7 +689,11 @@ def test_two_ranks_under_torchrun_train_together_and_leave_with_their_server(sta
         until(lambda: trainer.output.count("job_done") == 8, trainer)  # four jobs on two ranks
 
         endless = ask(state_dir, job(contributions, run=ENDLESS, name="endless"))
-        trainer.wait_for_training(endless)
+        trainer.wait_for_checkpoint(endless)
+        trainer.kill_rank()
+        # The ranks form a group anew, and both have the last epoch.
+        until(lambda: trainer.output.count("training_resumed") == 2, trainer)
+        assert endless.is_pending
         trainer.process.stdin.close()
         assert trainer.process.wait(WAIT_SECONDS) == 0
     assert endless.is_pending
