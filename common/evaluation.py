@@ -15,6 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from common.agent_progress import OnExamples, ignore_examples
 from common.batches import DeviceData
 from common.dataset import DatasetSpec
+from common.mapped import Rows, in_memory
 from common.tasks.task import ClassFigure, Task
 
 # No score is below this one.
@@ -45,8 +46,8 @@ class Evaluation(NamedTuple):
 
 def evaluate(
     model: nn.Module,
-    inputs: Tensor | DeviceData,
-    targets: Tensor,
+    inputs: Rows | DeviceData,
+    targets: Rows,
     *,
     task: Task,
     device: torch.device,
@@ -60,11 +61,11 @@ def evaluate(
         targets: [N, …].
         on_examples: called now and then with how many examples are done, and with N.
     """
-    targets, losses, scores, tallies = targets.cpu(), [], [], []
+    known, losses, scores, tallies = in_memory(targets).cpu(), [], [], []
     begin = 0
     with closing(_outputs(model, inputs, task=task, device=device, batch_size=batch_size)) as outputs:
         for some in outputs:
-            part = targets[begin : begin + len(some)]
+            part = known[begin : begin + len(some)]
             losses.append(task.loss(some, part))
             scores.append(task.scores(some, part))
             tallies.append(task.tally(some, part))
@@ -84,7 +85,7 @@ def evaluate(
 
 def predict(
     model: nn.Module,
-    inputs: Tensor | DeviceData,
+    inputs: Rows | DeviceData,
     *,
     task: Task,
     device: torch.device,
@@ -102,7 +103,7 @@ def predict(
 # This is not inference_mode, whose tensors cannot be trained with afterwards.
 @torch.no_grad()
 def _outputs(
-    model: nn.Module, inputs: Tensor | DeviceData, *, task: Task, device: torch.device, batch_size: int
+    model: nn.Module, inputs: Rows | DeviceData, *, task: Task, device: torch.device, batch_size: int
 ) -> Generator[Tensor]:
     """Yield the outputs of some examples in turn, float32 on the CPU."""
     data = _moved(inputs, task.spec, device)
@@ -124,7 +125,7 @@ def _outputs(
 @torch.no_grad()
 def recompute_statistics(
     model: nn.Module,
-    inputs: Tensor | DeviceData,
+    inputs: Rows | DeviceData,
     *,
     spec: DatasetSpec,
     device: torch.device,
@@ -205,7 +206,7 @@ def _cumulative_mean(norms: Sequence[_BatchNorm]) -> Iterator[None]:
             norm.num_batches_tracked = count
 
 
-def _moved(inputs: Tensor | DeviceData, spec: DatasetSpec, device: torch.device) -> DeviceData:
+def _moved(inputs: Rows | DeviceData, spec: DatasetSpec, device: torch.device) -> DeviceData:
     """Return the inputs on the device."""
     return inputs if isinstance(inputs, DeviceData) else DeviceData(inputs, spec, device)
 

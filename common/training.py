@@ -27,6 +27,7 @@ from common.config import TrainingConfig
 from common.errors import DivergedError, is_out_of_memory
 from common.evaluation import batch_norms, laid_out, place
 from common.graphs import MIN_STEPS, Recorder, ReplayedSteps, Step, recorder_for
+from common.mapped import Rows, in_memory
 from common.precision import Precision, decide, describe, has_bfloat16
 from common.ranks import ALONE, Ranks
 from common.schedule import Place, learning_rate_factor, whole
@@ -54,12 +55,12 @@ log = structlog.get_logger()
 
 
 class Examples(NamedTuple):
-    """Inputs and their targets."""
+    """Inputs and their targets, in memory or in files."""
 
     # The inputs, [N, …].
-    inputs: Tensor
+    inputs: Rows
     # The targets, [N, …].
-    targets: Tensor
+    targets: Rows
 
 
 class Recipe(NamedTuple):
@@ -197,7 +198,7 @@ def train(
     if num_epochs == 0:
         return math.nan
     data = DeviceData(examples.inputs, recipe.task.spec, device, [examples.targets])
-    balanced = examples.targets.cpu() if recipe.class_balanced else None
+    balanced = in_memory(examples.targets).cpu() if recipe.class_balanced else None
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         training = _Training(model, data, recipe, on_step, ranks, balanced, after_step)
         kept = None
@@ -447,7 +448,11 @@ def _identity(recipe: Recipe, model: nn.Module, examples: Examples, subject: str
     settings: list[Any] = [config, recipe.precision, type(task).__qualname__, task.spec, recipe.seed, place]
     if recipe.class_balanced:
         settings.append("balanced")
-    return fingerprint_of(settings, subject) if subject else fingerprint(settings, model, *examples)
+    return (
+        fingerprint_of(settings, subject)
+        if subject
+        else fingerprint(settings, model, *map(in_memory, examples))
+    )
 
 
 def _has_tensor_rate(device: torch.device) -> bool:

@@ -14,6 +14,7 @@ from common.batches import DeviceData
 from common.config import TrainingConfig
 from common.dataset import DatasetSpec
 from common.errors import DivergedError, RunError
+from common.mapped import in_memory
 from common.training import Examples, OnStep, StepReport
 from common.weights import copy_into
 
@@ -50,7 +51,7 @@ class Data(Dataset[tuple[Tensor, Tensor]]):
     """
 
     def __init__(self, examples: Examples, spec: DatasetSpec) -> None:
-        self.inputs, self.targets = examples
+        self.inputs, self.targets = map(in_memory, examples)
         self._normalise = DeviceData(self.inputs[:0], spec, torch.device("cpu")).normalise
 
     def __len__(self) -> int:

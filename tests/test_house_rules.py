@@ -24,6 +24,7 @@ MAY_IMPORT_TORCH = {
     "common/devices.py",
     "common/evaluation.py",
     "common/graphs.py",
+    "common/mapped.py",
     "common/models.py",
     "common/rehearsal.py",
     "common/precision.py",

@@ -1,6 +1,7 @@
 """Fine-tuning, the training of the chosen candidate on the combined data of all agents."""
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,6 +13,7 @@ from cloud_server.contribution import Contribution
 from cloud_server.state_dir import blob_path
 from common.checkpoint import CheckpointFile
 from common.config import RunConfig
+from common.mapped import MappedRows
 from common.ranks import ALONE, Ranks
 from common.schedule import place_of
 from common.seeds import derive_seed
@@ -27,10 +29,19 @@ class CombinedData(NamedTuple):
     held_out: Examples
 
 
-def combine(run: RunConfig, contributions: Sequence[Contribution], blobs_dir: Path) -> CombinedData:
+def combine(
+    run: RunConfig, contributions: Sequence[Contribution], blobs_dir: Path, *, are_mapped: bool = False
+) -> CombinedData:
     """Read the shards of all contributions, in the order given, and hold out a part of each shard.
 
     The same examples of a shard are held out in every round, whichever other agents take part.
+
+    Args:
+        run: the configuration of the run.
+        contributions: the contributions, in agent-id order.
+        blobs_dir: the directory of the blobs.
+        are_mapped: whether the examples stay in the files until they are asked for, as for a rank that
+            needs only a part of them at a time.
 
     Raises:
         InvalidError: a blob is not a shard.
@@ -47,7 +58,8 @@ def combine(run: RunConfig, contributions: Sequence[Contribution], blobs_dir: Pa
             )
             train_parts.append((shard, rest))
             held_out_parts.append((shard, held_out))
-    return CombinedData(_examples(run, train_parts), _examples(run, held_out_parts))
+    examples = _mapped_examples if are_mapped and train_parts else partial(_examples, run)
+    return CombinedData(examples(train_parts), examples(held_out_parts))
 
 
 def fine_tune(
@@ -104,3 +116,9 @@ def fine_tune(
 def _examples(run: RunConfig, parts: Sequence[tuple[Shard, np.ndarray]]) -> Examples:
     """Return the chosen examples of each shard, as tensors."""
     return Examples(*map(torch.from_numpy, gather(parts, run.spec)))
+
+
+def _mapped_examples(parts: Sequence[tuple[Shard, np.ndarray]]) -> Examples:
+    """Return the chosen examples of each shard, which stay in the files; there is at least one shard."""
+    inputs = MappedRows([(shard.inputs, indices) for shard, indices in parts])
+    return Examples(inputs, MappedRows([(shard.targets, indices) for shard, indices in parts]))

@@ -82,7 +82,12 @@ class RoundPipeline:
             self._make_weights()
         base = self._base_of_published()
         self._screen(model)
-        data = combine(self._run, [member.contribution for member in self._members], self._blobs_dir)
+        data = combine(
+            self._run,
+            [member.contribution for member in self._members],
+            self._blobs_dir,
+            are_mapped=self._group.world_size > 1,
+        )
         log.info("data", num_train=len(data.train.targets), num_held_out=len(data.held_out.targets))
         with self._timed("aggregate"):
             selection = self._select(model, data) if self._is_first else None

@@ -31,6 +31,7 @@ from common import training
 from common.config import FineTuneConfig, RunConfig
 from common.errors import Reason
 from common.evaluation import evaluate
+from common.mapped import in_memory
 from common.models import build_model
 from common.schema import read_header
 from common.seeds import derive_seed
@@ -227,7 +228,8 @@ def test_each_shard_of_an_agent_is_split_by_itself(blobs_dir, contributions):
 
 def test_combined_data_is_every_example_once_and_held_out_alike_in_any_company(blobs_dir, contributions):
     both = combine(RUN, contributions, blobs_dir)
-    images = torch.cat([both.train.inputs, both.held_out.inputs]).flatten(1).numpy()
+    parts = [in_memory(part.inputs) for part in both]
+    images = torch.cat(parts).flatten(1).numpy()
     everything = digits().inputs.reshape(len(images), -1)
     assert sorted(map(bytes, images)) == sorted(map(bytes, everything))
     alone = combine(RUN, contributions[1:], blobs_dir)

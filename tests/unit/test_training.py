@@ -13,7 +13,6 @@ from torchvision.transforms.v2 import functional as v2
 
 from common import training
 from common.batches import CROP_PADDING, draw_epoch, horizontal_flip, random_crop
-from common.checkpoint import CheckpointFile
 from common.config import RunConfig, TrainingConfig
 from common.devices import make_deterministic
 from common.errors import DivergedError, UsageError
@@ -254,12 +253,6 @@ def test_loss_is_computed_in_float32_whatever_the_model_answers_in() -> None:
     found = run(model, (images, labels), epochs=1, batch_size=40)
 
     assert found == pytest.approx(expected, rel=1e-6)  # bfloat16 would be off by up to 4e-3
-
-
-def test_class_balanced_training_keeps_no_checkpoint() -> None:
-    options = {"class_balanced": True, "checkpoint": CheckpointFile(Path("x"))}
-    with pytest.raises(ValueError, match="plain training"):
-        run(make_model(), make_data(20), epochs=1, batch_size=10, **options)
 
 
 def test_class_balanced_epochs_show_rare_classes_as_often_as_others() -> None:
