@@ -49,6 +49,28 @@ class Ranks(NamedTuple):
             shared[name] = tensor
         return shared
 
+    def concatenate(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the tensors that all ranks give, by name, one behind the other in the order of the ranks.
+
+        A rank that has nothing gives no tensors; at least one gives some.
+        """
+        given = [self.share_tensors(tensors, source) for source in range(self.world_size)]
+        names = max(given, key=len)
+        return {name: torch.cat([each[name] for each in given if each]) for name in names}
+
+    def add(self, tensor: Tensor) -> Tensor:
+        """Return the sum of the tensors that all ranks give, which are on the CPU."""
+        total = tensor.clone()
+        if self.world_size > 1:
+            dist.all_reduce(total)
+        return total
+
+    def part(self, size: int, step: int = 1) -> slice:
+        """Return this rank's part of so many rows; all parts but the last consist of whole steps."""
+        num_steps = -(-size // step)
+        begin, end = (num_steps * rank // self.world_size * step for rank in (self.rank, self.rank + 1))
+        return slice(min(begin, size), min(end, size))
+
     def gather(self, number: int) -> list[int]:
         """Return the numbers that all ranks give, in the order of the ranks."""
         if self.world_size == 1:

@@ -16,6 +16,7 @@ from cloud_server.state_dir import blob_path
 from cloud_server.trainer.audit import MIN_AGENTS
 from cloud_server.trainer.finetune import CombinedData, combine, fine_tune
 from cloud_server.trainer.group import Group
+from cloud_server.trainer.measuring import Measuring
 from cloud_server.trainer.members import all_hold_base, base_of, common_start, make_weights, members_of
 from cloud_server.trainer.moving_average import MovingAverage
 from cloud_server.trainer.output import Written, num_parameters, write_model
@@ -89,17 +90,22 @@ class RoundPipeline:
             are_mapped=self._group.world_size > 1,
         )
         log.info("data", num_train=len(data.train.targets), num_held_out=len(data.held_out.targets))
+        measuring = Measuring(model, self._run, data, self._device, self._group)
         with self._timed("aggregate"):
             selection = self._select(model, data) if self._is_first else None
+            if selection is None:
+                measuring.serve()
         self._tell("fine_tuning", 0, 1)
         start = selection.take_best() if selection else None
         average = self._fine_tune(model, data.train)
         crash_point(Point.TRAINER_FINE_TUNED)
         if selection is None or start is None:
+            measuring.serve()
             return Result()
         self._tell("evaluating", 0, 1)
         with self._timed("evaluate"):
             result = self._publish(model, average, data, selection, start, base)
+            selection.end()
         self._tell("evaluating", 1, 1)
         return self._timestamped(result)
 
@@ -148,7 +154,7 @@ class RoundPipeline:
         self._members = self._screening.kept(self._members, scratch)
 
     def _select(self, model: nn.Module, data: CombinedData) -> Selection:
-        """Make and measure the candidates on rank 0; the fine-tune sends the start to the other ranks."""
+        """Make the candidates on rank 0, and measure them on all ranks, to which the start comes later."""
         selection = Selection(
             model,
             self._run,
@@ -159,6 +165,7 @@ class RoundPipeline:
             scratch=self._directory.scratch_path,
             rest=self._rest,
             on_tensor=lambda *_: crash_point(Point.TRAINER_TENSOR_AVERAGED),
+            ranks=self._group,
         )
         with tracing.span("select"):
             selection.run(lambda done, total: self._tell("aggregating", done, total))

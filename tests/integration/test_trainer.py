@@ -668,16 +668,20 @@ def test_a_job_that_was_stopped_is_done_again_with_the_same_bytes(state_dir, con
     assert "Traceback" not in trainer.output
 
 
-def test_two_ranks_under_torchrun_train_together_and_leave_with_their_server(state_dir, contributions, three):
+def test_two_ranks_under_torchrun_train_together_and_leave_with_their_server(
+    state_dir, contributions, three, do
+):
     launcher = (
         "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "--max-restarts", "1", "-m",
     )  # fmt: skip
+    alone, _ = do(name="alone")
     with trainer_in(state_dir, *launcher) as trainer:
         initialise = ask(state_dir, job((), kind="initialise", name="initialise", round=0))
         assert trainer.result_of(initialise).error is None
         result = trainer.result_of(ask(state_dir, job(contributions)))
         assert result.error is None
         assert result.score_published > 0.9
+        assert (result.candidates, result.start) == (alone.candidates, alone.start)
         _, sent = encoded_as("bfloat16", contributions, state_dir / "blobs")
         result = trainer.result_of(ask(state_dir, job(sent, run=with_wire("bfloat16"), name="encoded")))
         assert result.error is None
