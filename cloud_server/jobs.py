@@ -4,13 +4,14 @@
         job.json            the job; the server writes this file, and the trainer writes all the others
         progress.jsonl      the progress of the job, one line for each report
         scratch/            intermediate files
+    checkpoint/         the last finished epoch of the fine-tune
         encoded.safetensors the new weights, encoded for the agents; missing if wire = "float32"
         rest.safetensors    the parts of the cloud's model that do not travel; missing if all parts do
         model.safetensors   the new weights; if they are encoded, the result of decoding encoded.safetensors
         result.json         the result or the error; this file is written last
 
 A job is pending while it has a job.json and no result.json. The trainer may be killed at any moment. The
-next trainer then starts the job from the beginning and makes the same bytes.
+next trainer then does the job again, but for the epochs that a checkpoint has, and makes the same bytes.
 """
 
 import hashlib
@@ -84,6 +85,12 @@ class Job(FrozenModel):
         A server that starts again gives the same job below another span.
         """
         return hashlib.sha256(self.model_dump_json(exclude={"traceparent"}).encode()).hexdigest()[:16]
+
+    @property
+    def training_id(self) -> str:
+        """Return what tells the job's fine-tune from others; it is the same in each attempt."""
+        work = self.model_dump_json(exclude={"attempt", "device", "traceparent"})
+        return hashlib.sha256(work.encode()).hexdigest()
 
     @property
     def blobs(self) -> list[str]:
@@ -242,6 +249,11 @@ class JobDirectory:
         """Return the path of the folder for intermediate files."""
         return self.path / "scratch"
 
+    @property
+    def checkpoint_path(self) -> Path:
+        """Return the path of the checkpoint of the fine-tune, which has a folder for itself."""
+        return self.path / "checkpoint" / "latest.safetensors"
+
     def write_job(self, job: Job) -> None:
         """Make the job pending, also if an earlier attempt at the job has ended.
 
@@ -293,11 +305,18 @@ class JobDirectory:
         return job
 
     def discard_output(self) -> None:
-        """Delete the progress, the weights and the intermediate files of an attempt that was cut off."""
+        """Delete what an attempt that was cut off has made, but for its checkpoint.
+
+        On several machines that share the folder each of them may do this at the same time.
+        """
         self.progress_path.unlink(missing_ok=True)
         for path in self.model_paths:
             path.unlink(missing_ok=True)
         self.discard_scratch()
+
+    def discard_checkpoint(self) -> None:
+        """Delete the checkpoint."""
+        shutil.rmtree(self.checkpoint_path.parent, ignore_errors=True)
 
     def discard_scratch(self) -> None:
         """Delete the folder for intermediate files, which a killed trainer leaves behind."""

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ecavg.common.dataset import DatasetSpec, Inputs
 from ecavg.common.errors import UsageError
+from ecavg.common.mapped import MappedRows, Rows
 
 # So many pixels are added on each side, as usual for 32x32 images (He et al., arXiv 1512.03385, 4.2).
 CROP_PADDING = 4
@@ -27,6 +28,8 @@ _Made = TypeVar("_Made")
 
 class DeviceData:
     """Inputs with their targets, on the device where they fit; the inputs come out normalised.
+
+    Rows that are in files stay there, and each part is read when it is its turn.
 
     Args:
         inputs: [N, …], of the dtype of `spec.inputs`.
@@ -41,25 +44,28 @@ class DeviceData:
     """
 
     def __init__(
-        self, inputs: Tensor, spec: DatasetSpec, device: torch.device, targets: Sequence[Tensor] = ()
+        self, inputs: Rows, spec: DatasetSpec, device: torch.device, targets: Sequence[Rows] = ()
     ) -> None:
         wanted = spec.inputs.dtype
         if str(inputs.dtype) != f"torch.{wanted}" or any(len(target) != len(inputs) for target in targets):
             found = ", ".join(f"{len(tensor)} {tensor.dtype}" for tensor in (inputs, *targets))
             raise ValueError(f"{wanted} inputs and as many targets are wanted, not {found}")
         self.device = device
-        self._is_resident = _fits((inputs, *targets), device)
+        tensors = [rows for rows in (inputs, *targets) if isinstance(rows, Tensor)]
+        self._is_resident = len(tensors) == 1 + len(targets) and _fits(tensors, device)
         self.home = device if self._is_resident else inputs.device
-        self._tensors = [tensor.to(self.home) for tensor in (inputs, *targets)]
+        self._rows: list[Rows] = [
+            rows if isinstance(rows, MappedRows) else rows.to(self.home) for rows in (inputs, *targets)
+        ]
         self._scaling = _scaling(spec.inputs, device)
 
     def __len__(self) -> int:
-        return len(self._tensors[0])
+        return len(self._rows[0])
 
     @property
     def input_shape(self) -> tuple[int, ...]:
         """Return the shape of one input."""
-        return tuple(self._tensors[0].shape[1:])
+        return tuple(self._rows[0].shape[1:])
 
     def normalise(self, inputs: Tensor) -> Tensor:
         """Return inputs on the device as a model gets them.
@@ -92,7 +98,7 @@ class DeviceData:
 
     def _gather(self, part: Tensor | slice) -> list[Tensor]:
         """Return the inputs and targets of a part, at home; pinned if they are still to go to a GPU."""
-        rows = [tensor[part] for tensor in self._tensors]
+        rows = [each[part] for each in self._rows]
         is_to_go = self.device.type == "cuda" and not self._is_resident
         return [row.pin_memory() for row in rows] if is_to_go else rows
 

@@ -3,6 +3,9 @@
 A checkpoint is one safetensors file: the model's parameters and buffers, the optimizer's tensors, and in the
 metadata which training it belongs to and how far that has come. Random choices are derived for each epoch
 from the seed, and the learning rate from the step, so neither has a state to keep.
+
+Ranks that train together have the same weights after each step. The first rank of each machine writes a file,
+so that the ranks can go on without any of the machines. Nothing in a file depends on the number of ranks.
 """
 
 import hashlib
@@ -11,7 +14,7 @@ import math
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import structlog
 import torch
@@ -21,15 +24,38 @@ from torch import Tensor, nn
 
 from ecavg.common.config import FrozenModel
 from ecavg.common.faults import Point, crash_point
+from ecavg.common.ranks import ALONE, Ranks
 from ecavg.common.weights import StateDict, write_state_dict
 
 # So much time is between two checkpoints: where epochs are shorter, writing would slow them down.
 CHECKPOINT_SECONDS = 5.0
 
 _KEY = "ecavg.checkpoint"
-_MODEL, _OPTIMIZER = "model.", "optimizer."
+_MODEL, _OPTIMIZER, _ALSO = "model.", "optimizer.", "also."
 
 log = structlog.get_logger()
+
+
+class Kept(Protocol):
+    """What a training changes besides the model and the optimizer."""
+
+    def tensors(self) -> StateDict:
+        """Return all that has to be kept, by names without a meaning."""
+
+    def set_tensors(self, tensors: StateDict) -> None:
+        """Become what `tensors` has returned."""
+
+
+class CheckpointFile(NamedTuple):
+    """The file that keeps the last finished epoch of a training, on each machine that trains."""
+
+    path: Path
+    # At least so much time is between two checkpoints, and before the first.
+    seconds: float = CHECKPOINT_SECONDS
+    # What names the weights and the examples; empty: their digest does.
+    subject: str = ""
+    # What the training changes besides the model and the optimizer, by `after_step`.
+    also: Kept | None = None
 
 
 class Finished(FrozenModel):
@@ -51,66 +77,103 @@ class _Label(FrozenModel):
 
 
 class Checkpoints:
-    """The file that keeps the last finished epoch of one training.
+    """The file that keeps the last finished epoch of one training; every rank has an object of its own.
 
     Args:
-        training: fingerprint of all that its result depends on; a file with another one is ignored.
+        file: where the file is, and how often it is written.
+        training: fingerprint of all that its result depends on; a file with another one is ignored. That of
+            rank 0 counts.
         model: with the weights that the training starts from.
-        seconds: least time between two checkpoints, and before the first.
+        ranks: the processes that train together.
     """
 
     def __init__(
         self,
-        path: Path,
+        file: CheckpointFile,
         training: str,
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
-        seconds: float,
+        ranks: Ranks = ALONE,
     ) -> None:
-        self._path, self._training = path, training
+        self._path, self._also = file.path, file.also
+        self._training = ranks.share(training)
         self._model, self._optimizer = model, optimizer
-        self._seconds = seconds
-        self._due = time.monotonic() + seconds
+        self._ranks = ranks
+        self._seconds = file.seconds
+        self._due = time.monotonic() + file.seconds
 
     def restore(self) -> Finished:
         """Set model and optimizer as they were after the last checkpoint, and return what is finished.
 
         Without a file, or with a damaged one or another training's, nothing is changed and nothing finished.
+        Of several machines' files, the one with the most epochs counts, and its rank sends it to the others.
         """
-        if not self._path.exists():
+        finished, tensors = self._found() if self._ranks.local_rank == 0 else (Finished(), {})
+        num_epochs = self._ranks.gather(finished.num_epochs)
+        if not max(num_epochs):
             return Finished()
+        source = num_epochs.index(max(num_epochs))
+        finished = Finished.model_validate_json(self._ranks.share(finished.model_dump_json(), source))
+        tensors = self._ranks.share_tensors(tensors, source)
+        self._set_model(tensors)
+        self._set_optimizer(tensors)
+        if self._also:
+            self._also.set_tensors(_below(_ALSO, tensors))
+        log.info("training_resumed", finished_epochs=finished.num_epochs)
+        return finished
+
+    def epoch_finished(self, finished: Finished) -> None:
+        """Write a checkpoint if it is time for one; a disk that does not allow it is no reason to stop."""
+        # Each rank has a clock of its own, and that of rank 0 counts.
+        if not self._ranks.share("due" if time.monotonic() >= self._due else ""):
+            return
+        # BatchNorm's statistics are each rank's own, and those of rank 0 are kept.
+        buffers = self._ranks.share_tensors(dict(self._model.named_buffers()))
+        if self._ranks.local_rank == 0:
+            self._write(finished, self._tensors(buffers))
+        self._due = time.monotonic() + self._seconds
+
+    def _found(self) -> tuple[Finished, StateDict]:
+        """Return what this machine's file has; nothing is finished if it is not to be used."""
+        nothing = Finished(), StateDict()
+        if not self._path.exists():
+            return nothing
         try:
             label, tensors = _read(self._path)
         except (OSError, SafetensorError, ValidationError, KeyError) as error:
             log.warning("checkpoint_ignored", path=str(self._path), reason=f"damaged: {error}")
-            return Finished()
+            return nothing
         if label.digest != _digest(label, tensors):
             log.warning("checkpoint_ignored", path=str(self._path), reason="damaged: its digest differs")
-            return Finished()
+            return nothing
         if label.training != self._training:
             log.warning("checkpoint_ignored", path=str(self._path), reason="it is of another training")
-            return Finished()
-        self._set_model(tensors)
-        self._set_optimizer(tensors)
-        log.info("training_resumed", finished_epochs=label.finished.num_epochs)
-        return label.finished
+            return nothing
+        return label.finished, tensors
 
-    def epoch_finished(self, finished: Finished) -> None:
-        """Write a checkpoint if it is time for one; a disk that does not allow it is no reason to stop."""
-        if time.monotonic() < self._due:
-            return
-        tensors = self._tensors()
+    def _write(self, finished: Finished, tensors: StateDict) -> None:
         label = _Label(training=self._training, finished=finished, digest="")
         label = label.model_copy(update={"digest": _digest(label, tensors)})
         try:
-            write_state_dict(tensors, self._path, metadata={_KEY: label.model_dump_json()})
+            self._replace(tensors, {_KEY: label.model_dump_json()})
             crash_point(Point.AGENT_EPOCH_SAVED)
         except OSError as error:
             log.warning("checkpoint_not_written", path=str(self._path), reason=str(error))
-        self._due = time.monotonic() + self._seconds
 
-    def _tensors(self) -> StateDict:
-        tensors = {_MODEL + name: tensor for name, tensor in _tensors_of(self._model).items()}
+    def _replace(self, tensors: StateDict, metadata: Mapping[str, str]) -> None:
+        if self._ranks.world_size == 1:
+            write_state_dict(tensors, self._path, metadata=metadata)
+            return
+        # Machines that share the folder write the same bytes at the same time.
+        own_path = self._path.with_name(f"{self._ranks.rank}.safetensors")
+        write_state_dict(tensors, own_path, metadata=metadata)
+        own_path.replace(self._path)
+
+    def _tensors(self, buffers: StateDict) -> StateDict:
+        kept = {**_tensors_of(self._model), **buffers}
+        tensors = {_MODEL + name: tensor for name, tensor in kept.items()}
+        also = self._also.tensors() if self._also else {}
+        tensors |= {_ALSO + name: tensor for name, tensor in also.items()}
         for index, state in self._optimizer.state_dict()["state"].items():
             for name, value in state.items():
                 if value is not None:
@@ -125,10 +188,9 @@ class Checkpoints:
     def _set_optimizer(self, tensors: StateDict) -> None:
         parameters = [each for group in self._optimizer.param_groups for each in group["params"]]
         state: dict[int, dict[str, Tensor]] = {}
-        for key, tensor in tensors.items():
-            if key.startswith(_OPTIMIZER):
-                index, name = key.removeprefix(_OPTIMIZER).split(".", 1)
-                state.setdefault(int(index), {})[name] = _laid_out_as(parameters[int(index)], tensor)
+        for key, tensor in _below(_OPTIMIZER, tensors).items():
+            index, name = key.split(".", 1)
+            state.setdefault(int(index), {})[name] = _laid_out_as(parameters[int(index)], tensor)
         self._optimizer.load_state_dict({**self._optimizer.state_dict(), "state": state})
 
 
@@ -136,6 +198,16 @@ def fingerprint(settings: Any, model: nn.Module, inputs: Tensor, targets: Tensor
     """Return the SHA-256, hexadecimal, of the settings (as JSON), the initial weights and the data."""
     data = {"data.inputs": inputs, "data.targets": targets}
     return _hash(json.dumps(settings), {**_tensors_of(model), **data})
+
+
+def fingerprint_of(settings: Any, subject: str) -> str:
+    """Return the SHA-256, hexadecimal, of the settings (as JSON) and of what names weights and data."""
+    return _hash(f"{json.dumps(settings)} {subject}", {})
+
+
+def _below(prefix: str, tensors: StateDict) -> StateDict:
+    """Return the tensors whose names begin with the prefix, by the rest of the name."""
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
 def _tensors_of(model: nn.Module) -> StateDict:

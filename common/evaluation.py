@@ -6,7 +6,7 @@ Shapes: B examples of a batch, N of a data set.
 import math
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ecavg.common.agent_progress import OnExamples, ignore_examples
 from ecavg.common.batches import DeviceData
 from ecavg.common.dataset import DatasetSpec
+from ecavg.common.mapped import Rows, in_memory
+from ecavg.common.ranks import ALONE, Ranks
 from ecavg.common.tasks.task import ClassFigure, Task
 
 # No score is below this one.
@@ -45,38 +47,46 @@ class Evaluation(NamedTuple):
 
 def evaluate(
     model: nn.Module,
-    inputs: Tensor | DeviceData,
-    targets: Tensor,
+    inputs: Rows | DeviceData,
+    targets: Rows,
     *,
     task: Task,
     device: torch.device,
     batch_size: int = BATCH_SIZE,
     on_examples: OnExamples = ignore_examples,
+    ranks: Ranks = ALONE,
 ) -> Evaluation:
     """Measure the model in evaluation mode and float32; it is left on `device`, in the mode it was in.
+
+    Several ranks measure some of the batches each, and each rank returns what one rank alone would return.
 
     Args:
         inputs: [N, …], N of at least 1; as `DeviceData`, they are not moved to the device again.
         targets: [N, …].
-        on_examples: called now and then with how many examples are done, and with N.
+        on_examples: called now and then with how many of this rank's examples are done, and of how many.
+        ranks: the processes that measure the same model together.
     """
-    targets, losses, scores, tallies = targets.cpu(), [], [], []
-    begin = 0
-    with closing(_outputs(model, inputs, task=task, device=device, batch_size=batch_size)) as outputs:
+    mine = ranks.part(len(targets), _batch_size(task, batch_size))
+    known, begin = in_memory(targets[mine]).cpu(), 0
+    measured: dict[str, list[Tensor]] = {"losses": [], "scores": [], "tallies": []}
+    options: Any = {"task": task, "device": device, "batch_size": batch_size}
+    with closing(_outputs(model, inputs, mine, **options)) as outputs:
         for some in outputs:
-            part = targets[begin : begin + len(some)]
-            losses.append(task.loss(some, part))
-            scores.append(task.scores(some, part))
-            tallies.append(task.tally(some, part))
+            part = known[begin : begin + len(some)]
+            measured["losses"].append(task.loss(some, part))
+            measured["scores"].append(task.scores(some, part))
+            measured["tallies"].append(task.tally(some, part))
             begin += len(some)
-            on_examples(begin, len(targets))
-    figure = task.figure(torch.cat(tallies))
+            on_examples(begin, len(known))
+    joined = {name: torch.cat(tensors) for name, tensors in measured.items() if tensors}
+    losses, scores, tallies = ranks.concatenate(joined).values()
+    figure = task.figure(tallies)
     return Evaluation(
         # A model whose outputs are not finite is the worst of all, and its figure can be read all the same.
         score=max(figure.score, WORST) if math.isfinite(figure.score) else WORST,
-        loss=torch.cat(losses).double().mean().item(),
+        loss=losses.double().mean().item(),
         num_examples=len(targets),
-        scores=torch.cat(scores).float().nan_to_num(nan=torch.finfo(torch.float32).min),
+        scores=scores.float().nan_to_num(nan=torch.finfo(torch.float32).min),
         by_class=figure.by_class,
         figures={name: value for name, value in figure.figures.items() if math.isfinite(value)},
     )
@@ -84,7 +94,7 @@ def evaluate(
 
 def predict(
     model: nn.Module,
-    inputs: Tensor | DeviceData,
+    inputs: Rows | DeviceData,
     *,
     task: Task,
     device: torch.device,
@@ -95,23 +105,30 @@ def predict(
     Args:
         inputs: as in `evaluate`.
     """
-    with closing(_outputs(model, inputs, task=task, device=device, batch_size=batch_size)) as outputs:
+    every: Any = {"task": task, "device": device, "batch_size": batch_size}
+    with closing(_outputs(model, inputs, slice(None), **every)) as outputs:
         return torch.cat(list(outputs))
 
 
 # This is not inference_mode, whose tensors cannot be trained with afterwards.
 @torch.no_grad()
 def _outputs(
-    model: nn.Module, inputs: Tensor | DeviceData, *, task: Task, device: torch.device, batch_size: int
+    model: nn.Module,
+    inputs: Rows | DeviceData,
+    some_rows: slice,
+    *,
+    task: Task,
+    device: torch.device,
+    batch_size: int,
 ) -> Generator[Tensor]:
     """Yield the outputs of some examples in turn, float32 on the CPU."""
     data = _moved(inputs, task.spec, device)
     memory_format = place(model, device)
     waiting: list[Tensor] = []
-    # Outputs that are pictures themselves are not to fill the memory.
-    most = max(1, MAX_BATCH_VALUES // math.prod(task.spec.targets.shape))
-    batch_size, num_fetched = (most, 1) if batch_size > most else (batch_size, NUM_FETCHED)
-    parts = [slice(begin, begin + batch_size) for begin in range(0, len(data), batch_size)]
+    num_fetched = NUM_FETCHED if _batch_size(task, batch_size) == batch_size else 1
+    batch_size = _batch_size(task, batch_size)
+    begin, end, _ = some_rows.indices(len(data))
+    parts = [slice(first, min(first + batch_size, end)) for first in range(begin, end, batch_size)]
     with _evaluation_mode(model), closing(data.rows(parts)) as batches:
         for number, (some,) in enumerate(batches, 1):
             outputs = model(laid_out(data.normalise(some), memory_format))
@@ -124,12 +141,13 @@ def _outputs(
 @torch.no_grad()
 def recompute_statistics(
     model: nn.Module,
-    inputs: Tensor | DeviceData,
+    inputs: Rows | DeviceData,
     *,
     spec: DatasetSpec,
     device: torch.device,
     seed: int,
     batch_size: int = BATCH_SIZE,
+    ranks: Ranks = ALONE,
 ) -> None:
     """Set BatchNorm's running statistics to their mean over the batches of one pass, in float32.
 
@@ -143,6 +161,8 @@ def recompute_statistics(
         seed: of the batches. They mix examples from everywhere: in the order of the agents, each batch
             would miss the variance that is between agents.
         batch_size: at most, where it is 3 or more.
+        ranks: the processes that do so with the same model, each with some of the batches. The result is that
+            of one rank, but for rounding.
     """
     norms = [norm for norm in batch_norms(model) if norm.track_running_stats]
     if not norms or len(inputs) < 2:
@@ -152,10 +172,33 @@ def recompute_statistics(
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed)).to(data.home)
     # Of nearly equal size: each batch counts alike in the mean. One example alone may have no variance.
     num_batches = min(math.ceil(len(data) / batch_size), len(data) // 2)
-    parts = order.tensor_split(num_batches)
+    parts = order.tensor_split(num_batches)[ranks.part(num_batches)]
     with _evaluation_mode(model), _cumulative_mean(norms), closing(data.rows(parts)) as batches:
         for (some,) in batches:
             model(laid_out(data.normalise(some), memory_format))
+    _share_statistics(norms, len(parts), ranks)
+
+
+def _share_statistics(norms: Sequence[_BatchNorm], num_batches: int, ranks: Ranks) -> None:
+    """Set the running statistics to their mean over the batches of all ranks, of which this one had some."""
+    if ranks.world_size == 1:
+        return
+    both = [statistic for norm in norms for statistic in (norm.running_mean, norm.running_var)]
+    statistics = [statistic for statistic in both if statistic is not None]
+    weighted = torch.cat([each.double().cpu() for each in statistics]) * num_batches
+    total = sum(ranks.gather(num_batches))
+    mean = ranks.add(weighted) / total
+    parts = torch.split(mean, [len(each) for each in statistics])
+    for each, part in zip(statistics, parts, strict=True):
+        each.copy_(part)
+    for norm in norms:
+        if norm.num_batches_tracked is not None:
+            norm.num_batches_tracked.fill_(total)
+
+
+def _batch_size(task: Task, batch_size: int) -> int:
+    """Return how many examples are measured at once: outputs that are pictures are not to fill the memory."""
+    return min(batch_size, max(1, MAX_BATCH_VALUES // math.prod(task.spec.targets.shape)))
 
 
 def place(model: nn.Module, device: torch.device) -> torch.memory_format:
@@ -205,7 +248,7 @@ def _cumulative_mean(norms: Sequence[_BatchNorm]) -> Iterator[None]:
             norm.num_batches_tracked = count
 
 
-def _moved(inputs: Tensor | DeviceData, spec: DatasetSpec, device: torch.device) -> DeviceData:
+def _moved(inputs: Rows | DeviceData, spec: DatasetSpec, device: torch.device) -> DeviceData:
     """Return the inputs on the device."""
     return inputs if isinstance(inputs, DeviceData) else DeviceData(inputs, spec, device)
 

@@ -19,8 +19,9 @@ from ecavg.common.config import RunConfig, TrainingConfig
 from ecavg.common.dataset import Inputs, Targets
 from ecavg.common.errors import DivergedError, UsageError
 from ecavg.common.models import build_model, errors_of_model
+from ecavg.common.ranks import ALONE
 from ecavg.common.tasks.task import Task, task_of
-from ecavg.common.training import ALONE, Examples, Recipe, train
+from ecavg.common.training import Examples, Recipe, train
 from ecavg.common.weights import StateDict, copy_into, dtype_name
 
 # Two examples are the fewest with which every kind of layer can be trained.

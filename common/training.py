@@ -22,12 +22,14 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ecavg.common.batches import Batch, DeviceData, batch_bounds, draw_epoch
-from ecavg.common.checkpoint import CHECKPOINT_SECONDS, Checkpoints, Finished, fingerprint
+from ecavg.common.checkpoint import CheckpointFile, Checkpoints, Finished, fingerprint, fingerprint_of
 from ecavg.common.config import TrainingConfig
 from ecavg.common.errors import DivergedError, is_out_of_memory
 from ecavg.common.evaluation import batch_norms, laid_out, place
 from ecavg.common.graphs import MIN_STEPS, Recorder, ReplayedSteps, Step, recorder_for
+from ecavg.common.mapped import Rows, in_memory
 from ecavg.common.precision import Precision, decide, describe, has_bfloat16
+from ecavg.common.ranks import ALONE, Ranks
 from ecavg.common.schedule import Place, learning_rate_factor, whole
 from ecavg.common.seeds import derive_seed
 from ecavg.common.tasks.task import Task
@@ -53,12 +55,12 @@ log = structlog.get_logger()
 
 
 class Examples(NamedTuple):
-    """Inputs and their targets."""
+    """Inputs and their targets, in memory or in files."""
 
     # The inputs, [N, …].
-    inputs: Tensor
+    inputs: Rows
     # The targets, [N, …].
-    targets: Tensor
+    targets: Rows
 
 
 class Recipe(NamedTuple):
@@ -73,26 +75,6 @@ class Recipe(NamedTuple):
     class_balanced: bool = False
     # The place in the schedule of the run; None: the training has a schedule of its own.
     place: Place | None = None
-
-
-class Ranks(NamedTuple):
-    """The processes of the default process group that train one model together."""
-
-    # The number of this process.
-    rank: int
-    world_size: int
-
-
-# There is no process group.
-ALONE = Ranks(0, 1)
-
-
-class CheckpointFile(NamedTuple):
-    """The file that keeps the last finished epoch of a training."""
-
-    path: Path
-    # At least so much time is between two checkpoints, and before the first.
-    seconds: float = CHECKPOINT_SECONDS
 
 
 def choose_precision(
@@ -202,7 +184,8 @@ def train(
         ranks: the processes that train together; each takes its part of every batch.
         checkpoint: keeps the last finished epoch. If the file is there, and of a training with the same
             recipe, weights and examples, that training is gone on with; on the CPU it ends with the same
-            bits as if it had never stopped. The caller removes the file when the result is safe.
+            bits as if it had never stopped. The caller removes the file when the result is safe. Ranks go
+            on with the latest file of all machines, whatever the number of ranks that wrote it.
 
     Returns:
         The mean loss of the last epoch, over all ranks; NaN when there is no epoch.
@@ -210,21 +193,18 @@ def train(
     Raises:
         UsageError: too few images, or too small batches, for this model.
         DivergedError: the loss is not finite any more.
-        ValueError: arguments that do not go together.
     """
-    if checkpoint and (ranks.world_size > 1 or recipe.class_balanced):
-        raise ValueError("only a plain training in one process can be kept in a checkpoint")
     num_epochs = recipe.config.epochs
     if num_epochs == 0:
         return math.nan
     data = DeviceData(examples.inputs, recipe.task.spec, device, [examples.targets])
-    balanced = examples.targets.cpu() if recipe.class_balanced else None
+    balanced = in_memory(examples.targets).cpu() if recipe.class_balanced else None
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         training = _Training(model, data, recipe, on_step, ranks, balanced, after_step)
         kept = None
         if checkpoint:
-            identity = _identity(recipe, model, examples)
-            kept = Checkpoints(checkpoint.path, identity, model, training.optimizer, checkpoint.seconds)
+            identity = _identity(recipe, model, examples, checkpoint.subject)
+            kept = Checkpoints(checkpoint, identity, model, training.optimizer, ranks)
         finished = kept.restore() if kept else Finished()
         for epoch in range(finished.num_epochs, num_epochs):
             loss = training.run_epoch(epoch)
@@ -285,7 +265,7 @@ class _Training:
         self._data, self._balanced_N = data, balanced_N
         self._config, self._seed = recipe.config, recipe.seed
         self._place = recipe.place or whole(recipe.config)
-        self._rank, self._world_size = ranks
+        self._rank, self._world_size = ranks.rank, ranks.world_size
         # One example alone may have no variance.
         smallest = ranks.world_size * (2 if batch_norms(model) else 1)
         self._batches = batch_bounds(len(data), self._config.batch_size, smallest)
@@ -455,14 +435,24 @@ def _touch_others(outputs: Any) -> Tensor | float:
     return sum((0.0 * each.float().sum() for each in others if isinstance(each, Tensor)), 0.0)
 
 
-def _identity(recipe: Recipe, model: nn.Module, examples: Examples) -> str:
-    """Return the fingerprint of a training, by which its checkpoint is known."""
+def _identity(recipe: Recipe, model: nn.Module, examples: Examples, subject: str) -> str:
+    """Return the fingerprint of a training, by which its checkpoint is known.
+
+    Args:
+        subject: what names the weights and the examples; empty: their digest does.
+    """
     # With graphs and without, a training is the same.
     config = recipe.config.model_dump(mode="json", exclude={"graphs"})
     place = recipe.place or whole(recipe.config)
     task = recipe.task
-    settings = (config, recipe.precision, type(task).__qualname__, task.spec, recipe.seed, place)
-    return fingerprint(settings, model, *examples)
+    settings: list[Any] = [config, recipe.precision, type(task).__qualname__, task.spec, recipe.seed, place]
+    if recipe.class_balanced:
+        settings.append("balanced")
+    return (
+        fingerprint_of(settings, subject)
+        if subject
+        else fingerprint(settings, model, *map(in_memory, examples))
+    )
 
 
 def _has_tensor_rate(device: torch.device) -> bool:

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from ecavg.common.agent_progress import OnExamples, ignore_examples
+from ecavg.common.checkpoint import CheckpointFile
 from ecavg.common.config import RunConfig, TrainingConfig
 from ecavg.common.errors import DivergedError, RunError
 from ecavg.common.evaluation import Evaluation, evaluate
@@ -30,7 +31,7 @@ from ecavg.common.seeds import derive_seed
 from ecavg.common.shards import Shard, cloud_holdout, gather, read_shard
 from ecavg.common.tasks import kind_of, published
 from ecavg.common.tasks.task import task_of
-from ecavg.common.training import CheckpointFile, Examples, OnStep, Recipe, choose_precision, train
+from ecavg.common.training import Examples, OnStep, Recipe, choose_precision, train
 from ecavg.common.transfer import Blob, blob_of
 from ecavg.common.weights import StateDict, load_into, write_state_dict
 from ecavg.common.wire import Base, encode, wire_of

@@ -14,6 +14,7 @@ from ecavg.common.batches import DeviceData
 from ecavg.common.config import TrainingConfig
 from ecavg.common.dataset import DatasetSpec
 from ecavg.common.errors import DivergedError, RunError
+from ecavg.common.mapped import in_memory
 from ecavg.common.training import Examples, OnStep, StepReport
 from ecavg.common.weights import copy_into
 
@@ -50,7 +51,7 @@ class Data(Dataset[tuple[Tensor, Tensor]]):
     """
 
     def __init__(self, examples: Examples, spec: DatasetSpec) -> None:
-        self.inputs, self.targets = examples
+        self.inputs, self.targets = map(in_memory, examples)
         self._normalise = DeviceData(self.inputs[:0], spec, torch.device("cpu")).normalise
 
     def __len__(self) -> int:

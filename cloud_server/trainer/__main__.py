@@ -32,6 +32,8 @@ from ecavg.common.logs import configure_logging
 POLL_SECONDS = 0.025
 # A job that one machine has found is on all others after this time, with all its blobs.
 ARRIVAL_SECONDS = 600.0
+# The least time between two checkpoints of a fine-tune, each of which may be as large as three models.
+CHECKPOINT_SECONDS = 30.0
 # The launcher starts a failed group of ranks so many times again. Then the launcher exits as well, and the
 # server starts a new trainer.
 MAX_RESTARTS = 3
@@ -56,7 +58,7 @@ def _start(argv: Sequence[str] | None) -> int:
     if "RANK" not in os.environ and (num_ranks := _num_gpus(arguments.device)) > 1:
         return _launch(num_ranks, arguments)
     try:
-        _work(StateDir(arguments.state_dir), arguments.device)
+        _work(StateDir(arguments.state_dir), arguments.device, arguments.checkpoint_seconds)
     except Exception as error:
         if not isinstance(error, UsageError):
             # Nobody sees what this process does but in its log.
@@ -76,6 +78,13 @@ def _parser() -> cli.Parser:
     )
     parser.add_argument(
         "--device", default="auto", help="auto, cpu, cuda or cuda:1; auto and cuda take every GPU there is"
+    )
+    parser.add_argument(
+        "--checkpoint-seconds",
+        type=float,
+        default=CHECKPOINT_SECONDS,
+        metavar="SECONDS",
+        help="the least time between two checkpoints of a fine-tune; default: %(default)s",
     )
     return parser
 
@@ -110,6 +119,9 @@ def _launch(num_ranks: int, arguments: argparse.Namespace) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+    from ecavg.cloud_server.trainer.group import OWN_STORE
+
+    os.environ[OWN_STORE] = "1"
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -118,9 +130,12 @@ def _launch(num_ranks: int, arguments: argparse.Namespace) -> int:
         rdzv_endpoint="localhost:0",
         max_restarts=MAX_RESTARTS,
     )
-    command = ["-m", "ecavg.cloud_server.trainer", "--state-dir", str(arguments.state_dir)]
+    command = [
+        "-m", "ecavg.cloud_server.trainer", "--state-dir", str(arguments.state_dir),
+        "--device", arguments.device, "--checkpoint-seconds", str(arguments.checkpoint_seconds),
+    ]  # fmt: skip
     try:
-        elastic_launch(config, sys.executable)(*command, "--device", arguments.device)
+        elastic_launch(config, sys.executable)(*command)
     except SignalException:
         return 0
     except ChildFailedError:
@@ -128,7 +143,7 @@ def _launch(num_ranks: int, arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _work(state_dir: StateDir, device: str) -> NoReturn:
+def _work(state_dir: StateDir, device: str, checkpoint_seconds: float) -> NoReturn:
     """Do every job that becomes pending, as one rank of a group or alone."""
     # Importing PyTorch takes seconds, and an error in the command line should be reported without that delay.
     import torch
@@ -151,7 +166,13 @@ def _work(state_dir: StateDir, device: str) -> NoReturn:
         name, _, job_id = group.share(_next_job(state_dir.jobs) if group.rank == 0 else "").partition(" ")
         directory = JobDirectory(state_dir.job(name))
         _await_job(directory, job_id)
-        run_job(directory, blobs_dir=state_dir.blobs, device_name=device, group=group)
+        run_job(
+            directory,
+            blobs_dir=state_dir.blobs,
+            device_name=device,
+            group=group,
+            checkpoint_seconds=checkpoint_seconds,
+        )
 
 
 def _next_job(jobs_dir: Path) -> str:

@@ -1,6 +1,7 @@
 """Fine-tuning, the training of the chosen candidate on the combined data of all agents."""
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,12 +11,15 @@ from torch import nn
 
 from ecavg.cloud_server.contribution import Contribution
 from ecavg.cloud_server.state_dir import blob_path
+from ecavg.common.checkpoint import CheckpointFile
 from ecavg.common.config import RunConfig
+from ecavg.common.mapped import MappedRows
+from ecavg.common.ranks import ALONE, Ranks
 from ecavg.common.schedule import place_of
 from ecavg.common.seeds import derive_seed
 from ecavg.common.shards import Shard, cloud_holdout, gather, read_shard
 from ecavg.common.tasks.task import task_of
-from ecavg.common.training import ALONE, AfterStep, Examples, OnStep, Ranks, Recipe, choose_precision, train
+from ecavg.common.training import AfterStep, Examples, OnStep, Recipe, choose_precision, train
 
 
 class CombinedData(NamedTuple):
@@ -25,10 +29,19 @@ class CombinedData(NamedTuple):
     held_out: Examples
 
 
-def combine(run: RunConfig, contributions: Sequence[Contribution], blobs_dir: Path) -> CombinedData:
+def combine(
+    run: RunConfig, contributions: Sequence[Contribution], blobs_dir: Path, *, are_mapped: bool = False
+) -> CombinedData:
     """Read the shards of all contributions, in the order given, and hold out a part of each shard.
 
     The same examples of a shard are held out in every round, whichever other agents take part.
+
+    Args:
+        run: the configuration of the run.
+        contributions: the contributions, in agent-id order.
+        blobs_dir: the directory of the blobs.
+        are_mapped: whether the examples stay in the files until they are asked for, as for a rank that
+            needs only a part of them at a time.
 
     Raises:
         InvalidError: a blob is not a shard.
@@ -45,7 +58,8 @@ def combine(run: RunConfig, contributions: Sequence[Contribution], blobs_dir: Pa
             )
             train_parts.append((shard, rest))
             held_out_parts.append((shard, held_out))
-    return CombinedData(_examples(run, train_parts), _examples(run, held_out_parts))
+    examples = _mapped_examples if are_mapped and train_parts else partial(_examples, run)
+    return CombinedData(examples(train_parts), examples(held_out_parts))
 
 
 def fine_tune(
@@ -61,6 +75,7 @@ def fine_tune(
     on_step: OnStep | None = None,
     after_step: AfterStep = lambda: None,
     ranks: Ranks = ALONE,
+    checkpoint: CheckpointFile | None = None,
 ) -> None:
     """Train the model in place on the examples; `train` in common/training.py has arguments and exceptions.
 
@@ -77,6 +92,7 @@ def fine_tune(
         on_step: a callback for reports on the training.
         after_step: a callback for every step of the training.
         ranks: this process's place among the ranks.
+        checkpoint: keeps the last finished epoch, from which the same fine-tune goes on.
     """
     config = run.fine_tune_of(round_number)
     kept_at = precision_path if ranks == ALONE else None
@@ -85,9 +101,24 @@ def fine_tune(
     seed = derive_seed(run.seed, round_number, "fine_tune")
     place = place_of(run, "fine_tune", round_number, planned_rounds, has_full_curve=has_full_curve)
     recipe = Recipe(config, task, seed, precision, config.class_balanced, place)
-    train(model, examples, recipe, device=device, on_step=on_step, after_step=after_step, ranks=ranks)
+    train(
+        model,
+        examples,
+        recipe,
+        device=device,
+        on_step=on_step,
+        after_step=after_step,
+        ranks=ranks,
+        checkpoint=checkpoint,
+    )
 
 
 def _examples(run: RunConfig, parts: Sequence[tuple[Shard, np.ndarray]]) -> Examples:
     """Return the chosen examples of each shard, as tensors."""
     return Examples(*map(torch.from_numpy, gather(parts, run.spec)))
+
+
+def _mapped_examples(parts: Sequence[tuple[Shard, np.ndarray]]) -> Examples:
+    """Return the chosen examples of each shard, which stay in the files; there is at least one shard."""
+    inputs = MappedRows([(shard.inputs, indices) for shard, indices in parts])
+    return Examples(inputs, MappedRows([(shard.targets, indices) for shard, indices in parts]))

@@ -3,33 +3,33 @@
 import os
 from collections.abc import Mapping
 from datetime import timedelta
-from typing import NamedTuple, Self
+from typing import Self
 
 import torch
 import torch.distributed as dist
 
 from ecavg.common.devices import select_device
 from ecavg.common.errors import UsageError
+from ecavg.common.ranks import Ranks
 
 # A rank waits within a collective for the next job, or until rank 0 has averaged, which may take any time.
 # The death of another rank shows by its broken connection, so that no time-out is needed.
 _TIMEOUT = timedelta(days=365)
+# With this variable each group of ranks that torchrun forms has a store of its own. Otherwise a group that is
+# formed anew finds the addresses of the last group in the store, and cannot connect.
+OWN_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
 
 
-class Group(NamedTuple):
-    """This process's place among the ranks."""
-
-    rank: int = 0
-    world_size: int = 1
-    # The rank among the ranks of this machine, which is the number of the rank's GPU.
-    local_rank: int = 0
+class Group(Ranks):
+    """This process's place among the ranks of the trainer."""
 
     @classmethod
     def join(cls, device_name: str, environ: Mapping[str, str] = os.environ) -> Self:
         """Join the other ranks, if torchrun's variables in the environment say that there are any.
 
         Raises:
-            UsageError: this machine has no such device, or the variables are not those of torchrun.
+            UsageError: this machine has no such device, or the variables are not those of a torchrun whose
+                group of ranks can form anew.
         """
         if (environ.get("WORLD_SIZE") or "1") == "1":
             return cls()
@@ -41,6 +41,7 @@ class Group(NamedTuple):
                 f"the environment has WORLD_SIZE, but {', '.join(names)} are not three numbers: start the"
                 " trainer with torchrun, or remove these variables"
             ) from error
+        _check_store(environ)
         device = group.device(device_name)
         if device.type == "cuda":
             torch.cuda.set_device(device)
@@ -60,14 +61,11 @@ class Group(NamedTuple):
             return torch.device("cuda", self.local_rank)
         return device
 
-    def share(self, text: str) -> str:
-        """Return the text that rank 0 gives, on every rank; the other ranks wait here for rank 0."""
-        if self.world_size == 1:
-            return text
-        encoded = torch.tensor(list(text.encode()), dtype=torch.uint8)
-        size = torch.tensor([len(encoded)])
-        dist.broadcast(size, src=0)
-        if self.rank != 0:
-            encoded = torch.empty(int(size), dtype=torch.uint8)
-        dist.broadcast(encoded, src=0)
-        return bytes(encoded.tolist()).decode()
+
+def _check_store(environ: Mapping[str, str]) -> None:
+    """Raise UsageError if torchrun would give the ranks the store of the last group; see OWN_STORE."""
+    if environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        raise UsageError(
+            "this torchrun could not start a group again after a failure: set"
+            f" {OWN_STORE}=1 in its environment, and use --rdzv-backend=c10d or --standalone"
+        )

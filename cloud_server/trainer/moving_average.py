@@ -7,6 +7,8 @@ them is nearer to it (Polyak and Juditsky, 1992; arXiv 2411.18704).
 import torch
 from torch import Tensor, nn
 
+from ecavg.common.weights import StateDict
+
 
 class MovingAverage:
     """The exponential moving average of the parameters that a training changes.
@@ -43,6 +45,18 @@ class MovingAverage:
             return False
         torch._foreach_copy_(self._parameters(), self._averages)
         return True
+
+    def tensors(self) -> StateDict:
+        """Return the average, for a checkpoint."""
+        return {str(number): tensor for number, tensor in enumerate(self._averages)}
+
+    @torch.no_grad()
+    def set_tensors(self, tensors: StateDict) -> None:
+        """Go on with an average that `tensors` has returned."""
+        parameters = self._parameters()
+        self._averages = [torch.empty_like(each, dtype=_at_least_float32(each)) for each in parameters]
+        for number, average in enumerate(self._averages):
+            average.copy_(tensors[str(number)])
 
     def _parameters(self) -> list[Tensor]:
         """Return the parameters that are trained: the others stay as they are."""

@@ -16,18 +16,20 @@ from ecavg.cloud_server.state_dir import blob_path
 from ecavg.cloud_server.trainer.audit import MIN_AGENTS
 from ecavg.cloud_server.trainer.finetune import CombinedData, combine, fine_tune
 from ecavg.cloud_server.trainer.group import Group
+from ecavg.cloud_server.trainer.measuring import Measuring
 from ecavg.cloud_server.trainer.members import all_hold_base, base_of, common_start, make_weights, members_of
 from ecavg.cloud_server.trainer.moving_average import MovingAverage
 from ecavg.cloud_server.trainer.output import Written, num_parameters, write_model
 from ecavg.cloud_server.trainer.screening import Screening, screen
 from ecavg.cloud_server.trainer.selection import Best, Selection
 from ecavg.common import tracing
+from ecavg.common.checkpoint import CHECKPOINT_SECONDS, CheckpointFile
 from ecavg.common.config import RunConfig
 from ecavg.common.errors import InvalidError, RunError
 from ecavg.common.evaluation import Evaluation
 from ecavg.common.faults import Point, crash_point
 from ecavg.common.models import build_model, shared_part
-from ecavg.common.training import Examples, Ranks, StepReport
+from ecavg.common.training import Examples, StepReport
 from ecavg.common.wire import Base, is_encoded, wire_of
 
 log = structlog.get_logger()
@@ -37,7 +39,13 @@ class RoundPipeline:
     """The work on one round, step by step; within a group, every rank has a pipeline of its own."""
 
     def __init__(
-        self, job: Job, directory: JobDirectory, blobs_dir: Path, device: torch.device, group: Group
+        self,
+        job: Job,
+        directory: JobDirectory,
+        blobs_dir: Path,
+        device: torch.device,
+        group: Group,
+        checkpoint_seconds: float = CHECKPOINT_SECONDS,
     ) -> None:
         self._job = job
         self._run = job.run if job.attempt == 1 else _without_graphs(job.run)
@@ -53,6 +61,7 @@ class RoundPipeline:
         self._device = device
         self._group = group
         self._is_first = group.rank == 0
+        self._checkpoint_seconds = checkpoint_seconds
         self._screening = Screening()
         self._seconds: dict[str, float] = {}
 
@@ -74,19 +83,29 @@ class RoundPipeline:
             self._make_weights()
         base = self._base_of_published()
         self._screen(model)
-        data = combine(self._run, [member.contribution for member in self._members], self._blobs_dir)
+        data = combine(
+            self._run,
+            [member.contribution for member in self._members],
+            self._blobs_dir,
+            are_mapped=self._group.world_size > 1,
+        )
         log.info("data", num_train=len(data.train.targets), num_held_out=len(data.held_out.targets))
+        measuring = Measuring(model, self._run, data, self._device, self._group)
         with self._timed("aggregate"):
             selection = self._select(model, data) if self._is_first else None
+            if selection is None:
+                measuring.serve()
         self._tell("fine_tuning", 0, 1)
         start = selection.take_best() if selection else None
         average = self._fine_tune(model, data.train)
         crash_point(Point.TRAINER_FINE_TUNED)
         if selection is None or start is None:
+            measuring.serve()
             return Result()
         self._tell("evaluating", 0, 1)
         with self._timed("evaluate"):
             result = self._publish(model, average, data, selection, start, base)
+            selection.end()
         self._tell("evaluating", 1, 1)
         return self._timestamped(result)
 
@@ -135,7 +154,7 @@ class RoundPipeline:
         self._members = self._screening.kept(self._members, scratch)
 
     def _select(self, model: nn.Module, data: CombinedData) -> Selection:
-        """Make and measure the candidates on rank 0; the fine-tune sends the start to the other ranks."""
+        """Make the candidates on rank 0, and measure them on all ranks, to which the start comes later."""
         selection = Selection(
             model,
             self._run,
@@ -146,6 +165,7 @@ class RoundPipeline:
             scratch=self._directory.scratch_path,
             rest=self._rest,
             on_tensor=lambda *_: crash_point(Point.TRAINER_TENSOR_AVERAGED),
+            ranks=self._group,
         )
         with tracing.span("select"):
             selection.run(lambda done, total: self._tell("aggregating", done, total))
@@ -154,13 +174,16 @@ class RoundPipeline:
     def _fine_tune(self, model: nn.Module, examples: Examples) -> MovingAverage | None:
         """Fine-tune the model in place, if there are examples; return its average, if the run keeps one.
 
-        All ranks have the same weights after each step, so rank 0 alone keeps their average.
+        All ranks have the same weights after each step, so that one of each machine keeps their average.
         """
         if not len(examples.targets):
             # No agent has shared any data.
             return None
         decay = self._run.fine_tune.ema_decay
-        average = MovingAverage(model, decay) if decay and self._is_first else None
+        average = MovingAverage(model, decay) if decay and self._group.local_rank == 0 else None
+        path = self._directory.checkpoint_path
+        path.parent.mkdir(exist_ok=True)
+        checkpoint = CheckpointFile(path, self._checkpoint_seconds, self._job.training_id, average)
         with self._timed("fine_tune"):
             fine_tune(
                 model,
@@ -173,7 +196,8 @@ class RoundPipeline:
                 precision_path=self._directory.precision_path,
                 on_step=self._tell_step if self._is_first else None,
                 after_step=average.update if average else lambda: None,
-                ranks=Ranks(self._group.rank, self._group.world_size),
+                ranks=self._group,
+                checkpoint=checkpoint,
             )
         return average
 

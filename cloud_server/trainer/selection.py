@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import structlog
 import torch
@@ -25,6 +25,7 @@ from torch import nn
 from ecavg.cloud_server.trainer.aggregation import aggregate
 from ecavg.cloud_server.trainer.alignment import align_all
 from ecavg.cloud_server.trainer.finetune import CombinedData
+from ecavg.cloud_server.trainer.measuring import Measuring
 from ecavg.cloud_server.trainer.members import Member
 from ecavg.cloud_server.trainer.permutations import (
     NotTraceable,
@@ -32,11 +33,11 @@ from ecavg.cloud_server.trainer.permutations import (
     apply,
     permutation_groups,
 )
-from ecavg.common.batches import DeviceData
 from ecavg.common.config import RunConfig
 from ecavg.common.dataset import DatasetSpec
-from ecavg.common.evaluation import Evaluation, batch_norms, evaluate, recompute_statistics
+from ecavg.common.evaluation import Evaluation
 from ecavg.common.models import empty_inputs, shared_part
+from ecavg.common.ranks import ALONE, Ranks
 from ecavg.common.seeds import derive_seed
 from ecavg.common.tasks.task import task_of
 from ecavg.common.weights import StateDict, copy_into, load_into, read_state_dict, write_state_dict
@@ -73,6 +74,7 @@ class Selection:
         device: the device on which candidates are measured.
         scratch: an existing folder for aligned weights.
         on_tensor: a callback that gets the numbers of done tensors and of all tensors of an aggregation.
+        ranks: the processes that measure together. This one is rank 0, and the others serve (measuring.py).
     """
 
     def __init__(
@@ -87,6 +89,7 @@ class Selection:
         scratch: Path,
         rest: Path | None = None,
         on_tensor: OnTensor = lambda *_: None,
+        ranks: Ranks = ALONE,
     ) -> None:
         # The score of each candidate that was measured, by name.
         self.scores: dict[str, float] = {}
@@ -95,21 +98,18 @@ class Selection:
         self.best: Best | None = None
         self._model = model
         self._run = run
-        self._task = task_of(run)
         # The name of the figure that the scores are.
-        self.metric = self._task.metric
+        self.metric = task_of(run).metric
         self._members = members
         self._previous = previous
         self._data = data
         self._rest = rest
-        self._device = device
+        self._measuring = Measuring(model, run, data, device, ranks)
         self._scratch = scratch
         self._on_tensor = on_tensor
         self._measured: dict[Key, Evaluation | None] = {}
         # The aggregate that was last loaded into the model, and the versions of the model's tensors then.
         self._filled: tuple[Key, list[tuple[int, int]]] | None = None
-        # The inputs that are on the device while candidates are made, by the name of their part of the data.
-        self._moved: dict[str, DeviceData] = {}
 
     def run(self, on_progress: Callable[[int, int], None] = lambda *_: None) -> None:
         """Make and measure all candidates; without held-out data, the first that can be made is the best.
@@ -135,8 +135,8 @@ class Selection:
         # None of the candidates could be made, for example because the model cannot be aligned.
         if self.best is None:
             self._make_average()
-        # The fine-tune needs the memory.
-        self._moved.clear()
+        # The fine-tune needs the memory, and the other ranks.
+        self.end()
 
     def offer(self, name: str) -> Evaluation | None:
         """Measure the model as it is, and keep it if it is the best so far, or if there is no data."""
@@ -147,21 +147,15 @@ class Selection:
 
     def measure(self) -> Evaluation | None:
         """Evaluate the model as it is on held-out data; return None if there is no such data."""
-        if not len(self._data.held_out.targets):
-            return None
-        inputs, targets = self._on_device("held_out"), self._data.held_out.targets
-        return evaluate(self._model, inputs, targets, task=self._task, device=self._device)
+        return self._measuring.measure()
 
     def recompute_statistics(self) -> None:
         """Fit BatchNorm's running statistics to the weights in the model, which are an average."""
-        if self._run.recompute_statistics and batch_norms(self._model):
-            recompute_statistics(
-                self._model,
-                self._on_device("train"),
-                spec=self._run.spec,
-                device=self._device,
-                seed=derive_seed(self._run.seed, "statistics"),
-            )
+        self._measuring.recompute_statistics()
+
+    def end(self) -> None:
+        """Let the other ranks go on, which take part in all that is measured."""
+        self._measuring.end()
 
     def take_best(self) -> Best:
         """Return the best model so far, and load its weights into the model."""
@@ -317,13 +311,6 @@ class Selection:
         """Return numbers that change when a tensor of the model is replaced or written to."""
         tensors = self._model.state_dict(keep_vars=True).values()
         return [(id(tensor), tensor._version) for tensor in tensors]
-
-    def _on_device(self, part: Literal["train", "held_out"]) -> DeviceData:
-        """Return the inputs of a part of the data, which are moved to the device when they are first used."""
-        if part not in self._moved:
-            inputs = getattr(self._data, part).inputs
-            self._moved[part] = DeviceData(inputs, self._run.spec, self._device)
-        return self._moved[part]
 
     def _is_best(self, evaluation: Evaluation | None) -> bool:
         """Return True if a model with this evaluation is better than the best model so far."""

@@ -16,6 +16,7 @@ from ecavg.cloud_server.trainer.output import num_parameters, write_model
 from ecavg.cloud_server.trainer.pipeline import RoundPipeline
 from ecavg.cloud_server.trainer.warm_up import WarmUp
 from ecavg.common import tracing
+from ecavg.common.checkpoint import CHECKPOINT_SECONDS
 from ecavg.common.errors import ECAvgError, UsageError, is_out_of_memory
 from ecavg.common.faults import Point, crash_point
 from ecavg.common.files import error_number, is_full
@@ -27,7 +28,14 @@ from ecavg.common.wire import wire_of, wire_schema
 log = structlog.get_logger()
 
 
-def run_job(directory: JobDirectory, *, blobs_dir: Path, device_name: str, group: Group) -> None:
+def run_job(
+    directory: JobDirectory,
+    *,
+    blobs_dir: Path,
+    device_name: str,
+    group: Group,
+    checkpoint_seconds: float = CHECKPOINT_SECONDS,
+) -> None:
     """Do the job and write its result; an error is written as a result, too.
 
     Within a group every rank calls this function, and rank 0 writes the result. A rank that fails writes the
@@ -39,6 +47,7 @@ def run_job(directory: JobDirectory, *, blobs_dir: Path, device_name: str, group
         blobs_dir: the directory of the blobs.
         device_name: the device to train on if the job leaves the choice to the trainer.
         group: this process's place among the ranks.
+        checkpoint_seconds: the least time between two checkpoints of the fine-tune.
 
     Raises:
         OSError: the result cannot be written.
@@ -46,10 +55,11 @@ def run_job(directory: JobDirectory, *, blobs_dir: Path, device_name: str, group
     """
     with structlog.contextvars.bound_contextvars(job=directory.path.name, rank=group.rank):
         try:
-            result = _do(directory, blobs_dir, device_name, group)
+            result = _do(directory, blobs_dir, device_name, group, checkpoint_seconds)
             if group.rank == 0:
                 directory.write_result(result)
                 crash_point(Point.TRAINER_RESULT_WRITTEN)
+                directory.discard_checkpoint()
             log.info("job_done", seconds=result.seconds, score=result.score_published)
         except Exception as error:
             # Model and data are the user's, so that a job can raise any exception.
@@ -68,18 +78,22 @@ def run_job(directory: JobDirectory, *, blobs_dir: Path, device_name: str, group
     torch.cuda.empty_cache()
 
 
-def _do(directory: JobDirectory, blobs_dir: Path, device_name: str, group: Group) -> Result:
+def _do(
+    directory: JobDirectory, blobs_dir: Path, device_name: str, group: Group, checkpoint_seconds: float
+) -> Result:
     """Do the job and return its result."""
     job = directory.read_job()
     device = group.device(device_name if job.device == "auto" else job.device)
     log.info("job_started", round=job.round, attempt=job.attempt, device=str(device))
-    if group.rank == 0:
+    if group.local_rank == 0:
+        # What a machine has made as rank 0 of an earlier group is not the work of this one.
         directory.discard_output()
+    group.share("discarded")
     crash_point(Point.TRAINER_JOB_TAKEN)
     if job.kind == "initialise":
         return _initialise(job, directory, group)
     with tracing.remote_span("job", job.traceparent):
-        return _pipeline_of(job)(job, directory, blobs_dir, device, group).run()
+        return _pipeline_of(job)(job, directory, blobs_dir, device, group, checkpoint_seconds).run()
 
 
 def _pipeline_of(job: Job) -> type[RoundPipeline]:

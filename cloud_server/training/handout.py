@@ -3,6 +3,7 @@
     PREFIX/jobs/round-0003/<id of the job>/
         job.json             put there by the server, which deletes all when it has the result or withdraws
         progress.jsonl       put there by the relay of the machine of rank 0, as all that follow
+        checkpoint           the last finished epoch of the fine-tune, for machines that come to it later
         model.safetensors, encoded.safetensors, rest.safetensors
         result.json          put there last
 

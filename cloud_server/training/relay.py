@@ -25,6 +25,8 @@ from ecavg.common.logs import configure_logging
 from ecavg.common.transfer import Blob
 
 STEP_SECONDS = 0.5
+# The name of the object below a job's.
+CHECKPOINT = "checkpoint"
 
 log = structlog.get_logger()
 
@@ -62,6 +64,8 @@ class Relay:
     def __init__(self, state_dir: StateDir, bucket: Bucket) -> None:
         self._state_dir = state_dir
         self._bucket = bucket
+        # When the checkpoint that the bucket has was written, in nanoseconds, by the name of its object.
+        self._kept: dict[str, int] = {}
         for folder in (*state_dir.folders, state_dir.incoming):
             folder.mkdir(parents=True, exist_ok=True)
 
@@ -88,7 +92,7 @@ class Relay:
         for key, directory in here.items():
             self._take_back(key, directory, there)
         for job in new:
-            self._bring(job)
+            self._bring(job, there)
 
     def _here(self) -> dict[str, JobDirectory]:
         directories = [JobDirectory(path) for path in self._state_dir.jobs.iterdir()]
@@ -107,8 +111,8 @@ class Relay:
             if path.name not in needed:
                 path.unlink()
 
-    def _bring(self, job: Job) -> None:
-        """Bring the blobs of a job, then the job."""
+    def _bring(self, job: Job, there: dict[str, int]) -> None:
+        """Bring the blobs of a job and its checkpoint, if it has one, then the job."""
         for digest in job.blobs:
             path = blob_path(self._state_dir.blobs, digest)
             if not path.exists():
@@ -117,7 +121,13 @@ class Relay:
                 sync(incoming)
                 path.parent.mkdir(exist_ok=True)
                 incoming.replace(path)
-        JobDirectory(self._state_dir.job(job.name)).write_job(job)
+        directory, checkpoint = JobDirectory(self._state_dir.job(job.name)), f"{key_of(job)}/{CHECKPOINT}"
+        if checkpoint in there:
+            path = directory.checkpoint_path
+            path.parent.mkdir(parents=True, exist_ok=True)
+            # A checkpoint that was replaced meanwhile is damaged, and the trainer ignores it.
+            self._bucket.fetch_unchecked(checkpoint, there[checkpoint], path)
+        directory.write_job(job)
         log.info("job_brought", job=job.name, attempt=job.attempt)
 
     def _take_back(self, key: str, directory: JobDirectory, there: dict[str, int]) -> None:
@@ -130,6 +140,19 @@ class Relay:
                 if path.exists():
                     self._bucket.put_file(path, f"{key}/{path.name}")
             log.info("result_taken_back", job=directory.path.name)
+        elif progress.exists():
+            self._keep_checkpoint(f"{key}/{CHECKPOINT}", directory.checkpoint_path)
+
+    def _keep_checkpoint(self, name: str, path: Path) -> None:
+        """Put a new checkpoint into the bucket, where it outlives the machines."""
+        try:
+            written_at = path.stat().st_mtime_ns
+            if self._kept.get(name) != written_at:
+                self._bucket.put_file(path, name)
+                self._kept = {name: written_at}
+        except FileNotFoundError:
+            # There is none yet, or the job is done and it is not needed any more.
+            return
 
 
 if __name__ == "__main__":

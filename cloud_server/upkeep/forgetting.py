@@ -92,6 +92,7 @@ def forget(store: Store, row: ForgettingRow, now: float) -> None:
             if last is None or number != last.number or last.phase in OVER:
                 # A trainer that was killed may have left some.
                 directory.discard_scratch()
+                directory.discard_checkpoint()
     files = [*store.state_dir.jobs.glob("*/*.json"), *store.state_dir.rounds.glob("*/report.json")]
     for path in files:
         _strike_out(row.agent_id, path)

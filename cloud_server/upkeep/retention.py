@@ -66,6 +66,7 @@ def clean_up(
             if is_over or number < last.number:
                 # A trainer that was killed may have left some.
                 directory.discard_scratch()
+                directory.discard_checkpoint()
         for number in retired.uncleared_rounds(store):
             round_job(store.state_dir, number).remove()
             store.state_dir.model(number).unlink(missing_ok=True)

@@ -9,12 +9,13 @@ from structlog.testing import capture_logs
 from torch import Tensor, nn
 
 from ecavg.common import training
+from ecavg.common.checkpoint import CheckpointFile
 from ecavg.common.config import RunConfig, TrainingConfig
 from ecavg.common.evaluation import evaluate, predict
 from ecavg.common.models import build_model
 from ecavg.common.tasks.classification import Classification
 from ecavg.common.tasks.task import task_of
-from ecavg.common.training import CheckpointFile, Examples, Recipe, StepReport, train
+from ecavg.common.training import Examples, Recipe, StepReport, train
 from tests.recipes import TRAININGS, PowerCutError
 
 DEVICE = torch.device("cuda:0")

@@ -8,12 +8,13 @@ import torch
 
 from ecavg.cloud_server.jobs import JobDirectory
 from ecavg.common import precision
+from ecavg.common.checkpoint import CheckpointFile
 from ecavg.common.config import RunConfig, TrainingConfig
 from ecavg.common.errors import InvalidError, Reason, RunError, UsageError
 from ecavg.common.models import build_model
 from ecavg.common.schema import read_header
 from ecavg.common.shards import read_shard
-from ecavg.common.training import CheckpointFile, Examples, train
+from ecavg.common.training import Examples, train
 from ecavg.common.weights import load_into, read_state_dict
 from ecavg.common.wire import decode
 from ecavg.edge_agent.state import AgentState

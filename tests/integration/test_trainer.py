@@ -25,12 +25,13 @@ from ecavg.cloud_server.trainer import __main__ as trainer_main
 from ecavg.cloud_server.trainer import pipeline, work
 from ecavg.cloud_server.trainer.aggregation import mean
 from ecavg.cloud_server.trainer.finetune import CombinedData, combine
-from ecavg.cloud_server.trainer.group import Group
+from ecavg.cloud_server.trainer.group import OWN_STORE, Group
 from ecavg.cloud_server.training import runner
 from ecavg.common import training
 from ecavg.common.config import FineTuneConfig, RunConfig
 from ecavg.common.errors import Reason
 from ecavg.common.evaluation import evaluate
+from ecavg.common.mapped import in_memory
 from ecavg.common.models import build_model
 from ecavg.common.schema import read_header
 from ecavg.common.seeds import derive_seed
@@ -227,7 +228,8 @@ def test_each_shard_of_an_agent_is_split_by_itself(blobs_dir, contributions):
 
 def test_combined_data_is_every_example_once_and_held_out_alike_in_any_company(blobs_dir, contributions):
     both = combine(RUN, contributions, blobs_dir)
-    images = torch.cat([both.train.inputs, both.held_out.inputs]).flatten(1).numpy()
+    parts = [in_memory(part.inputs) for part in both]
+    images = torch.cat(parts).flatten(1).numpy()
     everything = digits().inputs.reshape(len(images), -1)
     assert sorted(map(bytes, images)) == sorted(map(bytes, everything))
     alone = combine(RUN, contributions[1:], blobs_dir)
@@ -589,7 +591,7 @@ class Trainer:
     def __init__(self, state_dir: Path, *launcher: str) -> None:
         state_dir.mkdir(exist_ok=True)
         self._output_path = state_dir / "trainer.log"
-        arguments = ("--state-dir", str(state_dir), "--device", "cpu")
+        arguments = ("--state-dir", str(state_dir), "--device", "cpu", "--checkpoint-seconds", "0")
         with self._output_path.open("ab") as output:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", *launcher, "ecavg.cloud_server.trainer", *arguments],
@@ -597,7 +599,7 @@ class Trainer:
                 stdin=subprocess.PIPE,
                 stdout=output,
                 stderr=output,
-                env={**os.environ, "OMP_NUM_THREADS": "1"},
+                env={**os.environ, "OMP_NUM_THREADS": "1", OWN_STORE: "1"},
                 start_new_session=True,
             )
 
@@ -610,6 +612,14 @@ class Trainer:
 
     def wait_for_training(self, directory: JobDirectory) -> None:
         until(lambda: [line for line in directory.read_progress(0)[0] if line.loss], self)
+
+    def wait_for_checkpoint(self, directory: JobDirectory) -> None:
+        until(directory.checkpoint_path.exists, self)
+
+    def kill_rank(self) -> None:
+        """Kill one of the processes that the launcher has started."""
+        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
+        os.kill(int(children[-1]), signal.SIGKILL)
 
 
 @contextmanager
@@ -640,7 +650,7 @@ def test_a_job_that_was_stopped_is_done_again_with_the_same_bytes(state_dir, con
     long = RUN.model_copy(update={"fine_tune": RUN.fine_tune.model_copy(update={"epochs": 60})})
     stopped = ask(state_dir, job(contributions, run=long, name="stopped"))
     with trainer_in(state_dir) as trainer:
-        trainer.wait_for_training(stopped)
+        trainer.wait_for_checkpoint(stopped)
         trainer.process.terminate()
         assert trainer.process.wait(WAIT_SECONDS) == -signal.SIGTERM
     assert stopped.is_pending
@@ -648,6 +658,8 @@ def test_a_job_that_was_stopped_is_done_again_with_the_same_bytes(state_dir, con
         undisturbed = ask(state_dir, job(contributions, run=long, name="undisturbed"))
         assert trainer.result_of(stopped).error is None
         assert trainer.result_of(stopped).weights == trainer.result_of(undisturbed).weights
+        assert trainer.output.count("training_resumed") == 1
+        assert not stopped.checkpoint_path.exists()
 
         endless = ask(state_dir, job(contributions, run=ENDLESS, name="endless"))
         trainer.wait_for_training(endless)
@@ -656,14 +668,20 @@ def test_a_job_that_was_stopped_is_done_again_with_the_same_bytes(state_dir, con
     assert "Traceback" not in trainer.output
 
 
-def test_two_ranks_under_torchrun_train_together_and_leave_with_their_server(state_dir, contributions, three):
-    launcher = ("torch.distributed.run", "--nproc-per-node", "2", "--standalone", "-m")
+def test_two_ranks_under_torchrun_train_together_and_leave_with_their_server(
+    state_dir, contributions, three, do
+):
+    launcher = (
+        "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "--max-restarts", "1", "-m",
+    )  # fmt: skip
+    alone, _ = do(name="alone")
     with trainer_in(state_dir, *launcher) as trainer:
         initialise = ask(state_dir, job((), kind="initialise", name="initialise", round=0))
         assert trainer.result_of(initialise).error is None
         result = trainer.result_of(ask(state_dir, job(contributions)))
         assert result.error is None
         assert result.score_published > 0.9
+        assert (result.candidates, result.start) == (alone.candidates, alone.start)
         _, sent = encoded_as("bfloat16", contributions, state_dir / "blobs")
         result = trainer.result_of(ask(state_dir, job(sent, run=with_wire("bfloat16"), name="encoded")))
         assert result.error is None
@@ -677,7 +695,11 @@ def test_two_ranks_under_torchrun_train_together_and_leave_with_their_server(sta
         until(lambda: trainer.output.count("job_done") == 8, trainer)  # four jobs on two ranks
 
         endless = ask(state_dir, job(contributions, run=ENDLESS, name="endless"))
-        trainer.wait_for_training(endless)
+        trainer.wait_for_checkpoint(endless)
+        trainer.kill_rank()
+        # The ranks form a group anew, and both have the last epoch.
+        until(lambda: trainer.output.count("training_resumed") == 2, trainer)
+        assert endless.is_pending
         trainer.process.stdin.close()
         assert trainer.process.wait(WAIT_SECONDS) == 0
     assert endless.is_pending

@@ -100,6 +100,13 @@ def test_aggregate_compares_every_aggregator() -> None:
         assert figure["memory_in_models"]["median"] < 3
 
 
+def test_two_ranks_read_half_each() -> None:
+    result = run("ranks", "--mib", 24, "--ranks", 1, 2)
+    one, two = result["ranks"]["1"], result["ranks"]["2"]
+    assert two["read_mib"] == pytest.approx(one["read_mib"] / 2, rel=0.1)
+    assert two["own_mib"] < one["own_mib"]
+
+
 def test_train_compares_with_both_loops() -> None:
     result = run("train", "--models", "mlp", "--images", 128, "--repeats", 1, "--device", "cpu")
     measured = result["models"]["mlp"]

@@ -11,11 +11,12 @@ from structlog.testing import capture_logs
 from torch import Tensor, nn
 
 from ecavg.common import checkpoint
+from ecavg.common.checkpoint import CheckpointFile
 from ecavg.common.config import RunConfig, TrainingConfig
 from ecavg.common.dataset import pictures
 from ecavg.common.models import build_model
 from ecavg.common.tasks.classification import Classification
-from ecavg.common.training import CheckpointFile, Examples, Ranks, Recipe, StepReport, train
+from ecavg.common.training import Examples, Recipe, StepReport, train
 from tests.recipes import PowerCutError, Tied
 
 SPEC = pictures(3, (3, 8, 8), (0.4, 0.5, 0.6), (0.2, 0.25, 0.3))
@@ -209,11 +210,6 @@ def test_disk_that_cannot_be_written_does_not_stop_the_training(tmp_path: Path) 
         _, found = run(make_model(), tmp_path / "no-such-folder/x", config_of())
     assert_same_bits(found, undisturbed)
     assert [log["event"] for log in logs] == ["checkpoint_not_written"] * NUM_EPOCHS
-
-
-def test_training_of_several_processes_keeps_no_checkpoint(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="one process"):
-        run(make_model(), tmp_path / "x", config_of(), ranks=Ranks(0, 2))
 
 
 def test_nothing_is_written_for_no_epochs(tmp_path: Path) -> None:

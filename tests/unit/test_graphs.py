@@ -20,11 +20,12 @@ from ecavg.cloud_server.jobs import Job, JobDirectory
 from ecavg.cloud_server.trainer import pipeline
 from ecavg.cloud_server.trainer.group import Group
 from ecavg.common import graphs, training
+from ecavg.common.checkpoint import CheckpointFile
 from ecavg.common.config import RunConfig, TrainingConfig
 from ecavg.common.dataset import pictures
 from ecavg.common.models import build_model
 from ecavg.common.tasks.classification import Classification
-from ecavg.common.training import CheckpointFile, Examples, Recipe, StepReport, train
+from ecavg.common.training import Examples, Recipe, StepReport, train
 from tests.recipes import TRAININGS, PowerCutError, Tied
 from tests.tapes import BitFlipper, Caller, Failing, TapeRecorder
 

@@ -27,7 +27,7 @@ from ecavg.cloud_server.training import relay as relay_module
 from ecavg.cloud_server.training.handout import ExternalTrainers, HandOut
 from ecavg.cloud_server.training.relay import Relay
 from ecavg.common.config import RunConfig
-from ecavg.common.errors import RunError, StorageError
+from ecavg.common.errors import RunError, StorageError, UsageError
 from tests.buckets import Service, s3_service
 from tests.unit.states import digest_of
 
@@ -113,6 +113,48 @@ def test_progress_and_result_come_back_and_nothing_is_left(both: Both) -> None:
     assert not list(both.machine.blobs.glob("*/*"))
     # The blobs of the server stay.
     assert both.bucket.list().keys() == {digest_of(SENT)}
+
+
+def test_checkpoint_comes_to_a_machine_that_takes_the_job_up_later(both: Both, tmp_path: Path) -> None:
+    both.here.write_job(JOB)
+    both.steps()
+    both.there.checkpoint_path.parent.mkdir()
+    both.there.checkpoint_path.write_bytes(b"epoch 1")
+    both.relay.step()
+    # The machine of rank 0 takes it back, and that one has progress.
+    assert not [name for name in both.bucket.names("jobs") if name.endswith("checkpoint")]
+    both.there.append_progress(LINE)
+    both.relay.step()
+    both.there.checkpoint_path.write_bytes(b"epoch 20")
+    both.relay.step()
+    later = StateDir(tmp_path / "later")
+    relay = Relay(later, both.bucket)
+    relay.step()
+    found = JobDirectory(later.job(JOB.name))
+    assert found.checkpoint_path.read_bytes() == b"epoch 20"
+    assert found.is_pending
+    both.do_job()
+    both.steps()
+    both.steps()
+    assert not both.bucket.names("jobs")
+
+
+def test_checkpoint_that_has_not_changed_is_not_sent_again(
+    both: Both, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    both.here.write_job(JOB)
+    both.steps()
+    both.there.append_progress(LINE)
+    both.there.checkpoint_path.parent.mkdir()
+    both.there.checkpoint_path.write_bytes(b"epoch 1")
+    sent = []
+    put_file = Bucket.put_file
+    monkeypatch.setattr(
+        Bucket, "put_file", lambda self, path, name: sent.append(path.name) or put_file(self, path, name)
+    )
+    both.relay.step()
+    both.relay.step()
+    assert sent == ["progress.jsonl", "latest.safetensors"]
 
 
 def test_rest_and_the_starts_of_stale_weights_come_to_the_machine(both: Both, tmp_path: Path) -> None:
@@ -317,3 +359,9 @@ def test_job_stays_pending_where_another_rank_is_gone(
         group = Group(1, world_size)
         work.run_job(both.there, blobs_dir=both.machine.blobs, device_name="cpu", group=group)
     assert both.there.is_pending != is_written
+
+
+def test_torchrun_that_could_not_form_the_group_anew_is_refused() -> None:
+    environ = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    with pytest.raises(UsageError, match="set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"):
+        Group.join("cpu", environ)

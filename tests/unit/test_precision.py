@@ -9,13 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from ecavg.common import precision, training
+from ecavg.common.checkpoint import CheckpointFile
 from ecavg.common.config import RunConfig, TrainingConfig
 from ecavg.common.dataset import pictures
 from ecavg.common.models import build_model
 from ecavg.common.precision import MIN_STEPS, decide, describe
 from ecavg.common.tasks.classification import Classification
 from ecavg.common.tasks.task import Task, task_of
-from ecavg.common.training import CheckpointFile, Examples, Recipe, choose_precision, train
+from ecavg.common.training import Examples, Recipe, choose_precision, train
 
 CPU = torch.device("cpu")
 LONG = 1_000_000  # steps

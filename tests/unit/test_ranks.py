@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ecavg.common import training
 from ecavg.common.config import TrainingConfig
+from ecavg.common.ranks import ALONE, Ranks
 from ecavg.common.tasks.classification import Classification
 from ecavg.common.training import Examples, Recipe, train
 from ecavg.common.weights import read_state_dict, write_state_dict
@@ -26,6 +27,7 @@ from unittest.mock import patch
 import torch
 from ecavg.common import training
 from ecavg.common.config import TrainingConfig
+from ecavg.common.ranks import Ranks
 from ecavg.common.tasks.classification import Classification
 from tests.recipes import SPEC, make_data, make_model
 
@@ -37,7 +39,7 @@ torch.distributed.init_process_group(
 def trained():
     model = make_model(batch_norm=True, dropout=0.3)
     recipe = training.Recipe(TrainingConfig(epochs=2, batch_size=10), Classification(SPEC), 3, "float32")
-    ranks, device = training.Ranks(rank, 2), torch.device("cpu")
+    ranks, device = Ranks(rank, 2), torch.device("cpu")
     training.train(model, training.Examples(*make_data(45)), recipe, device=device, ranks=ranks)
     return model.state_dict()
 
@@ -92,7 +94,7 @@ DEEP_SCRIPT = """
 import sys
 from pathlib import Path
 import torch
-from ecavg.common.training import Ranks
+from ecavg.common.ranks import Ranks
 from ecavg.common.weights import write_state_dict
 from tests.unit.test_ranks import DEEP_KINDS, train_deep
 
@@ -111,7 +113,7 @@ DEEP_KINDS = [(kind, optimizer) for kind in ("none", "whole") for optimizer in (
 RTOL, ATOL = 1e-5, 1e-6
 
 
-def train_deep(kind: str, optimizer: Any, ranks: training.Ranks = training.ALONE) -> nn.Module:
+def train_deep(kind: str, optimizer: Any, ranks: Ranks = ALONE) -> nn.Module:
     model = make_deep_model(kind)
     augment = ("random_crop", "horizontal_flip")
     config = TrainingConfig(
@@ -150,7 +152,8 @@ from pathlib import Path
 import torch
 from ecavg.common.config import TrainingConfig
 from ecavg.common.tasks.classification import Classification
-from ecavg.common.training import Examples, Ranks, Recipe, train
+from ecavg.common.ranks import Ranks
+from ecavg.common.training import Examples, Recipe, train
 from ecavg.common.weights import read_state_dict, write_state_dict
 from tests.recipes import SPEC
 

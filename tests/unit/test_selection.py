@@ -10,6 +10,7 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 from ecavg.cloud_server.contribution import Contribution
+from ecavg.cloud_server.trainer import measuring as measuring_module
 from ecavg.cloud_server.trainer import selection as selection_module
 from ecavg.cloud_server.trainer.finetune import CombinedData
 from ecavg.cloud_server.trainer.members import Member
@@ -302,12 +303,12 @@ def test_images_are_moved_to_the_device_once_for_all_candidates(selected, convol
     assert len(moves) == 2
     assert len(uses) > 6
     # Their memory is free for the fine-tune.
-    assert selection._moved == {}
+    assert selection._measuring._moved == {}
     assert selection.offer("fine_tuned")
 
 
 def test_soup_that_is_still_in_the_model_is_not_made_again(selected, convolutions, count):
-    made, recomputed = count(selection_module, "aggregate"), count(selection_module, "recompute_statistics")
+    made, recomputed = count(selection_module, "aggregate"), count(measuring_module, "recompute_statistics")
     run = RUN.model_copy(update={"candidates": ("aligned", "greedy_soup")})
     found = selected(*convolutions, structure=ConvNet(), run=run)
     assert set(found.soup) == {"a", "c"}

@@ -21,7 +21,7 @@ from ecavg.common.models import build_model
 from ecavg.common.schedule import Place, learning_rate_factor, whole
 from ecavg.common.seeds import derive_seed
 from ecavg.common.tasks.classification import Classification
-from ecavg.common.training import CheckpointFile, Examples, Recipe, StepReport, train
+from ecavg.common.training import Examples, Recipe, StepReport, train
 from ecavg.common.weights import write_state_dict
 from tests.recipes import CPU, SPEC, Recorder, make_data, make_model, normalised, recipe_of
 
@@ -253,12 +253,6 @@ def test_loss_is_computed_in_float32_whatever_the_model_answers_in() -> None:
     found = run(model, (images, labels), epochs=1, batch_size=40)
 
     assert found == pytest.approx(expected, rel=1e-6)  # bfloat16 would be off by up to 4e-3
-
-
-def test_class_balanced_training_keeps_no_checkpoint() -> None:
-    options = {"class_balanced": True, "checkpoint": CheckpointFile(Path("x"))}
-    with pytest.raises(ValueError, match="plain training"):
-        run(make_model(), make_data(20), epochs=1, batch_size=10, **options)
 
 
 def test_class_balanced_epochs_show_rare_classes_as_often_as_others() -> None:
