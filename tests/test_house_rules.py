@@ -35,7 +35,7 @@ MAY_IMPORT_TORCH = {
     "common/training.py",
     "common/weights.py",
     "common/windows.py",
-    "edge_agent/data.py",
+    "edge_agent/splits.py",
     "edge_agent/exporting.py",
     "edge_agent/local.py",
     "edge_agent/own_training.py",
