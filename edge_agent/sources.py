@@ -9,11 +9,12 @@ from common.errors import UsageError
 from common.factories import import_factory
 from edge_agent.arrays import check_arrays, is_arrays, open_arrays, stamp_of_arrays
 from edge_agent.bundles import BUNDLES, open_bundle
+from edge_agent.columns import is_table
 from edge_agent.config import FACTORY_PATTERN, check_source, data_root
+from edge_agent.downloads import TORCHVISION, find_dataset, open_dataset
 from edge_agent.image_folder import class_folders, list_image_folder, list_splits, stamp_of
 from edge_agent.splits import Source, in_memory
-from edge_agent.tables import TableFormat, is_table, names_in, open_table
-from edge_agent.torchvision_data import TORCHVISION, find_dataset, open_dataset
+from edge_agent.tables import TableFormat, names_in, open_table
 
 # Of a source that is no table.
 NO_TABLE = TableFormat()

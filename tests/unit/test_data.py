@@ -20,9 +20,9 @@ from common.shards import Shard
 from edge_agent.bundles import BUNDLES
 from edge_agent.config import AgentConfig
 from edge_agent.data import AgentData, choose_shared, hold_out, load_agent_data
+from edge_agent.downloads import TORCHVISION
 from edge_agent.partition import Partition, parse_partition
 from edge_agent.splits import fit
-from edge_agent.torchvision_data import TORCHVISION
 
 DIGITS = RunConfig(dataset="digits")
 MNIST = RunConfig(dataset="mnist")
