@@ -30,7 +30,8 @@ from ecavg.common.models import build_model
 from ecavg.common.shards import Shard
 from ecavg.common.tasks.classification import Classification
 from ecavg.common.training import Examples, Recipe, StepReport, choose_precision, train
-from ecavg.edge_agent.image_folder import FileSplit, list_image_folder
+from ecavg.edge_agent.file_split import FileSplit
+from ecavg.edge_agent.image_folder import list_image_folder
 
 SEED = 0
 # By default a loop gives up after so many epochs.

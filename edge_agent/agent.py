@@ -24,7 +24,6 @@ from ecavg.common.tasks import kind_of, published
 from ecavg.edge_agent.async_member import AsyncMember
 from ecavg.edge_agent.client import CloudClient, Joined, UnknownAgentError
 from ecavg.edge_agent.config import AgentConfig
-from ecavg.edge_agent.data import class_names_of
 from ecavg.edge_agent.hours import parse_hours
 from ecavg.edge_agent.local import load_local_models
 from ecavg.edge_agent.local_data import LocalData
@@ -33,6 +32,7 @@ from ecavg.edge_agent.metrics import AgentMetrics, Phase
 from ecavg.edge_agent.news import News
 from ecavg.edge_agent.own_training import OwnTraining
 from ecavg.edge_agent.readiness import Readiness
+from ecavg.edge_agent.sources import class_names_of
 from ecavg.edge_agent.state import AgentState, Progress
 from ecavg.edge_agent.teller import Teller
 from ecavg.edge_agent.updating import Updates

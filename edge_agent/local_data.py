@@ -9,8 +9,8 @@ from ecavg.common.errors import UsageError
 from ecavg.common.faults import Point, crash_point
 from ecavg.common.progress import ProgressDisplay
 from ecavg.edge_agent.config import AgentConfig
-from ecavg.edge_agent.data import data_stamp
 from ecavg.edge_agent.local import LocalModels
+from ecavg.edge_agent.sources import data_stamp
 from ecavg.edge_agent.teller import Teller
 from ecavg.edge_agent.worker import Worker
 

@@ -15,7 +15,8 @@ from ecavg.common.config import RunConfig
 from ecavg.common.files import replacing
 from ecavg.common.seeds import derive_seed
 from ecavg.common.shards import Shard, split
-from ecavg.edge_agent.data import ArraySplit, open_source
+from ecavg.edge_agent.sources import open_source
+from ecavg.edge_agent.splits import ArraySplit
 
 FACTORY = "experiments.data:examples"
 _VARIABLE = "EXPERIMENT_DATA"

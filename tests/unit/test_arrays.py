@@ -19,8 +19,9 @@ from ecavg.edge_agent.arrays import (
     statistics,
 )
 from ecavg.edge_agent.config import AgentConfig, check_source
-from ecavg.edge_agent.data import AgentData, data_stamp, find_source, load_agent_data
+from ecavg.edge_agent.data import AgentData, load_agent_data
 from ecavg.edge_agent.doctor import _look_at_data
+from ecavg.edge_agent.sources import data_stamp, find_source
 
 RUN = RunConfig(
     task="regression", dataset="pumps", model="mlp", inputs={"shape": (3,), "low": -5, "high": 5}, seed=1

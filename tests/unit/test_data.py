@@ -17,11 +17,12 @@ from ecavg.common.config import RunConfig
 from ecavg.common.dataset import DATASETS
 from ecavg.common.errors import UsageError
 from ecavg.common.shards import Shard
-from ecavg.edge_agent import data
 from ecavg.edge_agent.bundles import BUNDLES
 from ecavg.edge_agent.config import AgentConfig
-from ecavg.edge_agent.data import AgentData, choose_shared, fit, hold_out, load_agent_data
+from ecavg.edge_agent.data import AgentData, choose_shared, hold_out, load_agent_data
+from ecavg.edge_agent.downloads import TORCHVISION
 from ecavg.edge_agent.partition import Partition, parse_partition
+from ecavg.edge_agent.splits import fit
 
 DIGITS = RunConfig(dataset="digits")
 MNIST = RunConfig(dataset="mnist")
@@ -189,7 +190,7 @@ def test_a_data_dir_with_train_in_it_is_an_image_folder(pets: Path) -> None:
 
 
 def test_every_named_dataset_can_be_opened() -> None:
-    assert {*BUNDLES, *data._TORCHVISION} == set(DATASETS)
+    assert {*BUNDLES, *TORCHVISION} == set(DATASETS)
 
 
 def test_a_missing_data_dir_is_refused_and_not_made(tmp_path: Path) -> None:
@@ -249,7 +250,7 @@ def test_an_image_folder_is_read_from_its_path(pets: Path) -> None:
 def test_agents_decode_only_their_own_part(pets: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened: list[Path] = []
     monkeypatch.setattr(
-        "ecavg.edge_agent.image_folder.decode_image",
+        "ecavg.edge_agent.file_split.decode_image",
         lambda path, shape, _: opened.append(path) or np.zeros(shape),
     )
     load(PETS, str(pets), partition=Partition(1, 4))

@@ -11,8 +11,9 @@ from ecavg.common.config import RunConfig
 from ecavg.common.errors import UsageError
 from ecavg.edge_agent.agent import class_names_of
 from ecavg.edge_agent.config import AgentConfig, check_source
-from ecavg.edge_agent.data import AgentData, data_stamp, load_agent_data
+from ecavg.edge_agent.data import AgentData, load_agent_data
 from ecavg.edge_agent.doctor import _look_at_data
+from ecavg.edge_agent.sources import data_stamp
 from ecavg.edge_agent.tables import TableFormat, open_table
 
 ROWS = np.random.default_rng(0).uniform(-5, 5, (40, 2)).round(4)
