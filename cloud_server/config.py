@@ -69,6 +69,18 @@ class ServerConfig(ProcessConfig):
     It changes nothing else, and may be another one after a restart.
     """
 
+    notify_url: Name | None = Field(None, title="URL")
+    """Where messages are sent: a round is published or has failed, agents are flagged, the run is over
+
+    It begins with `https://`. See docs/webhook.md.
+    """
+
+    notify_secret_file: UserPath | None = None
+    """File with the secret that signs these messages, so that the receiver can trust them."""
+
+    page_url: Name | None = Field(None, title="URL")
+    """Where people find the status page, such as `https://ecavg.example`, for the links in these messages."""
+
     blobs: Name = Field("files", title="files|s3://BUCKET/PREFIX")
     """Where weights and shards are kept: as files in STATE, or in an S3-compatible bucket.
 
@@ -203,6 +215,18 @@ class ServerConfig(ProcessConfig):
         return value.rstrip("/")
 
     @model_validator(mode="after")
+    def _messages_are_safe(self) -> Self:
+        # A validator of the key would show its value: the address of a webhook is often a secret by itself.
+        for name in ("notify_secret_file", "page_url"):
+            if getattr(self, name) is not None and self.notify_url is None:
+                raise ValueError(f"{name} is for the messages to notify_url: set that as well")
+        for name, is_secret in (("notify_url", True), ("page_url", False)):
+            value = getattr(self, name)
+            if value is not None and (problem := _problem_of_url(value, is_secret=is_secret)):
+                raise ValueError(f"{name} should {problem}")
+        return self
+
+    @model_validator(mode="after")
     def _max_is_not_below_min(self) -> Self:
         if self.max_agents is not None and self.max_agents < self.min_agents:
             raise ValueError(f"max_agents {self.max_agents} is below min_agents {self.min_agents}")
@@ -288,3 +312,22 @@ class ServerConfig(ProcessConfig):
         """Return how many agents limits are for that are not set."""
         taking_part = self.max_agents or self.buffer_size or self.min_agents
         return max(taking_part, self.agents_to_draw, self.connected_to_draw)
+
+
+def _problem_of_url(text: str, *, is_secret: bool) -> str:
+    """Return what the address of a page should be; an empty text if it is that.
+
+    Args:
+        is_secret: True if nobody may listen to what is sent there.
+    """
+    try:
+        parts = urlsplit(text)
+        is_usable = parts.scheme in ("https", "http") and parts.hostname and parts.port != 0
+    except ValueError:
+        is_usable = False
+    is_plain = text.isascii() and text.isprintable() and not {" ", "#"} & set(text)
+    if not is_usable or not is_plain or "@" in parts.netloc:
+        return "be an address such as https://hooks.example/ecavg, without name and password"
+    if is_secret and parts.scheme == "http" and not addresses.is_loopback(parts.hostname or ""):
+        return "begin with https://, unless its host is this machine (127.0.0.1)"
+    return ""
