@@ -151,8 +151,8 @@ class ServerMetrics:
             self.count_contribution(outcome, 0)
         for applied in (True, False):
             self.count_report(applied, 0)
-        for outcome in NOTIFICATION_OUTCOMES:
-            self.count_notification(outcome, 0)
+        for became in NOTIFICATION_OUTCOMES:
+            self.count_notification(became, 0)
         for kind in RECEIVED_KINDS:
             self.count_received(kind, 0)
         for kind in SENT_KINDS:
