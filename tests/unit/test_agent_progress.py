@@ -10,8 +10,9 @@ import pytest
 from cloud_server.contribution import Contribution
 from cloud_server.round import Policy, Round, Sampling
 from cloud_server.showing.progress import CALLS_PER_SECOND, ProgressBoard, Shown
-from cloud_server.showing.waiting import Pending, duration, sentence
+from cloud_server.showing.waiting import Pending, sentence
 from common.agent_progress import Activity, AgentProgress
+from common.pace import duration
 from common.run_state import Phase
 from common.transfer import Blob
 from tests.unit.world import world, write_weights
