@@ -233,14 +233,15 @@ def test_message_that_is_not_taken_is_sent_again_under_the_same_id(
     assert outcomes == ["failed", "failed", "delivered"]
 
 
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
 def test_redirection_is_not_followed_and_the_error_names_no_path(
-    played: Played, tmp_path: Path, outcomes: list[str]
+    played: Played, tmp_path: Path, outcomes: list[str], status: int
 ) -> None:
     with closing(Played()) as other:
-        played.statuses, played.location = [307], other.url
+        played.statuses, played.location = [status], other.url
         hook = webhook(played, tmp_path, outcomes)
         hook.open(RUN)
-        with pytest.raises(ConnectionError, match="answered with the status 307") as caught:
+        with pytest.raises(ConnectionError, match=f"answered with the status {status}") as caught:
             hook.write(facts_of(1))
         assert not other.requests
     assert "secret" not in str(caught.value)
