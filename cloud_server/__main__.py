@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from ecavg.cloud_server.showing.viewers import Viewers
     from ecavg.cloud_server.store import Store
     from ecavg.cloud_server.tracking.thread import Tracking
+    from ecavg.cloud_server.tracking.to_webhook import Receiver
     from ecavg.cloud_server.training.handout import ExternalTrainers
     from ecavg.cloud_server.training.runner import Trainer
     from ecavg.cloud_server.training.supervisor import TrainerProcess
@@ -139,6 +140,7 @@ async def serve(config: ServerConfig) -> int:
     logs.set_up(config.log_level, config.log_format, quiet=config.quiet)
     tracing.start("ecavg-server")
     check_packages(config.tracking)
+    receiver = receiver_of(config)
     store = Store(config.state_dir, place=config.blobs, cache_bytes=config.blob_cache_bytes)
     authority = None if config.insecure else await open_authority(config.tls_folder)
     warn_of_clock(store, authority)
@@ -179,7 +181,9 @@ async def serve(config: ServerConfig) -> int:
             logs.bind(round=state.round)
             display.show(state)
 
-        opened = await open_service(config, store, trainer, metrics, viewers, on_change=show)
+        opened = await open_service(
+            config, store, trainer, metrics, viewers, receiver=receiver, on_change=show
+        )
         await server.start(opened.desk)
         service = opened
         spare_collector()
@@ -209,6 +213,21 @@ async def serve(config: ServerConfig) -> int:
         store.close()
         await asyncio.to_thread(tracing.flush)
     return 0
+
+
+def receiver_of(config: ServerConfig) -> "Receiver | None":
+    """Return who is told of what happens to the run; None: nobody is.
+
+    Raises:
+        UsageError: the file with the secret cannot be used.
+    """
+    from ecavg.cloud_server.tracking.to_webhook import Receiver
+    from ecavg.common.endpoints import read_secret
+
+    if config.notify_url is None:
+        return None
+    path = config.notify_secret_file
+    return Receiver(config.notify_url, read_secret(path, "secret") if path else None, config.page_url)
 
 
 def trainer_of(config: ServerConfig) -> "ExternalTrainers | TrainerProcess":
@@ -283,12 +302,14 @@ async def open_service(
     metrics: "ServerMetrics",
     viewers: "Viewers",
     *,
+    receiver: "Receiver | None" = None,
     clock: Callable[[], float] = time.time,
     on_change: Callable[["RunState"], None] = lambda _: None,
 ) -> Service:
     """Find the run in the state directory, or begin it, and build all that serves it.
 
     Args:
+        receiver: who is told of what happens to the run; None: nobody is.
         clock: seconds since the epoch.
         on_change: called after every change, for a progress display.
 
@@ -315,6 +336,7 @@ async def open_service(
     from ecavg.cloud_server.showing.status import Status
     from ecavg.cloud_server.showing.traffic import Traffic
     from ecavg.cloud_server.tracking.thread import Tracking
+    from ecavg.cloud_server.tracking.to_webhook import webhook_of
     from ecavg.cloud_server.tracking.tracker import trackers_of
     from ecavg.cloud_server.training.runner import JobRunner
     from ecavg.cloud_server.upkeep import provenance
@@ -339,6 +361,7 @@ async def open_service(
     )
     current = records.recorded_round(store, run.config, policy)
     slots = {agent.agent_id: agent.slot for agent in store.agents()}
+    run_name = config.run_name or run.default_name
     reports = Reports(run.config, store)
     turns = Turns(config.max_concurrent_uploads)
     metrics.watch_uploads(lambda: {"receiving": turns.num_taken, "waiting": turns.num_waiting})
@@ -348,7 +371,7 @@ async def open_service(
     )
     status = Status(
         run.run_id,
-        config.run_name or run.default_name,
+        run_name,
         standing,
         presence,
         store=store,
@@ -411,7 +434,10 @@ async def open_service(
     traffic = Traffic(store, metrics)
     await when_disk_allows(lambda: asyncio.to_thread(provenance.write, store))
     await caretaker.clean_up()
-    tracking = Tracking(trackers_of(config.tracking), store, with_agent_ids=config.tracking.agent_ids)
+    trackers = trackers_of(config.tracking)
+    if receiver:
+        trackers.append(webhook_of(receiver, run_name, store, metrics.count_notification))
+    tracking = Tracking(trackers, store, with_agent_ids=config.tracking.agent_ids)
     coordinator = Coordinator(
         config,
         ledger,

@@ -1,6 +1,9 @@
 """The cloud server's own configuration; `[run]` is in common/config.py."""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC
 from pathlib import Path
 from typing import Annotated, Literal, Self
 from urllib.parse import urlsplit
@@ -10,6 +13,8 @@ from pydantic import Field, field_validator, model_validator
 from ecavg.cloud_server.state_dir import StateDir
 from ecavg.common import addresses
 from ecavg.common.config import DocumentedModel, Name, ProcessConfig, RunConfig, UserPath
+from ecavg.common.cron import CronLine, parse_cron, parse_zone
+from ecavg.common.errors import UsageError
 
 ENV_PREFIX = "ECAVG_SERVER_"
 DEFAULT_PRESET = "digits-mlp"
@@ -69,6 +74,18 @@ class ServerConfig(ProcessConfig):
     It changes nothing else, and may be another one after a restart.
     """
 
+    notify_url: Name | None = Field(None, title="URL")
+    """Where messages are sent: a round is published or has failed, agents are flagged, the run is over
+
+    It begins with `https://`. See docs/webhook.md.
+    """
+
+    notify_secret_file: UserPath | None = None
+    """File with the secret that signs these messages, so that the receiver can trust them."""
+
+    page_url: Name | None = Field(None, title="URL")
+    """Where people find the status page, such as `https://ecavg.example`, for the links in these messages."""
+
     blobs: Name = Field("files", title="files|s3://BUCKET/PREFIX")
     """Where weights and shards are kept: as files in STATE, or in an S3-compatible bucket.
 
@@ -92,6 +109,18 @@ class ServerConfig(ProcessConfig):
 
     on_too_few: Literal["wait", "fail"] = Field("wait", title="wait|fail")
     """Fewer than `min_agents` at the deadline: wait for more, or fail the round."""
+
+    open_round_at: Name | None = Field(None, title="CRON")
+    """When the next round opens after one is over, as a line of cron, such as `0 2 * * *` (default: at once)
+
+    The first round opens at once. See docs/rounds.md.
+    """
+
+    open_round_when_new_examples: int | None = Field(None, ge=1)
+    """The next round opens when the connected agents have so many new examples (default: at once)"""
+
+    time_zone: Name | None = Field(None, title="NAME")
+    """Time zone of `open_round_at`, such as `Europe/Berlin` (default: that of this machine)"""
 
     agents_per_round: int | None = Field(None, ge=1, le=100_000)
     """Draw the agents of each round by lot, and close it at so many contributions (default: all take part)
@@ -203,6 +232,39 @@ class ServerConfig(ProcessConfig):
         return value.rstrip("/")
 
     @model_validator(mode="after")
+    def _messages_are_safe(self) -> Self:
+        # A validator of the key would show its value: the address of a webhook is often a secret by itself.
+        for name in ("notify_secret_file", "page_url"):
+            if getattr(self, name) is not None and self.notify_url is None:
+                raise ValueError(f"{name} is for the messages to notify_url: set that as well")
+        for name, is_secret in (("notify_url", True), ("page_url", False)):
+            value = getattr(self, name)
+            if value is not None and (problem := _problem_of_url(value, is_secret=is_secret)):
+                raise ValueError(f"{name} should {problem}")
+        return self
+
+    @field_validator("time_zone")
+    @classmethod
+    def _is_time_zone(cls, value: str | None) -> str | None:
+        with _usage_error_is_value_error():
+            parse_zone(value)
+        return value
+
+    @field_validator("open_round_at")
+    @classmethod
+    def _is_line_of_cron(cls, value: str | None) -> str | None:
+        with _usage_error_is_value_error():
+            return value and parse_cron(value, UTC).text
+
+    @model_validator(mode="after")
+    def _opening_is_possible(self) -> Self:
+        if self.open_round_at and self.open_round_when_new_examples:
+            raise ValueError("open_round_at and open_round_when_new_examples cannot be combined: choose one")
+        if self.time_zone and not self.open_round_at:
+            raise ValueError("time_zone is for open_round_at: set that as well")
+        return self
+
+    @model_validator(mode="after")
     def _max_is_not_below_min(self) -> Self:
         if self.max_agents is not None and self.max_agents < self.min_agents:
             raise ValueError(f"max_agents {self.max_agents} is below min_agents {self.min_agents}")
@@ -240,6 +302,11 @@ class ServerConfig(ProcessConfig):
         if self.staleness_allowed > self.keep_rounds:
             raise ValueError(f"max_staleness {self.max_staleness} is above keep_rounds {self.keep_rounds}")
         return self
+
+    @property
+    def opening_times(self) -> CronLine | None:
+        """Return the times at which rounds open; None: at any time."""
+        return CronLine(self.open_round_at, parse_zone(self.time_zone)) if self.open_round_at else None
 
     @property
     def tls_folder(self) -> Path:
@@ -288,3 +355,31 @@ class ServerConfig(ProcessConfig):
         """Return how many agents limits are for that are not set."""
         taking_part = self.max_agents or self.buffer_size or self.min_agents
         return max(taking_part, self.agents_to_draw, self.connected_to_draw)
+
+
+@contextmanager
+def _usage_error_is_value_error() -> Iterator[None]:
+    """Let what is wrong with a value be told like what is wrong with others, with the key."""
+    try:
+        yield
+    except UsageError as error:
+        raise ValueError(str(error)) from error
+
+
+def _problem_of_url(text: str, *, is_secret: bool) -> str:
+    """Return what the address of a page should be; an empty text if it is that.
+
+    Args:
+        is_secret: True if nobody may listen to what is sent there.
+    """
+    try:
+        parts = urlsplit(text)
+        is_usable = parts.scheme in ("https", "http") and parts.hostname and parts.port != 0
+    except ValueError:
+        is_usable = False
+    is_plain = text.isascii() and text.isprintable() and not {" ", "#"} & set(text)
+    if not is_usable or not is_plain or "@" in parts.netloc:
+        return "be an address such as https://hooks.example/ecavg, without name and password"
+    if is_secret and parts.scheme == "http" and not addresses.is_loopback(parts.hostname or ""):
+        return "begin with https://, unless its host is this machine (127.0.0.1)"
+    return ""

@@ -21,6 +21,7 @@ from ecavg.cloud_server.ledger import Ledger
 from ecavg.cloud_server.metrics import ServerMetrics
 from ecavg.cloud_server.round import Round
 from ecavg.cloud_server.run import adopt_model, kept_model
+from ecavg.cloud_server.showing.opening import OpeningRule
 from ecavg.cloud_server.showing.presence import LIVENESS_SECONDS, Presence
 from ecavg.cloud_server.showing.reports import Reports, stages
 from ecavg.cloud_server.showing.standing import Standing, wait_for
@@ -37,6 +38,8 @@ from ecavg.common.run_state import Phase, WorkProgress
 from ecavg.common.tasks import kind_of
 
 LIVENESS_POLL_SECONDS = 1.0
+# Whether it is time for the next round is looked at so often, and at each change.
+OPENING_POLL_SECONDS = 5.0
 
 # The trainer's phases, in order.
 _WORK = (Phase.AGGREGATING, Phase.FINE_TUNING, Phase.EVALUATING)
@@ -100,6 +103,7 @@ class Coordinator:
         self._tracking.note_round_over()
         while not self._has_run_enough():
             if self._ledger.round.is_over:
+                await self._wait_to_open()
                 await self._ledger.open_next_round()
                 self._uploads.begin_round()
             with self._traced("collect"):
@@ -131,6 +135,22 @@ class Coordinator:
         current, asked_for = self._ledger.round, self._config.rounds
         is_last = current.number == asked_for and current.is_over
         return bool(asked_for) and (current.number > asked_for or is_last)
+
+    async def _wait_to_open(self) -> None:
+        """Wait until the next round is to open, by time or by what the agents have."""
+        row = await asyncio.to_thread(self._store.round, self._ledger.round.number)
+        assert row is not None
+        rule = OpeningRule(self._config.opening_times, self._config.open_round_when_new_examples)
+        opening = rule.after(row.phases[-1][1], self._clock())
+        while True:
+            changed = self._standing.next_change
+            if opening.is_due(self._clock(), self._presence.num_new_examples):
+                return
+            self._standing.show_opening(opening)
+            if not self._caretaker.seconds_to_clean_up:
+                await self._caretaker.clean_up()
+            # The clock may be set meanwhile, so it is looked at again and again.
+            await wait_for(changed, OPENING_POLL_SECONDS)
 
     async def _collect(self) -> None:
         """Wait until the round closes by number or by time."""

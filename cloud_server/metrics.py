@@ -22,6 +22,8 @@ SENT_KINDS = ("model",)
 UPLOAD_STATES = ("receiving", "waiting")
 # The trainer has no job, or has one, or its process has ended and is started again.
 TRAINER_STATES = ("idle", "working", "restarting")
+# A message of the webhook was taken, or an attempt to send it failed, or it is not sent any more.
+NOTIFICATION_OUTCOMES = ("delivered", "failed", "given_up")
 # Connected and still to contribute, connected and done, or not connected.
 AGENT_STATES = ("watching", "contributed", "away")
 # A phase takes between milliseconds (digits) and hours (collecting, a long fine-tune).
@@ -129,6 +131,13 @@ class ServerMetrics:
             "Connections without a call that were ended to make room.",
             registry=registry,
         )
+        self._notifications = Counter(
+            "ecavg_server_notifications_total",
+            "Messages of the webhook that were taken (delivered) or not sent any more (given_up), and"
+            " attempts that failed.",
+            ["outcome"],
+            registry=registry,
+        )
         self._start_at_zero()
 
     def _start_at_zero(self) -> None:
@@ -142,6 +151,8 @@ class ServerMetrics:
             self.count_contribution(outcome, 0)
         for applied in (True, False):
             self.count_report(applied, 0)
+        for became in NOTIFICATION_OUTCOMES:
+            self.count_notification(became, 0)
         for kind in RECEIVED_KINDS:
             self.count_received(kind, 0)
         for kind in SENT_KINDS:
@@ -233,6 +244,10 @@ class ServerMetrics:
     def count_report(self, applied: bool, num_reports: int = 1) -> None:
         """Count an agent's first report on a round; `applied` is True if the agent uses the model."""
         self._reports.labels(str(applied).lower()).inc(num_reports)
+
+    def count_notification(self, outcome: str, num_notifications: int = 1) -> None:
+        """Count what became of a message; `outcome` is one of NOTIFICATION_OUTCOMES."""
+        self._notifications.labels(outcome).inc(num_notifications)
 
     def count_received(self, kind: str, num_bytes: int) -> None:
         """Count received bytes; `kind` is one of RECEIVED_KINDS."""

@@ -21,7 +21,7 @@ from ecavg.common.errors import InvalidError, Reason, UnavailableError
 from ecavg.common.faults import Point, crash_point
 from ecavg.common.pb import ecavg_pb2 as pb
 from ecavg.common.pb import ecavg_pb2_grpc as pb_grpc
-from ecavg.common.run_state import Outcome, Phase, RunState, Selection, Verdict
+from ecavg.common.run_state import Outcome, Phase, RunState, Selection, Verdict, Wait
 from ecavg.common.tasks import Kind
 from ecavg.common.transfer import DIGEST, Blob, Encoded, chunks_of
 
@@ -38,6 +38,7 @@ _OUTCOMES: dict[Outcome, Any] = {each: pb.Outcome.Value(f"OUTCOME_{each.name}") 
 _SELECTIONS: dict[Selection, Any] = {each: pb.Selection.Value(f"SELECTION_{each.name}") for each in Selection}
 _REASONS: dict[Reason, Any] = {reason: pb.Reason.Value(f"REASON_{reason.name}") for reason in Reason}
 _ACTIVITIES = {pb.Activity.Value(f"ACTIVITY_{each.name}"): each for each in TOLD}
+_WAITS = {pb.Wait.Value(f"WAIT_{each.name}"): each for each in Wait}
 _KINDS = {pb.BLOB_KIND_WEIGHTS: "weights", pb.BLOB_KIND_DATA: "data"}
 
 
@@ -72,7 +73,13 @@ class ECAvgServicer(pb_grpc.ECAvgServicer):
 
     async def Watch(self, request: pb.WatchRequest, _: Any) -> AsyncIterator[pb.WatchEvent]:
         """Answer Watch: the state of the run, after each change."""
-        async for state in self._desk.watch(calling_agent(), is_ready=not request.not_ready):
+        states = self._desk.watch(
+            calling_agent(),
+            is_ready=not request.not_ready,
+            waits_for=_WAITS.get(request.waits_for),
+            num_new_examples=request.num_new_examples,
+        )
+        async for state in states:
             yield _event(state)
 
     async def QueryUpload(self, request: pb.QueryUploadRequest, _: Any) -> pb.QueryUploadReply:
@@ -245,6 +252,8 @@ def _event(state: RunState) -> pb.WatchEvent:
         accepted_weights=state.accepted_weights,
         has_full_curve=state.has_full_curve,
         last_round_over=state.last_round_over,
+        next_round_at=state.next_round_at or 0.0,
+        num_examples_to_open=state.num_examples_to_open or 0,
         server_time=time.time(),
     )
     if left_out := state.left_out:

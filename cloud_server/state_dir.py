@@ -82,6 +82,11 @@ class StateDir:
         return self.path / "provenance.jsonl"
 
     @property
+    def notified(self) -> Path:
+        """Return the path of the file that has what the webhook was told last."""
+        return self.path / "notified.json"
+
+    @property
     def precision(self) -> Path:
         """Return the path of the file that keeps this machine's fastest precision."""
         return self.path / "precision.json"

@@ -65,15 +65,28 @@ def http_token(host: str, file: Path | None, default: Path) -> str | None:
                 partial.write_text(secrets.token_urlsafe(32) + "\n", "utf-8")
     except OSError as error:
         raise UsageError(f"cannot use the token file {path}: {error.strerror}") from error
-    lines = [line.strip() for line in read_text(path, "token file").splitlines() if line.strip()]
+    return read_secret(path, "token")
+
+
+def read_secret(path: Path, noun: str) -> str:
+    """Return the one secret in a file.
+
+    Args:
+        path: the path of the file.
+        noun: the name of the secret in messages, for example "token".
+
+    Raises:
+        UsageError: the file cannot be read, has more lines, or its secret is too short.
+    """
+    lines = [line.strip() for line in read_text(path, f"{noun} file").splitlines() if line.strip()]
     if len(lines) > 1:
-        raise UsageError(f"token file {path} has {len(lines)} lines: write one token there")
-    token = "".join(lines)
-    if len(token) < MIN_TOKEN_LENGTH:
+        raise UsageError(f"{noun} file {path} has {len(lines)} lines: write one {noun} there")
+    secret = "".join(lines)
+    if len(secret) < MIN_TOKEN_LENGTH:
         raise UsageError(
-            f"the token in {path} is too short: write {MIN_TOKEN_LENGTH} characters or more there"
+            f"the {noun} in {path} is too short: write {MIN_TOKEN_LENGTH} characters or more there"
         )
-    return token
+    return secret
 
 
 def make_app(

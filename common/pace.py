@@ -50,3 +50,11 @@ class Pace:
             return None
         latest_at, done = self._latest
         return max(0.0, (total - done) / rate - (now - latest_at))
+
+
+def duration(seconds: float) -> str:
+    """Return a duration for people, in its largest unit: "40 s", "4 min", "3 h" or "2 d"."""
+    for limit, size, unit in ((60, 1, "s"), (3600, 60, "min"), (48 * 3600, 3600, "h")):
+        if round(seconds / size) * size < limit:
+            return f"{round(seconds / size)} {unit}"
+    return f"{round(seconds / 86_400)} d"

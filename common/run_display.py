@@ -1,5 +1,8 @@
 """The progress of a run at a terminal, the server's or an agent's."""
 
+import time
+
+from ecavg.common.cron import local_zone, spoken
 from ecavg.common.progress import ProgressDisplay
 from ecavg.common.run_state import Phase, RunState, WorkProgress
 
@@ -16,6 +19,8 @@ class RunDisplay:
         self.epochs = epochs
         self._display = display
         self._prefix = prefix
+        # The last round after which was said what the next one waits for; -1: none, not even the warm-up.
+        self._said = -1
         # The label and the total of the current bar; an empty label stands for no bar.
         self._label = ""
         self._total = 0
@@ -37,8 +42,22 @@ class RunDisplay:
             detail = self._detail(state.phase, state.progress)
         else:
             self._finish_previous("", 0)
+            self._say_what_opens(state)
             return
         self._display.update(label, done, total, detail, unit)
+
+    def _say_what_opens(self, state: RunState) -> None:
+        """Say once after a round what the next one waits for, if it waits."""
+        if state.round == self._said or state.run_over:
+            return
+        if state.next_round_at is not None:
+            when = spoken(state.next_round_at, time.time(), local_zone())
+        elif state.num_examples_to_open is not None:
+            when = f"when the agents have {state.num_examples_to_open} new examples"
+        else:
+            return
+        self._said = state.round
+        self._display.message(f"the next round opens {when}")
 
     def _detail(self, phase: Phase, work: WorkProgress) -> str:
         """Return the epochs of the fine-tune and the loss, as far as they are known."""

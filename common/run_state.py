@@ -47,6 +47,19 @@ class Selection(StrEnum):
     NOT_DRAWN = "not_drawn"
 
 
+class Wait(StrEnum):
+    """What an agent waits for that is not ready to take part in a round."""
+
+    # The hours of the day in which it works.
+    HOURS = "hours"
+    # Its user's program, which says that it is not the time.
+    COMMAND = "command"
+    # The time at which it pre-trains.
+    TIME = "time"
+    # More new examples.
+    EXAMPLES = "examples"
+
+
 class WorkProgress(NamedTuple):
     """How far the cloud's work in the present phase is."""
 
@@ -110,6 +123,10 @@ class RunState:
     selection: Selection | None = None
     # True once the last round is over, and agents are waited for that still have to take its model.
     last_round_over: bool = False
+    # When the next round opens, in seconds since the epoch; None: at once, or nobody can say.
+    next_round_at: float | None = None
+    # The next round opens when the connected agents have so many new examples; None: it waits for none.
+    num_examples_to_open: int | None = None
 
     @property
     def takes_part(self) -> bool:

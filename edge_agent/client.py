@@ -70,6 +70,9 @@ MAX_DAMAGED = 3
 
 # Of transfers nothing is told: the server sees them.
 _ACTIVITIES: dict[Activity, Any] = {each: pb.Activity.Value(f"ACTIVITY_{each.name}") for each in TOLD}
+# A time beyond, in seconds since the epoch, is none: datetime ends with the year 9999.
+MAX_TIME = 250_000_000_000.0
+
 _KINDS = {"weights": pb.BLOB_KIND_WEIGHTS, "data": pb.BLOB_KIND_DATA}
 _T = TypeVar("_T")
 _E = TypeVar("_E", bound=Enum)
@@ -596,6 +599,8 @@ def _run_state(event: pb.WatchEvent) -> RunState:
         selection=_member(Selection, pb.Selection, event.selection),
         has_full_curve=event.has_full_curve,
         last_round_over=event.last_round_over,
+        next_round_at=event.next_round_at if 0 < event.next_round_at < MAX_TIME else None,
+        num_examples_to_open=event.num_examples_to_open or None,
     )
 
 

@@ -5,6 +5,8 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Set
 from contextlib import contextmanager
 
+from ecavg.common.run_state import Wait
+
 # An agent that has disconnected is expected back for this time, because it may be restarting.
 LIVENESS_SECONDS = 30.0
 
@@ -32,22 +34,34 @@ class Presence:
         self._num_connections: Counter[str] = Counter()
         # The agents with a connection, without those that were forgotten.
         self._here: set[str] = set()
-        # The agents among them that are not to be drawn.
-        self._not_ready: set[str] = set()
+        # The agents among them that are not to be drawn, and what they wait for; None: they have not said.
+        self._not_ready: dict[str, Wait | None] = {}
+        # How many examples those agents have that they have not contributed with, as they have said.
+        self._new_examples: dict[str, int] = {}
         # When agents that are not here have disconnected.
         self._last_seen = dict.fromkeys(expected, clock())
         self._dismissed: set[str] = set()
 
     @contextmanager
-    def watching(self, agent_id: str, *, is_ready: bool = True) -> Iterator[None]:
+    def watching(
+        self,
+        agent_id: str,
+        *,
+        is_ready: bool = True,
+        waits_for: Wait | None = None,
+        num_new_examples: int = 0,
+    ) -> Iterator[None]:
         """Count the agent as connected.
 
         The agent may be counted twice, while an old connection has not ended yet. The newest connection says
-        whether the agent is ready.
+        whether the agent is ready, and how many new examples it has.
         """
+        self._new_examples[agent_id] = num_new_examples
         self._num_connections[agent_id] += 1
         self._here.add(agent_id)
-        (self._not_ready.discard if is_ready else self._not_ready.add)(agent_id)
+        self._not_ready.pop(agent_id, None)
+        if not is_ready:
+            self._not_ready[agent_id] = waits_for
         self._last_seen.pop(agent_id, None)
         try:
             yield
@@ -59,11 +73,17 @@ class Presence:
 
     def _leave(self, agent_id: str) -> None:
         """Expect the agent back, unless it was forgotten."""
-        self._not_ready.discard(agent_id)
+        self._not_ready.pop(agent_id, None)
+        self._new_examples.pop(agent_id, None)
         if agent_id in self._here:
             self._here.discard(agent_id)
             self._last_seen[agent_id] = self._clock()
             self._away_since[agent_id] = self._wall_clock()
+
+    def note_contribution(self, agent_id: str) -> None:
+        """Note that what the agent had is new no more; it says next what is."""
+        if agent_id in self._new_examples:
+            self._new_examples[agent_id] = 0
 
     def dismiss(self, agent_id: str) -> None:
         """Note that the agent has been told that the run is over."""
@@ -72,7 +92,8 @@ class Presence:
     def forget(self, agent_id: str) -> None:
         """Cease to count and to expect the agent, even if it still has a connection that is about to end."""
         self._here.discard(agent_id)
-        self._not_ready.discard(agent_id)
+        self._not_ready.pop(agent_id, None)
+        self._new_examples.pop(agent_id, None)
         self._last_seen.pop(agent_id, None)
         self._away_since.pop(agent_id, None)
 
@@ -91,12 +112,21 @@ class Presence:
     @property
     def not_ready(self) -> Set[str]:
         """Return the agents that are connected, and not to be drawn."""
-        return self._not_ready
+        return self._not_ready.keys()
+
+    def waits_for(self, agent_id: str) -> Wait | None:
+        """Return what an agent waits for that is not ready; None: it is ready, or has not said."""
+        return self._not_ready.get(agent_id)
+
+    @property
+    def num_new_examples(self) -> int:
+        """Return how many new examples the agents have that are connected."""
+        return sum(self._new_examples.values())
 
     @property
     def ready(self) -> Set[str]:
         """Return the agents that are connected, and may be drawn."""
-        return self._here - self._not_ready
+        return self._here - self._not_ready.keys()
 
     @property
     def live(self) -> set[str]:

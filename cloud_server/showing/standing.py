@@ -9,16 +9,18 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Set
 from contextlib import contextmanager
+from typing import Any
 
 from ecavg.cloud_server.disk.tables import RoundRow
 from ecavg.cloud_server.metrics import ServerMetrics
 from ecavg.cloud_server.round import Round
+from ecavg.cloud_server.showing.opening import Opening
 from ecavg.cloud_server.showing.presence import Presence
 from ecavg.cloud_server.showing.progress import ProgressBoard
 from ecavg.cloud_server.store import Store
 from ecavg.common.errors import Reason
 from ecavg.common.pace import Pace
-from ecavg.common.run_state import LeftOut, PublishedModel, RunState, WorkProgress
+from ecavg.common.run_state import LeftOut, PublishedModel, RunState, Wait, WorkProgress
 from ecavg.common.transfer import Blob, Encoded
 
 # Agents hear of counts and progress so often at most, and so many of them in a second, so that a thousand
@@ -65,6 +67,8 @@ class Standing:
         # How far the trainer is in this phase, and its pace.
         self._progress: WorkProgress | None = None
         self._pace = Pace()
+        # What the next round waits for, once this one is over.
+        self._opening = Opening()
         self._last_round_over = False
         self._run_over = False
         self._latest_model: PublishedModel | None = None
@@ -96,10 +100,14 @@ class Standing:
             concerned: the agents whose own part in the round has changed.
         """
         before, self._round = self._round, current
+        concerned = tuple(concerned)
+        for agent_id in current.contributions.keys() & concerned:
+            self._presence.note_contribution(agent_id)
         if current.phase is not before.phase:
             self._progress, self._pace = None, Pace()
         if current.number != before.number:
             self._reported = set()
+            self._opening = Opening()
         if current.initial_digest != self._initial_weights.digest:
             self._initial_weights = self._blob(current.initial_digest)
             self._initial_encoded = self._encoded(current.initial_digest)
@@ -140,6 +148,13 @@ class Standing:
         self._pace.note(progress.done, time.monotonic())
         self._tell_all_soon()
         self._display()
+
+    def show_opening(self, opening: Opening) -> None:
+        """Show what the next round waits for."""
+        if opening != self._opening:
+            self._opening = opening
+            self._tell_all()
+            self._display()
 
     def show_last_round_over(self) -> None:
         """Tell every agent that no round will take a contribution any more."""
@@ -207,6 +222,11 @@ class Standing:
         return self._progress
 
     @property
+    def opening(self) -> Opening:
+        """Return what the next round waits for; nothing as long as this round is not over."""
+        return self._opening
+
+    @property
     def work_seconds_left(self) -> float | None:
         """Return how long the trainer will take in this phase; None if that is unknown."""
         progress = self._progress
@@ -231,15 +251,26 @@ class Standing:
         """Return True if the agent has an open Watch."""
         return agent_id in self._watches
 
-    async def watch(self, agent_id: str, *, is_ready: bool = True) -> AsyncIterator[RunState]:
+    async def watch(
+        self,
+        agent_id: str,
+        *,
+        is_ready: bool = True,
+        waits_for: Wait | None = None,
+        num_new_examples: int = 0,
+    ) -> AsyncIterator[RunState]:
         """Yield the state now, then after each change; slow readers skip states, never the latest.
 
         A change of counts or progress alone may come a little later, together with the next.
 
         Args:
             is_ready: True if the agent may be drawn for a round.
+            waits_for: why it may not; None: it does not say.
+            num_new_examples: how many examples it has that it has not contributed with.
         """
-        with self._counted_as_watching(agent_id, is_ready=is_ready) as news:
+        with self._counted_as_watching(
+            agent_id, is_ready=is_ready, waits_for=waits_for, num_new_examples=num_new_examples
+        ) as news:
             while True:
                 news.clear()
                 state = self.state_for(agent_id)
@@ -275,17 +306,23 @@ class Standing:
             selection=self._round.selection_of(agent_id) if agent_id else None,
             has_full_curve=self._round.has_full_curve,
             last_round_over=self._last_round_over,
+            next_round_at=self._opening.at,
+            num_examples_to_open=self._opening.num_examples,
         )
 
     # ------------------------------------------------------------------ small parts
 
     @contextmanager
-    def _counted_as_watching(self, agent_id: str, *, is_ready: bool) -> Iterator[asyncio.Event]:
-        """Count the agent as connected, and return the event that is set when there is news for it."""
+    def _counted_as_watching(self, agent_id: str, **said: Any) -> Iterator[asyncio.Event]:
+        """Count the agent as connected, and return the event that is set when there is news for it.
+
+        Args:
+            said: what the agent says of itself, see `watch`.
+        """
         news = asyncio.Event()
         self._watches[agent_id].add(news)
         try:
-            with self._presence.watching(agent_id, is_ready=is_ready):
+            with self._presence.watching(agent_id, **said):
                 self._note_change()
                 yield news
         finally:

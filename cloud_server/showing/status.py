@@ -9,6 +9,7 @@ from ecavg.cloud_server.disk.tables import ReportRow, RoundRow
 from ecavg.cloud_server.jobs import AgentAudit, Result
 from ecavg.cloud_server.round import OVER, Round
 from ecavg.cloud_server.showing.agent_metrics import OneAgent
+from ecavg.cloud_server.showing.opening import Opening
 from ecavg.cloud_server.showing.presence import Presence
 from ecavg.cloud_server.showing.progress import ProgressBoard, Shown
 from ecavg.cloud_server.showing.reports import Reports
@@ -102,7 +103,8 @@ class Status:
             "phases": _phases(rows[-1], current, self._clock()),
             "progress": progress and {"done": progress.done, "total": progress.total, "loss": progress.loss},
             "trainer": {"state": self.trainer_state, "seconds_left": standing.work_seconds_left},
-            "waiting": None if standing.run_over else sentence(current, self._pending(doing), self._clock()),
+            "waiting": None if standing.run_over else self._waiting(doing),
+            "next_round": _next_round(standing.opening, presence.num_new_examples),
             "agents": [
                 _agent_status(
                     kind, agent_id, slot, current, agent_id in presence.here, reported.get(agent_id)
@@ -114,6 +116,7 @@ class Status:
                     "upload_place": places.get(agent_id),
                     "selection": current.selection_of(agent_id),
                     "is_ready": agent_id not in presence.not_ready,
+                    "waits_for": presence.waits_for(agent_id),
                 }
                 for agent_id, slot in sorted(standing.slots.items(), key=lambda item: item[1])
             ],
@@ -135,6 +138,13 @@ class Status:
             return Shown(AgentProgress(Activity.QUEUED), None, None)
         return shown
 
+    def _waiting(self, doing: Mapping[str, Shown | None]) -> str | None:
+        """Return for what the run waits; None: it waits for nothing that is not shown elsewhere."""
+        now = self._clock()
+        if opens := self._standing.opening.sentence(now, self._presence.num_new_examples):
+            return opens
+        return sentence(self._standing.current, self._pending(doing), now)
+
     def _pending(self, doing: Mapping[str, Shown | None]) -> list[Pending]:
         """Return the agents that may contribute to the round, and have not."""
         current, presence = self._standing.current, self._presence
@@ -144,6 +154,7 @@ class Status:
                 presence.away_since(agent_id),
                 agent_id not in presence.not_ready,
                 doing.get(agent_id),
+                presence.waits_for(agent_id),
             )
             for agent_id in self._standing.slots
             if current.outcome_of(agent_id) in (None, Outcome.REJECTED)
@@ -164,6 +175,17 @@ class Status:
         numbers = [row.number for row in rows if row.published_digest]
         read = {number: known.get(number) or self._reports.result_of(number) for number in numbers}
         return {number: result for number, result in read.items() if result}
+
+
+def _next_round(opening: Opening, num_new_examples: int) -> dict[str, Any] | None:
+    """Return what the next round waits for; None: for nothing."""
+    if opening.at is None and opening.num_examples is None:
+        return None
+    return {
+        "at": opening.at,
+        "num_examples": opening.num_examples,
+        "num_new_examples": num_new_examples,
+    }
 
 
 def _agent_status(

@@ -8,7 +8,8 @@ from typing import NamedTuple
 from ecavg.cloud_server.round import Round
 from ecavg.cloud_server.showing.progress import Shown
 from ecavg.common.agent_progress import Activity
-from ecavg.common.run_state import Phase
+from ecavg.common.pace import duration
+from ecavg.common.run_state import Phase, Wait
 
 # So many agents are named.
 NUM_NAMED = 3
@@ -24,6 +25,15 @@ _DOES = {
 }
 
 
+_WAITS = {
+    Wait.HOURS: "is outside of its hours",
+    Wait.COMMAND: "is not ready to take part, as its ready_command says",
+    Wait.TIME: "waits for the time at which it pre-trains",
+    Wait.EXAMPLES: "waits for new examples",
+    None: "is not ready to take part",
+}
+
+
 class Pending(NamedTuple):
     """An agent that may contribute to the round, and has not."""
 
@@ -33,6 +43,8 @@ class Pending(NamedTuple):
     is_ready: bool
     # None: nobody knows what it is doing.
     shown: Shown | None
+    # What it waits for that is not ready; None: it has not said.
+    waits_for: Wait | None = None
 
     @property
     def seconds_left(self) -> float:
@@ -65,14 +77,6 @@ def sentence(current: Round, pending: Sequence[Pending], now: float) -> str | No
     return " ".join(filter(None, [head, _closing(current, now)]))
 
 
-def duration(seconds: float) -> str:
-    """Return a duration for people, in its largest unit: "40 s", "4 min", "3 h" or "2 d"."""
-    for limit, size, unit in ((60, 1, "s"), (3600, 60, "min"), (48 * 3600, 3600, "h")):
-        if round(seconds / size) * size < limit:
-            return f"{round(seconds / size)} {unit}"
-    return f"{round(seconds / 86_400)} d"
-
-
 def _waited_for(pending: Sequence[Pending], num_wanted: int, now: float) -> list[Pending]:
     """Return the agents whose contributions would be the next ones, whoever takes longest first.
 
@@ -91,7 +95,7 @@ def _does(agent: Pending, now: float) -> str:
     if agent.away_since is not None:
         return f"{agent.agent_id} has been away for {duration(max(0.0, now - agent.away_since))}"
     if agent.shown is None:
-        state = "has not contributed" if agent.is_ready else "is not ready to take part"
+        state = "has not contributed" if agent.is_ready else _WAITS[agent.waits_for]
         return f"{agent.agent_id} {state}"
     does = f"{agent.agent_id} {_DOES[agent.shown.progress.activity]}"
     if agent.shown.seconds_left is not None:

@@ -120,6 +120,9 @@ def _round(store: Store, row: RoundRow, field: str, with_agent_ids: bool) -> Fac
         "loss/fine_tune": _last_loss(store.state_dir, row.number),
         "agents/contributed": len(agents),
         "agents/left_out": sum("left_out" in agent for agent in agents),
+        "agents/flagged": sum(bool(agent["flags"]) for agent in report["audit"])
+        if "audit" in report
+        else None,
         "agents/rejected": len(report.get("rejected", [])),
         "bytes/model": report.get("weights", {}).get("bytes"),
         "bytes/contributions": _contributed_bytes(store, row.number),

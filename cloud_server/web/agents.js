@@ -1,7 +1,7 @@
 // The table of agents: those in trouble first, searchable, one page at a time.
 
 import { byId, draw, element, note, pager, table } from "./dom.js";
-import { FLAGS, LEFT_OUT, clockTime, ordinal, size, sizeOf, timeLeft } from "./words.js";
+import { FLAGS, LEFT_OUT, WAITS_FOR, clockTime, ordinal, size, sizeOf, timeLeft } from "./words.js";
 
 const PAGE_ROWS = 25;
 const COLUMNS = [["Agent", ""], ["State", ""], ["Local", "number"], ["Before", "number"], ["After", "number"], ["Gain", "number"]];
@@ -86,7 +86,7 @@ function agentState(agent) {
   const parts = text && (agent.outcome || !isAway) ? [element("span", { class: look }, text)] : [];
   if (isAway) parts.push(element("span", { class: "warn" }, (parts.length ? ", " : "") + awayText(agent)));
   if (doing) parts.push(...progressParts(doing, agent, parts.length > 0));
-  if (!agent.is_ready) parts.push(note("not ready"));
+  if (!agent.is_ready) parts.push(note(`not ready${WAITS_FOR[agent.waits_for] ?? ""}`));
   if (agent.upload_place && !doing) parts.push(note(`waits to upload, place ${agent.upload_place}`));
   if (agent.applied != null) parts.push(note(modelInUse(agent)));
   parts.push(...auditParts(agent.audit));

@@ -29,6 +29,13 @@ export const LEFT_OUT = {
   quarantined: "left out of the model: in quarantine",
 };
 
+export const WAITS_FOR = {
+  hours: ": outside of its hours",
+  command: ": its ready_command says so",
+  time: ": waits for the time at which it pre-trains",
+  examples: ": waits for new examples",
+};
+
 export const percent = (ratio) => (ratio == null ? NONE : `${(100 * ratio).toFixed(1)} %`);
 
 export const roundName = (number) => (number ? `Round ${number}` : "Warm-up");

@@ -81,6 +81,14 @@ class Activity(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     ACTIVITY_PRE_TRAINING: _ClassVar[Activity]
     ACTIVITY_EVALUATING: _ClassVar[Activity]
     ACTIVITY_ADAPTING: _ClassVar[Activity]
+
+class Wait(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    WAIT_UNSPECIFIED: _ClassVar[Wait]
+    WAIT_HOURS: _ClassVar[Wait]
+    WAIT_COMMAND: _ClassVar[Wait]
+    WAIT_TIME: _ClassVar[Wait]
+    WAIT_EXAMPLES: _ClassVar[Wait]
 REASON_UNSPECIFIED: Reason
 REASON_MALFORMED_REQUEST: Reason
 REASON_PROTOCOL_MISMATCH: Reason
@@ -138,6 +146,11 @@ ACTIVITY_READING: Activity
 ACTIVITY_PRE_TRAINING: Activity
 ACTIVITY_EVALUATING: Activity
 ACTIVITY_ADAPTING: Activity
+WAIT_UNSPECIFIED: Wait
+WAIT_HOURS: Wait
+WAIT_COMMAND: Wait
+WAIT_TIME: Wait
+WAIT_EXAMPLES: Wait
 
 class Blob(_message.Message):
     __slots__ = ("digest", "size_bytes")
@@ -180,13 +193,17 @@ class JoinReply(_message.Message):
     def __init__(self, run_id: _Optional[str] = ..., run_json: _Optional[str] = ..., slot: _Optional[int] = ..., num_partitions: _Optional[int] = ..., probe: _Optional[_Iterable[float]] = ..., planned_rounds: _Optional[int] = ...) -> None: ...
 
 class WatchRequest(_message.Message):
-    __slots__ = ("not_ready",)
+    __slots__ = ("not_ready", "waits_for", "num_new_examples")
     NOT_READY_FIELD_NUMBER: _ClassVar[int]
+    WAITS_FOR_FIELD_NUMBER: _ClassVar[int]
+    NUM_NEW_EXAMPLES_FIELD_NUMBER: _ClassVar[int]
     not_ready: bool
-    def __init__(self, not_ready: bool = ...) -> None: ...
+    waits_for: Wait
+    num_new_examples: int
+    def __init__(self, not_ready: bool = ..., waits_for: _Optional[_Union[Wait, str]] = ..., num_new_examples: _Optional[int] = ...) -> None: ...
 
 class WatchEvent(_message.Message):
-    __slots__ = ("round", "phase", "initial_weights", "outcome", "progress", "latest_model", "failed_round", "failure", "run_over", "num_contributions", "max_contributions", "initial_encoded", "counted_round", "accepted_weights", "left_out", "server_time", "selection", "has_full_curve", "last_round_over", "initial_rest")
+    __slots__ = ("round", "phase", "initial_weights", "outcome", "progress", "latest_model", "failed_round", "failure", "run_over", "num_contributions", "max_contributions", "initial_encoded", "counted_round", "accepted_weights", "left_out", "server_time", "selection", "has_full_curve", "last_round_over", "next_round_at", "num_examples_to_open", "initial_rest")
     ROUND_FIELD_NUMBER: _ClassVar[int]
     PHASE_FIELD_NUMBER: _ClassVar[int]
     INITIAL_WEIGHTS_FIELD_NUMBER: _ClassVar[int]
@@ -206,6 +223,8 @@ class WatchEvent(_message.Message):
     SELECTION_FIELD_NUMBER: _ClassVar[int]
     HAS_FULL_CURVE_FIELD_NUMBER: _ClassVar[int]
     LAST_ROUND_OVER_FIELD_NUMBER: _ClassVar[int]
+    NEXT_ROUND_AT_FIELD_NUMBER: _ClassVar[int]
+    NUM_EXAMPLES_TO_OPEN_FIELD_NUMBER: _ClassVar[int]
     INITIAL_REST_FIELD_NUMBER: _ClassVar[int]
     round: int
     phase: Phase
@@ -226,8 +245,10 @@ class WatchEvent(_message.Message):
     selection: Selection
     has_full_curve: bool
     last_round_over: bool
+    next_round_at: float
+    num_examples_to_open: int
     initial_rest: Blob
-    def __init__(self, round: _Optional[int] = ..., phase: _Optional[_Union[Phase, str]] = ..., initial_weights: _Optional[_Union[Blob, _Mapping]] = ..., outcome: _Optional[_Union[Outcome, str]] = ..., progress: _Optional[_Union[Progress, _Mapping]] = ..., latest_model: _Optional[_Union[PublishedModel, _Mapping]] = ..., failed_round: _Optional[int] = ..., failure: _Optional[str] = ..., run_over: bool = ..., num_contributions: _Optional[int] = ..., max_contributions: _Optional[int] = ..., initial_encoded: _Optional[_Union[Encoded, _Mapping]] = ..., counted_round: _Optional[int] = ..., accepted_weights: _Optional[str] = ..., left_out: _Optional[_Union[LeftOut, _Mapping]] = ..., server_time: _Optional[float] = ..., selection: _Optional[_Union[Selection, str]] = ..., has_full_curve: bool = ..., last_round_over: bool = ..., initial_rest: _Optional[_Union[Blob, _Mapping]] = ...) -> None: ...
+    def __init__(self, round: _Optional[int] = ..., phase: _Optional[_Union[Phase, str]] = ..., initial_weights: _Optional[_Union[Blob, _Mapping]] = ..., outcome: _Optional[_Union[Outcome, str]] = ..., progress: _Optional[_Union[Progress, _Mapping]] = ..., latest_model: _Optional[_Union[PublishedModel, _Mapping]] = ..., failed_round: _Optional[int] = ..., failure: _Optional[str] = ..., run_over: bool = ..., num_contributions: _Optional[int] = ..., max_contributions: _Optional[int] = ..., initial_encoded: _Optional[_Union[Encoded, _Mapping]] = ..., counted_round: _Optional[int] = ..., accepted_weights: _Optional[str] = ..., left_out: _Optional[_Union[LeftOut, _Mapping]] = ..., server_time: _Optional[float] = ..., selection: _Optional[_Union[Selection, str]] = ..., has_full_curve: bool = ..., last_round_over: bool = ..., next_round_at: _Optional[float] = ..., num_examples_to_open: _Optional[int] = ..., initial_rest: _Optional[_Union[Blob, _Mapping]] = ...) -> None: ...
 
 class LeftOut(_message.Message):
     __slots__ = ("round", "reason", "message")

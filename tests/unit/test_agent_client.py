@@ -177,6 +177,17 @@ async def test_watch_that_lasted_is_opened_again_soon(
     assert bounds == pytest.approx([0.2] * 3)
 
 
+@pytest.mark.parametrize(
+    ("said", "heard"),
+    [(0.0, None), (1.5e9, 1.5e9), (math.inf, None), (math.nan, None), (1e300, None), (-1.0, None)],
+)
+async def test_time_of_the_next_round_is_heard_if_it_is_one(said: float, heard: float | None) -> None:
+    event = pb.WatchEvent(round=1, phase=pb.PHASE_PUBLISHED, run_over=True)
+    event.next_round_at, event.num_examples_to_open = said, 500
+    (state,) = [state async for state in client_of(Watch=streams(Stream(event))).watch()]
+    assert (state.next_round_at, state.num_examples_to_open) == (heard, 500)
+
+
 async def test_patience_has_an_end_where_it_is_asked_for() -> None:
     client = client_of(Join=unary(BROKEN))
     client.patience_seconds = 0.05

@@ -10,8 +10,9 @@ import pytest
 from ecavg.cloud_server.contribution import Contribution
 from ecavg.cloud_server.round import Policy, Round, Sampling
 from ecavg.cloud_server.showing.progress import CALLS_PER_SECOND, ProgressBoard, Shown
-from ecavg.cloud_server.showing.waiting import Pending, duration, sentence
+from ecavg.cloud_server.showing.waiting import Pending, sentence
 from ecavg.common.agent_progress import Activity, AgentProgress
+from ecavg.common.pace import duration
 from ecavg.common.run_state import Phase
 from ecavg.common.transfer import Blob
 from tests.unit.world import world, write_weights

@@ -34,6 +34,7 @@ SERVER_CONTRACT = {
     "ecavg_server_received_bytes_total": {"kind"},
     "ecavg_server_refusals_total": {"reason"},
     "ecavg_server_connections_ended_total": set(),
+    "ecavg_server_notifications_total": {"outcome"},
     "ecavg_server_sent_bytes_total": {"kind"},
     "ecavg_server_accuracy_ratio": {"stage"},
     "ecavg_server_score": {"stage"},

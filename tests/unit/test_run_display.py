@@ -1,6 +1,9 @@
 """The server's progress bars."""
 
+import time
 from dataclasses import replace
+
+import pytest
 
 from ecavg.common.run_display import RunDisplay
 from ecavg.common.run_state import Phase, RunState, WorkProgress
@@ -31,12 +34,14 @@ class Bars:
     def __init__(self) -> None:
         self.figures: dict[str, tuple[float, float]] = {}
         self.details: dict[str, str] = {}
+        self.messages: list[str] = []
 
     def update(self, label: str, done: float, total: float, detail: str = "", unit: str = "") -> None:
         self.figures[label] = (done, total)
         self.details[label] = detail
 
-    def message(self, text: str) -> None: ...
+    def message(self, text: str) -> None:
+        self.messages.append(text)
 
     def close(self) -> None: ...
 
@@ -71,3 +76,19 @@ def test_an_agent_shows_what_the_cloud_does_and_in_which_epoch() -> None:
     display.show(replace(tuning, progress=WorkProgress(29, 50, 0.25)))
     assert bars.details == {"cloud: fine-tuning": "2 of 5 epochs, loss 0.250"}
     assert bars.figures == {"cloud: fine-tuning": (29, 50)}
+
+
+def test_what_the_next_round_waits_for_is_said_once_after_each_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TZ", "UTC")
+    monkeypatch.setattr(time, "time", lambda: 82_800.0)
+    bars = Bars()
+    display = RunDisplay(bars)
+    over = replace(STATE, phase=Phase.PUBLISHED)
+    display.show(over)
+    assert bars.messages == []
+    for _ in range(2):
+        display.show(replace(over, next_round_at=93_600.0))
+    assert bars.messages == ["the next round opens at 02:00 UTC (in 3 h)"]
+    display.show(replace(over, round=2, num_examples_to_open=500))
+    display.show(replace(over, round=3, next_round_at=93_600.0, run_over=True))
+    assert bars.messages[1:] == ["the next round opens when the agents have 500 new examples"]

@@ -39,6 +39,7 @@ from ecavg.cloud_server.showing.traffic import Traffic
 from ecavg.cloud_server.showing.viewers import Viewers
 from ecavg.cloud_server.store import Store
 from ecavg.cloud_server.tracking.thread import Tracking
+from ecavg.cloud_server.tracking.to_webhook import Receiver
 from ecavg.cloud_server.training import runner as job_runner
 from ecavg.cloud_server.upkeep import caretaker
 from ecavg.common.errors import (
@@ -172,6 +173,7 @@ async def world(
     state_dir: Path,
     outcomes: list[Result | None] | None = None,
     clock: Callable[[], float] = time.time,
+    receiver: Receiver | None = None,
     **keys: Any,
 ) -> AsyncIterator[World]:
     config = ServerConfig(state_dir=state_dir, **{"min_agents": 1, "rounds": 0} | keys)
@@ -179,7 +181,9 @@ async def world(
         trainer = PlayedTrainer(state_dir, outcomes or [])
         metrics = ServerMetrics(agent_labels=config.agent_labels)
         working = asyncio.create_task(trainer.work())
-        service = await open_service(config, store, trainer, metrics, Viewers(), clock=clock)
+        service = await open_service(
+            config, store, trainer, metrics, Viewers(), receiver=receiver, clock=clock
+        )
         running = asyncio.create_task(service.coordinator.run())
         try:
             yield World(*service, store, trainer, config, metrics, running)
