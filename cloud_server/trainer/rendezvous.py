@@ -41,7 +41,7 @@ def _run(argv: Sequence[str] | None) -> int:
     arguments = parser.parse_args(argv)
     configure_logging()
     # Importing PyTorch takes seconds, and an error in the command line should be reported without that delay.
-    from torch.distributed import DistNetworkError, TCPStore
+    from torch.distributed import DistNetworkError, TCPStore  # type: ignore[attr-defined]
 
     try:
         store = TCPStore("localhost", arguments.port, is_master=True, wait_for_workers=False)
