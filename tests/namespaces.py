@@ -9,9 +9,6 @@ from typing import NamedTuple
 
 import pytest
 
-# A part of the range for benchmarks (RFC 2544), which no real network has.
-_NETWORK = "198.18.213"
-HOST = f"{_NETWORK}.1"
 INTERFACE = "eth0"
 
 
@@ -26,30 +23,45 @@ class Namespace(NamedTuple):
         """Return the words before a command that runs it on this machine."""
         return "ip", "netns", "exec", self.name
 
+    def set_patience(self, num_retries: int) -> None:
+        """Set how often the machine sends a TCP segment again before it gives up: 15 times by default."""
+        setting = "/proc/sys/net/ipv4/tcp_retries2"
+        subprocess.run([*self.prefix, "sh", "-c", f"echo {num_retries} > {setting}"], check=True)
+
     def set_link(self, state: str) -> None:
         """Plug the machine's cable in or out: "up" or "down"."""
         _ip("-n", self.name, "link", "set", INTERFACE, state)
 
 
+class Network(NamedTuple):
+    """Machines that reach each other and this one."""
+
+    # The address of this machine.
+    host: str
+    machines: list[Namespace]
+
+
 @contextmanager
-def namespaces(number: int) -> Iterator[list[Namespace]]:
-    """Yield machines that reach each other and this one, at HOST; skip the test where that is not allowed."""
+def network_of(num_machines: int) -> Iterator[Network]:
+    """Yield a network of machines; skip the test where that is not allowed."""
     if os.geteuid() != 0:
         pytest.skip("network namespaces are for root alone")
     if not shutil.which("ip"):
         pytest.skip("there is no ip: install the package iproute2")
     tag = f"ecavg{os.getpid() % 100_000}"
-    made = [Namespace(f"{tag}-{n}", f"{_NETWORK}.{n + 1}") for n in range(1, number + 1)]
+    # The range for benchmarks (RFC 2544), which no real network has. Other processes have other parts of it.
+    prefix = f"198.{18 + os.getpid() // 256 % 2}.{os.getpid() % 256}"
+    made = [Namespace(f"{tag}-{n}", f"{prefix}.{n + 1}") for n in range(1, num_machines + 1)]
     try:
         _ip("link", "add", tag, "type", "bridge")
     except subprocess.CalledProcessError as error:
         pytest.skip(f"this machine allows no network namespaces: {error.stderr}")
     try:
-        _ip("addr", "add", f"{HOST}/24", "dev", tag)
+        _ip("addr", "add", f"{prefix}.1/24", "dev", tag)
         _ip("link", "set", tag, "up")
         for each in made:
             _connect(each, tag)
-        yield made
+        yield Network(f"{prefix}.1", made)
     finally:
         for each in made:
             subprocess.run(["ip", "netns", "delete", each.name], check=False, capture_output=True)

@@ -21,21 +21,21 @@ from common.weights import read_state_dict, write_state_dict
 from tests.buckets import Service, s3_service
 from tests.integration.test_machines import Machine, wait_for_group
 from tests.integration.test_trainer import digits, part, put_blob, put_shard
-from tests.namespaces import HOST, Namespace, namespaces
+from tests.namespaces import Network, network_of
 from tests.processes import Command, free_port, until
 
 pytestmark = pytest.mark.timeout(400)
 
 
 @pytest.fixture(scope="module")
-def networks() -> Iterator[list[Namespace]]:
-    with namespaces(2) as networks:
-        yield networks
+def network() -> Iterator[Network]:
+    with network_of(2) as network:
+        yield network
 
 
 @pytest.fixture(scope="module")
-def service(networks: list[Namespace]) -> Iterator[Service]:
-    with s3_service(HOST) as service:
+def service(network: Network) -> Iterator[Service]:
+    with s3_service(network.host) as service:
         yield service
 
 
@@ -94,15 +94,15 @@ class Asked:
 class Machines:
     """Two training machines, each of which can be killed and started again with an empty folder."""
 
-    def __init__(self, folder: Path, networks: list[Namespace], url: str, endpoint: str) -> None:
-        self._folder, self._networks, self._url, self._endpoint = folder, networks, url, endpoint
+    def __init__(self, folder: Path, network: Network, url: str, endpoint: str) -> None:
+        self._folder, self._network, self._url, self._endpoint = folder, network, url, endpoint
         self._num_starts = 0
         self.started: list[Machine] = []
         self.now = [self.start(0), self.start(1)]
 
     def start(self, index: int) -> Machine:
         self._num_starts += 1
-        namespace = self._networks[index]
+        namespace = self._network.machines[index]
         machine = Machine(
             self._folder / f"machine-{self._num_starts}", self._url, self._endpoint, "1:2",
             is_host=self._endpoint.startswith(f"{namespace.address}:"), namespace=namespace,
@@ -115,13 +115,13 @@ class Machines:
 
 
 @contextmanager
-def two_machines(folder: Path, networks: list[Namespace], url: str, endpoint: str = "") -> Iterator[Machines]:
+def two_machines(folder: Path, network: Network, url: str, endpoint: str = "") -> Iterator[Machines]:
     """Start two machines; without an endpoint, the rendezvous is on neither of them."""
     port = free_port()
     rendezvous = Command("cloud_server.trainer.rendezvous", "--port", port, folder=folder / "rendezvous")
     machines = None
     try:
-        machines = Machines(folder, networks, url, endpoint or f"{HOST}:{port}")
+        machines = Machines(folder, network, url, endpoint or f"{network.host}:{port}")
         yield machines
     finally:
         for machine in machines.started if machines else ():
@@ -130,10 +130,10 @@ def two_machines(folder: Path, networks: list[Namespace], url: str, endpoint: st
 
 
 def test_round_is_finished_by_the_machine_that_is_left(
-    service: Service, networks: list[Namespace], tmp_path: Path
+    service: Service, network: Network, tmp_path: Path
 ) -> None:
-    asked = Asked(tmp_path, service.new_bucket(), num_epochs=300)
-    with two_machines(tmp_path, networks, asked.url) as machines:
+    asked = Asked(tmp_path, service.new_bucket(), num_epochs=150)
+    with two_machines(tmp_path, network, asked.url) as machines:
         first, second = machines.now
         wait_for_group(first, second)
         until(lambda: asked.checkpoint_at(first) and asked.checkpoint_at(second), first.torchrun)
@@ -146,10 +146,10 @@ def test_round_is_finished_by_the_machine_that_is_left(
 
 @pytest.mark.soak
 def test_machines_that_are_killed_in_turn_and_replaced_finish_the_round(
-    service: Service, networks: list[Namespace], tmp_path: Path
+    service: Service, network: Network, tmp_path: Path
 ) -> None:
-    asked = Asked(tmp_path, service.new_bucket(), num_epochs=3000)
-    with two_machines(tmp_path, networks, asked.url) as machines:
+    asked = Asked(tmp_path, service.new_bucket(), num_epochs=600)
+    with two_machines(tmp_path, network, asked.url) as machines:
         for killed in (0, 1, 0):
             first, second = machines.now
             wait_for_group(first, second)
@@ -157,18 +157,18 @@ def test_machines_that_are_killed_in_turn_and_replaced_finish_the_round(
                   first.torchrun)  # fmt: skip
             machines.now[killed].kill()
             machines.replace(killed)
-        result = until(asked.step, machines.now[1].torchrun, 200)
+        result = until(asked.step, machines.now[1].torchrun, 250)
     assert result.error is None
     assert asked.is_equal_to_one_ranks()
 
 
 @pytest.mark.soak
 def test_round_goes_on_when_the_machine_with_the_rendezvous_is_replaced(
-    service: Service, networks: list[Namespace], tmp_path: Path
+    service: Service, network: Network, tmp_path: Path
 ) -> None:
     asked = Asked(tmp_path, service.new_bucket(), num_epochs=1000)
-    endpoint = f"{networks[0].address}:{free_port()}"
-    with two_machines(tmp_path, networks, asked.url, endpoint) as machines:
+    endpoint = f"{network.machines[0].address}:{free_port()}"
+    with two_machines(tmp_path, network, asked.url, endpoint) as machines:
         first, second = machines.now
         wait_for_group(first, second)
         until(lambda: asked.checkpoint_at(first) and asked.checkpoint_at(second), first.torchrun)
@@ -179,5 +179,23 @@ def test_round_goes_on_when_the_machine_with_the_rendezvous_is_replaced(
         second.start_torchrun()
         result = until(asked.step, second.torchrun, 200)
         assert "training_resumed" in machines.now[0].output + second.output
+    assert result.error is None
+    assert asked.is_equal_to_one_ranks()
+
+
+@pytest.mark.soak
+def test_machine_whose_cable_is_out_is_given_up(service: Service, network: Network, tmp_path: Path) -> None:
+    asked = Asked(tmp_path, service.new_bucket(), num_epochs=300)
+    for machine in network.machines:
+        machine.set_patience(4)
+    with two_machines(tmp_path, network, asked.url) as machines:
+        first, second = machines.now
+        wait_for_group(first, second)
+        until(lambda: asked.checkpoint_at(first) and asked.checkpoint_at(second), first.torchrun)
+        network.machines[0].set_link("down")
+        # Nothing tells the other machine, and nothing more comes.
+        result = until(asked.step, second.torchrun, 250)
+        assert "training_resumed" in second.output
+    network.machines[0].set_link("up")
     assert result.error is None
     assert asked.is_equal_to_one_ranks()
