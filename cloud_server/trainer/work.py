@@ -67,6 +67,9 @@ def run_job(
             if group.world_size > 1 and _has_lost_rank(error):
                 # The job stays pending, for the group that the other ranks form anew.
                 raise
+            if is_full(error):
+                # The room that the checkpoint takes may be all that the model needs.
+                directory.discard_checkpoint()
             if directory.read_result() is None:
                 directory.write_result(Result(error=_describe(error)))
             # After a CUDA error other than a lack of memory, this process cannot use the GPU any more.
