@@ -201,10 +201,7 @@ def train(
     balanced = in_memory(examples.targets).cpu() if recipe.class_balanced else None
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         training = _Training(model, data, recipe, on_step, ranks, balanced, after_step)
-        kept = None
-        if checkpoint:
-            identity = _identity(recipe, model, examples, checkpoint.subject)
-            kept = Checkpoints(checkpoint, identity, model, training.optimizer, ranks)
+        kept = training.checkpoints(checkpoint, recipe, examples) if checkpoint else None
         finished = kept.restore() if kept else Finished()
         for epoch in range(finished.num_epochs, num_epochs):
             loss = training.run_epoch(epoch)
@@ -262,10 +259,10 @@ class _Training:
         balanced_N: Tensor | None = None,
         after_step: AfterStep = lambda: None,
     ) -> None:
+        self._model, self._ranks = model, ranks
         self._data, self._balanced_N = data, balanced_N
         self._config, self._seed = recipe.config, recipe.seed
         self._place = recipe.place or whole(recipe.config)
-        self._rank, self._world_size = ranks.rank, ranks.world_size
         # One example alone may have no variance.
         smallest = ranks.world_size * (2 if batch_norms(model) else 1)
         self._batches = batch_bounds(len(data), self._config.batch_size, smallest)
@@ -280,10 +277,10 @@ class _Training:
             changed, device = self._step.changed_tensors, data.device
             self._take_full = ReplayedSteps(self._take_full, model, changed, recorder, device).take
 
-    @property
-    def optimizer(self) -> torch.optim.Optimizer:
-        """Return the optimizer."""
-        return self._step.optimizer
+    def checkpoints(self, file: CheckpointFile, recipe: Recipe, examples: Examples) -> Checkpoints:
+        """Return the checkpoints of this training, which has not begun; every rank asks for them."""
+        identity = _identity(recipe, self._model, examples, file.subject)
+        return Checkpoints(file, identity, self._model, self._step.optimizer, self._ranks)
 
     def rehearsal(self) -> Callable[[], object]:
         """Return a step that can be taken again and again, to see how long it takes."""
@@ -295,7 +292,7 @@ class _Training:
     def run_epoch(self, epoch: int) -> float:
         """Make one pass over the data, epochs counted from 0; return its mean loss over all ranks."""
         # Dropout and the like draw from this stream.
-        torch.manual_seed(derive_seed(self._seed, "layers", epoch, self._rank))
+        torch.manual_seed(derive_seed(self._seed, "layers", epoch, self._ranks.rank))
         draws = draw_epoch(len(self._data), derive_seed(self._seed, "data", epoch), self._balanced_N)
         total = self._step.epoch_loss.zero_()
         parts = [self._my_part(begin, end) for begin, end in self._batches]
@@ -309,7 +306,7 @@ class _Training:
                     self._step.take(batch, end - begin)
                 self._after_step()
                 self._reports.add(step + 1, len(batch.targets))
-        if self._world_size > 1:
+        if self._ranks.world_size > 1:
             dist.all_reduce(total)
         return total.item() / len(self._data)
 
@@ -320,7 +317,7 @@ class _Training:
             return None
         num_full = self._config.epochs * sum(end - begin == self._full_size for begin, end in self._batches)
         reason = ""
-        if self._world_size > 1:
+        if self._ranks.world_size > 1:
             reason = "several GPUs train together"
         elif not self._step.is_fused:
             reason = "not all parameters are floating-point numbers"
@@ -336,7 +333,7 @@ class _Training:
         self._step.set_learning_rate(self._config.learning_rate * factor)
 
     def _my_part(self, begin: int, end: int) -> slice:
-        size, rank, ranks = end - begin, self._rank, self._world_size
+        size, rank, ranks = end - begin, self._ranks.rank, self._ranks.world_size
         return slice(begin + size * rank // ranks, begin + size * (rank + 1) // ranks)
 
 

@@ -23,17 +23,22 @@ KEY_ID, SECRET = "AKIAEXAMPLE", "not-to-be-seen"
 
 
 class Service:
-    """An S3 service on loopback, which can be out of reach for a while at the same address."""
+    """An S3 service on loopback, which can be out of reach for a while at the same address.
 
-    def __init__(self) -> None:
-        self._server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    Args:
+        address: another address of this machine to listen on.
+    """
+
+    def __init__(self, address: str = "127.0.0.1") -> None:
+        self._address = address
+        self._server = ThreadedMotoServer(ip_address=address, port=0, verbose=False)
         self._server.start()
         self.port = self._server.get_host_and_port()[1]
 
     @property
     def env(self) -> dict[str, str]:
         return {
-            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{self.port}",
+            "AWS_ENDPOINT_URL": f"http://{self._address}:{self.port}",
             "AWS_ACCESS_KEY_ID": KEY_ID,
             "AWS_SECRET_ACCESS_KEY": SECRET,
             "AWS_REGION": "us-east-1",
@@ -50,7 +55,7 @@ class Service:
         self._server.stop()
 
     def come_back(self) -> None:
-        self._server = ThreadedMotoServer(ip_address="127.0.0.1", port=self.port, verbose=False)
+        self._server = ThreadedMotoServer(ip_address=self._address, port=self.port, verbose=False)
         self._server.start()
 
     def close(self) -> None:
@@ -58,10 +63,10 @@ class Service:
 
 
 @contextmanager
-def s3_service() -> Iterator[Service]:
+def s3_service(address: str = "127.0.0.1") -> Iterator[Service]:
     need("S3 service", ThreadedMotoServer, "moto[server]")
     need("S3 client", find_spec("obstore"), "obstore")
-    service = Service()
+    service = Service(address)
     with pytest.MonkeyPatch.context() as patch:
         for name in [name for name in os.environ if name.startswith("AWS_")]:
             patch.delenv(name)

@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ class Command:
         env: environment variables beside those of the tests; None for one that is not to be set.
         forked: True to fork the process from a process that has imported the modules already.
         streams: standard streams of a forked process that are not as usual; see tests/zygote.py.
+        prefix: words before the command, such as those of another program that runs it.
     """
 
     # A subprocess.Popen, or a tests.zygote.ForkedProcess.
@@ -46,6 +47,7 @@ class Command:
         cwd: Path = ROOT,
         forked: bool = False,
         streams: Mapping[int, str] = NO_STREAMS,
+        prefix: Sequence[str] = (),
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.output_path = folder / f"{module}.{time.monotonic_ns()}.log"
@@ -60,7 +62,7 @@ class Command:
             return
         with self.output_path.open("wb") as output:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", module, *words],
+                [*prefix, sys.executable, "-m", module, *words],
                 cwd=cwd,
                 stdin=subprocess.DEVNULL,
                 stdout=output,

@@ -182,7 +182,7 @@ class RoundPipeline:
         decay = self._run.fine_tune.ema_decay
         average = MovingAverage(model, decay) if decay and self._group.local_rank == 0 else None
         path = self._directory.checkpoint_path
-        path.parent.mkdir(exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         checkpoint = CheckpointFile(path, self._checkpoint_seconds, self._job.training_id, average)
         with self._timed("fine_tune"):
             fine_tune(

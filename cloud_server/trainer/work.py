@@ -67,8 +67,7 @@ def run_job(
             if group.world_size > 1 and _has_lost_rank(error):
                 # The job stays pending, for the group that the other ranks form anew.
                 raise
-            if directory.read_result() is None:
-                directory.write_result(Result(error=_describe(error)))
+            _write_error(directory, error)
             # After a CUDA error other than a lack of memory, this process cannot use the GPU any more.
             if group.world_size > 1 or isinstance(error, torch.AcceleratorError):
                 raise
@@ -76,6 +75,15 @@ def run_job(
     tracing.flush(0)
     gc.collect()
     torch.cuda.empty_cache()
+
+
+def _write_error(directory: JobDirectory, error: Exception) -> None:
+    """Write the error as the job's result, unless another rank has written one."""
+    if is_full(error):
+        # The room that the checkpoint takes may be all that the model needs.
+        directory.discard_checkpoint()
+    if directory.read_result() is None:
+        directory.write_result(Result(error=_describe(error)))
 
 
 def _do(

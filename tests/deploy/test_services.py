@@ -7,6 +7,11 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import yaml
+from torch.distributed.run import get_args_parser
+
+from ecavg.cloud_server.trainer import __main__ as trainer_main
+from ecavg.cloud_server.trainer.group import OWN_STORE
 
 ROOT = Path(__file__).parents[2]
 UNITS = sorted((ROOT / "deploy/systemd").glob("*.service"))
@@ -44,6 +49,19 @@ def test_no_agent_of_the_stack_can_read_the_servers_keys() -> None:
     assert holders == ["tokens", "cloud-server"]
     assert "/join" not in service(stack, "prometheus")
     assert "insecure" not in stack
+
+
+def test_trainers_of_the_stack_meet_where_the_rendezvous_is() -> None:
+    services = yaml.safe_load((ROOT / "docker-compose.yml").read_text("utf-8"))["services"]
+    trainer, rendezvous = services["trainer"], services["rendezvous"]
+    launcher = get_args_parser().parse_args(trainer["command"])
+    assert launcher.rdzv_endpoint == f"rendezvous:{rendezvous['command'][-1]}"
+    assert launcher.training_script == "ecavg.cloud_server.trainer"
+    assert trainer_main._parser().parse_args(launcher.training_script_args).state_dir == Path("/state")
+    assert trainer["environment"][OWN_STORE] == "1"
+    # Without the profile the server trains by itself.
+    assert services["cloud-server"]["environment"]["ECAVG_SERVER_TRAINERS"] == "${ECAVG_TRAINERS:-own}"
+    assert trainer["profiles"] == rendezvous["profiles"] == ["trainers"]
 
 
 @needs_systemd

@@ -4,6 +4,7 @@ import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from ecavg.cloud_server.state_dir import StateDir
 from ecavg.cloud_server.trainer.group import OWN_STORE
 from ecavg.common.weights import read_state_dict
 from tests.buckets import Service, s3_service
+from tests.namespaces import INTERFACE, Namespace
 from tests.processes import Cluster, Command, cluster_in, free_port, until
 from tests.unit.test_ranks import are_close
 
@@ -35,18 +37,37 @@ def service() -> Iterator[Service]:
 class Machine:
     """A training machine with a folder of its own: a relay, and torchrun with one rank."""
 
-    def __init__(self, folder: Path, bucket: str, rendezvous: str, num_nodes: str, *, is_host: bool) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        bucket: str,
+        rendezvous: str,
+        num_nodes: str,
+        *,
+        is_host: bool,
+        namespace: Namespace | None = None,
+    ) -> None:
         self.state_dir = StateDir(folder / "work")
         where = ("--state-dir", self.state_dir)
-        self.relay = Command("ecavg.cloud_server.training.relay", "--bucket", bucket, *where, folder=folder)
-        self.torchrun = Command(
-            "torch.distributed.run", "--nnodes", num_nodes, "--nproc-per-node", 1, "--max-restarts", 5,
+        prefix, address = (namespace.prefix, namespace.address) if namespace else ((), "127.0.0.1")
+        self.relay = Command(
+            "ecavg.cloud_server.training.relay", "--bucket", bucket, *where, folder=folder, prefix=prefix
+        )
+        self._launch = partial(
+            Command, "torch.distributed.run",
+            "--nnodes", num_nodes, "--nproc-per-node", 1, "--max-restarts", 5,
             "--rdzv-backend", "c10d", "--rdzv-endpoint", rendezvous, "--rdzv-id", "round",
             "--rdzv-conf", f"is_host={int(is_host)},last_call_timeout=1,keep_alive_interval=2",
-            "--local-addr", "127.0.0.1",
+            "--local-addr", address,
             "-m", "ecavg.cloud_server.trainer", *where, "--device", "cpu", "--checkpoint-seconds", 0,
-            folder=folder, env={OWN_STORE: "1"},
+            folder=folder, prefix=prefix,
+            env={OWN_STORE: "1", "GLOO_SOCKET_IFNAME": INTERFACE if namespace else None},
         )  # fmt: skip
+        self.start_torchrun()
+
+    def start_torchrun(self) -> None:
+        """Start torchrun, as a service manager does, also when it has ended."""
+        self.torchrun = self._launch()
 
     @property
     def output(self) -> str:

@@ -41,7 +41,7 @@ from ecavg.common.training import Examples, train
 from ecavg.common.transfer import blob_of
 from ecavg.common.weights import read_state_dict, write_state_dict
 from ecavg.common.wire import Base, decode, encode, encoding_of
-from tests.processes import ROOT, WAIT_SECONDS, until
+from tests.processes import ROOT, WAIT_SECONDS, free_port, until
 from tests.recipes import recipe_of
 from tests.tapes import Failing
 
@@ -703,6 +703,28 @@ def test_two_ranks_under_torchrun_train_together_and_leave_with_their_server(
         trainer.process.stdin.close()
         assert trainer.process.wait(WAIT_SECONDS) == 0
     assert endless.is_pending
+
+
+@pytest.mark.soak
+def test_machines_that_share_the_folder_go_on_from_their_checkpoint(state_dir, contributions, do):
+    long = RUN.model_copy(update={"fine_tune": RUN.fine_tune.model_copy(update={"epochs": 60})})
+    alone, alone_directory = do(run=long, name="alone")
+    launcher = (
+        "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1", "--max-restarts", "3",
+        "--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{free_port()}", "--rdzv-id", "1",
+        "--local-addr", "127.0.0.1", "-m",
+    )  # fmt: skip
+    with trainer_in(state_dir, *launcher) as one, trainer_in(state_dir, *launcher):
+        shared = ask(state_dir, job(contributions, run=long, name="shared"))
+        one.wait_for_checkpoint(shared)
+        one.kill_rank()
+        result = one.result_of(shared)
+        # Both write to one log.
+        assert one.output.count("training_resumed") == 2
+        assert "checkpoint_not_written" not in one.output
+    assert (result.error, result.candidates) == (None, alone.candidates)
+    found, expected = (read_state_dict(each.weights_path) for each in (shared, alone_directory))
+    assert all(torch.allclose(found[name], expected[name], rtol=1e-3, atol=1e-4) for name in expected)
 
 
 def test_an_unknown_flag_is_bad_usage():

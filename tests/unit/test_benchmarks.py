@@ -101,10 +101,10 @@ def test_aggregate_compares_every_aggregator() -> None:
 
 
 def test_two_ranks_read_half_each() -> None:
-    result = run("ranks", "--mib", 24, "--ranks", 1, 2)
-    one, two = result["ranks"]["1"], result["ranks"]["2"]
-    assert two["read_mib"] == pytest.approx(one["read_mib"] / 2, rel=0.1)
-    assert two["own_mib"] < one["own_mib"]
+    result = run("ranks", "--mib", 24, "--ranks", 2)
+    # A tenth or so is held back.
+    assert 0.8 < 2 * result["ranks"]["2"]["read_mib"] / (result["data_bytes"] / 2**20) < 1
+    assert result["ranks"]["2"]["own_mib"] > 0
 
 
 def test_train_compares_with_both_loops() -> None:

@@ -1,5 +1,6 @@
 """Jobs that go through a bucket: the server's end, and the relay of a training machine."""
 
+import errno
 import shutil
 from collections.abc import Iterator
 from contextlib import suppress
@@ -365,3 +366,20 @@ def test_torchrun_that_could_not_form_the_group_anew_is_refused() -> None:
     environ = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "TORCHELASTIC_USE_AGENT_STORE": "True"}
     with pytest.raises(UsageError, match="set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"):
         Group.join("cpu", environ)
+
+
+@pytest.mark.parametrize(
+    ("error", "is_kept"), [(ValueError("no"), True), (OSError(errno.ENOSPC, "full"), False)]
+)
+def test_checkpoint_makes_room_on_a_full_disk(
+    both: Both, monkeypatch: pytest.MonkeyPatch, error: Exception, is_kept: bool
+) -> None:
+    def fail(*_: object) -> Result:
+        raise error
+
+    monkeypatch.setattr(work, "_do", fail)
+    both.there.write_job(JOB)
+    both.there.checkpoint_path.parent.mkdir()
+    both.there.checkpoint_path.write_bytes(b"epoch 1")
+    work.run_job(both.there, blobs_dir=both.machine.blobs, device_name="cpu", group=Group())
+    assert both.there.checkpoint_path.exists() == is_kept
