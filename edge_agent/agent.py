@@ -24,7 +24,6 @@ from common.tasks import kind_of, published
 from edge_agent.async_member import AsyncMember
 from edge_agent.client import CloudClient, Joined, UnknownAgentError
 from edge_agent.config import AgentConfig
-from edge_agent.data import class_names_of
 from edge_agent.hours import parse_hours
 from edge_agent.local import load_local_models
 from edge_agent.local_data import LocalData
@@ -33,6 +32,7 @@ from edge_agent.metrics import AgentMetrics, Phase
 from edge_agent.news import News
 from edge_agent.own_training import OwnTraining
 from edge_agent.readiness import Readiness
+from edge_agent.sources import class_names_of
 from edge_agent.state import AgentState, Progress
 from edge_agent.teller import Teller
 from edge_agent.updating import Updates

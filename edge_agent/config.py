@@ -39,7 +39,7 @@ class AgentConfig(ProcessConfig):
 
     `digits`, `mnist`, `fashion-mnist`, `cifar10`, `cifar100`, `diabetes`, `breast-cancer`, `wine`,
     `sunspots`, an image folder (`DIR/{train,test}/<class>/*`), arrays (`FILE.npz` or
-    `DIR/{inputs,targets}.npy`), a table (`FILE.csv`) or `package.module:factory`.
+    `DIR/{inputs,targets}.npy`), a table (`FILE.csv`, `FILE.parquet`) or `package.module:factory`.
     """
 
     data_inputs: tuple[Name, ...] = ()
@@ -313,13 +313,13 @@ def check_source(source: str) -> None:
         return
     raise UsageError(
         f"data source {source!r} is neither a folder nor a dataset: give an existing image folder,"
-        f" arrays (.npz), a table (.csv), {', '.join(DATASETS)}, or package.module:factory"
+        f" arrays (.npz), a table (.csv, .parquet), {', '.join(DATASETS)}, or package.module:factory"
     )
 
 
 def _is_data_file(path: Path) -> bool:
     try:
-        return path.suffix.lower() in (".npz", ".csv") and path.is_file()
+        return path.suffix.lower() in (".npz", ".csv", ".parquet", ".pq") and path.is_file()
     except OSError:
         return False
 

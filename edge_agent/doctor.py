@@ -162,8 +162,9 @@ def _look_at_data(config: AgentConfig) -> str:
         return "the run's dataset, which the server names when the agent joins"
     # Imported here, because PyTorch takes seconds, and may be what is broken.
     from edge_agent.arrays import statistics
-    from edge_agent.data import ArraySplit, find_source
     from edge_agent.image_folder import FileSplit
+    from edge_agent.sources import find_source
+    from edge_agent.splits import ArraySplit
 
     source = find_source(config.data, config.data_dir, table=config.table)
     if source is None:

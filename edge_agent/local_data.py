@@ -9,8 +9,8 @@ from common.errors import UsageError
 from common.faults import Point, crash_point
 from common.progress import ProgressDisplay
 from edge_agent.config import AgentConfig
-from edge_agent.data import data_stamp
 from edge_agent.local import LocalModels
+from edge_agent.sources import data_stamp
 from edge_agent.teller import Teller
 from edge_agent.worker import Worker
 

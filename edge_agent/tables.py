@@ -1,32 +1,25 @@
-"""Examples from a CSV file: rows of a table, or windows over a time series.
+"""Examples from a table: its rows, or windows over a time series.
 
-    FILE.csv    a line with the names of the columns, then a line for each example or point in time
-
-The file is UTF-8, with commas between cells and, where need be, double quotes around them (RFC 4180).
+The file is CSV or Parquet; see edge_agent/columns.py.
 Shape letters: R rows of the file, N examples, C columns of inputs, T columns of targets, W steps of a window.
 """
 
-import csv
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
-import structlog
 
-from common.errors import UsageError, one_line
+from common.errors import UsageError
 from edge_agent.arrays import Arrays
+from edge_agent.columns import Columns, read_columns, usable_rows
 
-# An error names at most so many columns of a file.
-_MAX_NAMED = 20
-
-log = structlog.get_logger()
+_NO_NUMBER = "no number and no name of a class"
 
 
 @dataclass(frozen=True)
 class TableFormat:
-    """Which columns of a CSV file are inputs and targets, and how its rows become examples."""
+    """Which columns of a table are inputs and targets, and how its rows become examples."""
 
     inputs: tuple[str, ...] = ()
     targets: tuple[str, ...] = ()
@@ -47,38 +40,8 @@ class TableFormat:
         return (self.window + self.horizon - 1) // self.stride
 
 
-class Table(NamedTuple):
-    """The cells of a file that count, as numbers."""
-
-    # float64 [R, C + T], the inputs first; all of a bad row are NaN.
-    values: np.ndarray
-    num_inputs: int
-    num_bad: int
-
-
-@dataclass
-class _BadRows:
-    """The rows that cannot be used: how many, and the first of them."""
-
-    path: Path
-    count: int = 0
-    first: str = ""
-
-    def add(self, line: int, reason: str) -> None:
-        self.count += 1
-        self.first = self.first or f"{self.path}, line {line}: {one_line(reason)}"
-
-
-def is_table(path: Path) -> bool:
-    """Return True if the path is a CSV file."""
-    try:
-        return path.suffix.lower() == ".csv" and path.is_file()
-    except OSError:
-        return False
-
-
 def open_table(path: Path, form: TableFormat, class_names: Sequence[str] = ()) -> Arrays:
-    """Return the examples of a CSV file in the order of its rows.
+    """Return the examples of a table in the order of its rows.
 
     Whole numbers are int64, others float32. Inputs are [N, C], windows [N, C, W]; targets are [N] for one
     column, [N, T] for several. A window in which a bad row lies, or whose target does, is left out.
@@ -89,7 +52,12 @@ def open_table(path: Path, form: TableFormat, class_names: Sequence[str] = ()) -
     Raises:
         UsageError: the file cannot be read, lacks a column, or has too many bad rows, or too few others.
     """
-    values, num_inputs, _ = read_table(path, form, class_names)
+    columns, num_inputs = read_table(path, form), len(form.inputs)
+    label_of = {name: label for label, name in enumerate(class_names)}
+    read = [_numbers(cells, label_of if n >= num_inputs else {}) for n, cells in enumerate(columns.cells)]
+    meanings = [_NO_NUMBER] * len(read)
+    is_usable = usable_rows(columns, [np.isnan(values) for values in read], meanings, form.max_bad_rows)
+    values = np.where(is_usable[:, None], np.stack(read, 1), np.nan)
     inputs, targets = values[:, :num_inputs], values[:, num_inputs:]
     if form.window is not None:
         inputs, targets = _windows(inputs, targets, form)
@@ -110,90 +78,51 @@ def names_in(path: Path, form: TableFormat) -> tuple[str, ...]:
     """
     if len(form.targets) != 1:
         return ()
-    texts = {cells[-1].strip() for _, cells in _rows(path, form) if cells} - {""}
-    return () if any(map(_is_number, texts)) else tuple(sorted(texts))
+    cells = read_table(path, form).cells[-1]
+    if cells.dtype != object:
+        return ()
+    texts = set(cells.tolist()) - {None, ""}
+    return () if any(np.isfinite(_number(text, {})) for text in texts) else tuple(sorted(texts))
 
 
-def read_table(path: Path, form: TableFormat, class_names: Sequence[str] = ()) -> Table:
-    """Read the columns that count; rows that cannot be used are counted, logged once, and become NaN.
+def read_table(path: Path, form: TableFormat) -> Columns:
+    """Read the columns that count, the inputs first.
 
     Raises:
-        UsageError: the file cannot be read, lacks a column, or has too many bad rows.
-    """
-    label_of = {name: str(label) for label, name in enumerate(class_names)}
-    bad, rows = _BadRows(path), []
-    width = len(form.inputs) + len(form.targets)
-    for line, cells in _rows(path, form):
-        try:
-            rows.append(_numbers(cells, label_of, form))
-        except ValueError as error:
-            bad.add(line, str(error))
-            rows.append([np.nan] * width)
-    if bad.count > form.max_bad_rows * len(rows):
-        raise UsageError(
-            f"{bad.count} of {len(rows)} rows cannot be used, first {bad.first}: correct them, or allow more"
-            " with --max-bad-rows"
-        )
-    if bad.count:
-        log.warning("rows_skipped", num_skipped=bad.count, num_rows=len(rows), first=bad.first)
-    return Table(np.array(rows, np.float64).reshape(-1, width), len(form.inputs), bad.count)
-
-
-def _rows(path: Path, form: TableFormat) -> list[tuple[int, list[str]]]:
-    """Return the cells that count of each row, the inputs first, with the row's line in the file.
-
-    A row with more or fewer cells than there are columns has none.
+        UsageError: the file cannot be read, lacks a column, or nothing says which columns count.
     """
     if not form.inputs or not form.targets:
         raise UsageError(
             f"data source {path}: name its columns with --data-inputs COLUMN, repeatable, and"
             " --data-target COLUMN"
         )
+    return read_columns(path, (*form.inputs, *form.targets))
+
+
+def _numbers(cells: np.ndarray, label_of: Mapping[str, int]) -> np.ndarray:
+    """Return the cells of a column as float64 [R], names of classes as their labels; NaN is no number."""
+    if cells.dtype == object:
+        values = np.fromiter((_number(cell, label_of) for cell in cells), np.float64, len(cells))
+    elif label_of:
+        # A class may have a number for a name.
+        values = _numbers(np.array([_text(cell) for cell in cells.tolist()], object), label_of)
+    else:
+        values = cells
+    return np.where(np.isfinite(values), values, np.nan)
+
+
+def _number(text: str | None, label_of: Mapping[str, int]) -> float:
+    """Return the label or the number that a text means; NaN: it means none."""
+    if text is not None and text in label_of:
+        return label_of[text]
     try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.reader(file, strict=True)
-            header = [name.strip() for name in next(reader, [])]
-            places = [_place(path, header, name) for name in (*form.inputs, *form.targets)]
-            return [
-                (reader.line_num, [row[n] for n in places] if len(row) == len(header) else [])
-                for row in reader
-                if row
-            ]
-    except (OSError, UnicodeError, csv.Error) as error:
-        raise UsageError(
-            f"data source {path} cannot be read ({error}): it should be CSV in UTF-8, with commas"
-        ) from error
-
-
-def _place(path: Path, header: Sequence[str], name: str) -> int:
-    if header.count(name) == 1:
-        return header.index(name)
-    found = ", ".join(map(one_line, header[:_MAX_NAMED]))
-    raise UsageError(
-        f"data source {path} has {header.count(name)} columns {name!r}; the first line names: {found}"
-    )
-
-
-def _numbers(cells: Sequence[str], label_of: dict[str, str], form: TableFormat) -> list[float]:
-    """Return the cells of one row as numbers, or raise ValueError."""
-    if not cells:
-        raise ValueError("it has more or fewer cells than the first line")
-    numbers: list[float] = []
-    for name, cell in zip((*form.inputs, *form.targets), cells, strict=True):
-        text = cell.strip()
-        if len(numbers) >= len(form.inputs):
-            text = label_of.get(text, text)
-        if not _is_number(text):
-            raise ValueError(f"{name} is {text[:40]!r}, which is no number and no name of a class")
-        numbers.append(float(text))
-    return numbers
-
-
-def _is_number(text: str) -> bool:
-    try:
-        return bool(np.isfinite(float(text)))
+        return float(text or "nan")
     except ValueError:
-        return False
+        return np.nan
+
+
+def _text(number: float) -> str:
+    return str(int(number)) if number.is_integer() else str(number)
 
 
 def _windows(inputs: np.ndarray, targets: np.ndarray, form: TableFormat) -> tuple[np.ndarray, np.ndarray]:

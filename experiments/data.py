@@ -15,7 +15,8 @@ from common.config import RunConfig
 from common.files import replacing
 from common.seeds import derive_seed
 from common.shards import Shard, split
-from edge_agent.data import ArraySplit, open_source
+from edge_agent.sources import open_source
+from edge_agent.splits import ArraySplit
 
 FACTORY = "experiments.data:examples"
 _VARIABLE = "EXPERIMENT_DATA"

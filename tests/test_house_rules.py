@@ -35,11 +35,12 @@ MAY_IMPORT_TORCH = {
     "common/training.py",
     "common/weights.py",
     "common/windows.py",
-    "edge_agent/data.py",
+    "edge_agent/downloads.py",
     "edge_agent/exporting.py",
     "edge_agent/local.py",
     "edge_agent/own_training.py",
     "edge_agent/prediction.py",
+    "edge_agent/splits.py",
 }
 MAY_IMPORT_GRPC = {
     "cloud_server/__main__.py",

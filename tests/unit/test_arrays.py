@@ -12,8 +12,9 @@ from common.dataset import Inputs, Targets
 from common.errors import UsageError
 from edge_agent.arrays import as_wanted, check_arrays, is_arrays, open_arrays, stamp_of_arrays, statistics
 from edge_agent.config import AgentConfig, check_source
-from edge_agent.data import AgentData, data_stamp, find_source, load_agent_data
+from edge_agent.data import AgentData, load_agent_data
 from edge_agent.doctor import _look_at_data
+from edge_agent.sources import data_stamp, find_source
 
 RUN = RunConfig(
     task="regression", dataset="pumps", model="mlp", inputs={"shape": (3,), "low": -5, "high": 5}, seed=1

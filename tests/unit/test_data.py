@@ -17,11 +17,12 @@ from common.config import RunConfig
 from common.dataset import DATASETS
 from common.errors import UsageError
 from common.shards import Shard
-from edge_agent import data
 from edge_agent.bundles import BUNDLES
 from edge_agent.config import AgentConfig
-from edge_agent.data import AgentData, choose_shared, fit, hold_out, load_agent_data
+from edge_agent.data import AgentData, choose_shared, hold_out, load_agent_data
+from edge_agent.downloads import TORCHVISION
 from edge_agent.partition import Partition, parse_partition
+from edge_agent.splits import fit
 
 DIGITS = RunConfig(dataset="digits")
 MNIST = RunConfig(dataset="mnist")
@@ -189,7 +190,7 @@ def test_a_data_dir_with_train_in_it_is_an_image_folder(pets: Path) -> None:
 
 
 def test_every_named_dataset_can_be_opened() -> None:
-    assert {*BUNDLES, *data._TORCHVISION} == set(DATASETS)
+    assert {*BUNDLES, *TORCHVISION} == set(DATASETS)
 
 
 def test_a_missing_data_dir_is_refused_and_not_made(tmp_path: Path) -> None:

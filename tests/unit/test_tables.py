@@ -11,8 +11,9 @@ from common.config import RunConfig
 from common.errors import UsageError
 from edge_agent.agent import class_names_of
 from edge_agent.config import AgentConfig, check_source
-from edge_agent.data import AgentData, data_stamp, load_agent_data
+from edge_agent.data import AgentData, load_agent_data
 from edge_agent.doctor import _look_at_data
+from edge_agent.sources import data_stamp
 from edge_agent.tables import TableFormat, open_table
 
 ROWS = np.random.default_rng(0).uniform(-5, 5, (40, 2)).round(4)

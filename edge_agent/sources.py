@@ -1,0 +1,154 @@
+"""The sources of examples: what `--data`, or the run's dataset, means on this device."""
+
+from collections.abc import Collection, Sequence
+from pathlib import Path
+
+from common.config import RunConfig
+from common.dataset import CLASS_NAMES, DATASETS
+from common.errors import UsageError
+from common.factories import import_factory
+from edge_agent.arrays import check_arrays, is_arrays, open_arrays, stamp_of_arrays
+from edge_agent.bundles import BUNDLES, open_bundle
+from edge_agent.columns import is_table
+from edge_agent.config import FACTORY_PATTERN, check_source, data_root
+from edge_agent.downloads import TORCHVISION, find_dataset, open_dataset
+from edge_agent.image_folder import class_folders, list_image_folder, list_splits, stamp_of
+from edge_agent.splits import Source, in_memory
+from edge_agent.tables import TableFormat, names_in, open_table
+
+# Of a source that is no table.
+NO_TABLE = TableFormat()
+
+
+def data_stamp(run: RunConfig, source: str | None, data_dir: Path | None) -> str:
+    """Return what tells an image folder from an earlier state of it; "" for a source that does not change.
+
+    Raises:
+        UsageError: there is no such source.
+    """
+    if source and _is_in_files(source):
+        return stamp_of_arrays(Path(source))
+    folder = image_folder_of(run.dataset, source, data_dir)
+    return stamp_of(folder) if folder else ""
+
+
+def class_names_of(
+    source: str | None,
+    data_dir: Path | None,
+    run: RunConfig | None = None,
+    *,
+    table: TableFormat = NO_TABLE,
+) -> tuple[str, ...]:
+    """Return the names of the classes that the labels of `source`, or else of the run's dataset, stand for.
+
+    Args:
+        run: None: the run is not known yet, and only what the source itself says counts.
+
+    Returns:
+        The names in NFC; none where the names are not known.
+
+    Raises:
+        UsageError: there is no such source, or it is an image folder that cannot be read.
+    """
+    if source and not _is_name(source) and is_table(Path(source)):
+        return names_in(Path(source), table)
+    dataset = run.dataset if run else ""
+    if folder := image_folder_of(dataset, source, data_dir):
+        return tuple(class_folders(folder / "train"))
+    names = CLASS_NAMES.get(source or dataset, ())
+    return names if run and len(names) == run.spec.num_classes else ()
+
+
+def open_source(
+    run: RunConfig,
+    source: str | None,
+    *,
+    data_dir: Path | None,
+    allowed_factories: Collection[str],
+    table: TableFormat = NO_TABLE,
+) -> Source:
+    """Find what `source`, or the run's dataset where that is None, means.
+
+    A folder is read only where this agent's own configuration names it: what a server sends is never
+    taken for a path.
+
+    Raises:
+        UsageError: there is no such source, or it cannot be read.
+    """
+    name = source or run.dataset
+    if source and _is_in_files(source):
+        return _open_files(Path(source), table, run.class_names)
+    if folder := image_folder_of(run.dataset, source, data_dir):
+        return Source(*list_image_folder(folder, run))
+    if name in BUNDLES:
+        return in_memory(open_bundle(name))
+    if name in TORCHVISION:
+        return open_dataset(name, data_dir)
+    if FACTORY_PATTERN.fullmatch(name):
+        return _open_factory(name, allowed_factories)
+    raise UsageError(
+        f"the run's dataset {name!r} is its own: say where this agent's part is, with --data FOLDER"
+    )
+
+
+def find_source(source: str, data_dir: Path | None, *, table: TableFormat = NO_TABLE) -> Source | None:
+    """Find what is on this device of a source that an agent's own configuration names, whatever the run is.
+
+    Returns:
+        None for a dataset that is downloaded at the agent's start.
+
+    Raises:
+        UsageError: there is no such source, or it cannot be read.
+    """
+    if folder := image_folder_of("", source, data_dir):
+        return Source(*list_splits(folder, tuple(class_folders(folder / "train")), "white"))
+    if source in BUNDLES:
+        return in_memory(open_bundle(source))
+    if _is_in_files(source):
+        return _open_files(
+            Path(source), table, names_in(Path(source), table) if is_table(Path(source)) else ()
+        )
+    if source in TORCHVISION:
+        return find_dataset(source, data_dir)
+    return _open_factory(source, {source})
+
+
+def image_folder_of(dataset: str, source: str | None, data_dir: Path | None) -> Path | None:
+    """Return the image folder that is meant; None: something else is meant.
+
+    Raises:
+        UsageError: nothing is meant.
+    """
+    if (source or dataset) in TORCHVISION:
+        root = data_root(data_dir)
+        return root if (root / "train").is_dir() else None
+    if source is None or _is_name(source):
+        return None
+    check_source(source)
+    return None if _is_in_files(source) else Path(source)
+
+
+def _is_name(source: str) -> bool:
+    """Return True if the source is a dataset or code of the user's, and no path."""
+    return source in DATASETS or FACTORY_PATTERN.fullmatch(source) is not None
+
+
+def _is_in_files(source: str) -> bool:
+    """Return True if the source is a table, or files of arrays."""
+    return not _is_name(source) and (is_table(Path(source)) or is_arrays(Path(source)))
+
+
+def _open_files(path: Path, table: TableFormat, class_names: Sequence[str]) -> Source:
+    if is_table(path):
+        return in_memory(open_table(path, table, class_names))
+    return in_memory(*open_arrays(path))
+
+
+def _open_factory(name: str, allowed_factories: Collection[str]) -> Source:
+    factory = import_factory(name, allowed_factories)
+    try:
+        train, test = factory("train"), factory("test")
+    except Exception as error:
+        # The user's code may raise anything.
+        raise UsageError(f"data source {name} failed with {type(error).__name__}: {error}") from error
+    return in_memory(check_arrays(name, train), None if test is None else check_arrays(name, test))

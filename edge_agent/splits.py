@@ -1,0 +1,108 @@
+"""The train and the test part of a source, and examples that are in memory already.
+
+Pictures of every source come out in the run's shape: resized where height or width differ (the aspect ratio
+is not kept), grey repeated into RGB, RGB weighted into grey.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+
+from common.agent_progress import OnExamples, ignore_examples
+from common.dataset import DatasetSpec
+from common.errors import UsageError
+from common.shards import Shard
+from edge_agent.arrays import Arrays, as_wanted
+
+
+class Split(Protocol):
+    """The train or the test part of a source."""
+
+    @property
+    def targets(self) -> np.ndarray:
+        """Return the targets, [N, …]."""
+
+    @property
+    def has_pictures(self) -> bool:
+        """Return True if the inputs are pictures."""
+
+    def read(
+        self, indices: np.ndarray, spec: DatasetSpec, on_read: OnExamples = ignore_examples
+    ) -> tuple[Shard, int]:
+        """Return these examples as the run's, and how many could not be read and are left out.
+
+        Args:
+            on_read: called now and then with how many were read, and with their number.
+        """
+
+
+class Source(NamedTuple):
+    """The train and the test split of a source; `test` is None if there is none."""
+
+    train: Split
+    test: Split | None
+
+
+@dataclass(frozen=True)
+class ArraySplit:
+    """A split that is in memory already, or mapped into it; pictures are in their own shape."""
+
+    # The inputs, [N, …].
+    inputs: np.ndarray
+    # The targets, [N, …].
+    targets: np.ndarray
+
+    @property
+    def has_pictures(self) -> bool:
+        """Return True if the inputs are pictures, uint8 [N, C, H, W]."""
+        return self.inputs.dtype == np.uint8 and self.inputs.ndim == 4
+
+    def read(
+        self, indices: np.ndarray, spec: DatasetSpec, on_read: OnExamples = ignore_examples
+    ) -> tuple[Shard, int]:
+        """Return these examples as the run's, and how many could not be read and are left out.
+
+        Raises:
+            UsageError: the examples are not what the run has.
+        """
+        inputs, targets = self.inputs[indices], self.targets[indices]
+        if spec.is_pictures and self.has_pictures and not spec.targets.shape[1:]:
+            inputs = fit(inputs, spec.inputs.shape)
+        shard = Shard(as_wanted("inputs", inputs, spec.inputs), as_wanted("targets", targets, spec.targets))
+        on_read(len(indices), len(indices))
+        return shard, 0
+
+
+def fit(images: np.ndarray, image_shape: tuple[int, ...]) -> np.ndarray:
+    """Bring uint8 [N, C, H, W] into `image_shape`.
+
+    Grey is 0.299 R + 0.587 G + 0.114 B (ITU-R BT.601); resizing is bilinear with antialiasing.
+
+    Raises:
+        UsageError: these channels cannot be turned into those.
+    """
+    if images.shape[1:] == image_shape:
+        return np.ascontiguousarray(images)
+    from torchvision.transforms.v2 import functional
+
+    channels, *size = image_shape
+    tensor = torch.from_numpy(images)
+    if (tensor.shape[1], channels) == (3, 1):
+        tensor = functional.rgb_to_grayscale(tensor)
+    if list(tensor.shape[2:]) != size:
+        tensor = functional.resize(tensor, size, antialias=True)
+    if (tensor.shape[1], channels) == (1, 3):
+        tensor = tensor.expand(-1, 3, -1, -1)
+    if tensor.shape[1] != channels:
+        raise UsageError(
+            f"the data has images of {tensor.shape[1]} channels, and the run wants {channels}:"
+            " set image_shape in the server's [run] table"
+        )
+    return np.ascontiguousarray(tensor.numpy())
+
+
+def in_memory(train: Arrays, test: Arrays | None = None) -> Source:
+    """Return the source of arrays."""
+    return Source(ArraySplit(*train), ArraySplit(*test) if test else None)
