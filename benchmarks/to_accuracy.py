@@ -30,7 +30,8 @@ from common.models import build_model
 from common.shards import Shard
 from common.tasks.classification import Classification
 from common.training import Examples, Recipe, StepReport, choose_precision, train
-from edge_agent.image_folder import FileSplit, list_image_folder
+from edge_agent.file_split import FileSplit
+from edge_agent.image_folder import list_image_folder
 
 SEED = 0
 # By default a loop gives up after so many epochs.

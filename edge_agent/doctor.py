@@ -22,7 +22,7 @@ from edge_agent.join_token import how_to_enroll, read_token
 from edge_agent.state import default_directories, user_of
 
 if TYPE_CHECKING:
-    from edge_agent.image_folder import FileSplit
+    from edge_agent.file_split import FileSplit
 
 # So many images of each split are decoded at most, to see that it can be done.
 NUM_SAMPLES = 8
@@ -162,7 +162,7 @@ def _look_at_data(config: AgentConfig) -> str:
         return "the run's dataset, which the server names when the agent joins"
     # Imported here, because PyTorch takes seconds, and may be what is broken.
     from edge_agent.arrays import statistics
-    from edge_agent.image_folder import FileSplit
+    from edge_agent.file_split import FileSplit
     from edge_agent.sources import find_source
     from edge_agent.splits import ArraySplit
 

@@ -2,109 +2,17 @@
 
 import hashlib
 import os
-from collections import Counter
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
-import structlog
 
-from common.agent_progress import OnExamples, ignore_examples
 from common.config import Background, RunConfig, class_name
-from common.dataset import DatasetSpec
-from common.errors import UsageError, encodable, one_line
-from common.shards import Shard
+from common.errors import UsageError, encodable
+from edge_agent.file_split import FileSplit, check_has_pictures
 from edge_agent.folder_walk import Item, folders_in, items_below
-from edge_agent.pictures import IMAGE_FORMATS, MODES, decode_image, quiet_pillow
-
-# Pillow lets go of the interpreter's lock only while it decodes: photos keep several threads busy, and
-# with tiny images more than a few only wait for each other.
-NUM_DECODERS = min(4, os.cpu_count() or 1)
-_DECODER_BATCH = 64
-
-# A warning names at most so many reasons and classes.
-_MAX_NAMED = 5
-
-log = structlog.get_logger()
-
-
-@dataclass(frozen=True)
-class FileSplit:
-    """The train or the test part of an image folder."""
-
-    paths: Sequence[Path]
-    # The labels, int64 [N].
-    targets: np.ndarray
-    # The names of the labels, label 0 first.
-    class_names: Sequence[str]
-    background: Background = "white"
-
-    @property
-    def has_pictures(self) -> bool:
-        """Return True."""
-        return True
-
-    def read(
-        self, indices: np.ndarray, spec: DatasetSpec, on_read: OnExamples = ignore_examples
-    ) -> tuple[Shard, int]:
-        """Decode these files; files that cannot be read are left out, counted, and logged once."""
-        image_shape = spec.inputs.shape
-        images = np.empty((len(indices), *image_shape), np.uint8)
-        is_read = np.zeros(len(indices), bool)
-
-        def decode(start: int) -> list[_Failure]:
-            failures = []
-            for n in range(start, min(start + _DECODER_BATCH, len(indices))):
-                path = self.paths[indices[n]]
-                try:
-                    images[n] = decode_image(path, image_shape, self.background)
-                    is_read[n] = True
-                except Exception as error:
-                    # Pillow raises whatever a broken file led it to.
-                    failures.append(_Failure(path, error))
-            return failures
-
-        with quiet_pillow(), ThreadPoolExecutor(NUM_DECODERS) as pool:
-            failures = []
-            starts = range(0, len(indices), _DECODER_BATCH)
-            for start, failed in zip(starts, pool.map(decode, starts), strict=True):
-                failures += failed
-                on_read(min(start + _DECODER_BATCH, len(indices)), len(indices))
-        labels = self.targets[indices]
-        if not failures:
-            return Shard(images, labels), 0
-        log.warning(
-            "images_skipped",
-            num_skipped=len(failures),
-            first=str(failures[0]),
-            reasons=dict(Counter(failure.reason for failure in failures).most_common(_MAX_NAMED)),
-            classes_without_images=self._names(np.setdiff1d(labels, labels[is_read])),
-        )
-        return Shard(images[is_read], labels[is_read]), len(failures)
-
-    def _names(self, labels: np.ndarray) -> list[str]:
-        return [self.class_names[label] for label in labels[:_MAX_NAMED]]
-
-
-class _Failure(NamedTuple):
-    """A file that could not be read."""
-
-    path: Path
-    error: Exception
-
-    @property
-    def reason(self) -> str:
-        """Return why, without the name of the file where the system's error would have it."""
-        if isinstance(self.error, OSError) and self.error.strerror:
-            return self.error.strerror
-        return one_line(str(self.error)) or type(self.error).__name__
-
-    def __str__(self) -> str:
-        return f"{one_line(str(self.path))}: {self.reason}"
+from edge_agent.pictures import IMAGE_FORMATS
 
 
 def list_image_folder(folder: Path, run: RunConfig) -> tuple[FileSplit, FileSplit | None]:
@@ -123,11 +31,7 @@ def list_image_folder(folder: Path, run: RunConfig) -> tuple[FileSplit, FileSpli
             f"data folder {folder}: an image folder has pictures with one class each,"
             " and the run has other data"
         )
-    if spec.inputs.shape[0] not in MODES:
-        raise UsageError(
-            f"data folder {folder}: image folders give 1 or 3 channels, and the run's image_shape asks for"
-            f" {spec.inputs.shape[0]}"
-        )
+    check_has_pictures(f"data folder {folder}", run)
     train = folder / "train"
     class_names = run.class_names or tuple(class_folders(train))
     if len(class_names) != spec.num_classes:

@@ -250,7 +250,7 @@ def test_an_image_folder_is_read_from_its_path(pets: Path) -> None:
 def test_agents_decode_only_their_own_part(pets: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened: list[Path] = []
     monkeypatch.setattr(
-        "edge_agent.image_folder.decode_image", lambda path, shape, _: opened.append(path) or np.zeros(shape)
+        "edge_agent.file_split.decode_image", lambda path, shape, _: opened.append(path) or np.zeros(shape)
     )
     load(PETS, str(pets), partition=Partition(1, 4))
     assert len(opened) == 4

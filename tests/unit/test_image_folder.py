@@ -12,8 +12,9 @@ from PIL import Image
 from common import dataset
 from common.config import RunConfig
 from common.errors import UsageError
-from edge_agent import image_folder, pictures
-from edge_agent.image_folder import FileSplit, list_image_folder, stamp_of
+from edge_agent import pictures, reading
+from edge_agent.file_split import FileSplit
+from edge_agent.image_folder import list_image_folder, stamp_of
 from edge_agent.not_read import find_not_read
 from edge_agent.pictures import IMAGE_FORMATS, decode_image
 
@@ -55,7 +56,7 @@ def pets(tmp_path: Path) -> Path:
 
 def read_all(split: FileSplit, shape: tuple[int, int, int] = (3, 4, 6)) -> tuple[np.ndarray, np.ndarray, int]:
     (images, labels), num_skipped = split.read(
-        np.arange(len(split.targets)), dataset.pictures(10, shape, (), ())
+        np.arange(len(split.targets)), dataset.pictures(1000, shape, (), ())
     )
     return images, labels, num_skipped
 
@@ -75,7 +76,7 @@ def test_files_and_classes_are_in_sorted_order(pets: Path) -> None:
 def test_reading_says_how_far_it_is_after_each_batch_of_files(
     pets: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(image_folder, "_DECODER_BATCH", 2)
+    monkeypatch.setattr(reading, "_BATCH", 2)
     (pets / "train/cat/a.png").write_bytes(b"broken")
     train, _ = list_image_folder(pets, RUN)
     told: list[tuple[int, int]] = []

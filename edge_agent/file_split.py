@@ -1,0 +1,90 @@
+"""Pictures in files, each with a target that is known before the file is decoded."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import structlog
+
+from common.agent_progress import OnExamples, ignore_examples
+from common.config import Background, RunConfig
+from common.dataset import DatasetSpec
+from common.errors import UsageError
+from common.shards import Shard
+from edge_agent.arrays import as_wanted
+from edge_agent.pictures import MODES, decode_image, quiet_pillow
+from edge_agent.reading import MAX_NAMED, check_failures, read_each, reasons_of
+
+log = structlog.get_logger()
+
+
+@dataclass(frozen=True)
+class FileSplit:
+    """The train or the test part of pictures in files."""
+
+    paths: Sequence[Path]
+    # The targets, [N, …]; labels are int64 [N].
+    targets: np.ndarray
+    # The names of the labels, label 0 first; none where the targets are no labels.
+    class_names: Sequence[str]
+    background: Background = "white"
+    # The largest fraction of the files that may be left out because they cannot be read.
+    max_skipped: float = 1.0
+
+    @property
+    def has_pictures(self) -> bool:
+        """Return True."""
+        return True
+
+    def read(
+        self, indices: np.ndarray, spec: DatasetSpec, on_read: OnExamples = ignore_examples
+    ) -> tuple[Shard, int]:
+        """Decode these files; files that cannot be read are left out, counted, and logged once.
+
+        Raises:
+            UsageError: too many files cannot be read, or the targets are not what the run has.
+        """
+        image_shape = spec.inputs.shape
+        targets = as_wanted("targets", self.targets[indices], spec.targets)
+        images = np.empty((len(indices), *image_shape), np.uint8)
+
+        def decode(n: int, path: Path) -> None:
+            images[n] = decode_image(path, image_shape, self.background)
+
+        with quiet_pillow():
+            failures = read_each([self.paths[n] for n in indices], decode, on_read)
+        if not failures:
+            return Shard(images, targets), 0
+        check_failures(failures, len(indices), self.max_skipped)
+        is_read = np.ones(len(indices), bool)
+        is_read[[failure.index for failure in failures]] = False
+        log.warning(
+            "images_skipped",
+            num_skipped=len(failures),
+            first=str(failures[0]),
+            reasons=reasons_of(failures),
+            classes_without_images=self._classes_without(targets, is_read),
+        )
+        return Shard(images[is_read], targets[is_read]), len(failures)
+
+    def _classes_without(self, targets: np.ndarray, is_read: np.ndarray) -> list[str]:
+        if targets.ndim > 1 or not self.class_names:
+            return []
+        labels = np.setdiff1d(targets, targets[is_read])
+        return [self.class_names[label] for label in labels[:MAX_NAMED]]
+
+
+def check_has_pictures(what: str, run: RunConfig) -> None:
+    """Raise UsageError if the run's inputs are no pictures that files can give.
+
+    Args:
+        what: what the user calls the source, as in "data folder pets".
+    """
+    if not run.spec.is_pictures:
+        raise UsageError(f"{what} has pictures, and the run other inputs: set image_shape in its [run] table")
+    if run.spec.inputs.shape[0] not in MODES:
+        raise UsageError(
+            f"{what}: picture files give 1 or 3 channels, and the run's image_shape asks for"
+            f" {run.spec.inputs.shape[0]}"
+        )
