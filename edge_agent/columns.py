@@ -44,6 +44,15 @@ class Columns(NamedTuple):
     why_none: str
 
 
+class BadCells(NamedTuple):
+    """The cells of a column that cannot be used."""
+
+    # bool [R].
+    are_bad: np.ndarray
+    # What such a cell is, as in "no number".
+    what: str
+
+
 def is_table(path: Path) -> bool:
     """Return True if the path is a file of columns."""
     try:
@@ -63,24 +72,21 @@ def read_columns(path: Path, names: Sequence[str]) -> Columns:
     return _read_parquet(path, names)
 
 
-def usable_rows(
-    columns: Columns, is_bad: Sequence[np.ndarray], meanings: Sequence[str], max_bad_rows: float
-) -> np.ndarray:
+def usable_rows(columns: Columns, bad: Sequence[BadCells], max_bad_rows: float) -> np.ndarray:
     """Return which rows can be used, bool [R]; the others are counted, and logged once with the first.
 
     Args:
-        is_bad: for each column bool [R], where its cell cannot be used.
-        meanings: for each column what a cell that cannot be used is not, as in "no number".
+        bad: for each column the cells that cannot be used.
         max_bad_rows: the largest fraction of rows that may be left out.
 
     Raises:
         UsageError: more rows than that cannot be used.
     """
-    is_bad_row: np.ndarray = np.logical_or.reduce(is_bad)
+    is_bad_row: np.ndarray = np.logical_or.reduce([column.are_bad for column in bad])
     num_bad, num_rows = int(is_bad_row.sum()), len(is_bad_row)
     if not num_bad:
         return ~is_bad_row
-    first = _describe(columns, is_bad, meanings, int(is_bad_row.argmax()))
+    first = _describe(columns, bad, int(is_bad_row.argmax()))
     if num_bad > max_bad_rows * num_rows:
         raise UsageError(
             f"{num_bad} of {num_rows} rows cannot be used, first {first}: correct them, or allow more"
@@ -90,15 +96,15 @@ def usable_rows(
     return ~is_bad_row
 
 
-def _describe(columns: Columns, is_bad: Sequence[np.ndarray], meanings: Sequence[str], row: int) -> str:
+def _describe(columns: Columns, bad: Sequence[BadCells], row: int) -> str:
     """Return the place of a bad row, and what is wrong with the first of its cells that cannot be used."""
-    number = next(number for number, column in enumerate(is_bad) if column[row])
+    number = next(number for number, column in enumerate(bad) if column.are_bad[row])
     cell = columns.cells[number][row]
     place = f"{columns.path}, {columns.noun} {columns.numbers[row]}"
     if cell is None:
         return f"{one_line(place)}: {columns.why_none}"
     shown = one_line(str(cell)[:_MAX_SHOWN])
-    return f"{one_line(place)}: {columns.names[number]} is {shown!r}, which is {meanings[number]}"
+    return f"{one_line(place)}: {columns.names[number]} is {shown!r}, which is {bad[number].what}"
 
 
 def _read_csv(path: Path, names: Sequence[str]) -> Columns:

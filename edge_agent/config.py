@@ -43,10 +43,18 @@ class AgentConfig(ProcessConfig):
     """
 
     data_inputs: tuple[Name, ...] = ()
-    """Column of a table that is an input, in the order of the inputs; repeatable."""
+    """Column of a table that is an input, in the order of the inputs; repeatable.
+
+    One column with the paths of pictures is possible as well.
+    """
 
     data_target: tuple[Name, ...] = ()
     """Column of a table that is the target; repeatable."""
+
+    data_separator: str | None = Field(None, min_length=1, max_length=8)
+    """What stands between the names of classes in a cell of the target column, for several classes an example
+    (default: a cell is one)
+    """
 
     data_window: int | None = Field(None, ge=1, le=1_000_000, title="ROWS")
     """Rows of a table that are one input, one after the other (default: each row is an input)
@@ -61,7 +69,9 @@ class AgentConfig(ProcessConfig):
     """How many rows after the last of a window the row of its target is; 0: it is the last."""
 
     max_bad_rows: float = Field(0.01, ge=0, lt=1, title="FRACTION")
-    """Largest part of a table's rows that may be left out because they cannot be used."""
+    """Largest part of a table's rows, or of the files that they name, that may be left out because they
+    cannot be used.
+    """
 
     data_dir: UserPath | None = None
     """Where named datasets are, or are downloaded to (default: `~/.cache/ecavg`)
@@ -270,6 +280,7 @@ class AgentConfig(ProcessConfig):
             self.data_stride,
             self.data_horizon,
             self.max_bad_rows,
+            self.data_separator,
         )
 
     @property

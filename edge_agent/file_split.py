@@ -58,7 +58,7 @@ class FileSplit:
             return Shard(images, targets), 0
         check_failures(failures, len(indices), self.max_skipped)
         is_read = np.ones(len(indices), bool)
-        is_read[[failure.index for failure in failures]] = False
+        is_read[[failure.place for failure in failures]] = False
         log.warning(
             "images_skipped",
             num_skipped=len(failures),

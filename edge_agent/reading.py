@@ -24,7 +24,7 @@ class Failure(NamedTuple):
     """A file that could not be read."""
 
     # The place of the file among those that were to be read.
-    index: int
+    place: int
     path: Path
     error: Exception
 

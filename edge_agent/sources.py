@@ -12,9 +12,11 @@ from edge_agent.bundles import BUNDLES, open_bundle
 from edge_agent.columns import is_table
 from edge_agent.config import FACTORY_PATTERN, check_source, data_root
 from edge_agent.downloads import TORCHVISION, find_dataset, open_dataset
+from edge_agent.file_split import check_has_pictures
 from edge_agent.image_folder import class_folders, list_image_folder, list_splits, stamp_of
+from edge_agent.picture_table import has_pictures, picture_rows
 from edge_agent.splits import Source, in_memory
-from edge_agent.tables import TableFormat, names_in, open_table
+from edge_agent.tables import TableFormat, examples_of, names_in, read_table
 
 # Of a source that is no table.
 NO_TABLE = TableFormat()
@@ -77,7 +79,7 @@ def open_source(
     """
     name = source or run.dataset
     if source and _is_in_files(source):
-        return _open_files(Path(source), table, run.class_names)
+        return _open_files(Path(source), table, run.class_names, run)
     if folder := image_folder_of(run.dataset, source, data_dir):
         return Source(*list_image_folder(folder, run))
     if name in BUNDLES:
@@ -105,9 +107,8 @@ def find_source(source: str, data_dir: Path | None, *, table: TableFormat = NO_T
     if source in BUNDLES:
         return in_memory(open_bundle(source))
     if _is_in_files(source):
-        return _open_files(
-            Path(source), table, names_in(Path(source), table) if is_table(Path(source)) else ()
-        )
+        names = names_in(Path(source), table) if is_table(Path(source)) else ()
+        return _open_files(Path(source), table, names)
     if source in TORCHVISION:
         return find_dataset(source, data_dir)
     return _open_factory(source, {source})
@@ -138,10 +139,17 @@ def _is_in_files(source: str) -> bool:
     return not _is_name(source) and (is_table(Path(source)) or is_arrays(Path(source)))
 
 
-def _open_files(path: Path, table: TableFormat, class_names: Sequence[str]) -> Source:
-    if is_table(path):
-        return in_memory(open_table(path, table, class_names))
-    return in_memory(*open_arrays(path))
+def _open_files(
+    path: Path, table: TableFormat, class_names: Sequence[str], run: RunConfig | None = None
+) -> Source:
+    if not is_table(path):
+        return in_memory(*open_arrays(path))
+    columns = read_table(path, table)
+    if not has_pictures(columns, table):
+        return in_memory(examples_of(columns, table, class_names))
+    if run:
+        check_has_pictures(f"data source {path}", run)
+    return Source(picture_rows(columns, table, class_names, run.background if run else "white"), None)
 
 
 def _open_factory(name: str, allowed_factories: Collection[str]) -> Source:

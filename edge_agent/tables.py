@@ -7,14 +7,13 @@ Shape letters: R rows of the file, N examples, C columns of inputs, T columns of
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from common.errors import UsageError
 from edge_agent.arrays import Arrays
-from edge_agent.columns import Columns, read_columns, usable_rows
-
-_NO_NUMBER = "no number and no name of a class"
+from edge_agent.columns import BadCells, Columns, read_columns, usable_rows
 
 
 @dataclass(frozen=True)
@@ -31,6 +30,8 @@ class TableFormat:
     horizon: int = 1
     # The largest fraction of rows that may be left out because they cannot be used.
     max_bad_rows: float = 0.01
+    # What stands between the names of classes in a cell of the target column; None: a cell is one.
+    separator: str | None = None
 
     @property
     def overlap(self) -> int:
@@ -40,8 +41,31 @@ class TableFormat:
         return (self.window + self.horizon - 1) // self.stride
 
 
+class Block(NamedTuple):
+    """The numbers in a column."""
+
+    # float64 [R, k]; NaN where the cell cannot be used.
+    values: np.ndarray
+    # What such a cell is, as in "no number".
+    what: str
+
+    @property
+    def bad_cells(self) -> BadCells:
+        """Return which cells cannot be used."""
+        return BadCells(np.isnan(self.values).any(1), self.what)
+
+
 def open_table(path: Path, form: TableFormat, class_names: Sequence[str] = ()) -> Arrays:
-    """Return the examples of a table in the order of its rows.
+    """Return the examples of a table in the order of its rows; see `examples_of`.
+
+    Raises:
+        UsageError: the file cannot be read, lacks a column, or has too many bad rows, or too few others.
+    """
+    return examples_of(read_table(path, form), form, class_names)
+
+
+def examples_of(columns: Columns, form: TableFormat, class_names: Sequence[str]) -> Arrays:
+    """Return the examples in the columns of a table, in the order of the rows.
 
     Whole numbers are int64, others float32. Inputs are [N, C], windows [N, C, W]; targets are [N] for one
     column, [N, T] for several. A window in which a bad row lies, or whose target does, is left out.
@@ -50,28 +74,53 @@ def open_table(path: Path, form: TableFormat, class_names: Sequence[str] = ()) -
         class_names: the names that cells of the target column may have in place of labels, label 0 first.
 
     Raises:
-        UsageError: the file cannot be read, lacks a column, or has too many bad rows, or too few others.
+        UsageError: there are too many bad rows, or too few others.
     """
-    columns, num_inputs = read_table(path, form), len(form.inputs)
-    label_of = {name: label for label, name in enumerate(class_names)}
-    read = [_numbers(cells, label_of if n >= num_inputs else {}) for n, cells in enumerate(columns.cells)]
-    meanings = [_NO_NUMBER] * len(read)
-    is_usable = usable_rows(columns, [np.isnan(values) for values in read], meanings, form.max_bad_rows)
-    values = np.where(is_usable[:, None], np.stack(read, 1), np.nan)
+    num_inputs = len(form.inputs)
+    blocks = [Block(_numbers(cells, {})[:, None], "no number") for cells in columns.cells[:num_inputs]]
+    blocks += target_blocks(columns, form, class_names)
+    is_usable = usable_rows(columns, [block.bad_cells for block in blocks], form.max_bad_rows)
+    values = np.where(is_usable[:, None], np.concatenate([block.values for block in blocks], 1), np.nan)
     inputs, targets = values[:, :num_inputs], values[:, num_inputs:]
     if form.window is not None:
         inputs, targets = _windows(inputs, targets, form)
     is_whole = np.isfinite(inputs).all(tuple(range(1, inputs.ndim))) & np.isfinite(targets).all(1)
     if not is_whole.any():
         raise UsageError(
-            f"data source {path} has {len(values)} rows, which are too few: no example is complete"
+            f"data source {columns.path} has {len(values)} rows, which are too few: no example is complete"
         )
-    targets = targets[:, 0] if targets.shape[1] == 1 else targets
-    return Arrays(_as_numbers(inputs[is_whole]), _as_numbers(targets[is_whole]))
+    return Arrays(_as_numbers(inputs[is_whole]), targets_of(targets[is_whole], form))
+
+
+def target_blocks(columns: Columns, form: TableFormat, class_names: Sequence[str]) -> list[Block]:
+    """Return the numbers of each target column: one a row, or where a cell has several names, K of K classes.
+
+    Raises:
+        UsageError: the cells are names of classes, and the run has none.
+    """
+    cells = columns.cells[len(form.inputs) :]
+    if form.separator is None:
+        label_of = {name: label for label, name in enumerate(class_names)}
+        what = "no number and no name of a class" if class_names else "no number"
+        return [Block(_numbers(column, label_of)[:, None], what) for column in cells]
+    if not class_names:
+        raise UsageError(
+            f"data source {columns.path} has names of classes: set class_names in the server's [run] table"
+        )
+    what = f"not names of the run's classes with {form.separator} between them"
+    return [Block(_several_classes(column, form.separator, class_names), what) for column in cells]
+
+
+def targets_of(values: np.ndarray, form: TableFormat) -> np.ndarray:
+    """Return target values [N, T] as int64 or float32: [N] for one column of numbers or labels."""
+    is_one = values.shape[1] == 1 and form.separator is None
+    return _as_numbers(values[:, 0] if is_one else values)
 
 
 def names_in(path: Path, form: TableFormat) -> tuple[str, ...]:
     """Return the different texts in the target column, sorted; none where any of them is a number.
+
+    Where a cell has the names of several classes, whatever they are, these are the texts.
 
     Raises:
         UsageError: the file cannot be read, or lacks a column.
@@ -82,6 +131,8 @@ def names_in(path: Path, form: TableFormat) -> tuple[str, ...]:
     if cells.dtype != object:
         return ()
     texts = set(cells.tolist()) - {None, ""}
+    if form.separator:
+        return tuple(sorted({name for text in texts for name in _pieces(text, form.separator)}))
     return () if any(np.isfinite(_number(text, {})) for text in texts) else tuple(sorted(texts))
 
 
@@ -119,6 +170,24 @@ def _number(text: str | None, label_of: Mapping[str, int]) -> float:
         return float(text or "nan")
     except ValueError:
         return np.nan
+
+
+def _several_classes(cells: np.ndarray, separator: str, class_names: Sequence[str]) -> np.ndarray:
+    """Return float64 [R, K] of 0 and 1: which of K classes each cell names; NaN where one is no class."""
+    label_of = {name: label for label, name in enumerate(class_names)}
+    found = np.zeros((len(cells), len(class_names)))
+    for row, cell in enumerate(cells.tolist()):
+        names = None if cell is None else _pieces(cell if isinstance(cell, str) else _text(cell), separator)
+        if names is None or not names <= label_of.keys():
+            found[row] = np.nan
+        else:
+            found[row, [label_of[name] for name in names]] = 1
+    return found
+
+
+def _pieces(text: str, separator: str) -> set[str]:
+    """Return the names in a cell; an empty one has none."""
+    return {piece.strip() for piece in text.split(separator)} - {""}
 
 
 def _text(number: float) -> str:
