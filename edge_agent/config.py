@@ -38,8 +38,9 @@ class AgentConfig(ProcessConfig):
     """The examples (default: the run's dataset)
 
     `digits`, `mnist`, `fashion-mnist`, `cifar10`, `cifar100`, `diabetes`, `breast-cancer`, `wine`,
-    `sunspots`, an image folder (`DIR/{train,test}/<class>/*`), arrays (`FILE.npz` or
-    `DIR/{inputs,targets}.npy`), a table (`FILE.csv`, `FILE.parquet`) or `package.module:factory`.
+    `sunspots`, an image folder (`DIR/{train,test}/<class>/*`), pictures with masks (`DIR/{images,masks}/*`),
+    arrays (`FILE.npz` or `DIR/{inputs,targets}.npy`), a table (`FILE.csv`, `FILE.parquet`) or
+    `package.module:factory`.
     """
 
     data_inputs: tuple[Name, ...] = ()

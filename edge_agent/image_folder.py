@@ -1,9 +1,7 @@
 """Image folders, DIR/{train,test}/<class>/**: they are listed first, and decoded later as far as needed."""
 
-import hashlib
-import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +9,7 @@ import numpy as np
 from common.config import Background, RunConfig, class_name
 from common.errors import UsageError, encodable
 from edge_agent.file_split import FileSplit, check_has_pictures
-from edge_agent.folder_walk import Item, folders_in, items_below
+from edge_agent.folder_walk import folders_in, items_below, named_in_errors, stamp_of_folders
 from edge_agent.pictures import IMAGE_FORMATS
 
 
@@ -64,7 +62,7 @@ def class_folders(folder: Path) -> dict[str, Path]:
         UsageError: there are none, or they cannot be read, or a name is no name of a class.
     """
     named: dict[str, Path] = {}
-    with _named_in_errors():
+    with named_in_errors():
         found = folders_in(folder) if folder.is_dir() else []
     for path in found:
         name = _class_of(path)
@@ -86,32 +84,17 @@ def _class_of(folder: Path) -> str:
         raise UsageError(f"class folder {folder}: its name {error}: rename it") from error
 
 
-@contextmanager
-def _named_in_errors() -> Iterator[None]:
-    """Turn the error of a folder that cannot be read into UsageError."""
-    try:
-        yield
-    except OSError as error:
-        raise UsageError(f"cannot read data folder {error.filename}: {error.strerror}") from error
-
-
 def stamp_of(folder: Path) -> str:
     """Return a value that changes when a picture of `folder` is added, removed or written to.
 
     No file is opened.
     """
-    files: list[bytes] = []
+    found: list[Path] = []
     for part in (folder / "train", folder / "test"):
         with suppress(OSError):
             # A folder has just gone, or cannot be read.
-            for class_folder in folders_in(part):
-                files += [_state_of(item) for item in items_below(class_folder) if item.is_picture]
-    return hashlib.sha256(b"".join(sorted(files))).hexdigest()
-
-
-def _state_of(item: Item) -> bytes:
-    size, written = (item.status.st_size, item.status.st_mtime_ns) if item.status else (0, 0)
-    return os.fsencode(item.path) + f"\0{size}\0{written}\0".encode()
+            found += folders_in(part)
+    return stamp_of_folders(found)
 
 
 def _list_images(folder: Path, class_names: Sequence[str], background: Background) -> FileSplit:
@@ -121,7 +104,7 @@ def _list_images(folder: Path, class_names: Sequence[str], background: Backgroun
     for name, path in class_folders(folder).items():
         if name not in label_of:
             raise UsageError(f"class folder {path} is not one of the run's {len(label_of)} classes")
-        with _named_in_errors():
+        with named_in_errors():
             images = sorted(item.path for item in items_below(path) if item.is_picture)
         paths += images
         labels += [label_of[name]] * len(images)

@@ -14,6 +14,7 @@ from edge_agent.config import FACTORY_PATTERN, check_source, data_root
 from edge_agent.downloads import TORCHVISION, find_dataset, open_dataset
 from edge_agent.file_split import check_has_pictures
 from edge_agent.image_folder import class_folders, list_image_folder, list_splits, stamp_of
+from edge_agent.masks import is_mask_folder, open_mask_folder, stamp_of_masks
 from edge_agent.picture_table import has_pictures, picture_rows
 from edge_agent.splits import Source, in_memory
 from edge_agent.tables import TableFormat, examples_of, names_in, read_table
@@ -29,7 +30,7 @@ def data_stamp(run: RunConfig, source: str | None, data_dir: Path | None) -> str
         UsageError: there is no such source.
     """
     if source and _is_in_files(source):
-        return stamp_of_arrays(Path(source))
+        return _stamp_of_files(Path(source))
     folder = image_folder_of(run.dataset, source, data_dir)
     return stamp_of(folder) if folder else ""
 
@@ -135,13 +136,20 @@ def _is_name(source: str) -> bool:
 
 
 def _is_in_files(source: str) -> bool:
-    """Return True if the source is a table, or files of arrays."""
-    return not _is_name(source) and (is_table(Path(source)) or is_arrays(Path(source)))
+    """Return True if the source is a table, files of arrays, or pictures with masks."""
+    path = Path(source)
+    return not _is_name(source) and (is_table(path) or is_arrays(path) or is_mask_folder(path))
+
+
+def _stamp_of_files(path: Path) -> str:
+    return stamp_of_masks(path) if is_mask_folder(path) else stamp_of_arrays(path)
 
 
 def _open_files(
     path: Path, table: TableFormat, class_names: Sequence[str], run: RunConfig | None = None
 ) -> Source:
+    if is_mask_folder(path):
+        return open_mask_folder(path, table.max_bad_rows, run)
     if not is_table(path):
         return in_memory(*open_arrays(path))
     columns = read_table(path, table)

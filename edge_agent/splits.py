@@ -22,7 +22,7 @@ class Split(Protocol):
 
     @property
     def targets(self) -> np.ndarray:
-        """Return the targets, [N, …]."""
+        """Return the targets, [N, …]; of masks, which are read later, [N, 0]."""
 
     @property
     def has_pictures(self) -> bool:
@@ -36,6 +36,9 @@ class Split(Protocol):
         Args:
             on_read: called now and then with how many were read, and with their number.
         """
+
+    def check_some(self) -> None:
+        """Read a few examples from files; raise UsageError if one of them cannot be read."""
 
 
 class Source(NamedTuple):
@@ -73,6 +76,9 @@ class ArraySplit:
         shard = Shard(as_wanted("inputs", inputs, spec.inputs), as_wanted("targets", targets, spec.targets))
         on_read(len(indices), len(indices))
         return shard, 0
+
+    def check_some(self) -> None:
+        """Do nothing: all examples have been read."""
 
 
 def fit(images: np.ndarray, image_shape: tuple[int, ...]) -> np.ndarray:
