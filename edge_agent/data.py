@@ -24,6 +24,7 @@ from edge_agent.partition import Partition, partition_indices
 from edge_agent.series import block_of, check_overlap, hold_out_latest
 from edge_agent.shard_files import input_digests
 from edge_agent.sources import NO_TABLE, data_stamp, image_folder_of, open_source
+from edge_agent.splits import Split, is_held_out
 from edge_agent.tables import TableFormat
 
 # The key of the digests that decide which images are shared.
@@ -86,7 +87,7 @@ def load_agent_data(
 
     shards, num_skipped = [], 0
     for part in splits:
-        indices = _own_indices(run, name, part.targets, classes, partition)
+        indices = _own_indices(run, name, part, classes, partition)
         shard, skipped = part.read(indices, run.spec, on_read)
         if not len(shard.targets):
             raise UsageError(f"data source {name}: none of its images can be read; see the warning above")
@@ -122,11 +123,8 @@ def hold_out(inputs: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray
     """
     check_splittable(len(inputs))
     ranks = input_digests(inputs, repeat(seed.to_bytes(8), len(inputs)))
-    is_held_out = ranks < fraction * 2.0**64
-    is_held_out[ranks.argmin()] = True
-    if is_held_out.all():
-        is_held_out[ranks.argmax()] = False
-    return np.flatnonzero(~is_held_out), np.flatnonzero(is_held_out)
+    is_out = is_held_out(ranks, fraction)
+    return np.flatnonzero(~is_out), np.flatnonzero(is_out)
 
 
 def choose_shared(inputs: np.ndarray, fraction: float) -> np.ndarray:
@@ -157,11 +155,13 @@ def _check_labels(name: str, classes: np.ndarray, num_classes: int) -> None:
 
 
 def _own_indices(
-    run: RunConfig, name: str, targets: np.ndarray, classes: np.ndarray, partition: Partition | None
+    run: RunConfig, name: str, part: Split, classes: np.ndarray, partition: Partition | None
 ) -> np.ndarray:
+    targets = part.targets
     if partition is None:
         return np.arange(len(targets))
-    if overlap := run.spec.inputs.overlap:
+    overlap = run.spec.inputs.overlap
+    if overlap and part.is_series:
         return block_of(len(targets), partition, overlap)
     seed = derive_seed(run.seed, "partition")
     parts = partition_indices(targets, partition.count, run.partition_by, seed, classes=classes)

@@ -163,12 +163,12 @@ def _look_at_data(config: AgentConfig) -> str:
     for split in splits:
         split.check_some()
     num_examples = sum(len(split.targets) for split in splits)
-    noun = "images" if all(split.has_pictures for split in splits) else "examples"
-    found = f"{config.data} has {num_examples} {noun}"
+    noun = splits[0].noun
+    found = f"{config.data} has {num_examples} {noun}s"
     if splits[0].targets.dtype.kind == "i" and splits[0].targets.ndim == 1:
         found += f" of {len({label for split in splits for label in split.targets.tolist()})} classes"
     first = splits[0]
-    if isinstance(first, ArraySplit) and noun == "examples":
+    if isinstance(first, ArraySplit) and noun == "example":
         found += f"; {statistics(first.inputs)}"
         if first.targets.dtype.kind == "f":
             found += f"; of the targets, {statistics(first.targets)}"

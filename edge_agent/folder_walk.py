@@ -7,7 +7,7 @@ class folder itself lies. What is hidden, and what an operating system keeps for
 import hashlib
 import os
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -36,8 +36,12 @@ class Item(NamedTuple):
     @property
     def is_picture(self) -> bool:
         """Return True if the file may be an image, and is no pipe or device, which could be read for ever."""
+        return self.has_suffix(IMAGE_FORMATS)
+
+    def has_suffix(self, suffixes: Collection[str]) -> bool:
+        """Return True if it is a file with one of these suffixes, in small or capital letters."""
         is_file = self.status is not None and stat.S_ISREG(self.status.st_mode)
-        return is_file and self.path.suffix.lower() in IMAGE_FORMATS
+        return is_file and self.path.suffix.lower() in suffixes
 
     @property
     def kind(self) -> str:
@@ -102,8 +106,8 @@ def is_left_out(name: str) -> bool:
     return name.startswith(".") or name.lower() in _OF_THE_SYSTEM
 
 
-def stamp_of_folders(folders: Iterable[Path]) -> str:
-    """Return a value that changes when a picture in or below one of these is added, removed or written to.
+def stamp_of_folders(folders: Iterable[Path], suffixes: Collection[str] = tuple(IMAGE_FORMATS)) -> str:
+    """Return a value that changes when a file in or below one of these is added, removed or written to.
 
     No file is opened.
     """
@@ -111,7 +115,7 @@ def stamp_of_folders(folders: Iterable[Path]) -> str:
     for folder in folders:
         with suppress(OSError):
             # The folder has just gone, or cannot be read.
-            files += [_state_of(item) for item in items_below(folder) if item.is_picture]
+            files += [_state_of(item) for item in items_below(folder) if item.has_suffix(suffixes)]
     return hashlib.sha256(b"".join(sorted(files))).hexdigest()
 
 

@@ -1,6 +1,6 @@
 """Image folders, DIR/{train,test}/<class>/**: they are listed first, and decoded later as far as needed."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -30,14 +30,23 @@ def list_image_folder(folder: Path, run: RunConfig) -> tuple[FileSplit, FileSpli
             " and the run has other data"
         )
     check_has_pictures(f"data folder {folder}", run)
+    return list_splits(folder, classes_of(folder, run), run.background)
+
+
+def classes_of(folder: Path, run: RunConfig) -> tuple[str, ...]:
+    """Return the names of the run's classes or, if it has none, of the class folders in `folder`/train.
+
+    Raises:
+        UsageError: the run has another number of classes.
+    """
     train = folder / "train"
     class_names = run.class_names or tuple(class_folders(train))
-    if len(class_names) != spec.num_classes:
+    if len(class_names) != run.spec.num_classes:
         raise UsageError(
-            f"data folder {train} has {len(class_names)} class folders, and the run {spec.num_classes}"
+            f"data folder {train} has {len(class_names)} class folders, and the run {run.spec.num_classes}"
             " classes: set class_names in the server's [run] table"
         )
-    return list_splits(folder, class_names, run.background)
+    return class_names
 
 
 def list_splits(
@@ -84,8 +93,8 @@ def _class_of(folder: Path) -> str:
         raise UsageError(f"class folder {folder}: its name {error}: rename it") from error
 
 
-def stamp_of(folder: Path) -> str:
-    """Return a value that changes when a picture of `folder` is added, removed or written to.
+def stamp_of(folder: Path, suffixes: Collection[str] = tuple(IMAGE_FORMATS)) -> str:
+    """Return a value that changes when a file with such a suffix is added, removed or written to.
 
     No file is opened.
     """
@@ -94,10 +103,22 @@ def stamp_of(folder: Path) -> str:
         with suppress(OSError):
             # A folder has just gone, or cannot be read.
             found += folders_in(part)
-    return stamp_of_folders(found)
+    return stamp_of_folders(found, suffixes)
 
 
 def _list_images(folder: Path, class_names: Sequence[str], background: Background) -> FileSplit:
+    paths, labels = labelled_files(folder, class_names, IMAGE_FORMATS)
+    return FileSplit(paths, np.array(labels, np.int64), class_names, background)
+
+
+def labelled_files(
+    folder: Path, class_names: Sequence[str], suffixes: Collection[str]
+) -> tuple[list[Path], list[int]]:
+    """Return the files with these suffixes in the class folders of a folder, and the label of each.
+
+    Raises:
+        UsageError: a folder cannot be read, or is of none of these classes, or there are no such files.
+    """
     label_of = {name: label for label, name in enumerate(class_names)}
     paths: list[Path] = []
     labels: list[int] = []
@@ -105,9 +126,10 @@ def _list_images(folder: Path, class_names: Sequence[str], background: Backgroun
         if name not in label_of:
             raise UsageError(f"class folder {path} is not one of the run's {len(label_of)} classes")
         with named_in_errors():
-            images = sorted(item.path for item in items_below(path) if item.is_picture)
-        paths += images
-        labels += [label_of[name]] * len(images)
+            files = sorted(item.path for item in items_below(path) if item.has_suffix(suffixes))
+        paths += files
+        labels += [label_of[name]] * len(files)
     if not paths:
-        raise UsageError(f"no images ({', '.join(IMAGE_FORMATS)}) in the class folders of {folder}")
-    return FileSplit(paths, np.array(labels, np.int64), class_names, background)
+        noun = "images" if suffixes is IMAGE_FORMATS else "recordings"
+        raise UsageError(f"no {noun} ({', '.join(suffixes)}) in the class folders of {folder}")
+    return paths, labels

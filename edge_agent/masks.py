@@ -86,9 +86,14 @@ class MaskSplit:
         return np.empty((len(self.paths), 0), np.int64)
 
     @property
-    def has_pictures(self) -> bool:
-        """Return True."""
-        return True
+    def noun(self) -> str:
+        """Return what a user calls one of them."""
+        return "image"
+
+    @property
+    def is_series(self) -> bool:
+        """Return False."""
+        return False
 
     def read(
         self, indices: np.ndarray, spec: DatasetSpec, on_read: OnExamples = ignore_examples

@@ -16,6 +16,7 @@ from edge_agent.file_split import check_has_pictures
 from edge_agent.image_folder import class_folders, list_image_folder, list_splits, stamp_of
 from edge_agent.masks import is_mask_folder, open_mask_folder, stamp_of_masks
 from edge_agent.picture_table import has_pictures, picture_rows
+from edge_agent.recordings import RECORDINGS, has_recordings, open_recordings
 from edge_agent.splits import Source, in_memory
 from edge_agent.tables import TableFormat, examples_of, names_in, read_table
 
@@ -56,7 +57,10 @@ def class_names_of(
     if source and not _is_name(source) and is_table(Path(source)):
         return names_in(Path(source), table)
     dataset = run.dataset if run else ""
-    if folder := image_folder_of(dataset, source, data_dir):
+    folder = image_folder_of(dataset, source, data_dir)
+    if source and not folder and not _is_name(source) and has_recordings(Path(source)):
+        folder = Path(source)
+    if folder:
         return tuple(class_folders(folder / "train"))
     names = CLASS_NAMES.get(source or dataset, ())
     return names if run and len(names) == run.spec.num_classes else ()
@@ -136,12 +140,15 @@ def _is_name(source: str) -> bool:
 
 
 def _is_in_files(source: str) -> bool:
-    """Return True if the source is a table, files of arrays, or pictures with masks."""
+    """Return True if the source is a table, files of arrays, pictures with masks, or recordings."""
     path = Path(source)
-    return not _is_name(source) and (is_table(path) or is_arrays(path) or is_mask_folder(path))
+    kinds = (is_table, is_arrays, is_mask_folder, has_recordings)
+    return not _is_name(source) and any(is_kind(path) for is_kind in kinds)
 
 
 def _stamp_of_files(path: Path) -> str:
+    if has_recordings(path):
+        return stamp_of(path, RECORDINGS)
     return stamp_of_masks(path) if is_mask_folder(path) else stamp_of_arrays(path)
 
 
@@ -150,6 +157,8 @@ def _open_files(
 ) -> Source:
     if is_mask_folder(path):
         return open_mask_folder(path, table.max_bad_rows, run)
+    if has_recordings(path):
+        return open_recordings(path, table, run)
     if not is_table(path):
         return in_memory(*open_arrays(path))
     columns = read_table(path, table)
