@@ -19,11 +19,10 @@ from common.errors import UsageError
 from common.seeds import derive_seed
 from common.shards import Shard, check_splittable
 from common.tasks import kind_of
-from edge_agent.not_read import find_not_read
 from edge_agent.partition import Partition, partition_indices
 from edge_agent.series import block_of, check_overlap, hold_out_latest
 from edge_agent.shard_files import input_digests
-from edge_agent.sources import NO_TABLE, data_stamp, image_folder_of, open_source
+from edge_agent.sources import NO_TABLE, data_stamp, not_read_of, open_source
 from edge_agent.splits import Split, is_held_out
 from edge_agent.tables import TableFormat
 
@@ -42,7 +41,7 @@ class AgentData(NamedTuple):
     num_skipped: int
     # The stamp of the image folder that they were read from; see `data_stamp`.
     stamp: str = ""
-    # What its image folder holds beside the pictures that are read, in a line for the user.
+    # What its class folders hold beside the files that are read, in a line for the user.
     not_read: str = ""
 
 
@@ -75,8 +74,7 @@ def load_agent_data(
     check_overlap(run, table)
     # The stamp is taken first, so that a change while the data are read is noticed.
     stamp = data_stamp(run, source, data_dir)
-    folder = image_folder_of(run.dataset, source, data_dir)
-    not_read = str(find_not_read(folder)) if folder else ""
+    not_read = not_read_of(run, source, data_dir)
     opened = open_source(run, source, data_dir=data_dir, allowed_factories=allowed_factories, table=table)
     name = source or run.dataset
     splits = [part for part in opened if part is not None]
@@ -90,7 +88,9 @@ def load_agent_data(
         indices = _own_indices(run, name, part, classes, partition)
         shard, skipped = part.read(indices, run.spec, on_read)
         if not len(shard.targets):
-            raise UsageError(f"data source {name}: none of its images can be read; see the warning above")
+            raise UsageError(
+                f"data source {name}: none of its {part.noun}s can be read; see the warning above"
+            )
         shards.append(shard)
         num_skipped += skipped
 

@@ -10,6 +10,7 @@ Shape letters: P pieces of recordings, N windows, W samples of a window.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
+from itertools import chain
 from math import gcd
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,7 +26,6 @@ from common.shards import Shard, check_splittable
 from edge_agent.arrays import as_wanted
 from edge_agent.folder_walk import items_below
 from edge_agent.image_folder import class_folders, classes_of, labelled_files
-from edge_agent.pictures import IMAGE_FORMATS
 from edge_agent.reading import Failure, check_failures, check_some, read_each, reasons_of
 from edge_agent.splits import Source, is_held_out
 from edge_agent.tables import TableFormat
@@ -58,17 +58,18 @@ class _Recording(NamedTuple):
 
 
 def has_recordings(path: Path) -> bool:
-    """Return True if in the class folders of a folder a recording comes before any picture."""
+    """Return True if there are recordings, and no pictures, in the class folders of a folder."""
     try:
         folders = class_folders(path / "train").values() if (path / "train").is_dir() else ()
-        for folder in folders:
-            for item in items_below(folder):
-                if item.has_suffix((*IMAGE_FORMATS, *RECORDINGS)):
-                    return item.has_suffix(RECORDINGS)
+        has_any = False
+        for item in chain.from_iterable(map(items_below, folders)):
+            if item.is_picture:
+                return False
+            has_any = has_any or item.has_suffix(RECORDINGS)
+        return has_any
     except (OSError, UsageError):
         # What is wrong is said by whoever reads the folder.
         return False
-    return False
 
 
 def open_recordings(path: Path, form: TableFormat, run: RunConfig | None = None) -> Source:

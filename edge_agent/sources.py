@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from common.config import RunConfig
 from common.dataset import CLASS_NAMES, DATASETS
@@ -15,7 +16,9 @@ from edge_agent.downloads import TORCHVISION, find_dataset, open_dataset
 from edge_agent.file_split import check_has_pictures
 from edge_agent.image_folder import class_folders, list_image_folder, list_splits, stamp_of
 from edge_agent.masks import is_mask_folder, open_mask_folder, stamp_of_masks
+from edge_agent.not_read import find_not_read
 from edge_agent.picture_table import has_pictures, picture_rows
+from edge_agent.pictures import IMAGE_FORMATS
 from edge_agent.recordings import RECORDINGS, has_recordings, open_recordings
 from edge_agent.splits import Source, in_memory
 from edge_agent.tables import TableFormat, examples_of, names_in, read_table
@@ -24,16 +27,37 @@ from edge_agent.tables import TableFormat, examples_of, names_in, read_table
 NO_TABLE = TableFormat()
 
 
+class _ClassFolders(NamedTuple):
+    """A folder with class folders, and which files of them are read."""
+
+    folder: Path
+    suffixes: Collection[str]
+    # What a user calls such a file.
+    noun: str
+
+
 def data_stamp(run: RunConfig, source: str | None, data_dir: Path | None) -> str:
-    """Return what tells an image folder from an earlier state of it; "" for a source that does not change.
+    """Return what tells the files of a source from an earlier state of them; "" for one that does not change.
 
     Raises:
         UsageError: there is no such source.
     """
-    if source and _is_in_files(source):
-        return _stamp_of_files(Path(source))
-    folder = image_folder_of(run.dataset, source, data_dir)
-    return stamp_of(folder) if folder else ""
+    if found := _class_folders_of(run.dataset, source, data_dir):
+        return stamp_of(found.folder, found.suffixes)
+    if source is None or not _is_in_files(source):
+        return ""
+    path = Path(source)
+    return stamp_of_masks(path) if is_mask_folder(path) else stamp_of_arrays(path)
+
+
+def not_read_of(run: RunConfig, source: str | None, data_dir: Path | None) -> str:
+    """Return what is not read of the source's class folders, in a line for the user; "" if all of it is.
+
+    Raises:
+        UsageError: there is no such source.
+    """
+    found = _class_folders_of(run.dataset, source, data_dir)
+    return str(find_not_read(*found)) if found else ""
 
 
 def class_names_of(
@@ -57,11 +81,8 @@ def class_names_of(
     if source and not _is_name(source) and is_table(Path(source)):
         return names_in(Path(source), table)
     dataset = run.dataset if run else ""
-    folder = image_folder_of(dataset, source, data_dir)
-    if source and not folder and not _is_name(source) and has_recordings(Path(source)):
-        folder = Path(source)
-    if folder:
-        return tuple(class_folders(folder / "train"))
+    if found := _class_folders_of(dataset, source, data_dir):
+        return tuple(class_folders(found.folder / "train"))
     names = CLASS_NAMES.get(source or dataset, ())
     return names if run and len(names) == run.spec.num_classes else ()
 
@@ -85,7 +106,7 @@ def open_source(
     name = source or run.dataset
     if source and _is_in_files(source):
         return _open_files(Path(source), table, run.class_names, run)
-    if folder := image_folder_of(run.dataset, source, data_dir):
+    if folder := _image_folder_of(run.dataset, source, data_dir):
         return Source(*list_image_folder(folder, run))
     if name in BUNDLES:
         return in_memory(open_bundle(name))
@@ -107,7 +128,7 @@ def find_source(source: str, data_dir: Path | None, *, table: TableFormat = NO_T
     Raises:
         UsageError: there is no such source, or it cannot be read.
     """
-    if folder := image_folder_of("", source, data_dir):
+    if folder := _image_folder_of("", source, data_dir):
         return Source(*list_splits(folder, tuple(class_folders(folder / "train")), "white"))
     if source in BUNDLES:
         return in_memory(open_bundle(source))
@@ -119,7 +140,7 @@ def find_source(source: str, data_dir: Path | None, *, table: TableFormat = NO_T
     return _open_factory(source, {source})
 
 
-def image_folder_of(dataset: str, source: str | None, data_dir: Path | None) -> Path | None:
+def _image_folder_of(dataset: str, source: str | None, data_dir: Path | None) -> Path | None:
     """Return the image folder that is meant; None: something else is meant.
 
     Raises:
@@ -146,10 +167,16 @@ def _is_in_files(source: str) -> bool:
     return not _is_name(source) and any(is_kind(path) for is_kind in kinds)
 
 
-def _stamp_of_files(path: Path) -> str:
-    if has_recordings(path):
-        return stamp_of(path, RECORDINGS)
-    return stamp_of_masks(path) if is_mask_folder(path) else stamp_of_arrays(path)
+def _class_folders_of(dataset: str, source: str | None, data_dir: Path | None) -> _ClassFolders | None:
+    """Return where the source has class folders; None: it has none.
+
+    Raises:
+        UsageError: there is no such source.
+    """
+    if source and not _is_name(source) and has_recordings(Path(source)):
+        return _ClassFolders(Path(source), RECORDINGS, "recording")
+    folder = _image_folder_of(dataset, source, data_dir)
+    return _ClassFolders(folder, tuple(IMAGE_FORMATS), "image") if folder else None
 
 
 def _open_files(

@@ -39,7 +39,7 @@ def write(folder: Path, seed: int) -> None:
     for number in range(COUNT):
         pixels, classes = draw(rng)
         Image.fromarray(pixels).save(folder / f"images/{number:03}.png")
-        mask = Image.fromarray(classes, "L")
+        mask = Image.fromarray(classes)
         # With a palette a mask looks like something, and its values are the classes all the same.
         mask.putpalette(COLOURS)
         mask.save(folder / f"masks/{number:03}.png")

@@ -217,6 +217,21 @@ def test_keys_of_the_agent_say_how_recordings_become_windows() -> None:
     assert AgentConfig(server="127.0.0.1:1", data_window=50).table == TableFormat(window=50)
 
 
+def test_other_files_beside_recordings_are_told_of(tmp_path: Path) -> None:
+    folder = birds(tmp_path, 4, 2 * WINDOW)
+    assert load(folder).not_read == ""
+    (folder / "train/jay/9.mp3").touch()
+    assert load(folder).not_read == "files not read: 1 (.mp3 1), of them 1 in train/jay"
+
+
+def test_folder_with_pictures_is_an_image_folder(tmp_path: Path) -> None:
+    folder = birds(tmp_path, 2, WINDOW)
+    (folder / "train/jay/a.txt").touch()
+    assert recordings.has_recordings(folder)
+    (folder / "train/jay/a.jpg").touch()
+    assert not recordings.has_recordings(folder)
+
+
 def test_stamp_changes_with_a_recording(tmp_path: Path) -> None:
     folder = birds(tmp_path, 2, WINDOW)
     run = RunConfig(**RUN, inputs={"shape": (1, WINDOW)})
