@@ -80,10 +80,14 @@ def open_recordings(path: Path, form: TableFormat, run: RunConfig | None = None)
         run: None: the run is not known, and nothing is held out.
 
     Raises:
-        UsageError: soundfile is not installed, the form lacks something, a folder cannot be read, or too many
-            files cannot be.
+        UsageError: soundfile is not installed, the form lacks something, the run has other targets, a folder
+            cannot be read, or too many files cannot be.
     """
     _check_form(path, form)
+    if run and (run.spec.targets.dtype, run.spec.targets.shape) != ("int64", ()):
+        raise UsageError(
+            f"data folder {path} has recordings of one class each, and the run has other targets"
+        )
     class_names = classes_of(path, run) if run else tuple(class_folders(path / "train"))
     train = _list_recordings(path / "train", class_names, form)
     if (path / "test").is_dir():

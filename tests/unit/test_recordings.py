@@ -200,6 +200,8 @@ def test_agent_says_what_it_needs_to_know(tmp_path: Path) -> None:
         load(folder, overlapping(20), inputs={"shape": (1, WINDOW)})
     with pytest.raises(UsageError, match=r"inputs of float32 \[1, 50\], and the run wants float32 \[1, 60\]"):
         load(folder, inputs={"shape": (1, 60)})
+    with pytest.raises(UsageError, match="recordings of one class each, and the run has other targets"):
+        load(folder, task="multi-label")
     with pytest.raises(UsageError, match="has 2 class folders, and the run 3 classes"):
         load(folder, num_classes=3)
 
