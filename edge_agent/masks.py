@@ -192,7 +192,7 @@ def _decode_mask(path: Path, size: tuple[int, int], wanted: Targets) -> np.ndarr
         spread = _SPREAD.get(str(file.tile[0].args), 1) if file.tile else 1
         classes = np.asarray(file).astype(np.int64) // spread
     rows, columns = (
-        np.int64((np.arange(n) + 0.5) * length / n)
+        (2 * np.arange(n) + 1) * length // (2 * n)
         for n, length in zip(wanted.shape, classes.shape, strict=True)
     )
     return _checked(classes[rows][:, columns], wanted)

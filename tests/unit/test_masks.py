@@ -102,8 +102,12 @@ def test_mask_of_few_bits_has_the_classes_that_were_written(bits: int, tmp_path:
 def test_mask_is_resized_without_making_classes_between(tmp_path: Path) -> None:
     folder = tmp_path / "field"
     save(folder, lambda classes: Image.fromarray(np.where(classes, 2, 0).astype(np.uint8)))
-    targets = load(folder, image_shape=(1, 9, 9)).train.targets
-    assert targets.shape[1:] == (9, 9)
+    data = load(folder, image_shape=(1, 8, 8))
+    targets = np.concatenate([data.train.targets, data.held_out.targets])
+    pillows = [
+        Image.open(path).resize((8, 8), Image.Resampling.NEAREST) for path in folder.glob("masks/*.png")
+    ]
+    assert sorted(map(bytes, targets)) == sorted(np.array(each, np.int64).tobytes() for each in pillows)
     assert np.unique(targets).tolist() == [0, 2]
     twice = load(folder, image_shape=(1, 8, 12))
     ours = np.concatenate([twice.train.targets, twice.held_out.targets])
