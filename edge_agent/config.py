@@ -38,8 +38,9 @@ class AgentConfig(ProcessConfig):
     """The examples (default: the run's dataset)
 
     `digits`, `mnist`, `fashion-mnist`, `cifar10`, `cifar100`, `diabetes`, `breast-cancer`, `wine`,
-    `sunspots`, an image folder (`DIR/{train,test}/<class>/*`), arrays (`FILE.npz` or
-    `DIR/{inputs,targets}.npy`), a table (`FILE.csv`, `FILE.parquet`) or `package.module:factory`.
+    `sunspots`, an image folder (`DIR/{train,test}/<class>/*`), pictures with masks (`DIR/{images,masks}/*`),
+    recordings (`DIR/{train,test}/<class>/*.wav`), arrays (`FILE.npz` or `DIR/{inputs,targets}.npy`), a table
+    (`FILE.csv`, `FILE.parquet`) or `package.module:factory`.
     """
 
     data_inputs: tuple[Name, ...] = ()
@@ -57,13 +58,18 @@ class AgentConfig(ProcessConfig):
     """
 
     data_window: int | None = Field(None, ge=1, le=1_000_000, title="ROWS")
-    """Rows of a table that are one input, one after the other (default: each row is an input)
+    """Rows of a table, or samples of recordings, that are one input, one after the other (default: each row
+    is an input)
 
-    The rows must be in the order of time. The server's `[run.inputs]` needs `overlap`.
+    The rows must be in the order of time. Where windows share rows, the server's `[run.inputs]` needs
+    `overlap`.
     """
 
-    data_stride: int = Field(1, ge=1, le=1_000_000, title="ROWS")
-    """From the first row of a window to that of the next."""
+    data_stride: int | None = Field(None, ge=1, le=1_000_000, title="ROWS")
+    """From the first row or sample of a window to that of the next (default: 1, of recordings the window)"""
+
+    data_sample_rate: int | None = Field(None, ge=1, le=1_000_000, title="HZ")
+    """How many samples a second the windows of recordings have; those of another rate are resampled."""
 
     data_horizon: int = Field(1, ge=0, le=1_000_000, title="ROWS")
     """How many rows after the last of a window the row of its target is; 0: it is the last."""
@@ -273,14 +279,16 @@ class AgentConfig(ProcessConfig):
         # Imported here, with NumPy, because --help does without.
         from ecavg.edge_agent.tables import TableFormat
 
+        is_sound = self.data_sample_rate is not None
         return TableFormat(
             self.data_inputs,
             self.data_target,
             self.data_window,
-            self.data_stride,
-            self.data_horizon,
+            self.data_stride or (self.data_window if is_sound and self.data_window else 1),
+            0 if is_sound else self.data_horizon,
             self.max_bad_rows,
             self.data_separator,
+            self.data_sample_rate,
         )
 
     @property

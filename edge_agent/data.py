@@ -19,11 +19,11 @@ from ecavg.common.errors import UsageError
 from ecavg.common.seeds import derive_seed
 from ecavg.common.shards import Shard, check_splittable
 from ecavg.common.tasks import kind_of
-from ecavg.edge_agent.not_read import find_not_read
 from ecavg.edge_agent.partition import Partition, partition_indices
 from ecavg.edge_agent.series import block_of, check_overlap, hold_out_latest
 from ecavg.edge_agent.shard_files import input_digests
-from ecavg.edge_agent.sources import NO_TABLE, data_stamp, image_folder_of, open_source
+from ecavg.edge_agent.sources import NO_TABLE, data_stamp, not_read_of, open_source
+from ecavg.edge_agent.splits import Split, is_held_out
 from ecavg.edge_agent.tables import TableFormat
 
 # The key of the digests that decide which images are shared.
@@ -41,7 +41,7 @@ class AgentData(NamedTuple):
     num_skipped: int
     # The stamp of the image folder that they were read from; see `data_stamp`.
     stamp: str = ""
-    # What its image folder holds beside the pictures that are read, in a line for the user.
+    # What its class folders hold beside the files that are read, in a line for the user.
     not_read: str = ""
 
 
@@ -74,8 +74,7 @@ def load_agent_data(
     check_overlap(run, table)
     # The stamp is taken first, so that a change while the data are read is noticed.
     stamp = data_stamp(run, source, data_dir)
-    folder = image_folder_of(run.dataset, source, data_dir)
-    not_read = str(find_not_read(folder)) if folder else ""
+    not_read = not_read_of(run, source, data_dir)
     opened = open_source(run, source, data_dir=data_dir, allowed_factories=allowed_factories, table=table)
     name = source or run.dataset
     splits = [part for part in opened if part is not None]
@@ -86,10 +85,12 @@ def load_agent_data(
 
     shards, num_skipped = [], 0
     for part in splits:
-        indices = _own_indices(run, name, part.targets, classes, partition)
+        indices = _own_indices(run, name, part, classes, partition)
         shard, skipped = part.read(indices, run.spec, on_read)
         if not len(shard.targets):
-            raise UsageError(f"data source {name}: none of its images can be read; see the warning above")
+            raise UsageError(
+                f"data source {name}: none of its {part.noun}s can be read; see the warning above"
+            )
         shards.append(shard)
         num_skipped += skipped
 
@@ -122,11 +123,8 @@ def hold_out(inputs: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray
     """
     check_splittable(len(inputs))
     ranks = input_digests(inputs, repeat(seed.to_bytes(8), len(inputs)))
-    is_held_out = ranks < fraction * 2.0**64
-    is_held_out[ranks.argmin()] = True
-    if is_held_out.all():
-        is_held_out[ranks.argmax()] = False
-    return np.flatnonzero(~is_held_out), np.flatnonzero(is_held_out)
+    is_out = is_held_out(ranks, fraction)
+    return np.flatnonzero(~is_out), np.flatnonzero(is_out)
 
 
 def choose_shared(inputs: np.ndarray, fraction: float) -> np.ndarray:
@@ -157,11 +155,13 @@ def _check_labels(name: str, classes: np.ndarray, num_classes: int) -> None:
 
 
 def _own_indices(
-    run: RunConfig, name: str, targets: np.ndarray, classes: np.ndarray, partition: Partition | None
+    run: RunConfig, name: str, part: Split, classes: np.ndarray, partition: Partition | None
 ) -> np.ndarray:
+    targets = part.targets
     if partition is None:
         return np.arange(len(targets))
-    if overlap := run.spec.inputs.overlap:
+    overlap = run.spec.inputs.overlap
+    if overlap and part.is_series:
         return block_of(len(targets), partition, overlap)
     seed = derive_seed(run.seed, "partition")
     parts = partition_indices(targets, partition.count, run.partition_by, seed, classes=classes)

@@ -3,7 +3,6 @@
 import asyncio
 import socket
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from ecavg.common import addresses, doctor, proxy, tls
 from ecavg.common.errors import ECAvgError, RunError, UnavailableError, UsageError
@@ -20,14 +19,6 @@ from ecavg.edge_agent.identity import (
 )
 from ecavg.edge_agent.join_token import how_to_enroll, read_token
 from ecavg.edge_agent.state import default_directories, user_of
-
-if TYPE_CHECKING:
-    from ecavg.edge_agent.file_split import FileSplit
-
-# So many images of each split are decoded at most, to see that it can be done.
-NUM_SAMPLES = 8
-# Images are brought to this shape when they are decoded, because the run's shape is not known here.
-SAMPLE_SHAPE = (3, 32, 32)
 
 
 def checks(config: AgentConfig) -> dict[str, doctor.Check]:
@@ -162,7 +153,6 @@ def _look_at_data(config: AgentConfig) -> str:
         return "the run's dataset, which the server names when the agent joins"
     # Imported here, because PyTorch takes seconds, and may be what is broken.
     from ecavg.edge_agent.arrays import statistics
-    from ecavg.edge_agent.file_split import FileSplit
     from ecavg.edge_agent.sources import find_source
     from ecavg.edge_agent.splits import ArraySplit
 
@@ -171,36 +161,18 @@ def _look_at_data(config: AgentConfig) -> str:
         return f"{config.data} is not here yet, the agent downloads it at its start"
     splits = [split for split in source if split is not None]
     for split in splits:
-        if isinstance(split, FileSplit):
-            _decode_some(split)
+        split.check_some()
     num_examples = sum(len(split.targets) for split in splits)
-    noun = "images" if all(split.has_pictures for split in splits) else "examples"
-    found = f"{config.data} has {num_examples} {noun}"
+    noun = splits[0].noun
+    found = f"{config.data} has {num_examples} {noun}s"
     if splits[0].targets.dtype.kind == "i" and splits[0].targets.ndim == 1:
         found += f" of {len({label for split in splits for label in split.targets.tolist()})} classes"
     first = splits[0]
-    if isinstance(first, ArraySplit) and noun == "examples":
+    if isinstance(first, ArraySplit) and noun == "example":
         found += f"; {statistics(first.inputs)}"
         if first.targets.dtype.kind == "f":
             found += f"; of the targets, {statistics(first.targets)}"
     return found
-
-
-def _decode_some(split: "FileSplit") -> None:
-    """Decode a few images from all over the split; raise UsageError if one of them cannot be read."""
-    from ecavg.edge_agent.pictures import decode_image, quiet_pillow
-
-    step = max(1, len(split.paths) // NUM_SAMPLES)
-    with quiet_pillow():
-        for path in split.paths[::step][:NUM_SAMPLES]:
-            try:
-                decode_image(path, SAMPLE_SHAPE, split.background)
-            # Pillow raises whatever a broken file led it to.
-            except Exception as error:
-                raise UsageError(
-                    f"{path} cannot be read ({error}): replace or remove it, and others like it;"
-                    " the agent leaves them out"
-                ) from error
 
 
 def _look_at_device(config: AgentConfig) -> str:

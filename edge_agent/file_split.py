@@ -14,7 +14,10 @@ from ecavg.common.errors import UsageError
 from ecavg.common.shards import Shard
 from ecavg.edge_agent.arrays import as_wanted
 from ecavg.edge_agent.pictures import MODES, decode_image, quiet_pillow
-from ecavg.edge_agent.reading import MAX_NAMED, check_failures, read_each, reasons_of
+from ecavg.edge_agent.reading import MAX_NAMED, Failure, check_failures, check_some, read_each, reasons_of
+
+# A few pictures are brought to this shape to see that they can be read, where the run's is not known.
+SAMPLE_SHAPE = (3, 32, 32)
 
 log = structlog.get_logger()
 
@@ -33,9 +36,14 @@ class FileSplit:
     max_skipped: float = 1.0
 
     @property
-    def has_pictures(self) -> bool:
-        """Return True."""
-        return True
+    def noun(self) -> str:
+        """Return what a user calls one of them."""
+        return "image"
+
+    @property
+    def is_series(self) -> bool:
+        """Return False."""
+        return False
 
     def read(
         self, indices: np.ndarray, spec: DatasetSpec, on_read: OnExamples = ignore_examples
@@ -54,25 +62,48 @@ class FileSplit:
 
         with quiet_pillow():
             failures = read_each([self.paths[n] for n in indices], decode, on_read)
-        if not failures:
-            return Shard(images, targets), 0
-        check_failures(failures, len(indices), self.max_skipped)
-        is_read = np.ones(len(indices), bool)
-        is_read[[failure.place for failure in failures]] = False
-        log.warning(
-            "images_skipped",
-            num_skipped=len(failures),
-            first=str(failures[0]),
-            reasons=reasons_of(failures),
-            classes_without_images=self._classes_without(targets, is_read),
-        )
-        return Shard(images[is_read], targets[is_read]), len(failures)
+        shard = Shard(images, targets)
+        return leave_out_unread(shard, failures, self.max_skipped, self.class_names), len(failures)
 
-    def _classes_without(self, targets: np.ndarray, is_read: np.ndarray) -> list[str]:
-        if targets.ndim > 1 or not self.class_names:
-            return []
-        labels = np.setdiff1d(targets, targets[is_read])
-        return [self.class_names[label] for label in labels[:MAX_NAMED]]
+    def check_some(self) -> None:
+        """Decode a few pictures; raise UsageError if one of them cannot be read."""
+        with quiet_pillow():
+            check_some(self.paths, lambda path: decode_image(path, SAMPLE_SHAPE, self.background))
+
+
+def leave_out_unread(
+    shard: Shard, failures: Sequence[Failure], max_skipped: float, class_names: Sequence[str] = ()
+) -> Shard:
+    """Return the examples without those whose files could not be read, which are logged once.
+
+    Args:
+        max_skipped: the largest fraction of the files that may be left out.
+        class_names: the names of the labels; none where the targets are no labels.
+
+    Raises:
+        UsageError: more files than that cannot be read.
+    """
+    if not failures:
+        return shard
+    inputs, targets = shard
+    check_failures(failures, len(inputs), max_skipped)
+    is_read = np.ones(len(inputs), bool)
+    is_read[[failure.place for failure in failures]] = False
+    log.warning(
+        "images_skipped",
+        num_skipped=len(failures),
+        first=str(failures[0]),
+        reasons=reasons_of(failures),
+        classes_without_images=_classes_without(targets, is_read, class_names),
+    )
+    return Shard(inputs[is_read], targets[is_read])
+
+
+def _classes_without(targets: np.ndarray, is_read: np.ndarray, class_names: Sequence[str]) -> list[str]:
+    if targets.ndim > 1 or not class_names:
+        return []
+    labels = np.setdiff1d(targets, targets[is_read])
+    return [class_names[label] for label in labels[:MAX_NAMED]]
 
 
 def check_has_pictures(what: str, run: RunConfig) -> None:

@@ -4,13 +4,15 @@ A link to a folder is followed, unless it leads to a folder that was visited alr
 class folder itself lies. What is hidden, and what an operating system keeps for itself, is left out.
 """
 
+import hashlib
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from ecavg.common.errors import one_line
+from ecavg.common.errors import UsageError, one_line
 from ecavg.edge_agent.pictures import IMAGE_FORMATS
 
 # Operating systems and storage devices leave these beside pictures; here in small letters.
@@ -34,8 +36,12 @@ class Item(NamedTuple):
     @property
     def is_picture(self) -> bool:
         """Return True if the file may be an image, and is no pipe or device, which could be read for ever."""
+        return self.has_suffix(IMAGE_FORMATS)
+
+    def has_suffix(self, suffixes: Collection[str]) -> bool:
+        """Return True if it is a file with one of these suffixes, in small or capital letters."""
         is_file = self.status is not None and stat.S_ISREG(self.status.st_mode)
-        return is_file and self.path.suffix.lower() in IMAGE_FORMATS
+        return is_file and self.path.suffix.lower() in suffixes
 
     @property
     def kind(self) -> str:
@@ -98,6 +104,33 @@ def look_at(path: Path) -> Item:
 def is_left_out(name: str) -> bool:
     """Return True for what is hidden, as .DS_Store and ._photo.jpg, and for what is no user's own."""
     return name.startswith(".") or name.lower() in _OF_THE_SYSTEM
+
+
+def stamp_of_folders(folders: Iterable[Path], suffixes: Collection[str] = tuple(IMAGE_FORMATS)) -> str:
+    """Return a value that changes when a file in or below one of these is added, removed or written to.
+
+    No file is opened.
+    """
+    files: list[bytes] = []
+    for folder in folders:
+        with suppress(OSError):
+            # The folder has just gone, or cannot be read.
+            files += [_state_of(item) for item in items_below(folder) if item.has_suffix(suffixes)]
+    return hashlib.sha256(b"".join(sorted(files))).hexdigest()
+
+
+@contextmanager
+def named_in_errors() -> Iterator[None]:
+    """Turn the error of a folder that cannot be read into UsageError."""
+    try:
+        yield
+    except OSError as error:
+        raise UsageError(f"cannot read data folder {error.filename}: {error.strerror}") from error
+
+
+def _state_of(item: Item) -> bytes:
+    size, written = (item.status.st_size, item.status.st_mtime_ns) if item.status else (0, 0)
+    return os.fsencode(item.path) + f"\0{size}\0{written}\0".encode()
 
 
 def _identity(status: os.stat_result) -> tuple[int, int]:

@@ -1,9 +1,7 @@
 """Image folders, DIR/{train,test}/<class>/**: they are listed first, and decoded later as far as needed."""
 
-import hashlib
-import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Collection, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +9,7 @@ import numpy as np
 from ecavg.common.config import Background, RunConfig, class_name
 from ecavg.common.errors import UsageError, encodable
 from ecavg.edge_agent.file_split import FileSplit, check_has_pictures
-from ecavg.edge_agent.folder_walk import Item, folders_in, items_below
+from ecavg.edge_agent.folder_walk import folders_in, items_below, named_in_errors, stamp_of_folders
 from ecavg.edge_agent.pictures import IMAGE_FORMATS
 
 
@@ -32,14 +30,23 @@ def list_image_folder(folder: Path, run: RunConfig) -> tuple[FileSplit, FileSpli
             " and the run has other data"
         )
     check_has_pictures(f"data folder {folder}", run)
+    return list_splits(folder, classes_of(folder, run), run.background)
+
+
+def classes_of(folder: Path, run: RunConfig) -> tuple[str, ...]:
+    """Return the names of the run's classes or, if it has none, of the class folders in `folder`/train.
+
+    Raises:
+        UsageError: the run has another number of classes.
+    """
     train = folder / "train"
     class_names = run.class_names or tuple(class_folders(train))
-    if len(class_names) != spec.num_classes:
+    if len(class_names) != run.spec.num_classes:
         raise UsageError(
-            f"data folder {train} has {len(class_names)} class folders, and the run {spec.num_classes}"
+            f"data folder {train} has {len(class_names)} class folders, and the run {run.spec.num_classes}"
             " classes: set class_names in the server's [run] table"
         )
-    return list_splits(folder, class_names, run.background)
+    return class_names
 
 
 def list_splits(
@@ -64,7 +71,7 @@ def class_folders(folder: Path) -> dict[str, Path]:
         UsageError: there are none, or they cannot be read, or a name is no name of a class.
     """
     named: dict[str, Path] = {}
-    with _named_in_errors():
+    with named_in_errors():
         found = folders_in(folder) if folder.is_dir() else []
     for path in found:
         name = _class_of(path)
@@ -86,45 +93,43 @@ def _class_of(folder: Path) -> str:
         raise UsageError(f"class folder {folder}: its name {error}: rename it") from error
 
 
-@contextmanager
-def _named_in_errors() -> Iterator[None]:
-    """Turn the error of a folder that cannot be read into UsageError."""
-    try:
-        yield
-    except OSError as error:
-        raise UsageError(f"cannot read data folder {error.filename}: {error.strerror}") from error
-
-
-def stamp_of(folder: Path) -> str:
-    """Return a value that changes when a picture of `folder` is added, removed or written to.
+def stamp_of(folder: Path, suffixes: Collection[str] = tuple(IMAGE_FORMATS)) -> str:
+    """Return a value that changes when a file with such a suffix is added, removed or written to.
 
     No file is opened.
     """
-    files: list[bytes] = []
+    found: list[Path] = []
     for part in (folder / "train", folder / "test"):
         with suppress(OSError):
             # A folder has just gone, or cannot be read.
-            for class_folder in folders_in(part):
-                files += [_state_of(item) for item in items_below(class_folder) if item.is_picture]
-    return hashlib.sha256(b"".join(sorted(files))).hexdigest()
-
-
-def _state_of(item: Item) -> bytes:
-    size, written = (item.status.st_size, item.status.st_mtime_ns) if item.status else (0, 0)
-    return os.fsencode(item.path) + f"\0{size}\0{written}\0".encode()
+            found += folders_in(part)
+    return stamp_of_folders(found, suffixes)
 
 
 def _list_images(folder: Path, class_names: Sequence[str], background: Background) -> FileSplit:
+    paths, labels = labelled_files(folder, class_names, IMAGE_FORMATS)
+    return FileSplit(paths, np.array(labels, np.int64), class_names, background)
+
+
+def labelled_files(
+    folder: Path, class_names: Sequence[str], suffixes: Collection[str]
+) -> tuple[list[Path], list[int]]:
+    """Return the files with these suffixes in the class folders of a folder, and the label of each.
+
+    Raises:
+        UsageError: a folder cannot be read, or is of none of these classes, or there are no such files.
+    """
     label_of = {name: label for label, name in enumerate(class_names)}
     paths: list[Path] = []
     labels: list[int] = []
     for name, path in class_folders(folder).items():
         if name not in label_of:
             raise UsageError(f"class folder {path} is not one of the run's {len(label_of)} classes")
-        with _named_in_errors():
-            images = sorted(item.path for item in items_below(path) if item.is_picture)
-        paths += images
-        labels += [label_of[name]] * len(images)
+        with named_in_errors():
+            files = sorted(item.path for item in items_below(path) if item.has_suffix(suffixes))
+        paths += files
+        labels += [label_of[name]] * len(files)
     if not paths:
-        raise UsageError(f"no images ({', '.join(IMAGE_FORMATS)}) in the class folders of {folder}")
-    return FileSplit(paths, np.array(labels, np.int64), class_names, background)
+        noun = "images" if suffixes is IMAGE_FORMATS else "recordings"
+        raise UsageError(f"no {noun} ({', '.join(suffixes)}) in the class folders of {folder}")
+    return paths, labels

@@ -1,7 +1,7 @@
-"""What an image folder holds beside the pictures that are read: a user who knows of it can mend it."""
+"""What class folders hold beside the files that are read: a user who knows of it can mend it."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +10,7 @@ import structlog
 
 from ecavg.common.errors import one_line
 from ecavg.edge_agent.folder_walk import Item, folders_in, is_left_out, items_below, look_at
+from ecavg.edge_agent.pictures import IMAGE_FORMATS
 
 # So many suffixes and folders are named.
 MAX_NAMED = 5
@@ -19,13 +20,15 @@ log = structlog.get_logger()
 
 @dataclass
 class NotRead:
-    """What is not read of an image folder; all names are printable, and folders read "train/cat"."""
+    """What is not read of class folders; all names are printable, and folders read "train/cat"."""
 
     # The number of files for each suffix, and for each class folder.
     suffixes: Counter[str] = field(default_factory=Counter)
     folders: Counter[str] = field(default_factory=Counter)
-    # The class folders without any image.
+    # The class folders without anything to read.
     without_images: list[str] = field(default_factory=list)
+    # What a user calls what is read.
+    noun: str = "image"
 
     def add(self, folder: str, item: Item) -> None:
         """Count a file in a folder."""
@@ -40,21 +43,27 @@ class NotRead:
             folders = _listed([f"{count} in {folder}" for folder, count in self.folders.most_common()])
             parts.append(f"files not read: {num_files} ({suffixes}), of them {folders}")
         if self.without_images:
-            parts.append(f"no image to read in {_listed(self.without_images)}")
+            parts.append(f"no {self.noun} to read in {_listed(self.without_images)}")
         return "; ".join(parts)
 
 
-def find_not_read(folder: Path) -> NotRead:
+def find_not_read(
+    folder: Path, suffixes: Collection[str] = tuple(IMAGE_FORMATS), noun: str = "image"
+) -> NotRead:
     """Find what is not read of `folder`/train and `folder`/test, and log it in one warning.
 
     What cannot be listed at all is not told of here: reading the pictures fails for it.
+
+    Args:
+        suffixes: those of the files that are read.
+        noun: what a user calls such a file.
     """
-    found = NotRead()
+    found = NotRead(noun=noun)
     for part in (folder / "train", folder / "test"):
         with suppress(OSError):
             _add_files_beside(part, found)
             for class_folder in folders_in(part):
-                _add_class(class_folder, found)
+                _add_class(class_folder, found, suffixes)
     if str(found):
         log.warning(
             "files_not_read",
@@ -73,10 +82,10 @@ def _add_files_beside(part: Path, found: NotRead) -> None:
             found.add(part.name, item)
 
 
-def _add_class(folder: Path, found: NotRead) -> None:
+def _add_class(folder: Path, found: NotRead, suffixes: Collection[str]) -> None:
     name, num_pictures = one_line(f"{folder.parent.name}/{folder.name}"), 0
     for item in items_below(folder):
-        if item.is_picture:
+        if item.has_suffix(suffixes):
             num_pictures += 1
         else:
             found.add(name, item)

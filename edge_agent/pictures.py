@@ -65,10 +65,20 @@ logging.getLogger("PIL").setLevel(logging.CRITICAL)
 
 
 def decode_image(path: Path, image_shape: tuple[int, ...], background: Background = "white") -> np.ndarray:
-    """Read one file as uint8 [C, H, W], C being 1 or 3; resized where its size differs.
+    """Read one file as uint8 [C, H, W], C being 1 or 3; see `decode_sized`."""
+    return decode_sized(path, image_shape, background)[0]
+
+
+def decode_sized(
+    path: Path, image_shape: tuple[int, ...], background: Background = "white"
+) -> tuple[np.ndarray, tuple[int, int]]:
+    """Read one file as uint8 [C, H, W], C being 1 or 3, resized where its size differs; and its own size.
 
     The picture is turned as its EXIF data say. The background shows where the picture is transparent. Values
     of 12 or 16 bits are scaled to 8 bits. Of several pictures in one file, the first is read.
+
+    Returns:
+        The pixels, and width and height of the picture as a person sees it.
 
     Raises:
         Exception: of any kind: the file is no image, is broken, has more than MAX_IMAGE_PIXELS, or does not
@@ -81,20 +91,25 @@ def decode_image(path: Path, image_shape: tuple[int, ...], background: Backgroun
     # Some files that Pillow opens by name it maps into memory. Then it reads turned TIFFs wrongly, and the
     # process would end if somebody cut the file off meanwhile.
     with path.open("rb") as stream, _open(stream) as file:
-        _check_size(file)
+        check_size(file)
+        own_size = file.size
         if isinstance(file, JpegImageFile):
             # A JPEG is decoded without the detail that resizing would take away.
             file.draft(mode, size[::-1] if _turn_of(file) in _SIDEWAYS else size)
         _load(file)
+        if isinstance(file, TiffImageFile):
+            # Pillow has turned it by now.
+            own_size = file.size
         image = _on_background(_to_8_bits(file), _SHADES[background]).convert(mode)
         # Pillow reads all EXIF data of a PNG only when it loads the pixels. It has turned a TIFF by now.
         turn = _turn_of(file)
     if turn is not None:
         image = image.transpose(turn)
+        own_size = own_size[::-1] if turn in _SIDEWAYS else own_size
     if image.size != size:
         # Pillow always resizes with antialiasing.
         image = image.resize(size, Image.Resampling.BILINEAR)
-    return np.asarray(image).reshape(height, width, channels).transpose(2, 0, 1)
+    return np.asarray(image).reshape(height, width, channels).transpose(2, 0, 1), own_size
 
 
 @contextmanager
@@ -113,7 +128,8 @@ def _open(stream: BinaryIO) -> ImageFile:
         raise ValueError(f"it is none of {', '.join(_FORMATS)}, or is broken") from error
 
 
-def _check_size(file: ImageFile) -> None:
+def check_size(file: ImageFile) -> None:
+    """Raise ValueError if the file has more pixels than are decoded."""
     num_pixels = file.width * file.height
     if num_pixels > MAX_IMAGE_PIXELS:
         raise ValueError(f"{file.width} x {file.height} pixels, at most {MAX_IMAGE_PIXELS} are read")

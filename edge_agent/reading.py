@@ -16,6 +16,9 @@ NUM_READERS = min(4, os.cpu_count() or 1)
 # So many files one after the other are the work of one thread.
 _BATCH = 64
 
+# So many files are read at most to see that it can be done.
+NUM_SAMPLES = 8
+
 # A warning names at most so many reasons.
 MAX_NAMED = 5
 
@@ -80,3 +83,17 @@ def check_failures(failures: Sequence[Failure], num_files: int, max_skipped: flo
 def reasons_of(failures: Sequence[Failure]) -> dict[str, int]:
     """Return how often each of the most common reasons is there."""
     return dict(Counter(failure.reason for failure in failures).most_common(MAX_NAMED))
+
+
+def check_some(paths: Sequence[Path], read_one: Callable[[Path], object]) -> None:
+    """Have a function read a few files from all over; raise UsageError if it raises for one of them."""
+    step = max(1, len(paths) // NUM_SAMPLES)
+    for path in paths[::step][:NUM_SAMPLES]:
+        try:
+            read_one(path)
+        # Decoders raise whatever a broken file led them to.
+        except Exception as error:
+            raise UsageError(
+                f"{path} cannot be read ({error}): replace or remove it, and others like it;"
+                " the agent leaves them out"
+            ) from error

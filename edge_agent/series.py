@@ -14,9 +14,10 @@ from ecavg.edge_agent.tables import TableFormat
 
 def check_overlap(run: RunConfig, table: TableFormat) -> None:
     """Raise UsageError if the windows of a table overlap with more of their kind than the run says."""
+    noun = "samples" if table.sample_rate else "rows"
     if table.overlap > run.spec.inputs.overlap:
         raise UsageError(
-            f"windows of {table.window} rows share rows with the next {table.overlap} windows:"
+            f"windows of {table.window} {noun} share {noun} with the next {table.overlap} windows:"
             f" set overlap = {table.overlap} in the server's [run.inputs] table"
         )
 

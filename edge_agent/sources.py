@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from ecavg.common.config import RunConfig
 from ecavg.common.dataset import CLASS_NAMES, DATASETS
@@ -14,7 +15,11 @@ from ecavg.edge_agent.config import FACTORY_PATTERN, check_source, data_root
 from ecavg.edge_agent.downloads import TORCHVISION, find_dataset, open_dataset
 from ecavg.edge_agent.file_split import check_has_pictures
 from ecavg.edge_agent.image_folder import class_folders, list_image_folder, list_splits, stamp_of
+from ecavg.edge_agent.masks import is_mask_folder, open_mask_folder, stamp_of_masks
+from ecavg.edge_agent.not_read import find_not_read
 from ecavg.edge_agent.picture_table import has_pictures, picture_rows
+from ecavg.edge_agent.pictures import IMAGE_FORMATS
+from ecavg.edge_agent.recordings import RECORDINGS, has_recordings, open_recordings
 from ecavg.edge_agent.splits import Source, in_memory
 from ecavg.edge_agent.tables import TableFormat, examples_of, names_in, read_table
 
@@ -22,16 +27,37 @@ from ecavg.edge_agent.tables import TableFormat, examples_of, names_in, read_tab
 NO_TABLE = TableFormat()
 
 
+class _ClassFolders(NamedTuple):
+    """A folder with class folders, and which files of them are read."""
+
+    folder: Path
+    suffixes: Collection[str]
+    # What a user calls such a file.
+    noun: str
+
+
 def data_stamp(run: RunConfig, source: str | None, data_dir: Path | None) -> str:
-    """Return what tells an image folder from an earlier state of it; "" for a source that does not change.
+    """Return what tells the files of a source from an earlier state of them; "" for one that does not change.
 
     Raises:
         UsageError: there is no such source.
     """
-    if source and _is_in_files(source):
-        return stamp_of_arrays(Path(source))
-    folder = image_folder_of(run.dataset, source, data_dir)
-    return stamp_of(folder) if folder else ""
+    if found := _class_folders_of(run.dataset, source, data_dir):
+        return stamp_of(found.folder, found.suffixes)
+    if source is None or not _is_in_files(source):
+        return ""
+    path = Path(source)
+    return stamp_of_masks(path) if is_mask_folder(path) else stamp_of_arrays(path)
+
+
+def not_read_of(run: RunConfig, source: str | None, data_dir: Path | None) -> str:
+    """Return what is not read of the source's class folders, in a line for the user; "" if all of it is.
+
+    Raises:
+        UsageError: there is no such source.
+    """
+    found = _class_folders_of(run.dataset, source, data_dir)
+    return str(find_not_read(*found)) if found else ""
 
 
 def class_names_of(
@@ -55,8 +81,8 @@ def class_names_of(
     if source and not _is_name(source) and is_table(Path(source)):
         return names_in(Path(source), table)
     dataset = run.dataset if run else ""
-    if folder := image_folder_of(dataset, source, data_dir):
-        return tuple(class_folders(folder / "train"))
+    if found := _class_folders_of(dataset, source, data_dir):
+        return tuple(class_folders(found.folder / "train"))
     names = CLASS_NAMES.get(source or dataset, ())
     return names if run and len(names) == run.spec.num_classes else ()
 
@@ -80,7 +106,7 @@ def open_source(
     name = source or run.dataset
     if source and _is_in_files(source):
         return _open_files(Path(source), table, run.class_names, run)
-    if folder := image_folder_of(run.dataset, source, data_dir):
+    if folder := _image_folder_of(run.dataset, source, data_dir):
         return Source(*list_image_folder(folder, run))
     if name in BUNDLES:
         return in_memory(open_bundle(name))
@@ -102,7 +128,7 @@ def find_source(source: str, data_dir: Path | None, *, table: TableFormat = NO_T
     Raises:
         UsageError: there is no such source, or it cannot be read.
     """
-    if folder := image_folder_of("", source, data_dir):
+    if folder := _image_folder_of("", source, data_dir):
         return Source(*list_splits(folder, tuple(class_folders(folder / "train")), "white"))
     if source in BUNDLES:
         return in_memory(open_bundle(source))
@@ -114,7 +140,7 @@ def find_source(source: str, data_dir: Path | None, *, table: TableFormat = NO_T
     return _open_factory(source, {source})
 
 
-def image_folder_of(dataset: str, source: str | None, data_dir: Path | None) -> Path | None:
+def _image_folder_of(dataset: str, source: str | None, data_dir: Path | None) -> Path | None:
     """Return the image folder that is meant; None: something else is meant.
 
     Raises:
@@ -135,13 +161,31 @@ def _is_name(source: str) -> bool:
 
 
 def _is_in_files(source: str) -> bool:
-    """Return True if the source is a table, or files of arrays."""
-    return not _is_name(source) and (is_table(Path(source)) or is_arrays(Path(source)))
+    """Return True if the source is a table, files of arrays, pictures with masks, or recordings."""
+    path = Path(source)
+    kinds = (is_table, is_arrays, is_mask_folder, has_recordings)
+    return not _is_name(source) and any(is_kind(path) for is_kind in kinds)
+
+
+def _class_folders_of(dataset: str, source: str | None, data_dir: Path | None) -> _ClassFolders | None:
+    """Return where the source has class folders; None: it has none.
+
+    Raises:
+        UsageError: there is no such source.
+    """
+    if source and not _is_name(source) and has_recordings(Path(source)):
+        return _ClassFolders(Path(source), RECORDINGS, "recording")
+    folder = _image_folder_of(dataset, source, data_dir)
+    return _ClassFolders(folder, tuple(IMAGE_FORMATS), "image") if folder else None
 
 
 def _open_files(
     path: Path, table: TableFormat, class_names: Sequence[str], run: RunConfig | None = None
 ) -> Source:
+    if is_mask_folder(path):
+        return open_mask_folder(path, table.max_bad_rows, run)
+    if has_recordings(path):
+        return open_recordings(path, table, run)
     if not is_table(path):
         return in_memory(*open_arrays(path))
     columns = read_table(path, table)

@@ -22,11 +22,15 @@ class Split(Protocol):
 
     @property
     def targets(self) -> np.ndarray:
-        """Return the targets, [N, …]."""
+        """Return the targets, [N, …]; of masks, which are read later, [N, 0]; of recordings one for each."""
 
     @property
-    def has_pictures(self) -> bool:
-        """Return True if the inputs are pictures."""
+    def noun(self) -> str:
+        """Return what a user calls one of them: "image", "recording" or "example"."""
+
+    @property
+    def is_series(self) -> bool:
+        """Return True if examples that overlap stand beside each other, in the order of time."""
 
     def read(
         self, indices: np.ndarray, spec: DatasetSpec, on_read: OnExamples = ignore_examples
@@ -36,6 +40,9 @@ class Split(Protocol):
         Args:
             on_read: called now and then with how many were read, and with their number.
         """
+
+    def check_some(self) -> None:
+        """Read a few examples from files; raise UsageError if one of them cannot be read."""
 
 
 class Source(NamedTuple):
@@ -55,9 +62,14 @@ class ArraySplit:
     targets: np.ndarray
 
     @property
-    def has_pictures(self) -> bool:
-        """Return True if the inputs are pictures, uint8 [N, C, H, W]."""
-        return self.inputs.dtype == np.uint8 and self.inputs.ndim == 4
+    def noun(self) -> str:
+        """Return "image" if the inputs are pictures, uint8 [N, C, H, W]."""
+        return "image" if self.inputs.dtype == np.uint8 and self.inputs.ndim == 4 else "example"
+
+    @property
+    def is_series(self) -> bool:
+        """Return True: where they overlap, they are in the order of time."""
+        return True
 
     def read(
         self, indices: np.ndarray, spec: DatasetSpec, on_read: OnExamples = ignore_examples
@@ -68,11 +80,14 @@ class ArraySplit:
             UsageError: the examples are not what the run has.
         """
         inputs, targets = self.inputs[indices], self.targets[indices]
-        if spec.is_pictures and self.has_pictures and not spec.targets.shape[1:]:
+        if spec.is_pictures and self.noun == "image" and not spec.targets.shape[1:]:
             inputs = fit(inputs, spec.inputs.shape)
         shard = Shard(as_wanted("inputs", inputs, spec.inputs), as_wanted("targets", targets, spec.targets))
         on_read(len(indices), len(indices))
         return shard, 0
+
+    def check_some(self) -> None:
+        """Do nothing: all examples have been read."""
 
 
 def fit(images: np.ndarray, image_shape: tuple[int, ...]) -> np.ndarray:
@@ -106,3 +121,18 @@ def fit(images: np.ndarray, image_shape: tuple[int, ...]) -> np.ndarray:
 def in_memory(train: Arrays, test: Arrays | None = None) -> Source:
     """Return the source of arrays."""
     return Source(ArraySplit(*train), ArraySplit(*test) if test else None)
+
+
+def is_held_out(ranks: np.ndarray, fraction: float) -> np.ndarray:
+    """Return about which `fraction` of N things are held out, bool [N], each by a number of its own.
+
+    Where there are so few that chance would leave either part empty, one goes there until there are more.
+
+    Args:
+        ranks: uint64 [N], spread evenly, N of at least 2.
+    """
+    found = ranks < fraction * 2.0**64
+    found[ranks.argmin()] = True
+    if found.all():
+        found[ranks.argmax()] = False
+    return found

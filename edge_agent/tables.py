@@ -18,7 +18,7 @@ from ecavg.edge_agent.columns import BadCells, Columns, read_columns, usable_row
 
 @dataclass(frozen=True)
 class TableFormat:
-    """Which columns of a table are inputs and targets, and how its rows become examples."""
+    """Which columns of a table are inputs and targets, and how rows, or samples of sound, become examples."""
 
     inputs: tuple[str, ...] = ()
     targets: tuple[str, ...] = ()
@@ -32,6 +32,8 @@ class TableFormat:
     max_bad_rows: float = 0.01
     # What stands between the names of classes in a cell of the target column; None: a cell is one.
     separator: str | None = None
+    # How many samples a second the windows of recordings have; None: the source has no recordings.
+    sample_rate: int | None = None
 
     @property
     def overlap(self) -> int:

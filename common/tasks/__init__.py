@@ -14,6 +14,8 @@ from ecavg.common.dataset import DatasetSpec, Targets, labels
 Shape = tuple[int, ...]
 
 OWN_METRIC = "score"
+# The class of pixels that do not count.
+IGNORED = -1
 
 
 class Kind(NamedTuple):
@@ -40,8 +42,7 @@ class Kind(NamedTuple):
 
 
 def _segmentation_targets(shape: Shape, num_classes: int) -> Targets:
-    # A pixel of class -1 does not count.
-    return Targets("int64", shape[1:], -1, num_classes - 1)
+    return Targets("int64", shape[1:], IGNORED, num_classes - 1)
 
 
 KINDS: Mapping[str, Kind] = {

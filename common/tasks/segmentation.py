@@ -7,10 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ecavg.common.tasks import IGNORED
 from ecavg.common.tasks.task import ClassFigure, Figure, Task
-
-# The class of pixels that do not count.
-IGNORED = -1
 
 
 class Segmentation(Task):

@@ -1,6 +1,8 @@
 """What examples/ holds, run as its README says."""
 
 import re
+import subprocess
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -45,6 +47,22 @@ def test_own_data_and_own_model_run_as_the_readme_says(cluster: Cluster) -> None
     ]  # fmt: skip
     assert_published(cluster, *agents, server)
     assert cluster.report()["model"] == "shapes:net"
+
+
+def test_pictures_with_masks_run_as_the_readme_says(cluster: Cluster) -> None:
+    env = {"PYTHONPATH": str(EXAMPLES)}
+    server = cluster.server("--config", EXAMPLES / "masks.toml", env=env)
+    agents = []
+    for number in (1, 2):
+        folder = cluster.folder / f"shapes-{number}"
+        subprocess.run([sys.executable, EXAMPLES / "masks.py", folder, str(number)], check=True)
+        agents.append(
+            cluster.agent(f"edge-{number}", "--data", folder, "--allow-factory", "masks:net", env=env)
+        )
+    assert_published(cluster, *agents, server)
+    report = cluster.report()
+    assert report["metric"] == "mean intersection over union"
+    assert report["score_published"] > 0.6
 
 
 def test_own_task_runs_as_the_readme_says(cluster: Cluster) -> None:
