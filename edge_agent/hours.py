@@ -1,14 +1,17 @@
 """Hours of the day, in the local time of the device, such as 22:00-06:00."""
 
+import asyncio
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import NamedTuple
 
 from common.errors import UsageError, one_line
 
 _PATTERN = re.compile(r"([01]\d|2[0-3]):([0-5]\d)-([01]\d|2[0-3]):([0-5]\d)")
 _DAY_MINUTES = 24 * 60
+# The clock may be set, and the device may sleep, so it is looked at so often.
+POLL_SECONDS = 15.0
 
 
 class Hours(NamedTuple):
@@ -42,3 +45,44 @@ def local_minute(clock: Callable[[], time.struct_time] = time.localtime) -> int:
     """Return the minute of the day on the clock of this device."""
     now = clock()
     return 60 * now.tm_hour + now.tm_min
+
+
+class UploadHours:
+    """The hours in which uploads begin.
+
+    Args:
+        hours: parts of the day; without any an upload begins at any time.
+        say: called with a line for the user when an upload has to wait, or waits no more.
+        minute: returns the minute of the day.
+        sleep: waits for so many seconds.
+    """
+
+    def __init__(
+        self,
+        hours: Sequence[Hours] = (),
+        say: Callable[[str], None] = lambda _: None,
+        minute: Callable[[], int] = local_minute,
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+    ) -> None:
+        self._hours = hours
+        self._say = say
+        self._minute = minute
+        self._sleep = sleep
+        self._is_waiting = False
+
+    async def wait(self) -> None:
+        """Return as soon as an upload may begin."""
+        while self._hours and not any(hours.contain(self._minute()) for hours in self._hours):
+            self._note(is_waiting=True)
+            await self._sleep(POLL_SECONDS)
+        self._note(is_waiting=False)
+
+    def _note(self, *, is_waiting: bool) -> None:
+        """Tell the user of a change; several uploads may wait."""
+        if is_waiting != self._is_waiting:
+            self._is_waiting = is_waiting
+            self._say(
+                "waiting to upload: it is outside of upload_hours"
+                if is_waiting
+                else "uploading: it is within upload_hours"
+            )

@@ -1,0 +1,263 @@
+"""When a device takes part: at times, with enough new examples; and when it uploads."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+from zoneinfo import ZoneInfo
+
+import numpy as np
+import pytest
+from numpy.lib import format as npy
+from pydantic import ValidationError
+
+from common.cron import parse_cron
+from common.pb import ecavg_pb2 as pb
+from common.run_state import Wait
+from edge_agent.config import AgentConfig
+from edge_agent.hours import UploadHours, parse_hours
+from edge_agent.new_examples import NewExamples, count_examples
+from edge_agent.readiness import Readiness, Unready, at_times, with_examples
+from edge_agent.state import AgentState, Progress
+from tests.unit.test_agent_client import BLOB, Stream, client_of, streams, unary
+from tests.unit.test_readiness import Device
+
+BERLIN = ZoneInfo("Europe/Berlin")
+HOUR = 3600.0
+EVENING = datetime(2026, 11, 28, 23, tzinfo=BERLIN).timestamp()
+NIGHT = EVENING + 3 * HOUR
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[AgentState]:
+    with closing(AgentState(tmp_path / "state", "edge-1")) as disk:
+        yield disk
+
+
+# ---------------------------------------------------------------------- times
+
+
+async def test_device_takes_part_from_the_time_on_until_it_has() -> None:
+    clock, since = [EVENING], [EVENING]
+    look = at_times(parse_cron("0 2 * * *", BERLIN), lambda: since[0], lambda: clock[0])
+    unready = Unready(Wait.TIME, "pretrain_at is at 02:00 CET (in 3 h); taking part then")
+    assert await look() == unready
+    for now in (NIGHT, NIGHT + 9 * HOUR):
+        clock[0] = now
+        assert await look() is None
+    # It has contributed.
+    since[0] = NIGHT + HOUR
+    assert (await look() or unready).text == "pretrain_at is at 02:00 CET (in 15 h); taking part then"
+
+
+async def test_device_that_waits_since_a_time_to_come_waits_for_no_later_one() -> None:
+    look = at_times(parse_cron("0 2 * * *", BERLIN), lambda: EVENING + 999 * HOUR, lambda: EVENING)
+    unready = await look()
+    assert unready
+    assert "(in 3 h)" in unready.text
+
+
+async def test_device_is_not_ready_any_more_as_soon_as_it_has_contributed() -> None:
+    device, new = Device("false"), [9]
+
+    async def count() -> int:
+        return new[0]
+
+    device.readiness = Readiness(
+        ("true",), 60.0, device.said.append, device.changes.append, [with_examples(5, count)]
+    )
+    # The command has not been run yet, and this does not run it.
+    await device.readiness.look()
+    assert not device.readiness.is_ready
+    assert device.changes == []
+    new[0] = 0
+    await device.readiness.look()
+    assert not device.readiness.is_ready
+    assert device.changes == [Wait.EXAMPLES]
+    assert device.said == ["not ready: there are 0 new examples; taking part with 5 of them"]
+
+
+# ---------------------------------------------------------------------- new examples
+
+
+def write_pictures(folder: Path) -> None:
+    for name in ("train/cat/1.png", "train/cat/below/2.PNG", "train/dog/3.jpg", "train/dog/notes.txt"):
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"not looked at")
+    for name in ("test/cat/4.png", "train/dog/.5.png"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(b"")
+
+
+def write_npz(path: Path) -> None:
+    np.savez(path, inputs=np.zeros((3, 4)), targets=np.zeros(3), inputs_test=np.zeros((9, 4)))
+
+
+def write_compressed_npz(path: Path) -> None:
+    np.savez_compressed(path, inputs=np.zeros((3, 4)), targets=np.zeros(3))
+
+
+def write_npy(folder: Path) -> None:
+    folder.mkdir()
+    np.save(folder / "inputs.npy", np.zeros((3, 4)))
+    np.save(folder / "targets.npy", np.zeros(3))
+
+
+def write_npy_2(folder: Path) -> None:
+    write_npy(folder)
+    with (folder / "inputs.npy").open("wb") as file:
+        npy.write_array(file, np.zeros((3, 4)), version=(2, 0))
+
+
+def write_split_npy(folder: Path) -> None:
+    folder.mkdir()
+    write_npy(folder / "train")
+
+
+def write_table(path: Path) -> None:
+    path.write_text("a,b\n1,2\n\n3,4\r\n5,6", "utf-8")
+
+
+@pytest.mark.parametrize(
+    ("name", "write"),
+    [
+        ("pictures", write_pictures),
+        ("arrays.npz", write_npz),
+        ("arrays.npz", write_compressed_npz),
+        ("arrays", write_npy),
+        ("arrays", write_npy_2),
+        ("arrays", write_split_npy),
+        ("table.csv", write_table),
+    ],
+)
+def test_three_examples_are_counted_without_reading_them(
+    tmp_path: Path, name: str, write: Callable[[Path], None]
+) -> None:
+    write(tmp_path / name)
+    assert count_examples(tmp_path / name) == 3
+
+
+@pytest.mark.parametrize("name", ["gone", "gone.csv", "empty.npz", "empty.csv", "no_header.npz"])
+def test_source_that_cannot_be_read_now_has_no_examples(tmp_path: Path, name: str) -> None:
+    (tmp_path / "empty.npz").write_bytes(b"")
+    (tmp_path / "empty.csv").write_bytes(b"")
+    np.savez(tmp_path / "no_header.npz", others=np.zeros(3))
+    assert count_examples(tmp_path / name) == 0
+
+
+async def test_what_has_come_since_the_last_contribution_is_new(tmp_path: Path, disk: AgentState) -> None:
+    source = tmp_path / "table.csv"
+    new = NewExamples(source, disk)
+    write_table(source)
+    assert await new.count_new() == 3
+    disk.save(Progress(num_contributed=2))
+    assert await new.count_new() == 1
+    disk.save(Progress(num_contributed=7))
+    assert await new.count_new() == 0
+    assert await NewExamples(None, disk).count_new() == 0
+
+
+async def test_device_with_too_few_new_examples_is_not_ready() -> None:
+    new = [4]
+
+    async def count() -> int:
+        return new[0]
+
+    look = with_examples(5, count)
+    assert await look() == Unready(Wait.EXAMPLES, "there are 4 new examples; taking part with 5 of them")
+    new[0] = 5
+    assert await look() is None
+
+
+class Watches:
+    """Keeps the requests of the Watches, all of which break but the last."""
+
+    def __init__(self) -> None:
+        self.requests: list[pb.WatchRequest] = []
+
+    def __call__(self, request: pb.WatchRequest, metadata: Any = None) -> Stream:
+        self.requests.append(request)
+        return Stream(pb.WatchEvent(round=1, phase=pb.PHASE_PUBLISHED, run_over=True))
+
+
+async def test_server_is_told_for_what_the_agent_waits_and_how_much_is_new() -> None:
+    watches = Watches()
+    client = client_of(Watch=watches)
+    client.say_ready(False, Wait.TIME)
+    client.say_new_examples(7)
+    _ = [state async for state in client.watch()]
+    assert watches.requests == [pb.WatchRequest(not_ready=True, waits_for=pb.WAIT_TIME, num_new_examples=7)]
+
+
+# ---------------------------------------------------------------------- uploads
+
+
+async def test_upload_waits_for_its_hours_and_that_is_said_once() -> None:
+    said: list[str] = []
+    minutes = [12 * 60, 12 * 60, 22 * 60]
+
+    async def sleep(seconds: float) -> None:
+        assert seconds <= 60
+        minutes.pop(0)
+
+    hours = UploadHours([parse_hours("22:00-06:00")], said.append, lambda: minutes[0], sleep)
+    await hours.wait()
+    assert minutes == [22 * 60]
+    assert said == [
+        "waiting to upload: it is outside of upload_hours",
+        "uploading: it is within upload_hours",
+    ]
+    await hours.wait()
+    assert len(said) == 2
+
+
+@pytest.mark.parametrize(("is_there", "num_waits"), [(True, 0), (False, 1)])
+async def test_only_what_the_server_does_not_have_waits(
+    tmp_path: Path, is_there: bool, num_waits: int
+) -> None:
+    class Waiting(UploadHours):
+        num_waits = 0
+
+        async def wait(self) -> None:
+            self.num_waits += 1
+            # The upload that follows would need a whole server.
+            raise TimeoutError
+
+    client = client_of(QueryUpload=unary(pb.QueryUploadReply(complete=is_there)), Upload=streams())
+    client._upload_hours = waiting = Waiting()
+    path = tmp_path / "blob"
+    path.write_bytes(b"")
+    try:
+        await client.upload(path, BLOB, "data", lambda *_: None)
+    except TimeoutError:
+        assert not is_there
+    assert waiting.num_waits == num_waits
+
+
+# ---------------------------------------------------------------------- what the user writes
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"pretrain_at": "0 25 * * *"}, "pretrain_at.*is no line of cron"),
+        ({"upload_hours": ("22-6",)}, "upload_hours.*are no hours"),
+        ({"min_new_examples": 5}, "min_new_examples.*name one with data"),
+        ({"min_new_examples": 5, "data": "digits"}, "min_new_examples.*name one with data"),
+        ({"min_new_examples": 5, "data": "my.own:factory"}, "min_new_examples.*name one with data"),
+    ],
+)
+def test_keys_that_make_no_sense_are_refused(keys: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=f"(?s){message}"):
+        AgentConfig(server="127.0.0.1:1", **keys)
+
+
+def test_line_of_cron_is_in_the_time_zone_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TZ", "Europe/Berlin")
+    config = AgentConfig(server="127.0.0.1:1", pretrain_at="0 2 * * *")
+    assert config.pretrain_times
+    assert config.pretrain_times.next_after(EVENING) == NIGHT
+    assert config.pretrain_times.next_after(time.time()) > time.time()
