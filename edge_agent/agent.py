@@ -165,6 +165,8 @@ class EdgeAgent:
             "phase": latest.phase if latest else None,
             "selection": latest.selection if latest else None,
             "is_ready": self._readiness.is_ready,
+            "waits_for": self._readiness.waits_for,
+            "next_round_at": latest.next_round_at if latest else None,
             "contributed_round": max(0, progress.contributed_round),
             "evaluated_round": progress.evaluated_round,
             "score_local": progress.trained.score if progress.trained else None,

@@ -257,7 +257,9 @@ class AgentConfig(ProcessConfig):
     def _can_be_counted(cls, value: int | None, info: ValidationInfo) -> int | None:
         source = info.data.get("data")
         if value is not None and "data" in info.data and (source is None or _is_named(source)):
-            raise ValueError("counts what is in an image folder, arrays or a table: name one with data")
+            raise ValueError(
+                "needs examples that can be counted: name an image folder, arrays or a table with data"
+            )
         return value
 
     @field_validator("work_hours", "upload_hours")

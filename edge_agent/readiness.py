@@ -43,6 +43,7 @@ class Readiness:
 
     Attributes:
         is_ready: the last answer; False until there is one.
+        waits_for: why the device is not ready; None: it is, or there is no answer yet.
     """
 
     def __init__(
@@ -60,7 +61,7 @@ class Readiness:
         self._conditions = conditions
         # The wait of which the user was told last; None: the device is ready.
         self._told: Wait | None = None
-        self._waits_for: Wait | None = None
+        self.waits_for: Wait | None = None
         self.is_ready = not (command or conditions)
 
     async def keep_asking(self) -> None:
@@ -81,8 +82,8 @@ class Readiness:
             self._told = waits_for
             self._say(f"not ready: {unready.text}" if unready else "ready: taking part again")
         is_ready = unready is None
-        if (is_ready, waits_for) != (self.is_ready, self._waits_for):
-            self.is_ready, self._waits_for = is_ready, waits_for
+        if (is_ready, waits_for) != (self.is_ready, self.waits_for):
+            self.is_ready, self.waits_for = is_ready, waits_for
             self._on_change(waits_for)
 
     async def _first_reason(self) -> Unready | None:

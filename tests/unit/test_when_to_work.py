@@ -76,6 +76,7 @@ async def test_device_is_not_ready_any_more_as_soon_as_it_has_contributed() -> N
     await device.readiness.look()
     assert not device.readiness.is_ready
     assert device.changes == [Wait.EXAMPLES]
+    assert device.readiness.waits_for is Wait.EXAMPLES
     assert device.said == ["not ready: there are 0 new examples; taking part with 5 of them"]
 
 
@@ -245,9 +246,9 @@ async def test_only_what_the_server_does_not_have_waits(
     [
         ({"pretrain_at": "0 25 * * *"}, "pretrain_at.*is no line of cron"),
         ({"upload_hours": ("22-6",)}, "upload_hours.*are no hours"),
-        ({"min_new_examples": 5}, "min_new_examples.*name one with data"),
-        ({"min_new_examples": 5, "data": "digits"}, "min_new_examples.*name one with data"),
-        ({"min_new_examples": 5, "data": "my.own:factory"}, "min_new_examples.*name one with data"),
+        ({"min_new_examples": 5}, "min_new_examples.*can be counted"),
+        ({"min_new_examples": 5, "data": "digits"}, "min_new_examples.*can be counted"),
+        ({"min_new_examples": 5, "data": "my.own:factory"}, "min_new_examples.*can be counted"),
     ],
 )
 def test_keys_that_make_no_sense_are_refused(keys: dict[str, Any], message: str) -> None:
