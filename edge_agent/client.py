@@ -151,6 +151,7 @@ class CloudClient:
         # What this agent says of itself when it opens a Watch.
         self._is_ready = True
         self._waits_for: Wait | None = None
+        self._upload_waits = False
         self._num_new_examples = 0
         # How many calls are under way on each connection.
         self._num_calls: Counter[grpc.aio.Channel] = Counter()
@@ -215,6 +216,10 @@ class CloudClient:
             self._num_new_examples = number
             self._watch_anew()
 
+    def _note_upload_waits(self, does_wait: bool) -> None:
+        self._upload_waits = does_wait
+        self._watch_anew()
+
     async def watch(self) -> AsyncIterator[RunState]:
         """Yield the state of the run whenever it changes, across reconnections, until the run is over.
 
@@ -268,7 +273,7 @@ class CloudClient:
                 on_bytes(stored.received_bytes, blob.size_bytes)
                 if stored.complete:
                     return
-                await self._upload_hours.wait()
+                await self._upload_hours.wait(self._note_upload_waits)
                 with fate.bounded(CorruptError, Refusal):
                     await self._stream_up(path, blob, kind, stored.received_bytes, on_bytes)
 
@@ -396,9 +401,10 @@ class CloudClient:
     async def _watch_once(self) -> AsyncGenerator[pb.WatchEvent, None]:
         """Yield the events of one Watch; raise _ReplacedError when another is to take its place."""
         async with self._line() as stub:
+            waits_for = self._waits_for or (Wait.UPLOAD_HOURS if self._upload_waits else None)
             request = pb.WatchRequest(
                 not_ready=not self._is_ready,
-                waits_for=_WAITS[self._waits_for] if self._waits_for else pb.WAIT_UNSPECIFIED,
+                waits_for=_WAITS[waits_for] if waits_for else pb.WAIT_UNSPECIFIED,
                 num_new_examples=self._num_new_examples,
             )
             call = self._watching = stub.Watch(request, metadata=self._call_metadata())

@@ -52,7 +52,7 @@ class UploadHours:
 
     Args:
         hours: parts of the day; without any an upload begins at any time.
-        say: called with a line for the user when an upload has to wait, or waits no more.
+        say: called with a line for the user when an upload has to wait, and when it begins after that.
         minute: returns the minute of the day.
         sleep: waits for so many seconds.
     """
@@ -68,21 +68,24 @@ class UploadHours:
         self._say = say
         self._minute = minute
         self._sleep = sleep
-        self._is_waiting = False
 
-    async def wait(self) -> None:
-        """Return as soon as an upload may begin."""
-        while self._hours and not any(hours.contain(self._minute()) for hours in self._hours):
-            self._note(is_waiting=True)
-            await self._sleep(POLL_SECONDS)
-        self._note(is_waiting=False)
+    async def wait(self, on_change: Callable[[bool], None]) -> None:
+        """Return as soon as an upload may begin.
 
-    def _note(self, *, is_waiting: bool) -> None:
-        """Tell the user of a change; several uploads may wait."""
-        if is_waiting != self._is_waiting:
-            self._is_waiting = is_waiting
-            self._say(
-                "waiting to upload: it is outside of upload_hours"
-                if is_waiting
-                else "uploading: it is within upload_hours"
-            )
+        Args:
+            on_change: called with True when the upload has to wait, and with False when it waits no more.
+        """
+        if self._is_time():
+            return
+        self._say("waiting to upload: it is outside of upload_hours")
+        on_change(True)
+        try:
+            while not self._is_time():
+                await self._sleep(POLL_SECONDS)
+            self._say("uploading: it is within upload_hours")
+        finally:
+            on_change(False)
+
+    def _is_time(self) -> bool:
+        minute = self._minute()
+        return not self._hours or any(hours.contain(minute) for hours in self._hours)

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, nullcontext
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -196,46 +196,61 @@ async def test_server_is_told_for_what_the_agent_waits_and_how_much_is_new() -> 
 # ---------------------------------------------------------------------- uploads
 
 
-async def test_upload_waits_for_its_hours_and_that_is_said_once() -> None:
-    said: list[str] = []
-    minutes = [12 * 60, 12 * 60, 22 * 60]
+def hours_at(said: list[str], minutes: list[int]) -> UploadHours:
+    """Return the hours of the night; each time that an upload has slept, the next of the minutes has come."""
 
     async def sleep(seconds: float) -> None:
         assert seconds <= 60
         minutes.pop(0)
 
-    hours = UploadHours([parse_hours("22:00-06:00")], said.append, lambda: minutes[0], sleep)
-    await hours.wait()
+    return UploadHours([parse_hours("22:00-06:00")], said.append, lambda: minutes[0], sleep)
+
+
+async def test_upload_waits_for_its_hours_and_that_is_said_once() -> None:
+    said: list[str] = []
+    changes: list[bool] = []
+    minutes = [12 * 60, 12 * 60, 22 * 60]
+    hours = hours_at(said, minutes)
+    await hours.wait(changes.append)
     assert minutes == [22 * 60]
     assert said == [
         "waiting to upload: it is outside of upload_hours",
         "uploading: it is within upload_hours",
     ]
-    await hours.wait()
-    assert len(said) == 2
+    assert changes == [True, False]
+    await hours.wait(changes.append)
+    assert (len(said), len(changes)) == (2, 2)
 
 
-@pytest.mark.parametrize(("is_there", "num_waits"), [(True, 0), (False, 1)])
-async def test_only_what_the_server_does_not_have_waits(
-    tmp_path: Path, is_there: bool, num_waits: int
+async def test_upload_that_is_given_up_waits_no_more_and_says_nothing() -> None:
+    said: list[str] = []
+    changes: list[bool] = []
+    # There is no time after the first: the sleep raises IndexError.
+    with pytest.raises(IndexError):
+        await hours_at(said, [12 * 60]).wait(changes.append)
+    assert changes == [True, False]
+    assert said == ["waiting to upload: it is outside of upload_hours"]
+
+
+@pytest.mark.parametrize("is_there", [True, False])
+async def test_only_what_the_server_does_not_have_waits_and_the_server_hears_of_it(
+    tmp_path: Path, is_there: bool
 ) -> None:
-    class Waiting(UploadHours):
-        num_waits = 0
+    watches, reply = Watches(), pb.QueryUploadReply(complete=is_there)
+    client = client_of(QueryUpload=unary(reply), Upload=streams(), Watch=watches)
 
-        async def wait(self) -> None:
-            self.num_waits += 1
-            # The upload that follows would need a whole server.
-            raise TimeoutError
+    async def look_and_give_up(_: float) -> None:
+        _ = [state async for state in client.watch()]
+        raise TimeoutError
 
-    client = client_of(QueryUpload=unary(pb.QueryUploadReply(complete=is_there)), Upload=streams())
-    client._upload_hours = waiting = Waiting()
+    night = [parse_hours("22:00-06:00")]
+    client._upload_hours = UploadHours(night, lambda _: None, lambda: 12 * 60, look_and_give_up)
     path = tmp_path / "blob"
     path.write_bytes(b"")
-    try:
+    with nullcontext() if is_there else pytest.raises(TimeoutError):
         await client.upload(path, BLOB, "data", lambda *_: None)
-    except TimeoutError:
-        assert not is_there
-    assert waiting.num_waits == num_waits
+    heard = [] if is_there else [pb.WatchRequest(waits_for=pb.WAIT_UPLOAD_HOURS)]
+    assert watches.requests == heard
 
 
 # ---------------------------------------------------------------------- what the user writes
