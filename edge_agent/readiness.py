@@ -59,6 +59,8 @@ class Readiness:
         self._say = say
         self._on_change = on_change
         self._conditions = conditions
+        # An answer that was being found when this grew may be of before, and does not count.
+        self._num_looks = 0
         # The wait of which the user was told last; None: the device is ready.
         self._told: Wait | None = None
         self.waits_for: Wait | None = None
@@ -67,11 +69,15 @@ class Readiness:
     async def keep_asking(self) -> None:
         """Ask again and again, for as long as this runs; return at once where there is nothing to ask."""
         while self._command or self._conditions:
-            self._take(await self._first_reason() or await self._reason_of_command())
-            await asyncio.sleep(self._seconds)
+            num_looks = self._num_looks
+            unready = await self._first_reason() or await self._reason_of_command()
+            if num_looks == self._num_looks:
+                self._take(unready)
+                await asyncio.sleep(self._seconds)
 
     async def look(self) -> None:
         """Take it at once if a condition speaks against it; the command is not run for that."""
+        self._num_looks += 1
         if unready := await self._first_reason():
             self._take(unready)
 

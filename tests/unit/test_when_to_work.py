@@ -13,6 +13,7 @@ import pytest
 from numpy.lib import format as npy
 from pydantic import ValidationError
 
+from common.background import beside
 from common.cron import parse_cron
 from common.pb import ecavg_pb2 as pb
 from common.run_state import Wait
@@ -78,6 +79,31 @@ async def test_device_is_not_ready_any_more_as_soon_as_it_has_contributed() -> N
     assert device.changes == [Wait.EXAMPLES]
     assert device.readiness.waits_for is Wait.EXAMPLES
     assert device.said == ["not ready: there are 0 new examples; taking part with 5 of them"]
+
+
+async def test_answer_of_a_command_that_was_asked_before_the_contribution_does_not_count(
+    tmp_path: Path,
+) -> None:
+    device, new, counts = Device(), [9], 0
+    started, go = tmp_path / "started", tmp_path / "go"
+
+    async def count() -> int:
+        nonlocal counts
+        counts += 1
+        return new[0]
+
+    command = ("sh", "-c", f"touch {started}; until test -e {go}; do sleep 0.01; done")
+    device.readiness = Readiness(
+        command, 0.01, device.said.append, device.changes.append, [with_examples(5, count)]
+    )
+    async with beside(device.readiness.keep_asking()):
+        await device.until(started.exists)
+        new[0] = 0
+        await device.readiness.look()
+        assert device.changes == [Wait.EXAMPLES]
+        go.touch()
+        await device.until(lambda: counts > 4)
+    assert device.changes == [Wait.EXAMPLES]
 
 
 # ---------------------------------------------------------------------- new examples
