@@ -126,7 +126,7 @@ class Desk:
 
         Args:
             is_ready: True if the agent may be drawn for a round.
-            waits_for: why it may not; None: it does not say.
+            waits_for: what it waits for, if it says so.
             num_new_examples: how many examples it has that it has not contributed with.
         """
         self._ledger.check_joined(agent_id)

@@ -48,7 +48,7 @@ class Selection(StrEnum):
 
 
 class Wait(StrEnum):
-    """What an agent waits for that is not ready to take part in a round."""
+    """What an agent waits for: with all but the last it is not ready to take part in a round."""
 
     # The hours of the day in which it works.
     HOURS = "hours"
@@ -58,6 +58,8 @@ class Wait(StrEnum):
     TIME = "time"
     # More new examples.
     EXAMPLES = "examples"
+    # The hours of the day in which it uploads.
+    UPLOAD_HOURS = "upload_hours"
 
 
 class WorkProgress(NamedTuple):

@@ -203,6 +203,7 @@ async def take_part_as(
     from ecavg.common.progress import progress_display
     from ecavg.edge_agent.agent import EdgeAgent
     from ecavg.edge_agent.client import CloudClient
+    from ecavg.edge_agent.hours import UploadHours, parse_hours
     from ecavg.edge_agent.metrics import AgentMetrics
     from ecavg.edge_agent.rate_limit import RateLimit
 
@@ -221,6 +222,7 @@ async def take_part_as(
         display.message,
         upload_limit=RateLimit(config.max_upload_rate),
         download_limit=RateLimit(config.max_download_rate),
+        upload_hours=UploadHours([parse_hours(text) for text in config.upload_hours], display.message),
     )
     http = None
     try:

@@ -4,6 +4,8 @@ The life of a round on the device is in member.py.
 """
 
 import asyncio
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -19,7 +21,7 @@ from ecavg.common.faults import Point, crash_point
 from ecavg.common.progress import LongWork, ProgressDisplay
 from ecavg.common.run_display import RunDisplay
 from ecavg.common.run_state import Phase as RoundPhase
-from ecavg.common.run_state import Selection
+from ecavg.common.run_state import Selection, Wait
 from ecavg.common.tasks import kind_of, published
 from ecavg.edge_agent.async_member import AsyncMember
 from ecavg.edge_agent.client import CloudClient, Joined, UnknownAgentError
@@ -29,9 +31,10 @@ from ecavg.edge_agent.local import load_local_models
 from ecavg.edge_agent.local_data import LocalData
 from ecavg.edge_agent.member import Member
 from ecavg.edge_agent.metrics import AgentMetrics, Phase
+from ecavg.edge_agent.new_examples import NewExamples
 from ecavg.edge_agent.news import News
 from ecavg.edge_agent.own_training import OwnTraining
-from ecavg.edge_agent.readiness import Readiness
+from ecavg.edge_agent.readiness import Condition, Readiness, at_times, with_examples, within
 from ecavg.edge_agent.sources import class_names_of
 from ecavg.edge_agent.state import AgentState, Progress
 from ecavg.edge_agent.teller import Teller
@@ -81,12 +84,15 @@ class EdgeAgent:
         self._device = select_device(config.device)
         self._worker = Worker(display.message)
         self._news = News()
+        self._new_examples = NewExamples(config.countable_source, state)
+        # An agent of an earlier version has not kept since when it waits.
+        self._started_at = time.time()
         self._readiness = Readiness(
             config.ready_command,
             config.ready_seconds,
             display.message,
             self._tell_readiness,
-            [parse_hours(text) for text in config.work_hours],
+            list(self._conditions()),
         )
         self._updates = Updates(config, state, self._worker, metrics, display.message)
         # The task of the run that was joined last.
@@ -104,7 +110,7 @@ class EdgeAgent:
         if not self._readiness.is_ready:
             self._client.say_ready(False)
         try:
-            async with beside(self._readiness.keep_asking()):
+            async with beside(self._readiness.keep_asking(), self._keep_telling_new_examples()):
                 await self._take_part_in_runs()
         except Refusal as error:
             if not (self._news.is_over and rpc.is_retried(error)):
@@ -125,9 +131,25 @@ class EdgeAgent:
                 self._display.message("the server has begun another run")
                 await asyncio.sleep(backoff())
 
-    def _tell_readiness(self, is_ready: bool) -> None:
-        self._client.say_ready(is_ready)
+    def _conditions(self) -> Iterator[Condition]:
+        """Yield what must hold for this device to be ready, as it is configured."""
+        if hours := [parse_hours(text) for text in self._config.work_hours]:
+            yield within(hours)
+        if times := self._config.pretrain_times:
+            yield at_times(times, lambda: self._disk.progress.waits_since or self._started_at)
+        if number := self._config.min_new_examples:
+            yield with_examples(number, self._new_examples.count_new)
+
+    def _tell_readiness(self, waits_for: Wait | None) -> None:
+        self._client.say_ready(waits_for is None, waits_for)
         self._news.ask_again()
+
+    async def _keep_telling_new_examples(self) -> None:
+        """Tell how many new examples there are, as long as the next round waits for them."""
+        while True:
+            await self._news.next(lambda state: state.num_examples_to_open is not None)
+            self._client.say_new_examples(await self._new_examples.count_new())
+            await asyncio.sleep(self._config.ready_seconds)
 
     def is_ready(self) -> bool:
         """Return True once the server has been reached."""
@@ -143,6 +165,8 @@ class EdgeAgent:
             "phase": latest.phase if latest else None,
             "selection": latest.selection if latest else None,
             "is_ready": self._readiness.is_ready,
+            "waits_for": self._readiness.waits_for,
+            "next_round_at": latest.next_round_at if latest else None,
             "contributed_round": max(0, progress.contributed_round),
             "evaluated_round": progress.evaluated_round,
             "score_local": progress.trained.score if progress.trained else None,
@@ -165,7 +189,8 @@ class EdgeAgent:
         if joined.run_id != self._disk.progress.run_id:
             self._disk.discard_residuals_but(self._disk.residual(0))
             self._disk.discard_rests_but(None)
-            await self._worker.run(self._disk.save, Progress(run_id=joined.run_id))
+            await self._worker.run(self._disk.save, Progress(run_id=joined.run_id, waits_since=time.time()))
+            await self._readiness.look()
             self._disk.discard_all_but(())
             self._shown = _Shown()
         self._task = joined.run.task
@@ -211,6 +236,7 @@ class EdgeAgent:
                     data=data,
                     news=self._news,
                     readiness=self._readiness,
+                    new_examples=self._new_examples,
                     updates=self._updates,
                     metrics=self._metrics,
                     display=self._display,

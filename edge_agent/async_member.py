@@ -80,7 +80,7 @@ class AsyncMember(Member):
     async def _finish(self, state: RunState) -> Verdict:
         """Pre-train from where this agent has begun, and offer the result until it is taken or refused."""
         start = _state_at(self._begun, state)
-        await self._data.read_again()
+        await self._read_again()
         async with self._uploading_shards() as uploading:
             trained = await self._pretrain(start)
             closed_round = self._disk.progress.contributed_round

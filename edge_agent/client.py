@@ -43,10 +43,12 @@ from ecavg.common.run_state import (
     RunState,
     Selection,
     Verdict,
+    Wait,
     WorkProgress,
 )
 from ecavg.common.tls import TlsMaterial
 from ecavg.common.transfer import DIGEST, Blob, Encoded, Receiver, WriteBehind, chunks_of
+from ecavg.edge_agent.hours import UploadHours
 from ecavg.edge_agent.identity import Identity, explain
 from ecavg.edge_agent.metrics import AgentMetrics
 from ecavg.edge_agent.rate_limit import RateLimit
@@ -73,6 +75,7 @@ _ACTIVITIES: dict[Activity, Any] = {each: pb.Activity.Value(f"ACTIVITY_{each.nam
 # A time beyond, in seconds since the epoch, is none: datetime ends with the year 9999.
 MAX_TIME = 250_000_000_000.0
 
+_WAITS: dict[Wait, Any] = {each: pb.Wait.Value(f"WAIT_{each.name}") for each in Wait}
 _KINDS = {"weights": pb.BLOB_KIND_WEIGHTS, "data": pb.BLOB_KIND_DATA}
 _T = TypeVar("_T")
 _E = TypeVar("_E", bound=Enum)
@@ -128,7 +131,9 @@ class CloudClient:
         *,
         upload_limit: RateLimit | None = None,
         download_limit: RateLimit | None = None,
+        upload_hours: UploadHours | None = None,
     ) -> None:
+        self._upload_hours = upload_hours or UploadHours()
         self._upload_limit = upload_limit or RateLimit()
         self._download_limit = download_limit or RateLimit()
         self._server = server
@@ -143,7 +148,11 @@ class CloudClient:
         self._heard_at = -math.inf
         # The open Watch; None: there is none, or another one is to take its place.
         self._watching: Any = None
+        # What this agent says of itself when it opens a Watch.
         self._is_ready = True
+        self._waits_for: Wait | None = None
+        self._upload_waits = False
+        self._num_new_examples = 0
         # How many calls are under way on each connection.
         self._num_calls: Counter[grpc.aio.Channel] = Counter()
         self._connect()
@@ -192,9 +201,23 @@ class CloudClient:
         planned_rounds = max(1, reply.planned_rounds)
         return Joined(reply.run_id, run, reply.slot, reply.num_partitions, probe, planned_rounds)
 
-    def say_ready(self, is_ready: bool) -> None:
-        """Tell the server whether this agent may be drawn for a round; it may as long as nothing is said."""
-        self._is_ready = is_ready
+    def say_ready(self, is_ready: bool, waits_for: Wait | None = None) -> None:
+        """Tell the server whether this agent may be drawn for a round; it may as long as nothing is said.
+
+        Args:
+            waits_for: why it may not; None: that is not said.
+        """
+        self._is_ready, self._waits_for = is_ready, waits_for
+        self._watch_anew()
+
+    def say_new_examples(self, number: int) -> None:
+        """Tell the server how many examples this agent has that it has not contributed with."""
+        if number != self._num_new_examples:
+            self._num_new_examples = number
+            self._watch_anew()
+
+    def _note_upload_waits(self, does_wait: bool) -> None:
+        self._upload_waits = does_wait
         self._watch_anew()
 
     async def watch(self) -> AsyncIterator[RunState]:
@@ -250,6 +273,7 @@ class CloudClient:
                 on_bytes(stored.received_bytes, blob.size_bytes)
                 if stored.complete:
                     return
+                await self._upload_hours.wait(self._note_upload_waits)
                 with fate.bounded(CorruptError, Refusal):
                     await self._stream_up(path, blob, kind, stored.received_bytes, on_bytes)
 
@@ -377,7 +401,12 @@ class CloudClient:
     async def _watch_once(self) -> AsyncGenerator[pb.WatchEvent, None]:
         """Yield the events of one Watch; raise _ReplacedError when another is to take its place."""
         async with self._line() as stub:
-            request = pb.WatchRequest(not_ready=not self._is_ready)
+            waits_for = self._waits_for or (Wait.UPLOAD_HOURS if self._upload_waits else None)
+            request = pb.WatchRequest(
+                not_ready=not self._is_ready,
+                waits_for=_WAITS[waits_for] if waits_for else pb.WAIT_UNSPECIFIED,
+                num_new_examples=self._num_new_examples,
+            )
             call = self._watching = stub.Watch(request, metadata=self._call_metadata())
             try:
                 async for event in _answered(call):

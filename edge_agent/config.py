@@ -2,6 +2,7 @@
 
 import re
 import shutil
+from datetime import UTC
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -10,6 +11,7 @@ from pydantic import Field, ValidationInfo, field_validator
 
 from ecavg.common import addresses
 from ecavg.common.config import AGENT_ID_PATTERN, Name, ProcessConfig, UserPath, expand_home
+from ecavg.common.cron import CronLine, local_zone, parse_cron
 from ecavg.common.dataset import DATASETS
 from ecavg.common.errors import UsageError, one_line
 from ecavg.edge_agent.hours import parse_hours
@@ -119,13 +121,32 @@ class AgentConfig(ProcessConfig):
     """
 
     ready_seconds: float = Field(60, ge=0.1, le=86_400)
-    """Time from one answer of `ready_command` to its next run."""
+    """Time from one answer of `ready_command` to its next run, and from one look at the data to the next."""
 
     work_hours: tuple[Name, ...] = ()
     """Hours in which this device takes part, such as `22:00-06:00`, in its local time; repeatable.
 
     Outside of them it is not drawn and begins no pre-training and no upload, but takes the models. What has
     begun is finished.
+    """
+
+    upload_hours: tuple[Name, ...] = ()
+    """Hours in which uploads begin, such as `22:00-06:00`, in local time; repeatable (default: at any time)
+
+    Pre-training goes on outside of them, and an upload that has begun is finished.
+    """
+
+    pretrain_at: Name | None = Field(None, title="CRON")
+    """Times from which this device takes part in one round, as a line of cron, such as `0 2 * * *`
+
+    It is in the local time of the device. Until then it is not drawn and begins no pre-training, but takes
+    the models. (default: it takes part at any time)
+    """
+
+    min_new_examples: int | None = Field(None, ge=1)
+    """So many examples must have come since the last contribution before this device takes part again.
+
+    They are counted in an image folder, in arrays, or in the rows of a table (`data`).
     """
 
     max_upload_rate: int | None = Field(None, ge=8192, title="BYTES")
@@ -239,7 +260,25 @@ class AgentConfig(ProcessConfig):
             raise ValueError(f"{text} is no program that can be run: name one, or make the file executable")
         return value
 
-    @field_validator("work_hours")
+    @field_validator("pretrain_at")
+    @classmethod
+    def _is_line_of_cron(cls, value: str | None) -> str | None:
+        try:
+            return value and parse_cron(value, UTC).text
+        except UsageError as error:
+            raise ValueError(str(error)) from error
+
+    @field_validator("min_new_examples")
+    @classmethod
+    def _can_be_counted(cls, value: int | None, info: ValidationInfo) -> int | None:
+        source = info.data.get("data")
+        if value is not None and "data" in info.data and (source is None or _is_named(source)):
+            raise ValueError(
+                "needs examples that can be counted: name an image folder, arrays or a table with data"
+            )
+        return value
+
+    @field_validator("work_hours", "upload_hours")
     @classmethod
     def _are_hours(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         try:
@@ -290,6 +329,16 @@ class AgentConfig(ProcessConfig):
             self.data_separator,
             self.data_sample_rate,
         )
+
+    @property
+    def countable_source(self) -> Path | None:
+        """Return the folder or file of the data whose examples can be counted; None: they cannot."""
+        return Path(self.data) if self.data and not _is_named(self.data) else None
+
+    @property
+    def pretrain_times(self) -> CronLine | None:
+        """Return the times from which this device takes part; None: at any time."""
+        return CronLine(self.pretrain_at, local_zone()) if self.pretrain_at else None
 
     @property
     def shared_fraction(self) -> float:

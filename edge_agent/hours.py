@@ -1,14 +1,17 @@
 """Hours of the day, in the local time of the device, such as 22:00-06:00."""
 
+import asyncio
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import NamedTuple
 
 from ecavg.common.errors import UsageError, one_line
 
 _PATTERN = re.compile(r"([01]\d|2[0-3]):([0-5]\d)-([01]\d|2[0-3]):([0-5]\d)")
 _DAY_MINUTES = 24 * 60
+# The clock may be set, and the device may sleep, so it is looked at so often.
+POLL_SECONDS = 15.0
 
 
 class Hours(NamedTuple):
@@ -42,3 +45,47 @@ def local_minute(clock: Callable[[], time.struct_time] = time.localtime) -> int:
     """Return the minute of the day on the clock of this device."""
     now = clock()
     return 60 * now.tm_hour + now.tm_min
+
+
+class UploadHours:
+    """The hours in which uploads begin.
+
+    Args:
+        hours: parts of the day; without any an upload begins at any time.
+        say: called with a line for the user when an upload has to wait, and when it begins after that.
+        minute: returns the minute of the day.
+        sleep: waits for so many seconds.
+    """
+
+    def __init__(
+        self,
+        hours: Sequence[Hours] = (),
+        say: Callable[[str], None] = lambda _: None,
+        minute: Callable[[], int] = local_minute,
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+    ) -> None:
+        self._hours = hours
+        self._say = say
+        self._minute = minute
+        self._sleep = sleep
+
+    async def wait(self, on_change: Callable[[bool], None]) -> None:
+        """Return as soon as an upload may begin.
+
+        Args:
+            on_change: called with True when the upload has to wait, and with False when it waits no more.
+        """
+        if self._is_time():
+            return
+        self._say("waiting to upload: it is outside of upload_hours")
+        on_change(True)
+        try:
+            while not self._is_time():
+                await self._sleep(POLL_SECONDS)
+            self._say("uploading: it is within upload_hours")
+        finally:
+            on_change(False)
+
+    def _is_time(self) -> bool:
+        minute = self._minute()
+        return not self._hours or any(hours.contain(minute) for hours in self._hours)

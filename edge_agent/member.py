@@ -7,6 +7,7 @@ progress; a step that was cut short is taken again, to the same effect.
 
 import asyncio
 import threading
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from functools import partial
@@ -39,6 +40,7 @@ from ecavg.edge_agent.client import CloudClient
 from ecavg.edge_agent.local import LocalModels
 from ecavg.edge_agent.local_data import LocalData
 from ecavg.edge_agent.metrics import AgentMetrics, Phase
+from ecavg.edge_agent.new_examples import NewExamples
 from ecavg.edge_agent.news import News
 from ecavg.edge_agent.readiness import Readiness
 from ecavg.edge_agent.state import AgentState, Arrived, Report, Trained
@@ -74,6 +76,7 @@ class Member:
     Args:
         news: where the run's states come in.
         readiness: says whether this device may take part in a round now.
+        new_examples: counts the examples on this device.
         updates: tells of models that come into use.
     """
 
@@ -87,6 +90,7 @@ class Member:
         data: LocalData,
         news: News,
         readiness: Readiness,
+        new_examples: NewExamples,
         updates: Updates,
         metrics: AgentMetrics,
         display: ProgressDisplay,
@@ -99,6 +103,7 @@ class Member:
         self._data = data
         self._news = news
         self._readiness = readiness
+        self._new_examples = new_examples
         self._updates = updates
         self._metrics = metrics
         self._display = display
@@ -172,11 +177,18 @@ class Member:
             # An earlier life of this agent has contributed, and ended before it heard of that.
             verdict = Verdict(Outcome.ACCEPTED)
         else:
-            await self._data.read_again()
+            await self._read_again()
             async with self._uploading_shards() as uploading:
                 verdict = await self._send(await self._offer(state), uploading)
             crash_point(Point.AGENT_CONTRIBUTED)
         await self._end_contribution(state.round, verdict, contributed_round=state.round)
+
+    async def _read_again(self) -> None:
+        """Read what has changed of the data, and keep how many examples there are: later ones are new."""
+        number = await self._new_examples.count()
+        await self._data.read_again()
+        if number != self._disk.progress.num_taken:
+            await self._save(num_taken=number)
 
     @asynccontextmanager
     async def _uploading_shards(self) -> AsyncIterator[asyncio.Task[None]]:
@@ -194,10 +206,20 @@ class Member:
         log.info("contributed", round=number, outcome=outcome, reason=message or None)
         if outcome is not Outcome.ACCEPTED:
             self._display.message(f"round {number}: contribution {outcome}: {message}")
+        if number:
+            changes |= self._what_is_not_new(outcome)
         await self._save(sent_weights=(), **changes)
+        await self._readiness.look()
         crash_point(Point.AGENT_CONTRIBUTION_SAVED)
         self._disk.discard(self._disk.local_weights, self._disk.encoded, self._disk.checkpoint)
         self._metrics.set_phase(Phase.WAITING)
+
+    def _what_is_not_new(self, outcome: Outcome) -> dict[str, Any]:
+        """Return the changes of the progress by which the next contribution takes new time, and new data."""
+        if outcome is not Outcome.ACCEPTED:
+            return {"waits_since": time.time()}
+        self._client.say_new_examples(0)
+        return {"waits_since": time.time(), "num_contributed": self._disk.progress.num_taken}
 
     async def _offer(self, state: RunState) -> Offer:
         """Return what this agent has pre-trained; for the warm-up, the initial weights as they are."""

@@ -97,6 +97,12 @@ class Progress(FrozenModel):
     arrived: Arrived | None = None
     # The last round whose global model was evaluated and reported.
     evaluated_round: int = 0
+    # Since when this agent waits for the next time of `pretrain_at`: the joining, or the last contribution.
+    waits_since: float | None = None
+    # How many examples there were when the data were read for the contribution under way, and for the last
+    # one that was accepted.
+    num_taken: int = 0
+    num_contributed: int = 0
 
 
 class AgentState:

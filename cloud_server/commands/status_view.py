@@ -26,6 +26,13 @@ NONE = "–"
 Document = Mapping[str, Any]
 
 _OUTCOMES = {"accepted": "contributed", "rejected": "rejected", "late": "late, joins the next round"}
+_WAITS = {
+    "hours": "outside of its hours",
+    "command": "its ready_command says that it is not the time",
+    "time": "waits for the time at which it pre-trains",
+    "examples": "waits for new examples",
+    "upload_hours": "waits for the hours in which it uploads",
+}
 
 
 def show(document: Document) -> None:
@@ -170,8 +177,9 @@ class _Figures(NamedTuple):
 def _state(agent: Document) -> str:
     """Return what the agent does, or has done, in words."""
     is_away = agent.get("state") == "away"
-    doing = _doing(agent.get("progress"))
-    parts = [_OUTCOMES.get(agent.get("outcome") or "", "" if is_away or doing else "working"), doing]
+    doing, waits = _doing(agent.get("progress")), _WAITS.get(agent.get("waits_for") or "", "")
+    silent = "" if is_away or doing or waits else "working"
+    parts = [_OUTCOMES.get(agent.get("outcome") or "", silent), doing, waits]
     parts.append(_away(agent) if is_away else "")
     if place := agent.get("upload_place"):
         parts.append(f"waits to upload, place {place}")

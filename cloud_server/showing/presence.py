@@ -34,8 +34,10 @@ class Presence:
         self._num_connections: Counter[str] = Counter()
         # The agents with a connection, without those that were forgotten.
         self._here: set[str] = set()
-        # The agents among them that are not to be drawn, and what they wait for; None: they have not said.
-        self._not_ready: dict[str, Wait | None] = {}
+        # The agents among them that are not to be drawn.
+        self._not_ready: set[str] = set()
+        # What those agents wait for that have said so; they may be ready all the same.
+        self._waits_for: dict[str, Wait] = {}
         # How many examples those agents have that they have not contributed with, as they have said.
         self._new_examples: dict[str, int] = {}
         # When agents that are not here have disconnected.
@@ -59,9 +61,10 @@ class Presence:
         self._new_examples[agent_id] = num_new_examples
         self._num_connections[agent_id] += 1
         self._here.add(agent_id)
-        self._not_ready.pop(agent_id, None)
-        if not is_ready:
-            self._not_ready[agent_id] = waits_for
+        (self._not_ready.discard if is_ready else self._not_ready.add)(agent_id)
+        self._waits_for.pop(agent_id, None)
+        if waits_for:
+            self._waits_for[agent_id] = waits_for
         self._last_seen.pop(agent_id, None)
         try:
             yield
@@ -73,7 +76,8 @@ class Presence:
 
     def _leave(self, agent_id: str) -> None:
         """Expect the agent back, unless it was forgotten."""
-        self._not_ready.pop(agent_id, None)
+        self._not_ready.discard(agent_id)
+        self._waits_for.pop(agent_id, None)
         self._new_examples.pop(agent_id, None)
         if agent_id in self._here:
             self._here.discard(agent_id)
@@ -92,7 +96,8 @@ class Presence:
     def forget(self, agent_id: str) -> None:
         """Cease to count and to expect the agent, even if it still has a connection that is about to end."""
         self._here.discard(agent_id)
-        self._not_ready.pop(agent_id, None)
+        self._not_ready.discard(agent_id)
+        self._waits_for.pop(agent_id, None)
         self._new_examples.pop(agent_id, None)
         self._last_seen.pop(agent_id, None)
         self._away_since.pop(agent_id, None)
@@ -112,11 +117,11 @@ class Presence:
     @property
     def not_ready(self) -> Set[str]:
         """Return the agents that are connected, and not to be drawn."""
-        return self._not_ready.keys()
+        return self._not_ready
 
     def waits_for(self, agent_id: str) -> Wait | None:
-        """Return what an agent waits for that is not ready; None: it is ready, or has not said."""
-        return self._not_ready.get(agent_id)
+        """Return what an agent waits for; None: for nothing, or it has not said."""
+        return self._waits_for.get(agent_id)
 
     @property
     def num_new_examples(self) -> int:
@@ -126,7 +131,7 @@ class Presence:
     @property
     def ready(self) -> Set[str]:
         """Return the agents that are connected, and may be drawn."""
-        return self._here - self._not_ready.keys()
+        return self._here - self._not_ready
 
     @property
     def live(self) -> set[str]:

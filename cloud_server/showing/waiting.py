@@ -30,7 +30,7 @@ _WAITS = {
     Wait.COMMAND: "is not ready to take part, as its ready_command says",
     Wait.TIME: "waits for the time at which it pre-trains",
     Wait.EXAMPLES: "waits for new examples",
-    None: "is not ready to take part",
+    Wait.UPLOAD_HOURS: "waits for the hours in which it uploads",
 }
 
 
@@ -43,7 +43,7 @@ class Pending(NamedTuple):
     is_ready: bool
     # None: nobody knows what it is doing.
     shown: Shown | None
-    # What it waits for that is not ready; None: it has not said.
+    # What it waits for; None: for nothing, or it has not said.
     waits_for: Wait | None = None
 
     @property
@@ -95,7 +95,8 @@ def _does(agent: Pending, now: float) -> str:
     if agent.away_since is not None:
         return f"{agent.agent_id} has been away for {duration(max(0.0, now - agent.away_since))}"
     if agent.shown is None:
-        state = "has not contributed" if agent.is_ready else _WAITS[agent.waits_for]
+        silent = "has not contributed" if agent.is_ready else "is not ready to take part"
+        state = _WAITS[agent.waits_for] if agent.waits_for else silent
         return f"{agent.agent_id} {state}"
     does = f"{agent.agent_id} {_DOES[agent.shown.progress.activity]}"
     if agent.shown.seconds_left is not None:

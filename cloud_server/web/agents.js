@@ -86,7 +86,8 @@ function agentState(agent) {
   const parts = text && (agent.outcome || !isAway) ? [element("span", { class: look }, text)] : [];
   if (isAway) parts.push(element("span", { class: "warn" }, (parts.length ? ", " : "") + awayText(agent)));
   if (doing) parts.push(...progressParts(doing, agent, parts.length > 0));
-  if (!agent.is_ready) parts.push(note(`not ready${WAITS_FOR[agent.waits_for] ?? ""}`));
+  if (!agent.is_ready) parts.push(note("not ready"));
+  if (WAITS_FOR[agent.waits_for]) parts.push(note(WAITS_FOR[agent.waits_for]));
   if (agent.upload_place && !doing) parts.push(note(`waits to upload, place ${agent.upload_place}`));
   if (agent.applied != null) parts.push(note(modelInUse(agent)));
   parts.push(...auditParts(agent.audit));

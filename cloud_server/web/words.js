@@ -30,10 +30,11 @@ export const LEFT_OUT = {
 };
 
 export const WAITS_FOR = {
-  hours: ": outside of its hours",
-  command: ": its ready_command says so",
-  time: ": waits for the time at which it pre-trains",
-  examples: ": waits for new examples",
+  hours: "outside of its hours",
+  command: "its ready_command says that it is not the time",
+  time: "waits for the time at which it pre-trains",
+  examples: "waits for new examples",
+  upload_hours: "waits for the hours in which it uploads",
 };
 
 export const percent = (ratio) => (ratio == null ? NONE : `${(100 * ratio).toFixed(1)} %`);

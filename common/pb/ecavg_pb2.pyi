@@ -89,6 +89,7 @@ class Wait(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     WAIT_COMMAND: _ClassVar[Wait]
     WAIT_TIME: _ClassVar[Wait]
     WAIT_EXAMPLES: _ClassVar[Wait]
+    WAIT_UPLOAD_HOURS: _ClassVar[Wait]
 REASON_UNSPECIFIED: Reason
 REASON_MALFORMED_REQUEST: Reason
 REASON_PROTOCOL_MISMATCH: Reason
@@ -151,6 +152,7 @@ WAIT_HOURS: Wait
 WAIT_COMMAND: Wait
 WAIT_TIME: Wait
 WAIT_EXAMPLES: Wait
+WAIT_UPLOAD_HOURS: Wait
 
 class Blob(_message.Message):
     __slots__ = ("digest", "size_bytes")

@@ -3,6 +3,7 @@
 import asyncio
 import signal
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from ecavg.common import rpc
 from ecavg.common.config import RunConfig
 from ecavg.common.dataset import CLASS_NAMES
 from ecavg.common.errors import BudgetError, InvalidError, NotFoundError, Reason, UnavailableError, UsageError
-from ecavg.common.run_state import Phase, PublishedModel, RunState, Verdict
+from ecavg.common.run_state import Phase, PublishedModel, RunState, Verdict, Wait
 from ecavg.common.transfer import Blob
 from ecavg.edge_agent import agent as agent_module
 from ecavg.edge_agent.agent import EdgeAgent
@@ -57,14 +58,14 @@ class Steered(Client):
 class Started:
     """An agent in this process, and its fakes."""
 
-    def __init__(self, folder: Path, client_class: type[Steered] = Steered) -> None:
+    def __init__(self, folder: Path, client_class: type[Steered] = Steered, **keys: Any) -> None:
         self.cloud = Cloud(folder / "cloud")
         self.client = client_class(self.cloud)
         self.disk = AgentState(folder / "agent", "edge-1")
         self.said: list[str] = []
         display = Display()
         display.message = self.said.append  # type: ignore[method-assign]
-        config = AgentConfig(server="localhost:1", device="cpu")
+        config = AgentConfig(server="localhost:1", device="cpu", **keys)
         self.agent = EdgeAgent(config, self.disk, self.client, AgentMetrics(), display)  # type: ignore[arg-type]
         # Called in the place of the agent's own reading of its data, with that as its argument.
         self.load: Callable[[Callable[[], Any]], Any] | None = None
@@ -520,6 +521,27 @@ async def test_data_that_have_changed_are_read_again_before_the_training(
     await started.run()
     assert len(loaded) == 2
     assert trained == [loaded[1]]
+
+
+async def test_agent_that_has_contributed_at_its_time_waits_for_the_next(tmp_path: Path) -> None:
+    # On New Year's Day; two years have gone by since the last contribution.
+    started = Started(tmp_path, pretrain_at="0 0 1 1 *")
+    long_ago = time.time() - 2 * 365 * 86_400
+    started.disk.save(Progress(run_id="run", waits_since=long_ago, num_taken=7))
+    say_ready = started.client.say_ready
+
+    def then_end(is_ready: bool, waits_for: Wait | None = None) -> None:
+        say_ready(is_ready, waits_for)
+        if waits_for:
+            started.send(over=True)
+
+    started.client.say_ready = then_end  # type: ignore[method-assign]
+    started.send()
+    await started.run()
+    assert started.cloud.counts["contributions"] == 1
+    assert started.client.waits == [None, None, Wait.TIME]
+    assert any("not ready: pretrain_at is on " in text for text in started.said)
+    assert started.disk.progress.waits_since == pytest.approx(time.time(), abs=60)
 
 
 @pytest.mark.parametrize("over", [True, False], ids=["run over", "stopped"])

@@ -15,7 +15,7 @@ import pytest
 from ecavg.common.config import RunConfig, TrainingConfig, Wire
 from ecavg.common.errors import InvalidError, NotFoundError
 from ecavg.common.models import build_model
-from ecavg.common.run_state import Outcome, Phase, PublishedModel, RunState, Verdict
+from ecavg.common.run_state import Outcome, Phase, PublishedModel, RunState, Verdict, Wait
 from ecavg.common.transfer import Blob, Encoded, blob_of
 from ecavg.common.weights import write_state_dict
 from ecavg.common.wire import Base, decode, encode
@@ -190,6 +190,13 @@ class Client:
     def __init__(self, cloud: Cloud, power: Power) -> None:
         self._cloud, self._power = cloud, power
         self._news = asyncio.Event()
+        self.waits: list[Wait | None] = []
+
+    def say_ready(self, is_ready: bool, waits_for: Wait | None = None) -> None:
+        self.waits.append(waits_for)
+
+    def say_new_examples(self, number: int) -> None:
+        """Do nothing: no round of this Cloud waits for examples."""
 
     async def join(self, class_names: Sequence[str]) -> Joined:
         return Joined(self._cloud.run_id, self._cloud.run, 1, 1)

@@ -7,9 +7,10 @@ from pydantic import ValidationError
 
 from ecavg.common.background import beside
 from ecavg.common.errors import UsageError
+from ecavg.common.run_state import Wait
 from ecavg.edge_agent.config import AgentConfig
 from ecavg.edge_agent.hours import local_minute, parse_hours
-from ecavg.edge_agent.readiness import Readiness
+from ecavg.edge_agent.readiness import Readiness, within
 from tests.unit.test_readiness import Device
 
 
@@ -44,7 +45,7 @@ async def test_device_takes_part_within_its_hours_and_asks_its_command_only_then
     device, minute = Device(), [21 * 60]
     hours = [parse_hours("22:00-06:00"), parse_hours("12:00-13:00")]
     device.readiness = Readiness(
-        ("false",), 0.01, device.said.append, device.changes.append, hours, lambda: minute[0]
+        ("false",), 0.01, device.said.append, device.changes.append, [within(hours, lambda: minute[0])]
     )
     outside = "not ready: it is outside of work_hours; taking part within them"
     command = "not ready: false ended with exit code 1; taking part when ready_command says so"
@@ -53,21 +54,22 @@ async def test_device_takes_part_within_its_hours_and_asks_its_command_only_then
     assert not device.readiness.is_ready
 
     device.said.clear()
+    device.changes.clear()
     device.readiness = Readiness(
-        (), 0.01, device.said.append, device.changes.append, hours, lambda: minute[0]
+        (), 0.01, device.said.append, device.changes.append, [within(hours, lambda: minute[0])]
     )
     async with beside(device.readiness.keep_asking()):
         await device.until(lambda: device.said == [outside])
         minute[0] = 12 * 60
-        await device.until(lambda: device.changes == [True])
+        await device.until(lambda: device.changes == [Wait.HOURS, None])
         minute[0] = 13 * 60
-        await device.until(lambda: device.changes == [True, False])
+        await device.until(lambda: device.changes == [Wait.HOURS, None, Wait.HOURS])
     assert device.said == [outside, "ready: taking part again", outside]
 
     minute[0] = 0
     device.said.clear()
     device.readiness = Readiness(
-        ("false",), 0.01, device.said.append, device.changes.append, hours, lambda: minute[0]
+        ("false",), 0.01, device.said.append, device.changes.append, [within(hours, lambda: minute[0])]
     )
     async with beside(device.readiness.keep_asking()):
         await device.until(lambda: device.said == [command])

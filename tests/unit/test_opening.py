@@ -187,13 +187,27 @@ async def test_what_an_agent_has_contributed_with_is_new_no_more(tmp_path: Path)
             assert (await here.status.read())["next_round"]["num_new_examples"] == 0
 
 
-async def test_page_says_what_an_agent_waits_for_that_is_not_ready(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("is_ready", "waits_for", "sentence"),
+    [
+        (False, None, "a is not ready to take part"),
+        (False, Wait.EXAMPLES, "a waits for new examples"),
+        (True, Wait.UPLOAD_HOURS, "a waits for the hours in which it uploads"),
+        (True, None, "a has not contributed"),
+    ],
+)
+async def test_page_says_what_an_agent_waits_for(
+    tmp_path: Path, is_ready: bool, waits_for: Wait | None, sentence: str
+) -> None:
     async with world(tmp_path / "state") as here:
         await here.desk.join("a")
-        async with watching(here, "a", is_ready=False, waits_for=Wait.EXAMPLES):
+        async with watching(here, "a", is_ready=is_ready, waits_for=waits_for):
             status = await here.status.read()
-    assert status["agents"][0]["waits_for"] == "examples"
-    assert "a waits for new examples" in status["waiting"]
+        assert status["agents"][0]["waits_for"] == waits_for
+        assert status["agents"][0]["is_ready"] == is_ready
+        assert f"Waiting for 1 of 1: {sentence}." in status["waiting"]
+        # What it has said is forgotten with it.
+        assert (await here.status.read())["agents"][0]["waits_for"] is None
 
 
 # ---------------------------------------------------------------------- what the operator writes

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from ecavg.common.background import beside
+from ecavg.common.run_state import Wait
 from ecavg.edge_agent import readiness
 from ecavg.edge_agent.readiness import Readiness
 
@@ -18,7 +19,7 @@ class Device:
 
     def __init__(self, *command: object) -> None:
         self.said: list[str] = []
-        self.changes: list[bool] = []
+        self.changes: list[Wait | None] = []
         self.readiness = Readiness([*map(str, command)], 0.01, self.said.append, self.changes.append)
 
     async def until(self, condition: Callable[[], bool]) -> None:
@@ -49,18 +50,18 @@ async def test_answer_is_told_when_it_changes_and_no_oftener(tmp_path: Path) -> 
         assert not device.readiness.is_ready
         await device.until(lambda: runs.exists() and runs.stat().st_size > 3)
         assert device.said == ["not ready: sh ended with exit code 1; taking part when ready_command says so"]
-        assert device.changes == []
+        assert device.changes == [Wait.COMMAND]
         ready.touch()
-        await device.until(lambda: len(device.changes) == 1)
-        ready.unlink()
         await device.until(lambda: len(device.changes) == 2)
-    assert device.changes == [True, False]
+        ready.unlink()
+        await device.until(lambda: len(device.changes) == 3)
+    assert device.changes == [Wait.COMMAND, None, Wait.COMMAND]
     assert device.said == [device.said[0], "ready: taking part again", device.said[0]]
 
 
 async def test_device_that_is_ready_at_the_start_says_nothing() -> None:
     async with asked("true") as device:
-        await device.until(lambda: device.changes == [True])
+        await device.until(lambda: device.changes == [None])
     assert device.said == []
 
 

@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 
-from ecavg.cloud_server.commands import status
+from ecavg.cloud_server.commands import status, status_view
+from ecavg.cloud_server.showing import waiting
 from ecavg.common.errors import RunError, UsageError
+from ecavg.common.run_state import Wait
 
 AGENTS: list[dict[str, Any]] = [
     {
@@ -146,6 +148,9 @@ def test_pace_and_time_left_are_shown_and_who_holds_up_the_round(
         {"agent_id": "edge-3", "progress": {"phase": "reading", "done": 0, "unit": "examples"}},
         {"agent_id": "edge-4", "state": "away", "away_since": 1_800_000_120.0},
         {"agent_id": "edge-5", "progress": {"phase": "queued"}, "upload_place": 4},
+        {"agent_id": "edge-6", "waits_for": "examples"},
+        {"agent_id": "edge-7", "outcome": "accepted", "waits_for": "time"},
+        {"agent_id": "edge-8", "waits_for": "of the future"},
     ]
     page.answers = [{**DOCUMENT, "agents": agents, "waiting": "Waiting for edge-\x1b[2J1."}]
     lines = shown(page, capsys)
@@ -157,6 +162,9 @@ def test_pace_and_time_left_are_shown_and_who_holds_up_the_round(
         "reading",
         "away since 2027-01-15 08:02 UTC",
         "working, waits to upload, place 4",
+        "waits for new examples",
+        "contributed, waits for the time at which it pre-trains",
+        "working",
     ]
     work = {"done": 3, "total": 12, "loss": 0.25}
     trainer = {"state": "restarting", "seconds_left": 75.2}
@@ -230,3 +238,11 @@ def test_other_answers_are_errors_of_one_line(
 def test_url_that_is_none_is_refused(url: str) -> None:
     with pytest.raises(UsageError, match="write http://HOST:PORT"):
         status.main(["--server-url", url])
+
+
+def test_page_terminal_and_sentence_know_every_wait() -> None:
+    words = (Path(status_view.__file__).parents[1] / "web/words.js").read_text("utf-8")
+    on_page = words.split("WAITS_FOR = {")[1].split("}")[0]
+    for wait in Wait:
+        assert status_view._WAITS[wait.value] in on_page
+        assert waiting._WAITS[wait]

@@ -203,6 +203,7 @@ async def test_model_whose_telling_was_cut_off_is_told_of_before_the_agent_leave
         data=nobody,
         news=news,
         readiness=Readiness((), 60.0, device.said.append, nobody),
+        new_examples=nobody,
         updates=updates,
         metrics=device.metrics,
         display=nobody,

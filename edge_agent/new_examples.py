@@ -1,0 +1,75 @@
+"""How many examples this device has that it has not contributed with: counted, and not read."""
+
+import asyncio
+import zipfile
+from pathlib import Path
+from typing import IO
+
+from numpy.lib import format as npy
+
+from ecavg.edge_agent.arrays import is_arrays
+from ecavg.edge_agent.folder_walk import folders_in, items_below
+from ecavg.edge_agent.state import AgentState
+from ecavg.edge_agent.tables import is_table
+
+
+class NewExamples:
+    """What there is in the source of an agent's data, and what of it is new.
+
+    Args:
+        source: an image folder, arrays or a table; None: the examples cannot be counted.
+        disk: has how many there were at the last contribution.
+    """
+
+    def __init__(self, source: Path | None, disk: AgentState) -> None:
+        self._source = source
+        self._disk = disk
+
+    async def count(self) -> int:
+        """Return how many examples there are now; 0 where they cannot be counted."""
+        return await asyncio.to_thread(count_examples, self._source) if self._source else 0
+
+    async def count_new(self) -> int:
+        """Return how many examples have come since the last contribution; what has gone counts as nothing."""
+        return max(0, await self.count() - self._disk.progress.num_contributed)
+
+
+def count_examples(source: Path) -> int:
+    """Return how many training examples an image folder, arrays or a table has; 0 if it cannot be read now.
+
+    Pictures are counted by their names, arrays by their headers, and a table by its lines.
+    """
+    try:
+        if is_table(source):
+            return _count_lines(source)
+        return _count_inputs(source) if is_arrays(source) else _count_pictures(source / "train")
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        # Somebody is writing there, or has taken it away: it is looked at again.
+        return 0
+
+
+def _count_pictures(folder: Path) -> int:
+    return sum(item.is_picture for each in folders_in(folder) for item in items_below(each))
+
+
+def _count_lines(path: Path) -> int:
+    """Return how many lines the file has beside its header; empty ones do not count."""
+    with path.open("rb") as file:
+        return max(0, sum(bool(line.strip()) for line in file) - 1)
+
+
+def _count_inputs(path: Path) -> int:
+    if path.is_file():
+        with zipfile.ZipFile(path) as archive, archive.open("inputs.npy") as file:
+            return _length(file)
+    folder = path / "train" if (path / "train").is_dir() else path
+    with (folder / "inputs.npy").open("rb") as file:
+        return _length(file)
+
+
+def _length(file: IO[bytes]) -> int:
+    """Return the length of the first axis of an array, of which only the header is read."""
+    version = npy.read_magic(file)
+    read_header = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
+    shape, _, _ = read_header(file)
+    return int(shape[0]) if shape else 0
