@@ -99,7 +99,7 @@ def _list(store: Store, arguments: argparse.Namespace) -> None:
 
 def _models(store: Store) -> list[dict[str, Any]]:
     """Return what is known of each published model, oldest first."""
-    known = {row.round: row for row in offers.rollouts(store)}
+    known = offers.rollouts(store)
     in_use, offered = Counter(store.rounds_in_use().values()), offers.read(store)
     models = []
     for row in store.rounds():

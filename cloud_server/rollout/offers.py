@@ -4,6 +4,7 @@ A published round is for all agents, unless the table `rollouts` says that its m
 withdrawn. A row in `pins` offers all agents the model of one round, whatever is published later.
 """
 
+from collections import defaultdict
 from dataclasses import dataclass
 
 from cloud_server.disk.tables import RolloutRow
@@ -95,16 +96,15 @@ def withdrawn_round(store: Store, digest: str) -> int:
     return 0 if is_fine else rows[0]["round"] or 0
 
 
-def rollouts(store: Store, number: int | None = None) -> list[RolloutRow]:
-    """Return the roll-outs on record, sorted by round.
+def rollouts(store: Store, first: int = 0) -> dict[int, RolloutRow]:
+    """Return the roll-outs on record from a round on, by round."""
+    canaries = defaultdict(list)
+    for row in store.read("SELECT * FROM canaries WHERE round >= ? ORDER BY agent_id", first):
+        canaries[row["round"]].append(row["agent_id"])
+    rows = store.read("SELECT * FROM rollouts WHERE round >= ? ORDER BY round", first)
+    return {row["round"]: RolloutRow(**row, canary=tuple(canaries[row["round"]])) for row in rows}
 
-    Args:
-        number: the only round that is asked for; None: all are.
-    """
-    rows = store.read("SELECT * FROM rollouts WHERE round = coalesce(?, round) ORDER BY round", number)
-    return [RolloutRow(**row, canary=_canary(store, row["round"])) for row in rows]
 
-
-def _canary(store: Store, number: int) -> tuple[str, ...]:
-    rows = store.read("SELECT agent_id FROM canaries WHERE round = ? ORDER BY agent_id", number)
-    return tuple(row["agent_id"] for row in rows)
+def rollout_of(store: Store, number: int) -> RolloutRow | None:
+    """Return the roll-out of a round; None: its model is for all agents, if it has one."""
+    return rollouts(store, first=number).get(number)

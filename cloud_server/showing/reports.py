@@ -154,7 +154,7 @@ class Reports:
             selection=records.selection_of(self._store, number),
             weights_bytes=self._store.blobs.size(row.published_digest) if row.published_digest else None,
         )
-        for rollout in offers.rollouts(self._store, number):
+        if rollout := offers.rollout_of(self._store, number):
             report |= _roll_out(rollout)
         if rest_digest:
             report["rest"] = {"sha256": rest_digest, "bytes": self._store.blobs.size(rest_digest)}

@@ -93,12 +93,14 @@ class RollOut:
 
     def _seconds_left(self, number: int) -> float:
         """Return how long reports are waited for; a clock that was set lets it begin anew, or end."""
-        (row,) = offers.rollouts(self._store, number)
+        row = offers.rollout_of(self._store, number)
+        assert row
         return self._rule.seconds - min(max(0.0, self._clock() - row.begun_at), self._rule.seconds)
 
     def _verdict(self, number: int, *, is_overdue: bool) -> Verdict | None:
         """Return how the canary ends; None: more reports are waited for. A forgotten agent does not count."""
-        (row,) = offers.rollouts(self._store, number)
+        row = offers.rollout_of(self._store, number)
+        assert row
         reports = [report for report in self._store.reports(number) if report.agent_id in row.canary]
         if len(reports) < len(row.canary) and not is_overdue:
             return None

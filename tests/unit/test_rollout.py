@@ -111,6 +111,15 @@ async def test_model_that_is_not_worse_for_the_canary_is_for_all(tmp_path: Path)
         assert len(canary) == 2
         assert offered(it) == {agent_id: int(agent_id in canary) for agent_id in AGENTS}
         await tell(it, canary[0], **ABOUT_EQUAL)
+        status = await it.status.read()
+        assert status["waiting"] == (
+            "The model of round 1 is tried out: 1 of 2 agents of the canary have reported;"
+            f" waiting for {canary[1]}."
+        )
+        assert status["rounds"][0]["roll_out"] == {"state": "canary", "reason": None}
+        shown = {agent["agent_id"]: agent for agent in status["agents"]}
+        assert [name for name in AGENTS if shown[name]["is_canary"]] == canary
+        assert {name: shown[name]["model_round"] for name in AGENTS} == dict.fromkeys(AGENTS) | {canary[0]: 1}
         others = [agent_id for agent_id in AGENTS if agent_id not in canary]
         # What others say does not count.
         await tell(it, others[0], **WORSE)
@@ -140,6 +149,8 @@ async def test_model_that_is_worse_for_the_canary_is_withdrawn_and_the_next_roun
         (line,) = provenance.lines(it.store)
         assert json.loads(line)["withdrawn"]
         assert it.store.state_dir.provenance.read_bytes() == line
+        status = await it.status.read()
+        assert status["rounds"][0]["roll_out"]["state"] == "withdrawn"
         # The canary goes back, and says so.
         assert it.standing.still_awaited(set(AGENTS)) == set(canary)
         for agent_id in canary:
@@ -156,7 +167,7 @@ async def test_canary_that_does_not_report_in_time_is_decided_by_the_key(
     async with canary_of_four(tmp_path, canary_seconds=0.01, canary_on_too_few=on_too_few) as (it, _):
         await it.until(lambda: it.standing.current.number == 2)
         assert offered(it) == dict.fromkeys(AGENTS, latest_round)
-        (row,) = offers.rollouts(it.store)
+        (row,) = offers.rollouts(it.store).values()
         assert row.reason == "0 of 2 agents of the canary have reported within 0.01 seconds"
 
 
@@ -165,7 +176,7 @@ async def test_half_of_the_canary_is_enough_after_the_deadline(tmp_path: Path) -
         await tell(it, canary[1], **ABOUT_EQUAL)
         await it.until(lambda: it.standing.current.number == 2)
         assert offered(it) == dict.fromkeys(AGENTS, 1)
-        (row,) = offers.rollouts(it.store)
+        (row,) = offers.rollouts(it.store).values()
         assert row.reason.endswith("of 1 agents")
 
 
@@ -194,7 +205,7 @@ async def test_without_the_key_there_is_no_canary(tmp_path: Path) -> None:
     async with world(tmp_path) as it:
         await it.contribute("edge-1")
         await it.until(lambda: it.standing.current.number == 2)
-        assert offers.rollouts(it.store) == []
+        assert offers.rollouts(it.store) == {}
         assert "roll_out" not in it.report()
         assert it.standing.state_for("edge-9").latest_round == 1
 
@@ -246,11 +257,12 @@ async def test_pinned_model_is_offered_whatever_is_published_later(tmp_path: Pat
         assert await asyncio.to_thread(as_operator, tmp_path, "pin", 1) == 0
         state = await state_in_which(it, lambda state: state.is_pinned)
         assert state.latest_round == 1
+        assert (await it.status.read())["pinned_round"] == 1
         await publish_round(it, 3)
         assert it.standing.state_for("edge-1").latest_round == 1
         # Training goes on from the newest model, which nobody has tried.
         assert it.ledger.round.initial_digest == digest_in(it.store, 3)
-        assert [row.round for row in offers.rollouts(it.store)] == [1, 2]
+        assert list(offers.rollouts(it.store)) == [1, 2]
         assert await asyncio.to_thread(as_operator, tmp_path, "unpin") == 0
         state = await state_in_which(it, lambda state: not state.is_pinned)
         assert state.latest_round == 3
@@ -290,7 +302,7 @@ async def test_operator_can_withdraw_a_model_in_its_canary(tmp_path: Path) -> No
         await asyncio.to_thread(changes.withdraw, it.store, 1, 1.0)
         await it.until(lambda: it.standing.current.number == 2)
         assert offered(it) == dict.fromkeys(AGENTS, 0)
-        (row,) = offers.rollouts(it.store)
+        (row,) = offers.rollouts(it.store).values()
         assert (row.state, row.reason) == ("withdrawn", "by the operator")
 
 
@@ -321,7 +333,7 @@ def test_offers_are_the_newest_model_that_is_not_withdrawn(store: Store) -> None
     changes.withdraw(store, 1, 9.0)
     assert offers.next_start(store) == digest_of(INITIAL)
     assert not store.has_published()
-    assert [row.decided_at for row in offers.rollouts(store)] == [9.0, 9.0, 9.0]
+    assert [row.decided_at for row in offers.rollouts(store).values()] == [9.0, 9.0, 9.0]
 
 
 def test_what_cannot_be_pinned_or_withdrawn_is_said(store: Store) -> None:

@@ -119,6 +119,7 @@ async def test_page_shows_candidates_and_start_of_each_published_round(store: St
         "flagged": ["edge-3"],
         "audit_note": "nobody knows",
         "seconds": pytest.approx(0.9),
+        "roll_out": None,
     }
 
 
