@@ -24,6 +24,7 @@ UPLOAD_STATES = ("receiving", "waiting")
 TRAINER_STATES = ("idle", "working", "restarting")
 # Connected and still to contribute, connected and done, or not connected.
 AGENT_STATES = ("watching", "contributed", "away")
+CANARY_OUTCOMES = ("released", "withdrawn")
 # A phase takes between milliseconds (digits) and hours (collecting, a long fine-tune).
 PHASE_SECONDS = (0.1, 0.3, 1, 3, 10, 30, 60, 180, 600, 1800, 3600, 10800, 36000)
 # A call takes between a millisecond (a small message) and hours (Watch, which is open for the whole run).
@@ -75,6 +76,12 @@ class ServerMetrics:
             "ecavg_server_reports_total",
             "Agents that reported on a round's global model, by whether they use it.",
             ["applied"],
+            registry=registry,
+        )
+        self._canaries = Counter(
+            "ecavg_server_canaries_total",
+            "Models that were tried out by a part of the agents, by how that ended.",
+            ["outcome"],
             registry=registry,
         )
         # The sums over all kinds of blobs, since the process has started.
@@ -142,6 +149,8 @@ class ServerMetrics:
             self.count_contribution(outcome, 0)
         for applied in (True, False):
             self.count_report(applied, 0)
+        for ending in CANARY_OUTCOMES:
+            self.count_canary(ending, 0)
         for kind in RECEIVED_KINDS:
             self.count_received(kind, 0)
         for kind in SENT_KINDS:
@@ -233,6 +242,10 @@ class ServerMetrics:
     def count_report(self, applied: bool, num_reports: int = 1) -> None:
         """Count an agent's first report on a round; `applied` is True if the agent uses the model."""
         self._reports.labels(str(applied).lower()).inc(num_reports)
+
+    def count_canary(self, outcome: str, num_canaries: int = 1) -> None:
+        """Count a canary by how it has ended, one of CANARY_OUTCOMES."""
+        self._canaries.labels(outcome).inc(num_canaries)
 
     def count_received(self, kind: str, num_bytes: int) -> None:
         """Count received bytes; `kind` is one of RECEIVED_KINDS."""

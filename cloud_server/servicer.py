@@ -132,6 +132,7 @@ class ECAvgServicer(pb_grpc.ECAvgServicer):
             reason=rpc.plain(request.reason),
             # The desk's clock says when.
             at=0.0,
+            **_differences(request),
         )
         await self._desk.report(calling_agent(), request.round, row)
         return pb.ReportReply()
@@ -190,6 +191,22 @@ def _score(message: Any, field: str, kind: Kind) -> float | None:
     return value
 
 
+def _differences(request: pb.ReportRequest) -> dict[str, float | None]:
+    """Return the sums of a comparison, or None for both where there is none.
+
+    Raises:
+        InvalidError: no differences have such sums (the Cauchy-Schwarz inequality).
+    """
+    if not request.HasField("difference_total"):
+        return {"difference_total": None, "difference_squares": None}
+    total, squares = request.difference_total, request.difference_squares
+    # Rounding may have moved both sums a little.
+    most = math.sqrt(max(0.0, squares)) * math.sqrt(request.num_held_out) * (1 + 1e-6)
+    if not (math.isfinite(squares) and abs(total) <= most):
+        raise InvalidError("no differences of that many examples have these two sums")
+    return {"difference_total": total, "difference_squares": squares}
+
+
 def _count(value: int) -> int:
     if value > _MAX_EXAMPLES:
         raise InvalidError(f"{value} examples are more than anyone has")
@@ -245,6 +262,8 @@ def _event(state: RunState) -> pb.WatchEvent:
         accepted_weights=state.accepted_weights,
         has_full_curve=state.has_full_curve,
         last_round_over=state.last_round_over,
+        is_pinned=state.is_pinned,
+        withdrawn_rounds=state.withdrawn_rounds,
         server_time=time.time(),
     )
     if left_out := state.left_out:

@@ -89,7 +89,7 @@ class RunState:
     # The digest of the weights in this agent's accepted contribution to this round; "": there is none.
     accepted_weights: str
     progress: WorkProgress | None
-    # The model of the last round that published one.
+    # The newest model that is for this agent, or the one that is pinned.
     latest_model: PublishedModel | None
     # The number of this round or the one before, if it failed; else 0.
     failed_round: int
@@ -110,6 +110,10 @@ class RunState:
     selection: Selection | None = None
     # True once the last round is over, and agents are waited for that still have to take its model.
     last_round_over: bool = False
+    # True if `latest_model` is to be used in the place of any other, a newer one included.
+    is_pinned: bool = False
+    # The rounds whose models are not to be used any more.
+    withdrawn_rounds: tuple[int, ...] = ()
 
     @property
     def takes_part(self) -> bool:
@@ -123,7 +127,7 @@ class RunState:
 
     @property
     def latest_round(self) -> int:
-        """Return the number of the last round that published a model; 0: none has."""
+        """Return the round of the model that is for this agent; 0: there is none."""
         return self.latest_model.round if self.latest_model else 0
 
 

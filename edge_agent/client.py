@@ -596,6 +596,8 @@ def _run_state(event: pb.WatchEvent) -> RunState:
         selection=_member(Selection, pb.Selection, event.selection),
         has_full_curve=event.has_full_curve,
         last_round_over=event.last_round_over,
+        is_pinned=event.is_pinned,
+        withdrawn_rounds=tuple(event.withdrawn_rounds),
     )
 
 

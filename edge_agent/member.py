@@ -121,7 +121,9 @@ class Member:
 
     async def _act_on(self, state: RunState) -> bool:
         """Do what the state calls for; return False if that is to leave."""
-        if self._is_new_model(state):
+        if self._is_withdrawal(state):
+            await self._go_back(state)
+        elif self._is_new_model(state):
             await self._take_latest_model(state)
         elif self._is_open_round(state):
             await self._news.unless(self._is_in_vain, self._contribute_traced(state))
@@ -145,11 +147,15 @@ class Member:
             await self._save(contributed_round=state.round - 1)
 
     def _is_called_for(self, state: RunState) -> bool:
-        is_work = self._is_new_model(state) or self._is_open_round(state)
+        is_work = self._is_withdrawal(state) or self._is_new_model(state) or self._is_open_round(state)
         return state.run_over or (is_work and self._data.is_ready)
 
     def _is_new_model(self, state: RunState) -> bool:
-        return state.latest_round > self._disk.progress.evaluated_round
+        number, evaluated = state.latest_round, self._disk.progress.evaluated_round
+        return number > evaluated or (state.is_pinned and number != evaluated)
+
+    def _is_withdrawal(self, state: RunState) -> bool:
+        return not set(state.withdrawn_rounds) <= set(self._disk.progress.avoided_rounds)
 
     def _is_open_round(self, state: RunState) -> bool:
         is_new = state.round > self._disk.progress.contributed_round
@@ -238,7 +244,8 @@ class Member:
         async with self._teller.telling(AgentProgress(Activity.PRE_TRAINING)):
             model = await self._training(Activity.PRE_TRAINING, label, pretrain, number, path)
         async with self._teller.telling(AgentProgress(Activity.EVALUATING)):
-            return await self._worker.run(models.keep, number, initial and initial.digest, model)
+            keep = partial(models.keep, may_use=not state.is_pinned)
+            return await self._worker.run(keep, number, initial and initial.digest, model)
 
     def _is_kept(self, models: LocalModels, trained: Trained, number: int, initial: Blob | None) -> bool:
         """Return True if these weights are here, of this round, from that start and today's data."""
@@ -339,10 +346,10 @@ class Member:
         assert state.latest_model
         try:
             with tracing.round_span("take model", self._disk.progress.run_id, state.latest_round):
-                await self._take_global_model(state.latest_model)
+                await self._take_global_model(state, state.latest_model)
         except NotFoundError as error:
             number = state.latest_round
-            state = await self._news.next(lambda newer: newer.latest_round > number or newer.run_over)
+            state = await self._news.next(lambda newer: newer.latest_round != number or newer.run_over)
             if state.latest_round == number:
                 await self._give_up(number, error)
 
@@ -361,7 +368,31 @@ class Member:
         self._display.message(f"round {number}: its model cannot be had any more: {error}")
         await self._save(evaluated_round=number, arrived=None)
 
-    async def _take_global_model(self, published: PublishedModel) -> None:
+    async def _go_back(self, state: RunState) -> None:
+        """Use an older model again if the one in use is withdrawn, and tell the server of it."""
+        withdrawn, history = state.withdrawn_rounds, self._updates.history
+        changes: dict[str, Any] = {"avoided_rounds": withdrawn}
+        restored = await self._worker.run(history.go_back, self._disk.progress.run_id, withdrawn)
+        if restored:
+            self._display.message(f"the model is withdrawn; that of round {restored.round} is in use again")
+            crash_point(Point.AGENT_WENT_BACK)
+        await self._updates.tell()
+        reported = self._disk.progress.reported
+        if await self._is_in_use_withdrawn(state):
+            self._display.message("the model is withdrawn, and no other is kept: the next one is used anyway")
+            changes["evaluated_round"] = 0
+        elif reported and reported.applied and reported.round in withdrawn:
+            # An earlier life of this agent may have gone back.
+            report = reported.model_copy(update={"applied": False, "reason": "the model is withdrawn"})
+            await self._client.report(report)
+            changes["reported"] = report
+        await self._save(**changes)
+
+    async def _is_in_use_withdrawn(self, state: RunState) -> bool:
+        run_id, history = self._disk.progress.run_id, self._updates.history
+        return await self._worker.run(history.is_withdrawn, run_id, state.withdrawn_rounds)
+
+    async def _take_global_model(self, state: RunState, published: PublishedModel) -> None:
         """Download, compare on this agent's own held-out data, adapt if need be, apply, report."""
         self._metrics.set_phase(Phase.DOWNLOADING)
         path = await self._transfers.download(published.weights, "global model", published.encoded)
@@ -372,7 +403,8 @@ class Member:
             trained = None
         models = await self._data.models()
         label = f"round {published.round}: adapting"
-        measure = partial(models.measure, rest=rest)
+        must_use = state.is_pinned or await self._is_in_use_withdrawn(state)
+        measure = partial(models.measure, rest=rest, must_use=must_use)
         async with self._teller.telling(AgentProgress(Activity.EVALUATING)):
             report = await self._training(Activity.ADAPTING, label, measure, published.round, path, trained)
         arrived = Arrived(weights=published.weights, report=report, rest=published.rest)
@@ -399,7 +431,7 @@ class Member:
         )
         await self._client.report(report)
         crash_point(Point.AGENT_REPORTED)
-        await self._save(evaluated_round=report.round, arrived=None)
+        await self._save(evaluated_round=report.round, arrived=None, reported=report)
         # No file there is of a later round yet: that one starts from this model, applied or not.
         self._disk.discard_all_but({path, rest})
         self._display.message(f"round {report.round}: {_outcome_of(report, models.metric)}")

@@ -53,6 +53,9 @@ class Report(Scored):
     applied: bool
     # Why it does not, or how `on_update` failed; empty if it does and nothing failed.
     reason: str
+    # The sums of the comparison with the model in use before, see comparison.py; None: there was none.
+    difference_total: float | None = None
+    difference_squares: float | None = None
 
     @property
     def uses_adapted(self) -> bool:
@@ -97,6 +100,10 @@ class Progress(FrozenModel):
     arrived: Arrived | None = None
     # The last round whose global model was evaluated and reported.
     evaluated_round: int = 0
+    # The last report that was acknowledged.
+    reported: Report | None = None
+    # The withdrawn rounds whose models this agent does not use any more.
+    avoided_rounds: tuple[int, ...] = ()
 
 
 class AgentState:

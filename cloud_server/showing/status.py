@@ -5,15 +5,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
-from ecavg.cloud_server.disk.tables import ReportRow, RoundRow
+from ecavg.cloud_server.disk.tables import ReportRow, RolloutRow, RoundRow
 from ecavg.cloud_server.jobs import AgentAudit, Result
+from ecavg.cloud_server.rollout import offers
 from ecavg.cloud_server.round import OVER, Round
 from ecavg.cloud_server.showing.agent_metrics import OneAgent
 from ecavg.cloud_server.showing.presence import Presence
 from ecavg.cloud_server.showing.progress import ProgressBoard, Shown
 from ecavg.cloud_server.showing.reports import Reports
 from ecavg.cloud_server.showing.standing import Standing
-from ecavg.cloud_server.showing.waiting import Pending, sentence
+from ecavg.cloud_server.showing.waiting import Pending, sentence, tried_sentence
 from ecavg.cloud_server.store import Store
 from ecavg.common.agent_progress import UNITS, Activity, AgentProgress
 from ecavg.common.run_state import Outcome, Phase, Selection
@@ -86,7 +87,8 @@ class Status:
         results = await self._results_of(rows)
         num_accepted = await asyncio.to_thread(self._store.num_accepted)
         last_published = max((row.number for row in rows if row.published_digest), default=0)
-        reported = {row.agent_id: row for row in await asyncio.to_thread(self._store.reports, last_published)}
+        reported = await asyncio.to_thread(self._reports_on_offer)
+        rollouts = await asyncio.to_thread(offers.rollouts, self._store, rows[0].number)
         current, progress = standing.current, standing.progress
         audited = results.get(last_published, Result()).audit
         audits = {agent.agent_id: _audit_status(agent) for agent in audited}
@@ -102,7 +104,8 @@ class Status:
             "phases": _phases(rows[-1], current, self._clock()),
             "progress": progress and {"done": progress.done, "total": progress.total, "loss": progress.loss},
             "trainer": {"state": self.trainer_state, "seconds_left": standing.work_seconds_left},
-            "waiting": None if standing.run_over else sentence(current, self._pending(doing), self._clock()),
+            "waiting": None if standing.run_over else self._waiting(doing, reported),
+            "pinned_round": standing.offers.pinned or None,
             "agents": [
                 _agent_status(
                     kind, agent_id, slot, current, agent_id in presence.here, reported.get(agent_id)
@@ -114,11 +117,14 @@ class Status:
                     "upload_place": places.get(agent_id),
                     "selection": current.selection_of(agent_id),
                     "is_ready": agent_id not in presence.not_ready,
+                    "model_round": standing.rounds_in_use.get(agent_id),
+                    "is_canary": agent_id in standing.offers.canary_agents,
                 }
                 for agent_id, slot in sorted(standing.slots.items(), key=lambda item: item[1])
             ],
             "rounds": [
                 _round_status(kind, row, num_accepted.get(row.number, 0), results.get(row.number))
+                | {"roll_out": _roll_out_status(rollouts.get(row.number))}
                 for row in rows
                 if row.phase in OVER
             ],
@@ -127,6 +133,23 @@ class Status:
             "max_agents": current.policy.max_agents,
             "deadline_at": current.deadline_at,
         }
+
+    def _reports_on_offer(self) -> dict[str, ReportRow]:
+        """Return each agent's report on the model that it is offered."""
+        offered = self._standing.offers
+        return {
+            row.agent_id: row
+            for number in offered.rounds
+            for row in self._store.reports(number)
+            if offered.for_agent(row.agent_id) == number
+        }
+
+    def _waiting(self, doing: Mapping[str, Shown | None], reported: Mapping[str, ReportRow]) -> str | None:
+        """Return for whom the round waits, or the next one, in a sentence."""
+        offered = self._standing.offers
+        if offered.canary:
+            return tried_sentence(offered.canary, offered.canary_agents, reported)
+        return sentence(self._standing.current, self._pending(doing), self._clock())
 
     def _doing(self, agent_id: str, places: Mapping[str, int]) -> Shown | None:
         """Return what an agent that is here is doing; None: nobody knows."""
@@ -239,6 +262,11 @@ def _round_status(kind: Kind, row: RoundRow, num_contributions: int, result: Res
         **published(kind, scores),
         "seconds": round(ended_at - row.opened_at, 3),
     }
+
+
+def _roll_out_status(row: RolloutRow | None) -> dict[str, Any] | None:
+    """Return how far the roll-out of a round's model is; None: it is for all agents, if there is one."""
+    return {"state": row.state, "reason": row.reason or None} if row else None
 
 
 def _phases(row: RoundRow, current: Round, now: float) -> list[dict[str, Any]]:

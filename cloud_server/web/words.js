@@ -29,6 +29,12 @@ export const LEFT_OUT = {
   quarantined: "left out of the model: in quarantine",
 };
 
+export const ROLL_OUTS = {
+  canary: ["warn", "tried out by the canary"],
+  released: ["", "for all agents"],
+  withdrawn: ["bad", "withdrawn"],
+};
+
 export const percent = (ratio) => (ratio == null ? NONE : `${(100 * ratio).toFixed(1)} %`);
 
 export const roundName = (number) => (number ? `Round ${number}` : "Warm-up");
