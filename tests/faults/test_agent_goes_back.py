@@ -7,6 +7,7 @@ import pytest
 
 from common.run_state import Outcome, Phase, PublishedModel, RunState, Verdict
 from common.transfer import Blob, blob_of
+from edge_agent import local
 from edge_agent.history import History, Source
 from edge_agent.state import AgentState, Progress
 from tests.faults.test_agent_restart import RUN, Cloud, Power, PowerCutError, live, run_state
@@ -105,7 +106,10 @@ async def test_pinned_model_is_used_though_it_is_older_and_worse(tmp_path: Path)
     assert progress.trained.score > pinned.score_after
 
 
-async def test_device_that_has_no_other_model_uses_the_next_one_in_any_case(tmp_path: Path) -> None:
+async def test_device_that_has_no_other_model_uses_the_next_one_in_any_case(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(local, "objection", lambda *_: "every model is worse than the one before")
     disk = AgentState(tmp_path / "agent", "edge-1")
     disk.save(Progress(run_id="run", contributed_round=3))
     disk.close()
