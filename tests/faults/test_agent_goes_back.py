@@ -21,11 +21,19 @@ WITHDRAWN = "the server has withdrawn the model"
 class CloudThatWithdraws(Cloud):
     """It withdraws its model once the agent uses it, and is over once the agent has gone back."""
 
+    # How many moments of the agent's life were over when the agent was told.
+    told_at: int | None = None
+
+    def __init__(self, folder: Path, power: Power) -> None:
+        super().__init__(folder, ALWAYS)
+        self._power = power
+
     def state(self) -> RunState:
         state = super().state()
         fields: dict[str, Any] = {"phase": state.phase, "outcome": state.outcome}
         if not self.reports:
             return state
+        self.told_at = self.told_at or self._power.moments
         return run_state(
             1,
             self.initial,
@@ -37,7 +45,8 @@ class CloudThatWithdraws(Cloud):
 
 
 async def test_agent_goes_back_and_says_so_wherever_it_was_cut_off(tmp_path: Path) -> None:
-    undisturbed, power = CloudThatWithdraws(tmp_path / "cloud", ALWAYS), Power(None)
+    power = Power(None)
+    undisturbed = CloudThatWithdraws(tmp_path / "cloud", power)
     progress = await live(undisturbed, tmp_path / "agent", power)
     assert [report.applied for report in undisturbed.reports] == [True, False]
     assert undisturbed.reports[1].reason == "the model is withdrawn"
@@ -45,10 +54,15 @@ async def test_agent_goes_back_and_says_so_wherever_it_was_cut_off(tmp_path: Pat
     assert progress.trained
     assert in_use(tmp_path / "agent") == progress.trained.weights
 
-    for moment in range(power.moments):
-        cloud, folder = CloudThatWithdraws(tmp_path / f"cloud-{moment}", ALWAYS), tmp_path / f"agent-{moment}"
+    # What goes before is in test_agent_restart.py.
+    assert undisturbed.told_at
+    moments = range(undisturbed.told_at - 1, power.moments)
+    assert len(moments) > 5
+    for moment in moments:
+        power, folder = Power(moment), tmp_path / f"agent-{moment}"
+        cloud = CloudThatWithdraws(tmp_path / f"cloud-{moment}", power)
         with pytest.raises((PowerCutError, ExceptionGroup)):
-            await live(cloud, folder, Power(moment))
+            await live(cloud, folder, power)
         await live(cloud, folder, Power(None))
         assert not cloud.reports[-1].applied, moment
         assert in_use(folder) == progress.trained.weights, moment
