@@ -7,7 +7,7 @@ progress; a step that was cut short is taken again, to the same effect.
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Collection
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
@@ -47,6 +47,8 @@ from edge_agent.transfers import Transfers, is_whole
 from edge_agent.updating import Updates
 from edge_agent.worker import Worker
 
+# So many reports are kept of models that came into use, in case that one is withdrawn.
+MAX_REPORTS = 10
 # One contribution is sent so often, where the server turns out not to hold what was uploaded.
 MAX_SENDINGS = 3
 
@@ -151,8 +153,8 @@ class Member:
         return state.run_over or (is_work and self._data.is_ready)
 
     def _is_new_model(self, state: RunState) -> bool:
-        number, evaluated = state.latest_round, self._disk.progress.evaluated_round
-        return number > evaluated or (state.is_pinned and number != evaluated)
+        number, progress = state.latest_round, self._disk.progress
+        return number > progress.evaluated_round or (state.is_pinned and number != progress.pinned_round)
 
     def _is_withdrawal(self, state: RunState) -> bool:
         return not set(state.withdrawn_rounds) <= set(self._disk.progress.avoided_rounds)
@@ -223,7 +225,8 @@ class Member:
             with tracing.span("pre-train"):
                 trained = await self._train(state)
             crash_point(Point.AGENT_WEIGHTS_WRITTEN)
-            await self._save(trained=trained)
+            changes = {} if state.is_pinned else {"pinned_round": 0}
+            await self._save(trained=trained, **changes)
             crash_point(Point.AGENT_PRETRAINED)
             self._disk.discard(self._disk.checkpoint)
             await self._updates.tell()
@@ -366,7 +369,7 @@ class Member:
     async def _give_up(self, number: int, error: NotFoundError) -> None:
         """Do without the model of a round."""
         self._display.message(f"round {number}: its model cannot be had any more: {error}")
-        await self._save(evaluated_round=number, arrived=None)
+        await self._save(evaluated_round=number, pinned_round=number, arrived=None)
 
     async def _go_back(self, state: RunState) -> None:
         """Use an older model again if the one in use is withdrawn, and tell the server of it."""
@@ -377,16 +380,21 @@ class Member:
             self._display.message(f"the model is withdrawn; that of round {restored.round} is in use again")
             crash_point(Point.AGENT_WENT_BACK)
         await self._updates.tell()
-        reported = self._disk.progress.reported
         if await self._is_in_use_withdrawn(state):
             self._display.message("the model is withdrawn, and no other is kept: the next one is used anyway")
             changes["evaluated_round"] = 0
-        elif reported and reported.applied and reported.round in withdrawn:
-            # An earlier life of this agent may have gone back.
-            report = reported.model_copy(update={"applied": False, "reason": "the model is withdrawn"})
-            await self._client.report(report)
-            changes["reported"] = report
+        else:
+            changes["applied_reports"] = await self._report_anew(withdrawn)
         await self._save(**changes)
+
+    async def _report_anew(self, withdrawn: Collection[int]) -> tuple[Report, ...]:
+        """Report that models which came into use are so no more; return the reports that still hold."""
+        reports = self._disk.progress.applied_reports
+        for report in reports:
+            if report.round in withdrawn:
+                changes = {"applied": False, "reason": "the model is withdrawn"}
+                await self._client.report(report.model_copy(update=changes))
+        return tuple(report for report in reports if report.round not in withdrawn)
 
     async def _is_in_use_withdrawn(self, state: RunState) -> bool:
         run_id, history = self._disk.progress.run_id, self._updates.history
@@ -407,7 +415,9 @@ class Member:
         measure = partial(models.measure, rest=rest, must_use=must_use)
         async with self._teller.telling(AgentProgress(Activity.EVALUATING)):
             report = await self._training(Activity.ADAPTING, label, measure, published.round, path, trained)
-        arrived = Arrived(weights=published.weights, report=report, rest=published.rest)
+        arrived = Arrived(
+            weights=published.weights, report=report, rest=published.rest, is_pinned=state.is_pinned
+        )
         # Once the model is replaced, the one before cannot be measured again.
         await self._save(arrived=arrived)
         crash_point(Point.AGENT_EVALUATED)
@@ -431,7 +441,14 @@ class Member:
         )
         await self._client.report(report)
         crash_point(Point.AGENT_REPORTED)
-        await self._save(evaluated_round=report.round, arrived=None, reported=report)
+        await self._save(
+            evaluated_round=report.round,
+            pinned_round=report.round if arrived.is_pinned else 0,
+            applied_reports=(*self._disk.progress.applied_reports, report)[-MAX_REPORTS:]
+            if report.applied
+            else self._disk.progress.applied_reports,
+            arrived=None,
+        )
         # No file there is of a later round yet: that one starts from this model, applied or not.
         self._disk.discard_all_but({path, rest})
         self._display.message(f"round {report.round}: {_outcome_of(report, models.metric)}")

@@ -120,6 +120,35 @@ async def test_pinned_model_is_used_though_it_is_older_and_worse(tmp_path: Path)
     assert progress.trained.score > pinned.score_after
 
 
+async def test_model_that_the_device_did_not_want_is_used_once_it_is_pinned(tmp_path: Path) -> None:
+    latest = {"round": 2, "latest": 2, **OVER}
+    pinned = {**latest, "is_pinned": True}
+    cloud = CloudWithSteps(tmp_path / "cloud", [{"round": 2}, latest, pinned])
+    progress = await live(cloud, tmp_path / "agent", Power(None))
+    assert [(report.round, report.applied) for report in cloud.reports] == [(2, False), (2, True)]
+    assert progress.pinned_round == 2
+    assert in_use(tmp_path / "agent") == cloud.published
+
+
+async def test_withdrawn_model_is_reported_though_a_newer_one_was_not_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    objections = ["", "worse"]
+    monkeypatch.setattr(local, "objection", lambda *_: objections.pop(0))
+    steps = [
+        {"round": 1},
+        {"round": 1, "latest": 1, **OVER},
+        {"round": 2, "latest": 2, **OVER},
+        {"round": 2, "latest": 2, "withdrawn_rounds": (1,), **OVER},
+    ]
+    cloud = CloudWithSteps(tmp_path / "cloud", steps)
+    progress = await live(cloud, tmp_path / "agent", Power(None))
+    assert [(report.round, report.applied) for report in cloud.reports] == [(1, True), (2, False), (1, False)]
+    assert progress.applied_reports == ()
+    assert progress.trained
+    assert in_use(tmp_path / "agent") == progress.trained.weights
+
+
 async def test_device_that_has_no_other_model_uses_the_next_one_in_any_case(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
