@@ -45,6 +45,7 @@ from ecavg.edge_agent.state import AgentState, Arrived, Report, Trained
 from ecavg.edge_agent.teller import Teller
 from ecavg.edge_agent.transfers import Transfers, is_whole
 from ecavg.edge_agent.updating import Updates
+from ecavg.edge_agent.withdrawals import Withdrawals
 from ecavg.edge_agent.worker import Worker
 
 # One contribution is sent so often, where the server turns out not to hold what was uploaded.
@@ -104,6 +105,7 @@ class Member:
         self._display = display
         self._teller = teller
         self._transfers = Transfers(client, disk, worker, display, data)
+        self._withdrawals = Withdrawals(client, disk, worker, updates, display)
 
     async def take_part(self) -> None:
         """Do what each state calls for, until the run is over."""
@@ -121,8 +123,8 @@ class Member:
 
     async def _act_on(self, state: RunState) -> bool:
         """Do what the state calls for; return False if that is to leave."""
-        if self._is_withdrawal(state):
-            await self._go_back(state)
+        if self._withdrawals.has_news(state):
+            await self._withdrawals.follow(state)
         elif self._is_new_model(state):
             await self._take_latest_model(state)
         elif self._is_open_round(state):
@@ -147,15 +149,13 @@ class Member:
             await self._save(contributed_round=state.round - 1)
 
     def _is_called_for(self, state: RunState) -> bool:
-        is_work = self._is_withdrawal(state) or self._is_new_model(state) or self._is_open_round(state)
+        is_for_model = self._withdrawals.has_news(state) or self._is_new_model(state)
+        is_work = is_for_model or self._is_open_round(state)
         return state.run_over or (is_work and self._data.is_ready)
 
     def _is_new_model(self, state: RunState) -> bool:
-        number, evaluated = state.latest_round, self._disk.progress.evaluated_round
-        return number > evaluated or (state.is_pinned and number != evaluated)
-
-    def _is_withdrawal(self, state: RunState) -> bool:
-        return not set(state.withdrawn_rounds) <= set(self._disk.progress.avoided_rounds)
+        number, progress = state.latest_round, self._disk.progress
+        return number > progress.evaluated_round or (state.is_pinned and number != progress.pinned_round)
 
     def _is_open_round(self, state: RunState) -> bool:
         is_new = state.round > self._disk.progress.contributed_round
@@ -223,7 +223,8 @@ class Member:
             with tracing.span("pre-train"):
                 trained = await self._train(state)
             crash_point(Point.AGENT_WEIGHTS_WRITTEN)
-            await self._save(trained=trained)
+            changes = {} if state.is_pinned else {"pinned_round": 0}
+            await self._save(trained=trained, **changes)
             crash_point(Point.AGENT_PRETRAINED)
             self._disk.discard(self._disk.checkpoint)
             await self._updates.tell()
@@ -366,31 +367,7 @@ class Member:
     async def _give_up(self, number: int, error: NotFoundError) -> None:
         """Do without the model of a round."""
         self._display.message(f"round {number}: its model cannot be had any more: {error}")
-        await self._save(evaluated_round=number, arrived=None)
-
-    async def _go_back(self, state: RunState) -> None:
-        """Use an older model again if the one in use is withdrawn, and tell the server of it."""
-        withdrawn, history = state.withdrawn_rounds, self._updates.history
-        changes: dict[str, Any] = {"avoided_rounds": withdrawn}
-        restored = await self._worker.run(history.go_back, self._disk.progress.run_id, withdrawn)
-        if restored:
-            self._display.message(f"the model is withdrawn; that of round {restored.round} is in use again")
-            crash_point(Point.AGENT_WENT_BACK)
-        await self._updates.tell()
-        reported = self._disk.progress.reported
-        if await self._is_in_use_withdrawn(state):
-            self._display.message("the model is withdrawn, and no other is kept: the next one is used anyway")
-            changes["evaluated_round"] = 0
-        elif reported and reported.applied and reported.round in withdrawn:
-            # An earlier life of this agent may have gone back.
-            report = reported.model_copy(update={"applied": False, "reason": "the model is withdrawn"})
-            await self._client.report(report)
-            changes["reported"] = report
-        await self._save(**changes)
-
-    async def _is_in_use_withdrawn(self, state: RunState) -> bool:
-        run_id, history = self._disk.progress.run_id, self._updates.history
-        return await self._worker.run(history.is_withdrawn, run_id, state.withdrawn_rounds)
+        await self._save(evaluated_round=number, pinned_round=number, arrived=None)
 
     async def _take_global_model(self, state: RunState, published: PublishedModel) -> None:
         """Download, compare on this agent's own held-out data, adapt if need be, apply, report."""
@@ -403,11 +380,13 @@ class Member:
             trained = None
         models = await self._data.models()
         label = f"round {published.round}: adapting"
-        must_use = state.is_pinned or await self._is_in_use_withdrawn(state)
+        must_use = state.is_pinned or await self._withdrawals.concern_model_in_use(state)
         measure = partial(models.measure, rest=rest, must_use=must_use)
         async with self._teller.telling(AgentProgress(Activity.EVALUATING)):
             report = await self._training(Activity.ADAPTING, label, measure, published.round, path, trained)
-        arrived = Arrived(weights=published.weights, report=report, rest=published.rest)
+        arrived = Arrived(
+            weights=published.weights, report=report, rest=published.rest, is_pinned=state.is_pinned
+        )
         # Once the model is replaced, the one before cannot be measured again.
         await self._save(arrived=arrived)
         crash_point(Point.AGENT_EVALUATED)
@@ -431,7 +410,12 @@ class Member:
         )
         await self._client.report(report)
         crash_point(Point.AGENT_REPORTED)
-        await self._save(evaluated_round=report.round, arrived=None, reported=report)
+        await self._save(
+            evaluated_round=report.round,
+            pinned_round=report.round if arrived.is_pinned else 0,
+            applied_reports=self._withdrawals.reports_with(report),
+            arrived=None,
+        )
         # No file there is of a later round yet: that one starts from this model, applied or not.
         self._disk.discard_all_but({path, rest})
         self._display.message(f"round {report.round}: {_outcome_of(report, models.metric)}")

@@ -70,6 +70,8 @@ class Arrived(FrozenModel):
     report: Report
     # The cloud's own parts of the model, for an agent that has none yet; None: all parts travel.
     rest: Blob | None = None
+    # True if the model was pinned when it was measured.
+    is_pinned: bool = False
 
 
 class Begun(FrozenModel):
@@ -100,8 +102,10 @@ class Progress(FrozenModel):
     arrived: Arrived | None = None
     # The last round whose global model was evaluated and reported.
     evaluated_round: int = 0
-    # The last report that was acknowledged.
-    reported: Report | None = None
+    # The round whose model is in use because it was pinned; 0: another model may be in use by now.
+    pinned_round: int = 0
+    # The last acknowledged reports of models that came into use.
+    applied_reports: tuple[Report, ...] = ()
     # The withdrawn rounds whose models this agent does not use any more.
     avoided_rounds: tuple[int, ...] = ()
 

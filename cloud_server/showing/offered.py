@@ -41,7 +41,7 @@ class Offered:
         if changed.for_all != before.for_all:
             self._reported = {row.agent_id for row in self._store.reports(changed.for_all)}
         for number in set(changed.withdrawn) - set(before.withdrawn):
-            self._to_go_back |= {row.agent_id for row in self._store.reports(number) if row.applied}
+            self._to_go_back |= {agent for agent, used in self._rounds_in_use.items() if used == number}
 
     def note_report(self, agent_id: str, number: int, *, is_applied: bool) -> None:
         """Note that an agent has reported on the model of a round, and whether the agent uses it."""

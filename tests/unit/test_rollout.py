@@ -127,6 +127,8 @@ async def test_model_that_is_not_worse_for_the_canary_is_for_all(tmp_path: Path)
         await tell(it, canary[1])
         await it.until(lambda: it.standing.current.number == 2)
         assert offered(it) == dict.fromkeys(AGENTS, 1)
+        # The others have reported on the model, too, but for one.
+        assert it.standing.still_awaited(set(AGENTS)) == {others[1]}
         assert it.ledger.round.initial_digest == digest_in(it.store, 1)
         await it.until(lambda: it.report().get("roll_out", {}).get("state") == "released")
         assert it.report()["canary"] == canary
