@@ -48,6 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return cli.enter("cloud-server doctor", lambda: examine(argv[1:]))
     if argv[:1] == ["status"]:
         return cli.enter("cloud-server status", lambda: show_status(argv[1:]))
+    if argv[:1] == ["models"]:
+        return cli.enter("cloud-server models", lambda: manage_models(argv[1:]))
     if argv[:1] in (["token"], ["agents"], ["forget"]):
         return cli.enter("cloud-server", lambda: administer(argv))
     return cli.enter("cloud-server", lambda: start(argv))
@@ -61,6 +63,7 @@ def start(argv: Sequence[str]) -> int:
         epilog="`cloud-server check STATE` verifies the state directory of a server that is stopped."
         " `cloud-server token create|list|revoke` and `cloud-server agents list|revoke` say who may come in;"
         " `cloud-server forget AGENT` deletes all that an agent has sent."
+        " `cloud-server models list|pin|unpin|withdraw` says which round's model agents use."
         " `cloud-server status` shows how the run is, `cloud-server doctor` whether a server can be started.",
     )
     config = cli.parse_command_line(parser, ServerConfig, ENV_PREFIX, argv, default_preset=DEFAULT_PRESET)
@@ -110,6 +113,17 @@ def administer(argv: Sequence[str]) -> int:
         ECAvgError: the command cannot be done.
     """
     from ecavg.cloud_server.commands.admin import main as do_command
+
+    return do_command(argv)
+
+
+def manage_models(argv: Sequence[str]) -> int:
+    """Run `cloud-server models`, and return 0.
+
+    Raises:
+        ECAvgError: the command cannot be done.
+    """
+    from ecavg.cloud_server.commands.models import main as do_command
 
     return do_command(argv)
 
@@ -326,6 +340,7 @@ async def open_service(
     from ecavg.cloud_server.intake.turns import Turns
     from ecavg.cloud_server.intake.uploads import Uploads
     from ecavg.cloud_server.ledger import Ledger
+    from ecavg.cloud_server.rollout.rule import CanaryRule
     from ecavg.cloud_server.round import Policy, Sampling
     from ecavg.cloud_server.run import open_run
     from ecavg.cloud_server.showing.agent_metrics import AgentsProgress
@@ -342,6 +357,7 @@ async def open_service(
     from ecavg.cloud_server.upkeep import provenance
     from ecavg.cloud_server.upkeep.caretaker import Caretaker
     from ecavg.cloud_server.upkeep.eraser import Eraser
+    from ecavg.cloud_server.upkeep.rollout import RollOut
     from ecavg.common.wire import contributed_wires
 
     jobs = JobRunner(store.state_dir.jobs, trainer, config.max_attempts)
@@ -431,6 +447,22 @@ async def open_service(
         presence=presence,
         clock=clock,
     )
+    roll_out = RollOut(
+        CanaryRule(
+            run.config.seed,
+            config.canary or 0.0,
+            config.canary_level,
+            config.canary_seconds,
+            config.canary_on_too_few,
+        ),
+        store,
+        ledger,
+        reports=reports,
+        standing=standing,
+        presence=presence,
+        metrics=metrics,
+        clock=clock,
+    )
     traffic = Traffic(store, metrics)
     await when_disk_allows(lambda: asyncio.to_thread(provenance.write, store))
     await caretaker.clean_up()
@@ -443,6 +475,7 @@ async def open_service(
         ledger,
         jobs,
         caretaker,
+        roll_out,
         store=store,
         uploads=uploads,
         reports=reports,

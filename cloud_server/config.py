@@ -149,6 +149,21 @@ class ServerConfig(ProcessConfig):
     An agent whose contribution is older starts again from the newest model.
     """
 
+    canary: float | None = Field(None, gt=0, le=1)
+    """Give a new model to this part of the agents first, at least one, and to the others if it is not worse
+
+    The default is to give it to all at once; see docs/roll-out.md.
+    """
+
+    canary_level: float = Field(0.05, gt=0, lt=0.5)
+    """With `canary`: the probability at which a model that is as good as the one before is withdrawn."""
+
+    canary_seconds: float = Field(600, gt=0)
+    """With `canary`: so long its reports are waited for."""
+
+    canary_on_too_few: Literal["withdraw", "release"] = Field("withdraw", title="withdraw|release")
+    """With `canary`: what becomes of the model if fewer than half of the agents have reported by then."""
+
     device: Name = "auto"
     """Where to train: `auto`, `cpu`, `cuda`, `cuda:1`; `auto` and `cuda` take every GPU."""
 
@@ -293,6 +308,8 @@ class ServerConfig(ProcessConfig):
                 if getattr(self, name) is not None:
                     raise ValueError(f'{name} is for run.mode = "async": set that as well')
             return self
+        if self.canary is not None:
+            raise ValueError('canary is for run.mode = "sync": with "async" no round waits for reports')
         if self.agents_per_round is not None:
             raise ValueError('agents_per_round is for run.mode = "sync": with "async" set buffer_size')
         if self.agents_to_close < self.min_agents:

@@ -31,6 +31,7 @@ from ecavg.cloud_server.store import Store
 from ecavg.cloud_server.tracking.thread import Tracking
 from ecavg.cloud_server.training.runner import JobRunner, JobWithdrawnError
 from ecavg.cloud_server.upkeep.caretaker import Caretaker
+from ecavg.cloud_server.upkeep.rollout import RollOut
 from ecavg.common import clock, tracing
 from ecavg.common.background import beside
 from ecavg.common.errors import RunError
@@ -60,6 +61,7 @@ class Coordinator:
         ledger: Ledger,
         jobs: JobRunner,
         caretaker: Caretaker,
+        roll_out: RollOut,
         *,
         store: Store,
         uploads: Uploads,
@@ -76,6 +78,7 @@ class Coordinator:
         self._ledger = ledger
         self._jobs = jobs
         self._caretaker = caretaker
+        self._roll_out = roll_out
         self._store = store
         self._uploads = uploads
         self._reports = reports
@@ -93,7 +96,9 @@ class Coordinator:
         Raises:
             RunError: the last round published no model.
         """
-        async with beside(self._caretaker.forget_those_asked_for(), self._reports.keep_up()):
+        async with beside(
+            self._caretaker.forget_those_asked_for(), self._roll_out.follow(), self._reports.keep_up()
+        ):
             await self._run_rounds()
 
     # ------------------------------------------------------------------ the life of a run
@@ -103,6 +108,7 @@ class Coordinator:
         self._tracking.note_round_over()
         while not self._has_run_enough():
             if self._ledger.round.is_over:
+                await self._roll_out.finish()
                 await self._wait_to_open()
                 await self._ledger.open_next_round()
                 self._uploads.begin_round()
@@ -111,6 +117,7 @@ class Coordinator:
             with self._traced("train"):
                 await self._train()
             await self._end_round()
+        await self._roll_out.finish()
         self._standing.show_last_round_over()
         await self._wait_for_reports()
         await self._reports.write_changed()
@@ -211,11 +218,11 @@ class Coordinator:
         await self._caretaker.clean_up()
 
     async def _wait_for_reports(self) -> None:
-        """Wait until every live agent has reported on the published model, or the deadline passes."""
+        """Wait until each live agent has reported on the model on offer, or the deadline passes."""
         until = time.monotonic() + self._config.deadline_seconds
         while self._ledger.round.phase is Phase.PUBLISHED and time.monotonic() < until:
             changed = self._standing.next_change
-            if self._presence.live <= self._standing.reported:
+            if not self._standing.still_awaited(self._presence.live):
                 return
             await wait_for(changed, LIVENESS_POLL_SECONDS)
 
@@ -271,6 +278,8 @@ class Coordinator:
 
         def ended(round_: Round) -> Round:
             self._check_wanted(job)
+            if obstacle := self._roll_out.obstacle():
+                return round_.fail(obstacle)
             if result.error or result.weights is None:
                 return round_.fail(result.error.message if result.error else "the trainer gave no weights")
             return round_.publish(result.weights.sha256, records.left_out(result, self._config.run))
@@ -279,13 +288,18 @@ class Coordinator:
             if result.weights and not result.error:
                 await self._adopt(job, result)
                 await self._advance_to(Phase.EVALUATING)
-            await self._ledger.transition(ended)
+            canary = self._roll_out.canary_of(self._ledger.round)
+            await self._ledger.transition(ended, partial(self._begin_roll_out, canary))
         if self._ledger.round.published_digest:
             self._metrics.set_scores(kind_of(self._config.run.task), stages(result))
             # An agent may have been forgotten since.
             here = [agent for agent in result.audit if self._ledger.has_joined(agent.agent_id)]
             self._metrics.set_audit(here)
             self._log_audit(result)
+
+    def _begin_roll_out(self, canary: frozenset[str], ended: Round) -> None:
+        if ended.published_digest:
+            self._roll_out.begin(ended.number, canary)
 
     async def _adopt(self, job: Job, result: Result) -> None:
         """Make blobs of the model while nobody is forgotten."""

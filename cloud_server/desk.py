@@ -293,7 +293,7 @@ class Desk:
             self._metrics.count_report(row.applied)
         log.info("agent_reported", round=number, agent_id=row.agent_id, applied=row.applied)
         self._reports.note_change(number)
-        self._standing.show_report(row.agent_id, number)
+        self._standing.show_report(row.agent_id, number, is_applied=row.applied)
 
 
 def _decision(contribution: Contribution, outcome: Outcome, now: float) -> Decision:

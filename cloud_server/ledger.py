@@ -25,6 +25,7 @@ from ecavg.cloud_server.disk.failures import when_disk_allows
 from ecavg.cloud_server.disk.tables import SelectionRow
 from ecavg.cloud_server.disk.together import Together
 from ecavg.cloud_server.metrics import ServerMetrics
+from ecavg.cloud_server.rollout import offers
 from ecavg.cloud_server.round import Policy, Round
 from ecavg.cloud_server.run import Run
 from ecavg.cloud_server.showing.standing import Standing
@@ -151,36 +152,45 @@ class Ledger:
         self._round = updated
         self._standing.show(updated, concerned)
 
-    async def transition(self, change: Callable[[Round], Round]) -> None:
-        """Record the phase that `change` gives the round, then go on with it; wait while the disk is full."""
+    async def transition(
+        self, change: Callable[[Round], Round], also: Callable[[Round], None] = lambda _: None
+    ) -> None:
+        """Record the phase that `change` gives the round, then go on with it; wait while the disk is full.
+
+        Args:
+            also: records more about the round that `change` has returned, in the same transaction.
+        """
 
         async def record() -> None:
             updated = change(self._round)
             if updated is self._round:
                 return
-            await asyncio.to_thread(
-                self._store.set_phase,
-                updated.number,
-                updated.phase.value,
-                self._clock(),
-                failure=updated.failure,
-                published_digest=updated.published_digest,
-                left_out={
-                    agent_id: (why.reason.value, why.message) for agent_id, why in updated.left_out.items()
-                },
-            )
+            await asyncio.to_thread(self._record_phase, updated, also)
             crash_point(Point.SERVER_PHASE_RECORDED)
             self.believe(updated)
             log.info("phase", round=updated.number, phase=updated.phase.value)
 
         await when_disk_allows(lambda: self.exclusively(record))
 
+    def _record_phase(self, updated: Round, also: Callable[[Round], None]) -> None:
+        left_out = {agent_id: (why.reason.value, why.message) for agent_id, why in updated.left_out.items()}
+        with self._store.transaction():
+            self._store.set_phase(
+                updated.number,
+                updated.phase.value,
+                self._clock(),
+                failure=updated.failure,
+                published_digest=updated.published_digest,
+                left_out=left_out,
+            )
+            also(updated)
+
     async def open_next_round(self) -> None:
-        """Open the next round, from the last global model or from where a failed round started."""
+        """Open the next round, from the last global model that is for all agents."""
 
         async def open_round() -> None:
             number = self._round.number + 1
-            start = self._round.published_digest or self._round.initial_digest
+            start = await asyncio.to_thread(offers.next_start, self._store)
             is_planned = number <= self._run.planned_rounds
             combined = [] if is_planned else await asyncio.to_thread(records.combined, self._store)
             is_full = is_full_curve_due(self._run.config, combined)

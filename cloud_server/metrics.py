@@ -26,6 +26,7 @@ TRAINER_STATES = ("idle", "working", "restarting")
 NOTIFICATION_OUTCOMES = ("delivered", "failed", "given_up")
 # Connected and still to contribute, connected and done, or not connected.
 AGENT_STATES = ("watching", "contributed", "away")
+CANARY_OUTCOMES = ("released", "withdrawn")
 # A phase takes between milliseconds (digits) and hours (collecting, a long fine-tune).
 PHASE_SECONDS = (0.1, 0.3, 1, 3, 10, 30, 60, 180, 600, 1800, 3600, 10800, 36000)
 # A call takes between a millisecond (a small message) and hours (Watch, which is open for the whole run).
@@ -77,6 +78,12 @@ class ServerMetrics:
             "ecavg_server_reports_total",
             "Agents that reported on a round's global model, by whether they use it.",
             ["applied"],
+            registry=registry,
+        )
+        self._canaries = Counter(
+            "ecavg_server_canaries_total",
+            "Models that were tried out by a part of the agents, by how that ended.",
+            ["outcome"],
             registry=registry,
         )
         # The sums over all kinds of blobs, since the process has started.
@@ -153,6 +160,8 @@ class ServerMetrics:
             self.count_report(applied, 0)
         for became in NOTIFICATION_OUTCOMES:
             self.count_notification(became, 0)
+        for ending in CANARY_OUTCOMES:
+            self.count_canary(ending, 0)
         for kind in RECEIVED_KINDS:
             self.count_received(kind, 0)
         for kind in SENT_KINDS:
@@ -248,6 +257,10 @@ class ServerMetrics:
     def count_notification(self, outcome: str, num_notifications: int = 1) -> None:
         """Count what became of a message; `outcome` is one of NOTIFICATION_OUTCOMES."""
         self._notifications.labels(outcome).inc(num_notifications)
+
+    def count_canary(self, outcome: str, num_canaries: int = 1) -> None:
+        """Count a canary by how it has ended, one of CANARY_OUTCOMES."""
+        self._canaries.labels(outcome).inc(num_canaries)
 
     def count_received(self, kind: str, num_bytes: int) -> None:
         """Count received bytes; `kind` is one of RECEIVED_KINDS."""

@@ -40,13 +40,16 @@ def earlier_starts(store: Store, row: RoundRow, number: int) -> tuple[str, ...]:
     """Return the digests of the weights that rounds before this one started from, the newest first.
 
     A round after a failed one starts from the same weights, which count once. Weights that the server has
-    given up do not count.
+    given up or withdrawn do not count.
 
     Args:
         number: how many digests are returned at most.
     """
     rows = store.read(
-        "SELECT initial_weights FROM rounds WHERE number < ? AND NOT retired ORDER BY number DESC", row.number
+        "SELECT initial_weights FROM rounds WHERE number < ? AND NOT retired AND initial_weights NOT IN"
+        " (SELECT published FROM rounds JOIN rollouts ON round = number"
+        " WHERE state = 'withdrawn' AND published IS NOT NULL) ORDER BY number DESC",
+        row.number,
     )
     different = dict.fromkeys([row.initial_digest, *(each["initial_weights"] for each in rows)])
     return tuple(different)[1 : number + 1]

@@ -139,6 +139,7 @@ class ECAvgServicer(pb_grpc.ECAvgServicer):
             reason=rpc.plain(request.reason),
             # The desk's clock says when.
             at=0.0,
+            **_differences(request),
         )
         await self._desk.report(calling_agent(), request.round, row)
         return pb.ReportReply()
@@ -195,6 +196,22 @@ def _score(message: Any, field: str, kind: Kind) -> float | None:
     if not math.isfinite(value) or not kind.lowest <= value <= kind.highest:
         raise InvalidError(f"{field} must be a number from {kind.lowest:g} to {kind.highest:g}")
     return value
+
+
+def _differences(request: pb.ReportRequest) -> dict[str, float | None]:
+    """Return the sums of a comparison, or None for both where there is none.
+
+    Raises:
+        InvalidError: no differences have such sums (the Cauchy-Schwarz inequality).
+    """
+    if not request.HasField("difference_total"):
+        return {"difference_total": None, "difference_squares": None}
+    total, squares = request.difference_total, request.difference_squares
+    # Rounding may have moved both sums a little.
+    most = math.sqrt(max(0.0, squares)) * math.sqrt(request.num_held_out) * (1 + 1e-6)
+    if not (math.isfinite(squares) and abs(total) <= most):
+        raise InvalidError("no differences of that many examples have these two sums")
+    return {"difference_total": total, "difference_squares": squares}
 
 
 def _count(value: int) -> int:
@@ -254,6 +271,8 @@ def _event(state: RunState) -> pb.WatchEvent:
         last_round_over=state.last_round_over,
         next_round_at=state.next_round_at or 0.0,
         num_examples_to_open=state.num_examples_to_open or 0,
+        is_pinned=state.is_pinned,
+        withdrawn_rounds=state.withdrawn_rounds,
         server_time=time.time(),
     )
     if left_out := state.left_out:

@@ -161,8 +161,13 @@ class Store(OpenStateDir):
         return rounds[0] if rounds else None
 
     def has_published(self) -> bool:
-        """Return True if any round has published a model."""
-        return bool(self.read("SELECT 1 FROM rounds WHERE published IS NOT NULL LIMIT 1"))
+        """Return True if any round has published a model that was not withdrawn."""
+        return bool(
+            self.read(
+                "SELECT 1 FROM rounds WHERE published IS NOT NULL AND number NOT IN"
+                " (SELECT round FROM rollouts WHERE state = 'withdrawn') LIMIT 1"
+            )
+        )
 
     def round(self, number: int) -> RoundRow | None:
         """Return the round with this number; None if there is no such round."""
@@ -253,9 +258,10 @@ class Store(OpenStateDir):
             )
             database.execute(
                 "INSERT OR REPLACE INTO reports (round, agent_id, score_local, score_before,"
-                " score_after, score_adapted, num_held_out, applied, reason, at) VALUES (:round,"
-                " :agent_id, :score_local, :score_before, :score_after, :score_adapted,"
-                " :num_held_out, :applied, :reason, :at)",
+                " score_after, score_adapted, num_held_out, applied, reason, at, difference_total,"
+                " difference_squares) VALUES (:round, :agent_id, :score_local, :score_before, :score_after,"
+                " :score_adapted, :num_held_out, :applied, :reason, :at, :difference_total,"
+                " :difference_squares)",
                 {**vars(report), "round": number},
             )
         return is_first
@@ -263,11 +269,26 @@ class Store(OpenStateDir):
     def reports(self, number: int) -> list[ReportRow]:
         """Return the reports on a round's model, in agent-id order."""
         rows = self.read(
-            "SELECT agent_id, score_local, score_before, score_after, score_adapted,"
-            " num_held_out, applied, reason, at FROM reports WHERE round = ? ORDER BY agent_id",
+            "SELECT agent_id, score_local, score_before, score_after, score_adapted, num_held_out, applied,"
+            " reason, at, difference_total, difference_squares FROM reports WHERE round = ?"
+            " ORDER BY agent_id",
             number,
         )
         return [ReportRow(**{**row, "applied": bool(row["applied"])}) for row in rows]
+
+    def rounds_in_use(self, agent_id: str | None = None) -> dict[str, int]:
+        """Return the round of the published model that each agent has reported to use last, by agent id.
+
+        Args:
+            agent_id: the only agent that is asked for; None: all are.
+        """
+        # SQLite guarantees that the round comes from the row that has the maximum.
+        rows = self.read(
+            "SELECT agent_id, round, max(at) FROM reports WHERE applied AND agent_id = coalesce(?, agent_id)"
+            " GROUP BY agent_id",
+            agent_id,
+        )
+        return {row["agent_id"]: row["round"] for row in rows}
 
     # Uploads
 

@@ -77,6 +77,10 @@ class Point(StrEnum):
     SERVER_AGENT_REPORT_RECORDED = "server_agent_report_recorded"
     # The agent has the acknowledgement, but has not stored it yet.
     AGENT_REPORTED = "agent_reported"
+    # No agent has been told yet whether the model is released or withdrawn.
+    SERVER_CANARY_DECIDED = "server_canary_decided"
+    # The agent uses an older model than the withdrawn one, and has not reported that yet.
+    AGENT_WENT_BACK = "agent_went_back"
     # The last four points belong to the forgetting of an agent, by the server or by `cloud-server forget`.
     # The database has a record of the intent, and nothing is deleted yet.
     SERVER_FORGETTING_ASKED = "server_forgetting_asked"

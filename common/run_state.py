@@ -104,7 +104,7 @@ class RunState:
     # The digest of the weights in this agent's accepted contribution to this round; "": there is none.
     accepted_weights: str
     progress: WorkProgress | None
-    # The model of the last round that published one.
+    # The newest model that is for this agent, or the one that is pinned.
     latest_model: PublishedModel | None
     # The number of this round or the one before, if it failed; else 0.
     failed_round: int
@@ -129,6 +129,10 @@ class RunState:
     next_round_at: float | None = None
     # The next round opens when the connected agents have so many new examples; None: it waits for none.
     num_examples_to_open: int | None = None
+    # True if `latest_model` is to be used in the place of any other, a newer one included.
+    is_pinned: bool = False
+    # The rounds whose models are not to be used any more.
+    withdrawn_rounds: tuple[int, ...] = ()
 
     @property
     def takes_part(self) -> bool:
@@ -142,7 +146,7 @@ class RunState:
 
     @property
     def latest_round(self) -> int:
-        """Return the number of the last round that published a model; 0: none has."""
+        """Return the round of the model that is for this agent; 0: there is none."""
         return self.latest_model.round if self.latest_model else 0
 
 

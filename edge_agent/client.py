@@ -630,6 +630,8 @@ def _run_state(event: pb.WatchEvent) -> RunState:
         last_round_over=event.last_round_over,
         next_round_at=event.next_round_at if 0 < event.next_round_at < MAX_TIME else None,
         num_examples_to_open=event.num_examples_to_open or None,
+        is_pinned=event.is_pinned,
+        withdrawn_rounds=tuple(event.withdrawn_rounds),
     )
 
 

@@ -8,7 +8,8 @@ Shape letter: R rows of the file.
 """
 
 import csv
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -19,6 +20,7 @@ from ecavg.common.errors import UsageError, one_line
 
 if TYPE_CHECKING:
     import pyarrow
+    from pyarrow import parquet
 
 CSV = ".csv"
 PARQUET = (".parquet", ".pq")
@@ -59,6 +61,19 @@ def is_table(path: Path) -> bool:
         return path.suffix.lower() in (CSV, *PARQUET) and path.is_file()
     except OSError:
         return False
+
+
+def count_rows(path: Path) -> int:
+    """Return how many rows a table has beside its header, without reading their cells.
+
+    Raises:
+        UsageError: the Parquet file cannot be read, or pyarrow is missing.
+    """
+    if path.suffix.lower() in PARQUET:
+        with _parquet_file(path) as file:
+            return int(file.metadata.num_rows)
+    with path.open("rb") as file:
+        return max(0, sum(bool(line.strip()) for line in file) - 1)
 
 
 def read_columns(path: Path, names: Sequence[str]) -> Columns:
@@ -128,7 +143,9 @@ def _read_csv(path: Path, names: Sequence[str]) -> Columns:
     )
 
 
-def _read_parquet(path: Path, names: Sequence[str]) -> Columns:
+@contextmanager
+def _parquet_file(path: Path) -> Iterator["parquet.ParquetFile"]:
+    """Open a Parquet file; what goes wrong with it in the context is an error of one line."""
     try:
         import pyarrow
         from pyarrow import parquet
@@ -136,13 +153,18 @@ def _read_parquet(path: Path, names: Sequence[str]) -> Columns:
         raise UsageError(f"data source {path} needs pyarrow: pip install 'ecavg[parquet]'") from error
     try:
         with parquet.ParquetFile(path) as file:
-            _places(path, file.schema_arrow.names, names, "it")
-            table = file.read(columns=list(dict.fromkeys(names)))
-        cells = [_cells(path, name, table.column(name)) for name in names]
+            yield file
     except (OSError, ValueError, pyarrow.ArrowException) as error:
         raise UsageError(
             f"data source {path} cannot be read ({one_line(str(error))}): it should be a Parquet file"
         ) from error
+
+
+def _read_parquet(path: Path, names: Sequence[str]) -> Columns:
+    with _parquet_file(path) as file:
+        _places(path, file.schema_arrow.names, names, "it")
+        table = file.read(columns=list(dict.fromkeys(names)))
+        cells = [_cells(path, name, table.column(name)) for name in names]
     return Columns(path, names, cells, "row", range(1, table.num_rows + 1), "a cell has no value")
 
 

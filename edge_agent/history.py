@@ -5,7 +5,7 @@ cut off may be taken again.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from enum import StrEnum
 from pathlib import Path
 
@@ -150,6 +150,36 @@ class History:
         found = self._find(uses, number)
         if found is None:
             return None
+        return self._restore(uses, found, failure)
+
+    def go_back(self, run_id: str, withdrawn: Collection[int]) -> Use | None:
+        """Use the model again that was in use before, if the server has withdrawn the model in use.
+
+        Args:
+            run_id: the run of the server.
+            withdrawn: the rounds of that run whose models are not to be used.
+
+        Returns:
+            The entry of the model that is in use again; None: the model in use stays, because it is not
+            withdrawn, or because no other model is kept.
+        """
+        uses = self.uses()
+        if not self.is_withdrawn(run_id, withdrawn):
+            return None
+        latest = uses[-1]
+        for use in reversed(uses):
+            is_other = use.digest != latest.digest and self.is_kept(use)
+            if is_other and not _is_of(uses, use, run_id, withdrawn):
+                return self._restore(uses, use, "the server has withdrawn the model")
+        return None
+
+    def is_withdrawn(self, run_id: str, withdrawn: Collection[int]) -> bool:
+        """Return True if the model in use is the published model of one of these rounds, adapted or not."""
+        uses = self.uses()
+        return bool(uses) and _is_of(uses, uses[-1], run_id, withdrawn)
+
+    def _restore(self, uses: tuple[Use, ...], found: Use, failure: str) -> Use:
+        """Use a kept model again, and return its entry."""
         *before, latest = uses
         given_up = latest.model_copy(update={"is_told": latest.is_told or bool(failure), "failure": failure})
         restored = found.model_copy(
@@ -219,6 +249,13 @@ def use_of(weights: Path, run_id: str, number: int, source: Source, scores: Sequ
         score=score,
         at=time.time(),
     )
+
+
+def _is_of(uses: Sequence[Use], use: Use, run_id: str, rounds: Collection[int]) -> bool:
+    """Return True if the model came into use first as the published one of these rounds, adapted or not."""
+    first = next(each for each in uses if each.digest == use.digest)
+    is_published = first.source in (Source.PUBLISHED, Source.ADAPTED)
+    return is_published and first.run_id == run_id and first.round in rounds
 
 
 def _is_same(one: Use, other: Use) -> bool:

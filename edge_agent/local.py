@@ -36,7 +36,7 @@ from ecavg.common.transfer import Blob, blob_of
 from ecavg.common.weights import StateDict, load_into, write_state_dict
 from ecavg.common.wire import Base, encode, wire_of
 from ecavg.edge_agent.client import Joined
-from ecavg.edge_agent.comparison import objection
+from ecavg.edge_agent.comparison import compare, objection
 from ecavg.edge_agent.config import AgentConfig
 from ecavg.edge_agent.data import AgentData, choose_shared, load_agent_data
 from ecavg.edge_agent.history import History, Source, use_of
@@ -220,8 +220,14 @@ class LocalModels:
         self._train(model, self._run.pretrain, "pretrain", number, on_step, place)
         return model
 
-    def keep(self, number: int, initial_weights: str | None, model: nn.Module) -> Trained:
-        """Write what was pre-trained for a round to a file, and use it unless the model in use is better."""
+    def keep(
+        self, number: int, initial_weights: str | None, model: nn.Module, *, may_use: bool = True
+    ) -> Trained:
+        """Write what was pre-trained for a round to a file, and use it unless the model in use is better.
+
+        Args:
+            may_use: False where the model in use stays in any case, unless there is none.
+        """
         evaluation, path = self._evaluate(model), self._disk.local_weights
         state_dict, shared = model.state_dict(), shared_part(model, self._run)
         write_state_dict({name: state_dict[name] for name in state_dict if name in shared}, path)
@@ -234,7 +240,7 @@ class LocalModels:
             rest=self._keep_rest(model),
         )
         in_use = self._evaluate_in_use()
-        if in_use is None or evaluation.score >= in_use.score:
+        if in_use is None or (may_use and evaluation.score >= in_use.score):
             scores = in_use and in_use.score, evaluation.score
             # The network may have the weights of the model in use by now.
             rest = trained.rest and self._disk.rest(trained.rest.digest)
@@ -301,6 +307,7 @@ class LocalModels:
         on_step: OnStep,
         *,
         rest: Path | None = None,
+        must_use: bool = False,
     ) -> Report:
         """Compare a global model with the one in use, on this agent's own held-out data, and decide.
 
@@ -311,9 +318,10 @@ class LocalModels:
         Args:
             trained: what this agent has pre-trained for the round, if it did.
             rest: the file of the parts that do not travel; the models that are compared have all parts.
+            must_use: whether the model is to be used as it is, even where it does worse.
         """
         before, after, adapted = self._evaluate_in_use(), self._evaluate(self._model(weights, rest)), None
-        reason = self._objection(before, after)
+        reason = "" if must_use else self._objection(before, after)
         if reason and self._run.adapt_epochs:
             try:
                 adapted = self._evaluate(self._adapt(number, weights, rest, on_step))
@@ -323,6 +331,7 @@ class LocalModels:
                 is_worse = self._objection(before, adapted)
                 reason = f"{reason}; {adapted.score:.4f} after local adaptation" if is_worse else ""
         self._arrived = adapted or after
+        difference = compare(before.scores.numpy(), self._arrived.scores.numpy()) if before else None
         return Report(
             round=number,
             initial_weights=trained.initial_weights if trained else None,
@@ -333,6 +342,8 @@ class LocalModels:
             num_held_out=after.num_examples,
             applied=not reason,
             reason=reason,
+            difference_total=difference and difference.total,
+            difference_squares=difference and difference.squares,
         )
 
     def apply(self, weights: Path, report: Report, on_step: OnStep, *, rest: Path | None = None) -> None:

@@ -47,6 +47,7 @@ from ecavg.edge_agent.state import AgentState, Arrived, Report, Trained
 from ecavg.edge_agent.teller import Teller
 from ecavg.edge_agent.transfers import Transfers, is_whole
 from ecavg.edge_agent.updating import Updates
+from ecavg.edge_agent.withdrawals import Withdrawals
 from ecavg.edge_agent.worker import Worker
 
 # One contribution is sent so often, where the server turns out not to hold what was uploaded.
@@ -109,6 +110,7 @@ class Member:
         self._display = display
         self._teller = teller
         self._transfers = Transfers(client, disk, worker, display, data)
+        self._withdrawals = Withdrawals(client, disk, worker, updates, display)
 
     async def take_part(self) -> None:
         """Do what each state calls for, until the run is over."""
@@ -126,7 +128,9 @@ class Member:
 
     async def _act_on(self, state: RunState) -> bool:
         """Do what the state calls for; return False if that is to leave."""
-        if self._is_new_model(state):
+        if self._withdrawals.has_news(state):
+            await self._withdrawals.follow(state)
+        elif self._is_new_model(state):
             await self._take_latest_model(state)
         elif self._is_open_round(state):
             await self._news.unless(self._is_in_vain, self._contribute_traced(state))
@@ -150,11 +154,13 @@ class Member:
             await self._save(contributed_round=state.round - 1)
 
     def _is_called_for(self, state: RunState) -> bool:
-        is_work = self._is_new_model(state) or self._is_open_round(state)
+        is_for_model = self._withdrawals.has_news(state) or self._is_new_model(state)
+        is_work = is_for_model or self._is_open_round(state)
         return state.run_over or (is_work and self._data.is_ready)
 
     def _is_new_model(self, state: RunState) -> bool:
-        return state.latest_round > self._disk.progress.evaluated_round
+        number, progress = state.latest_round, self._disk.progress
+        return number > progress.evaluated_round or (state.is_pinned and number != progress.pinned_round)
 
     def _is_open_round(self, state: RunState) -> bool:
         is_new = state.round > self._disk.progress.contributed_round
@@ -239,7 +245,8 @@ class Member:
             with tracing.span("pre-train"):
                 trained = await self._train(state)
             crash_point(Point.AGENT_WEIGHTS_WRITTEN)
-            await self._save(trained=trained)
+            changes = {} if state.is_pinned else {"pinned_round": 0}
+            await self._save(trained=trained, **changes)
             crash_point(Point.AGENT_PRETRAINED)
             self._disk.discard(self._disk.checkpoint)
             await self._updates.tell()
@@ -260,7 +267,8 @@ class Member:
         async with self._teller.telling(AgentProgress(Activity.PRE_TRAINING)):
             model = await self._training(Activity.PRE_TRAINING, label, pretrain, number, path)
         async with self._teller.telling(AgentProgress(Activity.EVALUATING)):
-            return await self._worker.run(models.keep, number, initial and initial.digest, model)
+            keep = partial(models.keep, may_use=not state.is_pinned)
+            return await self._worker.run(keep, number, initial and initial.digest, model)
 
     def _is_kept(self, models: LocalModels, trained: Trained, number: int, initial: Blob | None) -> bool:
         """Return True if these weights are here, of this round, from that start and today's data."""
@@ -361,10 +369,10 @@ class Member:
         assert state.latest_model
         try:
             with tracing.round_span("take model", self._disk.progress.run_id, state.latest_round):
-                await self._take_global_model(state.latest_model)
+                await self._take_global_model(state, state.latest_model)
         except NotFoundError as error:
             number = state.latest_round
-            state = await self._news.next(lambda newer: newer.latest_round > number or newer.run_over)
+            state = await self._news.next(lambda newer: newer.latest_round != number or newer.run_over)
             if state.latest_round == number:
                 await self._give_up(number, error)
 
@@ -381,9 +389,9 @@ class Member:
     async def _give_up(self, number: int, error: NotFoundError) -> None:
         """Do without the model of a round."""
         self._display.message(f"round {number}: its model cannot be had any more: {error}")
-        await self._save(evaluated_round=number, arrived=None)
+        await self._save(evaluated_round=number, pinned_round=number, arrived=None)
 
-    async def _take_global_model(self, published: PublishedModel) -> None:
+    async def _take_global_model(self, state: RunState, published: PublishedModel) -> None:
         """Download, compare on this agent's own held-out data, adapt if need be, apply, report."""
         self._metrics.set_phase(Phase.DOWNLOADING)
         path = await self._transfers.download(published.weights, "global model", published.encoded)
@@ -394,10 +402,13 @@ class Member:
             trained = None
         models = await self._data.models()
         label = f"round {published.round}: adapting"
-        measure = partial(models.measure, rest=rest)
+        must_use = state.is_pinned or await self._withdrawals.concern_model_in_use(state)
+        measure = partial(models.measure, rest=rest, must_use=must_use)
         async with self._teller.telling(AgentProgress(Activity.EVALUATING)):
             report = await self._training(Activity.ADAPTING, label, measure, published.round, path, trained)
-        arrived = Arrived(weights=published.weights, report=report, rest=published.rest)
+        arrived = Arrived(
+            weights=published.weights, report=report, rest=published.rest, is_pinned=state.is_pinned
+        )
         # Once the model is replaced, the one before cannot be measured again.
         await self._save(arrived=arrived)
         crash_point(Point.AGENT_EVALUATED)
@@ -421,7 +432,12 @@ class Member:
         )
         await self._client.report(report)
         crash_point(Point.AGENT_REPORTED)
-        await self._save(evaluated_round=report.round, arrived=None)
+        await self._save(
+            evaluated_round=report.round,
+            pinned_round=report.round if arrived.is_pinned else 0,
+            applied_reports=self._withdrawals.reports_with(report),
+            arrived=None,
+        )
         # No file there is of a later round yet: that one starts from this model, applied or not.
         self._disk.discard_all_but({path, rest})
         self._display.message(f"round {report.round}: {_outcome_of(report, models.metric)}")

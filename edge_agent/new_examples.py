@@ -7,10 +7,11 @@ from typing import IO
 
 from numpy.lib import format as npy
 
+from ecavg.common.errors import UsageError
 from ecavg.edge_agent.arrays import is_arrays
+from ecavg.edge_agent.columns import count_rows, is_table
 from ecavg.edge_agent.folder_walk import folders_in, items_below
 from ecavg.edge_agent.state import AgentState
-from ecavg.edge_agent.tables import is_table
 
 
 class NewExamples:
@@ -37,25 +38,20 @@ class NewExamples:
 def count_examples(source: Path) -> int:
     """Return how many training examples an image folder, arrays or a table has; 0 if it cannot be read now.
 
-    Pictures are counted by their names, arrays by their headers, and a table by its lines.
+    Pictures are counted by their names, arrays by their headers, and a table by its lines or, where it is
+    Parquet, by its footer.
     """
     try:
         if is_table(source):
-            return _count_lines(source)
+            return count_rows(source)
         return _count_inputs(source) if is_arrays(source) else _count_pictures(source / "train")
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+    except (UsageError, OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         # Somebody is writing there, or has taken it away: it is looked at again.
         return 0
 
 
 def _count_pictures(folder: Path) -> int:
     return sum(item.is_picture for each in folders_in(folder) for item in items_below(each))
-
-
-def _count_lines(path: Path) -> int:
-    """Return how many lines the file has beside its header; empty ones do not count."""
-    with path.open("rb") as file:
-        return max(0, sum(bool(line.strip()) for line in file) - 1)
 
 
 def _count_inputs(path: Path) -> int:

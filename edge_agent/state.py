@@ -53,6 +53,9 @@ class Report(Scored):
     applied: bool
     # Why it does not, or how `on_update` failed; empty if it does and nothing failed.
     reason: str
+    # The sums of the comparison with the model in use before, see comparison.py; None: there was none.
+    difference_total: float | None = None
+    difference_squares: float | None = None
 
     @property
     def uses_adapted(self) -> bool:
@@ -67,6 +70,8 @@ class Arrived(FrozenModel):
     report: Report
     # The cloud's own parts of the model, for an agent that has none yet; None: all parts travel.
     rest: Blob | None = None
+    # True if the model was pinned when it was measured.
+    is_pinned: bool = False
 
 
 class Begun(FrozenModel):
@@ -103,6 +108,12 @@ class Progress(FrozenModel):
     # one that was accepted.
     num_taken: int = 0
     num_contributed: int = 0
+    # The round whose model is in use because it was pinned; 0: another model may be in use by now.
+    pinned_round: int = 0
+    # The last acknowledged reports of models that came into use.
+    applied_reports: tuple[Report, ...] = ()
+    # The withdrawn rounds whose models this agent does not use any more.
+    avoided_rounds: tuple[int, ...] = ()
 
 
 class AgentState:

@@ -42,6 +42,7 @@ class Updates:
         say: called with a line for the user.
 
     Attributes:
+        history: the models that were in use.
         is_cut_off: True while a model is told of, and afterwards if that was cancelled.
     """
 
@@ -58,7 +59,7 @@ class Updates:
         self._worker = worker
         self._metrics = metrics
         self._say = say
-        self._history = History(disk.path, config.keep_models, config.max_file_bytes)
+        self.history = History(disk.path, config.keep_models, config.max_file_bytes)
         self.is_cut_off = False
 
     async def tell(self) -> Told:
@@ -72,7 +73,7 @@ class Updates:
         return told
 
     async def _tell(self) -> Told:
-        uses = await self._worker.run(self._history.uses)
+        uses = await self._worker.run(self.history.uses)
         is_asked_for = self._config.on_update or self._config.export != "none"
         if not uses or not is_asked_for:
             return Told()
@@ -81,7 +82,7 @@ class Updates:
         failure = await self._do(uses[-1])
         if not failure:
             self._metrics.updates_total.labels("done").inc()
-            await self._worker.run(self._history.mark_told)
+            await self._worker.run(self.history.mark_told)
             return Told()
         return await self._failed(uses[-1], failure)
 
@@ -91,11 +92,11 @@ class Updates:
         restored = None
         # A model that came back because another one failed is kept, whatever its own command says.
         if self._config.on_update_failure == "roll-back" and use.source is not Source.ROLLED_BACK:
-            restored = await self._worker.run(self._history.roll_back, None, failure)
+            restored = await self._worker.run(self.history.roll_back, None, failure)
         if restored is None:
             self._metrics.updates_total.labels("failed").inc()
             self._say(f"round {use.round}: {failure}; the model stays in use")
-            await self._worker.run(self._history.mark_told, failure)
+            await self._worker.run(self.history.mark_told, failure)
             return Told(failure)
         self._metrics.updates_total.labels("rolled_back").inc()
         self._say(f"round {use.round}: {failure}; rolled back to the model of round {restored.round}")
@@ -119,7 +120,7 @@ class Updates:
         from ecavg.edge_agent.exporting import export
 
         assert self._config.export != "none"
-        weights, run = self._history.weights(use), self._history.run_of(use)
+        weights, run = self.history.weights(use), self.history.run_of(use)
         export(run, use, weights, self._config.export, path, self._config.allow_factory)
 
     def _variables(self, use: Use) -> dict[str, str]:

@@ -38,6 +38,7 @@ ROOMS = (
             "records",
             "door",
             "metrics",
+            "rollout",
             "round",
             "store",
             "disk",
@@ -46,8 +47,8 @@ ROOMS = (
     ),
     Room(
         "commands",
-        "check, doctor, status, token, agents, forget: what an operator runs",
-        ("upkeep", "door", "store", "jobs", "round", "disk", "config", "state_dir"),
+        "check, doctor, status, token, agents, forget, models: what an operator runs",
+        ("upkeep", "door", "rollout", "store", "jobs", "round", "disk", "config", "state_dir"),
     ),
     Room(
         "server",
@@ -82,12 +83,14 @@ ROOMS = (
     ),
     Room(
         "upkeep",
-        "clean-ups, provenance, forgetting an agent",
+        "clean-ups, provenance, forgetting an agent, deciding on canaries",
         (
             "ledger",
             "intake",
             "training",
             "showing",
+            "metrics",
+            "rollout",
             "round",
             "store",
             "jobs",
@@ -99,7 +102,18 @@ ROOMS = (
     Room(
         "ledger",
         "the open round and the agents: one lock, record first, then memory",
-        ("run", "showing", "records", "metrics", "round", "store", "classes", "contribution", "disk"),
+        (
+            "run",
+            "showing",
+            "records",
+            "metrics",
+            "rollout",
+            "round",
+            "store",
+            "classes",
+            "contribution",
+            "disk",
+        ),
     ),
     Room(
         "intake",
@@ -129,7 +143,7 @@ ROOMS = (
     Room(
         "showing",
         "what is seen of the run: state for agents, page, terminal; the reports",
-        ("records", "metrics", "round", "store", "jobs", "contribution", "disk"),
+        ("records", "metrics", "rollout", "round", "store", "jobs", "contribution", "disk"),
     ),
     Room(
         "records",
@@ -138,6 +152,7 @@ ROOMS = (
     ),
     Room("door", "who may come in: admission, authority, limits, connections", ("disk",)),
     Room("metrics", "what the server counts", ("round", "jobs")),
+    Room("rollout", "which round's model is for which agent", ("store", "disk")),
     Room("round", "the state machine of a round, a value", ("contribution",)),
     Room("store", "the records, in SQLite", ("contribution", "disk")),
     Room(

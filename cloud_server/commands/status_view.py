@@ -4,7 +4,7 @@ The document comes from another process, perhaps of another version: what it doe
 """
 
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any, NamedTuple
 
@@ -70,11 +70,14 @@ def _headline(document: Document) -> Text:
         lines.append("The run is over.")
     elif phase == "collecting":
         lines.append(_quorum(document))
-        lines.append(str(document.get("waiting") or ""))
+    lines.append(str(document.get("waiting") or ""))
+    if document.get("pinned_round"):
+        lines.append(f"The model of round {document['pinned_round']} is pinned: agents use that one.")
     rounds = document.get("rounds") or []
     if rounds and rounds[-1].get("failure"):
         lines.append(f"Round {rounds[-1].get('round')} failed: {rounds[-1]['failure']}")
-    published = [row for row in rounds if row.get("outcome") == "published"]
+    lines += _roll_outs(rounds)
+    published = [row for row in rounds if row.get("outcome") == "published" and not _is_withdrawn(row)]
     if published:
         last, figures = published[-1], _Figures(document.get("metric") or "accuracy")
         lines.append(
@@ -85,6 +88,19 @@ def _headline(document: Document) -> Text:
     if _trainer(document).get("state") == "restarting":
         lines.append("The trainer has ended, and is started again.")
     return _text("\n".join(one_line(line) for line in lines if line))
+
+
+def _roll_outs(rounds: Sequence[Document]) -> list[str]:
+    """Return that the model of the last round was withdrawn, and why."""
+    if not rounds or not _is_withdrawn(rounds[-1]):
+        return []
+    return [
+        f"The model of round {rounds[-1].get('round')} is withdrawn: {rounds[-1]['roll_out'].get('reason')}"
+    ]
+
+
+def _is_withdrawn(row: Document) -> bool:
+    return bool((row.get("roll_out") or {}).get("state") == "withdrawn")
 
 
 def _trainer(document: Document) -> Document:
@@ -183,14 +199,24 @@ def _state(agent: Document) -> str:
     parts.append(_away(agent) if is_away else "")
     if place := agent.get("upload_place"):
         parts.append(f"waits to upload, place {place}")
-    if agent.get("applied") is not None:
-        parts.append("uses the global model" if agent["applied"] else "kept its own model")
+    parts.append(_model_in_use(agent))
+    if agent.get("is_canary"):
+        parts.append("in the canary")
     audit = agent.get("audit") or {}
     parts += [f"flagged: {flag}" for flag in audit.get("flags") or []]
     if audit.get("left_out"):
         parts.append("left out of the model")
     parts.append(str(agent.get("message") or ""))
     return ", ".join(filter(None, parts))
+
+
+def _model_in_use(agent: Document) -> str:
+    """Return which round's model the agent uses, as far as it has reported."""
+    if agent.get("applied") is False:
+        return "kept its own model"
+    if agent.get("model_round") is not None:
+        return f"uses the global model of round {agent['model_round']}"
+    return "uses the global model" if agent.get("applied") else ""
 
 
 def _away(agent: Document) -> str:

@@ -178,6 +178,27 @@ MIGRATIONS = (
     ALTER TABLE reports RENAME COLUMN accuracy_after TO score_after;
     ALTER TABLE reports RENAME COLUMN accuracy_adapted TO score_adapted;
     """,
+    """
+    CREATE TABLE rollouts (
+        round INTEGER PRIMARY KEY REFERENCES rounds (number),
+        state TEXT NOT NULL CHECK (state IN ('canary', 'released', 'withdrawn')),
+        reason TEXT NOT NULL DEFAULT '',
+        begun_at REAL NOT NULL,
+        decided_at REAL
+    );
+    CREATE TABLE canaries (
+        round INTEGER NOT NULL REFERENCES rollouts (round),
+        agent_id TEXT NOT NULL REFERENCES agents (agent_id),
+        PRIMARY KEY (round, agent_id)
+    );
+    CREATE TABLE pins (
+        only INTEGER PRIMARY KEY DEFAULT 1 CHECK (only = 1),
+        round INTEGER NOT NULL REFERENCES rounds (number),
+        at REAL NOT NULL
+    );
+    ALTER TABLE reports ADD COLUMN difference_total REAL;
+    ALTER TABLE reports ADD COLUMN difference_squares REAL;
+    """,
 )
 
 
@@ -271,6 +292,26 @@ class ReportRow:
     at: float
     # None: the model was not adapted, or that is not known.
     score_adapted: float | None = None
+    # The sum of the differences of the scores of the held-out examples, as in edge_agent/comparison.py, and
+    # of their squares; None: there was no model to compare with.
+    difference_total: float | None = None
+    difference_squares: float | None = None
+
+
+@dataclass(frozen=True)
+class RolloutRow:
+    """How far the roll-out of a round's model is; a published round without a row is for all agents."""
+
+    round: int
+    # "canary", "released" or "withdrawn".
+    state: str
+    # Why the model was released or withdrawn, in one line; empty: that is not decided.
+    reason: str
+    begun_at: float
+    # None: it is not decided.
+    decided_at: float | None
+    # The ids of the agents that have the model before all others; empty: there were none.
+    canary: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

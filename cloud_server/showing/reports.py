@@ -13,8 +13,9 @@ import structlog
 from ecavg.cloud_server import records
 from ecavg.cloud_server.contribution import Decision
 from ecavg.cloud_server.disk.failures import storage_errors, when_disk_allows
-from ecavg.cloud_server.disk.tables import AgentRow, ReportRow, RoundRow, SelectionRow
+from ecavg.cloud_server.disk.tables import AgentRow, ReportRow, RolloutRow, RoundRow, SelectionRow
 from ecavg.cloud_server.jobs import Result, round_job
+from ecavg.cloud_server.rollout import offers
 from ecavg.cloud_server.round import OVER
 from ecavg.cloud_server.store import Store
 from ecavg.common.config import CANDIDATES, RunConfig
@@ -153,6 +154,8 @@ class Reports:
             selection=records.selection_of(self._store, number),
             weights_bytes=self._store.blobs.size(row.published_digest) if row.published_digest else None,
         )
+        if rollout := offers.rollout_of(self._store, number):
+            report |= _roll_out(rollout)
         if rest_digest:
             report["rest"] = {"sha256": rest_digest, "bytes": self._store.blobs.size(rest_digest)}
         write(report, self._store.state_dir.round(number), weights, rest)
@@ -208,6 +211,13 @@ def build(
             seconds["publish"] = max(0.0, times[Phase.PUBLISHED.value] - result.finished_at)
     report["seconds"] = {name: round(value, 3) for name, value in seconds.items()}
     return report
+
+
+def _roll_out(row: RolloutRow) -> dict[str, Any]:
+    """Return what the report says of the roll-out of the round's model."""
+    decided = {"reason": row.reason, "at": row.decided_at} if row.decided_at is not None else {}
+    canary = {"canary": list(row.canary)} if row.canary else {}
+    return {"roll_out": {"state": row.state, **decided}, **canary}
 
 
 def write(report: Mapping[str, Any], folder: Path, weights: Path | None, rest: Path | None = None) -> None:

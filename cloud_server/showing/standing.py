@@ -13,14 +13,17 @@ from typing import Any
 
 from ecavg.cloud_server.disk.tables import RoundRow
 from ecavg.cloud_server.metrics import ServerMetrics
+from ecavg.cloud_server.rollout import offers
+from ecavg.cloud_server.rollout.offers import Offers
 from ecavg.cloud_server.round import Round
+from ecavg.cloud_server.showing.offered import Offered, blob, encoded, rest
 from ecavg.cloud_server.showing.opening import Opening
 from ecavg.cloud_server.showing.presence import Presence
 from ecavg.cloud_server.showing.progress import ProgressBoard
 from ecavg.cloud_server.store import Store
 from ecavg.common.errors import Reason
 from ecavg.common.pace import Pace
-from ecavg.common.run_state import LeftOut, PublishedModel, RunState, Wait, WorkProgress
+from ecavg.common.run_state import LeftOut, RunState, Wait, WorkProgress
 from ecavg.common.transfer import Blob, Encoded
 
 # Agents hear of counts and progress so often at most, and so many of them in a second, so that a thousand
@@ -71,7 +74,7 @@ class Standing:
         self._opening = Opening()
         self._last_round_over = False
         self._run_over = False
-        self._latest_model: PublishedModel | None = None
+        self._offered = Offered(store)
         self._counted = store.counted_rounds()
         self._left_out = {
             agent_id: LeftOut(number, Reason(reason), message)
@@ -81,8 +84,6 @@ class Standing:
         self._last_failure = (0, "")
         for row in store.rounds():
             self._note_end(row)
-        # The agents that have reported on the model of this round.
-        self._reported = {row.agent_id for row in store.reports(current.number)}
         metrics.watch_agents(self._num_agents)
         metrics.watch_selection(self._num_selected)
         # These two are set by show().
@@ -106,18 +107,19 @@ class Standing:
         if current.phase is not before.phase:
             self._progress, self._pace = None, Pace()
         if current.number != before.number:
-            self._reported = set()
             self._opening = Opening()
         if current.initial_digest != self._initial_weights.digest:
-            self._initial_weights = self._blob(current.initial_digest)
-            self._initial_encoded = self._encoded(current.initial_digest)
-            self._initial_rest = self._rest(current.initial_digest)
+            self._initial_weights = blob(self._store, current.initial_digest)
+            self._initial_encoded = encoded(self._store, current.initial_digest)
+            self._initial_rest = rest(self._store, current.initial_digest)
         if (current.number, current.phase) == (before.number, before.phase):
             self._tell(concerned)
             self._tell_all_soon()
         else:
             self._note_end(current)
             self._note_counted(current)
+            if current.published_digest:
+                self._offered.take(offers.read(self._store))
             self._tell_all()
         self._display()
 
@@ -132,14 +134,24 @@ class Standing:
         self._slots.pop(agent_id, None)
         self._counted.pop(agent_id, None)
         self._left_out.pop(agent_id, None)
-        self._reported.discard(agent_id)
+        self._offered.forget(agent_id)
         self._board.forget(agent_id)
         self._metrics.forget(agent_id)
 
-    def show_report(self, agent_id: str, number: int) -> None:
-        """Show that an agent has reported on the model of a round."""
-        if number == self._round.number:
-            self._reported.add(agent_id)
+    def show_offers(self, offered: Offers) -> None:
+        """Show which rounds' models agents are offered, as it is on record now."""
+        if offered != self._offered.offers:
+            self._offered.take(offered)
+            self._tell_all()
+            self._display()
+
+    def show_report(self, agent_id: str, number: int, *, is_applied: bool) -> None:
+        """Show that an agent has reported on the model of a round.
+
+        Args:
+            is_applied: whether the agent uses the model.
+        """
+        self._offered.note_report(agent_id, number, is_applied=is_applied)
         self._note_change()
 
     def show_progress(self, progress: WorkProgress) -> None:
@@ -243,9 +255,18 @@ class Standing:
         return self._changed
 
     @property
-    def reported(self) -> Set[str]:
-        """Return the agents that have reported on the model of the current round."""
-        return self._reported
+    def offers(self) -> Offers:
+        """Return which rounds' models agents are offered."""
+        return self._offered.offers
+
+    @property
+    def rounds_in_use(self) -> Mapping[str, int]:
+        """Return the round of the published model that each agent has reported to use, by agent id."""
+        return self._offered.rounds_in_use
+
+    def still_awaited(self, agent_ids: Set[str]) -> Set[str]:
+        """Return those of the agents that have not reported on what all are offered; see offered.py."""
+        return self._offered.still_awaited(agent_ids)
 
     def is_watched_by(self, agent_id: str) -> bool:
         """Return True if the agent has an open Watch."""
@@ -295,7 +316,7 @@ class Standing:
             outcome=self._round.outcome_of(agent_id) if agent_id else None,
             accepted_weights=accepted.weights_digest if accepted else "",
             progress=self._progress,
-            latest_model=self._latest_model,
+            latest_model=self._offered.model_for(agent_id),
             failed_round=failed_round if is_news else 0,
             failure=failure if is_news else "",
             run_over=self._run_over,
@@ -308,6 +329,8 @@ class Standing:
             last_round_over=self._last_round_over,
             next_round_at=self._opening.at,
             num_examples_to_open=self._opening.num_examples,
+            is_pinned=bool(self._offered.offers.pinned),
+            withdrawn_rounds=self._offered.offers.withdrawn,
         )
 
     # ------------------------------------------------------------------ small parts
@@ -345,12 +368,6 @@ class Standing:
         return Counter(each.value for each in chosen if each)
 
     def _note_end(self, ended: Round | RoundRow) -> None:
-        # Agents do not use the model of round 0: it is only where round 1 starts from.
-        if ended.published_digest and ended.number:
-            digest = ended.published_digest
-            self._latest_model = PublishedModel(
-                ended.number, self._blob(digest), self._encoded(digest), self._rest(digest)
-            )
         if ended.failure:
             self._last_failure = (ended.number, ended.failure)
 
@@ -360,19 +377,6 @@ class Standing:
             self._left_out |= {
                 agent_id: LeftOut(current.number, *why) for agent_id, why in current.left_out.items()
             }
-
-    def _blob(self, digest: str) -> Blob:
-        return Blob(digest, self._store.blobs.size(digest) or 0)
-
-    def _encoded(self, digest: str) -> Encoded | None:
-        encoding = self._store.encoding(digest)
-        if encoding is None or self._store.blobs.size(encoding.digest) is None:
-            return None
-        return Encoded(self._blob(encoding.digest), encoding.base)
-
-    def _rest(self, digest: str) -> Blob | None:
-        rest = self._store.rest(digest)
-        return self._blob(rest) if rest else None
 
 
 async def wait_for(event: asyncio.Event, seconds: float | None) -> None:

@@ -5,8 +5,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
-from ecavg.cloud_server.disk.tables import ReportRow, RoundRow
+from ecavg.cloud_server.disk.tables import ReportRow, RolloutRow, RoundRow
 from ecavg.cloud_server.jobs import AgentAudit, Result
+from ecavg.cloud_server.rollout import offers
 from ecavg.cloud_server.round import OVER, Round
 from ecavg.cloud_server.showing.agent_metrics import OneAgent
 from ecavg.cloud_server.showing.opening import Opening
@@ -14,7 +15,7 @@ from ecavg.cloud_server.showing.presence import Presence
 from ecavg.cloud_server.showing.progress import ProgressBoard, Shown
 from ecavg.cloud_server.showing.reports import Reports
 from ecavg.cloud_server.showing.standing import Standing
-from ecavg.cloud_server.showing.waiting import Pending, sentence
+from ecavg.cloud_server.showing.waiting import Pending, sentence, tried_sentence
 from ecavg.cloud_server.store import Store
 from ecavg.common.agent_progress import UNITS, Activity, AgentProgress
 from ecavg.common.run_state import Outcome, Phase, Selection
@@ -87,7 +88,8 @@ class Status:
         results = await self._results_of(rows)
         num_accepted = await asyncio.to_thread(self._store.num_accepted)
         last_published = max((row.number for row in rows if row.published_digest), default=0)
-        reported = {row.agent_id: row for row in await asyncio.to_thread(self._store.reports, last_published)}
+        reported = await asyncio.to_thread(self._reports_on_offer)
+        rollouts = await asyncio.to_thread(offers.rollouts, self._store, rows[0].number)
         current, progress = standing.current, standing.progress
         audited = results.get(last_published, Result()).audit
         audits = {agent.agent_id: _audit_status(agent) for agent in audited}
@@ -103,7 +105,8 @@ class Status:
             "phases": _phases(rows[-1], current, self._clock()),
             "progress": progress and {"done": progress.done, "total": progress.total, "loss": progress.loss},
             "trainer": {"state": self.trainer_state, "seconds_left": standing.work_seconds_left},
-            "waiting": None if standing.run_over else self._waiting(doing),
+            "waiting": None if standing.run_over else self._waiting(doing, reported),
+            "pinned_round": standing.offers.pinned or None,
             "next_round": _next_round(standing.opening, presence.num_new_examples),
             "agents": [
                 _agent_status(
@@ -117,11 +120,14 @@ class Status:
                     "selection": current.selection_of(agent_id),
                     "is_ready": agent_id not in presence.not_ready,
                     "waits_for": presence.waits_for(agent_id),
+                    "model_round": standing.rounds_in_use.get(agent_id),
+                    "is_canary": agent_id in standing.offers.canary_agents,
                 }
                 for agent_id, slot in sorted(standing.slots.items(), key=lambda item: item[1])
             ],
             "rounds": [
                 _round_status(kind, row, num_accepted.get(row.number, 0), results.get(row.number))
+                | {"roll_out": _roll_out_status(rollouts.get(row.number))}
                 for row in rows
                 if row.phase in OVER
             ],
@@ -131,19 +137,31 @@ class Status:
             "deadline_at": current.deadline_at,
         }
 
+    def _reports_on_offer(self) -> dict[str, ReportRow]:
+        """Return each agent's report on the model that it is offered."""
+        offered = self._standing.offers
+        return {
+            row.agent_id: row
+            for number in offered.rounds
+            for row in self._store.reports(number)
+            if offered.for_agent(row.agent_id) == number
+        }
+
+    def _waiting(self, doing: Mapping[str, Shown | None], reported: Mapping[str, ReportRow]) -> str | None:
+        """Return for whom or what the run waits, in a sentence; None: for nothing that needs one."""
+        offered, now = self._standing.offers, self._clock()
+        if offered.canary:
+            return tried_sentence(offered.canary, offered.canary_agents, reported)
+        if opens := self._standing.opening.sentence(now, self._presence.num_new_examples):
+            return opens
+        return sentence(self._standing.current, self._pending(doing), now)
+
     def _doing(self, agent_id: str, places: Mapping[str, int]) -> Shown | None:
         """Return what an agent that is here is doing; None: nobody knows."""
         shown = self._board.of(agent_id)
         if shown is None and agent_id in places:
             return Shown(AgentProgress(Activity.QUEUED), None, None)
         return shown
-
-    def _waiting(self, doing: Mapping[str, Shown | None]) -> str | None:
-        """Return for what the run waits; None: it waits for nothing that is not shown elsewhere."""
-        now = self._clock()
-        if opens := self._standing.opening.sentence(now, self._presence.num_new_examples):
-            return opens
-        return sentence(self._standing.current, self._pending(doing), now)
 
     def _pending(self, doing: Mapping[str, Shown | None]) -> list[Pending]:
         """Return the agents that may contribute to the round, and have not."""
@@ -261,6 +279,11 @@ def _round_status(kind: Kind, row: RoundRow, num_contributions: int, result: Res
         **published(kind, scores),
         "seconds": round(ended_at - row.opened_at, 3),
     }
+
+
+def _roll_out_status(row: RolloutRow | None) -> dict[str, Any] | None:
+    """Return how far the roll-out of a round's model is; None: it is for all agents, if there is one."""
+    return {"state": row.state, "reason": row.reason or None} if row else None
 
 
 def _phases(row: RoundRow, current: Round, now: float) -> list[dict[str, Any]]:

@@ -1,7 +1,7 @@
 """Who holds up the round, and why, in one sentence for people."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Container, Sequence
 from datetime import UTC, datetime
 from typing import NamedTuple
 
@@ -51,6 +51,22 @@ class Pending(NamedTuple):
         """Return how long it will take with what it is doing; infinity if nobody knows."""
         known = self.shown and self.shown.seconds_left
         return math.inf if known is None else known
+
+
+def tried_sentence(number: int, canary: Collection[str], reported: Container[str]) -> str:
+    """Return whose reports on the model of round `number` are waited for.
+
+    Args:
+        canary: the agents that have the model before all others.
+        reported: those that have reported on it, and maybe others.
+    """
+    missing = sorted(agent_id for agent_id in canary if agent_id not in reported)
+    names = ", ".join(missing[:NUM_NAMED])
+    more = f" and {len(missing) - NUM_NAMED} more" if len(missing) > NUM_NAMED else ""
+    count = f"{len(canary) - len(missing)} of {len(canary)} agents of the canary have reported"
+    return f"The model of round {number} is tried out: {count}" + (
+        f"; waiting for {names}{more}." if missing else "."
+    )
 
 
 def sentence(current: Round, pending: Sequence[Pending], now: float) -> str | None:

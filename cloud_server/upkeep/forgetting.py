@@ -39,7 +39,7 @@ from ecavg.common.faults import Point, crash_point
 from ecavg.common.files import replacing
 
 # The lists of agent ids in report.json and result.json.
-_LISTS_OF_IDS = ("late", "vanished", "drawn", "not_ready", "soup")
+_LISTS_OF_IDS = ("late", "vanished", "drawn", "not_ready", "soup", "canary")
 
 log = structlog.get_logger()
 

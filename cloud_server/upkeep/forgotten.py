@@ -91,7 +91,7 @@ def forget_records(store: Store, row: ForgettingRow, also: Collection[str]) -> N
         database.executemany(
             "INSERT OR IGNORE INTO removals VALUES (?)", [(digest,) for digest in (*begun, *also)]
         )
-        for table in ("reports", "contributions", "selections", "uploads", "agents"):
+        for table in ("reports", "contributions", "selections", "canaries", "uploads", "agents"):
             database.execute(f"DELETE FROM {table} WHERE agent_id = ?", agent)  # noqa: S608
         database.execute("UPDATE run SET class_names_of = '' WHERE class_names_of = ?", agent)
         keep_needed(store, database)

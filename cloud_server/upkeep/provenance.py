@@ -10,6 +10,8 @@ Then comes one for each published model, in the order of the rounds:
     {"round": 1, "model": DIGEST, "at": SECONDS, "contributions":
         [{"agent_id": "edge-1", "weights": DIGEST, "shards": [DIGEST, …], "num_examples": 600}, …]}
 
+The line of a model that was withdrawn has `"withdrawn": true` as well.
+
 A forgotten agent's pseudonym, which was drawn when it was forgotten, stands there in place of its id; the
 digests stay. (They are empty for agents that were forgotten before the records kept them.)
 """
@@ -26,7 +28,8 @@ from ecavg.cloud_server.upkeep.forgotten import forgettings
 from ecavg.common.files import replacing, sync
 
 _PUBLISHED = (
-    "SELECT number, published, (SELECT at FROM phase_history WHERE round = number AND phase = 'published'"
+    "SELECT number, published, number IN (SELECT round FROM rollouts WHERE state = 'withdrawn') AS withdrawn,"
+    " (SELECT at FROM phase_history WHERE round = number AND phase = 'published'"
     " ORDER BY entry LIMIT 1) AS at FROM rounds WHERE published IS NOT NULL"
 )
 
@@ -90,6 +93,7 @@ def _line_of_round(store: Store, row: dict[str, Any]) -> bytes:
             "round": row["number"],
             "model": row["published"],
             "at": row["at"],
+            **({"withdrawn": True} if row["withdrawn"] else {}),
             "contributions": [item | {"shards": json.loads(item["shards"])} for item in contributions],
         }
     )

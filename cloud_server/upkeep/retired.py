@@ -94,9 +94,13 @@ def keep_uploaded(database: sqlite3.Connection) -> None:
 
 
 def needed_blobs(store: Store) -> set[str]:
-    """Return the digests that rounds which are not retired name, and the run's first initial weights."""
+    """Return the digests that rounds which are not retired name, and others that are always needed.
+
+    These are the run's first initial weights, and the model of a round that is pinned.
+    """
     rows = store.read(
         "SELECT digest FROM named_blobs WHERE round >= ?"
+        " UNION SELECT digest FROM named_blobs WHERE agent_id = '' AND round IN (SELECT round FROM pins)"
         " UNION SELECT initial_weights FROM rounds WHERE number = (SELECT min(number) FROM rounds)",
         _first_not_retired(store),
     )

@@ -89,7 +89,8 @@ function agentState(agent) {
   if (!agent.is_ready) parts.push(note("not ready"));
   if (WAITS_FOR[agent.waits_for]) parts.push(note(WAITS_FOR[agent.waits_for]));
   if (agent.upload_place && !doing) parts.push(note(`waits to upload, place ${agent.upload_place}`));
-  if (agent.applied != null) parts.push(note(modelInUse(agent)));
+  if (agent.is_canary) parts.push(note("in the canary: has the new model first"));
+  if (agent.applied != null || agent.model_round != null) parts.push(note(modelInUse(agent)));
   parts.push(...auditParts(agent.audit));
   if (agent.message) parts.push(note(agent.message));
   return parts;
@@ -98,8 +99,9 @@ function agentState(agent) {
 const awayText = (agent) => (agent.away_since == null ? "away" : `away since ${clockTime(agent.away_since, shown.now)}`);
 
 function modelInUse(agent) {
-  if (!agent.applied) return "kept its own model";
-  return shown.figures.of(agent, "adapted") == null ? "uses the global model" : "uses the global model, adapted";
+  if (agent.applied === false) return "kept its own model";
+  const uses = `uses the global model${agent.model_round == null ? "" : ` of round ${agent.model_round}`}`;
+  return shown.figures.of(agent, "adapted") == null ? uses : `${uses}, adapted`;
 }
 
 /** Return a line about what an agent is doing, and a bar where its total is known. */

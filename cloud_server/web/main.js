@@ -40,7 +40,7 @@ function show(status, now) {
   draw("phases", [status.phase, status.phases], () => phases(status));
   draw("progress", [status.phase, status.progress, status.trainer], () => progress(status));
   const figures = figuresOf(status);
-  draw("result", [figures.metric, status.rounds], () => result(status.rounds, figures));
+  draw("result", [figures.metric, status.rounds, status.pinned_round], () => result(status.rounds, figures, status.pinned_round));
   showAgents(status.agents, now, figures);
   draw("rounds", [figures.metric, status.rounds], () => rounds(status.rounds, figures));
   showHistory(status, figures);

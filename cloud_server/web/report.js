@@ -2,7 +2,7 @@
 
 import { byId, element, note, table } from "./dom.js";
 import { figuresOf } from "./figures.js";
-import { candidates } from "./round.js";
+import { candidates, rollOut } from "./round.js";
 import { FLAGS, LEFT_OUT, NONE, duration, roundName, size } from "./words.js";
 
 const PARTS = {
@@ -35,6 +35,7 @@ async function contents(number) {
   return [
     element("div", { class: "bar" }, heading(number), element("a", { href: "#" }, "Close")),
     element("p", {}, sentence(report, figures)),
+    ...rollOut(report.roll_out),
     element("p", { class: "downloads" },
       element("a", { href: path, download: "" }, "Download the report"), ...(await model(number, report))),
     ...candidates(report, figures), ...agents(report, figures), ...classes(report, figures), ...notIn(report), ...seconds(report),
@@ -95,7 +96,7 @@ function classes(report, figures) {
 
 /** Return who is not in the model. */
 function notIn(report) {
-  const lists = [["late", "Late"], ["not_ready", "Not ready"], ["vanished", "Not heard of"], ["drawn", "Drawn"]];
+  const lists = [["late", "Late"], ["not_ready", "Not ready"], ["vanished", "Not heard of"], ["drawn", "Drawn"], ["canary", "Canary"]];
   const rejected = report.rejected.map((each) => element("p", {}, `Rejected: ${each.agent_id}`, note(each.message)));
   const named = lists.filter(([name]) => report[name]?.length)
     .map(([name, title]) => element("p", {}, `${title}: ${report[name].join(", ")}`));

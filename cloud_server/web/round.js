@@ -1,7 +1,7 @@
 // The top of the page: the round that is under way, and the model of the round before.
 
 import { element, note, table } from "./dom.js";
-import { NONE, PHASES, candidateName, duration, phaseName, roundName, timeLeft } from "./words.js";
+import { NONE, PHASES, ROLL_OUTS, candidateName, duration, phaseName, roundName, timeLeft } from "./words.js";
 
 export function headline(status) {
   const [name, sentence] = PHASES[status.phase] ?? [status.phase, ""];
@@ -57,9 +57,10 @@ export function progress(status) {
   ];
 }
 
-/** Return the model of the last round; `figures` reads its figures. */
-export function result(rounds, figures) {
-  const last = rounds.findLast((round) => round.outcome === "published" && round.round > 0);
+/** Return the model of the last round that was not withdrawn; `figures` reads its figures. */
+export function result(rounds, figures, pinned) {
+  const isUsed = (round) => round.outcome === "published" && round.round > 0 && round.roll_out?.state !== "withdrawn";
+  const last = rounds.findLast(isUsed);
   if (!last) return [];
   const [start, end] = ["start", "published"].map((stage) => figures.of(last, stage));
   const tile = (name, ...value) => element("div", {}, element("dt", {}, name), element("dd", {}, ...value));
@@ -70,6 +71,7 @@ export function result(rounds, figures) {
   }[last.published];
   return [
     element("h2", { id: "result-title" }, `Global model of round ${last.round}`),
+    ...(pinned ? [element("p", { class: "warn" }, `The model of round ${pinned} is pinned: agents use that one.`)] : []),
     element("dl", { class: "tiles" },
       tile(`${figures.title} at the start`, figures.text(start), ...(last.start ? [note(candidateName(last.start))] : [])),
       tile(`${figures.title} as published`, figures.text(end), ...(published ? [note(published)] : [])),
@@ -111,9 +113,17 @@ function outcome(round) {
   const isPublished = round.outcome === "published";
   return [
     element("span", { class: isPublished ? "good" : "bad" }, isPublished ? "✓ published" : `✗ ${round.outcome}`),
+    ...rollOut(round.roll_out),
     ...(round.start ? [note(`start: ${candidateName(round.start).toLowerCase()}`)] : []),
     ...(round.flagged.length ? [note(`⚑ flagged: ${round.flagged.join(", ")}`, "bad")] : []),
     ...(round.audit_note ? [note(round.audit_note, "warn")] : []),
     ...(round.failure ? [note(round.failure)] : []),
   ];
+}
+
+/** Return how far the roll-out of a model is, and why; nothing where it is for all agents from the beginning. */
+export function rollOut(rollOut) {
+  if (!rollOut) return [];
+  const [look, text] = ROLL_OUTS[rollOut.state] ?? ["", rollOut.state];
+  return [note(rollOut.reason ? `${text}: ${rollOut.reason}` : text, look)];
 }

@@ -37,6 +37,12 @@ export const WAITS_FOR = {
   upload_hours: "waits for the hours in which it uploads",
 };
 
+export const ROLL_OUTS = {
+  canary: ["warn", "tried out by the canary"],
+  released: ["", "for all agents"],
+  withdrawn: ["bad", "withdrawn"],
+};
+
 export const percent = (ratio) => (ratio == null ? NONE : `${(100 * ratio).toFixed(1)} %`);
 
 export const roundName = (number) => (number ? `Round ${number}` : "Warm-up");

@@ -205,7 +205,7 @@ class WatchRequest(_message.Message):
     def __init__(self, not_ready: bool = ..., waits_for: _Optional[_Union[Wait, str]] = ..., num_new_examples: _Optional[int] = ...) -> None: ...
 
 class WatchEvent(_message.Message):
-    __slots__ = ("round", "phase", "initial_weights", "outcome", "progress", "latest_model", "failed_round", "failure", "run_over", "num_contributions", "max_contributions", "initial_encoded", "counted_round", "accepted_weights", "left_out", "server_time", "selection", "has_full_curve", "last_round_over", "next_round_at", "num_examples_to_open", "initial_rest")
+    __slots__ = ("round", "phase", "initial_weights", "outcome", "progress", "latest_model", "failed_round", "failure", "run_over", "num_contributions", "max_contributions", "initial_encoded", "counted_round", "accepted_weights", "left_out", "server_time", "selection", "has_full_curve", "last_round_over", "next_round_at", "num_examples_to_open", "initial_rest", "is_pinned", "withdrawn_rounds")
     ROUND_FIELD_NUMBER: _ClassVar[int]
     PHASE_FIELD_NUMBER: _ClassVar[int]
     INITIAL_WEIGHTS_FIELD_NUMBER: _ClassVar[int]
@@ -228,6 +228,8 @@ class WatchEvent(_message.Message):
     NEXT_ROUND_AT_FIELD_NUMBER: _ClassVar[int]
     NUM_EXAMPLES_TO_OPEN_FIELD_NUMBER: _ClassVar[int]
     INITIAL_REST_FIELD_NUMBER: _ClassVar[int]
+    IS_PINNED_FIELD_NUMBER: _ClassVar[int]
+    WITHDRAWN_ROUNDS_FIELD_NUMBER: _ClassVar[int]
     round: int
     phase: Phase
     initial_weights: Blob
@@ -250,7 +252,9 @@ class WatchEvent(_message.Message):
     next_round_at: float
     num_examples_to_open: int
     initial_rest: Blob
-    def __init__(self, round: _Optional[int] = ..., phase: _Optional[_Union[Phase, str]] = ..., initial_weights: _Optional[_Union[Blob, _Mapping]] = ..., outcome: _Optional[_Union[Outcome, str]] = ..., progress: _Optional[_Union[Progress, _Mapping]] = ..., latest_model: _Optional[_Union[PublishedModel, _Mapping]] = ..., failed_round: _Optional[int] = ..., failure: _Optional[str] = ..., run_over: bool = ..., num_contributions: _Optional[int] = ..., max_contributions: _Optional[int] = ..., initial_encoded: _Optional[_Union[Encoded, _Mapping]] = ..., counted_round: _Optional[int] = ..., accepted_weights: _Optional[str] = ..., left_out: _Optional[_Union[LeftOut, _Mapping]] = ..., server_time: _Optional[float] = ..., selection: _Optional[_Union[Selection, str]] = ..., has_full_curve: bool = ..., last_round_over: bool = ..., next_round_at: _Optional[float] = ..., num_examples_to_open: _Optional[int] = ..., initial_rest: _Optional[_Union[Blob, _Mapping]] = ...) -> None: ...
+    is_pinned: bool
+    withdrawn_rounds: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, round: _Optional[int] = ..., phase: _Optional[_Union[Phase, str]] = ..., initial_weights: _Optional[_Union[Blob, _Mapping]] = ..., outcome: _Optional[_Union[Outcome, str]] = ..., progress: _Optional[_Union[Progress, _Mapping]] = ..., latest_model: _Optional[_Union[PublishedModel, _Mapping]] = ..., failed_round: _Optional[int] = ..., failure: _Optional[str] = ..., run_over: bool = ..., num_contributions: _Optional[int] = ..., max_contributions: _Optional[int] = ..., initial_encoded: _Optional[_Union[Encoded, _Mapping]] = ..., counted_round: _Optional[int] = ..., accepted_weights: _Optional[str] = ..., left_out: _Optional[_Union[LeftOut, _Mapping]] = ..., server_time: _Optional[float] = ..., selection: _Optional[_Union[Selection, str]] = ..., has_full_curve: bool = ..., last_round_over: bool = ..., next_round_at: _Optional[float] = ..., num_examples_to_open: _Optional[int] = ..., initial_rest: _Optional[_Union[Blob, _Mapping]] = ..., is_pinned: bool = ..., withdrawn_rounds: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class LeftOut(_message.Message):
     __slots__ = ("round", "reason", "message")
@@ -369,7 +373,7 @@ class DownloadReply(_message.Message):
     def __init__(self, chunk: _Optional[bytes] = ..., size_bytes: _Optional[int] = ...) -> None: ...
 
 class ReportRequest(_message.Message):
-    __slots__ = ("round", "score_local", "score_before", "score_after", "num_held_out", "applied", "reason", "score_adapted")
+    __slots__ = ("round", "score_local", "score_before", "score_after", "num_held_out", "applied", "reason", "score_adapted", "difference_total", "difference_squares")
     ROUND_FIELD_NUMBER: _ClassVar[int]
     SCORE_LOCAL_FIELD_NUMBER: _ClassVar[int]
     SCORE_BEFORE_FIELD_NUMBER: _ClassVar[int]
@@ -378,6 +382,8 @@ class ReportRequest(_message.Message):
     APPLIED_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
     SCORE_ADAPTED_FIELD_NUMBER: _ClassVar[int]
+    DIFFERENCE_TOTAL_FIELD_NUMBER: _ClassVar[int]
+    DIFFERENCE_SQUARES_FIELD_NUMBER: _ClassVar[int]
     round: int
     score_local: float
     score_before: float
@@ -386,7 +392,9 @@ class ReportRequest(_message.Message):
     applied: bool
     reason: str
     score_adapted: float
-    def __init__(self, round: _Optional[int] = ..., score_local: _Optional[float] = ..., score_before: _Optional[float] = ..., score_after: _Optional[float] = ..., num_held_out: _Optional[int] = ..., applied: bool = ..., reason: _Optional[str] = ..., score_adapted: _Optional[float] = ...) -> None: ...
+    difference_total: float
+    difference_squares: float
+    def __init__(self, round: _Optional[int] = ..., score_local: _Optional[float] = ..., score_before: _Optional[float] = ..., score_after: _Optional[float] = ..., num_held_out: _Optional[int] = ..., applied: bool = ..., reason: _Optional[str] = ..., score_adapted: _Optional[float] = ..., difference_total: _Optional[float] = ..., difference_squares: _Optional[float] = ...) -> None: ...
 
 class ReportReply(_message.Message):
     __slots__ = ()

@@ -73,6 +73,34 @@ async def test_agents_that_adapt_the_global_model_are_told_from_those_that_use_i
     ]
 
 
+async def test_page_shows_who_uses_which_model_and_how_far_its_roll_out_is(
+    store: Store, tmp_path: Path
+) -> None:
+    status = await status_of(RESULT, store, tmp_path)
+    using = {"away_since": None, "is_canary": False, "applied": None}
+    agents = (
+        {**using, "agent_id": "tries", "applied": True, "model_round": 2, "is_canary": True},
+        {**using, "agent_id": "waits", "model_round": 1},
+    )
+    status["agents"] = [status["agents"][0] | agent for agent in agents]
+    status["pinned_round"] = 1
+    for row, state, reason in zip(status["rounds"], ("released", "withdrawn"), (None, MARKUP), strict=True):
+        row["roll_out"] = {"state": state, "reason": reason}
+    async with given(status, store) as page:
+        _, *found = await page.rows("#agents")
+        result = await page.text("#result")
+        _, second, first = await page.rows("#rounds")
+    assert [row.split("away ")[1].rstrip("– ") for row in found] == [
+        "in the canary: has the new model first uses the global model of round 2",
+        "uses the global model of round 1",
+    ]
+    assert result.startswith(
+        "Global model of round 1 The model of round 1 is pinned: agents use that one. Accuracy"
+    )
+    assert second.startswith(f"Round 2 ✓ published withdrawn: {MARKUP} start:")
+    assert first.startswith("Round 1 ✓ published for all agents ")
+
+
 async def test_what_the_audit_holds_against_an_agent_stands_beside_it(store: Store, tmp_path: Path) -> None:
     status = await status_of(RESULT, store, tmp_path)
     nothing = {"norm_ratio": 1.0, "is_clipped": False, "flags": [], "left_out": None}

@@ -29,6 +29,9 @@ ADAPTING = (
     "--set", "run.fine_tune.learning_rate=1e-6",
 )  # fmt: skip
 
+# The same, without adaptation: both agents try the model first, and for one of them it is far worse.
+WITHDRAWN = (*ADAPTING, "--set", "run.adapt_epochs=0", "--canary", 1)
+
 # Both agents are needed in each round, so that none is late.
 ASYNC = (*SETTINGS, "--set", 'run.mode="async"')
 

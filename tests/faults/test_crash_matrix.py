@@ -11,7 +11,18 @@ import pytest
 from ecavg.cloud_server.__main__ import main
 from ecavg.common.faults import Point
 from ecavg.common.transfer import Blob, blob_of
-from tests.faults.runs import ADAPTING, AGENTS, ASYNC, HEADS, INT8, NUM_ROUNDS, SETTINGS, Run, armed_with
+from tests.faults.runs import (
+    ADAPTING,
+    AGENTS,
+    ASYNC,
+    HEADS,
+    INT8,
+    NUM_ROUNDS,
+    SETTINGS,
+    WITHDRAWN,
+    Run,
+    armed_with,
+)
 from tests.integration.test_forgetting import check_forgotten, provenance
 from tests.processes import Cluster, cluster_in, until
 
@@ -54,6 +65,16 @@ WITH_HEADS = [
     (Point.SERVER_MODEL_ADOPTED, 1),
     (Point.SERVER_MODEL_ADOPTED, 2),
 ]
+IN_A_CANARY = [
+    (Point.SERVER_PHASE_RECORDED, 4),  # published
+    (Point.AGENT_EVALUATED, 1),
+    (Point.AGENT_MODEL_APPLIED, 1),
+    (Point.SERVER_AGENT_REPORT_RECORDED, 1),
+    (Point.SERVER_AGENT_REPORT_RECORDED, 3),  # that an agent has gone back
+    (Point.SERVER_CANARY_DECIDED, 1),
+    (Point.AGENT_REPORTED, 1),
+    (Point.AGENT_WENT_BACK, 1),
+]
 FORGETTING = (
     Point.SERVER_FORGETTING_ASKED,
     Point.SERVER_AGENT_RECORDS_REMOVED,
@@ -65,6 +86,8 @@ ELSEWHERE = (
     Point.SERVER_CA_KEY_WRITTEN,  # tests/integration/test_identity.py
     Point.SERVER_BLOB_IN_BUCKET,  # tests/faults/test_bucket.py
     Point.SERVER_SAMPLE_DRAWN,  # tests/integration/test_sampling.py
+    Point.SERVER_CANARY_DECIDED,
+    Point.AGENT_WENT_BACK,
     Point.AGENT_ADAPTED,
     Point.AGENT_DECODED,
     Point.AGENT_ENCODED,
@@ -207,6 +230,46 @@ def test_killed_while_it_adapts_an_agent_uses_the_same_model(
     assert all(agent["applied"] for agent in agents)
     assert blob_of(cluster.folder / who / "model.safetensors") == in_use
     assert not (cluster.folder / who / "work/adapted.safetensors").exists()
+
+
+@pytest.fixture(scope="module")
+def withdrawn(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], str]:
+    """Do a run whose model is withdrawn; return its report, and the id of the agent that has used it."""
+    with cluster_in(tmp_path_factory.mktemp("withdrawn")) as cluster:
+        run = Run(cluster, WITHDRAWN)
+        run.start()
+        run.finish(FINISH_SECONDS)
+        (who,) = (name for name in AGENTS if "that of round 1 is in use again" in run.processes[name].output)
+        return without_times(cluster.report()), who
+
+
+@pytest.mark.parametrize(
+    ("point", "count"),
+    others_soak(IN_A_CANARY, [(Point.SERVER_CANARY_DECIDED, 1)]),
+)
+def test_killed_in_a_canary_the_model_is_withdrawn_and_its_agent_goes_back(
+    withdrawn: tuple[dict[str, Any], str], cluster: Cluster, tmp_path: Path, point: Point, count: int
+) -> None:
+    report, who = withdrawn
+    victim, environment = armed_with(point, count, tmp_path / "died")
+    run = Run(cluster, WITHDRAWN)
+    run.start("server" if victim == "server" else who, environment)
+    run.finish(FINISH_SECONDS)
+    assert (tmp_path / "died").exists(), "the point was never reached"
+    assert without_times(cluster.report()) == report
+    assert report["canary"] == list(AGENTS)
+    assert report["roll_out"]["state"] == "withdrawn"
+    assert [agent["applied"] for agent in report["agents"]] == [False, False]
+    (entry,) = provenance(cluster.state_dir)
+    assert entry["withdrawn"]
+    published = report["weights"]["sha256"]
+    assert all(blob_of(cluster.folder / name / "model.safetensors").digest != published for name in AGENTS)
+    assert main(["check", str(cluster.state_dir)]) == 0
+
+
+def without_times(report: dict[str, Any]) -> dict[str, Any]:
+    roll_out = {name: value for name, value in report["roll_out"].items() if name != "at"}
+    return {**report, "roll_out": roll_out, "seconds": {}}
 
 
 @pytest.fixture(scope="module")

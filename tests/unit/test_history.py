@@ -119,3 +119,40 @@ def test_figures_of_two_tasks_are_not_compared(history: History, tmp_path: Path)
     history.take(tmp_path / "other", RUN, use.model_copy(update={"metric": "R²"}))
     restored = history.roll_back()
     assert (restored.metric, restored.score_before, restored.score) == ("accuracy", None, 0.1)
+
+
+def test_device_goes_back_to_the_newest_model_that_is_not_withdrawn(history: History, tmp_path: Path) -> None:
+    take(history, tmp_path, 1)
+    second = take(history, tmp_path, 2, Source.PRE_TRAINED)
+    take(history, tmp_path, 3, Source.ADAPTED)
+    take(history, tmp_path, 4)
+    assert history.go_back("run", [3]) is None
+    assert history.go_back("another run", [3, 4]) is None
+    restored = history.go_back("run", [3, 4])
+    assert restored
+    assert (restored.round, restored.source, restored.digest) == (2, Source.ROLLED_BACK, second.digest)
+    assert in_use(tmp_path) == second.digest
+    assert history.uses()[-2].failure == "the server has withdrawn the model"
+    # What this device has trained itself is not the model that the server has withdrawn.
+    assert not history.is_withdrawn("run", [2, 3, 4])
+    assert history.go_back("run", [2, 3, 4]) is None
+
+
+def test_withdrawn_model_that_was_rolled_back_to_is_known(history: History, tmp_path: Path) -> None:
+    take(history, tmp_path, 1)
+    take(history, tmp_path, 2)
+    history.roll_back(1)
+    assert history.is_withdrawn("run", [1])
+    restored = history.go_back("run", [1])
+    assert restored
+    assert restored.round == 2
+
+
+def test_device_whose_other_models_are_withdrawn_as_well_keeps_the_one_in_use(
+    history: History, tmp_path: Path
+) -> None:
+    assert not history.is_withdrawn("run", [1])
+    take(history, tmp_path, 1)
+    take(history, tmp_path, 2)
+    assert history.go_back("run", [1, 2]) is None
+    assert history.latest().round == 2

@@ -31,6 +31,7 @@ SERVER_CONTRACT = {
     "ecavg_server_uploads": {"state"},
     "ecavg_server_contributions_total": {"outcome"},
     "ecavg_server_reports_total": {"applied"},
+    "ecavg_server_canaries_total": {"outcome"},
     "ecavg_server_received_bytes_total": {"kind"},
     "ecavg_server_refusals_total": {"reason"},
     "ecavg_server_connections_ended_total": set(),

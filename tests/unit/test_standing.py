@@ -119,6 +119,7 @@ async def test_page_shows_candidates_and_start_of_each_published_round(store: St
         "flagged": ["edge-3"],
         "audit_note": "nobody knows",
         "seconds": pytest.approx(0.9),
+        "roll_out": None,
     }
 
 
@@ -187,7 +188,7 @@ async def test_watchers_do_not_hear_of_who_comes_and_goes(viewed: Viewed) -> Non
         other = viewed.standing.watch("edge-2")
         await anext(other)
         await other.aclose()
-        viewed.standing.show_report("edge-2", 1)
+        viewed.standing.show_report("edge-2", 1, is_applied=True)
         await asyncio.sleep(0)
     assert not following.done()
     viewed.standing.show_progress(WorkProgress(1, 2))

@@ -117,6 +117,22 @@ def test_agents_have_a_row_each_with_what_they_do(page: Page, capsys: pytest.Cap
     assert "\x1b" not in "".join(lines)
 
 
+def test_canary_pin_and_withdrawal_are_shown(page: Page, capsys: pytest.CaptureFixture[str]) -> None:
+    withdrawn = {"state": "withdrawn", "reason": "worse\x1b[2J"}
+    rows = [DOCUMENT["rounds"][0], {"round": 2, "outcome": "published", "roll_out": withdrawn}]
+    agents = [
+        {"agent_id": "edge-1", "applied": True, "model_round": 2, "is_canary": True},
+        {"agent_id": "edge-2", "model_round": 1, "is_canary": False},
+    ]
+    changes = {"phase": "published", "waiting": "Tried out.", "pinned_round": 1, "rounds": rows}
+    page.answers = [DOCUMENT | changes | {"agents": agents}]
+    text = "\n".join(shown(page, capsys))
+    assert "Tried out.\nThe model of round 1 is pinned: agents use that one." in text
+    assert "The model of round 2 is withdrawn: worse [2J\nGlobal model of round 1: accuracy 25.0 %" in text
+    assert "edge-1  working, uses the global model of round 2, in the canary" in text
+    assert "edge-2  working, uses the global model of round 1" in text
+
+
 def test_figure_of_another_task_is_a_number_with_its_name(
     page: Page, capsys: pytest.CaptureFixture[str]
 ) -> None:

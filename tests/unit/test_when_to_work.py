@@ -148,6 +148,11 @@ def write_table(path: Path) -> None:
     path.write_text("a,b\n1,2\n\n3,4\r\n5,6", "utf-8")
 
 
+def write_parquet(path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow", reason="Parquet needs pyarrow")
+    pytest.importorskip("pyarrow.parquet").write_table(pyarrow.table({"a": [1, 2, 3]}), path)
+
+
 @pytest.mark.parametrize(
     ("name", "write"),
     [
@@ -158,6 +163,7 @@ def write_table(path: Path) -> None:
         ("arrays", write_npy_2),
         ("arrays", write_split_npy),
         ("table.csv", write_table),
+        ("table.parquet", write_parquet),
     ],
 )
 def test_three_examples_are_counted_without_reading_them(
@@ -167,10 +173,11 @@ def test_three_examples_are_counted_without_reading_them(
     assert count_examples(tmp_path / name) == 3
 
 
-@pytest.mark.parametrize("name", ["gone", "gone.csv", "empty.npz", "empty.csv", "no_header.npz"])
+@pytest.mark.parametrize("name", ["gone", "gone.csv", "empty.npz", "empty.csv", "no_header.npz", "bad.pq"])
 def test_source_that_cannot_be_read_now_has_no_examples(tmp_path: Path, name: str) -> None:
     (tmp_path / "empty.npz").write_bytes(b"")
     (tmp_path / "empty.csv").write_bytes(b"")
+    (tmp_path / "bad.pq").write_bytes(b"PAR1")
     np.savez(tmp_path / "no_header.npz", others=np.zeros(3))
     assert count_examples(tmp_path / name) == 0
 

@@ -1,0 +1,1 @@
+"""Which round's model is for which agent: the canary, the pin, and what was withdrawn."""
