@@ -25,7 +25,6 @@ from cloud_server.door.authority import Authority, CaNotValidError
 from cloud_server.server import GrpcServer
 from common import rpc, tls
 from common.background import beside
-from common.config import PROTOCOL_VERSION
 from common.errors import (
     ConflictError,
     ForbiddenError,
@@ -39,6 +38,7 @@ from common.errors import (
 from common.faults import Point
 from common.pb import ecavg_pb2 as pb
 from common.pb import ecavg_pb2_grpc as pb_grpc
+from common.protocol import SPOKEN
 from common.shards import Shard, write_shard
 from common.transfer import Blob, blob_of
 from edge_agent.client import CloudClient
@@ -158,7 +158,7 @@ async def until(condition: Callable[[], Any], seconds: float = WAIT_SECONDS) -> 
             await asyncio.sleep(0.01)
 
 
-JOIN = pb.JoinRequest(protocol_version=PROTOCOL_VERSION)
+JOIN = pb.JoinRequest(protocol_version=SPOKEN.newest)
 
 
 # ---------------------------------------------------------------------- enrolment
