@@ -574,7 +574,7 @@ def _run_config(run_json: str) -> RunConfig:
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"])) or "run"
-        raise RunError(
+        raise UsageError(
             f"this agent does not understand the server's run ({rpc.plain(key)}: {rpc.plain(first['msg'])}):"
             " install the same version on both"
         ) from error
