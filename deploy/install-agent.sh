@@ -1,5 +1,5 @@
 #!/bin/sh
-# Installs an edge agent as a service on a device with systemd: a Raspberry Pi, a Jetson, or any Linux machine.
+# Installs an edge agent as a service on a device with systemd: a Raspberry Pi, a Jetson, any Linux machine.
 #
 #   sudo deploy/install-agent.sh --server cloud.example:50051 --token-file token.txt
 #
@@ -8,7 +8,8 @@
 #   /etc/ecavg/edge-agent.toml  the configuration, if there is none yet
 #   /etc/ecavg/join-token       the token, readable by root alone
 #   /etc/systemd/system/edge-agent.service   the service, with a user of its own that systemd makes, started
-# It may be run again, also to update: what is there stays, but for the packages, the unit and a token that is given.
+# It may be run again, also to update: all stays that is there, but the packages, the unit and a token that
+# is given.
 set -eu
 
 usage() {

@@ -54,8 +54,8 @@ def test_agents_that_are_scaled_share_nothing_but_tokens() -> None:
     assert agent["deploy"]["replicas"] == 0
     # No id and no named volume, so that each container has its own.
     assert "--agent-id" not in agent["command"]
-    named = {volume.split(":")[0] for volume in agent["volumes"] if not volume.startswith("/")}
-    assert named == {"join", "scrape"}
+    assert {volume.split(":")[0] for volume in agent["volumes"]} == {"join", "scrape"}
+    assert "\nVOLUME /state\n" in DOCKERFILE
     prometheus = yaml.safe_load((ROOT / "deploy/prometheus.yml").read_text("utf-8"))
     (job,) = [each for each in prometheus["scrape_configs"] if each["job_name"] == "edge-agent"]
     assert job["dns_sd_configs"][0]["names"] == ["edge-agent"]
