@@ -38,10 +38,10 @@ def test_no_agent_of_the_stack_can_read_the_servers_keys() -> None:
     stack = (ROOT / "docker-compose.yml").read_text("utf-8")
     holders = [
         name
-        for name in ("tokens", "cloud-server", "edge-1", "edge-2", "prometheus")
+        for name in ("tokens", "cloud-server", "trainer", "edge-1", "edge-2", "edge-agent", "prometheus")
         if "cloud-server:/state" in service(stack, name)
     ]
-    assert holders == ["tokens", "cloud-server"]
+    assert holders == ["tokens", "cloud-server", "trainer"]
     assert "/join" not in service(stack, "prometheus")
     assert "insecure" not in stack
 
