@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help install demo test test-gpu coverage check soak fuzz bench bench-peers docs screenshots release format proto clean
+.PHONY: help install demo test test-gpu coverage check soak fuzz bench bench-peers docs screenshots release sbom format proto clean
 
 help:
 	@echo "make demo    one round of handwritten digits: a server and two agents on this machine (TASK=regression)"
@@ -16,6 +16,7 @@ help:
 	@echo "make fuzz    coverage-guided fuzzing of what strangers' bytes meet (FUZZ_SECONDS=600 each)"
 	@echo "make bench   speed, memory and bytes (minutes); make bench-peers: the same rounds on Flower and NVFlare"
 	@echo "make docs    write what docs/ has from the code, and build the documentation site in site/"
+	@echo "make sbom    write sbom.json, what is installed as CycloneDX (SBOM_PYTHON=the python of another environment)"
 	@echo "make screenshots  take the pictures of the status page in docs/img, of a real run, with Chromium"
 	@echo "make release wheel and sdist in dist/, tried in an empty environment on each Python that is here"
 	@echo "make format  rewrite the code in the house style"
@@ -95,6 +96,11 @@ bench-peers: $(READY)
 docs: $(READY)
 	$(BIN)/python -m docs.generate
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
+
+SBOM_PYTHON ?= $(BIN)/python
+sbom: $(READY)
+	$(BIN)/python -m cyclonedx_py environment --pyproject pyproject.toml --output-reproducible \
+		--output-format JSON --output-file sbom.json $(SBOM_PYTHON)
 
 screenshots: $(READY)
 	$(BIN)/python -m tests.browser.screenshots

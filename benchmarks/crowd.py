@@ -21,9 +21,9 @@ import numpy as np
 from safetensors.numpy import save
 
 from ecavg.common import rpc
-from ecavg.common.config import PROTOCOL_VERSION
 from ecavg.common.pb import ecavg_pb2 as pb
 from ecavg.common.pb import ecavg_pb2_grpc as pb_grpc
+from ecavg.common.protocol import SPOKEN
 from ecavg.common.tls import SERVER_NAME, TlsMaterial
 
 # Everyone stays in line for so long; a benchmark has no use for an agent that gives up.
@@ -105,7 +105,7 @@ class Agent:
         while not self.lived.saw_the_end:
             try:
                 async with self._connected() as stub:
-                    await self._call("Join", stub.Join, pb.JoinRequest(protocol_version=PROTOCOL_VERSION))
+                    await self._call("Join", stub.Join, pb.JoinRequest(protocol_version=SPOKEN.newest))
                     await self._watch(stub)
             except grpc.aio.AioRpcError as error:
                 if error.code() not in BROKEN_OFF:

@@ -23,6 +23,7 @@ from ecavg.common.agent_progress import AgentProgress
 from ecavg.common.config import RunConfig
 from ecavg.common.errors import BudgetError, ConflictError, InvalidError, NotFoundError, Reason
 from ecavg.common.faults import Point, crash_point
+from ecavg.common.protocol import SPOKEN, Versions, agree
 from ecavg.common.run_state import Outcome, Phase, RunState, Verdict, Wait
 from ecavg.common.tasks import Kind, kind_of
 from ecavg.common.transfer import Blob
@@ -41,6 +42,8 @@ class Membership:
     num_partitions: int
     probe: tuple[float, ...]
     planned_rounds: int
+    # The highest version of the protocol that the agent and this server speak.
+    protocol_version: int
 
 
 class Receiving(NamedTuple):
@@ -96,22 +99,32 @@ class Desk:
         """Return what is known of the run's task."""
         return kind_of(self._run.config.task)
 
-    async def join(self, agent_id: str, class_names: Sequence[str] = ()) -> Membership:
+    async def join(
+        self, agent_id: str, class_names: Sequence[str] = (), spoken: Versions = SPOKEN
+    ) -> Membership:
         """Return the agent's membership, the same whenever it asks.
 
         Args:
             class_names: the classes of the agent's image folder; empty where it has none.
+            spoken: the versions of the protocol that the agent speaks.
 
         Raises:
             BudgetError: the run takes no more agents.
             NotFoundError: the agent has just been forgotten.
-            InvalidError: the classes are not those of the run.
+            InvalidError: the classes are not those of the run, or no version of the protocol is common.
         """
+        protocol_version = _agreed_version(agent_id, spoken)
         slot = await self._ledger.join(agent_id, class_names, self._uploads.let_in)
         run = self._run.config.model_copy(update={"class_names": self._ledger.class_names})
         num_partitions = run.num_partitions or self._num_agents
         return Membership(
-            self._run.run_id, run, slot, num_partitions, self._run.probe, self._run.planned_rounds
+            self._run.run_id,
+            run,
+            slot,
+            num_partitions,
+            self._run.probe,
+            self._run.planned_rounds,
+            protocol_version,
         )
 
     def watch(
@@ -294,6 +307,19 @@ class Desk:
         log.info("agent_reported", round=number, agent_id=row.agent_id, applied=row.applied)
         self._reports.note_change(number)
         self._standing.show_report(row.agent_id, number, is_applied=row.applied)
+
+
+def _agreed_version(agent_id: str, spoken: Versions) -> int:
+    """Return the version of the protocol that the agent and this server agree on.
+
+    Raises:
+        InvalidError: there is none.
+    """
+    try:
+        return agree(spoken, SPOKEN)
+    except InvalidError as error:
+        log.warning("agent_refused", agent_id=agent_id, reason=error.reason.value, message=str(error))
+        raise
 
 
 def _decision(contribution: Contribution, outcome: Outcome, now: float) -> Decision:

@@ -16,11 +16,11 @@ from ecavg.cloud_server.door.admission import calling_agent, token_in_use
 from ecavg.cloud_server.door.authority import Authority
 from ecavg.common import rpc
 from ecavg.common.agent_progress import TOLD, AgentProgress
-from ecavg.common.config import PROTOCOL_VERSION
 from ecavg.common.errors import InvalidError, Reason, UnavailableError
 from ecavg.common.faults import Point, crash_point
 from ecavg.common.pb import ecavg_pb2 as pb
 from ecavg.common.pb import ecavg_pb2_grpc as pb_grpc
+from ecavg.common.protocol import Versions
 from ecavg.common.run_state import Outcome, Phase, RunState, Selection, Verdict, Wait
 from ecavg.common.tasks import Kind
 from ecavg.common.transfer import DIGEST, Blob, Encoded, chunks_of
@@ -55,20 +55,18 @@ class ECAvgServicer(pb_grpc.ECAvgServicer):
 
     async def Join(self, request: pb.JoinRequest, _: Any) -> pb.JoinReply:
         """Answer Join: who the agent is in this run."""
-        if request.protocol_version != PROTOCOL_VERSION:
-            raise InvalidError(
-                f"the agent speaks protocol {request.protocol_version}, this server {PROTOCOL_VERSION};"
-                " install the same version on both",
-                Reason.PROTOCOL_MISMATCH,
-            )
-        joined = await self._desk.join(calling_agent(), request.class_names)
+        oldest, newest = request.protocol_version, request.newest_protocol_version
+        spoken = Versions(oldest, max(oldest, newest))
+        joined = await self._desk.join(calling_agent(), request.class_names, spoken)
         return pb.JoinReply(
             run_id=joined.run_id,
-            run_json=joined.run.model_dump_json(),
+            # A key that has its default value may be newer than the agent, which would refuse it.
+            run_json=joined.run.model_dump_json(exclude_defaults=True),
             slot=joined.slot,
             num_partitions=joined.num_partitions,
             probe=joined.probe,
             planned_rounds=joined.planned_rounds,
+            protocol_version=joined.protocol_version,
         )
 
     async def Watch(self, request: pb.WatchRequest, _: Any) -> AsyncIterator[pb.WatchEvent]:

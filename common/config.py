@@ -20,7 +20,6 @@ from pydantic import (
 from ecavg.common.dataset import DATASETS, DatasetSpec, InputDtype, Inputs, TargetDtype, Targets, check_spec
 from ecavg.common.tasks import KINDS, is_own, kind_of, unpublished
 
-PROTOCOL_VERSION = 1
 AGENT_ID_PATTERN = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
 
 

@@ -31,7 +31,7 @@ class Reason(StrEnum):
 
     # A field is missing, or is outside its documented range.
     MALFORMED_REQUEST = "malformed_request"
-    # The agent and the server speak different protocol versions.
+    # The agent and the server have no protocol version in common.
     PROTOCOL_MISMATCH = "protocol_mismatch"
     # The agent has not joined.
     UNKNOWN_AGENT = "unknown_agent"

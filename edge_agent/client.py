@@ -19,7 +19,7 @@ from tenacity import RetryCallState
 
 from ecavg.common import rpc, tracing
 from ecavg.common.agent_progress import TOLD, Activity, AgentProgress
-from ecavg.common.config import PROTOCOL_VERSION, RunConfig
+from ecavg.common.config import RunConfig
 from ecavg.common.errors import (
     CorruptError,
     ECAvgError,
@@ -35,6 +35,7 @@ from ecavg.common.faults import Point, crash_point
 from ecavg.common.files import sync
 from ecavg.common.pb import ecavg_pb2 as pb
 from ecavg.common.pb import ecavg_pb2_grpc as pb_grpc
+from ecavg.common.protocol import SPOKEN
 from ecavg.common.run_state import (
     LeftOut,
     Outcome,
@@ -76,6 +77,8 @@ _ACTIVITIES: dict[Activity, Any] = {each: pb.Activity.Value(f"ACTIVITY_{each.nam
 MAX_TIME = 250_000_000_000.0
 
 _WAITS: dict[Wait, Any] = {each: pb.Wait.Value(f"WAIT_{each.name}") for each in Wait}
+# Why a server refuses an agent that will be refused again until somebody has changed something.
+_NEEDS_A_PERSON = (Reason.CLASS_NAMES, Reason.PROTOCOL_MISMATCH)
 _KINDS = {"weights": pb.BLOB_KIND_WEIGHTS, "data": pb.BLOB_KIND_DATA}
 _T = TypeVar("_T")
 _E = TypeVar("_E", bound=Enum)
@@ -186,17 +189,22 @@ class CloudClient:
             class_names: the classes that this agent's labels stand for; empty where nobody knows.
 
         Raises:
-            UsageError: the classes are not those of the run.
+            UsageError: the classes are not those of the run, or no version of the protocol is common.
         """
-        request = pb.JoinRequest(protocol_version=PROTOCOL_VERSION, class_names=class_names)
+        request = pb.JoinRequest(
+            protocol_version=SPOKEN.oldest, newest_protocol_version=SPOKEN.newest, class_names=class_names
+        )
         try:
             reply = await self._unary("Join", request)
         except InvalidError as error:
-            if error.reason is not Reason.CLASS_NAMES:
+            if error.reason not in _NEEDS_A_PERSON:
                 raise
             raise UsageError(str(error)) from error
         if not (reply.slot and reply.num_partitions):
             _strange("a slot or a number of partitions that is 0")
+        # A server that names no version is older than the agreement on one, and took the oldest.
+        if not SPOKEN.oldest <= (reply.protocol_version or SPOKEN.oldest) <= SPOKEN.newest:
+            _strange("a protocol version that was not offered")
         run, probe = _run_config(reply.run_json), tuple(reply.probe)
         planned_rounds = max(1, reply.planned_rounds)
         return Joined(reply.run_id, run, reply.slot, reply.num_partitions, probe, planned_rounds)
@@ -598,7 +606,7 @@ def _run_config(run_json: str) -> RunConfig:
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"])) or "run"
-        raise RunError(
+        raise UsageError(
             f"this agent does not understand the server's run ({rpc.plain(key)}: {rpc.plain(first['msg'])}):"
             " install the same version on both"
         ) from error

@@ -9,8 +9,10 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from pydantic import ValidationError
+
 from ecavg.common.config import AGENT_ID_PATTERN, FrozenModel, Scored
-from ecavg.common.errors import RunError, UsageError
+from ecavg.common.errors import RunError, UsageError, one_line
 from ecavg.common.files import is_full, read_text, replacing
 from ecavg.common.transfer import Blob
 
@@ -258,11 +260,24 @@ class AgentState:
     def _read_progress(self) -> Progress:
         try:
             return Progress.model_validate_json(_read(self.path / "progress.json") or "{}")
+        except ValidationError as error:
+            raise UsageError(self._why_unreadable(error)) from error
         except ValueError as error:
-            # pydantic has refused it, or it is no text at all.
-            raise UsageError(
-                f"{self.path / 'progress.json'} is damaged; remove {self.path} to start afresh"
-            ) from error
+            raise UsageError(self._damaged()) from error
+
+    def _why_unreadable(self, error: ValidationError) -> str:
+        """Return the line about a progress that this version does not understand."""
+        unknown = [each["loc"] for each in error.errors() if each["type"] == "extra_forbidden"]
+        if not unknown:
+            return self._damaged()
+        field = one_line(".".join(map(str, unknown[0])))
+        return (
+            f"{self.path / 'progress.json'} has {field}, which a newer edge-agent has written: use that one,"
+            f" or remove {self.path} to start afresh"
+        )
+
+    def _damaged(self) -> str:
+        return f"{self.path / 'progress.json'} is damaged; remove {self.path} to start afresh"
 
     def _remember_id(self, agent_id: str | None) -> str:
         file = self.path / "agent-id"

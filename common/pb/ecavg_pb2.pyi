@@ -171,28 +171,32 @@ class Encoded(_message.Message):
     def __init__(self, blob: _Optional[_Union[Blob, _Mapping]] = ..., base_digest: _Optional[str] = ...) -> None: ...
 
 class JoinRequest(_message.Message):
-    __slots__ = ("protocol_version", "class_names")
+    __slots__ = ("protocol_version", "class_names", "newest_protocol_version")
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
     CLASS_NAMES_FIELD_NUMBER: _ClassVar[int]
+    NEWEST_PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
     protocol_version: int
     class_names: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, protocol_version: _Optional[int] = ..., class_names: _Optional[_Iterable[str]] = ...) -> None: ...
+    newest_protocol_version: int
+    def __init__(self, protocol_version: _Optional[int] = ..., class_names: _Optional[_Iterable[str]] = ..., newest_protocol_version: _Optional[int] = ...) -> None: ...
 
 class JoinReply(_message.Message):
-    __slots__ = ("run_id", "run_json", "slot", "num_partitions", "probe", "planned_rounds")
+    __slots__ = ("run_id", "run_json", "slot", "num_partitions", "probe", "planned_rounds", "protocol_version")
     RUN_ID_FIELD_NUMBER: _ClassVar[int]
     RUN_JSON_FIELD_NUMBER: _ClassVar[int]
     SLOT_FIELD_NUMBER: _ClassVar[int]
     NUM_PARTITIONS_FIELD_NUMBER: _ClassVar[int]
     PROBE_FIELD_NUMBER: _ClassVar[int]
     PLANNED_ROUNDS_FIELD_NUMBER: _ClassVar[int]
+    PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
     run_id: str
     run_json: str
     slot: int
     num_partitions: int
     probe: _containers.RepeatedScalarFieldContainer[float]
     planned_rounds: int
-    def __init__(self, run_id: _Optional[str] = ..., run_json: _Optional[str] = ..., slot: _Optional[int] = ..., num_partitions: _Optional[int] = ..., probe: _Optional[_Iterable[float]] = ..., planned_rounds: _Optional[int] = ...) -> None: ...
+    protocol_version: int
+    def __init__(self, run_id: _Optional[str] = ..., run_json: _Optional[str] = ..., slot: _Optional[int] = ..., num_partitions: _Optional[int] = ..., probe: _Optional[_Iterable[float]] = ..., planned_rounds: _Optional[int] = ..., protocol_version: _Optional[int] = ...) -> None: ...
 
 class WatchRequest(_message.Message):
     __slots__ = ("not_ready", "waits_for", "num_new_examples")

@@ -4,7 +4,8 @@
 #
 #   sudo tests/compose/podman_up.sh
 #
-# Needs the packages podman, podman-compose, runc, debootstrap, prometheus. pip inside the builds uses
+# Needs the packages podman, runc, debootstrap, prometheus, and podman-compose 1.1 or newer, which knows profiles:
+# that of Debian 12 does not (pip install podman-compose). pip inside the builds uses
 # the configuration of the caller's pip; TORCH_INDEX_URL and ECAVG_ROUNDS are docker-compose.yml's.
 set -euo pipefail
 cd "$(dirname "$0")/../.."

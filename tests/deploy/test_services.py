@@ -43,25 +43,34 @@ def test_no_agent_of_the_stack_can_read_the_servers_keys() -> None:
     stack = (ROOT / "docker-compose.yml").read_text("utf-8")
     holders = [
         name
-        for name in ("tokens", "cloud-server", "edge-1", "edge-2", "prometheus")
+        for name in (
+            "tokens",
+            "cloud-server",
+            "trainer",
+            "rank",
+            "edge-1",
+            "edge-2",
+            "edge-agent",
+            "prometheus",
+        )
         if "cloud-server:/state" in service(stack, name)
     ]
-    assert holders == ["tokens", "cloud-server"]
+    assert holders == ["tokens", "cloud-server", "trainer", "rank"]
     assert "/join" not in service(stack, "prometheus")
     assert "insecure" not in stack
 
 
-def test_trainers_of_the_stack_meet_where_the_rendezvous_is() -> None:
+def test_ranks_of_the_stack_meet_where_the_rendezvous_is() -> None:
     services = yaml.safe_load((ROOT / "docker-compose.yml").read_text("utf-8"))["services"]
-    trainer, rendezvous = services["trainer"], services["rendezvous"]
-    launcher = get_args_parser().parse_args(trainer["command"])
+    rank, rendezvous = services["rank"], services["rendezvous"]
+    launcher = get_args_parser().parse_args(rank["command"])
     assert launcher.rdzv_endpoint == f"rendezvous:{rendezvous['command'][-1]}"
     assert launcher.training_script == "ecavg.cloud_server.trainer"
     assert trainer_main._parser().parse_args(launcher.training_script_args).state_dir == Path("/state")
-    assert trainer["environment"][OWN_STORE] == "1"
+    assert rank["environment"][OWN_STORE] == "1"
     # Without the profile the server trains by itself.
     assert services["cloud-server"]["environment"]["ECAVG_SERVER_TRAINERS"] == "${ECAVG_TRAINERS:-own}"
-    assert trainer["profiles"] == rendezvous["profiles"] == ["trainers"]
+    assert rank["profiles"] == rendezvous["profiles"] == ["trainers"]
 
 
 @needs_systemd

@@ -16,10 +16,10 @@ from safetensors.numpy import load, save
 from tenacity import retry, retry_if_exception, stop_after_delay, wait_fixed
 
 from ecavg.common import rpc
-from ecavg.common.config import PROTOCOL_VERSION
 from ecavg.common.errors import Reason, Refusal
 from ecavg.common.pb import ecavg_pb2 as pb
 from ecavg.common.pb import ecavg_pb2_grpc as pb_grpc
+from ecavg.common.protocol import SPOKEN
 from ecavg.common.tls import SERVER_NAME, TlsMaterial
 from tests.processes import Cluster, Command, cluster_in
 
@@ -65,7 +65,7 @@ class Agent:
         self.channel.close()
 
     def join(self) -> Any:
-        return self.stub.Join(pb.JoinRequest(protocol_version=PROTOCOL_VERSION), timeout=CALL_SECONDS)
+        return self.stub.Join(pb.JoinRequest(protocol_version=SPOKEN.newest), timeout=CALL_SECONDS)
 
     def query(self, digest: str, kind: str) -> tuple[int, bool]:
         request = pb.QueryUploadRequest(digest=digest, kind=KINDS[kind])

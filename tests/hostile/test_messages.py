@@ -19,9 +19,9 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from ecavg.common import rpc, tls
-from ecavg.common.config import PROTOCOL_VERSION
 from ecavg.common.errors import Reason
 from ecavg.common.pb import ecavg_pb2 as pb
+from ecavg.common.protocol import SPOKEN
 from tests.hostile.target import CALL_SECONDS, Agent, Target, digest_of, header, refusal_of, shard
 
 SERVICE = pb.DESCRIPTOR.services_by_name["ECAvg"]
@@ -90,7 +90,7 @@ TEXTS = [(method, path) for method in METHODS for path in texts_of(METHODS[metho
 )
 def test_no_text_is_ever_a_path(target: Target, attacker: Agent, method: str, path: tuple[str, ...]) -> None:
     good = {
-        "Join": pb.JoinRequest(protocol_version=PROTOCOL_VERSION),
+        "Join": pb.JoinRequest(protocol_version=SPOKEN.newest),
         "QueryUpload": pb.QueryUploadRequest(digest=DIGEST, kind=pb.BLOB_KIND_DATA),
         "Upload": header(SMALL, "data"),
         "Contribute": pb.ContributeRequest(
@@ -340,4 +340,4 @@ def test_whoever_has_not_joined_is_refused_whatever_he_sends(server: Target) -> 
     with server.unharmed():
         for method, request in good.items():
             assert answer(outsider, method, request) is Reason.UNKNOWN_AGENT
-        assert answer(outsider, "Join", pb.JoinRequest(protocol_version=PROTOCOL_VERSION + 1)) is not None
+        assert answer(outsider, "Join", pb.JoinRequest(protocol_version=SPOKEN.newest + 1)) is not None

@@ -25,7 +25,6 @@ from ecavg.cloud_server.door.authority import Authority, CaNotValidError
 from ecavg.cloud_server.server import GrpcServer
 from ecavg.common import rpc, tls
 from ecavg.common.background import beside
-from ecavg.common.config import PROTOCOL_VERSION
 from ecavg.common.errors import (
     ConflictError,
     ForbiddenError,
@@ -39,6 +38,7 @@ from ecavg.common.errors import (
 from ecavg.common.faults import Point
 from ecavg.common.pb import ecavg_pb2 as pb
 from ecavg.common.pb import ecavg_pb2_grpc as pb_grpc
+from ecavg.common.protocol import SPOKEN
 from ecavg.common.shards import Shard, write_shard
 from ecavg.common.transfer import Blob, blob_of
 from ecavg.edge_agent.client import CloudClient
@@ -158,7 +158,7 @@ async def until(condition: Callable[[], Any], seconds: float = WAIT_SECONDS) -> 
             await asyncio.sleep(0.01)
 
 
-JOIN = pb.JoinRequest(protocol_version=PROTOCOL_VERSION)
+JOIN = pb.JoinRequest(protocol_version=SPOKEN.newest)
 
 
 # ---------------------------------------------------------------------- enrolment

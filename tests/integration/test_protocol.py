@@ -17,7 +17,6 @@ from safetensors.numpy import load_file, save_file
 
 from ecavg.common import rpc
 from ecavg.common.agent_progress import Activity, AgentProgress
-from ecavg.common.config import PROTOCOL_VERSION
 from ecavg.common.errors import (
     ConflictError,
     InvalidError,
@@ -29,6 +28,7 @@ from ecavg.common.errors import (
 )
 from ecavg.common.pb import ecavg_pb2 as pb
 from ecavg.common.pb import ecavg_pb2_grpc as pb_grpc
+from ecavg.common.protocol import SPOKEN
 from ecavg.common.run_state import RunState, Verdict
 from ecavg.common.shards import Shard, write_shard
 from ecavg.common.transfer import Blob, blob_of
@@ -454,5 +454,5 @@ async def test_health_and_reflection_answer(cluster: Cluster) -> None:
 async def test_server_out_of_reach_is_unavailable() -> None:
     async with grpc.aio.insecure_channel("127.0.0.1:1") as channel:
         stub = pb_grpc.ECAvgStub(channel)
-        refused = await refusal_of(stub.Join(pb.JoinRequest(protocol_version=PROTOCOL_VERSION)))
+        refused = await refusal_of(stub.Join(pb.JoinRequest(protocol_version=SPOKEN.newest)))
         assert isinstance(refused, UnavailableError)

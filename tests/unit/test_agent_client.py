@@ -14,7 +14,7 @@ import pytest
 
 from ecavg.common import rpc
 from ecavg.common.config import RunConfig
-from ecavg.common.errors import InvalidError, Reason, RunError, UnavailableError
+from ecavg.common.errors import InvalidError, Reason, UnavailableError, UsageError
 from ecavg.common.pb import ecavg_pb2 as pb
 from ecavg.common.transfer import Blob
 from ecavg.edge_agent import client as client_module
@@ -110,7 +110,7 @@ async def test_server_that_fails_inside_is_asked_again(tmp_path: Path) -> None:
 
 async def test_run_that_this_agent_does_not_understand_is_one_line() -> None:
     run = json.loads(RunConfig().model_dump_json()) | {"of_the_future": 1}
-    with pytest.raises(RunError, match=r"of_the_future: .*: install the same version on both") as error:
+    with pytest.raises(UsageError, match=r"of_the_future: .*: install the same version on both") as error:
         await client_of(Join=unary(joined(json.dumps(run)))).join()
     assert "\n" not in str(error.value)
 
