@@ -11,9 +11,10 @@ from torch import nn
 from cloud_server.contribution import Contribution
 from cloud_server.state_dir import blob_path
 from common.config import RunConfig
+from common.late_targets import KnownShard, read_known_shards
 from common.schedule import place_of
 from common.seeds import derive_seed
-from common.shards import Shard, cloud_holdout, gather, read_shard
+from common.shards import Shard, gather
 from common.tasks.task import task_of
 from common.training import ALONE, AfterStep, Examples, OnStep, Ranks, Recipe, choose_precision, train
 
@@ -28,7 +29,8 @@ class CombinedData(NamedTuple):
 def combine(run: RunConfig, contributions: Sequence[Contribution], blobs_dir: Path) -> CombinedData:
     """Read the shards of all contributions, in the order given, and hold out a part of each shard.
 
-    The same examples of a shard are held out in every round, whichever other agents take part.
+    The same examples of a shard are held out in every round, whichever other agents take part. Examples whose
+    target is not known are left out.
 
     Raises:
         InvalidError: a blob is not a shard.
@@ -38,13 +40,10 @@ def combine(run: RunConfig, contributions: Sequence[Contribution], blobs_dir: Pa
     held_out_parts: list[tuple[Shard, np.ndarray]] = []
     for contribution in contributions:
         seed = derive_seed(run.seed, "cloud_holdout", contribution.agent_id)
-        for digest in contribution.shard_digests:
-            shard = read_shard(blob_path(blobs_dir, digest))
-            rest, held_out = cloud_holdout(
-                shard.targets, run.fine_tune.holdout_fraction, seed, run.spec.inputs.overlap
-            )
-            train_parts.append((shard, rest))
-            held_out_parts.append((shard, held_out))
+        for known in known_shards(contribution, blobs_dir):
+            rest, held_out = known.split(run.spec, run.fine_tune.holdout_fraction, seed)
+            train_parts.append((known.shard, rest))
+            held_out_parts.append((known.shard, held_out))
     return CombinedData(_examples(run, train_parts), _examples(run, held_out_parts))
 
 
@@ -86,6 +85,16 @@ def fine_tune(
     place = place_of(run, "fine_tune", round_number, planned_rounds, has_full_curve=has_full_curve)
     recipe = Recipe(config, task, seed, precision, config.class_balanced, place)
     train(model, examples, recipe, device=device, on_step=on_step, after_step=after_step, ranks=ranks)
+
+
+def known_shards(contribution: Contribution, blobs_dir: Path) -> list[KnownShard]:
+    """Return the shards of a contribution in its order, with the targets that came later.
+
+    Raises:
+        InvalidError: a blob is neither a shard nor late targets.
+        OSError: a blob cannot be read.
+    """
+    return read_known_shards({digest: blob_path(blobs_dir, digest) for digest in contribution.shard_digests})
 
 
 def _examples(run: RunConfig, parts: Sequence[tuple[Shard, np.ndarray]]) -> Examples:
