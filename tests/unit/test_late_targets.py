@@ -195,6 +195,7 @@ def test_empty_cells_of_a_table_are_missing_targets(tmp_path: Path, run: RunConf
     table = TableFormat(("x", "y"), ("z",))
     data = load(run, tmp_path / "t.csv", table=table)
     is_missing = (data.train.targets == -1) | np.isnan(data.train.targets)
+    assert is_missing.sum() > 10
     np.testing.assert_array_equal(is_missing.reshape(-1), data.train.inputs[:, 0] % 3 == 0)
     assert (data.held_out.inputs[:, 0] % 3 > 0).all()
     strict = run.model_copy(update={"targets": RunConfig().targets})
@@ -290,18 +291,18 @@ def test_shard_that_is_made_anew_takes_its_late_targets_along(tmp_path: Path) ->
 
 
 def test_cloud_trains_on_targets_as_they_are_known_and_moves_no_example(tmp_path: Path) -> None:
-    shard = partly_labelled()
+    shard = partly_labelled(300)
     write_shard(tmp_path / "new", shard)
     digest = put(tmp_path / "new", tmp_path)
     rows = np.flatnonzero(shard.targets == -1)[:30]
     write_late_targets(tmp_path / "new", LateTargets(digest, rows, np.full(30, 9)))
     late = put(tmp_path / "new", tmp_path)
 
-    first = combine(RUN, [Contribution("ann", "", (digest,), 20)], tmp_path)
-    second = combine(RUN, [Contribution("ann", "", (digest, late), 50)], tmp_path)
+    first = combine(RUN, [Contribution("ann", "", (digest,), 100)], tmp_path)
+    second = combine(RUN, [Contribution("ann", "", (digest, late), 130)], tmp_path)
 
-    assert len(first.train.targets) + len(first.held_out.targets) == 20
-    assert len(second.train.targets) + len(second.held_out.targets) == 50
+    assert len(first.train.targets) + len(first.held_out.targets) == 100
+    assert len(second.train.targets) + len(second.held_out.targets) == 130
     for before, after in zip(first, second, strict=True):
         labels = {image.numpy().tobytes(): int(label) for image, label in zip(*after, strict=True)}
         assert all(
