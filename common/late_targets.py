@@ -51,6 +51,13 @@ class KnownShard(NamedTuple):
         rest, held_out = cloud_holdout(self.sent, fraction, seed, spec.inputs.overlap)
         return rest[is_known[rest]], held_out[is_known[held_out]]
 
+    def unlabelled(self, spec: DatasetSpec, fraction: float, seed: int) -> np.ndarray:
+        """Return indices of the examples of the rest whose target is not known."""
+        rest, _ = cloud_holdout(self.sent, fraction, seed, spec.inputs.overlap)
+        is_known = has_target(self.shard.targets, spec.targets)
+        unlabelled: np.ndarray = rest[~is_known[rest]]
+        return unlabelled
+
 
 def write_late_targets(path: Path, late: LateTargets) -> None:
     """Write the targets to the file at `path`, which appears whole; the same ones always give the same bytes.

@@ -6,11 +6,13 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from cloud_server.contribution import Contribution
 from cloud_server.state_dir import blob_path
 from common.config import RunConfig
+from common.dataset import MISSING
+from common.evaluation import predict
 from common.late_targets import KnownShard, read_known_shards
 from common.schedule import place_of
 from common.seeds import derive_seed
@@ -45,6 +47,45 @@ def combine(run: RunConfig, contributions: Sequence[Contribution], blobs_dir: Pa
             train_parts.append((known.shard, rest))
             held_out_parts.append((known.shard, held_out))
     return CombinedData(_examples(run, train_parts), _examples(run, held_out_parts))
+
+
+def read_unlabelled(run: RunConfig, contributions: Sequence[Contribution], blobs_dir: Path) -> Examples:
+    """Read the examples of all shards whose target is not known, but for those that would be held out.
+
+    Raises:
+        InvalidError: a blob is neither a shard nor late targets.
+        OSError: a blob cannot be read.
+    """
+    parts: list[tuple[Shard, np.ndarray]] = []
+    for contribution in contributions:
+        seed = derive_seed(run.seed, "cloud_holdout", contribution.agent_id)
+        for known in known_shards(contribution, blobs_dir):
+            unlabelled = known.unlabelled(run.spec, run.fine_tune.holdout_fraction, seed)
+            parts.append((known.shard, unlabelled))
+    return _examples(run, parts)
+
+
+def pseudo_labels(model: nn.Module, inputs: Tensor, run: RunConfig, device: torch.device) -> list[int]:
+    """Return for each of [N, …] the class that the model predicts, or -1 where it is not confident.
+
+    The prediction is the label as it is, after Lee (ICML 2013 workshop), above a confidence, as in FixMatch
+    (arXiv 2001.07685).
+    """
+    probabilities = predict(model, inputs, task=task_of(run), device=device).softmax(1)
+    confidences, classes = probabilities.max(1)
+    is_sure = confidences > run.fine_tune.pseudo_label_confidence
+    found: list[int] = torch.where(is_sure, classes, MISSING).tolist()
+    return found
+
+
+def with_pseudo_labels(labelled: Examples, unlabelled: Examples, labels: Sequence[int]) -> Examples:
+    """Return the examples to train on, with those that `pseudo_labels` has found a class for."""
+    found = torch.tensor(labels, dtype=torch.int64)
+    is_sure = found != MISSING
+    return Examples(
+        torch.cat([labelled.inputs, unlabelled.inputs[is_sure]]),
+        torch.cat([labelled.targets, found[is_sure]]),
+    )
 
 
 def fine_tune(
