@@ -577,7 +577,10 @@ class RunConfig(DocumentedModel):
         """Return the configuration of the cloud's training in a round; that of round 0 is the warm-up."""
         if round_number:
             return self.fine_tune
-        return self.fine_tune.model_copy(update={"epochs": self.warm_up_epochs})
+        # The initial weights know nothing of what they would label.
+        return self.fine_tune.model_copy(
+            update={"epochs": self.warm_up_epochs, "pseudo_label_confidence": 0.0}
+        )
 
     @property
     def spec(self) -> DatasetSpec:

@@ -164,7 +164,8 @@ class RoundPipeline:
 
         The start labels examples. Only rank 0 has it in its model, and tells the others.
         """
-        if not self._run.fine_tune.pseudo_label_confidence or not len(labelled.targets):
+        config = self._run.fine_tune_of(self._job.round)
+        if not config.pseudo_label_confidence or not len(labelled.targets):
             return labelled
         contributions = [member.contribution for member in self._members]
         unlabelled = read_unlabelled(self._run, contributions, self._blobs_dir)

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from pydantic import ValidationError
 from safetensors.numpy import save_file
+from structlog.testing import capture_logs
 
 from cloud_server.contribution import Contribution
 from cloud_server.intake.gates import DataGate
@@ -18,13 +19,17 @@ from cloud_server.intake.turns import Turns
 from cloud_server.intake.uploads import Uploads
 from cloud_server.state_dir import blob_path
 from cloud_server.store import Store
+from cloud_server.trainer.audit import audit
 from cloud_server.trainer.finetune import combine
+from cloud_server.trainer.members import Member
 from common.config import RunConfig
 from common.errors import InvalidError, Reason, UsageError
 from common.late_targets import LateTargets, write_late_targets
+from common.models import build_model
 from common.schema import read_header
 from common.shards import Shard, write_shard
 from common.transfer import blob_of
+from common.weights import write_state_dict
 from edge_agent.data import AgentData, load_agent_data
 from edge_agent.local import LocalModels
 from edge_agent.shard_files import keep_late_targets, keep_shards
@@ -148,6 +153,15 @@ def test_pictures_without_a_class_are_kept_and_none_is_measured_by(folder: Path)
     assert set(data.held_out.targets) <= {0, 1}
     strict = load(PETS.model_copy(update={"targets": RunConfig().targets}), folder)
     assert len(strict.train.targets) + len(strict.held_out.targets) == 40
+
+
+def test_pictures_without_a_class_that_cannot_be_read_are_of_no_class(folder: Path) -> None:
+    for path in (folder / "unlabelled").iterdir():
+        path.write_bytes(b"no picture")
+    with capture_logs() as logs:
+        load(PETS, folder)
+    (skipped,) = (entry for entry in logs if entry["event"] == "images_skipped")
+    assert (skipped["num_skipped"], skipped["classes_without_images"]) == (20, [])
 
 
 def test_labels_file_tells_classes_later_and_moves_no_picture(folder: Path) -> None:
@@ -327,6 +341,19 @@ def test_run_without_missing_targets_combines_what_it_always_did(tmp_path: Path)
     ):
         assert torch.equal(one.inputs, other.inputs)
         assert torch.equal(one.targets, other.targets)
+
+
+def test_audit_looks_at_what_has_a_target(tmp_path: Path) -> None:
+    members = []
+    for number, agent_id in enumerate(("ann", "bob", "eve")):
+        shard = partly_labelled(90)
+        write_shard(tmp_path / "new", Shard(images(90, seed=number), shard.targets))
+        digest = put(tmp_path / "new", tmp_path)
+        write_state_dict(build_model(RUN, seed=number).state_dict(), tmp_path / agent_id)
+        contribution = Contribution(agent_id, "", (digest,), 30)
+        members.append(Member(contribution, tmp_path / agent_id, tmp_path / agent_id, 1.0))
+    findings = audit(build_model(RUN), members, tmp_path, run=RUN, device=CPU)
+    assert all(each.labels and each.label_loss is not None for each in findings)
 
 
 @pytest.mark.parametrize("shared_fraction", [0.0, 0.5, 1.0])

@@ -108,3 +108,8 @@ def test_run_that_has_no_use_for_it_is_refused(more: dict[str, Any]) -> None:
             fine_tune={"pseudo_label_confidence": 0.8},
             **more,
         )
+
+
+def test_warm_up_labels_nothing() -> None:
+    assert RUN.fine_tune_of(1).pseudo_label_confidence == 0.8
+    assert RUN.fine_tune_of(0).pseudo_label_confidence == 0
