@@ -15,7 +15,7 @@ import fcntl
 import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import repeat
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -25,16 +25,25 @@ import torch
 
 from ecavg.common.agent_progress import OnExamples, ignore_examples
 from ecavg.common.config import RunConfig
-from ecavg.common.dataset import CLASS_NAMES, DATASETS, DatasetSpec
+from ecavg.common.dataset import CLASS_NAMES, DATASETS, MISSING, DatasetSpec, Targets
 from ecavg.common.errors import UsageError
 from ecavg.common.factories import import_factory
 from ecavg.common.seeds import derive_seed
-from ecavg.common.shards import Shard, check_splittable
+from ecavg.common.shards import Shard, check_splittable, has_target
 from ecavg.common.tasks import kind_of
-from ecavg.edge_agent.arrays import Arrays, as_wanted, check_arrays, is_arrays, open_arrays, stamp_of_arrays
+from ecavg.edge_agent.arrays import (
+    Arrays,
+    as_labels,
+    as_wanted,
+    check_arrays,
+    is_arrays,
+    open_arrays,
+    stamp_of_arrays,
+)
 from ecavg.edge_agent.bundles import BUNDLES, open_bundle
 from ecavg.edge_agent.config import FACTORY_PATTERN, check_source, data_root
 from ecavg.edge_agent.image_folder import class_folders, list_image_folder, list_splits, stamp_of
+from ecavg.edge_agent.labels_file import with_late_targets
 from ecavg.edge_agent.not_read import find_not_read
 from ecavg.edge_agent.partition import Partition, partition_indices
 from ecavg.edge_agent.series import block_of, check_overlap, hold_out_latest
@@ -59,7 +68,7 @@ _SHARING = b"share_data"
 class AgentData(NamedTuple):
     """One agent's part of its source, in the run's image shape."""
 
-    # The examples that are trained on; those of them that are shared are uploaded.
+    # The examples that are trained on, and those without a target; what is shared of them is uploaded.
     train: Shard
     # The examples for the agent's own figures before and after, which never leave the device.
     held_out: Shard
@@ -126,6 +135,7 @@ def load_agent_data(
             for this agent.
     """
     check_overlap(run, table)
+    table = replace(table, missing=run.spec.targets.missing)
     # The stamp is taken first, so that a change while the data are read is noticed.
     stamp = data_stamp(run, source, data_dir)
     folder = _image_folder(run.dataset, source, data_dir)
@@ -134,13 +144,14 @@ def load_agent_data(
     name = source or run.dataset
     splits = [part for part in opened if part is not None]
     has_labels = kind_of(run.task).has_labels
-    classes = np.unique(np.concatenate([part.targets for part in splits])) if has_labels else np.empty(0)
+    targets = [as_labels(part.targets) if has_labels else part.targets for part in splits]
+    classes = np.unique(np.concatenate(targets)) if has_labels else np.empty(0)
     if has_labels:
-        _check_labels(name, classes, run.spec.num_classes)
+        _check_labels(name, classes, run.spec)
 
     shards, num_skipped = [], 0
-    for part in splits:
-        indices = _own_indices(run, name, part.targets, classes, partition)
+    for part, known in zip(splits, targets, strict=True):
+        indices = _own_indices(run, name, known, classes, partition)
         shard, skipped = part.read(indices, run.spec, on_read)
         if not len(shard.targets):
             raise UsageError(f"data source {name}: none of its images can be read; see the warning above")
@@ -149,13 +160,22 @@ def load_agent_data(
 
     if opened.test is None:
         shards = [_take(shards[0], part) for part in _hold_out(run, shards[0], seed_name)]
-    return AgentData(shards[0], shards[1], num_skipped, stamp, not_read)
+    train, held_out = shards[0], _with_target(shards[1], run.spec)
+    if not len(held_out.targets) or not has_target(train.targets, run.spec.targets).any():
+        raise UsageError(f"data source {name}: too few examples have a target, to train on or to hold back")
+    return AgentData(train, held_out, num_skipped, stamp, not_read)
+
+
+def _with_target(shard: Shard, spec: DatasetSpec) -> Shard:
+    has_targets = has_target(shard.targets, spec.targets)
+    return shard if has_targets.all() else _take(shard, np.flatnonzero(has_targets))
 
 
 def _hold_out(run: RunConfig, shard: Shard, seed_name: str) -> tuple[np.ndarray, np.ndarray]:
     if overlap := run.spec.inputs.overlap:
         return hold_out_latest(len(shard.targets), run.holdout_fraction, overlap)
-    return hold_out(shard.inputs, run.holdout_fraction, derive_seed(run.seed, "holdout", seed_name))
+    seed = derive_seed(run.seed, "holdout", seed_name)
+    return hold_out(shard.inputs, run.holdout_fraction, seed, has_target(shard.targets, run.spec.targets))
 
 
 def data_stamp(run: RunConfig, source: str | None, data_dir: Path | None) -> str:
@@ -215,7 +235,7 @@ def open_source(
     """
     name = source or run.dataset
     if source and _is_in_files(source):
-        return _open_files(Path(source), table, run.class_names)
+        return _open_files(Path(source), table, run.class_names, run.spec.targets)
     if folder := _image_folder(run.dataset, source, data_dir):
         return Source(*list_image_folder(folder, run))
     if name in BUNDLES:
@@ -282,13 +302,21 @@ def _is_in_files(source: str) -> bool:
     return not _is_name(source) and (is_table(Path(source)) or is_arrays(Path(source)))
 
 
-def _open_files(path: Path, table: TableFormat, class_names: Sequence[str]) -> Source:
+def _open_files(
+    path: Path, table: TableFormat, class_names: Sequence[str], described: Targets | None = None
+) -> Source:
     if is_table(path):
         return _in_memory(open_table(path, table, class_names))
-    return _in_memory(*open_arrays(path))
+    train, test = open_arrays(path)
+    if described and described.missing:
+        targets = as_labels(train.targets) if described.dtype == "int64" else train.targets
+        train = Arrays(train.inputs, with_late_targets(path, targets, described, class_names))
+    return _in_memory(train, test)
 
 
-def hold_out(inputs: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+def hold_out(
+    inputs: np.ndarray, fraction: float, seed: int, has_targets: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """Hold back about `fraction` of the inputs, each by its own values.
 
     Whatever is added to the data or removed, an input that was uploaded does not become one to measure on,
@@ -297,6 +325,8 @@ def hold_out(inputs: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray
 
     Args:
         inputs: [N, …], N of at least 2.
+        has_targets: bool [N], the inputs that have a target, of which neither part may be empty; None: all.
+            The others are on the side where they stay when their target becomes known.
 
     Returns:
         Sorted int64 indices of the rest and of the held-out part: disjoint, complete, neither empty.
@@ -304,12 +334,13 @@ def hold_out(inputs: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray
     Raises:
         UsageError: there are fewer than two inputs.
     """
-    check_splittable(len(inputs))
+    some = np.arange(len(inputs)) if has_targets is None else np.flatnonzero(has_targets)
+    check_splittable(len(some))
     ranks = input_digests(inputs, repeat(seed.to_bytes(8), len(inputs)))
     is_held_out = ranks < fraction * 2.0**64
-    is_held_out[ranks.argmin()] = True
-    if is_held_out.all():
-        is_held_out[ranks.argmax()] = False
+    is_held_out[some[ranks[some].argmin()]] = True
+    if is_held_out[some].all():
+        is_held_out[some[ranks[some].argmax()]] = False
     return np.flatnonzero(~is_held_out), np.flatnonzero(is_held_out)
 
 
@@ -459,8 +490,9 @@ def _open_factory(name: str, allowed_factories: Collection[str]) -> Source:
     return _in_memory(check_arrays(name, train), None if test is None else check_arrays(name, test))
 
 
-def _check_labels(name: str, classes: np.ndarray, num_classes: int) -> None:
-    strangers = classes[(classes < 0) | (classes >= num_classes)]
+def _check_labels(name: str, classes: np.ndarray, spec: DatasetSpec) -> None:
+    num_classes, least = spec.num_classes, MISSING if spec.targets.missing else 0
+    strangers = classes[(classes < least) | (classes >= num_classes)]
     if len(strangers):
         raise UsageError(
             f"data source {name} has the label {strangers[0]}, and the run only 0 to {num_classes - 1}:"

@@ -1,4 +1,8 @@
-"""Image folders, DIR/{train,test}/<class>/**: they are listed first, and decoded later as far as needed."""
+"""Image folders, DIR/{train,test}/<class>/**: they are listed first, and decoded later as far as needed.
+
+Where targets may be missing, the pictures in DIR/unlabelled are read as well; labels_file.py says how their
+classes can be told later.
+"""
 
 import hashlib
 import os
@@ -6,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,7 +23,11 @@ from ecavg.common.dataset import DatasetSpec
 from ecavg.common.errors import UsageError, encodable, one_line
 from ecavg.common.shards import Shard
 from ecavg.edge_agent.folder_walk import Item, folders_in, items_below
+from ecavg.edge_agent.labels_file import labels_of_files, state_of_labels
 from ecavg.edge_agent.pictures import IMAGE_FORMATS, MODES, decode_image, quiet_pillow
+
+# The folder, beside `train`, of pictures whose class is not known.
+UNLABELLED = "unlabelled"
 
 # Pillow lets go of the interpreter's lock only while it decodes: photos keep several threads busy, and
 # with tiny images more than a few only wait for each other.
@@ -37,7 +45,7 @@ class FileSplit:
     """The train or the test part of an image folder."""
 
     paths: Sequence[Path]
-    # The labels, int64 [N].
+    # The labels, int64 [N]; -1 where the class is not known.
     targets: np.ndarray
     # The names of the labels, label 0 first.
     class_names: Sequence[str]
@@ -87,7 +95,7 @@ class FileSplit:
         return Shard(images[is_read], labels[is_read]), len(failures)
 
     def _names(self, labels: np.ndarray) -> list[str]:
-        return [self.class_names[label] for label in labels[:_MAX_NAMED]]
+        return [self.class_names[label] for label in labels[labels >= 0][:_MAX_NAMED]]
 
 
 class _Failure(NamedTuple):
@@ -135,7 +143,20 @@ def list_image_folder(folder: Path, run: RunConfig) -> tuple[FileSplit, FileSpli
             f"data folder {train} has {len(class_names)} class folders, and the run {spec.num_classes}"
             " classes: set class_names in the server's [run] table"
         )
-    return list_splits(folder, class_names, run.background)
+    splits = list_splits(folder, class_names, run.background)
+    return (_with_unlabelled(folder, splits[0]), splits[1]) if spec.targets.missing else splits
+
+
+def _with_unlabelled(folder: Path, train: FileSplit) -> FileSplit:
+    """Return the split with the pictures in `folder`/unlabelled, if there are any."""
+    unlabelled = folder / UNLABELLED
+    if not unlabelled.is_dir():
+        return train
+    with _named_in_errors():
+        paths = sorted(item.path for item in items_below(unlabelled) if item.is_picture)
+    names = [path.relative_to(unlabelled).as_posix() for path in paths]
+    labels = labels_of_files(folder, names, train.class_names)
+    return replace(train, paths=[*train.paths, *paths], targets=np.concatenate([train.targets, labels]))
 
 
 def list_splits(
@@ -192,7 +213,7 @@ def _named_in_errors() -> Iterator[None]:
 
 
 def stamp_of(folder: Path) -> str:
-    """Return a value that changes when a picture of `folder` is added, removed or written to.
+    """Return a value that changes when a picture or the labels of `folder` are added, removed or written to.
 
     No file is opened.
     """
@@ -201,8 +222,15 @@ def stamp_of(folder: Path) -> str:
         with suppress(OSError):
             # A folder has just gone, or cannot be read.
             for class_folder in folders_in(part):
-                files += [_state_of(item) for item in items_below(class_folder) if item.is_picture]
+                files += _states_below(class_folder)
+    with suppress(OSError):
+        files += _states_below(folder / UNLABELLED)
+    files.append(state_of_labels(folder).encode())
     return hashlib.sha256(b"".join(sorted(files))).hexdigest()
+
+
+def _states_below(folder: Path) -> list[bytes]:
+    return [_state_of(item) for item in items_below(folder) if item.is_picture]
 
 
 def _state_of(item: Item) -> bytes:

@@ -38,6 +38,8 @@ class TableFormat:
     horizon: int = 1
     # The largest fraction of rows that may be left out because they cannot be used.
     max_bad_rows: float = 0.01
+    # Whether a target may be missing, where its cell is empty.
+    missing: bool = False
 
     @property
     def overlap(self) -> int:
@@ -93,7 +95,8 @@ def open_table(path: Path, form: TableFormat, class_names: Sequence[str] = ()) -
     inputs, targets = values[:, :num_inputs], values[:, num_inputs:]
     if form.window is not None:
         inputs, targets = _windows(inputs, targets, form)
-    is_whole = np.isfinite(inputs).all(tuple(range(1, inputs.ndim))) & np.isfinite(targets).all(1)
+    is_whole = np.isfinite(inputs).all(tuple(range(1, inputs.ndim)))
+    is_whole &= np.isfinite(targets).all(1) | form.missing
     if not is_whole.any():
         raise UsageError(
             f"data source {path} has {len(values)} rows, which are too few: no example is complete"
@@ -183,6 +186,9 @@ def _numbers(cells: Sequence[str], label_of: dict[str, str], form: TableFormat) 
         text = cell.strip()
         if len(numbers) >= len(form.inputs):
             text = label_of.get(text, text)
+            if form.missing and not text:
+                numbers.append(np.nan)
+                continue
         if not _is_number(text):
             raise ValueError(f"{name} is {text[:40]!r}, which is no number and no name of a class")
         numbers.append(float(text))

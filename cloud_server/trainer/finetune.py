@@ -6,14 +6,17 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ecavg.cloud_server.contribution import Contribution
 from ecavg.cloud_server.state_dir import blob_path
 from ecavg.common.config import RunConfig
+from ecavg.common.dataset import MISSING
+from ecavg.common.evaluation import predict
+from ecavg.common.late_targets import KnownShard, read_known_shards
 from ecavg.common.schedule import place_of
 from ecavg.common.seeds import derive_seed
-from ecavg.common.shards import Shard, cloud_holdout, gather, read_shard
+from ecavg.common.shards import Shard, gather
 from ecavg.common.tasks.task import task_of
 from ecavg.common.training import ALONE, AfterStep, Examples, OnStep, Ranks, Recipe, choose_precision, train
 
@@ -28,7 +31,8 @@ class CombinedData(NamedTuple):
 def combine(run: RunConfig, contributions: Sequence[Contribution], blobs_dir: Path) -> CombinedData:
     """Read the shards of all contributions, in the order given, and hold out a part of each shard.
 
-    The same examples of a shard are held out in every round, whichever other agents take part.
+    The same examples of a shard are held out in every round, whichever other agents take part. Examples whose
+    target is not known are left out.
 
     Raises:
         InvalidError: a blob is not a shard.
@@ -38,14 +42,50 @@ def combine(run: RunConfig, contributions: Sequence[Contribution], blobs_dir: Pa
     held_out_parts: list[tuple[Shard, np.ndarray]] = []
     for contribution in contributions:
         seed = derive_seed(run.seed, "cloud_holdout", contribution.agent_id)
-        for digest in contribution.shard_digests:
-            shard = read_shard(blob_path(blobs_dir, digest))
-            rest, held_out = cloud_holdout(
-                shard.targets, run.fine_tune.holdout_fraction, seed, run.spec.inputs.overlap
-            )
-            train_parts.append((shard, rest))
-            held_out_parts.append((shard, held_out))
+        for known in known_shards(contribution, blobs_dir):
+            rest, held_out = known.split(run.spec, run.fine_tune.holdout_fraction, seed)
+            train_parts.append((known.shard, rest))
+            held_out_parts.append((known.shard, held_out))
     return CombinedData(_examples(run, train_parts), _examples(run, held_out_parts))
+
+
+def read_unlabelled(run: RunConfig, contributions: Sequence[Contribution], blobs_dir: Path) -> Examples:
+    """Read the examples of all shards whose target is not known, but for those that would be held out.
+
+    Raises:
+        InvalidError: a blob is neither a shard nor late targets.
+        OSError: a blob cannot be read.
+    """
+    parts: list[tuple[Shard, np.ndarray]] = []
+    for contribution in contributions:
+        seed = derive_seed(run.seed, "cloud_holdout", contribution.agent_id)
+        for known in known_shards(contribution, blobs_dir):
+            unlabelled = known.unlabelled(run.spec, run.fine_tune.holdout_fraction, seed)
+            parts.append((known.shard, unlabelled))
+    return _examples(run, parts)
+
+
+def pseudo_labels(model: nn.Module, inputs: Tensor, run: RunConfig, device: torch.device) -> list[int]:
+    """Return for each of [N, …] the class that the model predicts, or -1 where it is not confident.
+
+    The prediction is the label as it is, after Lee (ICML 2013 workshop), above a confidence, as in FixMatch
+    (arXiv 2001.07685).
+    """
+    probabilities = predict(model, inputs, task=task_of(run), device=device).softmax(1)
+    confidences, classes = probabilities.max(1)
+    is_sure = confidences > run.fine_tune.pseudo_label_confidence
+    found: list[int] = torch.where(is_sure, classes, MISSING).tolist()
+    return found
+
+
+def with_pseudo_labels(labelled: Examples, unlabelled: Examples, labels: Sequence[int]) -> Examples:
+    """Return the examples to train on, with those that `pseudo_labels` has found a class for."""
+    found = torch.tensor(labels, dtype=torch.int64)
+    is_sure = found != MISSING
+    return Examples(
+        torch.cat([labelled.inputs, unlabelled.inputs[is_sure]]),
+        torch.cat([labelled.targets, found[is_sure]]),
+    )
 
 
 def fine_tune(
@@ -86,6 +126,16 @@ def fine_tune(
     place = place_of(run, "fine_tune", round_number, planned_rounds, has_full_curve=has_full_curve)
     recipe = Recipe(config, task, seed, precision, config.class_balanced, place)
     train(model, examples, recipe, device=device, on_step=on_step, after_step=after_step, ranks=ranks)
+
+
+def known_shards(contribution: Contribution, blobs_dir: Path) -> list[KnownShard]:
+    """Return the shards of a contribution in its order, with the targets that came later.
+
+    Raises:
+        InvalidError: a blob is neither a shard nor late targets.
+        OSError: a blob cannot be read.
+    """
+    return read_known_shards({digest: blob_path(blobs_dir, digest) for digest in contribution.shard_digests})
 
 
 def _examples(run: RunConfig, parts: Sequence[tuple[Shard, np.ndarray]]) -> Examples:
