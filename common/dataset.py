@@ -13,6 +13,9 @@ MAX_VALUES = 64_000_000
 # One input or target may have so many axes.
 MAX_AXES = 8
 
+# Stands for the target of an example that has none, where targets are int64.
+MISSING = -1
+
 InputDtype = Literal["uint8", "float32", "int64"]
 TargetDtype = Literal["int64", "float32"]
 
@@ -45,6 +48,8 @@ class Targets(NamedTuple):
     # One number for each value on the first axis of the shape; empty: the values stay as they are.
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
+    # Whether an example may come without a target: MISSING for int64, NaN for float32.
+    missing: bool = False
 
 
 class DatasetSpec(NamedTuple):

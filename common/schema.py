@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 
-from ecavg.common.dataset import DatasetSpec, Inputs, Targets
+from ecavg.common.dataset import MISSING, DatasetSpec, Inputs, Targets
 from ecavg.common.errors import InvalidError, Reason
 
 MAX_HEADER_BYTES = 1 << 20
@@ -191,7 +191,7 @@ def check_finite(path: Path, header: Header) -> None:
         if spec.dtype not in _NON_FINITE_BITS:
             continue
         dtype, bits = _NON_FINITE_BITS[spec.dtype]
-        for piece in _pieces(path, header, name, dtype):
+        for piece in pieces(path, header, name, dtype):
             piece &= piece.dtype.type(bits)
             if piece.max() == bits:
                 raise InvalidError(
@@ -230,9 +230,19 @@ def check_shard(header: Header, spec: DatasetSpec) -> int:
     return found
 
 
+def dtype_name(dtype: str) -> str:
+    """Return the name that safetensors uses for a dtype of examples."""
+    return _DTYPE_NAMES[dtype]
+
+
 def num_examples(header: Header) -> int:
     """Return how many examples a shard has, which must have passed `check_shard`."""
     return next(iter(header.schema.values())).shape[0]
+
+
+def are_missing(targets: np.ndarray) -> np.ndarray:
+    """Return True for each value that stands for a missing target, where targets may be missing."""
+    return np.asarray(targets == MISSING if targets.dtype.kind == "i" else np.isnan(targets))
 
 
 def check_examples(path: Path, header: Header, spec: DatasetSpec) -> None:
@@ -249,9 +259,21 @@ def check_examples(path: Path, header: Header, spec: DatasetSpec) -> None:
         # Every byte is a pixel.
         if side.dtype == "uint8" and side.low is None and side.high is None:
             continue
-        for piece in _pieces(path, header, name, _NUMPY_DTYPES[side.dtype]):
-            for value in (piece.min().item(), piece.max().item()):
-                _check_value(value, name, side, spec)
+        check_tensor(path, header, name, side, spec)
+
+
+def check_tensor(path: Path, header: Header, name: str, side: Inputs | Targets, spec: DatasetSpec) -> None:
+    """Refuse inputs or targets of which a value is not finite, or out of bounds, and not a missing one.
+
+    Raises:
+        InvalidError: INVALID_SHARD, a value is not; the message has the value.
+        OSError: the file cannot be read.
+    """
+    for piece in pieces(path, header, name, _NUMPY_DTYPES[side.dtype]):
+        may_be_missing = isinstance(side, Targets) and side.missing
+        values = piece[~are_missing(piece)] if may_be_missing else piece
+        for value in (values.min().item(), values.max().item()) if len(values) else ():
+            _check_value(value, name, side, spec)
 
 
 def _check_value(value: float, name: str, side: Inputs | Targets, spec: DatasetSpec) -> None:
@@ -374,7 +396,7 @@ def _check_layout(offsets: Mapping[str, tuple[int, int]], num_data_bytes: int) -
         _refuse_file(f"its tensors take {filled} bytes, there are {num_data_bytes} bytes of data")
 
 
-def _pieces(path: Path, header: Header, name: str, dtype: str) -> Iterator[np.ndarray]:
+def pieces(path: Path, header: Header, name: str, dtype: str) -> Iterator[np.ndarray]:
     """Yield a tensor's values in pieces.
 
     All pieces share one buffer, which the caller may overwrite.

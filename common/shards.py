@@ -14,7 +14,7 @@ from safetensors.numpy import save_file
 from ecavg.common.dataset import DatasetSpec, InputDtype, Inputs, TargetDtype, Targets
 from ecavg.common.errors import UsageError
 from ecavg.common.files import replacing
-from ecavg.common.schema import Header, read_header
+from ecavg.common.schema import Header, are_missing, read_header
 
 _NUMPY_DTYPES = {"U8": "u1", "I64": "<i8", "F32": "<f4"}
 _NAMES = (("images", "labels"), ("inputs", "targets"))
@@ -63,11 +63,26 @@ def read_shard(path: Path) -> Shard:
         OSError: the file cannot be read.
     """
     header = read_header(path)
-    names = _NAMES[0] if _NAMES[0][0] in header.schema else _NAMES[1]
+    return Shard(*read_tensors(path, header, _NAMES[0] if _NAMES[0][0] in header.schema else _NAMES[1]))
+
+
+def read_tensors(path: Path, header: Header, names: Sequence[str]) -> list[np.ndarray]:
+    """Map a file into memory, and return these tensors, of the dtypes of examples, as read-only views.
+
+    Raises:
+        KeyError: the file has no such tensor.
+        OSError: the file cannot be read.
+    """
     data = np.memmap(path, np.uint8, mode="r", offset=header.data_start)
-    inputs, targets = (_view(data, header, name) for name in names)
     # Another program may have written the file with values that are not aligned in memory.
-    return Shard(np.require(inputs, requirements="A"), np.require(targets, requirements="A"))
+    return [np.require(_view(data, header, name), requirements="A") for name in names]
+
+
+def has_target(targets: np.ndarray, described: Targets) -> np.ndarray:
+    """Return for each of [N, …] whether it is a target: bool [N]; all are, unless some may be missing."""
+    if not described.missing:
+        return np.ones(len(targets), bool)
+    return np.asarray(~are_missing(targets).any(tuple(range(1, targets.ndim))))
 
 
 def split(labels: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:

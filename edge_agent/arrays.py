@@ -15,8 +15,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.lib import format as npy
 
-from ecavg.common.dataset import Inputs, Targets
+from ecavg.common.dataset import MISSING, Inputs, Targets
 from ecavg.common.errors import UsageError
+from ecavg.common.schema import are_missing
+from ecavg.edge_agent.labels_file import state_of_labels
 
 _NAMES = ("inputs", "targets")
 
@@ -44,7 +46,9 @@ def stamp_of_arrays(path: Path) -> str:
     """Return what tells files of arrays from an earlier state of them."""
     files = [path] if path.is_file() else sorted(path.rglob("*.npy"))
     stats = [(file.name, file.stat()) for file in files]
-    return " ".join(f"{name}:{stat.st_size}:{stat.st_mtime_ns}" for name, stat in stats)
+    return " ".join(
+        [*(f"{name}:{stat.st_size}:{stat.st_mtime_ns}" for name, stat in stats), state_of_labels(path)]
+    )
 
 
 def open_arrays(path: Path) -> tuple[Arrays, Arrays | None]:
@@ -94,6 +98,8 @@ def as_wanted(noun: str, values: np.ndarray, wanted: Inputs | Targets) -> np.nda
     """
     if wanted.shape == (1,) and values.ndim == 1:
         values = values[:, None]
+    if isinstance(wanted, Targets) and wanted.missing and wanted.dtype == "int64":
+        values = as_labels(values)
     if wanted.dtype == "float32" and values.dtype == np.int64:
         values = values.astype(np.float32)
     if values.dtype.name != wanted.dtype or values.shape[1:] != wanted.shape:
@@ -119,6 +125,16 @@ def statistics(values: np.ndarray) -> str:
     )
 
 
+def as_labels(targets: np.ndarray) -> np.ndarray:
+    """Return whole numbers, of which some may be missing (NaN), as int64; others as they are."""
+    if targets.dtype.kind != "f":
+        return targets
+    given = targets[~np.isnan(targets)]
+    if not (np.isfinite(given) & (given == np.rint(given))).all():
+        return targets
+    return np.where(np.isnan(targets), MISSING, targets).astype(np.int64)
+
+
 def _check_range(noun: str, values: np.ndarray, wanted: Inputs | Targets) -> None:
     low, high = (
         (-np.inf if wanted.low is None else wanted.low),
@@ -127,6 +143,8 @@ def _check_range(noun: str, values: np.ndarray, wanted: Inputs | Targets) -> Non
     if values.dtype == np.uint8 and (wanted.low, wanted.high) == (None, None):
         return
     is_bad = ~(np.isfinite(values) & (values >= low) & (values <= high))
+    if isinstance(wanted, Targets) and wanted.missing:
+        is_bad &= ~are_missing(values)
     if is_bad.any():
         first = int(np.flatnonzero(is_bad.reshape(len(values), -1).any(1))[0])
         raise UsageError(

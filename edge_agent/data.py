@@ -7,6 +7,7 @@ that split, dealt out as the train split is; otherwise it is about `holdout_frac
 """
 
 from collections.abc import Collection
+from dataclasses import replace
 from itertools import repeat
 from pathlib import Path
 from typing import NamedTuple
@@ -15,10 +16,12 @@ import numpy as np
 
 from ecavg.common.agent_progress import OnExamples, ignore_examples
 from ecavg.common.config import RunConfig
+from ecavg.common.dataset import MISSING, DatasetSpec
 from ecavg.common.errors import UsageError
 from ecavg.common.seeds import derive_seed
-from ecavg.common.shards import Shard, check_splittable
+from ecavg.common.shards import Shard, check_splittable, has_target
 from ecavg.common.tasks import kind_of
+from ecavg.edge_agent.arrays import as_labels
 from ecavg.edge_agent.partition import Partition, partition_indices
 from ecavg.edge_agent.series import block_of, check_overlap, hold_out_latest
 from ecavg.edge_agent.shard_files import input_digests
@@ -33,7 +36,7 @@ _SHARING = b"share_data"
 class AgentData(NamedTuple):
     """One agent's part of its source, in the run's image shape."""
 
-    # The examples that are trained on; those of them that are shared are uploaded.
+    # The examples that are trained on, and those without a target; what is shared of them is uploaded.
     train: Shard
     # The examples for the agent's own figures before and after, which never leave the device.
     held_out: Shard
@@ -72,6 +75,7 @@ def load_agent_data(
             for this agent.
     """
     check_overlap(run, table)
+    table = replace(table, missing=run.spec.targets.missing)
     # The stamp is taken first, so that a change while the data are read is noticed.
     stamp = data_stamp(run, source, data_dir)
     not_read = not_read_of(run, source, data_dir)
@@ -79,13 +83,14 @@ def load_agent_data(
     name = source or run.dataset
     splits = [part for part in opened if part is not None]
     has_labels = kind_of(run.task).has_labels
-    classes = np.unique(np.concatenate([part.targets for part in splits])) if has_labels else np.empty(0)
+    targets = [as_labels(part.targets) if has_labels else part.targets for part in splits]
+    classes = np.unique(np.concatenate(targets)) if has_labels else np.empty(0)
     if has_labels:
-        _check_labels(name, classes, run.spec.num_classes)
+        _check_labels(name, classes, run.spec)
 
     shards, num_skipped = [], 0
-    for part in splits:
-        indices = _own_indices(run, name, part, classes, partition)
+    for part, known in zip(splits, targets, strict=True):
+        indices = _own_indices(run, name, part, known, classes, partition)
         shard, skipped = part.read(indices, run.spec, on_read)
         if not len(shard.targets):
             raise UsageError(
@@ -96,16 +101,27 @@ def load_agent_data(
 
     if opened.test is None:
         shards = [_take(shards[0], part) for part in _hold_out(run, shards[0], seed_name)]
-    return AgentData(shards[0], shards[1], num_skipped, stamp, not_read)
+    train, held_out = shards[0], _with_target(shards[1], run.spec)
+    if not len(held_out.targets) or not has_target(train.targets, run.spec.targets).any():
+        raise UsageError(f"data source {name}: too few examples have a target, to train on or to hold back")
+    return AgentData(train, held_out, num_skipped, stamp, not_read)
+
+
+def _with_target(shard: Shard, spec: DatasetSpec) -> Shard:
+    has_targets = has_target(shard.targets, spec.targets)
+    return shard if has_targets.all() else _take(shard, np.flatnonzero(has_targets))
 
 
 def _hold_out(run: RunConfig, shard: Shard, seed_name: str) -> tuple[np.ndarray, np.ndarray]:
     if overlap := run.spec.inputs.overlap:
         return hold_out_latest(len(shard.targets), run.holdout_fraction, overlap)
-    return hold_out(shard.inputs, run.holdout_fraction, derive_seed(run.seed, "holdout", seed_name))
+    seed = derive_seed(run.seed, "holdout", seed_name)
+    return hold_out(shard.inputs, run.holdout_fraction, seed, has_target(shard.targets, run.spec.targets))
 
 
-def hold_out(inputs: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+def hold_out(
+    inputs: np.ndarray, fraction: float, seed: int, has_targets: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """Hold back about `fraction` of the inputs, each by its own values.
 
     Whatever is added to the data or removed, an input that was uploaded does not become one to measure on,
@@ -114,6 +130,8 @@ def hold_out(inputs: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray
 
     Args:
         inputs: [N, …], N of at least 2.
+        has_targets: bool [N], the inputs that have a target, of which neither part may be empty; None: all.
+            The others are on the side where they stay when their target becomes known.
 
     Returns:
         Sorted int64 indices of the rest and of the held-out part: disjoint, complete, neither empty.
@@ -121,9 +139,12 @@ def hold_out(inputs: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray
     Raises:
         UsageError: there are fewer than two inputs.
     """
-    check_splittable(len(inputs))
+    some = np.full(len(inputs), True) if has_targets is None else has_targets
+    check_splittable(int(some.sum()))
     ranks = input_digests(inputs, repeat(seed.to_bytes(8), len(inputs)))
-    is_out = is_held_out(ranks, fraction)
+    is_out = np.empty(len(inputs), bool)
+    is_out[some] = is_held_out(ranks[some], fraction)
+    is_out[~some] = ranks[~some] < fraction * 2.0**64
     return np.flatnonzero(~is_out), np.flatnonzero(is_out)
 
 
@@ -145,8 +166,9 @@ def choose_shared(inputs: np.ndarray, fraction: float) -> np.ndarray:
     return input_digests(inputs, repeat(_SHARING, len(inputs))) < fraction * 2.0**64
 
 
-def _check_labels(name: str, classes: np.ndarray, num_classes: int) -> None:
-    strangers = classes[(classes < 0) | (classes >= num_classes)]
+def _check_labels(name: str, classes: np.ndarray, spec: DatasetSpec) -> None:
+    num_classes, least = spec.num_classes, MISSING if spec.targets.missing else 0
+    strangers = classes[(classes < least) | (classes >= num_classes)]
     if len(strangers):
         raise UsageError(
             f"data source {name} has the label {strangers[0]}, and the run only 0 to {num_classes - 1}:"
@@ -155,9 +177,13 @@ def _check_labels(name: str, classes: np.ndarray, num_classes: int) -> None:
 
 
 def _own_indices(
-    run: RunConfig, name: str, part: Split, classes: np.ndarray, partition: Partition | None
+    run: RunConfig,
+    name: str,
+    part: Split,
+    targets: np.ndarray,
+    classes: np.ndarray,
+    partition: Partition | None,
 ) -> np.ndarray:
-    targets = part.targets
     if partition is None:
         return np.arange(len(targets))
     overlap = run.spec.inputs.overlap

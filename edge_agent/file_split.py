@@ -27,7 +27,7 @@ class FileSplit:
     """The train or the test part of pictures in files."""
 
     paths: Sequence[Path]
-    # The targets, [N, …]; labels are int64 [N].
+    # The targets, [N, …]; labels are int64 [N], -1 where the class is not known.
     targets: np.ndarray
     # The names of the labels, label 0 first; none where the targets are no labels.
     class_names: Sequence[str]
@@ -103,7 +103,7 @@ def _classes_without(targets: np.ndarray, is_read: np.ndarray, class_names: Sequ
     if targets.ndim > 1 or not class_names:
         return []
     labels = np.setdiff1d(targets, targets[is_read])
-    return [class_names[label] for label in labels[:MAX_NAMED]]
+    return [class_names[label] for label in labels[labels >= 0][:MAX_NAMED]]
 
 
 def check_has_pictures(what: str, run: RunConfig) -> None:

@@ -1,7 +1,12 @@
-"""Image folders, DIR/{train,test}/<class>/**: they are listed first, and decoded later as far as needed."""
+"""Image folders, DIR/{train,test}/<class>/**: they are listed first, and decoded later as far as needed.
+
+Where targets may be missing, the pictures in DIR/unlabelled are read as well; labels_file.py says how their
+classes can be told later.
+"""
 
 from collections.abc import Collection, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +15,11 @@ from ecavg.common.config import Background, RunConfig, class_name
 from ecavg.common.errors import UsageError, encodable
 from ecavg.edge_agent.file_split import FileSplit, check_has_pictures
 from ecavg.edge_agent.folder_walk import folders_in, items_below, named_in_errors, stamp_of_folders
+from ecavg.edge_agent.labels_file import labels_of_files, state_of_labels
 from ecavg.edge_agent.pictures import IMAGE_FORMATS
+
+# The folder, beside `train`, of pictures whose class is not known.
+UNLABELLED = "unlabelled"
 
 
 def list_image_folder(folder: Path, run: RunConfig) -> tuple[FileSplit, FileSplit | None]:
@@ -30,7 +39,20 @@ def list_image_folder(folder: Path, run: RunConfig) -> tuple[FileSplit, FileSpli
             " and the run has other data"
         )
     check_has_pictures(f"data folder {folder}", run)
-    return list_splits(folder, classes_of(folder, run), run.background)
+    splits = list_splits(folder, classes_of(folder, run), run.background)
+    return (_with_unlabelled(folder, splits[0]), splits[1]) if spec.targets.missing else splits
+
+
+def _with_unlabelled(folder: Path, train: FileSplit) -> FileSplit:
+    """Return the split with the pictures in `folder`/unlabelled, if there are any."""
+    unlabelled = folder / UNLABELLED
+    if not unlabelled.is_dir():
+        return train
+    with named_in_errors():
+        paths = sorted(item.path for item in items_below(unlabelled) if item.is_picture)
+    names = [path.relative_to(unlabelled).as_posix() for path in paths]
+    labels = labels_of_files(folder, names, train.class_names)
+    return replace(train, paths=[*train.paths, *paths], targets=np.concatenate([train.targets, labels]))
 
 
 def classes_of(folder: Path, run: RunConfig) -> tuple[str, ...]:
@@ -94,16 +116,16 @@ def _class_of(folder: Path) -> str:
 
 
 def stamp_of(folder: Path, suffixes: Collection[str] = tuple(IMAGE_FORMATS)) -> str:
-    """Return a value that changes when a file with such a suffix is added, removed or written to.
+    """Return a value that changes when such a file, or the file of labels, is added, removed or written to.
 
     No file is opened.
     """
-    found: list[Path] = []
+    found = [folder / UNLABELLED]
     for part in (folder / "train", folder / "test"):
         with suppress(OSError):
             # A folder has just gone, or cannot be read.
             found += folders_in(part)
-    return stamp_of_folders(found, suffixes)
+    return stamp_of_folders(found, suffixes) + state_of_labels(folder)
 
 
 def _list_images(folder: Path, class_names: Sequence[str], background: Background) -> FileSplit:

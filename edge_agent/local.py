@@ -23,12 +23,13 @@ from ecavg.common.errors import DivergedError, RunError
 from ecavg.common.evaluation import Evaluation, evaluate
 from ecavg.common.faults import Point, crash_point
 from ecavg.common.files import replacing, sync
+from ecavg.common.late_targets import KnownShard, read_known_shards
 from ecavg.common.models import build_model, errors_of_model, shared_part
 from ecavg.common.rehearsal import Probe, check_probe, rehearse
 from ecavg.common.schedule import Place, place_of
 from ecavg.common.schema import most_file_bytes
 from ecavg.common.seeds import derive_seed
-from ecavg.common.shards import Shard, cloud_holdout, gather, read_shard
+from ecavg.common.shards import Shard, gather, has_target
 from ecavg.common.tasks import kind_of, published
 from ecavg.common.tasks.task import task_of
 from ecavg.common.training import Examples, OnStep, Recipe, choose_precision, train
@@ -43,7 +44,7 @@ from ecavg.edge_agent.history import History, Source, use_of
 from ecavg.edge_agent.own_training import Data, OwnTraining, Purpose, Start, train_as_own
 from ecavg.edge_agent.partition import Partition, parse_partition
 from ecavg.edge_agent.series import check_shared_fraction
-from ecavg.edge_agent.shard_files import keep_shards
+from ecavg.edge_agent.shard_files import keep_late_targets, keep_shards
 from ecavg.edge_agent.state import AgentState, Report, Trained
 
 log = structlog.get_logger()
@@ -139,9 +140,11 @@ class LocalModels:
         metric: the name of the figure that models are measured by.
         stamp: the stamp of the data; see edge_agent/data.py.
         not_read: what is not read of an image folder, in a line for the user; empty if all of it is.
-        shards: the files of the examples that are shared, in order, and their blobs.
+        shards: the files of the examples that are shared, in order, those of their late targets, and the
+            blobs of both.
         num_shared: how many examples are in them, with those that the cloud holds back of each.
-        num_examples: the same, with the examples that are not shared.
+        num_examples: how many have a target, of these and of the examples that are not shared.
+        num_without_target: how many have none.
         trained_on: the digests of the files of both.
         has_withdrawn: True if some file is no longer shared, and the server may have it.
     """
@@ -183,15 +186,16 @@ class LocalModels:
         self.not_read = data.not_read
         before = set(disk.shards.glob("*.safetensors"))
         is_shared = choose_shared(data.train.inputs, shared_fraction)
-        self.shards = _kept(disk.shards, data.train, is_shared)
-        private = _kept(disk.private, data.train, ~is_shared)
+        self.shards = _kept(disk.shards, data.train, is_shared, run)
+        private = _kept(disk.private, data.train, ~is_shared, run)
         self.trained_on = tuple(blob.digest for blob in (*self.shards.values(), *private.values()))
         self.has_withdrawn = not before <= self.shards.keys()
         # The shards can be read even when their files are removed.
-        self._shared = [read_shard(path) for path in self.shards]
-        self._private = [read_shard(path) for path in private]
-        self.num_shared = sum(len(shard.targets) for shard in self._shared)
-        self.num_examples = self.num_shared + sum(len(shard.targets) for shard in self._private)
+        self._shared, self._private = (_known(files) for files in (self.shards, private))
+        self.num_shared = sum(len(known.sent) for known in self._shared)
+        every = [known.shard.targets for known in (*self._shared, *self._private)]
+        self.num_examples = sum(int(has_target(each, run.spec.targets).sum()) for each in every)
+        self.num_without_target = sum(map(len, every)) - self.num_examples
 
     def most_weights_bytes(self) -> int:
         """Return how large a file with weights of the run's model may be."""
@@ -430,19 +434,18 @@ class LocalModels:
             )
 
     def _examples(self) -> Examples:
-        """Return the examples that the cloud fine-tunes on, and those that it never sees.
+        """Return the examples that the cloud fine-tunes on, and those that it never sees, all with a target.
 
         The other examples are those that the cloud chooses and evaluates on.
         """
+        spec = self._run.spec
         fraction = self._run.fine_tune.holdout_fraction
         holdout_seed = derive_seed(self._run.seed, "cloud_holdout", self._disk.agent_id)
-        overlap = self._run.spec.inputs.overlap
-        parts = [
-            (shard, cloud_holdout(shard.targets, fraction, holdout_seed, overlap)[0])
-            for shard in self._shared
+        parts = [(known.shard, known.split(spec, fraction, holdout_seed)[0]) for known in self._shared]
+        parts += [
+            (shard, np.flatnonzero(has_target(shard.targets, spec.targets))) for shard, _ in self._private
         ]
-        parts += [(shard, np.arange(len(shard.targets))) for shard in self._private]
-        return Examples(*map(torch.from_numpy, gather(parts, self._run.spec)))
+        return Examples(*map(torch.from_numpy, gather(parts, spec)))
 
     def _objection(self, before: Evaluation | None, after: Evaluation) -> str:
         """Return why a model should not take the place of the one in use; empty: it may."""
@@ -504,10 +507,17 @@ class LocalModels:
             )
 
 
-def _kept(folder: Path, train: Shard, is_chosen: np.ndarray) -> dict[Path, Blob]:
-    """Return the files of the chosen examples, and their blobs."""
+def _kept(folder: Path, train: Shard, is_chosen: np.ndarray, run: RunConfig) -> dict[Path, Blob]:
+    """Return the files of the chosen examples and of their late targets, and the blobs of both."""
     chosen = train if is_chosen.all() else Shard(*(array[is_chosen] for array in train))
-    return {path: blob_of(path) for path in keep_shards(folder, chosen)}
+    described = run.spec.targets
+    blobs = {path: blob_of(path) for path in keep_shards(folder, chosen, described)}
+    digests = {path: blob.digest for path, blob in blobs.items()}
+    return blobs | {path: blob_of(path) for path in keep_late_targets(digests, chosen, described)}
+
+
+def _known(files: dict[Path, Blob]) -> list[KnownShard]:
+    return read_known_shards({blob.digest: path for path, blob in files.items()})
 
 
 def _rest_of(model: nn.Module, run: RunConfig) -> StateDict:

@@ -95,11 +95,13 @@ class LocalData:
 
 
 def _what_is_shared(models: LocalModels, run: RunConfig) -> str:
-    noun = _noun(run)
+    noun, num_unknown = _noun(run), models.num_without_target
+    unknown = f"; {num_unknown} have no target yet, and are not trained on" if num_unknown else ""
     if not models.num_shared:
-        return f"no {noun} leaves this device, {models.num_examples} are trained on"
+        return f"no {noun} leaves this device, {models.num_examples} are trained on{unknown}"
     kept = {"round": "until their round is over", "run": "beyond their round"}[run.retain_data]
-    return f"shared are {models.num_shared} of {models.num_examples} {noun}s, which the server keeps {kept}"
+    shared = f"shared are {models.num_shared} of {models.num_examples + num_unknown} {noun}s"
+    return f"{shared}, which the server keeps {kept}{unknown}"
 
 
 def _noun(run: RunConfig) -> str:

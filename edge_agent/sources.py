@@ -8,13 +8,14 @@ from ecavg.common.config import RunConfig
 from ecavg.common.dataset import CLASS_NAMES, DATASETS
 from ecavg.common.errors import UsageError
 from ecavg.common.factories import import_factory
-from ecavg.edge_agent.arrays import check_arrays, is_arrays, open_arrays, stamp_of_arrays
+from ecavg.edge_agent.arrays import Arrays, as_labels, check_arrays, is_arrays, open_arrays, stamp_of_arrays
 from ecavg.edge_agent.bundles import BUNDLES, open_bundle
 from ecavg.edge_agent.columns import is_table
 from ecavg.edge_agent.config import FACTORY_PATTERN, check_source, data_root
 from ecavg.edge_agent.downloads import TORCHVISION, find_dataset, open_dataset
 from ecavg.edge_agent.file_split import check_has_pictures
 from ecavg.edge_agent.image_folder import class_folders, list_image_folder, list_splits, stamp_of
+from ecavg.edge_agent.labels_file import with_late_targets
 from ecavg.edge_agent.masks import is_mask_folder, open_mask_folder, stamp_of_masks
 from ecavg.edge_agent.not_read import find_not_read
 from ecavg.edge_agent.picture_table import has_pictures, picture_rows
@@ -187,13 +188,23 @@ def _open_files(
     if has_recordings(path):
         return open_recordings(path, table, run)
     if not is_table(path):
-        return in_memory(*open_arrays(path))
+        train, test = open_arrays(path)
+        return in_memory(_told_late(path, train, class_names, run) if run else train, test)
     columns = read_table(path, table)
     if not has_pictures(columns, table):
         return in_memory(examples_of(columns, table, class_names))
     if run:
         check_has_pictures(f"data source {path}", run)
     return Source(picture_rows(columns, table, class_names, run.background if run else "white"), None)
+
+
+def _told_late(path: Path, train: Arrays, class_names: Sequence[str], run: RunConfig) -> Arrays:
+    """Return the arrays with the targets that a file beside them tells, where the run's may be missing."""
+    described = run.spec.targets
+    if not described.missing:
+        return train
+    targets = as_labels(train.targets) if described.dtype == "int64" else train.targets
+    return Arrays(train.inputs, with_late_targets(path, targets, described, class_names))
 
 
 def _open_factory(name: str, allowed_factories: Collection[str]) -> Source:

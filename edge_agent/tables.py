@@ -34,6 +34,8 @@ class TableFormat:
     separator: str | None = None
     # How many samples a second the windows of recordings have; None: the source has no recordings.
     sample_rate: int | None = None
+    # Whether a target may be missing, where its cell is empty.
+    missing: bool = False
 
     @property
     def overlap(self) -> int:
@@ -50,11 +52,14 @@ class Block(NamedTuple):
     values: np.ndarray
     # What such a cell is, as in "no number".
     what: str
+    # bool [R], the cells that are empty and may be; None: none may.
+    may_lack: np.ndarray | None = None
 
     @property
     def bad_cells(self) -> BadCells:
         """Return which cells cannot be used."""
-        return BadCells(np.isnan(self.values).any(1), self.what)
+        are_bad = np.isnan(self.values).any(1)
+        return BadCells(are_bad if self.may_lack is None else are_bad & ~self.may_lack, self.what)
 
 
 def open_table(path: Path, form: TableFormat, class_names: Sequence[str] = ()) -> Arrays:
@@ -86,7 +91,8 @@ def examples_of(columns: Columns, form: TableFormat, class_names: Sequence[str])
     inputs, targets = values[:, :num_inputs], values[:, num_inputs:]
     if form.window is not None:
         inputs, targets = _windows(inputs, targets, form)
-    is_whole = np.isfinite(inputs).all(tuple(range(1, inputs.ndim))) & np.isfinite(targets).all(1)
+    is_whole = np.isfinite(inputs).all(tuple(range(1, inputs.ndim)))
+    is_whole &= np.isfinite(targets).all(1) | form.missing
     if not is_whole.any():
         raise UsageError(
             f"data source {columns.path} has {len(values)} rows, which are too few: no example is complete"
@@ -104,7 +110,10 @@ def target_blocks(columns: Columns, form: TableFormat, class_names: Sequence[str
     if form.separator is None:
         label_of = {name: label for label, name in enumerate(class_names)}
         what = "no number and no name of a class" if class_names else "no number"
-        return [Block(_numbers(column, label_of)[:, None], what) for column in cells]
+        return [
+            Block(_numbers(column, label_of)[:, None], what, _are_empty(column) if form.missing else None)
+            for column in cells
+        ]
     if not class_names:
         raise UsageError(
             f"data source {columns.path} has names of classes: set class_names in the server's [run] table"
@@ -162,6 +171,14 @@ def _numbers(cells: np.ndarray, label_of: Mapping[str, int]) -> np.ndarray:
     else:
         values = cells
     return np.where(np.isfinite(values), values, np.nan)
+
+
+def _are_empty(cells: np.ndarray) -> np.ndarray:
+    """Return which cells of a column are empty, bool [R]."""
+    if cells.dtype == object:
+        return np.array([cell is None or cell == "" for cell in cells], bool)
+    are_empty: np.ndarray = np.isnan(cells)
+    return are_empty
 
 
 def _number(text: str | None, label_of: Mapping[str, int]) -> float:

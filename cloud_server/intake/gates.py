@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from ecavg.common import schema, wire
+from ecavg.common import late_targets, schema, wire
 from ecavg.common.config import Wire
 from ecavg.common.dataset import DatasetSpec
 from ecavg.common.errors import InvalidError, Reason
@@ -61,7 +61,7 @@ class WeightsGate(BlobGate):
 
 
 class DataGate(BlobGate):
-    """The gate for shards: the dtypes, shapes and values of the run's dataset."""
+    """The gate for shards and late targets: the dtypes, shapes and values of the run's dataset."""
 
     def __init__(self, spec: DatasetSpec, max_bytes: int) -> None:
         super().__init__("data", max_bytes, max_tensors=2)
@@ -69,8 +69,13 @@ class DataGate(BlobGate):
 
     def check_header(self, header: schema.Header) -> None:
         """Raise InvalidError unless names, shapes and dtypes are as they should be."""
-        schema.check_shard(header, self._spec)
+        if late_targets.is_late(header):
+            late_targets.check_late_header(header, self._spec)
+        else:
+            schema.check_shard(header, self._spec)
 
     def check_content(self, path: Path) -> None:
         """Raise InvalidError unless every value is finite and in range."""
-        schema.check_examples(path, schema.read_header(path), self._spec)
+        header = schema.read_header(path)
+        check = late_targets.check_late_content if late_targets.is_late(header) else schema.check_examples
+        check(path, header, self._spec)

@@ -15,7 +15,7 @@ from ecavg.cloud_server.intake.budgets import Budgets
 from ecavg.cloud_server.intake.gates import BlobGate, DataGate, WeightsGate
 from ecavg.cloud_server.intake.turns import Turns
 from ecavg.cloud_server.store import Store
-from ecavg.common import schema, wire
+from ecavg.common import late_targets, schema, wire
 from ecavg.common.config import Wire
 from ecavg.common.dataset import DatasetSpec
 from ecavg.common.errors import InvalidError, NotFoundError, OffsetError, Reason, UnavailableError
@@ -70,6 +70,7 @@ class Uploads:
         on_received: Callable[[str, int], None] = lambda _kind, _num_bytes: None,
     ) -> None:
         self._store = store
+        self._may_lack_targets = spec.targets.missing
         self._on_received = on_received
         self._gates: Mapping[str, BlobGate] = {
             "weights": WeightsGate(weights_schema, wires),
@@ -142,13 +143,16 @@ class Uploads:
     def count_shared(self, shards: Sequence[str], num_examples: int) -> int:
         """Return how many examples an agent's shards hold.
 
-        That the agent has trained on more, which it does not share, is believed.
+        That the agent has trained on more, which it does not share, is believed; and that it has trained on
+        fewer, where examples may lack a target.
 
         Raises:
-            InvalidError: the agent says that it has trained on fewer.
+            InvalidError: the agent says that it has trained on fewer, or late targets are for no shard.
         """
-        num_shared = self._num_examples(shards)
-        if num_shared > num_examples:
+        files = {digest: self._store.blobs.path(digest) for digest in shards}
+        headers = {digest: schema.read_header(path) for digest, path in files.items()}
+        num_shared = late_targets.check_contributed(headers, files)
+        if num_shared > num_examples and not self._may_lack_targets:
             raise InvalidError(
                 f"num_examples is {num_examples}, but the contribution's shards have {num_shared} examples:"
                 " send the number of all examples that were trained on"
@@ -170,10 +174,6 @@ class Uploads:
                 f"the weights are {found}, and pre-training started from {start}: encode what has changed",
                 Reason.INITIAL_WEIGHTS,
             )
-
-    def _num_examples(self, shards: Sequence[str]) -> int:
-        headers = (schema.read_header(self._store.blobs.path(digest)) for digest in shards)
-        return sum(schema.num_examples(header) for header in headers)
 
     @asynccontextmanager
     async def open(

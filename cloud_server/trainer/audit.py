@@ -34,13 +34,14 @@ from torch import Tensor, nn
 
 from ecavg.cloud_server.contribution import Contribution
 from ecavg.cloud_server.jobs import Flag
-from ecavg.cloud_server.state_dir import blob_path
+from ecavg.cloud_server.trainer.finetune import known_shards
 from ecavg.cloud_server.trainer.members import Member
 from ecavg.common.batches import DeviceData
 from ecavg.common.config import RunConfig
 from ecavg.common.evaluation import predict
+from ecavg.common.late_targets import KnownShard
 from ecavg.common.seeds import derive_seed
-from ecavg.common.shards import Shard, cloud_holdout, gather, read_shard
+from ecavg.common.shards import Shard, gather, has_target
 from ecavg.common.tasks.task import task_of
 from ecavg.common.weights import load_into
 
@@ -176,24 +177,27 @@ def _draw(run: RunConfig, contributions: Sequence[Contribution], blobs_dir: Path
     owners, held_out = [np.zeros(0, np.int64)], [np.zeros(0, bool)]
     for number, contribution in enumerate(contributions):
         agent_id = contribution.agent_id
-        shards = [read_shard(blob_path(blobs_dir, digest)) for digest in contribution.shard_digests]
-        is_held_out = [
-            _is_held_out(shard, run, derive_seed(run.seed, "cloud_holdout", agent_id)) for shard in shards
-        ]
-        is_chosen = _choose(is_held_out, most, derive_seed(run.seed, "audit", agent_id))
-        for shard, chosen, known in zip(shards, is_chosen, is_held_out, strict=True):
-            parts.append((shard, np.flatnonzero(chosen)))
-            held_out.append(known[chosen])
+        holdout_seed = derive_seed(run.seed, "cloud_holdout", agent_id)
+        shards = [_usable(known, run, holdout_seed) for known in known_shards(contribution, blobs_dir)]
+        is_chosen = _choose(
+            [is_held_out for _, _, is_held_out in shards], most, derive_seed(run.seed, "audit", agent_id)
+        )
+        for (shard, rows, is_held_out), chosen in zip(shards, is_chosen, strict=True):
+            parts.append((shard, rows[chosen]))
+            held_out.append(is_held_out[chosen])
             owners.append(np.full(chosen.sum(), number))
     inputs, labels_N = gather(parts, run.spec)
     return _Sample(torch.from_numpy(inputs), labels_N, np.concatenate(owners), np.concatenate(held_out))
 
 
-def _is_held_out(shard: Shard, run: RunConfig, seed: int) -> Booleans:
-    """Return True for each example of the shard that is held out, so that no agent has trained on it."""
-    fraction, overlap = run.fine_tune.holdout_fraction, run.spec.inputs.overlap
-    _, held_out = cloud_holdout(shard.targets, fraction, seed, overlap)
-    return np.isin(np.arange(len(shard.targets)), held_out)
+def _usable(known: KnownShard, run: RunConfig, seed: int) -> tuple[Shard, Integers, Booleans]:
+    """Return a shard, the rows that have a target, and whether each is held out.
+
+    No agent has trained on what is held out.
+    """
+    rows = np.flatnonzero(has_target(known.shard.targets, run.spec.targets))
+    _, held_out = known.split(run.spec, run.fine_tune.holdout_fraction, seed)
+    return known.shard, rows, np.isin(rows, held_out)
 
 
 def _choose(is_held_out: Sequence[Booleans], most: int, seed: int) -> list[Booleans]:

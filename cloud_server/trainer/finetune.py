@@ -7,17 +7,20 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ecavg.cloud_server.contribution import Contribution
 from ecavg.cloud_server.state_dir import blob_path
 from ecavg.common.checkpoint import CheckpointFile
 from ecavg.common.config import RunConfig
-from ecavg.common.mapped import MappedRows
+from ecavg.common.dataset import MISSING
+from ecavg.common.evaluation import predict
+from ecavg.common.late_targets import KnownShard, read_known_shards
+from ecavg.common.mapped import MappedRows, in_memory
 from ecavg.common.ranks import ALONE, Ranks
 from ecavg.common.schedule import place_of
 from ecavg.common.seeds import derive_seed
-from ecavg.common.shards import Shard, cloud_holdout, gather, read_shard
+from ecavg.common.shards import Shard, gather
 from ecavg.common.tasks.task import task_of
 from ecavg.common.training import AfterStep, Examples, OnStep, Recipe, choose_precision, train
 
@@ -34,7 +37,8 @@ def combine(
 ) -> CombinedData:
     """Read the shards of all contributions, in the order given, and hold out a part of each shard.
 
-    The same examples of a shard are held out in every round, whichever other agents take part.
+    The same examples of a shard are held out in every round, whichever other agents take part. Examples whose
+    target is not known are left out.
 
     Args:
         run: the configuration of the run.
@@ -51,15 +55,51 @@ def combine(
     held_out_parts: list[tuple[Shard, np.ndarray]] = []
     for contribution in contributions:
         seed = derive_seed(run.seed, "cloud_holdout", contribution.agent_id)
-        for digest in contribution.shard_digests:
-            shard = read_shard(blob_path(blobs_dir, digest))
-            rest, held_out = cloud_holdout(
-                shard.targets, run.fine_tune.holdout_fraction, seed, run.spec.inputs.overlap
-            )
-            train_parts.append((shard, rest))
-            held_out_parts.append((shard, held_out))
+        for known in known_shards(contribution, blobs_dir):
+            rest, held_out = known.split(run.spec, run.fine_tune.holdout_fraction, seed)
+            train_parts.append((known.shard, rest))
+            held_out_parts.append((known.shard, held_out))
     examples = _mapped_examples if are_mapped and train_parts else partial(_examples, run)
     return CombinedData(examples(train_parts), examples(held_out_parts))
+
+
+def read_unlabelled(run: RunConfig, contributions: Sequence[Contribution], blobs_dir: Path) -> Examples:
+    """Read the examples of all shards whose target is not known, but for those that would be held out.
+
+    Raises:
+        InvalidError: a blob is neither a shard nor late targets.
+        OSError: a blob cannot be read.
+    """
+    parts: list[tuple[Shard, np.ndarray]] = []
+    for contribution in contributions:
+        seed = derive_seed(run.seed, "cloud_holdout", contribution.agent_id)
+        for known in known_shards(contribution, blobs_dir):
+            unlabelled = known.unlabelled(run.spec, run.fine_tune.holdout_fraction, seed)
+            parts.append((known.shard, unlabelled))
+    return _examples(run, parts)
+
+
+def pseudo_labels(model: nn.Module, inputs: Tensor, run: RunConfig, device: torch.device) -> list[int]:
+    """Return for each of [N, …] the class that the model predicts, or -1 where it is not confident.
+
+    The prediction is the label as it is, after Lee (ICML 2013 workshop), above a confidence, as in FixMatch
+    (arXiv 2001.07685).
+    """
+    probabilities = predict(model, inputs, task=task_of(run), device=device).softmax(1)
+    confidences, classes = probabilities.max(1)
+    is_sure = confidences > run.fine_tune.pseudo_label_confidence
+    found: list[int] = torch.where(is_sure, classes, MISSING).tolist()
+    return found
+
+
+def with_pseudo_labels(labelled: Examples, unlabelled: Examples, labels: Sequence[int]) -> Examples:
+    """Return the examples to train on, with those that `pseudo_labels` has found a class for."""
+    found = torch.tensor(labels, dtype=torch.int64)
+    is_sure = found != MISSING
+    return Examples(
+        torch.cat([in_memory(labelled.inputs), in_memory(unlabelled.inputs)[is_sure]]),
+        torch.cat([in_memory(labelled.targets), found[is_sure]]),
+    )
 
 
 def fine_tune(
@@ -111,6 +151,16 @@ def fine_tune(
         ranks=ranks,
         checkpoint=checkpoint,
     )
+
+
+def known_shards(contribution: Contribution, blobs_dir: Path) -> list[KnownShard]:
+    """Return the shards of a contribution in its order, with the targets that came later.
+
+    Raises:
+        InvalidError: a blob is neither a shard nor late targets.
+        OSError: a blob cannot be read.
+    """
+    return read_known_shards({digest: blob_path(blobs_dir, digest) for digest in contribution.shard_digests})
 
 
 def _examples(run: RunConfig, parts: Sequence[tuple[Shard, np.ndarray]]) -> Examples:

@@ -1,5 +1,6 @@
 """The steps of a round: screen → select the start → fine-tune → publish the best of these models."""
 
+import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -14,7 +15,14 @@ from torch import nn
 from ecavg.cloud_server.jobs import TRAINED, ClassScore, Job, JobDirectory, Progress, Result, TrainedName
 from ecavg.cloud_server.state_dir import blob_path
 from ecavg.cloud_server.trainer.audit import MIN_AGENTS
-from ecavg.cloud_server.trainer.finetune import CombinedData, combine, fine_tune
+from ecavg.cloud_server.trainer.finetune import (
+    CombinedData,
+    combine,
+    fine_tune,
+    pseudo_labels,
+    read_unlabelled,
+    with_pseudo_labels,
+)
 from ecavg.cloud_server.trainer.group import Group
 from ecavg.cloud_server.trainer.measuring import Measuring
 from ecavg.cloud_server.trainer.members import all_hold_base, base_of, common_start, make_weights, members_of
@@ -28,6 +36,7 @@ from ecavg.common.config import RunConfig
 from ecavg.common.errors import InvalidError, RunError
 from ecavg.common.evaluation import Evaluation
 from ecavg.common.faults import Point, crash_point
+from ecavg.common.mapped import in_memory
 from ecavg.common.models import build_model, shared_part
 from ecavg.common.training import Examples, StepReport
 from ecavg.common.wire import Base, is_encoded, wire_of
@@ -97,7 +106,7 @@ class RoundPipeline:
                 measuring.serve()
         self._tell("fine_tuning", 0, 1)
         start = selection.take_best() if selection else None
-        average = self._fine_tune(model, data.train)
+        average = self._fine_tune(model, self._with_pseudo_labels(model, data.train))
         crash_point(Point.TRAINER_FINE_TUNED)
         if selection is None or start is None:
             measuring.serve()
@@ -170,6 +179,26 @@ class RoundPipeline:
         with tracing.span("select"):
             selection.run(lambda done, total: self._tell("aggregating", done, total))
         return selection
+
+    def _with_pseudo_labels(self, model: nn.Module, labelled: Examples) -> Examples:
+        """Return what the fine-tune trains on.
+
+        The start labels examples. Only rank 0 has it in its model, and tells the others.
+        """
+        config = self._run.fine_tune_of(self._job.round)
+        if not config.pseudo_label_confidence or not len(labelled.targets):
+            return labelled
+        contributions = [member.contribution for member in self._members]
+        unlabelled = read_unlabelled(self._run, contributions, self._blobs_dir)
+        if not len(unlabelled.targets):
+            return labelled
+        labels: list[int] = []
+        if self._is_first:
+            labels = pseudo_labels(model, in_memory(unlabelled.inputs), self._run, self._device)
+        labels = json.loads(self._group.share(json.dumps(labels)))
+        examples = with_pseudo_labels(labelled, unlabelled, labels)
+        log.info("pseudo_labels", num_labels=len(examples.targets) - len(labelled.targets))
+        return examples
 
     def _fine_tune(self, model: nn.Module, examples: Examples) -> MovingAverage | None:
         """Fine-tune the model in place, if there are examples; return its average, if the run keeps one.
