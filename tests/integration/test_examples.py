@@ -83,6 +83,25 @@ def test_own_task_runs_as_the_readme_says(cluster: Cluster) -> None:
     assert all("score_after" in agent for agent in report["agents"])
 
 
+# A detector learns slowly, and other tests may be at work.
+@pytest.mark.timeout(300)
+def test_detection_runs_as_the_readme_says(cluster: Cluster) -> None:
+    env = {"PYTHONPATH": str(EXAMPLES)}
+    server = cluster.server("--config", EXAMPLES / "detection.toml", env=env)
+    agents = [
+        cluster.agent(
+            f"edge-{number}", "--data", "detection:scenes", "--partition", f"{number}/2",
+            "--allow-factory", "detection:net", "--allow-factory", "detection:Detection", env=env,
+        )
+        for number in (1, 2)
+    ]  # fmt: skip
+    assert_published(cluster, *agents, server)
+    report = cluster.report()
+    assert report["metric"] == "mean average precision at IoU 0.5"
+    # A detector that has learnt nothing has 0.
+    assert report["score_published"] > 0.1
+
+
 def test_own_loops_run_as_the_readme_says(cluster: Cluster, tmp_path: Path) -> None:
     need("Lightning", find_spec("pytorch_lightning"), "pytorch-lightning")
     env = {"PYTHONPATH": f"{EXAMPLES}:{ROOT}"}
