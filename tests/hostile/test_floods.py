@@ -298,6 +298,7 @@ def health(target: Target) -> bytes:
         return bytes(reply.read())
 
 
+@pytest.mark.soak
 def test_slow_requests_keep_nobody_from_the_status_page(target: Target) -> None:
     with raw.connections(target.cluster.http_port, 5 * HTTP_CONNECTIONS) as connections:
         for connection in connections:

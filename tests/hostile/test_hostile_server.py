@@ -11,7 +11,7 @@ import torch
 
 from ecavg.common import rpc
 from ecavg.common.config import RunConfig, TrainingConfig
-from ecavg.common.errors import ECAvgError, InvalidError, RunError, UsageError
+from ecavg.common.errors import InvalidError, RunError, UsageError
 from ecavg.common.models import build_model
 from ecavg.common.pb import ecavg_pb2 as pb
 from ecavg.common.pb import ecavg_pb2_grpc as pb_grpc
@@ -132,36 +132,34 @@ async def test_honest_server_is_served(device: Device) -> None:
 
 OWN = {"dataset": "own", "num_classes": 10}
 
-RUNS: dict[str, tuple[str, type[ECAvgError]]] = {
-    "nothing": ("", RunError),
-    "no JSON": ("{", RunError),
-    "a list": ("[]", RunError),
-    "nested deeply": ("[" * 500_000, RunError),
-    "integer of a million digits": ('{"seed":' + "9" * 1_000_000 + "}", RunError),
-    "unknown keys": ('{"__class__":"os.system"}', RunError),
-    "too many hidden units": ('{"hidden_units":1000000000}', RunError),
-    "image of 2^48 values": (
-        RUN.model_copy(update=OWN | {"image_shape": (65536, 65536, 65536)}).model_dump_json(), RunError,
-    ),
-    "image with a negative side": (
-        RUN.model_copy(update=OWN | {"image_shape": (-1, -8, 8)}).model_dump_json(), RunError,
-    ),
-    "mean that is no number": ('{"mean":[NaN]}', RunError),
-    "code that the device has not allowed as model": ('{"model":"os:system"}', UsageError),
+RUNS: dict[str, str] = {
+    "nothing": "",
+    "no JSON": "{",
+    "a list": "[]",
+    "nested deeply": "[" * 500_000,
+    "integer of a million digits": '{"seed":' + "9" * 1_000_000 + "}",
+    "unknown keys": '{"__class__":"os.system"}',
+    "too many hidden units": '{"hidden_units":1000000000}',
+    "image of 2^48 values": RUN.model_copy(
+        update=OWN | {"image_shape": (65536, 65536, 65536)}
+    ).model_dump_json(),
+    "image with a negative side": RUN.model_copy(update=OWN | {"image_shape": (-1, -8, 8)}).model_dump_json(),
+    "mean that is no number": '{"mean":[NaN]}',
+    "code that the device has not allowed as model": '{"model":"os:system"}',
     "code that the device has not allowed as data": (
-        '{"dataset":"os:system","num_classes":10,"image_shape":[1,8,8]}', UsageError,
+        '{"dataset":"os:system","num_classes":10,"image_shape":[1,8,8]}'
     ),
-    "folder of the device as data": ('{"dataset":"/etc","num_classes":10,"image_shape":[1,8,8]}', UsageError),
-    "name that steers the terminal": ('{"model":"\\u001b[2J"}', RunError),
-    "class that steers the terminal": ('{"class_names":["\\u001b[2J"]}', RunError),
-    "key that steers the terminal": ('{"\\u001b[2J":1}', RunError),
-}  # fmt: skip
+    "folder of the device as data": '{"dataset":"/etc","num_classes":10,"image_shape":[1,8,8]}',
+    "name that steers the terminal": '{"model":"\\u001b[2J"}',
+    "class that steers the terminal": '{"class_names":["\\u001b[2J"]}',
+    "key that steers the terminal": '{"\\u001b[2J":1}',
+}
 
 
 @pytest.mark.parametrize("name", RUNS)
 async def test_run_that_makes_no_sense_ends_the_agent_with_one_line(device: Device, name: str) -> None:
-    device.server.joined.run_json, expected = RUNS[name]
-    with pytest.raises(expected) as ended:
+    device.server.joined.run_json = RUNS[name]
+    with pytest.raises(UsageError) as ended:
         await device.run()
     assert len(str(ended.value)) < 1000
     assert str(ended.value).isprintable()

@@ -166,6 +166,7 @@ def test_enrolment_says_how_far_off_the_clock_of_the_device_is(cluster: Cluster,
     assert f"until {day(90)}; it renews itself" in said
 
 
+@pytest.mark.soak
 def test_device_whose_clock_is_past_the_end_of_the_ca_waits_until_it_is_set(
     cluster: Cluster, clocks: Clocks
 ) -> None:
@@ -248,6 +249,7 @@ def test_server_first_started_with_a_wrong_clock_serves_after_it_is_set(
     assert_no_fault(server, *agents)
 
 
+@pytest.mark.soak
 def test_ca_of_ones_own_that_is_not_valid_is_told_in_one_line_and_waited_for(
     cluster: Cluster, clocks: Clocks
 ) -> None:

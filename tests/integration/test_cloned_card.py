@@ -4,6 +4,8 @@ import re
 import shutil
 from pathlib import Path
 
+import pytest
+
 from tests.processes import Cluster, Command
 
 MESSAGE = (
@@ -56,6 +58,7 @@ def test_contribution_of_a_copy_that_comes_later_is_not_said_to_be_accepted(clus
     assert [each.wait() for each in (second, other, server)] == [0, 0, 0]
 
 
+@pytest.mark.soak
 def test_device_that_lost_its_progress_and_does_the_same_again_is_no_second_device(cluster: Cluster) -> None:
     """It was set back to a copy of before the round, and has the same data."""
     server = cluster.server("--min-agents", 2)

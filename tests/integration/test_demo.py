@@ -54,6 +54,7 @@ def test_demo_shows_before_and_after(running_demo: Command, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("flags", [["--task", "regression"]])
+@pytest.mark.soak
 def test_demo_of_a_regression_shows_its_own_figure(running_demo: Command) -> None:
     assert running_demo.wait() == 0
     assert "R² on held-out data" in running_demo.output

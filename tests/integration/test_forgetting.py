@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from ecavg.cloud_server.__main__ import main
 from ecavg.cloud_server.jobs import JobDirectory
 from tests.integration.test_data_travel_once import next_rounds
@@ -74,6 +76,7 @@ def test_agent_is_forgotten_while_the_server_runs(cluster: Cluster) -> None:
     assert main(["check", str(cluster.state_dir)]) == 0
 
 
+@pytest.mark.soak
 def test_agent_is_forgotten_while_the_server_is_stopped_and_comes_back_anew(cluster: Cluster) -> None:
     settings = ("--min-agents", 2, *QUICK)
     server = cluster.server("--rounds", 1, *settings)
@@ -137,6 +140,7 @@ def test_fine_tune_begins_anew_without_an_agent_that_is_forgotten(cluster: Clust
     assert main(["check", str(cluster.state_dir)]) == 0
 
 
+@pytest.mark.soak
 def test_fine_tune_that_a_stopped_server_left_begins_anew_too(cluster: Cluster) -> None:
     settings = ("--rounds", 1, "--min-agents", 2, "--set", "run.pretrain.epochs=1")
     settings += ("--set", "run.fine_tune.epochs=2000")

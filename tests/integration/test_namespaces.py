@@ -131,6 +131,7 @@ def two_machines(folder: Path, network: Network, url: str, endpoint: str = "") -
         rendezvous.close()
 
 
+@pytest.mark.soak
 def test_round_is_finished_by_the_machine_that_is_left(
     service: Service, network: Network, tmp_path: Path
 ) -> None:

@@ -74,6 +74,7 @@ def test_those_that_are_drawn_contribute_and_all_get_the_model(cluster: Cluster)
     assert all((cluster.folder / name / "model.safetensors").read_bytes() == published for name in AGENTS)
 
 
+@pytest.mark.soak
 def test_same_seed_draws_the_same_sample(cluster: Cluster, tmp_path: Path) -> None:
     run(cluster, "--agents-per-round", 1)
     with cluster_in(tmp_path / "again") as other:
@@ -111,6 +112,7 @@ def kill_after_draw(cluster: Cluster, died: Path) -> tuple[str, list[Command]]:
     return name, list(agents.values())
 
 
+@pytest.mark.soak
 def test_after_the_deadline_another_agent_takes_the_place_of_one_that_is_gone(
     cluster: Cluster, tmp_path: Path
 ) -> None:
@@ -124,6 +126,7 @@ def test_after_the_deadline_another_agent_takes_the_place_of_one_that_is_gone(
     assert report["vanished"] == [name]
 
 
+@pytest.mark.soak
 def test_report_says_who_was_drawn_and_did_not_contribute(cluster: Cluster) -> None:
     run(cluster, "--agents-per-round", 1, "--over-selection", 2)
     for number in (1, 2):
@@ -233,6 +236,7 @@ def test_command_that_cannot_be_run_is_one_line(cluster: Cluster) -> None:
         assert len(agent.output.splitlines()) == 1
 
 
+@pytest.mark.soak
 def test_warm_up_draws_its_own_sample(cluster: Cluster) -> None:
     outputs = run(cluster, "--agents-per-round", 2, "--rounds", 1, "--set", "run.warm_up_epochs=1")
     for number in (0, 1):

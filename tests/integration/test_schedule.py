@@ -3,6 +3,8 @@
 import re
 from pathlib import Path
 
+import pytest
+
 from ecavg.cloud_server.jobs import Job, round_job
 from ecavg.cloud_server.state_dir import StateDir
 from tests.integration.test_data_travel_once import Device, next_rounds
@@ -37,6 +39,7 @@ def planned_rounds(cluster: Cluster, number: int) -> int:
     return job(cluster, number).planned_rounds
 
 
+@pytest.mark.soak
 def test_agent_that_is_started_again_has_the_same_place_in_the_schedule(
     cluster: Cluster, tmp_path: Path
 ) -> None:
@@ -59,6 +62,7 @@ def test_run_without_an_end_plans_one_round(cluster: Cluster) -> None:
     assert planned_rounds(cluster, 2) == 1
 
 
+@pytest.mark.soak
 def test_full_curve_comes_back_once_when_the_shared_images_have_grown_by_half(cluster: Cluster) -> None:
     one_agent = ("--min-agents", 1, *OVER_RUN[2:], "--rounds", 0, "--keep-rounds", 1000)
     device = Device(cluster)

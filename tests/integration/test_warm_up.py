@@ -97,6 +97,7 @@ def test_server_killed_in_the_warm_up_goes_on_to_the_same_digest(
     assert main(["check", str(cluster.state_dir)]) == 0
 
 
+@pytest.mark.soak
 def test_trainer_killed_in_the_warm_up_does_it_again(cluster: Cluster, digest: str, tmp_path: Path) -> None:
     _, environment = armed_with(Point.TRAINER_STEP_DONE, 2, tmp_path / "died")
     server = cluster.server(*WARM, env=dict(environment))
@@ -121,6 +122,7 @@ def test_agent_killed_in_the_warm_up_goes_on_to_the_same_digest(
     assert cluster.report(0)["rejected"] == cluster.report(0)["late"] == []
 
 
+@pytest.mark.soak
 def test_where_nobody_shares_there_is_no_warm_up(cluster: Cluster, tmp_path: Path) -> None:
     cold = play(cluster, *WARM, share_data="none")
     assert cluster.report(0)["failure"] == "no agent shares data: the run begins without a warm-up"

@@ -51,6 +51,7 @@ def test_round_trip_measures_every_process_and_the_wire() -> None:
         assert result["wire_bytes"] > 2 * result["model_bytes"]  # weights travel in every round, both ways
 
 
+@pytest.mark.soak
 def test_transfer_compares_both_directions() -> None:
     result = run("transfer", "--mib", 1, "--repeats", 1)
     assert set(result["transports"]) == {"plaintext", "tls"}
@@ -63,6 +64,7 @@ def test_transfer_compares_both_directions() -> None:
     assert set(result["transports"]["plaintext"]["client_added_mib"]) == {"upload", "download"}
 
 
+@pytest.mark.soak
 def test_memory_is_measured_for_each_number_of_agents() -> None:
     result = run("memory", "--agents", "1,3", "--mib", 2)
     assert list(result["serving_process"]) == ["1", "3"]
@@ -71,6 +73,7 @@ def test_memory_is_measured_for_each_number_of_agents() -> None:
         assert 10 < peaks["idle_mib"] < peaks["uploads_mib"] + 1 < peaks["downloads_mib"] + 2
 
 
+@pytest.mark.soak
 def test_waiting_is_measured_from_the_rounds_own_times() -> None:
     result = run("waiting", "--rounds", 4, "--repeats", 1)
     assert set(result["help"]) == {"cloud_server", "edge_agent"}
@@ -80,6 +83,7 @@ def test_waiting_is_measured_from_the_rounds_own_times() -> None:
         assert waited["min"] < result["first_model"]
 
 
+@pytest.mark.soak
 def test_agents_counts_what_each_of_a_crowd_costs_and_what_was_lost() -> None:
     result = run("agents", "--agents", 6, "--rounds", 2, "--leaving", 0.5, "--tls")
     assert set(result["faults"].values()) == {0}
@@ -100,6 +104,7 @@ def test_aggregate_compares_every_aggregator() -> None:
         assert figure["memory_in_models"]["median"] < 3
 
 
+@pytest.mark.soak
 def test_two_ranks_read_half_each() -> None:
     result = run("ranks", "--mib", 24, "--ranks", 2)
     # A tenth or so is held back.
@@ -126,6 +131,7 @@ def test_train_measures_images_on_the_host_and_the_share_of_a_peak() -> None:
     assert mlp["share_of_peak"]["median"] == pytest.approx(share, rel=1e-3)
 
 
+@pytest.mark.soak
 def test_to_accuracy_stops_at_it_or_gives_up(tmp_path: Path) -> None:
     for split in ("train", "test"):
         for label in range(10):
@@ -200,6 +206,7 @@ def test_a_process_that_failed_is_named_with_what_it_said(tmp_path: Path) -> Non
             processes.wait_for("nothing", lambda: None, seconds=60)
 
 
+@pytest.mark.soak
 def test_memory_of_a_big_model_depends_on_its_largest_tensor_only() -> None:
     """The model has 92 MiB, so that a process that held it would show that."""
     size = ("--layers", 32, "--hidden", 256, "--vocabulary", 4096)

@@ -95,6 +95,7 @@ def test_figures_are_those_of_the_weights_on_the_common_test_set(make: Make, fol
         assert found == (chosen.numpy() == labels).mean()
 
 
+@pytest.mark.soak
 def test_parts_have_a_row_for_each_variant_and_share_the_pretraining(
     make: Make, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -199,6 +200,7 @@ def test_a_stopped_experiment_goes_on_where_it_was(tmp_path: Path, monkeypatch: 
     assert (tmp_path / "out/digits-claims.md").exists()
 
 
+@pytest.mark.soak
 def test_seeds_may_be_done_side_by_side(
     make: Make, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

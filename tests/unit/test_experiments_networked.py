@@ -19,6 +19,7 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("one_thread")
+@pytest.mark.soak
 def test_the_network_makes_the_same_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(command, "set_up_process", lambda: None)
     monkeypatch.setenv("EXPERIMENT_DATA", "")  # what is written there ends with the test

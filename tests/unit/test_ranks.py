@@ -128,6 +128,7 @@ def are_close(found: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
     return all(torch.allclose(found[name], expected[name], rtol=RTOL, atol=ATOL) for name in expected)
 
 
+@pytest.mark.soak
 def test_two_ranks_equal_one_but_for_the_statistics_of_their_batches(tmp_path: Path) -> None:
     processes = [
         subprocess.Popen([sys.executable, "-c", DEEP_SCRIPT, str(rank), str(tmp_path)], cwd=ROOT)
