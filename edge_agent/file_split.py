@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
-import structlog
 
 from ecavg.common.agent_progress import OnExamples, ignore_examples
 from ecavg.common.config import Background, RunConfig
@@ -14,12 +14,10 @@ from ecavg.common.errors import UsageError
 from ecavg.common.shards import Shard
 from ecavg.edge_agent.arrays import as_wanted
 from ecavg.edge_agent.pictures import MODES, decode_image, quiet_pillow
-from ecavg.edge_agent.reading import MAX_NAMED, Failure, check_failures, check_some, read_each, reasons_of
+from ecavg.edge_agent.reading import MAX_NAMED, Failure, check_some, leave_out, read_each
 
 # A few pictures are brought to this shape to see that they can be read, where the run's is not known.
 SAMPLE_SHAPE = (3, 32, 32)
-
-log = structlog.get_logger()
 
 
 @dataclass(frozen=True)
@@ -35,15 +33,8 @@ class FileSplit:
     # The largest fraction of the files that may be left out because they cannot be read.
     max_skipped: float = 1.0
 
-    @property
-    def noun(self) -> str:
-        """Return what a user calls one of them."""
-        return "image"
-
-    @property
-    def is_series(self) -> bool:
-        """Return False."""
-        return False
+    noun: ClassVar = "image"
+    is_series: ClassVar = False
 
     def read(
         self, indices: np.ndarray, spec: DatasetSpec, on_read: OnExamples = ignore_examples
@@ -86,23 +77,20 @@ def leave_out_unread(
     if not failures:
         return shard
     inputs, targets = shard
-    check_failures(failures, len(inputs), max_skipped)
-    is_read = np.ones(len(inputs), bool)
-    is_read[[failure.place for failure in failures]] = False
-    log.warning(
-        "images_skipped",
-        num_skipped=len(failures),
-        first=str(failures[0]),
-        reasons=reasons_of(failures),
-        classes_without_images=_classes_without(targets, is_read, class_names),
+    are_read = leave_out(
+        failures,
+        len(inputs),
+        max_skipped,
+        "image",
+        lambda are_read: {"classes_without_images": _classes_without(targets, are_read, class_names)},
     )
-    return Shard(inputs[is_read], targets[is_read])
+    return Shard(inputs[are_read], targets[are_read])
 
 
-def _classes_without(targets: np.ndarray, is_read: np.ndarray, class_names: Sequence[str]) -> list[str]:
+def _classes_without(targets: np.ndarray, are_read: np.ndarray, class_names: Sequence[str]) -> list[str]:
     if targets.ndim > 1 or not class_names:
         return []
-    labels = np.setdiff1d(targets, targets[is_read])
+    labels = np.setdiff1d(targets, targets[are_read])
     return [class_names[label] for label in labels[labels >= 0][:MAX_NAMED]]
 
 

@@ -10,6 +10,7 @@ is no class where the run has fewer: such pixels do not count.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import structlog
@@ -80,20 +81,13 @@ class MaskSplit:
     # The largest fraction of the pictures that may be left out because they cannot be read.
     max_skipped: float
 
+    noun: ClassVar = "image"
+    is_series: ClassVar = False
+
     @property
     def targets(self) -> np.ndarray:
         """Return int64 [N, 0]: the masks are read later."""
         return np.empty((len(self.paths), 0), np.int64)
-
-    @property
-    def noun(self) -> str:
-        """Return what a user calls one of them."""
-        return "image"
-
-    @property
-    def is_series(self) -> bool:
-        """Return False."""
-        return False
 
     def read(
         self, indices: np.ndarray, spec: DatasetSpec, on_read: OnExamples = ignore_examples

@@ -2,10 +2,13 @@
 
 import os
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
+
+import numpy as np
+import structlog
 
 from ecavg.common.agent_progress import OnExamples
 from ecavg.common.errors import UsageError, one_line
@@ -21,6 +24,8 @@ NUM_SAMPLES = 8
 
 # A warning names at most so many reasons.
 MAX_NAMED = 5
+
+log = structlog.get_logger()
 
 
 class Failure(NamedTuple):
@@ -71,18 +76,41 @@ def read_each(
     return failures
 
 
-def check_failures(failures: Sequence[Failure], num_files: int, max_skipped: float) -> None:
-    """Raise UsageError if more than the fraction `max_skipped` of the files could not be read."""
+def leave_out(
+    failures: Sequence[Failure],
+    num_files: int,
+    max_skipped: float,
+    noun: str,
+    more: Callable[[np.ndarray], Mapping[str, object]] = lambda _: {},
+) -> np.ndarray:
+    """Return which files were read, bool [F]; the others are logged once.
+
+    Args:
+        num_files: F.
+        max_skipped: the largest fraction of the files that may be left out.
+        noun: what a user calls such a file.
+        more: returns what else the line in the log says, if there is one, from what is returned here.
+
+    Raises:
+        UsageError: more files than that could not be read.
+    """
+    are_read = np.ones(num_files, bool)
+    if not failures:
+        return are_read
     if len(failures) > max_skipped * num_files:
         raise UsageError(
             f"{len(failures)} of {num_files} files cannot be read, first {failures[0]}: replace or remove"
             " them, or allow more with --max-bad-rows"
         )
-
-
-def reasons_of(failures: Sequence[Failure]) -> dict[str, int]:
-    """Return how often each of the most common reasons is there."""
-    return dict(Counter(failure.reason for failure in failures).most_common(MAX_NAMED))
+    are_read[[failure.place for failure in failures]] = False
+    log.warning(
+        f"{noun}s_skipped",
+        num_skipped=len(failures),
+        first=str(failures[0]),
+        reasons=dict(Counter(failure.reason for failure in failures).most_common(MAX_NAMED)),
+        **more(are_read),
+    )
+    return are_read
 
 
 def check_some(paths: Sequence[Path], read_one: Callable[[Path], object]) -> None:

@@ -13,10 +13,9 @@ from hashlib import blake2b
 from itertools import chain
 from math import gcd
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
-import structlog
 
 from ecavg.common.agent_progress import OnExamples, ignore_examples
 from ecavg.common.config import RunConfig
@@ -26,7 +25,7 @@ from ecavg.common.shards import Shard, check_splittable
 from ecavg.edge_agent.arrays import as_wanted
 from ecavg.edge_agent.folder_walk import items_below
 from ecavg.edge_agent.image_folder import class_folders, classes_of, labelled_files
-from ecavg.edge_agent.reading import Failure, check_failures, check_some, read_each, reasons_of
+from ecavg.edge_agent.reading import check_some, leave_out, read_each
 from ecavg.edge_agent.splits import Source, is_held_out
 from ecavg.edge_agent.tables import TableFormat
 
@@ -35,8 +34,6 @@ RECORDINGS = (".wav",)
 LONG = 64
 # So many samples of a file are in memory at once where only their digest counts.
 _BLOCK = 1 << 16
-
-log = structlog.get_logger()
 
 
 class Piece(NamedTuple):
@@ -106,20 +103,14 @@ class RecordingSplit:
     pieces: Sequence[Piece]
     form: TableFormat
 
+    noun: ClassVar = "recording"
+    # Pieces do not overlap, and windows are cut later.
+    is_series: ClassVar = False
+
     @property
     def targets(self) -> np.ndarray:
         """Return the label of each piece, int64 [P]."""
         return np.array([piece.label for piece in self.pieces], np.int64)
-
-    @property
-    def noun(self) -> str:
-        """Return what a user calls one of them."""
-        return "recording"
-
-    @property
-    def is_series(self) -> bool:
-        """Return False: pieces do not overlap, and windows are cut later."""
-        return False
 
     def read(
         self, indices: np.ndarray, spec: DatasetSpec, on_read: OnExamples = ignore_examples
@@ -137,11 +128,9 @@ class RecordingSplit:
             inputs[ends[n] - pieces[n].num_windows : ends[n], 0] = _windows_of(pieces[n], self.form)
 
         failures = read_each([piece.path for piece in pieces], cut, on_read)
-        _tell(failures, len(pieces), self.form.max_bad_rows)
-        is_read = np.ones(len(pieces), bool)
-        is_read[[failure.place for failure in failures]] = False
+        are_read = leave_out(failures, len(pieces), self.form.max_bad_rows, self.noun)
         counts = [piece.num_windows for piece in pieces]
-        is_window_read = np.repeat(is_read, counts)
+        is_window_read = np.repeat(are_read, counts)
         labels = np.repeat(self.targets[indices], counts)[is_window_read]
         inputs = as_wanted("inputs", inputs[is_window_read] if failures else inputs, spec.inputs)
         return Shard(inputs, as_wanted("targets", labels, spec.targets)), len(failures)
@@ -183,7 +172,7 @@ def _list_recordings(folder: Path, class_names: Sequence[str], form: TableFormat
         found.append(_Recording(whole, _rank_of(path)))
 
     failures = read_each(paths, look, ignore_examples)
-    _tell(failures, len(paths), form.max_bad_rows)
+    leave_out(failures, len(paths), form.max_bad_rows, RecordingSplit.noun)
     if not found:
         raise UsageError(f"data source {folder}: none of its recordings can be read; see the warning above")
     return sorted(found, key=lambda recording: (recording.rank, recording.whole.path))
@@ -272,15 +261,3 @@ def _samples(path: Path, rate: int, begin: int, end: int) -> np.ndarray:
         resampled = resample_poly(mixed, rate // factor, file.samplerate // factor)
         # The filter may go a little beyond the values between which the samples are.
         return np.asarray(resampled[begin:end].clip(-1, 1), np.float32)
-
-
-def _tell(failures: Sequence[Failure], num_files: int, max_skipped: float) -> None:
-    """Log once which recordings are left out; raise UsageError if they are too many."""
-    if failures:
-        check_failures(failures, num_files, max_skipped)
-        log.warning(
-            "recordings_skipped",
-            num_skipped=len(failures),
-            first=str(failures[0]),
-            reasons=reasons_of(failures),
-        )

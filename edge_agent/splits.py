@@ -5,7 +5,7 @@ is not kept), grey repeated into RGB, RGB weighted into grey.
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import ClassVar, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -61,15 +61,13 @@ class ArraySplit:
     # The targets, [N, …].
     targets: np.ndarray
 
+    # Where they overlap, they are in the order of time.
+    is_series: ClassVar = True
+
     @property
     def noun(self) -> str:
         """Return "image" if the inputs are pictures, uint8 [N, C, H, W]."""
         return "image" if self.inputs.dtype == np.uint8 and self.inputs.ndim == 4 else "example"
-
-    @property
-    def is_series(self) -> bool:
-        """Return True: where they overlap, they are in the order of time."""
-        return True
 
     def read(
         self, indices: np.ndarray, spec: DatasetSpec, on_read: OnExamples = ignore_examples
