@@ -1,8 +1,6 @@
 """The cloud server's own configuration; `[run]` is in common/config.py."""
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import UTC
 from pathlib import Path
 from typing import Annotated, Literal, Self
@@ -14,7 +12,7 @@ from ecavg.cloud_server.state_dir import StateDir
 from ecavg.common import addresses
 from ecavg.common.config import DocumentedModel, Name, ProcessConfig, RunConfig, UserPath
 from ecavg.common.cron import CronLine, parse_cron, parse_zone
-from ecavg.common.errors import UsageError
+from ecavg.common.errors import as_value_error
 
 ENV_PREFIX = "ECAVG_SERVER_"
 DEFAULT_PRESET = "digits-mlp"
@@ -261,14 +259,14 @@ class ServerConfig(ProcessConfig):
     @field_validator("time_zone")
     @classmethod
     def _is_time_zone(cls, value: str | None) -> str | None:
-        with _usage_error_is_value_error():
+        with as_value_error():
             parse_zone(value)
         return value
 
     @field_validator("open_round_at")
     @classmethod
     def _is_line_of_cron(cls, value: str | None) -> str | None:
-        with _usage_error_is_value_error():
+        with as_value_error():
             return value and parse_cron(value, UTC).text
 
     @model_validator(mode="after")
@@ -372,15 +370,6 @@ class ServerConfig(ProcessConfig):
         """Return how many agents limits are for that are not set."""
         taking_part = self.max_agents or self.buffer_size or self.min_agents
         return max(taking_part, self.agents_to_draw, self.connected_to_draw)
-
-
-@contextmanager
-def _usage_error_is_value_error() -> Iterator[None]:
-    """Let what is wrong with a value be told like what is wrong with others, with the key."""
-    try:
-        yield
-    except UsageError as error:
-        raise ValueError(str(error)) from error
 
 
 def _problem_of_url(text: str, *, is_secret: bool) -> str:

@@ -20,6 +20,8 @@
 Each message is one line for the person at the terminal. The line says what is wrong and what to do about it.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import StrEnum
 
 
@@ -234,3 +236,12 @@ def is_out_of_memory(error: BaseException) -> bool:
     words = ("out of memory", "can't allocate memory", "not enough memory", "_ALLOC_FAILED")
     is_said = isinstance(error, RuntimeError) and any(each in str(error) for each in words)
     return is_said or isinstance(error, MemoryError)
+
+
+@contextmanager
+def as_value_error() -> Iterator[None]:
+    """Raise a UsageError as ValueError, which pydantic tells like all that is wrong with a key."""
+    try:
+        yield
+    except UsageError as error:
+        raise ValueError(str(error)) from error

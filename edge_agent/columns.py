@@ -11,7 +11,7 @@ import csv
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import structlog
@@ -76,6 +76,23 @@ def count_rows(path: Path) -> int:
         return max(0, sum(bool(line.strip()) for line in file) - 1)
 
 
+@contextmanager
+def open_csv(path: Path, name: str) -> Iterator[Any]:
+    """Open a CSV file, and return its reader; what goes wrong with it in the context is an error of one line.
+
+    Args:
+        path: the file.
+        name: what a user calls it.
+    """
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            yield csv.reader(file, strict=True)
+    except (OSError, UnicodeError, csv.Error) as error:
+        raise UsageError(
+            f"{name} cannot be read ({error}): it should be CSV in UTF-8, with commas"
+        ) from error
+
+
 def read_columns(path: Path, names: Sequence[str]) -> Columns:
     """Read these columns of a CSV or Parquet file.
 
@@ -125,18 +142,12 @@ def _describe(columns: Columns, bad: Sequence[BadCells], row: int) -> str:
 def _read_csv(path: Path, names: Sequence[str]) -> Columns:
     lines, rows = [], []
     nothing = [None] * len(names)
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.reader(file, strict=True)
-            header = [name.strip() for name in next(reader, [])]
-            places = _places(path, header, names, "the first line")
-            for row in filter(None, reader):
-                lines.append(reader.line_num)
-                rows.append([row[n].strip() for n in places] if len(row) == len(header) else nothing)
-    except (OSError, UnicodeError, csv.Error) as error:
-        raise UsageError(
-            f"data source {path} cannot be read ({error}): it should be CSV in UTF-8, with commas"
-        ) from error
+    with open_csv(path, f"data source {path}") as reader:
+        header = [name.strip() for name in next(reader, [])]
+        places = _places(path, header, names, "the first line")
+        for row in filter(None, reader):
+            lines.append(reader.line_num)
+            rows.append([row[n].strip() for n in places] if len(row) == len(header) else nothing)
     cells = np.array(rows, object).reshape(len(rows), len(names))
     return Columns(
         path, names, list(cells.T), "line", lines, "it has more or fewer cells than the first line"

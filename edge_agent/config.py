@@ -13,7 +13,7 @@ from ecavg.common import addresses
 from ecavg.common.config import AGENT_ID_PATTERN, Name, ProcessConfig, UserPath, expand_home
 from ecavg.common.cron import CronLine, local_zone, parse_cron
 from ecavg.common.dataset import DATASETS
-from ecavg.common.errors import UsageError, one_line
+from ecavg.common.errors import UsageError, as_value_error, one_line
 from ecavg.edge_agent.hours import parse_hours
 
 if TYPE_CHECKING:
@@ -242,15 +242,13 @@ class AgentConfig(ProcessConfig):
 
         if value is None:
             return None
-        try:
+        with as_value_error():
             if info.field_name == "partition":
                 parse_partition(value)
                 return value
             source = value if _is_named(value) else str(expand_home(Path(value)))
             check_source(source)
             return source
-        except UsageError as error:
-            raise ValueError(str(error)) from error
 
     @field_validator("ready_command", "on_update")
     @classmethod
@@ -263,10 +261,8 @@ class AgentConfig(ProcessConfig):
     @field_validator("pretrain_at")
     @classmethod
     def _is_line_of_cron(cls, value: str | None) -> str | None:
-        try:
+        with as_value_error():
             return value and parse_cron(value, UTC).text
-        except UsageError as error:
-            raise ValueError(str(error)) from error
 
     @field_validator("min_new_examples")
     @classmethod
@@ -281,20 +277,16 @@ class AgentConfig(ProcessConfig):
     @field_validator("work_hours", "upload_hours")
     @classmethod
     def _are_hours(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        try:
+        with as_value_error():
             for text in value:
                 parse_hours(text)
-        except UsageError as error:
-            raise ValueError(str(error)) from error
         return value
 
     @field_validator("export")
     @classmethod
     def _can_be_exported(cls, value: str) -> str:
-        try:
+        with as_value_error():
             check_exporter(value)
-        except UsageError as error:
-            raise ValueError(str(error)) from error
         return value
 
     @field_validator("keep_models")

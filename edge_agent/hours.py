@@ -47,6 +47,11 @@ def local_minute(clock: Callable[[], time.struct_time] = time.localtime) -> int:
     return 60 * now.tm_hour + now.tm_min
 
 
+def are_now(hours: Sequence[Hours], minute: int) -> bool:
+    """Return True if the minute of the day is in one of these parts of it."""
+    return any(each.contain(minute) for each in hours)
+
+
 class UploadHours:
     """The hours in which uploads begin.
 
@@ -87,5 +92,4 @@ class UploadHours:
             on_change(False)
 
     def _is_time(self) -> bool:
-        minute = self._minute()
-        return not self._hours or any(hours.contain(minute) for hours in self._hours)
+        return not self._hours or are_now(self._hours, self._minute())

@@ -7,7 +7,6 @@ The first line names the columns. A file is named as it lies in DIR/unlabelled; 
 target is several numbers, each has a column of its own.
 """
 
-import csv
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,6 +15,7 @@ import structlog
 
 from ecavg.common.dataset import Targets
 from ecavg.common.errors import UsageError, one_line
+from ecavg.edge_agent.columns import open_csv
 
 log = structlog.get_logger()
 
@@ -87,15 +87,9 @@ def _rows(path: Path, key: str, num_targets: int) -> list[tuple[int, list[str]]]
     """Return the cells of each row with its line in the file; none where there is no file."""
     if not path.exists():
         return []
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.reader(file, strict=True)
-            header = [name.strip() for name in next(reader, [])]
-            rows = [(reader.line_num, [cell.strip() for cell in row]) for row in reader if row]
-    except (OSError, UnicodeError, csv.Error) as error:
-        raise UsageError(
-            f"{path} cannot be read ({error}): it should be CSV in UTF-8, with commas"
-        ) from error
+    with open_csv(path, str(path)) as reader:
+        header = [name.strip() for name in next(reader, [])]
+        rows = [(reader.line_num, [cell.strip() for cell in row]) for row in reader if row]
     if header[:1] != [key] or len(header) != 1 + num_targets:
         raise _refusal(path, 1, f"the columns should be {key} and {num_targets} for the target")
     for line, cells in rows:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from ecavg.common.cron import CronLine, spoken
 from ecavg.common.run_state import Wait
-from ecavg.edge_agent.hours import Hours, local_minute
+from ecavg.edge_agent.hours import Hours, are_now, local_minute
 from ecavg.edge_agent.running import reason_of_failure
 
 # The command has so much time; a device that cannot say so soon whether it is ready is not.
@@ -113,8 +113,7 @@ def within(hours: Sequence[Hours], minute: Callable[[], int] = local_minute) -> 
     """
 
     async def look() -> Unready | None:
-        now = minute()
-        if any(each.contain(now) for each in hours):
+        if are_now(hours, minute()):
             return None
         return Unready(Wait.HOURS, "it is outside of work_hours; taking part within them")
 
