@@ -6,7 +6,7 @@ Shapes: B examples of a batch, N of a data set.
 import math
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -66,11 +66,10 @@ def evaluate(
         on_examples: called now and then with how many of this rank's examples are done, and of how many.
         ranks: the processes that measure the same model together.
     """
-    mine = ranks.part(len(targets), _batch_size(task, batch_size))
+    mine = ranks.part(len(targets), _most_examples(task, batch_size))
     known, begin = in_memory(targets[mine]).cpu(), 0
     measured: dict[str, list[Tensor]] = {"losses": [], "scores": [], "tallies": []}
-    options: Any = {"task": task, "device": device, "batch_size": batch_size}
-    with closing(_outputs(model, inputs, mine, **options)) as outputs:
+    with closing(_outputs(model, inputs, mine, task, device, batch_size)) as outputs:
         for some in outputs:
             part = known[begin : begin + len(some)]
             measured["losses"].append(task.loss(some, part))
@@ -105,8 +104,7 @@ def predict(
     Args:
         inputs: as in `evaluate`.
     """
-    every: Any = {"task": task, "device": device, "batch_size": batch_size}
-    with closing(_outputs(model, inputs, slice(None), **every)) as outputs:
+    with closing(_outputs(model, inputs, slice(None), task, device, batch_size)) as outputs:
         return torch.cat(list(outputs))
 
 
@@ -115,20 +113,19 @@ def predict(
 def _outputs(
     model: nn.Module,
     inputs: Rows | DeviceData,
-    some_rows: slice,
-    *,
+    rows: slice,
     task: Task,
     device: torch.device,
     batch_size: int,
 ) -> Generator[Tensor]:
-    """Yield the outputs of some examples in turn, float32 on the CPU."""
+    """Yield the outputs of some rows in turn, float32 on the CPU."""
     data = _moved(inputs, task.spec, device)
     memory_format = place(model, device)
     waiting: list[Tensor] = []
-    num_fetched = NUM_FETCHED if _batch_size(task, batch_size) == batch_size else 1
-    batch_size = _batch_size(task, batch_size)
-    begin, end, _ = some_rows.indices(len(data))
-    parts = [slice(first, min(first + batch_size, end)) for first in range(begin, end, batch_size)]
+    most = _most_examples(task, batch_size)
+    num_fetched = NUM_FETCHED if most == batch_size else 1
+    begin, end, _ = rows.indices(len(data))
+    parts = [slice(first, min(first + most, end)) for first in range(begin, end, most)]
     with _evaluation_mode(model), closing(data.rows(parts)) as batches:
         for number, (some,) in enumerate(batches, 1):
             outputs = model(laid_out(data.normalise(some), memory_format))
@@ -196,7 +193,7 @@ def _share_statistics(norms: Sequence[_BatchNorm], num_batches: int, ranks: Rank
             norm.num_batches_tracked.fill_(total)
 
 
-def _batch_size(task: Task, batch_size: int) -> int:
+def _most_examples(task: Task, batch_size: int) -> int:
     """Return how many examples are measured at once: outputs that are pictures are not to fill the memory."""
     return min(batch_size, max(1, MAX_BATCH_VALUES // math.prod(task.spec.targets.shape)))
 

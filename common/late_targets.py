@@ -8,7 +8,7 @@ file takes its place.
 Shape letters: N examples of a shard, M of them with a target that came later.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
@@ -92,7 +92,11 @@ def read_known_shards(files: Mapping[str, Path]) -> list[KnownShard]:
         OSError: a file cannot be read.
     """
     headers = {digest: read_header(path) for digest, path in files.items()}
-    late = {shard_of(header): files[digest] for digest, header in headers.items() if is_late(header)}
+    late = {
+        shard_of(header): read_tensors(files[digest], header, _NAMES)
+        for digest, header in headers.items()
+        if is_late(header)
+    }
     shards = [digest for digest, header in headers.items() if not is_late(header)]
     return [_known(read_shard(files[digest]), late.get(digest)) for digest in shards]
 
@@ -168,10 +172,11 @@ def check_contributed(headers: Mapping[str, Header], files: Mapping[str, Path]) 
     return sum(sizes.values())
 
 
-def _known(sent: Shard, late: Path | None) -> KnownShard:
+def _known(sent: Shard, late: Sequence[np.ndarray] | None) -> KnownShard:
+    """Return a shard with its late targets: rows and targets, if there are any."""
     if late is None:
         return KnownShard(sent, sent.targets)
-    rows, told = read_tensors(late, read_header(late), _NAMES)
+    rows, told = late
     targets = np.array(sent.targets)
     targets[rows] = told
     return KnownShard(Shard(sent.inputs, targets), sent.targets)

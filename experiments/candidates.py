@@ -17,6 +17,7 @@ from torch import nn
 from ecavg.cloud_server.jobs import Job, JobDirectory, Result
 from ecavg.cloud_server.state_dir import blob_path
 from ecavg.cloud_server.trainer.finetune import combine, fine_tune
+from ecavg.cloud_server.trainer.measuring import Measuring
 from ecavg.cloud_server.trainer.members import (
     Member,
     all_hold_base,
@@ -146,13 +147,11 @@ class _Again:
     def _selection(self, name: str | None) -> Selection:
         """Return a selection with this candidate alone, which makes the candidate the best one."""
         previous = self._job.initial_weights if self._job.round > self._run.first_round else None
+        run = self._run.model_copy(update={"candidates": (name,)})
         return Selection(
-            self._model,
-            self._run.model_copy(update={"candidates": (name,)}),
+            Measuring(self._model, run, self._data, self._device),
             self._members,
             blob_path(self._blobs_dir, previous) if previous else None,
-            self._data,
-            device=self._device,
             scratch=self._scratch,
         )
 

@@ -18,7 +18,7 @@ from ecavg.cloud_server.contribution import Contribution
 from ecavg.cloud_server.jobs import Job, JobDirectory, Progress, Result
 from ecavg.cloud_server.state_dir import StateDir, blob_path
 from ecavg.cloud_server.trainer.group import Group
-from ecavg.cloud_server.trainer.pipeline import RoundPipeline
+from ecavg.cloud_server.trainer.pipeline import RoundPipeline, Workplace
 from ecavg.cloud_server.trainer.warm_up import WarmUp
 from ecavg.cloud_server.trainer.work import run_job
 from ecavg.common.checkpoint import CHECKPOINT_SECONDS
@@ -258,7 +258,7 @@ class Cloud:
         directory.discard_output()
         of_round = AfterWarmUp if is_warmed_up else RoundPipeline
         pipeline = WarmUp if job.kind == "warm_up" else of_round
-        result = pipeline(job, directory, self.blobs.path, self._device, Group()).run()
+        result = pipeline(job, Workplace(directory, self.blobs.path, self._device, Group())).run()
         self.blobs.put(directory.weights_path)
         directory.remove()
         return result

@@ -1,6 +1,6 @@
 """What changes a roll-out on record: its beginning, its decision, and what an operator asks for.
 
-An operator's command writes these records beside a running server, which follows them (upkeep/canary.py).
+An operator's command writes these records beside a running server, which follows them (upkeep/rollout.py).
 """
 
 from collections.abc import Collection

@@ -33,7 +33,7 @@ POLL_SECONDS = 0.025
 # A job that one machine has found is on all others after this time, with all its blobs.
 ARRIVAL_SECONDS = 600.0
 # The least time between two checkpoints of a fine-tune, each of which may be as large as three models.
-CHECKPOINT_SECONDS = 30.0
+TRAINER_CHECKPOINT_SECONDS = 30.0
 # The launcher starts a failed group of ranks so many times again. Then the launcher exits as well, and the
 # server starts a new trainer.
 MAX_RESTARTS = 3
@@ -82,7 +82,7 @@ def _parser() -> cli.Parser:
     parser.add_argument(
         "--checkpoint-seconds",
         type=float,
-        default=CHECKPOINT_SECONDS,
+        default=TRAINER_CHECKPOINT_SECONDS,
         metavar="SECONDS",
         help="the least time between two checkpoints of a fine-tune; default: %(default)s",
     )

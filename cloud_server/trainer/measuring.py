@@ -40,9 +40,9 @@ class Measuring:
         device: torch.device,
         ranks: Ranks = ALONE,
     ) -> None:
-        self._model = model
-        self._run = run
-        self._data = data
+        self.model = model
+        self.run = run
+        self.data = data
         self._device = device
         self._ranks = ranks
         self._task = task_of(run)
@@ -51,14 +51,14 @@ class Measuring:
 
     def measure(self) -> Evaluation | None:
         """Evaluate the model as it is on held-out data; return None if there is no such data."""
-        if not len(self._data.held_out.targets):
+        if not len(self.data.held_out.targets):
             return None
         self._hand_out("measure")
         return self._measured()
 
     def recompute_statistics(self) -> None:
         """Fit BatchNorm's running statistics to the weights in the model, which are an average."""
-        if self._run.recompute_statistics and batch_norms(self._model):
+        if self.run.recompute_statistics and batch_norms(self.model):
             self._hand_out("recompute_statistics")
             self._recompute_statistics()
 
@@ -70,7 +70,7 @@ class Measuring:
     def serve(self) -> None:
         """Do this rank's part of all that rank 0 does, until that calls `end`."""
         while (work := self._ranks.share("")) != "end":
-            copy_into(self._model, self._ranks.share_tensors({}))
+            copy_into(self.model, self._ranks.share_tensors({}))
             if work == "measure":
                 self._measured()
             else:
@@ -81,25 +81,25 @@ class Measuring:
         """Tell the other ranks what is to be done, and send them the weights."""
         if self._ranks.world_size > 1:
             self._ranks.share(work)
-            self._ranks.share_tensors(self._model.state_dict())
+            self._ranks.share_tensors(self.model.state_dict())
 
     def _measured(self) -> Evaluation:
-        inputs, targets = self._on_device("held_out"), self._data.held_out.targets
-        return evaluate(self._model, inputs, targets, task=self._task, device=self._device, ranks=self._ranks)
+        inputs, targets = self._on_device("held_out"), self.data.held_out.targets
+        return evaluate(self.model, inputs, targets, task=self._task, device=self._device, ranks=self._ranks)
 
     def _recompute_statistics(self) -> None:
         recompute_statistics(
-            self._model,
+            self.model,
             self._on_device("train"),
-            spec=self._run.spec,
+            spec=self.run.spec,
             device=self._device,
-            seed=derive_seed(self._run.seed, "statistics"),
+            seed=derive_seed(self.run.seed, "statistics"),
             ranks=self._ranks,
         )
 
     def _on_device(self, part: Literal["train", "held_out"]) -> DeviceData:
         """Return the inputs of a part of the data, which are moved to the device when they are first used."""
         if part not in self._moved:
-            inputs = getattr(self._data, part).inputs
-            self._moved[part] = DeviceData(inputs, self._run.spec, self._device)
+            inputs = getattr(self.data, part).inputs
+            self._moved[part] = DeviceData(inputs, self.run.spec, self._device)
         return self._moved[part]

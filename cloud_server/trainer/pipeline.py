@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import structlog
 import torch
@@ -44,33 +44,34 @@ from ecavg.common.wire import Base, is_encoded, wire_of
 log = structlog.get_logger()
 
 
+class Workplace(NamedTuple):
+    """Where a job is done."""
+
+    directory: JobDirectory
+    # The directory of the blobs.
+    blobs_dir: Path
+    device: torch.device
+    # This process's place among the ranks.
+    group: Group
+    # The least time between two checkpoints of the fine-tune.
+    checkpoint_seconds: float = CHECKPOINT_SECONDS
+
+
 class RoundPipeline:
     """The work on one round, step by step; within a group, every rank has a pipeline of its own."""
 
-    def __init__(
-        self,
-        job: Job,
-        directory: JobDirectory,
-        blobs_dir: Path,
-        device: torch.device,
-        group: Group,
-        checkpoint_seconds: float = CHECKPOINT_SECONDS,
-    ) -> None:
+    def __init__(self, job: Job, at: Workplace) -> None:
         self._job = job
         self._run = job.run if job.attempt == 1 else _without_graphs(job.run)
         # The members of the round; screening removes some of them from this list.
-        self._members = members_of(job, blobs_dir, directory.scratch_path)
+        self._members = members_of(job, at.blobs_dir, at.directory.scratch_path)
         # The round's initial weights, which are the base of differences.
-        self._base = base_of(job, blobs_dir)
+        self._base = base_of(job, at.blobs_dir)
         self._is_encoded = is_encoded(job.run)
         # The cloud's values for the parts of the model that do not travel.
-        self._rest = blob_path(blobs_dir, job.initial_rest) if job.initial_rest else None
-        self._directory = directory
-        self._blobs_dir = blobs_dir
-        self._device = device
-        self._group = group
-        self._is_first = group.rank == 0
-        self._checkpoint_seconds = checkpoint_seconds
+        self._rest = blob_path(at.blobs_dir, job.initial_rest) if job.initial_rest else None
+        self._directory, self._blobs_dir, self._device, self._group, self._checkpoint_seconds = at
+        self._is_first = self._group.rank == 0
         self._screening = Screening()
         self._seconds: dict[str, float] = {}
 
@@ -101,7 +102,7 @@ class RoundPipeline:
         log.info("data", num_train=len(data.train.targets), num_held_out=len(data.held_out.targets))
         measuring = Measuring(model, self._run, data, self._device, self._group)
         with self._timed("aggregate"):
-            selection = self._select(model, data) if self._is_first else None
+            selection = self._select(measuring) if self._is_first else None
             if selection is None:
                 measuring.serve()
         self._tell("fine_tuning", 0, 1)
@@ -162,19 +163,15 @@ class RoundPipeline:
         self._screening = Screening.model_validate_json(shared)
         self._members = self._screening.kept(self._members, scratch)
 
-    def _select(self, model: nn.Module, data: CombinedData) -> Selection:
+    def _select(self, measuring: Measuring) -> Selection:
         """Make the candidates on rank 0, and measure them on all ranks, to which the start comes later."""
         selection = Selection(
-            model,
-            self._run,
+            measuring,
             self._members,
             self._base.path if self._base and self._may_keep_start else None,
-            data,
-            device=self._device,
             scratch=self._directory.scratch_path,
             rest=self._rest,
             on_tensor=lambda *_: crash_point(Point.TRAINER_TENSOR_AVERAGED),
-            ranks=self._group,
         )
         with tracing.span("select"):
             selection.run(lambda done, total: self._tell("aggregating", done, total))

@@ -19,12 +19,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import structlog
-import torch
 from torch import nn
 
 from ecavg.cloud_server.trainer.aggregation import aggregate
 from ecavg.cloud_server.trainer.alignment import align_all
-from ecavg.cloud_server.trainer.finetune import CombinedData
 from ecavg.cloud_server.trainer.measuring import Measuring
 from ecavg.cloud_server.trainer.members import Member
 from ecavg.cloud_server.trainer.permutations import (
@@ -33,11 +31,9 @@ from ecavg.cloud_server.trainer.permutations import (
     apply,
     permutation_groups,
 )
-from ecavg.common.config import RunConfig
 from ecavg.common.dataset import DatasetSpec
 from ecavg.common.evaluation import Evaluation
 from ecavg.common.models import empty_inputs, shared_part
-from ecavg.common.ranks import ALONE, Ranks
 from ecavg.common.seeds import derive_seed
 from ecavg.common.tasks.task import task_of
 from ecavg.common.weights import StateDict, copy_into, load_into, read_state_dict, write_state_dict
@@ -64,47 +60,38 @@ class Selection:
     """The maker of the candidates, which keeps the best of all models that it has measured.
 
     Args:
-        model: a model of the run's structure, into which each candidate is loaded in turn.
-        run: the configuration of the run.
+        measuring: measures what is in its model, into which each candidate is loaded in turn. This process is
+            rank 0 of those that measure together.
         members: the members of the round, in agent-id order.
         previous: the file of the weights from which the round started; None in the first round.
-        data: the combined data of the members.
         rest: the file of the cloud's values for the parts that do not travel; None if all parts do. Every
             candidate is measured with them.
-        device: the device on which candidates are measured.
         scratch: an existing folder for aligned weights.
         on_tensor: a callback that gets the numbers of done tensors and of all tensors of an aggregation.
-        ranks: the processes that measure together. This one is rank 0, and the others serve (measuring.py).
     """
 
     def __init__(
         self,
-        model: nn.Module,
-        run: RunConfig,
+        measuring: Measuring,
         members: Sequence[Member],
         previous: Path | None,
-        data: CombinedData,
         *,
-        device: torch.device,
         scratch: Path,
         rest: Path | None = None,
         on_tensor: OnTensor = lambda *_: None,
-        ranks: Ranks = ALONE,
     ) -> None:
         # The score of each candidate that was measured, by name.
         self.scores: dict[str, float] = {}
         # The ids of the agents in the greedy soup, the best agent first.
         self.soup: tuple[str, ...] = ()
         self.best: Best | None = None
-        self._model = model
-        self._run = run
+        self._measuring = measuring
+        self._model, self._run, self._data = measuring.model, measuring.run, measuring.data
         # The name of the figure that the scores are.
-        self.metric = task_of(run).metric
+        self.metric = task_of(self._run).metric
         self._members = members
         self._previous = previous
-        self._data = data
         self._rest = rest
-        self._measuring = Measuring(model, run, data, device, ranks)
         self._scratch = scratch
         self._on_tensor = on_tensor
         self._measured: dict[Key, Evaluation | None] = {}

@@ -1,30 +1,18 @@
 """The warm-up: the initial weights are trained on the combined data, before the edges part from them."""
 
 from dataclasses import replace
-from pathlib import Path
 
-import torch
 from torch import nn
 
-from ecavg.cloud_server.jobs import Job, JobDirectory
-from ecavg.cloud_server.trainer.group import Group
-from ecavg.cloud_server.trainer.pipeline import RoundPipeline
-from ecavg.common.checkpoint import CHECKPOINT_SECONDS
+from ecavg.cloud_server.jobs import Job
+from ecavg.cloud_server.trainer.pipeline import RoundPipeline, Workplace
 
 
 class WarmUp(RoundPipeline):
     """The work on round 0: agents have sent data alone, and the initial weights are the only start."""
 
-    def __init__(
-        self,
-        job: Job,
-        directory: JobDirectory,
-        blobs_dir: Path,
-        device: torch.device,
-        group: Group,
-        checkpoint_seconds: float = CHECKPOINT_SECONDS,
-    ) -> None:
-        super().__init__(job, directory, blobs_dir, device, group, checkpoint_seconds)
+    def __init__(self, job: Job, at: Workplace) -> None:
+        super().__init__(job, at)
         assert self._base
         self._run = self._run.model_copy(update={"candidates": ("previous",)})
         self._members = [replace(member, weights_path=self._base.path) for member in self._members]

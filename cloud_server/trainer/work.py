@@ -13,7 +13,7 @@ from ecavg.cloud_server.trainer.averaging import Averaging, initialise
 from ecavg.cloud_server.trainer.group import Group
 from ecavg.cloud_server.trainer.initial import initial_model
 from ecavg.cloud_server.trainer.output import num_parameters, write_model
-from ecavg.cloud_server.trainer.pipeline import RoundPipeline
+from ecavg.cloud_server.trainer.pipeline import RoundPipeline, Workplace
 from ecavg.cloud_server.trainer.warm_up import WarmUp
 from ecavg.common import tracing
 from ecavg.common.checkpoint import CHECKPOINT_SECONDS
@@ -101,7 +101,8 @@ def _do(
     if job.kind == "initialise":
         return _initialise(job, directory, group)
     with tracing.remote_span("job", job.traceparent):
-        return _pipeline_of(job)(job, directory, blobs_dir, device, group, checkpoint_seconds).run()
+        at = Workplace(directory, blobs_dir, device, group, checkpoint_seconds)
+        return _pipeline_of(job)(job, at).run()
 
 
 def _pipeline_of(job: Job) -> type[RoundPipeline]:

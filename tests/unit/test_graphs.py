@@ -495,6 +495,8 @@ def test_further_attempts_at_a_round_do_without_graphs(
         initial_weights=None,
         contributions=(Contribution("edge-1", "0" * 64, (), 1),),
     )
-    work = pipeline.RoundPipeline(job, JobDirectory(tmp_path / "jobs/round-0001"), tmp_path, CPU, Group())
+    work = pipeline.RoundPipeline(
+        job, pipeline.Workplace(JobDirectory(tmp_path / "jobs/round-0001"), tmp_path, CPU, Group())
+    )
     work._fine_tune(nn.Identity(), Examples(torch.zeros(1, 1, 8, 8), torch.zeros(1, dtype=torch.int64)))
     assert asked == [expected]

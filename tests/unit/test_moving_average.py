@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ecavg.cloud_server.trainer import pipeline
 from ecavg.cloud_server.trainer.finetune import CombinedData, fine_tune
+from ecavg.cloud_server.trainer.measuring import Measuring
 from ecavg.cloud_server.trainer.moving_average import MovingAverage
 from ecavg.cloud_server.trainer.selection import Selection
 from ecavg.common import training
@@ -124,7 +125,7 @@ def test_average_that_is_measured_has_statistics_of_its_own(
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.BatchNorm1d(8), nn.Linear(8, 10))
     average = MovingAverage(model, DECAY)
     data = CombinedData(examples, Examples(*(part[:num_held_out] for part in examples)))
-    selection = Selection(model, RUN, [], None, data, device=CPU, scratch=tmp_path)
+    selection = Selection(Measuring(model, RUN, data, CPU), [], None, scratch=tmp_path)
     fine_tune(model, examples, RUN, round_number=1, device=CPU, after_step=average.update)
     before = model[2].running_mean.clone()
     expected = ["fine_tuned", "fine_tuned_average"] if num_held_out else ["fine_tuned"]

@@ -12,6 +12,7 @@ from ecavg.cloud_server.jobs import JobDirectory
 from ecavg.cloud_server.state_dir import StateDir
 from ecavg.cloud_server.store import Store
 from ecavg.cloud_server.trainer.finetune import CombinedData
+from ecavg.cloud_server.trainer.measuring import Measuring
 from ecavg.cloud_server.trainer.members import Member
 from ecavg.cloud_server.trainer.output import write_model
 from ecavg.cloud_server.trainer.selection import Selection
@@ -153,13 +154,11 @@ def select(folder: Path, structure: nn.Module, rest_names: set[str], *models: di
     patterns = tuple(f"!{name}" for name in sorted(rest_names))
     shard = make_shard(64, 3)
     examples = Examples(*map(torch.from_numpy, shard))
+    run = RunConfig(share_parameters=patterns)
     selection = Selection(
-        structure,
-        RunConfig(share_parameters=patterns),
+        Measuring(structure, run, CombinedData(examples, examples), CPU),
         members,
         None,
-        CombinedData(examples, examples),
-        device=CPU,
         scratch=folder / "scratch",
         rest=rest,
     )

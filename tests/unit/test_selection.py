@@ -13,6 +13,7 @@ from ecavg.cloud_server.contribution import Contribution
 from ecavg.cloud_server.trainer import measuring as measuring_module
 from ecavg.cloud_server.trainer import selection as selection_module
 from ecavg.cloud_server.trainer.finetune import CombinedData
+from ecavg.cloud_server.trainer.measuring import Measuring
 from ecavg.cloud_server.trainer.members import Member
 from ecavg.cloud_server.trainer.permutations import apply, permutation_groups
 from ecavg.cloud_server.trainer.selection import Selection
@@ -97,12 +98,9 @@ def selected(tmp_path, data):
         scratch = tmp_path / "scratch"
         scratch.mkdir(exist_ok=True)
         selection = Selection(
-            structure or build_model(run, seed=9),
-            run,
+            Measuring(structure or build_model(run, seed=9), run, data, CPU),
             [Member(Contribution(path.stem, "", (), 1), path, path, 1.0) for path in paths],
             write(previous, tmp_path / "previous.safetensors") if previous else None,
-            data,
-            device=CPU,
             scratch=scratch,
         )
         selection.run()
@@ -253,12 +251,9 @@ def test_the_same_selection_gives_the_same_bits(tmp_path, trained, data):
     for _ in range(2):
         (tmp_path / "scratch").mkdir(exist_ok=True)
         selection = Selection(
-            build_model(RUN, seed=9),
-            RUN,
+            Measuring(build_model(RUN, seed=9), RUN, data, CPU),
             [Member(Contribution(path.stem, "", (), 1), path, path, 1.0) for path in paths],
             None,
-            data,
-            device=CPU,
             scratch=tmp_path / "scratch",
         )
         selection.run()
