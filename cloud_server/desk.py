@@ -24,7 +24,7 @@ from ecavg.common.config import RunConfig
 from ecavg.common.errors import BudgetError, ConflictError, InvalidError, NotFoundError, Reason
 from ecavg.common.faults import Point, crash_point
 from ecavg.common.protocol import SPOKEN, Versions, agree
-from ecavg.common.run_state import Outcome, Phase, RunState, Verdict, Wait
+from ecavg.common.run_state import AVAILABLE, Availability, Outcome, Phase, RunState, Verdict
 from ecavg.common.tasks import Kind, kind_of
 from ecavg.common.transfer import Blob
 from ecavg.common.wire import needs_base
@@ -127,25 +127,14 @@ class Desk:
             protocol_version,
         )
 
-    def watch(
-        self,
-        agent_id: str,
-        *,
-        is_ready: bool = True,
-        waits_for: Wait | None = None,
-        num_new_examples: int = 0,
-    ) -> AsyncIterator[RunState]:
+    def watch(self, agent_id: str, said: Availability = AVAILABLE) -> AsyncIterator[RunState]:
         """Yield the state now, then after each change; slow readers skip states, never the latest.
 
         Args:
-            is_ready: True if the agent may be drawn for a round.
-            waits_for: what it waits for, if it says so.
-            num_new_examples: how many examples it has that it has not contributed with.
+            said: what the agent says of itself.
         """
         self._ledger.check_joined(agent_id)
-        return self._standing.watch(
-            agent_id, is_ready=is_ready, waits_for=waits_for, num_new_examples=num_new_examples
-        )
+        return self._standing.watch(agent_id, said)
 
     def note_progress(self, agent_id: str, progress: AgentProgress | None) -> float:
         """Show how far an agent is; return for how many seconds it need not tell more.

@@ -21,7 +21,7 @@ from ecavg.common.faults import Point, crash_point
 from ecavg.common.pb import ecavg_pb2 as pb
 from ecavg.common.pb import ecavg_pb2_grpc as pb_grpc
 from ecavg.common.protocol import Versions
-from ecavg.common.run_state import Outcome, Phase, RunState, Selection, Verdict, Wait
+from ecavg.common.run_state import Availability, Outcome, Phase, RunState, Selection, Verdict, Wait
 from ecavg.common.tasks import Kind
 from ecavg.common.transfer import DIGEST, Blob, Encoded, chunks_of
 
@@ -71,13 +71,8 @@ class ECAvgServicer(pb_grpc.ECAvgServicer):
 
     async def Watch(self, request: pb.WatchRequest, _: Any) -> AsyncIterator[pb.WatchEvent]:
         """Answer Watch: the state of the run, after each change."""
-        states = self._desk.watch(
-            calling_agent(),
-            is_ready=not request.not_ready,
-            waits_for=_WAITS.get(request.waits_for),
-            num_new_examples=request.num_new_examples,
-        )
-        async for state in states:
+        said = Availability(not request.not_ready, _WAITS.get(request.waits_for), request.num_new_examples)
+        async for state in self._desk.watch(calling_agent(), said):
             yield _event(state)
 
     async def QueryUpload(self, request: pb.QueryUploadRequest, _: Any) -> pb.QueryUploadReply:

@@ -62,6 +62,21 @@ class Wait(StrEnum):
     UPLOAD_HOURS = "upload_hours"
 
 
+class Availability(NamedTuple):
+    """What an agent says of itself when it opens a Watch."""
+
+    # True if the agent may be drawn for a round.
+    is_ready: bool = True
+    # What it waits for; None: for nothing, or that is not said. It may be ready all the same.
+    waits_for: Wait | None = None
+    # How many examples it has that it has not contributed with.
+    num_new_examples: int = 0
+
+
+# An agent that says nothing of itself.
+AVAILABLE = Availability()
+
+
 class WorkProgress(NamedTuple):
     """How far the cloud's work in the present phase is."""
 

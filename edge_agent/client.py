@@ -7,14 +7,12 @@ import time
 from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import aclosing, asynccontextmanager, contextmanager
-from enum import Enum
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, NoReturn, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import grpc
 import structlog
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from pydantic import ValidationError
 from tenacity import RetryCallState
 
 from ecavg.common import rpc, tracing
@@ -27,7 +25,6 @@ from ecavg.common.errors import (
     OffsetError,
     Reason,
     Refusal,
-    RunError,
     UnavailableError,
     UsageError,
 )
@@ -37,22 +34,18 @@ from ecavg.common.pb import ecavg_pb2 as pb
 from ecavg.common.pb import ecavg_pb2_grpc as pb_grpc
 from ecavg.common.protocol import SPOKEN
 from ecavg.common.run_state import (
-    LeftOut,
     Outcome,
-    Phase,
-    PublishedModel,
     RunState,
-    Selection,
     Verdict,
     Wait,
-    WorkProgress,
 )
 from ecavg.common.tls import TlsMaterial
-from ecavg.common.transfer import DIGEST, Blob, Encoded, Receiver, WriteBehind, chunks_of
+from ecavg.common.transfer import Blob, Receiver, WriteBehind, chunks_of
 from ecavg.edge_agent.hours import UploadHours
 from ecavg.edge_agent.identity import Identity, explain
 from ecavg.edge_agent.metrics import AgentMetrics
 from ecavg.edge_agent.rate_limit import RateLimit
+from ecavg.edge_agent.replies import member, run_config, run_state, strange
 from ecavg.edge_agent.server_clock import ServerClock
 from ecavg.edge_agent.state import Report
 
@@ -73,15 +66,11 @@ MAX_DAMAGED = 3
 
 # Of transfers nothing is told: the server sees them.
 _ACTIVITIES: dict[Activity, Any] = {each: pb.Activity.Value(f"ACTIVITY_{each.name}") for each in TOLD}
-# A time beyond, in seconds since the epoch, is none: datetime ends with the year 9999.
-MAX_TIME = 250_000_000_000.0
-
 _WAITS: dict[Wait, Any] = {each: pb.Wait.Value(f"WAIT_{each.name}") for each in Wait}
 # Why a server refuses an agent that will be refused again until somebody has changed something.
 _NEEDS_A_PERSON = (Reason.CLASS_NAMES, Reason.PROTOCOL_MISMATCH)
 _KINDS = {"weights": pb.BLOB_KIND_WEIGHTS, "data": pb.BLOB_KIND_DATA}
 _T = TypeVar("_T")
-_E = TypeVar("_E", bound=Enum)
 
 log = structlog.get_logger()
 
@@ -201,11 +190,11 @@ class CloudClient:
                 raise
             raise UsageError(str(error)) from error
         if not (reply.slot and reply.num_partitions):
-            _strange("a slot or a number of partitions that is 0")
+            strange("a slot or a number of partitions that is 0")
         # A server that names no version is older than the agreement on one, and took the oldest.
         if not SPOKEN.oldest <= (reply.protocol_version or SPOKEN.oldest) <= SPOKEN.newest:
-            _strange("a protocol version that was not offered")
-        run, probe = _run_config(reply.run_json), tuple(reply.probe)
+            strange("a protocol version that was not offered")
+        run, probe = run_config(reply.run_json), tuple(reply.probe)
         planned_rounds = max(1, reply.planned_rounds)
         return Joined(reply.run_id, run, reply.slot, reply.num_partitions, probe, planned_rounds)
 
@@ -243,7 +232,7 @@ class CloudClient:
                         self._heard()
                         self._server_clock.heard(event.server_time)
                         is_over = event.run_over
-                        yield _run_state(event)
+                        yield run_state(event)
                 # Once the run is over, this end is waited for: it tells the server that the agent has heard.
                 if not is_over:
                     raise UnavailableError("the server ended the stream")
@@ -310,10 +299,10 @@ class CloudClient:
         )
         with tracing.span("contribute"):
             reply = await self._unary("Contribute", request)
-        outcome = _member(Outcome, pb.Outcome, reply.outcome)
+        outcome = member(Outcome, pb.Outcome, reply.outcome)
         if outcome is None:
-            _strange("an answer without an outcome")
-        return Verdict(outcome, _member(Reason, pb.Reason, reply.reason), rpc.plain(reply.message))
+            strange("an answer without an outcome")
+        return Verdict(outcome, member(Reason, pb.Reason, reply.reason), rpc.plain(reply.message))
 
     async def download(self, blob: Blob, path: Path, on_bytes: OnBytes) -> None:
         """Fetch a blob to `path`, where it appears whole, checked and durable.
@@ -467,7 +456,7 @@ class CloudClient:
                     async for reply in _answered(stub.Download(request, metadata=self._call_metadata())):
                         self._heard()
                         if not reply.chunk and not reply.size_bytes:
-                            _strange("chunks without a byte")
+                            strange("chunks without a byte")
                         await behind.put(reply.chunk)
                         received += len(reply.chunk)
                         self._metrics.received_bytes_total.labels("model").inc(len(reply.chunk))
@@ -598,93 +587,3 @@ async def _answered(call: Any) -> AsyncIterator[Any]:
 def _error_from(error: grpc.aio.AioRpcError) -> ECAvgError:
     refusal = rpc.error_from(error)
     return UnknownAgentError(str(refusal)) if refusal.reason is Reason.UNKNOWN_AGENT else refusal
-
-
-def _run_config(run_json: str) -> RunConfig:
-    try:
-        return RunConfig.model_validate_json(run_json)
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(map(str, first["loc"])) or "run"
-        raise UsageError(
-            f"this agent does not understand the server's run ({rpc.plain(key)}: {rpc.plain(first['msg'])}):"
-            " install the same version on both"
-        ) from error
-
-
-def _run_state(event: pb.WatchEvent) -> RunState:
-    phase = _member(Phase, pb.Phase, event.phase)
-    if phase is None:
-        _strange("a state without a phase")
-    return RunState(
-        round=event.round,
-        phase=phase,
-        initial_weights=_blob(event.initial_weights),
-        initial_encoded=_encoded(event, "initial_encoded"),
-        initial_rest=_rest(event, "initial_rest"),
-        outcome=_member(Outcome, pb.Outcome, event.outcome),
-        accepted_weights=_digest(event.accepted_weights),
-        progress=_progress(event.progress) if event.HasField("progress") else None,
-        latest_model=_published(event.latest_model) if event.latest_model.round else None,
-        failed_round=event.failed_round,
-        failure=rpc.plain(event.failure),
-        run_over=event.run_over,
-        num_contributions=event.num_contributions,
-        max_contributions=event.max_contributions,
-        counted_round=event.counted_round,
-        left_out=_left_out(event.left_out) if event.left_out.round else None,
-        selection=_member(Selection, pb.Selection, event.selection),
-        has_full_curve=event.has_full_curve,
-        last_round_over=event.last_round_over,
-        next_round_at=event.next_round_at if 0 < event.next_round_at < MAX_TIME else None,
-        num_examples_to_open=event.num_examples_to_open or None,
-        is_pinned=event.is_pinned,
-        withdrawn_rounds=tuple(event.withdrawn_rounds),
-    )
-
-
-def _progress(message: pb.Progress) -> WorkProgress:
-    return WorkProgress(message.done, message.total, message.loss if message.HasField("loss") else None)
-
-
-def _published(message: pb.PublishedModel) -> PublishedModel:
-    encoded, rest = _encoded(message, "encoded"), _rest(message, "rest")
-    return PublishedModel(message.round, _blob(message.weights), encoded, rest)
-
-
-def _left_out(message: pb.LeftOut) -> LeftOut:
-    reason = _member(Reason, pb.Reason, message.reason) or Reason.INTERNAL
-    return LeftOut(message.round, reason, rpc.plain(message.message))
-
-
-def _blob(message: pb.Blob) -> Blob:
-    return Blob(_digest(message.digest), message.size_bytes)
-
-
-def _digest(text: str) -> str:
-    """Return the digest, which becomes the name of a file here; "" stands for no digest."""
-    if text and not DIGEST.fullmatch(text):
-        _strange("a digest that is none")
-    return text
-
-
-def _encoded(message: Any, field: str) -> Encoded | None:
-    if not message.HasField(field):
-        return None
-    encoded = getattr(message, field)
-    return Encoded(_blob(encoded.blob), _digest(encoded.base_digest) or None)
-
-
-def _rest(message: Any, field: str) -> Blob | None:
-    return _blob(getattr(message, field)) if message.HasField(field) else None
-
-
-def _member(ours: type[_E], theirs: Any, value: int) -> _E | None:
-    """Return our enum member of the same name, `PHASE_COLLECTING` → Phase.COLLECTING; None: unspecified."""
-    if value not in theirs.values():
-        _strange(f"{ours.__name__.upper()}_{value}")
-    return ours[theirs.Name(value).removeprefix(f"{ours.__name__.upper()}_")] if value else None
-
-
-def _strange(what: str) -> NoReturn:
-    raise RunError(f"the server sent {what}: install the same version on both, or trust it no more")

@@ -53,7 +53,12 @@ MAY_IMPORT_GRPC = {
 }
 SLOW_TO_IMPORT = {"torch", "numpy", "grpc", "cryptography", "structlog", "pydantic_settings"}
 MAY_IMPORT_CRYPTOGRAPHY = {"common/tls.py"}
-MAY_IMPORT_PB = {"cloud_server/servicer.py", "common/transfer.py", "edge_agent/client.py"}
+MAY_IMPORT_PB = {
+    "cloud_server/servicer.py",
+    "common/transfer.py",
+    "edge_agent/client.py",
+    "edge_agent/replies.py",
+}
 FORBIDDEN = {
     "pickle", "_pickle", "pickletools", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal",
     "jsonpickle", "copyreg", "yaml",

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Set
 from contextlib import contextmanager
 
-from ecavg.common.run_state import Wait
+from ecavg.common.run_state import AVAILABLE, Availability, Wait
 
 # An agent that has disconnected is expected back for this time, because it may be restarting.
 LIVENESS_SECONDS = 30.0
@@ -36,35 +36,23 @@ class Presence:
         self._here: set[str] = set()
         # The agents among them that are not to be drawn.
         self._not_ready: set[str] = set()
-        # What those agents wait for that have said so; they may be ready all the same.
-        self._waits_for: dict[str, Wait] = {}
-        # How many examples those agents have that they have not contributed with, as they have said.
-        self._new_examples: dict[str, int] = {}
+        # What the agents with a connection have said of themselves.
+        self._said: dict[str, Availability] = {}
         # When agents that are not here have disconnected.
         self._last_seen = dict.fromkeys(expected, clock())
         self._dismissed: set[str] = set()
 
     @contextmanager
-    def watching(
-        self,
-        agent_id: str,
-        *,
-        is_ready: bool = True,
-        waits_for: Wait | None = None,
-        num_new_examples: int = 0,
-    ) -> Iterator[None]:
+    def watching(self, agent_id: str, said: Availability = AVAILABLE) -> Iterator[None]:
         """Count the agent as connected.
 
-        The agent may be counted twice, while an old connection has not ended yet. The newest connection says
-        whether the agent is ready, and how many new examples it has.
+        The agent may be counted twice, while an old connection has not ended yet. What the newest connection
+        says of the agent counts.
         """
-        self._new_examples[agent_id] = num_new_examples
+        self._said[agent_id] = said
         self._num_connections[agent_id] += 1
         self._here.add(agent_id)
-        (self._not_ready.discard if is_ready else self._not_ready.add)(agent_id)
-        self._waits_for.pop(agent_id, None)
-        if waits_for:
-            self._waits_for[agent_id] = waits_for
+        (self._not_ready.discard if said.is_ready else self._not_ready.add)(agent_id)
         self._last_seen.pop(agent_id, None)
         try:
             yield
@@ -77,8 +65,7 @@ class Presence:
     def _leave(self, agent_id: str) -> None:
         """Expect the agent back, unless it was forgotten."""
         self._not_ready.discard(agent_id)
-        self._waits_for.pop(agent_id, None)
-        self._new_examples.pop(agent_id, None)
+        self._said.pop(agent_id, None)
         if agent_id in self._here:
             self._here.discard(agent_id)
             self._last_seen[agent_id] = self._clock()
@@ -86,8 +73,8 @@ class Presence:
 
     def note_contribution(self, agent_id: str) -> None:
         """Note that what the agent had is new no more; it says next what is."""
-        if agent_id in self._new_examples:
-            self._new_examples[agent_id] = 0
+        if said := self._said.get(agent_id):
+            self._said[agent_id] = said._replace(num_new_examples=0)
 
     def dismiss(self, agent_id: str) -> None:
         """Note that the agent has been told that the run is over."""
@@ -97,8 +84,7 @@ class Presence:
         """Cease to count and to expect the agent, even if it still has a connection that is about to end."""
         self._here.discard(agent_id)
         self._not_ready.discard(agent_id)
-        self._waits_for.pop(agent_id, None)
-        self._new_examples.pop(agent_id, None)
+        self._said.pop(agent_id, None)
         self._last_seen.pop(agent_id, None)
         self._away_since.pop(agent_id, None)
 
@@ -121,12 +107,12 @@ class Presence:
 
     def waits_for(self, agent_id: str) -> Wait | None:
         """Return what an agent waits for; None: for nothing, or it has not said."""
-        return self._waits_for.get(agent_id)
+        return self._said.get(agent_id, AVAILABLE).waits_for
 
     @property
     def num_new_examples(self) -> int:
         """Return how many new examples the agents have that are connected."""
-        return sum(self._new_examples.values())
+        return sum(said.num_new_examples for said in self._said.values())
 
     @property
     def ready(self) -> Set[str]:

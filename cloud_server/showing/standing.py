@@ -9,7 +9,6 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Set
 from contextlib import contextmanager
-from typing import Any
 
 from ecavg.cloud_server.disk.tables import RoundRow
 from ecavg.cloud_server.metrics import ServerMetrics
@@ -23,7 +22,7 @@ from ecavg.cloud_server.showing.progress import ProgressBoard
 from ecavg.cloud_server.store import Store
 from ecavg.common.errors import Reason
 from ecavg.common.pace import Pace
-from ecavg.common.run_state import LeftOut, RunState, Wait, WorkProgress
+from ecavg.common.run_state import AVAILABLE, Availability, LeftOut, RunState, WorkProgress
 from ecavg.common.transfer import Blob, Encoded
 
 # Agents hear of counts and progress so often at most, and so many of them in a second, so that a thousand
@@ -272,26 +271,15 @@ class Standing:
         """Return True if the agent has an open Watch."""
         return agent_id in self._watches
 
-    async def watch(
-        self,
-        agent_id: str,
-        *,
-        is_ready: bool = True,
-        waits_for: Wait | None = None,
-        num_new_examples: int = 0,
-    ) -> AsyncIterator[RunState]:
+    async def watch(self, agent_id: str, said: Availability = AVAILABLE) -> AsyncIterator[RunState]:
         """Yield the state now, then after each change; slow readers skip states, never the latest.
 
         A change of counts or progress alone may come a little later, together with the next.
 
         Args:
-            is_ready: True if the agent may be drawn for a round.
-            waits_for: what it waits for, if it says so.
-            num_new_examples: how many examples it has that it has not contributed with.
+            said: what the agent says of itself.
         """
-        with self._counted_as_watching(
-            agent_id, is_ready=is_ready, waits_for=waits_for, num_new_examples=num_new_examples
-        ) as news:
+        with self._counted_as_watching(agent_id, said) as news:
             while True:
                 news.clear()
                 state = self.state_for(agent_id)
@@ -336,16 +324,12 @@ class Standing:
     # ------------------------------------------------------------------ small parts
 
     @contextmanager
-    def _counted_as_watching(self, agent_id: str, **said: Any) -> Iterator[asyncio.Event]:
-        """Count the agent as connected, and return the event that is set when there is news for it.
-
-        Args:
-            said: what the agent says of itself, see `watch`.
-        """
+    def _counted_as_watching(self, agent_id: str, said: Availability) -> Iterator[asyncio.Event]:
+        """Count the agent as connected, and return the event that is set when there is news for it."""
         news = asyncio.Event()
         self._watches[agent_id].add(news)
         try:
-            with self._presence.watching(agent_id, **said):
+            with self._presence.watching(agent_id, said):
                 self._note_change()
                 yield news
         finally:

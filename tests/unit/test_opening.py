@@ -15,7 +15,7 @@ from ecavg.cloud_server import coordinator
 from ecavg.cloud_server.config import ServerConfig
 from ecavg.cloud_server.showing.opening import OpeningRule
 from ecavg.common.cron import CronLine
-from ecavg.common.run_state import Outcome, Phase, Wait
+from ecavg.common.run_state import Availability, Outcome, Phase, Wait
 from tests.unit.world import World, hurry, world
 
 BERLIN = ZoneInfo("Europe/Berlin")
@@ -131,7 +131,7 @@ async def watching(here: World, agent_id: str, **said: Any) -> AsyncIterator[Non
     """Have an agent watch for a while that says so much of itself."""
 
     async def follow() -> None:
-        async for _ in here.desk.watch(agent_id, **said):
+        async for _ in here.desk.watch(agent_id, Availability(**said)):
             pass
 
     task = asyncio.create_task(follow())
