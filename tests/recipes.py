@@ -10,6 +10,7 @@ from ecavg.common.config import RunConfig, TrainingConfig
 from ecavg.common.dataset import pictures
 from ecavg.common.tasks.task import task_of
 from ecavg.common.training import Recipe
+from ecavg.edge_agent.data import AgentData, load_agent_data
 
 CPU = torch.device("cpu")
 SPEC = pictures(3, (3, 8, 8), (0.4, 0.5, 0.6), (0.2, 0.25, 0.3))
@@ -92,3 +93,9 @@ class Recorder(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         self.batches.append(x.detach().clone())
         return self.linear(x.flatten(1))
+
+
+def data_of(run: RunConfig, source: str | None = None, **options: Any) -> AgentData:
+    """Return what an agent has of a source; options are those of `load_agent_data`."""
+    defaults = {"data_dir": None, "partition": None, "seed_name": "edge-1", "allowed_factories": ()}
+    return load_agent_data(run, source=source, **{**defaults, **options})

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -65,18 +66,23 @@ def test_pictures_with_masks_run_as_the_readme_says(cluster: Cluster) -> None:
     assert report["score_published"] > 0.6
 
 
-def test_own_task_runs_as_the_readme_says(cluster: Cluster) -> None:
+def report_of_own_task(cluster: Cluster, module: str, data: str, task: str) -> dict[str, Any]:
+    """Run a round of an example with a task of its own, and return its report."""
     env = {"PYTHONPATH": str(EXAMPLES)}
-    server = cluster.server("--config", EXAMPLES / "two_heads.toml", env=env)
+    server = cluster.server("--config", EXAMPLES / f"{module}.toml", env=env)
     agents = [
         cluster.agent(
-            f"edge-{number}", "--data", "two_heads:windows", "--partition", f"{number}/2",
-            "--allow-factory", "two_heads:net", "--allow-factory", "two_heads:TwoHeads", env=env,
+            f"edge-{number}", "--data", f"{module}:{data}", "--partition", f"{number}/2",
+            "--allow-factory", f"{module}:net", "--allow-factory", f"{module}:{task}", env=env,
         )
         for number in (1, 2)
     ]  # fmt: skip
     assert_published(cluster, *agents, server)
-    report = cluster.report()
+    return cluster.report()
+
+
+def test_own_task_runs_as_the_readme_says(cluster: Cluster) -> None:
+    report = report_of_own_task(cluster, "two_heads", "windows", "TwoHeads")
     assert (report["task"], report["metric"]) == ("two_heads:TwoHeads", "half accuracy, half closeness")
     # A model that knows nothing is right in half of the cases, and mostly a quarter off.
     assert report["score_published"] > 0.75
@@ -86,17 +92,7 @@ def test_own_task_runs_as_the_readme_says(cluster: Cluster) -> None:
 # A detector learns slowly, and other tests may be at work.
 @pytest.mark.timeout(300)
 def test_detection_runs_as_the_readme_says(cluster: Cluster) -> None:
-    env = {"PYTHONPATH": str(EXAMPLES)}
-    server = cluster.server("--config", EXAMPLES / "detection.toml", env=env)
-    agents = [
-        cluster.agent(
-            f"edge-{number}", "--data", "detection:scenes", "--partition", f"{number}/2",
-            "--allow-factory", "detection:net", "--allow-factory", "detection:Detection", env=env,
-        )
-        for number in (1, 2)
-    ]  # fmt: skip
-    assert_published(cluster, *agents, server)
-    report = cluster.report()
+    report = report_of_own_task(cluster, "detection", "scenes", "Detection")
     assert report["metric"] == "mean average precision at IoU 0.5"
     # A detector that has learnt nothing has 0.
     assert report["score_published"] > 0.1

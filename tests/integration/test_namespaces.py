@@ -131,6 +131,12 @@ def two_machines(folder: Path, network: Network, url: str, endpoint: str = "") -
         rendezvous.close()
 
 
+def until_both_train(asked: Asked, first: Machine, second: Machine) -> None:
+    """Wait until both machines are in one group, and have a checkpoint of the round."""
+    wait_for_group(first, second)
+    until(lambda: asked.checkpoint_at(first) and asked.checkpoint_at(second), first.torchrun)
+
+
 @pytest.mark.soak
 def test_round_is_finished_by_the_machine_that_is_left(
     service: Service, network: Network, tmp_path: Path
@@ -138,8 +144,7 @@ def test_round_is_finished_by_the_machine_that_is_left(
     asked = Asked(tmp_path, service.new_bucket(), num_epochs=150)
     with two_machines(tmp_path, network, asked.url) as machines:
         first, second = machines.now
-        wait_for_group(first, second)
-        until(lambda: asked.checkpoint_at(first) and asked.checkpoint_at(second), first.torchrun)
+        until_both_train(asked, first, second)
         first.kill()
         result = until(asked.step, second.torchrun, 120)
         assert "training_resumed" in second.output
@@ -155,9 +160,7 @@ def test_machines_that_are_killed_in_turn_and_replaced_finish_the_round(
     with two_machines(tmp_path, network, asked.url) as machines:
         for killed in (0, 1, 0):
             first, second = machines.now
-            wait_for_group(first, second)
-            until(lambda one=first, other=second: asked.checkpoint_at(one) and asked.checkpoint_at(other),
-                  first.torchrun)  # fmt: skip
+            until_both_train(asked, first, second)
             machines.now[killed].kill()
             machines.replace(killed)
         result = until(asked.step, machines.now[1].torchrun, 250)
@@ -173,8 +176,7 @@ def test_round_goes_on_when_the_machine_with_the_rendezvous_is_replaced(
     endpoint = f"{network.machines[0].address}:{free_port()}"
     with two_machines(tmp_path, network, asked.url, endpoint) as machines:
         first, second = machines.now
-        wait_for_group(first, second)
-        until(lambda: asked.checkpoint_at(first) and asked.checkpoint_at(second), first.torchrun)
+        until_both_train(asked, first, second)
         first.kill()
         # Without a rendezvous the other machine's torchrun ends, and a service manager starts it again.
         assert second.torchrun.wait(200) != 0
@@ -193,8 +195,7 @@ def test_machine_whose_cable_is_out_is_given_up(service: Service, network: Netwo
         machine.set_patience(4)
     with two_machines(tmp_path, network, asked.url) as machines:
         first, second = machines.now
-        wait_for_group(first, second)
-        until(lambda: asked.checkpoint_at(first) and asked.checkpoint_at(second), first.torchrun)
+        until_both_train(asked, first, second)
         network.machines[0].set_link("down")
         # Nothing tells the other machine, and nothing more comes.
         result = until(asked.step, second.torchrun, 250)

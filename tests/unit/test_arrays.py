@@ -19,9 +19,10 @@ from ecavg.edge_agent.arrays import (
     statistics,
 )
 from ecavg.edge_agent.config import AgentConfig, check_source
-from ecavg.edge_agent.data import AgentData, load_agent_data
+from ecavg.edge_agent.data import AgentData
 from ecavg.edge_agent.doctor import _look_at_data
 from ecavg.edge_agent.sources import data_stamp, find_source
+from tests.recipes import data_of
 
 RUN = RunConfig(
     task="regression", dataset="pumps", model="mlp", inputs={"shape": (3,), "low": -5, "high": 5}, seed=1
@@ -31,9 +32,7 @@ NUMBERS = ROWS.sum(1)
 
 
 def load(source: Path, run: RunConfig = RUN) -> AgentData:
-    return load_agent_data(
-        run, source=str(source), data_dir=None, partition=None, seed_name="edge-1", allowed_factories=()
-    )
+    return data_of(run, str(source))
 
 
 def npz(path: Path, **arrays: Any) -> Path:
@@ -154,9 +153,7 @@ def test_tables_of_scikit_learn_are_normalised_by_what_the_run_says(
     name: str, task: str, num_examples: int
 ) -> None:
     run = RunConfig(dataset=name, task=task)
-    loaded = load_agent_data(
-        run, source=None, data_dir=None, partition=None, seed_name="edge-1", allowed_factories=()
-    )
+    loaded = data_of(run)
     inputs, targets = (np.concatenate(both) for both in zip(loaded.train, loaded.held_out, strict=True))
     assert len(inputs) == num_examples
     normalised = (inputs - np.array(run.spec.inputs.mean)) / np.array(run.spec.inputs.std)

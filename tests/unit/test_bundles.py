@@ -11,8 +11,8 @@ from ecavg.common.dataset import DATASETS, SUNSPOTS_WINDOW
 from ecavg.common.errors import UsageError
 from ecavg.common.layers import read_preset
 from ecavg.edge_agent.bundles import open_bundle
-from ecavg.edge_agent.data import load_agent_data
 from ecavg.edge_agent.partition import Partition
+from tests.recipes import data_of
 
 needs_series = pytest.mark.skipif(
     find_spec("statsmodels") is None, reason="statsmodels is not installed: pip install 'ecavg[series]'"
@@ -23,14 +23,7 @@ needs_series = pytest.mark.skipif(
 def test_preset_has_examples_for_two_agents(preset: str) -> None:
     run = RunConfig(**read_preset(preset)["run"])
     for number in (1, 2):
-        data = load_agent_data(
-            run,
-            source=None,
-            data_dir=None,
-            partition=Partition(number, 2),
-            seed_name="edge-1",
-            allowed_factories=(),
-        )
+        data = data_of(run, source=None, partition=Partition(number, 2))
         assert data.train.inputs.shape[1:] == run.spec.inputs.shape
         assert min(len(data.train.targets), len(data.held_out.targets)) > 20
 

@@ -19,10 +19,11 @@ from ecavg.common.errors import UsageError
 from ecavg.common.shards import Shard
 from ecavg.edge_agent.bundles import BUNDLES
 from ecavg.edge_agent.config import AgentConfig
-from ecavg.edge_agent.data import AgentData, choose_shared, hold_out, load_agent_data
+from ecavg.edge_agent.data import AgentData, choose_shared, hold_out
 from ecavg.edge_agent.downloads import TORCHVISION
 from ecavg.edge_agent.partition import Partition, parse_partition
 from ecavg.edge_agent.splits import fit
+from tests.recipes import data_of
 
 DIGITS = RunConfig(dataset="digits")
 MNIST = RunConfig(dataset="mnist")
@@ -31,8 +32,7 @@ RANDOM = np.random.default_rng(0)
 
 
 def load(run: RunConfig, source: str | None = None, **options: Any) -> AgentData:
-    defaults = {"data_dir": None, "partition": None, "seed_name": "agent-1", "allowed_factories": ()}
-    return load_agent_data(run, source=source, **{**defaults, **options})
+    return data_of(run, source, **{"seed_name": "agent-1", **options})
 
 
 def random_arrays(num: int, *shape: int, num_classes: int = 10) -> tuple[np.ndarray, np.ndarray]:

@@ -30,12 +30,12 @@ from ecavg.common.schema import read_header
 from ecavg.common.shards import Shard, write_shard
 from ecavg.common.transfer import blob_of
 from ecavg.common.weights import write_state_dict
-from ecavg.edge_agent.data import AgentData, load_agent_data
+from ecavg.edge_agent.data import AgentData
 from ecavg.edge_agent.local import LocalModels
 from ecavg.edge_agent.shard_files import keep_late_targets, keep_shards
 from ecavg.edge_agent.state import AgentState
 from ecavg.edge_agent.tables import TableFormat
-from tests.recipes import CPU
+from tests.recipes import CPU, data_of
 
 MISSING = {"targets": {"missing": True}}
 RUN = RunConfig(**MISSING)
@@ -118,13 +118,9 @@ def test_known_dataset_keeps_its_targets() -> None:
 
 
 def load(run: RunConfig, source: Path, **options: Any) -> AgentData:
-    return load_agent_data(
+    return data_of(
         run,
         source=str(source),
-        data_dir=None,
-        partition=None,
-        seed_name="edge-1",
-        allowed_factories=(),
         **options,
     )
 

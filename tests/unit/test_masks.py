@@ -11,11 +11,12 @@ from PIL import Image
 from ecavg.common.config import RunConfig
 from ecavg.common.errors import UsageError
 from ecavg.edge_agent.config import AgentConfig
-from ecavg.edge_agent.data import AgentData, load_agent_data
+from ecavg.edge_agent.data import AgentData
 from ecavg.edge_agent.doctor import _look_at_data
 from ecavg.edge_agent.masks import is_mask_folder
 from ecavg.edge_agent.sources import class_names_of, data_stamp
 from ecavg.edge_agent.tables import TableFormat
+from tests.recipes import data_of
 
 COUNT = 20
 RANDOM = np.random.default_rng(0)
@@ -44,13 +45,9 @@ def with_palette(classes: np.ndarray) -> Image.Image:
 
 
 def load(folder: Path, max_bad_rows: float = 0.1, **run: Any) -> AgentData:
-    return load_agent_data(
+    return data_of(
         RunConfig(**{**RUN, **run}),
         source=str(folder),
-        data_dir=None,
-        partition=None,
-        seed_name="edge-1",
-        allowed_factories=(),
         table=TableFormat(max_bad_rows=max_bad_rows),
     )
 

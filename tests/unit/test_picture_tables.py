@@ -15,6 +15,7 @@ from ecavg.edge_agent.data import AgentData, load_agent_data
 from ecavg.edge_agent.doctor import _look_at_data
 from ecavg.edge_agent.sources import class_names_of
 from ecavg.edge_agent.tables import TableFormat, open_table
+from tests.recipes import data_of
 
 COUNT = 30
 RANDOM = np.random.default_rng(0)
@@ -41,13 +42,9 @@ def csv(folder: Path, cells: list[str], header: str = "kind") -> Path:
 
 
 def load(path: Path, form: TableFormat = FORM, **run: Any) -> AgentData:
-    return load_agent_data(
+    return data_of(
         RunConfig(**PICTURES, **run),
         source=str(path),
-        data_dir=None,
-        partition=None,
-        seed_name="edge-1",
-        allowed_factories=(),
         table=form,
     )
 

@@ -1,8 +1,6 @@
 """Checkpoints of ranks: whoever is left goes on from the last epoch, with any number of ranks."""
 
 import shutil
-import subprocess
-import sys
 from contextlib import suppress
 from pathlib import Path
 
@@ -19,7 +17,8 @@ from ecavg.common.tasks.classification import Classification
 from ecavg.common.training import Examples, Recipe, StepReport, train
 from ecavg.common.weights import read_state_dict, write_state_dict
 from tests.recipes import CPU, SPEC, PowerCutError, make_data
-from tests.unit.test_ranks import ROOT, are_close, make_deep_model
+from tests.unit.rank_processes import run_ranks
+from tests.unit.test_ranks import are_close, make_deep_model
 
 KINDS = ("none", "whole")
 # 45 examples in batches of 10.
@@ -98,11 +97,7 @@ train_as_rank(int(sys.argv[1]), Path(sys.argv[2]))
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the folder with what two ranks have trained."""
     folder = tmp_path_factory.mktemp("ranks")
-    ranks = [
-        subprocess.Popen([sys.executable, "-c", SCRIPT, str(rank), str(folder)], cwd=ROOT)
-        for rank in range(2)
-    ]
-    assert [process.wait(100) for process in ranks] == [0, 0]
+    run_ranks(SCRIPT, folder)
     return folder
 
 

@@ -1,7 +1,5 @@
 """Models that several ranks measure together: each rank has a part, and the result is that of one rank."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,7 +14,7 @@ from ecavg.common.ranks import ALONE, Ranks
 from ecavg.common.training import Examples
 from ecavg.common.weights import read_state_dict, write_state_dict
 from tests.recipes import CPU, make_data, make_model
-from tests.unit.test_ranks import ROOT
+from tests.unit.rank_processes import run_ranks
 
 RUN = RunConfig(image_shape=(3, 8, 8), num_classes=3)
 WORLD_SIZE = 2
@@ -73,11 +71,7 @@ measure_as_rank(int(sys.argv[1]), Path(sys.argv[2]))
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("ranks")
-    ranks = [
-        subprocess.Popen([sys.executable, "-c", SCRIPT, str(rank), str(folder)], cwd=ROOT)
-        for rank in range(WORLD_SIZE)
-    ]
-    assert [process.wait(100) for process in ranks] == [0] * WORLD_SIZE
+    run_ranks(SCRIPT, folder, world_size=WORLD_SIZE)
     return folder
 
 

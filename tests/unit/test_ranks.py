@@ -1,7 +1,5 @@
 """Ranks that train one model together, as processes of their own over Gloo."""
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,7 @@ from ecavg.common.tasks.classification import Classification
 from ecavg.common.training import Examples, Recipe, train
 from ecavg.common.weights import read_state_dict, write_state_dict
 from tests.recipes import CPU, SPEC, make_data, make_model
+from tests.unit.rank_processes import run_ranks
 
 ROOT = Path(__file__).parents[2]
 
@@ -55,11 +54,7 @@ assert different == (["1.running_mean", "1.running_var"] if rank else []), diffe
 
 
 def test_ranks_need_not_share_statistics(tmp_path: Path) -> None:
-    ranks = [
-        subprocess.Popen([sys.executable, "-c", STATISTICS_SCRIPT, str(rank), str(tmp_path)], cwd=ROOT)
-        for rank in range(2)
-    ]
-    assert [process.wait(100) for process in ranks] == [0, 0]
+    run_ranks(STATISTICS_SCRIPT, tmp_path)
 
 
 def test_ranks_share_other_buffers() -> None:
@@ -130,11 +125,7 @@ def are_close(found: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
 
 @pytest.mark.soak
 def test_two_ranks_equal_one_but_for_the_statistics_of_their_batches(tmp_path: Path) -> None:
-    processes = [
-        subprocess.Popen([sys.executable, "-c", DEEP_SCRIPT, str(rank), str(tmp_path)], cwd=ROOT)
-        for rank in range(2)
-    ]
-    assert [process.wait(100) for process in processes] == [0, 0]
+    run_ranks(DEEP_SCRIPT, tmp_path)
     for kind, optimizer in DEEP_KINDS:
         first, second = (read_state_dict(tmp_path / f"{kind}-{optimizer}-{rank}") for rank in range(2))
         different = [name for name in first if not torch.equal(first[name], second[name])]
@@ -187,12 +178,7 @@ def test_ranks_train_what_one_process_trains(tmp_path: Path, world_size: int) ->
     examples = Examples(images, labels)
     write_state_dict({**model[1].state_dict(), **examples._asdict()}, tmp_path / "given")
     config = TrainingConfig(epochs=2, batch_size=5, augment=("random_crop",))  # unequal parts
-    arguments = [str(tmp_path), config.model_dump_json(), str(world_size)]
-    ranks = [
-        subprocess.Popen([sys.executable, "-c", RANK_SCRIPT, str(rank), *arguments], cwd=ROOT)
-        for rank in range(world_size)
-    ]
-    assert [process.wait(100) for process in ranks] == [0] * world_size
+    run_ranks(RANK_SCRIPT, tmp_path, config.model_dump_json(), world_size, world_size=world_size)
 
     recipe = Recipe(config, Classification(SPEC), 3, "float32", class_balanced=True)
     loss = train(model, examples, recipe, device=CPU)

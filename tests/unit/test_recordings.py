@@ -13,12 +13,13 @@ from ecavg.common.errors import UsageError
 from ecavg.common.shards import cloud_holdout
 from ecavg.edge_agent import recordings
 from ecavg.edge_agent.config import AgentConfig
-from ecavg.edge_agent.data import AgentData, load_agent_data
+from ecavg.edge_agent.data import AgentData
 from ecavg.edge_agent.doctor import _look_at_data
 from ecavg.edge_agent.partition import Partition
 from ecavg.edge_agent.sources import class_names_of, data_stamp
 from ecavg.edge_agent.tables import TableFormat
 from tests.conftest import need
+from tests.recipes import data_of
 
 RATE = 1000
 WINDOW = 50
@@ -59,13 +60,10 @@ def birds(folder: Path, num_files: int, num_samples: int) -> Path:
 
 def load(folder: Path, form: TableFormat = FORM, partition: Partition | None = None, **run: Any) -> AgentData:
     inputs = {"shape": (1, form.window), "overlap": form.overlap}
-    return load_agent_data(
+    return data_of(
         RunConfig(**{**RUN, "inputs": inputs, **run}),
         source=str(folder),
-        data_dir=None,
         partition=partition,
-        seed_name="edge-1",
-        allowed_factories=(),
         table=form,
     )
 

@@ -9,10 +9,11 @@ import pytest
 from ecavg.common.config import RunConfig
 from ecavg.common.errors import UsageError
 from ecavg.common.shards import cloud_holdout
-from ecavg.edge_agent.data import AgentData, load_agent_data
+from ecavg.edge_agent.data import AgentData
 from ecavg.edge_agent.partition import Partition
 from ecavg.edge_agent.series import check_shared_fraction, hold_out_latest
 from ecavg.edge_agent.tables import TableFormat
+from tests.recipes import data_of
 
 WINDOW, STRIDE, HORIZON = 6, 2, 3
 FORM = TableFormat(("level",), ("level",), window=WINDOW, stride=STRIDE, horizon=HORIZON)
@@ -32,13 +33,10 @@ def series(folder: Path, num_rows: int) -> Path:
 
 
 def load(path: Path, partition: Partition | None = None, run: dict[str, Any] = RUN) -> AgentData:
-    return load_agent_data(
+    return data_of(
         RunConfig(**run),
         source=str(path),
-        data_dir=None,
         partition=partition,
-        seed_name="edge-1",
-        allowed_factories=(),
         table=FORM,
     )
 

@@ -11,10 +11,11 @@ from ecavg.common.config import RunConfig
 from ecavg.common.errors import UsageError
 from ecavg.edge_agent.agent import class_names_of
 from ecavg.edge_agent.config import AgentConfig, check_source
-from ecavg.edge_agent.data import AgentData, load_agent_data
+from ecavg.edge_agent.data import AgentData
 from ecavg.edge_agent.doctor import _look_at_data
 from ecavg.edge_agent.sources import data_stamp
 from ecavg.edge_agent.tables import TableFormat, open_table
+from tests.recipes import data_of
 
 ROWS = np.random.default_rng(0).uniform(-5, 5, (40, 2)).round(4)
 FORM = TableFormat(("flow", "heat"), ("wear",))
@@ -33,13 +34,9 @@ def csv(folder: Path, lines: list[str], header: str = "time,heat,wear,flow") -> 
 
 
 def load(path: Path, form: TableFormat = FORM, **run: Any) -> AgentData:
-    return load_agent_data(
+    return data_of(
         RunConfig(**run),
         source=str(path),
-        data_dir=None,
-        partition=None,
-        seed_name="edge-1",
-        allowed_factories=(),
         table=form,
     )
 
