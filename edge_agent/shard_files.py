@@ -46,8 +46,9 @@ def keep_shards(folder: Path, train: Shard, described: Targets = _NONE_MISSING) 
     folder.mkdir(exist_ok=True)
     files = sorted(folder.glob("*.safetensors"))
     own = _identities(train, described)
-    without_targets = _without_targets(train.inputs) if described.missing else own
-    identities, places = np.unique([own, without_targets], return_inverse=True)
+    # An example may be in a file with its target or, where some are missing, without it.
+    both = [own, _without_targets(train.inputs)] if described.missing else [own]
+    identities, places = np.unique(both, return_inverse=True)
     is_kept = np.zeros(len(identities), bool)
     kept = []
     for path in files:
@@ -58,7 +59,7 @@ def keep_shards(folder: Path, train: Shard, described: Targets = _NONE_MISSING) 
         if not is_kept[where].any():
             is_kept[where] = True
             kept.append(path)
-    is_new = ~is_kept[places.reshape(2, -1)].any(0)
+    is_new = ~is_kept[places.reshape(len(both), -1)].any(0)
     if is_new.any() and len(kept) == MAX_SHARDS:
         kept, is_new = [], np.ones(len(own), bool)
     if is_new.any():
