@@ -146,7 +146,8 @@ class AgentConfig(ProcessConfig):
     min_new_examples: int | None = Field(None, ge=1)
     """So many examples must have come since the last contribution before this device takes part again.
 
-    They are counted in an image folder, in arrays, or in the rows of a table (`data`).
+    They are counted in an image folder, in arrays, or in the rows of a table (`data`). A label that is told
+    later, in `labels.csv` beside them, counts as well.
     """
 
     max_upload_rate: int | None = Field(None, ge=8192, title="BYTES")

@@ -11,6 +11,7 @@ from ecavg.common.errors import UsageError
 from ecavg.edge_agent.arrays import is_arrays
 from ecavg.edge_agent.columns import count_rows, is_table
 from ecavg.edge_agent.folder_walk import folders_in, items_below
+from ecavg.edge_agent.labels_file import labels_path
 from ecavg.edge_agent.state import AgentState
 
 
@@ -39,12 +40,14 @@ def count_examples(source: Path) -> int:
     """Return how many training examples an image folder, arrays or a table has; 0 if it cannot be read now.
 
     Pictures are counted by their names, arrays by their headers, and a table by its lines or, where it is
-    Parquet, by its footer.
+    Parquet, by its footer. A target that is told in a file beside them counts like an example: it is as new.
     """
     try:
         if is_table(source):
             return count_rows(source)
-        return _count_inputs(source) if is_arrays(source) else _count_pictures(source / "train")
+        num_inputs = _count_inputs(source) if is_arrays(source) else _count_pictures(source / "train")
+        labels = labels_path(source)
+        return num_inputs + (count_rows(labels) if labels.exists() else 0)
     except (UsageError, OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         # Somebody is writing there, or has taken it away: it is looked at again.
         return 0

@@ -173,6 +173,22 @@ def test_three_examples_are_counted_without_reading_them(
     assert count_examples(tmp_path / name) == 3
 
 
+@pytest.mark.parametrize(
+    ("name", "write", "labels"),
+    [
+        ("pictures", write_pictures, "pictures/labels.csv"),
+        ("arrays.npz", write_npz, "arrays.labels.csv"),
+        ("arrays", write_npy, "arrays/labels.csv"),
+    ],
+)
+def test_labels_that_are_told_later_are_as_new_as_examples(
+    tmp_path: Path, name: str, write: Callable[[Path], None], labels: str
+) -> None:
+    write(tmp_path / name)
+    (tmp_path / labels).write_text("row,target\n0,1\n2,0\n", "utf-8")
+    assert count_examples(tmp_path / name) == 5
+
+
 @pytest.mark.parametrize("name", ["gone", "gone.csv", "empty.npz", "empty.csv", "no_header.npz", "bad.pq"])
 def test_source_that_cannot_be_read_now_has_no_examples(tmp_path: Path, name: str) -> None:
     (tmp_path / "empty.npz").write_bytes(b"")
