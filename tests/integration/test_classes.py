@@ -76,6 +76,8 @@ def test_whoever_named_the_classes_may_correct_them_before_a_contribution_counts
     assert first.wait() == -signal.SIGKILL
     (tmp_path / "first/train/Dog").rename(tmp_path / "first/train/dog")
     first = cluster.agent("edge-1", "--data", tmp_path / "first")
+    # Until the one that named the classes has come back, the others are held against its first names.
+    first.wait_for("joined as edge-1")
     other = cluster.agent("edge-2", "--data", folder_of(tmp_path / "other", *PETS))
     assert (first.wait(), other.wait(), server.wait()) == (0, 0, 0)
 
