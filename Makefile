@@ -9,8 +9,8 @@ READY := $(VENV)/.ready
 help:
 	@echo "make demo    one round of handwritten digits: a server and two agents on this machine (TASK=regression)"
 	@echo "make test    the tests: of many cases of a kind, one"
-	@echo "make test-gpu  the tests that need a GPU, and the speed of training on it (ten minutes)"
 	@echo "make coverage  the same, and which lines they do not reach"
+	@echo "make test-gpu  the tests that need a GPU, and the speed of training on it (ten minutes)"
 	@echo "make check   style, types, house rules, and what bandit and pip-audit say"
 	@echo "make soak    every case that make test leaves, and 200 random kills (half an hour)"
 	@echo "make fuzz    coverage-guided fuzzing of what strangers' bytes meet (FUZZ_SECONDS=600 each)"
@@ -34,15 +34,15 @@ TASK ?= classification
 demo: $(READY)
 	@$(BIN)/python -m experiments.demo --task $(TASK)
 
-# The total of what the tests reach in their own process is printed at the end, and has a floor (pyproject.toml).
 test: $(READY)
-	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal --cov --cov-report=
+	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
 # Without a GPU every test is skipped, and the benchmark says that there is none.
 test-gpu: $(READY)
 	$(BIN)/python -m pytest -p no:benchmark tests/gpu
 	$(BIN)/python -m benchmarks.train --device cuda --precision bfloat16 --data-on-host --images 12800 --repeats 2
 
+# What the tests reach in their own process has a floor (pyproject.toml). To count it takes a fifth more time.
 coverage: $(READY)
 	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal --cov --cov-report=term-missing
 

@@ -26,6 +26,7 @@ from ecavg.edge_agent.config import AgentConfig
 from ecavg.edge_agent.local import LocalModels, load_local_models
 from ecavg.edge_agent.metrics import AgentMetrics
 from ecavg.edge_agent.state import AgentState, Progress, Report, Trained
+from tests.soak import others_soak
 
 RUN = RunConfig(hidden_units=8, pretrain=TrainingConfig(epochs=2))
 
@@ -295,7 +296,10 @@ def cut_after_apply(power: Power) -> Callable[..., LocalModels]:
     return loaded
 
 
-@pytest.mark.parametrize(("apply", "adapt_epochs"), [("always", 1), ("if-not-worse", 0), ("if-not-worse", 5)])
+WAYS = (("if-not-worse", 5), ("if-not-worse", 0), ("always", 1))
+
+
+@pytest.mark.parametrize(("apply", "adapt_epochs"), others_soak(WAYS, WAYS[:1]))
 async def test_round_ends_the_same_wherever_the_agent_was_cut_off(
     tmp_path: Path, apply: str, adapt_epochs: int
 ) -> None:

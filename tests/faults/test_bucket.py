@@ -11,6 +11,7 @@ from ecavg.common.faults import Point
 from tests.buckets import SECRET, Service, s3_service
 from tests.faults.runs import NUM_ROUNDS, SETTINGS, Run, armed_with
 from tests.processes import Cluster, cluster_in
+from tests.soak import others_soak
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -63,7 +64,7 @@ def with_files(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 @pytest.mark.parametrize(
     ("point", "count"),
-    [pytest.param(*case, marks=() if case == CASES[0] else pytest.mark.soak) for case in CASES],
+    others_soak(CASES, CASES[:1]),
 )
 def test_run_publishes_the_same_though_its_server_dies_and_its_bucket_is_out_of_reach(
     with_files: list[str],

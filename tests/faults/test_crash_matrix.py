@@ -2,7 +2,6 @@
 
 import shutil
 import signal
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ from tests.faults.runs import (
 )
 from tests.integration.test_forgetting import check_forgotten, provenance
 from tests.processes import Cluster, cluster_in, until
+from tests.soak import others_soak
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -106,24 +106,9 @@ OF_EACH_KIND = (
     (Point.SERVER_PHASE_RECORDED, 3),
     (Point.TRAINER_TENSOR_AVERAGED, 2),
     (Point.AGENT_CHUNK_SENT, 2),
-    (Point.AGENT_CONTRIBUTED, 1),
 )
 OF_EACH_KIND_WITH_HEADS = ((Point.AGENT_WEIGHTS_WRITTEN, 2),)
 OF_EACH_KIND_WITH_INT8 = ((Point.AGENT_ENCODED, 2), (Point.SERVER_ENCODED_MODEL_ADOPTED, 2))
-
-
-def others_soak(cases: Iterable[Case], at_once: Iterable[Case]) -> list[Any]:
-    """Mark the cases that are left for `make soak`.
-
-    Args:
-        at_once: the cases that `make test` does.
-    """
-    cases, at_once = list(cases), list(at_once)
-    assert set(at_once) <= set(cases)
-    return [
-        pytest.param(*case, marks=() if case in at_once else pytest.mark.soak, id="-".join(map(str, case)))
-        for case in cases
-    ]
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 import pytest
 
 from tests.processes import IS_COLD, Cluster, Command
+from tests.soak import others_soak
 
 QUICK = ("--min-agents", 1, "--set", "run.pretrain.epochs=1", "--set", "run.fine_tune.epochs=1")
 # No resolver knows this name (RFC 6761), so whoever does not go through the proxy reaches nobody.
@@ -162,10 +163,10 @@ def test_agent_without_tls_goes_through_the_proxy(cluster: Cluster) -> None:
     assert set(proxy.targets) == {HIDDEN}
 
 
-@pytest.mark.parametrize(
-    ("variable", "exempt"),
-    [("no_proxy", "localhost, 127.0.0.1"), ("no_grpc_proxy", "127.0.0.0/8"), ("NO_PROXY", "*")],
-)
+EXEMPT = (("no_proxy", "localhost, 127.0.0.1"), ("no_grpc_proxy", "127.0.0.0/8"), ("NO_PROXY", "*"))
+
+
+@pytest.mark.parametrize(("variable", "exempt"), others_soak(EXEMPT, EXEMPT[1:2]))
 def test_listed_server_is_reached_without_the_proxy(cluster: Cluster, variable: str, exempt: str) -> None:
     server = cluster.server(*QUICK)
     address = f"127.0.0.1:{cluster.port}"

@@ -17,6 +17,7 @@ from ecavg.cloud_server.trainer.group import Group
 from ecavg.common.faults import Point
 from ecavg.common.weights import read_state_dict
 from tests.processes import Cluster, Command, until
+from tests.soak import others_soak
 
 SETTINGS = (
     "--set", 'run.mode="async"',
@@ -66,13 +67,9 @@ POINTS = (
     Point.SERVER_MODEL_ADOPTED,
     Point.SERVER_ROUND_OPENED,
 )
-AT_ONCE = (None, Point.AGENT_CONTRIBUTED, Point.SERVER_CONTRIBUTION_RECORDED)
 
 
-@pytest.mark.parametrize(
-    "point",
-    [pytest.param(each, marks=() if each in AT_ONCE else pytest.mark.soak) for each in (None, *POINTS)],
-)
+@pytest.mark.parametrize("point", others_soak((None, *POINTS), (None, Point.SERVER_CONTRIBUTION_RECORDED)))
 def test_fast_agents_go_on_and_what_the_slow_one_has_done_counts_less(
     cluster: Cluster, point: Point | None
 ) -> None:

@@ -19,6 +19,7 @@ from ecavg.cloud_server.state_dir import StateDir
 from ecavg.common import tls
 from tests.conftest import need
 from tests.processes import ROOT, Cluster, Command, cluster_in, free_port
+from tests.soak import others_soak
 from tests.zygote import IS_COLD
 
 DAY = 86400
@@ -206,6 +207,7 @@ def test_agent_whose_certificate_has_ended_says_how_to_enroll_or_does_so_with_it
 # ---------------------------------------------------------------------- the server's clock
 
 
+@pytest.mark.soak
 def test_agent_whose_certificate_has_ended_by_a_server_that_is_ahead_waits_for_it(
     cluster: Cluster, clocks: Clocks
 ) -> None:
@@ -221,7 +223,7 @@ def test_agent_whose_certificate_has_ended_by_a_server_that_is_ahead_waits_for_i
     assert (agent.wait(), server.wait()) == (0, 0)
 
 
-@pytest.mark.parametrize("first", ["1970", "ten years ahead"])
+@pytest.mark.parametrize("first", others_soak(["1970", "ten years ahead"], ["1970"]))
 def test_server_first_started_with_a_wrong_clock_serves_after_it_is_set(
     cluster: Cluster, clocks: Clocks, first: str
 ) -> None:

@@ -90,6 +90,7 @@ def test_own_task_runs_as_the_readme_says(cluster: Cluster) -> None:
 
 
 # A detector learns slowly, and other tests may be at work.
+@pytest.mark.soak
 @pytest.mark.timeout(300)
 def test_detection_runs_as_the_readme_says(cluster: Cluster) -> None:
     report = report_of_own_task(cluster, "detection", "scenes", "Detection")

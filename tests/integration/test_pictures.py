@@ -15,6 +15,7 @@ from PIL import Image
 from ecavg.common.shards import read_shard
 from tests.integration.test_data_travel_once import next_rounds
 from tests.processes import ROOT, Cluster, Command
+from tests.soak import others_soak
 
 # "Übung", as a device writes it that does not know of UTF-8.
 ODD = os.fsdecode("Übung".encode("latin-1"))
@@ -206,7 +207,10 @@ def write_icons(folder: Path, shade: int, shape: int) -> None:
                 Image.fromarray(pixels).save(folder / way / part / name / f"{number}.png")
 
 
-@pytest.mark.parametrize(("background", "shade", "shape"), [(None, 255, 0), ("grey", 128, 255)])
+BACKGROUNDS = ((None, 255, 0), ("grey", 128, 255))
+
+
+@pytest.mark.parametrize(("background", "shade", "shape"), others_soak(BACKGROUNDS, BACKGROUNDS[1:]))
 def test_icons_give_the_same_shards_transparent_and_flattened(
     cluster: Cluster, background: str | None, shade: int, shape: int
 ) -> None:

@@ -23,6 +23,7 @@ from tests.conftest import need
 from tests.faults.test_disk import fill, mount
 from tests.integration.test_round import QUICK
 from tests.processes import ROOT, Cluster, Command, cluster_in, enroll, free_port, until
+from tests.soak import others_soak
 
 SERVER, AGENT, TRAINER = "ecavg.cloud_server", "ecavg.edge_agent", "ecavg.cloud_server.trainer"
 DROPPED = re.compile(r"^ecavg_log_lines_dropped_total (\S+)", re.MULTILINE)
@@ -44,15 +45,10 @@ def num_dropped(port: int) -> float:
 # ---------------------------------------------------------------------- a log that cannot be written
 
 
-@pytest.mark.parametrize(
-    "streams",
-    [
-        {2: "/dev/full"},
-        {1: "no reader", 2: "no reader"},
-        {0: "closed", 1: "closed", 2: "closed"},
-    ],
-    ids=["full disk", "no reader", "closed"],
-)  # fmt: skip
+NO_LOG = ({2: "/dev/full"}, {1: "no reader", 2: "no reader"}, {0: "closed", 1: "closed", 2: "closed"})
+
+
+@pytest.mark.parametrize("streams", others_soak(NO_LOG, NO_LOG[:1]), ids=["full disk", "no reader", "closed"])
 def test_run_goes_on_where_no_log_can_be_written(cluster: Cluster, streams: Mapping[int, str]) -> None:
     """Server, agent and trainer take six rounds to their end, and count what they could not say."""
     cluster.state_dir.mkdir()
@@ -340,14 +336,17 @@ def test_odd_names_are_named_in_one_line(words: tuple[object, ...], message: str
     assert message in command.output
 
 
+LOCALES = (
+    {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"},
+    {"LANG": "C", "LC_ALL": "POSIX"},
+    {"PYTHONIOENCODING": "ascii"},
+    {"PYTHONIOENCODING": "latin-1:strict"},
+)
+
+
 @pytest.mark.parametrize(
     "env",
-    [
-        {"LANG": "C", "LC_ALL": "POSIX"},
-        {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"},
-        {"PYTHONIOENCODING": "ascii"},
-        {"PYTHONIOENCODING": "latin-1:strict"},
-    ],
+    others_soak(LOCALES, LOCALES[:1]),
     ids=lambda env: " ".join(f"{name}={value}" for name, value in env.items()),
 )
 def test_names_are_shown_in_any_locale(env: dict[str, str], tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from ecavg.common.faults import Point
 from tests.faults.runs import armed_with
 from tests.integration.test_forgetting import provenance
 from tests.processes import Cluster, cluster_in, until
+from tests.soak import others_soak
 
 QUICK = (
     "--min-agents", 2, "--rounds", 1, "--set", "run.pretrain.epochs=1", "--set", "run.fine_tune.epochs=1",
@@ -74,15 +75,15 @@ def test_run_is_done_twice_to_the_same_digest(cluster: Cluster, digest: str) -> 
     assert play(cluster, *WARM) == digest
 
 
-@pytest.mark.parametrize(
-    ("point", "count"),
-    [
-        (Point.SERVER_CONTRIBUTION_RECORDED, 1),
-        (Point.SERVER_PHASE_RECORDED, 2),
-        (Point.SERVER_MODEL_ADOPTED, 2),
-        (Point.SERVER_PHASE_RECORDED, 4),
-    ],
+DEATHS = (
+    (Point.SERVER_CONTRIBUTION_RECORDED, 1),
+    (Point.SERVER_MODEL_ADOPTED, 2),
+    (Point.SERVER_PHASE_RECORDED, 2),
+    (Point.SERVER_PHASE_RECORDED, 4),
 )
+
+
+@pytest.mark.parametrize(("point", "count"), others_soak(DEATHS, DEATHS[:2]))
 def test_server_killed_in_the_warm_up_goes_on_to_the_same_digest(
     cluster: Cluster, digest: str, tmp_path: Path, point: Point, count: int
 ) -> None:

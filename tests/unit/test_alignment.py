@@ -12,6 +12,7 @@ from ecavg.cloud_server.trainer.permutations import NotTraceable, apply, permuta
 from ecavg.common.config import RunConfig
 from ecavg.common.models import build_model
 from ecavg.common.weights import write_state_dict
+from tests.soak import others_soak
 
 # Groups counted by hand from the papers' tables: layers whose outputs nothing but weights follow, plus one
 # for each chain of residual additions.
@@ -32,11 +33,8 @@ FAMILIES = {
 }  # fmt: skip
 IMAGE_SIZES = {"inception_v3": 80, "maxvit_t": 224, "vgg11": 32, "resnet50": 32, "densenet121": 32}
 
-TAKE_LONG = ("vgg11", "maxvit_t", "efficientnet_v2_s")  # each has neighbours here with the same layers
-
-
-def long_ones_soak(names):
-    return [pytest.param(name, marks=pytest.mark.soak if name in TAKE_LONG else ()) for name in names]
+# Each of these has neighbours here with the same layers.
+TAKE_LONG = ("vgg11", "maxvit_t", "efficientnet_v2_s")
 
 
 @pytest.fixture(autouse=True)
@@ -107,7 +105,7 @@ def check_groups(model: nn.Module, image_shape):
     return groups
 
 
-@pytest.mark.parametrize("name", long_ones_soak(NUM_GROUPS))
+@pytest.mark.parametrize("name", others_soak(NUM_GROUPS, NUM_GROUPS.keys() - TAKE_LONG))
 def test_any_permutation_leaves_the_logits_unchanged(name):
     shape = (3, IMAGE_SIZES.get(name, 64), IMAGE_SIZES.get(name, 64))
     model = torchvision_model(name, shape[1])
@@ -128,7 +126,7 @@ def test_models_for_small_images_have_the_same_groups(name):
     assert len(check_groups(model, (3, 32, 32))) == NUM_GROUPS[name]
 
 
-@pytest.mark.parametrize("name", long_ones_soak(FAMILIES))
+@pytest.mark.parametrize("name", others_soak(FAMILIES, FAMILIES.keys() - TAKE_LONG))
 def test_every_torchvision_family_can_be_permuted(name):
     shape = (3, IMAGE_SIZES.get(name, 64), IMAGE_SIZES.get(name, 64))
     assert len(check_groups(torchvision_model(name, shape[1]), shape)) >= FAMILIES[name]

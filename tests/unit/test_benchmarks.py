@@ -41,6 +41,7 @@ def run(module: str, *args: object) -> dict[str, Any]:
     return result
 
 
+@pytest.mark.soak
 def test_round_trip_measures_every_process_and_the_wire() -> None:
     result = run("round_trip", "--model", "tiny", "--agents", 1, "--rounds", 3)
     assert result["steady_rounds"] == 2
