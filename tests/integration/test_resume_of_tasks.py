@@ -144,13 +144,23 @@ def test_fine_tune_that_is_cut_off_publishes_the_same_bytes(
 
     directory = JobDirectory(tmp_path / "cut" / "jobs" / job.name)
     directory.write_job(job)
+
+    def work_on_it() -> None:
+        # Each epoch is kept.
+        work.run_job(directory, blobs_dir=blobs_dir, device_name="cpu", group=Group(), checkpoint_seconds=0.0)
+
     with monkeypatch.context() as patched:
         patched.setattr("ecavg.cloud_server.trainer.pipeline.crash_point", die)
         with pytest.raises(CutOffError):
-            work.run_job(directory, blobs_dir=blobs_dir, device_name="cpu", group=Group())
+            work_on_it()
     assert Point.TRAINER_FINE_TUNED not in arrivals
     assert directory.read_result() is None
     torch.manual_seed(9)
-    again = done(job, tmp_path / "cut", blobs_dir)
+    work_on_it()
+    again = directory.read_result()
+    assert again
     assert again.weights == undisturbed.weights
     assert again.score_published == undisturbed.score_published
+    # The finished epochs are not done again.
+    steps = [each.done for each in directory.read_progress(0)[0] if each.phase == "fine_tuning" and each.done]
+    assert steps[0] == num_steps - 1
