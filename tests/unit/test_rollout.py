@@ -73,10 +73,11 @@ def test_model_is_worse_where_mcnemars_one_sided_test_says_so(
 
 
 def test_stricter_level_withdraws_less_and_the_reason_has_the_figures() -> None:
-    reports = [report("edge-1", -8.0, 18.0), report("edge-2", None, None)]
+    # The second device has compared nothing.
+    reports = [replace(report("edge-1", -8.0, 18.0), num_held_out=40), report("edge-2", None, None)]
     assert rule().judge(reports) == (
         False,
-        "worse for the canary: z = -1.89, and -1.64 is allowed, on 10 held-out examples of 2 agents",
+        "worse for the canary: z = -1.89, and -1.64 is allowed, on 40 held-out examples of 2 agents",
     )
     assert rule(level=0.01).judge(reports).is_released
 
