@@ -377,6 +377,23 @@ def test_device_trains_on_what_has_a_target_and_offers_what_is_new(
     assert len(seen[0].targets) <= 20 < len(seen[1].targets)
 
 
+def test_device_whose_only_target_the_cloud_holds_back_is_told_so(tmp_path: Path) -> None:
+    held_out = Shard(images(10, seed=1), np.arange(10))
+    refused = []
+    for number in range(12):
+        labels = np.full(30, -1)
+        labels[3] = 1
+        disk = AgentState(tmp_path / str(number), f"edge-{number}")
+        try:
+            models = LocalModels(RUN, AgentData(Shard(images(30), labels), held_out, 0), disk, CPU, (), 60.0)
+        except UsageError as error:
+            refused.append(str(error))
+        else:
+            assert len(models._examples().targets) == 1
+    assert 0 < len(refused) < 12
+    assert all("tell the targets of more examples" in message for message in refused)
+
+
 # ---------------------------------------------------------------------- late targets at the gate
 
 
