@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 CSV = ".csv"
 PARQUET = (".parquet", ".pq")
+# Numbers become float32, which has none beyond.
+LARGEST_NUMBER = float(np.finfo(np.float32).max)
 # An error names at most so many columns of a file.
 _MAX_NAMED = 20
 # An error shows at most so many characters of a cell.

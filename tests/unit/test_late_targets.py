@@ -229,11 +229,29 @@ def test_arrays_have_missing_targets_and_a_labels_file(tmp_path: Path) -> None:
         assert np.isin(after.train.targets, (1, 2)).all()
 
 
-@pytest.mark.parametrize("line", ["40,1", "-1,1", "one,1", "1,many"])
+@pytest.mark.parametrize(
+    "line", ["40,1", "-1,1", "one,1", "1,many", "1,1.5", "1,nan", "1,inf", "1,3", "1,-1", "1,1e300"]
+)
 def test_labels_file_of_arrays_is_refused_with_its_line(tmp_path: Path, line: str) -> None:
     np.savez(tmp_path / "a.npz", inputs=np.ones((40, 2), np.float32), targets=np.ones(40, int))
     (tmp_path / "a.labels.csv").write_text(f"row,target\n{line}")
     with pytest.raises(UsageError, match=r"a\.labels\.csv, line 2: "):
+        load(ROWS_RUN, tmp_path / "a.npz")
+
+
+@pytest.mark.parametrize("number", ["nan", "inf", "1e300", "101"])
+def test_number_that_no_target_can_be_is_refused_with_its_line(tmp_path: Path, number: str) -> None:
+    np.savez(tmp_path / "a.npz", inputs=np.ones((40, 2), np.float32), targets=np.ones(40))
+    (tmp_path / "a.labels.csv").write_text(f"row,target\n1,100\n2,{number}")
+    run = RunConfig(**ROWS, task="regression", targets={"missing": True, "low": 0, "high": 100})
+    with pytest.raises(UsageError, match=r"a\.labels\.csv, line 3: "):
+        load(run, tmp_path / "a.npz")
+
+
+def test_labels_file_does_not_make_whole_numbers_of_other_targets(tmp_path: Path) -> None:
+    np.savez(tmp_path / "a.npz", inputs=np.ones((40, 2), np.float32), targets=np.arange(40) % 3 + 0.5)
+    (tmp_path / "a.labels.csv").write_text("row,target\n1,a")
+    with pytest.raises(UsageError, match="the run wants int64"):
         load(ROWS_RUN, tmp_path / "a.npz")
 
 
