@@ -53,6 +53,11 @@ def stamp_of_masks(path: Path) -> str:
     return stamp_of_folders([part / name for part in (path, *_parts(path)) for name in _FOLDERS])
 
 
+def pictures_folder(path: Path) -> Path:
+    """Return where the pictures of the train split lie in a folder with masks."""
+    return _parts(path)[0] / _FOLDERS[0]
+
+
 def open_mask_folder(path: Path, max_skipped: float, run: RunConfig | None = None) -> Source:
     """Find the pictures with masks.
 
