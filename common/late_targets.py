@@ -16,7 +16,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
-from ecavg.common.dataset import DatasetSpec
+from ecavg.common.dataset import DatasetSpec, Targets
 from ecavg.common.errors import InvalidError, Reason
 from ecavg.common.files import replacing
 from ecavg.common.schema import (
@@ -147,29 +147,43 @@ def check_late_content(path: Path, header: Header, spec: DatasetSpec) -> None:
         last = int(piece[-1])
 
 
-def check_contributed(headers: Mapping[str, Header], files: Mapping[str, Path]) -> int:
-    """Check that late targets are for shards of the same contribution; return how many examples these have.
+def check_contributed(headers: Mapping[str, Header], files: Mapping[str, Path], described: Targets) -> int:
+    """Check that late targets are for shards of the same contribution.
 
     Args:
         headers: of shards and late targets, by digest; each has passed its own checks.
         files: their files.
+        described: the targets of the run.
+
+    Returns:
+        How many examples of the shards have a target.
 
     Raises:
         InvalidError: late targets are for another shard, for rows that it does not have, or there twice.
     """
     sizes = {name: num_examples(header) for name, header in headers.items() if not is_late(header)}
-    seen: set[str] = set()
+    told: dict[str, np.ndarray] = {}
     for digest, header in headers.items():
         if not is_late(header):
             continue
         shard, rows = shard_of(header), read_tensors(files[digest], header, _NAMES[:1])[0]
-        if shard not in sizes or shard in seen or rows[-1] >= sizes[shard]:
+        if shard not in sizes or shard in told or rows[-1] >= sizes[shard]:
             raise InvalidError(
                 f"the late targets {digest[:16]}… should be the only ones for a shard that the contribution"
                 " names, and for rows that it has"
             )
-        seen.add(shard)
-    return sum(sizes.values())
+        told[shard] = rows
+    if not described.missing:
+        return sum(sizes.values())
+    return sum(_num_known(files[shard], told.get(shard), described) for shard in sizes)
+
+
+def _num_known(shard: Path, told: np.ndarray | None, described: Targets) -> int:
+    """Return how many examples of a shard have a target, with those whose rows were told later."""
+    is_known = has_target(read_shard(shard).targets, described)
+    if told is not None:
+        is_known[told] = True
+    return int(is_known.sum())
 
 
 def _known(sent: Shard, late: Sequence[np.ndarray] | None) -> KnownShard:

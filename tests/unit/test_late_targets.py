@@ -483,8 +483,11 @@ def test_contribution_names_late_targets_of_its_own_shards_once(
     write_shard(tmp_path / "new", partly_labelled(9))
     shard = put(tmp_path / "new", blobs_dir)
     fit = late(shard, rows=(1, 8))
-    # The agent has trained on those with a target only.
-    assert uploads.count_shared([shard, fit], 5) == uploads.count_shared([fit, shard], 5) == 9
+    # Three of nine have a target in the shard, and two more are told later.
+    assert uploads.count_shared([shard], 3) == 3
+    assert uploads.count_shared([shard, fit], 5) == uploads.count_shared([fit, shard], 5) == 5
+    with pytest.raises(InvalidError, match="shards have 5 examples"):
+        uploads.count_shared([shard, fit], 4)
     for digests in (
         [fit],
         [shard, fit, late(shard)],
