@@ -8,6 +8,7 @@ Shape letter: R rows of the file.
 """
 
 import csv
+import unicodedata
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -76,6 +77,11 @@ def count_rows(path: Path) -> int:
             return int(file.metadata.num_rows)
     with path.open("rb") as file:
         return max(0, sum(bool(line.strip()) for line in file) - 1)
+
+
+def as_class(text: str) -> str:
+    """Return a cell as names of classes are written, in Unicode's normal form NFC."""
+    return unicodedata.normalize("NFC", text)
 
 
 @contextmanager

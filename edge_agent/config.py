@@ -270,9 +270,7 @@ class AgentConfig(ProcessConfig):
     def _can_be_counted(cls, value: int | None, info: ValidationInfo) -> int | None:
         source = info.data.get("data")
         if value is not None and "data" in info.data and (source is None or _is_named(source)):
-            raise ValueError(
-                "needs examples that can be counted: name a folder, arrays or a table with data"
-            )
+            raise ValueError("needs examples that can be counted: name a folder, arrays or a table with data")
         return value
 
     @field_validator("work_hours", "upload_hours")

@@ -75,14 +75,15 @@ def load_agent_data(
             for this agent.
     """
     check_overlap(run, table)
-    table = replace(table, missing=run.spec.targets.missing)
+    has_labels = kind_of(run.task).has_labels
+    num_classes = run.spec.num_classes if has_labels else None
+    table = replace(table, missing=run.spec.targets.missing, num_classes=num_classes)
     # The stamp is taken first, so that a change while the data are read is noticed.
     stamp = data_stamp(run, source, data_dir)
     not_read = not_read_of(run, source, data_dir)
     opened = open_source(run, source, data_dir=data_dir, allowed_factories=allowed_factories, table=table)
     name = source or run.dataset
     splits = [part for part in opened if part is not None]
-    has_labels = kind_of(run.task).has_labels
     targets = [as_labels(part.targets) if has_labels else part.targets for part in splits]
     classes = np.unique(np.concatenate(targets)) if has_labels else np.empty(0)
     if has_labels:

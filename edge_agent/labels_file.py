@@ -15,7 +15,7 @@ import structlog
 
 from ecavg.common.dataset import Targets
 from ecavg.common.errors import UsageError, one_line
-from ecavg.edge_agent.columns import LARGEST_NUMBER, open_csv
+from ecavg.edge_agent.columns import LARGEST_NUMBER, as_class, open_csv
 
 log = structlog.get_logger()
 
@@ -45,10 +45,11 @@ def labels_of_files(source: Path, names: Sequence[str], class_names: Sequence[st
     places = {name: place for place, name in enumerate(names)}
     num_strangers = 0
     for line, (name, *cells) in _rows(path, "file", 1):
-        if cells[0] not in label_of:
+        label = label_of.get(as_class(cells[0]))
+        if label is None:
             raise _refusal(path, line, f"{cells[0]!r} is not one of the run's classes")
         if name in places:
-            labels[places[name]] = label_of[cells[0]]
+            labels[places[name]] = label
         num_strangers += name not in places
     if num_strangers:
         log.warning("labels_without_file", num_labels=num_strangers, path=str(path))
@@ -70,7 +71,7 @@ def with_late_targets(
     wanted = targets.astype(described.dtype) if targets.dtype.kind == "i" else np.array(targets)
     for line, (row, *cells) in _rows(path, "row", max(1, int(np.prod(targets.shape[1:], dtype=int)))):
         try:
-            values = np.array([_value(label_of.get(cell, cell), described) for cell in cells])
+            values = np.array([_value(label_of.get(as_class(cell), cell), described) for cell in cells])
             wanted[_place(row, len(wanted))] = values.reshape(targets.shape[1:])
         except ValueError as error:
             raise _refusal(path, line, str(error)) from error
