@@ -40,11 +40,15 @@ def list_image_folder(folder: Path, run: RunConfig) -> tuple[FileSplit, FileSpli
         )
     check_has_pictures(f"data folder {folder}", run)
     splits = list_splits(folder, classes_of(folder, run), run.background)
-    return (_with_unlabelled(folder, splits[0]), splits[1]) if spec.targets.missing else splits
+    return (with_unlabelled(folder, splits[0]), splits[1]) if spec.targets.missing else splits
 
 
-def _with_unlabelled(folder: Path, train: FileSplit) -> FileSplit:
-    """Return the split with the pictures in `folder`/unlabelled, if there are any."""
+def with_unlabelled(folder: Path, train: FileSplit) -> FileSplit:
+    """Return the split with the pictures in `folder`/unlabelled, if there are any.
+
+    Raises:
+        UsageError: the folder, or the file of labels, cannot be read.
+    """
     unlabelled = folder / UNLABELLED
     if not unlabelled.is_dir():
         return train

@@ -30,7 +30,9 @@ from ecavg.common.schema import read_header
 from ecavg.common.shards import Shard, write_shard
 from ecavg.common.transfer import blob_of
 from ecavg.common.weights import write_state_dict
+from ecavg.edge_agent.config import AgentConfig
 from ecavg.edge_agent.data import AgentData
+from ecavg.edge_agent.doctor import _look_at_data
 from ecavg.edge_agent.local import LocalModels
 from ecavg.edge_agent.shard_files import keep_late_targets, keep_shards
 from ecavg.edge_agent.state import AgentState
@@ -253,6 +255,35 @@ def test_labels_file_does_not_make_whole_numbers_of_other_targets(tmp_path: Path
     (tmp_path / "a.labels.csv").write_text("row,target\n1,a")
     with pytest.raises(UsageError, match="the run wants int64"):
         load(ROWS_RUN, tmp_path / "a.npz")
+
+
+def looked_at(source: Path, **columns: Any) -> str:
+    return _look_at_data(AgentConfig(server="127.0.0.1:1", data=str(source), **columns))
+
+
+def test_doctor_counts_examples_without_a_target(tmp_path: Path, folder: Path) -> None:
+    hint = "have no target, which takes missing = true in the server's [run.targets]"
+    assert looked_at(folder) == f"{folder} has 60 images of 2 classes; 20 {hint}"
+    lines = [f"{n},{n / 7},{'' if n % 3 == 0 else 'ab'[n % 2]}" for n in range(60)]
+    (tmp_path / "t.csv").write_text("\n".join(["x,y,z", *lines]))
+    found = looked_at(tmp_path / "t.csv", data_inputs=("x", "y"), data_target=("z",))
+    assert found.startswith(f"{tmp_path}/t.csv has 60 examples of 2 classes; mean")
+    assert found.endswith(f"; 20 {hint}")
+    inputs = np.ones((40, 2), np.float32)
+    for missing, value, what in ((-1, 1, " of 1 classes;"), (np.nan, 1.5, "of the targets, mean = [1.5]")):
+        np.savez(tmp_path / "a.npz", inputs=inputs, targets=np.where(np.arange(40) < 4, missing, value))
+        assert what in looked_at(tmp_path / "a.npz")
+        assert looked_at(tmp_path / "a.npz").endswith(f"; 4 {hint}")
+    np.savez(tmp_path / "a.npz", inputs=inputs, targets=np.arange(40) - 20)
+    assert hint not in looked_at(tmp_path / "a.npz")
+
+
+def test_doctor_reads_the_labels_file_of_pictures(folder: Path) -> None:
+    (folder / "labels.csv").write_text("file,target\n2.png,cat\n5.png,dog")
+    assert "; 18 have no target" in looked_at(folder)
+    (folder / "labels.csv").write_text("file,target\n2.png,cow")
+    with pytest.raises(UsageError, match=r"labels.csv, line 2"):
+        looked_at(folder)
 
 
 def test_device_with_too_few_targets_is_refused(tmp_path: Path) -> None:
