@@ -28,7 +28,7 @@ from ecavg.edge_agent.pictures import check_size, decode_sized, quiet_pillow
 from ecavg.edge_agent.reading import check_some, read_each
 from ecavg.edge_agent.splits import Source
 
-_FOLDERS = ("images", "masks")
+FOLDERS = ("images", "masks")
 # The value of pixels that many sets have between two objects.
 _BORDER = 255
 # Pillow spreads the values of grey PNG with few bits over 0..255, by these factors.
@@ -40,22 +40,22 @@ log = structlog.get_logger()
 def is_mask_folder(path: Path) -> bool:
     """Return True for a folder with images and masks, or whose train folder has these two and no others."""
     try:
-        if all((path / name).is_dir() for name in _FOLDERS):
+        if all((path / name).is_dir() for name in FOLDERS):
             return True
         train = path / "train"
-        return train.is_dir() and [folder.name for folder in folders_in(train)] == list(_FOLDERS)
+        return train.is_dir() and [folder.name for folder in folders_in(train)] == list(FOLDERS)
     except OSError:
         return False
 
 
 def stamp_of_masks(path: Path) -> str:
     """Return a value that changes when a picture or a mask is added, removed or written to."""
-    return stamp_of_folders([part / name for part in (path, *_parts(path)) for name in _FOLDERS])
+    return stamp_of_folders([part / name for part in (path, *_parts(path)) for name in FOLDERS])
 
 
 def pictures_folder(path: Path) -> Path:
     """Return where the pictures of the train split lie in a folder with masks."""
-    return _parts(path)[0] / _FOLDERS[0]
+    return _parts(path)[0] / FOLDERS[0]
 
 
 def open_mask_folder(path: Path, max_skipped: float, run: RunConfig | None = None) -> Source:
@@ -135,7 +135,7 @@ def _check_targets(path: Path, spec: DatasetSpec) -> None:
 
 def _parts(path: Path) -> list[Path]:
     """Return the folders in which images and masks are: the train split and, where there is one, the test."""
-    if (path / _FOLDERS[0]).is_dir():
+    if (path / FOLDERS[0]).is_dir():
         return [path]
     return [path / "train", *(part for part in (path / "test",) if part.is_dir())]
 
@@ -143,7 +143,7 @@ def _parts(path: Path) -> list[Path]:
 def _pairs(part: Path, background: Background, max_skipped: float) -> MaskSplit:
     """Return the pictures of a folder that have a mask; others are counted, and logged once."""
     with named_in_errors():
-        pictures, masks = (_files_by_name(part / name) for name in _FOLDERS)
+        pictures, masks = (_files_by_name(part / name) for name in FOLDERS)
     names = sorted(pictures.keys() & masks.keys())
     alone = sorted(pictures.keys() ^ masks.keys())
     first = one_line(str({**masks, **pictures}[alone[0]])) if alone else ""

@@ -23,6 +23,7 @@ from ecavg.edge_agent.config import FACTORY_PATTERN, check_source, data_root
 from ecavg.edge_agent.downloads import TORCHVISION, find_dataset, open_dataset
 from ecavg.edge_agent.file_split import check_has_pictures
 from ecavg.edge_agent.image_folder import (
+    UNLABELLED,
     class_folders,
     list_image_folder,
     list_splits,
@@ -30,7 +31,7 @@ from ecavg.edge_agent.image_folder import (
     with_unlabelled,
 )
 from ecavg.edge_agent.labels_file import with_late_targets
-from ecavg.edge_agent.masks import is_mask_folder, open_mask_folder, stamp_of_masks
+from ecavg.edge_agent.masks import FOLDERS, is_mask_folder, open_mask_folder, stamp_of_masks
 from ecavg.edge_agent.not_read import find_not_read
 from ecavg.edge_agent.picture_table import has_pictures, picture_rows
 from ecavg.edge_agent.pictures import IMAGE_FORMATS
@@ -66,13 +67,24 @@ def data_stamp(run: RunConfig, source: str | None, data_dir: Path | None) -> str
 
 
 def not_read_of(run: RunConfig, source: str | None, data_dir: Path | None) -> str:
-    """Return what is not read of the source's class folders, in a line for the user; "" if all of it is.
+    """Return what is not read of a source of folders, in a line for the user; "" if all of it is.
 
     Raises:
         UsageError: there is no such source.
     """
+    if source and not _is_name(source) and is_mask_folder(Path(source)):
+        return str(find_not_read(Path(source), others=[Path(source, name) for name in FOLDERS]))
     found = _class_folders_of(run.dataset, source, data_dir)
-    return str(find_not_read(*found)) if found else ""
+    if found is None:
+        return ""
+    unlabelled = found.folder / UNLABELLED
+    if found.suffixes == RECORDINGS:
+        why = "recordings need a class"
+    else:
+        why = "" if run.spec.targets.missing else "the server's [run.targets] table has no missing = true"
+    files = str(find_not_read(*found, others=() if why else [unlabelled]))
+    folder = f"{UNLABELLED} is not read, because {why}" if why and unlabelled.is_dir() else ""
+    return "; ".join(filter(None, (files, folder)))
 
 
 def class_names_of(

@@ -162,6 +162,16 @@ def test_pictures_without_a_class_that_cannot_be_read_are_of_no_class(folder: Pa
     assert (skipped["num_skipped"], skipped["classes_without_images"]) == (20, [])
 
 
+def test_what_is_not_read_of_pictures_without_a_class_is_told(folder: Path) -> None:
+    assert load(PETS, folder).not_read == ""
+    (folder / "unlabelled/1.heic").write_bytes(b"")
+    assert load(PETS, folder).not_read == "files not read: 1 (.heic 1), of them 1 in pets/unlabelled"
+    strict = load(PETS.model_copy(update={"targets": RunConfig().targets}), folder)
+    assert strict.not_read == (
+        "unlabelled is not read, because the server's [run.targets] table has no missing = true"
+    )
+
+
 def test_labels_file_tells_classes_later_and_moves_no_picture(folder: Path) -> None:
     before = load(PETS, folder)
     lines = [

@@ -161,6 +161,18 @@ def test_picture_or_mask_alone_is_left_out_and_named(gone: str, tmp_path: Path) 
         load(folder, 0.01)
 
 
+@pytest.mark.parametrize("part", ["", "train"])
+def test_files_that_are_no_pictures_are_told(part: str, tmp_path: Path) -> None:
+    save(tmp_path / "field" / part)
+    for name in ("images/99.heic", "masks/99.npy", "masks/98.npy"):
+        (tmp_path / "field" / part / name).write_bytes(b"")
+    data = load(tmp_path / "field")
+    where = part or "field"
+    assert data.not_read == (
+        f"files not read: 3 (.npy 2, .heic 1), of them 2 in {where}/masks, 1 in {where}/images"
+    )
+
+
 def test_mask_must_have_the_size_of_the_picture_as_people_see_it(tmp_path: Path) -> None:
     folder = save(tmp_path / "field")
     for name in ("images/00.tiff", "images/01.tiff"):

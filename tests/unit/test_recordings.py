@@ -222,6 +222,9 @@ def test_other_files_beside_recordings_are_told_of(tmp_path: Path) -> None:
     assert load(folder).not_read == ""
     (folder / "train/jay/9.mp3").touch()
     assert load(folder).not_read == "files not read: 1 (.mp3 1), of them 1 in train/jay"
+    (folder / "unlabelled").mkdir()
+    told = load(folder, targets={"missing": True}).not_read
+    assert told.endswith("unlabelled is not read, because recordings need a class")
 
 
 def test_folder_with_pictures_is_an_image_folder(tmp_path: Path) -> None:
