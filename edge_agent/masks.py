@@ -147,10 +147,14 @@ def _pairs(part: Path, background: Background, max_skipped: float) -> MaskSplit:
     names = sorted(pictures.keys() & masks.keys())
     alone = sorted(pictures.keys() ^ masks.keys())
     first = one_line(str({**masks, **pictures}[alone[0]])) if alone else ""
+    if not names and not alone:
+        raise UsageError(
+            f"data folder {part} has no pictures: lay them out as {part}/images/* and {part}/masks/*"
+        )
     if not names or len(alone) > max_skipped * (len(names) + len(alone)):
         raise UsageError(
             f"data folder {part}: {len(alone)} of {len(names) + len(alone)} pictures or masks are alone,"
-            f" first {first or 'none'}: {part}/masks needs a PNG file of the same name for each picture"
+            f" first {first}: {part}/masks needs a PNG file of the same name for each picture"
         )
     if alone:
         log.warning("pictures_without_mask", num_skipped=len(alone), first=first)
@@ -177,8 +181,27 @@ def _decode_mask(path: Path, size: tuple[int, int], wanted: Targets) -> np.ndarr
         size: width and height of the picture.
 
     Raises:
-        ValueError: the file is no mask of this picture.
-        OSError: the file cannot be read.
+        ValueError: the file cannot be read, or is no mask of this picture.
+    """
+    try:
+        classes = _classes_in(path, size)
+    except (OSError, SyntaxError) as error:
+        # Pillow raises the second for some broken PNG files.
+        reason = (isinstance(error, OSError) and error.strerror) or "it is no PNG file, or is broken"
+        raise ValueError(f"its mask cannot be read: {reason}") from error
+    rows, columns = (
+        (2 * np.arange(n) + 1) * length // (2 * n)
+        for n, length in zip(wanted.shape, classes.shape, strict=True)
+    )
+    return _checked(classes[rows][:, columns], wanted)
+
+
+def _classes_in(path: Path, size: tuple[int, int]) -> np.ndarray:
+    """Return the classes of a mask as they are in its file, int64 [H, W].
+
+    Raises:
+        ValueError: the mask has another size than the picture, or colours.
+        OSError, SyntaxError: the file cannot be read.
     """
     with path.open("rb") as stream, Image.open(stream, formats=("PNG",)) as file:
         check_size(file)
@@ -189,12 +212,7 @@ def _decode_mask(path: Path, size: tuple[int, int], wanted: Targets) -> np.ndarr
         if file.mode not in ("1", "L", "P") and not file.mode.startswith("I"):
             raise ValueError(f"its mask has colours ({file.mode}): save it as grey PNG, or with a palette")
         spread = _SPREAD.get(str(file.tile[0].args), 1) if file.tile else 1
-        classes = np.asarray(file).astype(np.int64) // spread
-    rows, columns = (
-        (2 * np.arange(n) + 1) * length // (2 * n)
-        for n, length in zip(wanted.shape, classes.shape, strict=True)
-    )
-    return _checked(classes[rows][:, columns], wanted)
+        return np.asarray(file).astype(np.int64) // spread
 
 
 def _checked(classes: np.ndarray, wanted: Targets) -> np.ndarray:
