@@ -19,7 +19,7 @@ import numpy as np
 
 from ecavg.common.agent_progress import OnExamples, ignore_examples
 from ecavg.common.config import RunConfig
-from ecavg.common.dataset import DatasetSpec
+from ecavg.common.dataset import DatasetSpec, Inputs
 from ecavg.common.errors import UsageError
 from ecavg.common.shards import Shard, check_splittable
 from ecavg.edge_agent.arrays import as_wanted
@@ -125,7 +125,9 @@ class RecordingSplit:
         inputs = np.empty((ends[-1], 1, self.form.window or 1), np.float32)
 
         def cut(n: int, _: Path) -> None:
-            inputs[ends[n] - pieces[n].num_windows : ends[n], 0] = _windows_of(pieces[n], self.form)
+            windows = _windows_of(pieces[n], self.form)
+            _check_range(windows, spec.inputs)
+            inputs[ends[n] - pieces[n].num_windows : ends[n], 0] = windows
 
         failures = read_each([piece.path for piece in pieces], cut, on_read)
         are_read = leave_out(failures, len(pieces), self.form.max_bad_rows, self.noun)
@@ -246,6 +248,14 @@ def _windows_of(piece: Piece, form: TableFormat) -> np.ndarray:
     if len(samples) < end - begin or not np.isfinite(samples).all():
         raise ValueError("it is cut off, or has samples that are no numbers")
     return np.lib.stride_tricks.sliding_window_view(samples, form.window)[:: form.stride]
+
+
+def _check_range(windows: np.ndarray, wanted: Inputs) -> None:
+    """Raise ValueError if there are samples that the run does not have: floating-point files may have any."""
+    low = -np.inf if wanted.low is None else wanted.low
+    high = np.inf if wanted.high is None else wanted.high
+    if windows.min() < low or windows.max() > high:
+        raise ValueError(f"it has samples that are not from {low:g} to {high:g}")
 
 
 def _samples(path: Path, rate: int, begin: int, end: int) -> np.ndarray:

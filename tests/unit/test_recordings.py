@@ -1,6 +1,7 @@
 """Recordings of sound: windows, sample rates, what is held out, and what is refused."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -187,6 +188,17 @@ def test_recording_that_cannot_be_used_is_left_out_and_named(kind: str, tmp_path
     strict = TableFormat(window=WINDOW, stride=WINDOW, horizon=0, sample_rate=RATE)
     with pytest.raises(UsageError, match=r"^1 of \d+ files cannot be read, first .*7.wav: [^\n]*$"):
         load(folder, strict)
+
+
+def test_recording_with_samples_that_the_run_does_not_have_is_left_out_and_named(tmp_path: Path) -> None:
+    folder = birds(tmp_path, 20, WINDOW)
+    loud = save(folder / "train/jay/7.wav", np.full(WINDOW, 1.5))
+    bounds, form = {"shape": (1, WINDOW), "low": -1, "high": 1}, replace(FORM, max_bad_rows=0.5)
+    with structlog.testing.capture_logs() as logs:
+        data = load(folder, form, inputs=bounds)
+    assert len(data.train.targets) + len(data.held_out.targets) == 19
+    assert logs[0]["first"] == f"{loud}: it has samples that are not from -1 to 1"
+    assert load(folder).num_skipped == 0
 
 
 def test_agent_says_what_it_needs_to_know(tmp_path: Path) -> None:
