@@ -234,7 +234,9 @@ def test_a_broken_dataset_file_is_refused(tmp_path: Path, offline: None) -> None
 
 def test_labels_that_the_run_does_not_have_are_refused() -> None:
     run = DIGITS.model_copy(update={"num_classes": 5})
-    with pytest.raises(UsageError, match=r"digits has the label 5, and the run only 0 to 4: set num_classes"):
+    with pytest.raises(
+        UsageError, match="digits has the label 5, and the run only 0 to 4, first in example 5: set "
+    ):
         load(run)
 
 

@@ -205,7 +205,7 @@ def test_agent_says_what_it_needs_to_know(tmp_path: Path) -> None:
     folder = birds(tmp_path, 2, WINDOW)
     for form in (TableFormat(), TableFormat(window=WINDOW), TableFormat(sample_rate=RATE)):
         with pytest.raises(UsageError, match=r"--data-window SAMPLES, and .* with --data-sample-rate"):
-            load(folder, form, inputs={"shape": (1, WINDOW), "overlap": WINDOW})
+            load(folder, form, inputs={"shape": (1, WINDOW)})
     with pytest.raises(UsageError, match=r"windows of 50 samples share samples with the next 2 windows: set"):
         load(folder, overlapping(20), inputs={"shape": (1, WINDOW)})
     with pytest.raises(UsageError, match=r"inputs of float32 \[1, 50\], and the run wants float32 \[1, 60\]"):
