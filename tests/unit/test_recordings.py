@@ -245,6 +245,8 @@ def test_folder_with_pictures_is_an_image_folder(tmp_path: Path) -> None:
     assert recordings.has_recordings(folder)
     (folder / "train/jay/a.jpg").touch()
     assert not recordings.has_recordings(folder)
+    with pytest.raises(UsageError, match=r"has pictures, such as .*jay/a.jpg, with one class each"):
+        load(folder)
 
 
 def test_stamp_changes_with_a_recording(tmp_path: Path) -> None:
