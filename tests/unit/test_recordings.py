@@ -190,15 +190,21 @@ def test_recording_that_cannot_be_used_is_left_out_and_named(kind: str, tmp_path
         load(folder, strict)
 
 
-def test_recording_with_samples_that_the_run_does_not_have_is_left_out_and_named(tmp_path: Path) -> None:
-    folder = birds(tmp_path, 20, WINDOW)
-    loud = save(folder / "train/jay/7.wav", np.full(WINDOW, 1.5))
-    bounds, form = {"shape": (1, WINDOW), "low": -1, "high": 1}, replace(FORM, max_bad_rows=0.5)
-    with structlog.testing.capture_logs() as logs:
-        data = load(folder, form, inputs=bounds)
-    assert len(data.train.targets) + len(data.held_out.targets) == 19
-    assert logs[0]["first"] == f"{loud}: it has samples that are not from -1 to 1"
-    assert load(folder).num_skipped == 0
+@pytest.mark.parametrize(
+    ("value", "reason"), [(1.5, "not from -1 to 1"), (np.nan, "no numbers")], ids=["loud", "nan"]
+)
+def test_recording_with_samples_that_the_run_does_not_have_is_one_bad_one_of_all(
+    value: float, reason: str, tmp_path: Path
+) -> None:
+    # One of 20 is as much as may be left out, on whichever side of the split it would be.
+    form, bounds = replace(FORM, max_bad_rows=0.05), {"shape": (1, WINDOW), "low": -1, "high": 1}
+    for number in range(4):
+        folder = birds(tmp_path / str(number), 20, WINDOW)
+        bad = save(folder / "train/jay/7.wav", np.full(WINDOW + number, value))
+        with structlog.testing.capture_logs() as logs:
+            data = load(folder, form, inputs=bounds)
+        assert len(data.train.targets) + len(data.held_out.targets) == 19
+        assert logs[0]["first"] == f"{bad}: it has samples that are {reason}"
 
 
 def test_agent_says_what_it_needs_to_know(tmp_path: Path) -> None:
@@ -263,7 +269,7 @@ def test_doctor_reads_some_recordings(tmp_path: Path) -> None:
     config = AgentConfig(server="127.0.0.1:1", data=str(folder), data_window=50, data_sample_rate=RATE)
     assert _look_at_data(config) == f"{folder} has 4 recordings of 2 classes"
     save(folder / "train/jay/1.wav", np.full(2 * WINDOW, np.nan))
-    with pytest.raises(UsageError, match=r"1.wav cannot be read \(it is cut off, or has samples that"):
+    with pytest.raises(UsageError, match=r"first .*1.wav: it has samples that are no numbers"):
         _look_at_data(config)
 
 
