@@ -85,10 +85,11 @@ def load_agent_data(
     shards, num_skipped = _read_parts(run, name, opened, partition, on_read)
     if opened.test is None:
         shards = [_take(shards[0], part) for part in _hold_out(run, shards[0], seed_name)]
-    train, held_out = shards[0], _with_target(shards[1], run.spec)
-    if not len(held_out.targets) or not has_target(train.targets, run.spec.targets).any():
-        raise UsageError(f"data source {name}: too few examples have a target, to train on or to hold back")
-    return AgentData(train, held_out, num_skipped, stamp, not_read)
+    for shard, purpose in zip(shards, ("to train on", "held back to measure models on"), strict=True):
+        if not has_target(shard.targets, run.spec.targets).any():
+            num_examples = len(shard.targets)
+            raise UsageError(f"data source {name}: none of {num_examples} examples {purpose} has a target")
+    return AgentData(shards[0], _with_target(shards[1], run.spec), num_skipped, stamp, not_read)
 
 
 def _read_parts(

@@ -78,7 +78,8 @@ def examples_of(columns: Columns, form: TableFormat, class_names: Sequence[str])
     """Return the examples in the columns of a table, in the order of the rows.
 
     Whole numbers are int64, others float32. Inputs are [N, C], windows [N, C, W]; targets are [N] for one
-    column, [N, T] for several. A window in which a bad row lies, or whose target does, is left out.
+    column, [N, T] for several. A window in which a bad row lies is left out, and so is one whose target lies
+    there, unless it may be missing.
 
     Args:
         class_names: the names that cells of the target column may have in place of labels, label 0 first.

@@ -267,6 +267,19 @@ def test_labels_file_does_not_make_whole_numbers_of_other_targets(tmp_path: Path
         load(ROWS_RUN, tmp_path / "a.npz")
 
 
+@pytest.mark.parametrize(
+    ("known", "purpose"), [(slice(0, 40), "held back to measure models on"), (slice(52, 60), "to train on")]
+)
+def test_series_without_a_target_on_one_side_is_refused(tmp_path: Path, known: slice, purpose: str) -> None:
+    cells = np.full(60, "", object)
+    cells[known] = "1"
+    (tmp_path / "t.csv").write_text("x,y,z\n" + "\n".join(f"{n},1,{cell}" for n, cell in enumerate(cells)))
+    inputs = {"shape": (2, 4), "overlap": 4}
+    run = RunConfig(dataset="own", model="cnn1d", task="regression", inputs=inputs, **MISSING)
+    with pytest.raises(UsageError, match=rf"none of \d+ examples {purpose} has a target"):
+        load(run, tmp_path / "t.csv", table=TableFormat(("x", "y"), ("z",), window=4))
+
+
 def looked_at(source: Path, **columns: Any) -> str:
     return _look_at_data(AgentConfig(server="127.0.0.1:1", data=str(source), **columns))
 
