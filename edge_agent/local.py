@@ -200,11 +200,7 @@ class LocalModels:
         every = [known.shard.targets for known in (*self._shared, *self._private)]
         self.num_examples = sum(int(has_target(each, run.spec.targets).sum()) for each in every)
         self.num_without_target = sum(map(len, every)) - self.num_examples
-        if not any(len(indices) for _, indices in self._parts()):
-            raise UsageError(
-                f"{self.num_examples} of the examples to train on have a target, and the cloud holds back as"
-                " many: tell the targets of more examples"
-            )
+        self._check_that_some_are_trained_on()
 
     def most_weights_bytes(self) -> int:
         """Return how large a file with weights of the run's model may be."""
@@ -445,6 +441,14 @@ class LocalModels:
     def _examples(self) -> Examples:
         """Return the examples to train on."""
         return Examples(*map(torch.from_numpy, gather(self._parts(), self._run.spec)))
+
+    def _check_that_some_are_trained_on(self) -> None:
+        """Raise UsageError if the cloud holds back all examples that have a target."""
+        if not any(len(indices) for _, indices in self._parts()):
+            raise UsageError(
+                f"{self.num_examples} of the examples to train on have a target, and the cloud holds back as"
+                " many: tell the targets of more examples"
+            )
 
     def _parts(self) -> list[tuple[Shard, np.ndarray]]:
         """Return the shards, each with its examples that the cloud fine-tunes on or never sees.
