@@ -207,7 +207,7 @@ def _places(path: Path, header: Sequence[str], names: Sequence[str], who: str) -
     """Return where these names are in the header, or raise UsageError."""
     for name in names:
         if header.count(name) != 1:
-            found = ", ".join(map(one_line, header[:_MAX_NAMED]))
+            found = ", ".join(map(one_line, header[:_MAX_NAMED])) or "nothing"
             raise UsageError(
                 f"data source {path} has {header.count(name)} columns {name!r}; {who} names: {found}"
             )

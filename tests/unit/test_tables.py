@@ -97,7 +97,7 @@ def test_bad_row_is_left_out_counted_and_named(bad: str, tmp_path: Path) -> None
         (TableFormat(), "a,b\n1,2\n", "name its columns with --data-inputs"),
         (TableFormat(("a",), ("c",)), "a,b\n1,2\n", "has 0 columns 'c'; the first line names: a, b"),
         (TableFormat(("a",), ("b",)), "a,b,a\n1,2,3\n", "has 2 columns 'a'"),
-        (TableFormat(("a",), ("b",)), "", "has 0 columns 'a'"),
+        (TableFormat(("a",), ("b",)), "", "has 0 columns 'a'; the first line names: nothing"),
         (TableFormat(("a",), ("b",)), "a,b\n", "no example is complete"),
         (TableFormat(("a",), ("b",)), 'a,b\n"1,2\n', "cannot be read"),
         (TableFormat(("a",), ("b",), window=3), "a,b\n1,2\n2,3\n", "no example is complete"),
