@@ -187,12 +187,17 @@ def choose_shared(inputs: np.ndarray, fraction: float) -> np.ndarray:
 
 def _check_labels(name: str, labels: np.ndarray, spec: DatasetSpec) -> None:
     """Raise UsageError if one of the labels, [N, …], is none of the run's, unless it may be missing."""
+    if labels.ndim > 1:
+        raise UsageError(
+            f"data source {name} has targets of shape {list(labels.shape[1:])}, and the run one label an"
+            " example: give one, or set another task in the server's [run] table"
+        )
     least = MISSING if spec.targets.missing else 0
-    strangers = np.argwhere((labels < least) | (labels >= spec.num_classes))
+    strangers = np.flatnonzero((labels < least) | (labels >= spec.num_classes))
     if len(strangers):
         raise UsageError(
-            f"data source {name} has the label {labels[tuple(strangers[0])]}, and the run only 0 to"
-            f" {spec.num_classes - 1}, first in example {strangers[0][0]}:"
+            f"data source {name} has the label {labels[strangers[0]]}, and the run only 0 to"
+            f" {spec.num_classes - 1}, first in example {strangers[0]}:"
             " set num_classes in the server's [run] table"
         )
 

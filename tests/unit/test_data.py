@@ -365,6 +365,13 @@ def test_what_a_factory_returns_is_checked(factory: Any, train: Any, message: st
         load(DIGITS, name, allowed_factories=[name])
 
 
+def test_labels_of_several_numbers_are_refused_though_classes_are_dealt_out(factory: Any) -> None:
+    name = factory(train=(np.zeros((6, 1, 8, 8), np.uint8), np.ones((6, 2), int)))
+    run = DIGITS.model_copy(update={"partition_by": "dirichlet:1"})
+    with pytest.raises(UsageError, match=r"targets of shape \[2\], and the run one label an example"):
+        load(run, name, allowed_factories=[name], partition=Partition(1, 2))
+
+
 def test_a_factory_that_fails_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     module = ModuleType("users_own")
     module.load = lambda split: [][0]  # type: ignore[attr-defined]
