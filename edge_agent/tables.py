@@ -205,7 +205,7 @@ def _are_empty(cells: np.ndarray) -> np.ndarray:
 
 def _number(text: str | None, label_of: Mapping[str, int]) -> float:
     """Return the label or the number that a text means; NaN: it means none."""
-    if text is not None and (label := label_of.get(as_class(text))) is not None:
+    if text and label_of and (label := label_of.get(as_class(text))) is not None:
         return label
     try:
         return float(text or "nan")
