@@ -109,9 +109,10 @@ def as_wanted(noun: str, values: np.ndarray, wanted: Inputs | Targets) -> np.nda
     if wanted.dtype == "float32" and values.dtype == np.int64:
         values = values.astype(np.float32)
     if values.dtype.name != wanted.dtype or values.shape[1:] != wanted.shape:
+        advice = "give whole numbers, or " if (wanted.dtype, values.dtype.kind) == ("int64", "f") else ""
         raise UsageError(
             f"the data has {noun} of {values.dtype} {list(values.shape[1:])}, and the run wants"
-            f" {wanted.dtype} {list(wanted.shape)}: describe them in the server's [run.{noun}] table"
+            f" {wanted.dtype} {list(wanted.shape)}: {advice}describe them in the server's [run.{noun}] table"
         )
     _check_range(noun, values, wanted)
     return np.ascontiguousarray(values)

@@ -348,7 +348,7 @@ def test_a_factory_is_only_imported_where_it_is_allowed(factory: Any, source: st
         ),
         (
             (np.zeros((2, 1, 8, 8), np.uint8), np.zeros(2)),
-            r"targets of float32 \[\], and the run wants int64 \[\]",
+            r"targets of float32 \[\], and the run wants int64 \[\]: give whole numbers, or ",
         ),
         (
             (np.zeros((2, 1, 8, 8), np.uint8), np.zeros(3, int)),
