@@ -16,7 +16,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
-from ecavg.common.dataset import DatasetSpec, Targets
+from ecavg.common.dataset import DatasetSpec
 from ecavg.common.errors import InvalidError, Reason
 from ecavg.common.files import replacing
 from ecavg.common.schema import (
@@ -24,6 +24,7 @@ from ecavg.common.schema import (
     TensorSpec,
     check_tensor,
     dtype_name,
+    missing_rows,
     num_examples,
     pieces,
     read_header,
@@ -147,13 +148,13 @@ def check_late_content(path: Path, header: Header, spec: DatasetSpec) -> None:
         last = int(piece[-1])
 
 
-def check_contributed(headers: Mapping[str, Header], files: Mapping[str, Path], described: Targets) -> int:
+def check_contributed(headers: Mapping[str, Header], files: Mapping[str, Path], spec: DatasetSpec) -> int:
     """Check that late targets are for shards of the same contribution.
 
     Args:
         headers: of shards and late targets, by digest; each has passed its own checks.
         files: their files.
-        described: the targets of the run.
+        spec: the dataset of the run.
 
     Returns:
         How many examples of the shards have a target.
@@ -166,24 +167,29 @@ def check_contributed(headers: Mapping[str, Header], files: Mapping[str, Path], 
     for digest, header in headers.items():
         if not is_late(header):
             continue
-        shard, rows = shard_of(header), read_tensors(files[digest], header, _NAMES[:1])[0]
+        shard, rows = shard_of(header), _rows_of(files[digest], header)
         if shard not in sizes or shard in told or rows[-1] >= sizes[shard]:
             raise InvalidError(
                 f"the late targets {digest[:16]}… should be the only ones for a shard that the contribution"
                 " names, and for rows that it has"
             )
         told[shard] = rows
-    if not described.missing:
+    if not spec.targets.missing:
         return sum(sizes.values())
-    return sum(_num_known(files[shard], told.get(shard), described) for shard in sizes)
+    return sum(_num_known(files[shard], headers[shard], told.get(shard), spec) for shard in sizes)
 
 
-def _num_known(shard: Path, told: np.ndarray | None, described: Targets) -> int:
+def _rows_of(path: Path, header: Header) -> np.ndarray:
+    """Return the rows in a file of late targets, int64 [M]; the server calls this, and maps no files."""
+    return np.concatenate([piece.copy() for piece in pieces(path, header, _NAMES[0], "<i8")])
+
+
+def _num_known(path: Path, header: Header, told: np.ndarray | None, spec: DatasetSpec) -> int:
     """Return how many examples of a shard have a target, with those whose rows were told later."""
-    is_known = has_target(read_shard(shard).targets, described)
+    is_missing = missing_rows(path, header, spec)
     if told is not None:
-        is_known[told] = True
-    return int(is_known.sum())
+        is_missing[told] = False
+    return int((~is_missing).sum())
 
 
 def _known(sent: Shard, late: Sequence[np.ndarray] | None) -> KnownShard:

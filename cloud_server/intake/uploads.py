@@ -70,7 +70,7 @@ class Uploads:
         on_received: Callable[[str, int], None] = lambda _kind, _num_bytes: None,
     ) -> None:
         self._store = store
-        self._targets = spec.targets
+        self._spec = spec
         self._on_received = on_received
         self._gates: Mapping[str, BlobGate] = {
             "weights": WeightsGate(weights_schema, wires),
@@ -150,7 +150,7 @@ class Uploads:
         """
         files = {digest: self._store.blobs.path(digest) for digest in shards}
         headers = {digest: schema.read_header(path) for digest, path in files.items()}
-        num_shared = late_targets.check_contributed(headers, files, self._targets)
+        num_shared = late_targets.check_contributed(headers, files, self._spec)
         if num_shared > num_examples:
             raise InvalidError(
                 f"num_examples is {num_examples}, but the contribution's shards have {num_shared} examples:"

@@ -26,7 +26,7 @@ from ecavg.common.config import RunConfig
 from ecavg.common.errors import InvalidError, Reason, UsageError
 from ecavg.common.late_targets import LateTargets, write_late_targets
 from ecavg.common.models import build_model
-from ecavg.common.schema import read_header
+from ecavg.common.schema import PIECE_BYTES, missing_rows, read_header
 from ecavg.common.shards import Shard, write_shard
 from ecavg.common.transfer import blob_of
 from ecavg.common.weights import write_state_dict
@@ -550,6 +550,18 @@ def test_contribution_names_late_targets_of_its_own_shards_once(
     ):
         with pytest.raises(InvalidError, match="the only ones for a shard"):
             uploads.count_shared(digests, 9)
+
+
+def test_examples_that_lack_a_part_of_their_target_are_counted_over_all_pieces_of_a_file(
+    tmp_path: Path,
+) -> None:
+    run = RunConfig(**ROWS, task="regression", targets={"missing": True, "shape": (3,)})
+    targets = np.ones((PIECE_BYTES // 8, 3), np.float32)
+    is_missing = np.arange(len(targets)) % 7 == 0
+    targets[is_missing, np.arange(is_missing.sum()) % 3] = np.nan
+    write_shard(tmp_path / "shard", Shard(np.zeros((len(targets), 2), np.float32), targets))
+    found = missing_rows(tmp_path / "shard", read_header(tmp_path / "shard"), run.spec)
+    np.testing.assert_array_equal(found, is_missing)
 
 
 def test_configuration_that_travels_has_the_key() -> None:
