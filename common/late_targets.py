@@ -24,6 +24,7 @@ from ecavg.common.schema import (
     TensorSpec,
     check_tensor,
     dtype_name,
+    missing_rows,
     num_examples,
     pieces,
     read_header,
@@ -147,29 +148,48 @@ def check_late_content(path: Path, header: Header, spec: DatasetSpec) -> None:
         last = int(piece[-1])
 
 
-def check_contributed(headers: Mapping[str, Header], files: Mapping[str, Path]) -> int:
-    """Check that late targets are for shards of the same contribution; return how many examples these have.
+def check_contributed(headers: Mapping[str, Header], files: Mapping[str, Path], spec: DatasetSpec) -> int:
+    """Check that late targets are for shards of the same contribution.
 
     Args:
         headers: of shards and late targets, by digest; each has passed its own checks.
         files: their files.
+        spec: the dataset of the run.
+
+    Returns:
+        How many examples of the shards have a target.
 
     Raises:
         InvalidError: late targets are for another shard, for rows that it does not have, or there twice.
     """
     sizes = {name: num_examples(header) for name, header in headers.items() if not is_late(header)}
-    seen: set[str] = set()
+    told: dict[str, np.ndarray] = {}
     for digest, header in headers.items():
         if not is_late(header):
             continue
-        shard, rows = shard_of(header), read_tensors(files[digest], header, _NAMES[:1])[0]
-        if shard not in sizes or shard in seen or rows[-1] >= sizes[shard]:
+        shard, rows = shard_of(header), _rows_of(files[digest], header)
+        if shard not in sizes or shard in told or rows[-1] >= sizes[shard]:
             raise InvalidError(
                 f"the late targets {digest[:16]}… should be the only ones for a shard that the contribution"
                 " names, and for rows that it has"
             )
-        seen.add(shard)
-    return sum(sizes.values())
+        told[shard] = rows
+    if not spec.targets.missing:
+        return sum(sizes.values())
+    return sum(_num_known(files[shard], headers[shard], told.get(shard), spec) for shard in sizes)
+
+
+def _rows_of(path: Path, header: Header) -> np.ndarray:
+    """Return the rows in a file of late targets, int64 [M]; the server calls this, and maps no files."""
+    return np.concatenate([piece.copy() for piece in pieces(path, header, _NAMES[0], "<i8")])
+
+
+def _num_known(path: Path, header: Header, told: np.ndarray | None, spec: DatasetSpec) -> int:
+    """Return how many examples of a shard have a target, with those whose rows were told later."""
+    is_missing = missing_rows(path, header, spec)
+    if told is not None:
+        is_missing[told] = False
+    return int((~is_missing).sum())
 
 
 def _known(sent: Shard, late: Sequence[np.ndarray] | None) -> KnownShard:

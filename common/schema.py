@@ -245,6 +245,22 @@ def are_missing(targets: np.ndarray) -> np.ndarray:
     return np.asarray(targets == MISSING if targets.dtype.kind == "i" else np.isnan(targets))
 
 
+def missing_rows(path: Path, header: Header, spec: DatasetSpec) -> np.ndarray:
+    """Return which examples of a shard lack a target, or a part of it: bool [N].
+
+    The shard must have passed `check_shard`.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    is_missing = np.zeros(num_examples(header), bool)
+    num_values, begin = math.prod(spec.targets.shape), 0
+    for piece in pieces(path, header, spec.tensor_names[1], _NUMPY_DTYPES[spec.targets.dtype]):
+        is_missing[(begin + np.flatnonzero(are_missing(piece))) // num_values] = True
+        begin += len(piece)
+    return is_missing
+
+
 def check_examples(path: Path, header: Header, spec: DatasetSpec) -> None:
     """Check that every value of a shard is a finite number, and within the bounds of the run's dataset.
 

@@ -36,7 +36,7 @@ def is_arrays(path: Path) -> bool:
     """Return True if the path is a file of arrays, or a folder of such files."""
     try:
         if path.is_file():
-            return path.suffix == ".npz"
+            return path.suffix.lower() == ".npz"
         return any((path / part / "inputs.npy").is_file() for part in ("", "train"))
     except OSError:
         return False
@@ -45,10 +45,16 @@ def is_arrays(path: Path) -> bool:
 def stamp_of_arrays(path: Path) -> str:
     """Return what tells files of arrays from an earlier state of them."""
     files = [path] if path.is_file() else sorted(path.rglob("*.npy"))
-    stats = [(file.name, file.stat()) for file in files]
-    return " ".join(
-        [*(f"{name}:{stat.st_size}:{stat.st_mtime_ns}" for name, stat in stats), state_of_labels(path)]
-    )
+    return " ".join([*map(_state_of, files), state_of_labels(path)])
+
+
+def _state_of(file: Path) -> str:
+    try:
+        status = file.stat()
+    except OSError:
+        # Somebody has just taken it away, or it is a link that leads nowhere.
+        return f"{file.name}:gone"
+    return f"{file.name}:{status.st_size}:{status.st_mtime_ns}"
 
 
 def open_arrays(path: Path) -> tuple[Arrays, Arrays | None]:
@@ -103,9 +109,10 @@ def as_wanted(noun: str, values: np.ndarray, wanted: Inputs | Targets) -> np.nda
     if wanted.dtype == "float32" and values.dtype == np.int64:
         values = values.astype(np.float32)
     if values.dtype.name != wanted.dtype or values.shape[1:] != wanted.shape:
+        advice = "give whole numbers, or " if (wanted.dtype, values.dtype.kind) == ("int64", "f") else ""
         raise UsageError(
             f"the data has {noun} of {values.dtype} {list(values.shape[1:])}, and the run wants"
-            f" {wanted.dtype} {list(wanted.shape)}: describe them in the server's [run.{noun}] table"
+            f" {wanted.dtype} {list(wanted.shape)}: {advice}describe them in the server's [run.{noun}] table"
         )
     _check_range(noun, values, wanted)
     return np.ascontiguousarray(values)
@@ -147,8 +154,9 @@ def _check_range(noun: str, values: np.ndarray, wanted: Inputs | Targets) -> Non
         is_bad &= ~are_missing(values)
     if is_bad.any():
         first = int(np.flatnonzero(is_bad.reshape(len(values), -1).any(1))[0])
+        what = "no finite numbers" if (low, high) == (-np.inf, np.inf) else f"not from {low:g} to {high:g}"
         raise UsageError(
-            f"the data has {noun} that are not from {low:g} to {high:g}, first in example {first}"
+            f"the data has {noun} that are {what}, first in example {first}"
             f" ({int(is_bad.sum())} values): correct or remove them, or set low and high in the server's"
             f" [run.{noun}] table"
         )
@@ -158,7 +166,9 @@ def _converted(name: str, noun: str, values: np.ndarray) -> np.ndarray:
     if values.dtype.kind in "iub":
         return values.astype(np.int64, copy=False)
     if values.dtype.kind == "f":
-        return values.astype(np.float32, copy=False)
+        # What is too large for float32 becomes infinite, and is refused as such.
+        with np.errstate(over="ignore"):
+            return values.astype(np.float32, copy=False)
     raise UsageError(f"data source {name}: {noun} are {values.dtype}, not numbers")
 
 

@@ -8,6 +8,7 @@ Shape letter: R rows of the file.
 """
 
 import csv
+import unicodedata
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 
 CSV = ".csv"
 PARQUET = (".parquet", ".pq")
+# Numbers become float32, which has none beyond.
+LARGEST_NUMBER = float(np.finfo(np.float32).max)
 # An error names at most so many columns of a file.
 _MAX_NAMED = 20
 # An error shows at most so many characters of a cell.
@@ -74,6 +77,11 @@ def count_rows(path: Path) -> int:
             return int(file.metadata.num_rows)
     with path.open("rb") as file:
         return max(0, sum(bool(line.strip()) for line in file) - 1)
+
+
+def as_class(text: str) -> str:
+    """Return a cell as names of classes are written, in Unicode's normal form NFC."""
+    return unicodedata.normalize("NFC", text)
 
 
 @contextmanager
@@ -199,7 +207,7 @@ def _places(path: Path, header: Sequence[str], names: Sequence[str], who: str) -
     """Return where these names are in the header, or raise UsageError."""
     for name in names:
         if header.count(name) != 1:
-            found = ", ".join(map(one_line, header[:_MAX_NAMED]))
+            found = ", ".join(map(one_line, header[:_MAX_NAMED])) or "nothing"
             raise UsageError(
                 f"data source {path} has {header.count(name)} columns {name!r}; {who} names: {found}"
             )

@@ -146,7 +146,7 @@ class AgentConfig(ProcessConfig):
     min_new_examples: int | None = Field(None, ge=1)
     """So many examples must have come since the last contribution before this device takes part again.
 
-    They are counted in an image folder, in arrays, or in the rows of a table (`data`). A label that is told
+    Counted are pictures, recordings, examples in arrays, or rows of a table (`data`). A label that is told
     later, in `labels.csv` beside them, counts as well.
     """
 
@@ -270,9 +270,7 @@ class AgentConfig(ProcessConfig):
     def _can_be_counted(cls, value: int | None, info: ValidationInfo) -> int | None:
         source = info.data.get("data")
         if value is not None and "data" in info.data and (source is None or _is_named(source)):
-            raise ValueError(
-                "needs examples that can be counted: name an image folder, arrays or a table with data"
-            )
+            raise ValueError("needs examples that can be counted: name a folder, arrays or a table with data")
         return value
 
     @field_validator("work_hours", "upload_hours")

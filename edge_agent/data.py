@@ -26,7 +26,7 @@ from ecavg.edge_agent.partition import Partition, partition_indices
 from ecavg.edge_agent.series import block_of, check_overlap, hold_out_latest
 from ecavg.edge_agent.shard_files import input_digests
 from ecavg.edge_agent.sources import NO_TABLE, data_stamp, not_read_of, open_source
-from ecavg.edge_agent.splits import Split, is_held_out
+from ecavg.edge_agent.splits import Source, Split, is_held_out
 from ecavg.edge_agent.tables import TableFormat
 
 # The key of the digests that decide which images are shared.
@@ -74,37 +74,56 @@ def load_agent_data(
         UsageError: the source does not exist, cannot be read, does not fit the run, or leaves nothing
             for this agent.
     """
-    check_overlap(run, table)
-    table = replace(table, missing=run.spec.targets.missing)
+    num_classes = run.spec.num_classes if kind_of(run.task).has_labels else None
+    table = replace(table, missing=run.spec.targets.missing, num_classes=num_classes)
     # The stamp is taken first, so that a change while the data are read is noticed.
     stamp = data_stamp(run, source, data_dir)
     not_read = not_read_of(run, source, data_dir)
     opened = open_source(run, source, data_dir=data_dir, allowed_factories=allowed_factories, table=table)
+    check_overlap(run, table)
     name = source or run.dataset
-    splits = [part for part in opened if part is not None]
-    has_labels = kind_of(run.task).has_labels
-    targets = [as_labels(part.targets) if has_labels else part.targets for part in splits]
-    classes = np.unique(np.concatenate(targets)) if has_labels else np.empty(0)
-    if has_labels:
-        _check_labels(name, classes, run.spec)
+    shards, num_skipped = _read_parts(run, name, opened, partition, on_read)
+    if opened.test is None:
+        shards = [_take(shards[0], part) for part in _hold_out(run, shards[0], seed_name)]
+    for shard, purpose in zip(shards, ("to train on", "held back to measure models on"), strict=True):
+        if not has_target(shard.targets, run.spec.targets).any():
+            num_examples = len(shard.targets)
+            raise UsageError(f"data source {name}: none of {num_examples} examples {purpose} has a target")
+    return AgentData(shards[0], _with_target(shards[1], run.spec), num_skipped, stamp, not_read)
 
+
+def _read_parts(
+    run: RunConfig, name: str, source: Source, partition: Partition | None, on_read: OnExamples
+) -> tuple[list[Shard], int]:
+    """Return this agent's part of the train split and, if there is one, of the test split.
+
+    Args:
+        name: what the user calls the source.
+
+    Returns:
+        The parts, and how many files of them could not be read.
+
+    Raises:
+        UsageError: a part cannot be read, is empty, or does not fit the run.
+    """
+    splits = [split for split in source if split is not None]
+    targets, classes = [split.targets for split in splits], np.empty(0)
+    if kind_of(run.task).has_labels:
+        targets = [as_labels(each) for each in targets]
+        classes = np.unique(np.concatenate(targets))
+        for each in targets:
+            _check_labels(name, each, run.spec)
     shards, num_skipped = [], 0
-    for part, known in zip(splits, targets, strict=True):
-        indices = _own_indices(run, name, part, known, classes, partition)
-        shard, skipped = part.read(indices, run.spec, on_read)
+    for split, known in zip(splits, targets, strict=True):
+        indices = _own_indices(run, name, split, known, classes, partition)
+        shard, skipped = split.read(indices, run.spec, on_read)
         if not len(shard.targets):
             raise UsageError(
-                f"data source {name}: none of its {part.noun}s can be read; see the warning above"
+                f"data source {name}: none of its {split.noun}s can be read; see the warning above"
             )
         shards.append(shard)
         num_skipped += skipped
-
-    if opened.test is None:
-        shards = [_take(shards[0], part) for part in _hold_out(run, shards[0], seed_name)]
-    train, held_out = shards[0], _with_target(shards[1], run.spec)
-    if not len(held_out.targets) or not has_target(train.targets, run.spec.targets).any():
-        raise UsageError(f"data source {name}: too few examples have a target, to train on or to hold back")
-    return AgentData(train, held_out, num_skipped, stamp, not_read)
+    return shards, num_skipped
 
 
 def _with_target(shard: Shard, spec: DatasetSpec) -> Shard:
@@ -166,12 +185,19 @@ def choose_shared(inputs: np.ndarray, fraction: float) -> np.ndarray:
     return input_digests(inputs, repeat(_SHARING, len(inputs))) < fraction * 2.0**64
 
 
-def _check_labels(name: str, classes: np.ndarray, spec: DatasetSpec) -> None:
-    num_classes, least = spec.num_classes, MISSING if spec.targets.missing else 0
-    strangers = classes[(classes < least) | (classes >= num_classes)]
+def _check_labels(name: str, labels: np.ndarray, spec: DatasetSpec) -> None:
+    """Raise UsageError if one of the labels, [N, …], is none of the run's, unless it may be missing."""
+    if labels.ndim > 1:
+        raise UsageError(
+            f"data source {name} has targets of shape {list(labels.shape[1:])}, and the run one label an"
+            " example: give one, or set another task in the server's [run] table"
+        )
+    least = MISSING if spec.targets.missing else 0
+    strangers = np.flatnonzero((labels < least) | (labels >= spec.num_classes))
     if len(strangers):
         raise UsageError(
-            f"data source {name} has the label {strangers[0]}, and the run only 0 to {num_classes - 1}:"
+            f"data source {name} has the label {labels[strangers[0]]}, and the run only 0 to"
+            f" {spec.num_classes - 1}, first in example {strangers[0]}:"
             " set num_classes in the server's [run] table"
         )
 

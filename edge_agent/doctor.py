@@ -2,7 +2,9 @@
 
 import asyncio
 import socket
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ecavg.common import addresses, doctor, proxy, tls
 from ecavg.common.errors import ECAvgError, RunError, UnavailableError, UsageError
@@ -19,6 +21,11 @@ from ecavg.edge_agent.identity import (
 )
 from ecavg.edge_agent.join_token import how_to_enroll, read_token
 from ecavg.edge_agent.state import default_directories, user_of
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from ecavg.edge_agent.splits import Split
 
 
 def checks(config: AgentConfig) -> dict[str, doctor.Check]:
@@ -152,9 +159,7 @@ def _look_at_data(config: AgentConfig) -> str:
     if config.data is None:
         return "the run's dataset, which the server names when the agent joins"
     # Imported here, because PyTorch takes seconds, and may be what is broken.
-    from ecavg.edge_agent.arrays import statistics
     from ecavg.edge_agent.sources import find_source
-    from ecavg.edge_agent.splits import ArraySplit
 
     source = find_source(config.data, config.data_dir, table=config.table)
     if source is None:
@@ -162,17 +167,40 @@ def _look_at_data(config: AgentConfig) -> str:
     splits = [split for split in source if split is not None]
     for split in splits:
         split.check_some()
-    num_examples = sum(len(split.targets) for split in splits)
-    noun = splits[0].noun
-    found = f"{config.data} has {num_examples} {noun}s"
-    if splits[0].targets.dtype.kind == "i" and splits[0].targets.ndim == 1:
-        found += f" of {len({label for split in splits for label in split.targets.tolist()})} classes"
-    first = splits[0]
-    if isinstance(first, ArraySplit) and noun == "example":
+    return f"{config.data} has {_described(splits)}"
+
+
+def _described(splits: Sequence["Split"]) -> str:
+    """Return how many examples of how many classes there are, and what else a run needs to know of them."""
+    from ecavg.edge_agent.arrays import statistics
+    from ecavg.edge_agent.splits import ArraySplit
+
+    first, num_examples = splits[0], sum(len(split.targets) for split in splits)
+    targets = [_known_targets(split.targets) for split in splits]
+    found = f"{num_examples} {first.noun}s"
+    if targets[0].dtype.kind == "i" and targets[0].ndim == 1:
+        found += f" of {len({label for known in targets for label in known.tolist()})} classes"
+    if isinstance(first, ArraySplit) and first.noun == "example":
         found += f"; {statistics(first.inputs)}"
-        if first.targets.dtype.kind == "f":
-            found += f"; of the targets, {statistics(first.targets)}"
+        if targets[0].dtype.kind == "f":
+            found += f"; of the targets, {statistics(targets[0])}"
+    if num_missing := num_examples - sum(map(len, targets)):
+        found += f"; {num_missing} have no target, which takes missing = true in the server's [run.targets]"
     return found
+
+
+def _known_targets(targets: "np.ndarray") -> "np.ndarray":
+    """Return the targets without those that are missing, [N, …]."""
+    from ecavg.common.dataset import MISSING, Targets
+    from ecavg.common.shards import has_target
+    from ecavg.edge_agent.arrays import as_labels
+
+    known = targets[has_target(targets, Targets("float32", missing=True))]
+    if targets.dtype.kind == "f":
+        # Labels were whole numbers before one was missing.
+        return known if len(known) == len(targets) else as_labels(known)
+    # Among numbers below it, -1 is a number.
+    return known if targets.size and targets.min() == MISSING else targets
 
 
 def _look_at_device(config: AgentConfig) -> str:

@@ -7,6 +7,7 @@ classes can be told later.
 from collections.abc import Collection, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -35,16 +36,28 @@ def list_image_folder(folder: Path, run: RunConfig) -> tuple[FileSplit, FileSpli
     spec = run.spec
     if not spec.is_pictures or spec.targets.shape:
         raise UsageError(
-            f"data folder {folder}: an image folder has pictures with one class each,"
+            f"data folder {folder}: an image folder has pictures{_such_as(folder)} with one class each,"
             " and the run has other data"
         )
     check_has_pictures(f"data folder {folder}", run)
     splits = list_splits(folder, classes_of(folder, run), run.background)
-    return (_with_unlabelled(folder, splits[0]), splits[1]) if spec.targets.missing else splits
+    return (with_unlabelled(folder, splits[0]), splits[1]) if spec.targets.missing else splits
 
 
-def _with_unlabelled(folder: Path, train: FileSplit) -> FileSplit:
-    """Return the split with the pictures in `folder`/unlabelled, if there are any."""
+def _such_as(folder: Path) -> str:
+    """Return which picture makes the folder an image folder, in words; it may lie among recordings."""
+    with suppress(OSError, UsageError):
+        items = chain.from_iterable(map(items_below, class_folders(folder / "train").values()))
+        return next((f", such as {item.path}," for item in items if item.is_picture), "")
+    return ""
+
+
+def with_unlabelled(folder: Path, train: FileSplit) -> FileSplit:
+    """Return the split with the pictures in `folder`/unlabelled, if there are any.
+
+    Raises:
+        UsageError: the folder, or the file of labels, cannot be read.
+    """
     unlabelled = folder / UNLABELLED
     if not unlabelled.is_dir():
         return train

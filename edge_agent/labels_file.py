@@ -15,7 +15,7 @@ import structlog
 
 from ecavg.common.dataset import Targets
 from ecavg.common.errors import UsageError, one_line
-from ecavg.edge_agent.columns import open_csv
+from ecavg.edge_agent.columns import LARGEST_NUMBER, as_class, open_csv
 
 log = structlog.get_logger()
 
@@ -45,10 +45,11 @@ def labels_of_files(source: Path, names: Sequence[str], class_names: Sequence[st
     places = {name: place for place, name in enumerate(names)}
     num_strangers = 0
     for line, (name, *cells) in _rows(path, "file", 1):
-        if cells[0] not in label_of:
+        label = label_of.get(as_class(cells[0]))
+        if label is None:
             raise _refusal(path, line, f"{cells[0]!r} is not one of the run's classes")
         if name in places:
-            labels[places[name]] = label_of[cells[0]]
+            labels[places[name]] = label
         num_strangers += name not in places
     if num_strangers:
         log.warning("labels_without_file", num_labels=num_strangers, path=str(path))
@@ -66,15 +67,30 @@ def with_late_targets(
     path, label_of = labels_path(source), {name: str(label) for label, name in enumerate(class_names)}
     if not path.exists():
         return targets
-    wanted = targets.astype(described.dtype)
+    # Targets that do not fit the run stay as they are, and are refused later.
+    wanted = targets.astype(described.dtype) if targets.dtype.kind == "i" else np.array(targets)
     for line, (row, *cells) in _rows(path, "row", max(1, int(np.prod(targets.shape[1:], dtype=int)))):
         try:
-            # The dtype of the run may be that of whole numbers.
-            values = np.array([float(label_of.get(cell, cell)) for cell in cells])
+            values = np.array([_value(label_of.get(as_class(cell), cell), described) for cell in cells])
             wanted[_place(row, len(wanted))] = values.reshape(targets.shape[1:])
         except ValueError as error:
             raise _refusal(path, line, str(error)) from error
     return wanted
+
+
+def _value(text: str, described: Targets) -> float:
+    """Return the number that a text is; raise ValueError if no target of the run may be it."""
+    try:
+        value = float(text)
+    except ValueError as error:
+        raise ValueError(f"{text!r} is neither a number nor a class of the run") from error
+    low, high = described.low, described.high
+    is_within = (low is None or value >= low) and (high is None or value <= high)
+    if not (abs(value) <= LARGEST_NUMBER and is_within):
+        raise ValueError(f"{text!r} is no target of the run")
+    if described.dtype == "int64" and not value.is_integer():
+        raise ValueError(f"{text!r} is no whole number")
+    return value
 
 
 def _place(text: str, num_rows: int) -> int:

@@ -19,7 +19,7 @@ from torch import nn
 from ecavg.common.agent_progress import OnExamples, ignore_examples
 from ecavg.common.checkpoint import CheckpointFile
 from ecavg.common.config import RunConfig, TrainingConfig
-from ecavg.common.errors import DivergedError, RunError
+from ecavg.common.errors import DivergedError, RunError, UsageError
 from ecavg.common.evaluation import Evaluation, evaluate
 from ecavg.common.faults import Point, crash_point
 from ecavg.common.files import replacing, sync
@@ -136,6 +136,10 @@ class LocalModels:
         max_file_bytes: a model in use with more bytes is written as several files as well; None: none is.
         own_training: trains in the place of this project's loop, without checkpoints.
 
+    Raises:
+        UsageError: nothing is left to train on.
+        OSError: a shard file cannot be written.
+
     Attributes:
         metric: the name of the figure that models are measured by.
         stamp: the stamp of the data; see edge_agent/data.py.
@@ -196,6 +200,7 @@ class LocalModels:
         every = [known.shard.targets for known in (*self._shared, *self._private)]
         self.num_examples = sum(int(has_target(each, run.spec.targets).sum()) for each in every)
         self.num_without_target = sum(map(len, every)) - self.num_examples
+        self._check_that_some_are_trained_on()
 
     def most_weights_bytes(self) -> int:
         """Return how large a file with weights of the run's model may be."""
@@ -434,9 +439,21 @@ class LocalModels:
             )
 
     def _examples(self) -> Examples:
-        """Return the examples that the cloud fine-tunes on, and those that it never sees, all with a target.
+        """Return the examples to train on."""
+        return Examples(*map(torch.from_numpy, gather(self._parts(), self._run.spec)))
 
-        The other examples are those that the cloud chooses and evaluates on.
+    def _check_that_some_are_trained_on(self) -> None:
+        """Raise UsageError if the cloud holds back all examples that have a target."""
+        if not any(len(indices) for _, indices in self._parts()):
+            raise UsageError(
+                f"{self.num_examples} of the examples to train on have a target, and the cloud holds back as"
+                " many: tell the targets of more examples"
+            )
+
+    def _parts(self) -> list[tuple[Shard, np.ndarray]]:
+        """Return the shards, each with its examples that the cloud fine-tunes on or never sees.
+
+        All of them have a target. The other ones are those that the cloud chooses and evaluates on.
         """
         spec = self._run.spec
         fraction = self._run.fine_tune.holdout_fraction
@@ -445,7 +462,7 @@ class LocalModels:
         parts += [
             (shard, np.flatnonzero(has_target(shard.targets, spec.targets))) for shard, _ in self._private
         ]
-        return Examples(*map(torch.from_numpy, gather(parts, spec)))
+        return parts
 
     def _objection(self, before: Evaluation | None, after: Evaluation) -> str:
         """Return why a model should not take the place of the one in use; empty: it may."""

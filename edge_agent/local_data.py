@@ -61,22 +61,25 @@ class LocalData:
         """Read no further."""
         self._loading.cancel()
 
-    async def read_again(self) -> None:
-        """Read what has changed: an image folder may be another one by the time a round begins.
+    async def read_again(self) -> bool:
+        """Read what has changed, and return False if it cannot be read.
+
+        An image folder may be another one by the time a round begins.
 
         While a round lasts the data stay as they are, so this is for the beginning of a round.
         """
         arguments = self._run, self._config.data, self._config.data_dir
         try:
             if await self._worker.run(data_stamp, *arguments) == (await self.models()).stamp:
-                return
+                return True
             loaded = await self._load()
         except UsageError as error:
             self._display.message(f"the data cannot be read again, so those of before are used: {error}")
-            return
+            return False
         self._display.message(f"the data have changed: {loaded.num_examples} examples to train on")
         self._loading = asyncio.get_running_loop().create_future()
         self._loading.set_result(loaded)
+        return True
 
     async def _load(self) -> LocalModels:
         async with self._teller.telling(AgentProgress(Activity.READING)):

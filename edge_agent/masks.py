@@ -28,7 +28,7 @@ from ecavg.edge_agent.pictures import check_size, decode_sized, quiet_pillow
 from ecavg.edge_agent.reading import check_some, read_each
 from ecavg.edge_agent.splits import Source
 
-_FOLDERS = ("images", "masks")
+FOLDERS = ("images", "masks")
 # The value of pixels that many sets have between two objects.
 _BORDER = 255
 # Pillow spreads the values of grey PNG with few bits over 0..255, by these factors.
@@ -40,17 +40,22 @@ log = structlog.get_logger()
 def is_mask_folder(path: Path) -> bool:
     """Return True for a folder with images and masks, or whose train folder has these two and no others."""
     try:
-        if all((path / name).is_dir() for name in _FOLDERS):
+        if all((path / name).is_dir() for name in FOLDERS):
             return True
         train = path / "train"
-        return train.is_dir() and [folder.name for folder in folders_in(train)] == list(_FOLDERS)
+        return train.is_dir() and [folder.name for folder in folders_in(train)] == list(FOLDERS)
     except OSError:
         return False
 
 
 def stamp_of_masks(path: Path) -> str:
     """Return a value that changes when a picture or a mask is added, removed or written to."""
-    return stamp_of_folders([part / name for part in (path, *_parts(path)) for name in _FOLDERS])
+    return stamp_of_folders([part / name for part in (path, *_parts(path)) for name in FOLDERS])
+
+
+def pictures_folder(path: Path) -> Path:
+    """Return where the pictures of the train split lie in a folder with masks."""
+    return _parts(path)[0] / FOLDERS[0]
 
 
 def open_mask_folder(path: Path, max_skipped: float, run: RunConfig | None = None) -> Source:
@@ -130,7 +135,7 @@ def _check_targets(path: Path, spec: DatasetSpec) -> None:
 
 def _parts(path: Path) -> list[Path]:
     """Return the folders in which images and masks are: the train split and, where there is one, the test."""
-    if (path / _FOLDERS[0]).is_dir():
+    if (path / FOLDERS[0]).is_dir():
         return [path]
     return [path / "train", *(part for part in (path / "test",) if part.is_dir())]
 
@@ -138,14 +143,18 @@ def _parts(path: Path) -> list[Path]:
 def _pairs(part: Path, background: Background, max_skipped: float) -> MaskSplit:
     """Return the pictures of a folder that have a mask; others are counted, and logged once."""
     with named_in_errors():
-        pictures, masks = (_files_by_name(part / name) for name in _FOLDERS)
+        pictures, masks = (_files_by_name(part / name) for name in FOLDERS)
     names = sorted(pictures.keys() & masks.keys())
     alone = sorted(pictures.keys() ^ masks.keys())
     first = one_line(str({**masks, **pictures}[alone[0]])) if alone else ""
+    if not names and not alone:
+        raise UsageError(
+            f"data folder {part} has no pictures: lay them out as {part}/images/* and {part}/masks/*"
+        )
     if not names or len(alone) > max_skipped * (len(names) + len(alone)):
         raise UsageError(
             f"data folder {part}: {len(alone)} of {len(names) + len(alone)} pictures or masks are alone,"
-            f" first {first or 'none'}: {part}/masks needs a PNG file of the same name for each picture"
+            f" first {first}: {part}/masks needs a PNG file of the same name for each picture"
         )
     if alone:
         log.warning("pictures_without_mask", num_skipped=len(alone), first=first)
@@ -172,8 +181,27 @@ def _decode_mask(path: Path, size: tuple[int, int], wanted: Targets) -> np.ndarr
         size: width and height of the picture.
 
     Raises:
-        ValueError: the file is no mask of this picture.
-        OSError: the file cannot be read.
+        ValueError: the file cannot be read, or is no mask of this picture.
+    """
+    try:
+        classes = _classes_in(path, size)
+    except (OSError, SyntaxError) as error:
+        # Pillow raises the second for some broken PNG files.
+        reason = (isinstance(error, OSError) and error.strerror) or "it is no PNG file, or is broken"
+        raise ValueError(f"its mask cannot be read: {reason}") from error
+    rows, columns = (
+        (2 * np.arange(n) + 1) * length // (2 * n)
+        for n, length in zip(wanted.shape, classes.shape, strict=True)
+    )
+    return _checked(classes[rows][:, columns], wanted)
+
+
+def _classes_in(path: Path, size: tuple[int, int]) -> np.ndarray:
+    """Return the classes of a mask as they are in its file, int64 [H, W].
+
+    Raises:
+        ValueError: the mask has another size than the picture, or colours.
+        OSError, SyntaxError: the file cannot be read.
     """
     with path.open("rb") as stream, Image.open(stream, formats=("PNG",)) as file:
         check_size(file)
@@ -184,12 +212,7 @@ def _decode_mask(path: Path, size: tuple[int, int], wanted: Targets) -> np.ndarr
         if file.mode not in ("1", "L", "P") and not file.mode.startswith("I"):
             raise ValueError(f"its mask has colours ({file.mode}): save it as grey PNG, or with a palette")
         spread = _SPREAD.get(str(file.tile[0].args), 1) if file.tile else 1
-        classes = np.asarray(file).astype(np.int64) // spread
-    rows, columns = (
-        (2 * np.arange(n) + 1) * length // (2 * n)
-        for n, length in zip(wanted.shape, classes.shape, strict=True)
-    )
-    return _checked(classes[rows][:, columns], wanted)
+        return np.asarray(file).astype(np.int64) // spread
 
 
 def _checked(classes: np.ndarray, wanted: Targets) -> np.ndarray:

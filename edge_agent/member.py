@@ -190,10 +190,13 @@ class Member:
         await self._end_contribution(state.round, verdict, contributed_round=state.round)
 
     async def _read_again(self) -> None:
-        """Read what has changed of the data, and keep how many examples there are: later ones are new."""
+        """Read what has changed of the data, and keep how many examples there are: later ones are new.
+
+        Where they cannot be read, those that have come are new until they can.
+        """
         number = await self._new_examples.count()
-        await self._data.read_again()
-        if number != self._disk.progress.num_taken:
+        is_read = await self._data.read_again()
+        if is_read and number != self._disk.progress.num_taken:
             await self._save(num_taken=number)
 
     @asynccontextmanager

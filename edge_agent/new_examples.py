@@ -2,6 +2,7 @@
 
 import asyncio
 import zipfile
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import IO
 
@@ -12,6 +13,9 @@ from ecavg.edge_agent.arrays import is_arrays
 from ecavg.edge_agent.columns import count_rows, is_table
 from ecavg.edge_agent.folder_walk import folders_in, items_below
 from ecavg.edge_agent.labels_file import labels_path
+from ecavg.edge_agent.masks import is_mask_folder, pictures_folder
+from ecavg.edge_agent.pictures import IMAGE_FORMATS
+from ecavg.edge_agent.recordings import RECORDINGS, has_recordings
 from ecavg.edge_agent.state import AgentState
 
 
@@ -19,7 +23,7 @@ class NewExamples:
     """What there is in the source of an agent's data, and what of it is new.
 
     Args:
-        source: an image folder, arrays or a table; None: the examples cannot be counted.
+        source: a folder or file of examples; None: they cannot be counted.
         disk: has how many there were at the last contribution.
     """
 
@@ -37,15 +41,24 @@ class NewExamples:
 
 
 def count_examples(source: Path) -> int:
-    """Return how many training examples an image folder, arrays or a table has; 0 if it cannot be read now.
+    """Return how many training examples a source of files has; 0 if it cannot be read now.
 
-    Pictures are counted by their names, arrays by their headers, and a table by its lines or, where it is
-    Parquet, by its footer. A target that is told in a file beside them counts like an example: it is as new.
+    Pictures and recordings are counted by their names, arrays by their headers, and a table by its lines or,
+    where it is Parquet, by its footer. A target that is told in a file beside pictures or arrays counts like
+    an example: it is as new.
     """
     try:
         if is_table(source):
             return count_rows(source)
-        num_inputs = _count_inputs(source) if is_arrays(source) else _count_pictures(source / "train")
+        if is_mask_folder(source):
+            return _count_files([pictures_folder(source)], IMAGE_FORMATS)
+        if has_recordings(source):
+            return _count_files(folders_in(source / "train"), RECORDINGS)
+        num_inputs = (
+            _count_inputs(source)
+            if is_arrays(source)
+            else _count_files(folders_in(source / "train"), IMAGE_FORMATS)
+        )
         labels = labels_path(source)
         return num_inputs + (count_rows(labels) if labels.exists() else 0)
     except (UsageError, OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
@@ -53,8 +66,8 @@ def count_examples(source: Path) -> int:
         return 0
 
 
-def _count_pictures(folder: Path) -> int:
-    return sum(item.is_picture for each in folders_in(folder) for item in items_below(each))
+def _count_files(folders: Iterable[Path], suffixes: Collection[str]) -> int:
+    return sum(item.has_suffix(suffixes) for folder in folders for item in items_below(folder))
 
 
 def _count_inputs(path: Path) -> int:

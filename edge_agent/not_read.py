@@ -48,22 +48,30 @@ class NotRead:
 
 
 def find_not_read(
-    folder: Path, suffixes: Collection[str] = tuple(IMAGE_FORMATS), noun: str = "image"
+    folder: Path,
+    suffixes: Collection[str] = tuple(IMAGE_FORMATS),
+    noun: str = "image",
+    others: Sequence[Path] = (),
 ) -> NotRead:
-    """Find what is not read of `folder`/train and `folder`/test, and log it in one warning.
+    """Find what is not read of `folder`/train, `folder`/test and others, and log it in one warning.
 
     What cannot be listed at all is not told of here: reading the pictures fails for it.
 
     Args:
         suffixes: those of the files that are read.
         noun: what a user calls such a file.
+        others: folders of such files beside `folder`/train.
     """
     found = NotRead(noun=noun)
     for part in (folder / "train", folder / "test"):
         with suppress(OSError):
             _add_files_beside(part, found)
             for class_folder in folders_in(part):
-                _add_class(class_folder, found, suffixes)
+                if not _add_files_in(class_folder, found, suffixes):
+                    found.without_images.append(_short(class_folder))
+    for other in others:
+        with suppress(OSError):
+            _add_files_in(other, found, suffixes)
     if str(found):
         log.warning(
             "files_not_read",
@@ -82,15 +90,19 @@ def _add_files_beside(part: Path, found: NotRead) -> None:
             found.add(part.name, item)
 
 
-def _add_class(folder: Path, found: NotRead, suffixes: Collection[str]) -> None:
-    name, num_pictures = one_line(f"{folder.parent.name}/{folder.name}"), 0
+def _add_files_in(folder: Path, found: NotRead, suffixes: Collection[str]) -> int:
+    """Count the files that are not read, and return how many are."""
+    num_read = 0
     for item in items_below(folder):
         if item.has_suffix(suffixes):
-            num_pictures += 1
+            num_read += 1
         else:
-            found.add(name, item)
-    if not num_pictures:
-        found.without_images.append(name)
+            found.add(_short(folder), item)
+    return num_read
+
+
+def _short(folder: Path) -> str:
+    return one_line(f"{folder.parent.name}/{folder.name}")
 
 
 def _listed(words: Sequence[str]) -> str:

@@ -54,7 +54,7 @@ def partition_indices(
         "classes:K": each agent has K classes, and shares each of them evenly with its other owners.
 
     Args:
-        labels: int64 [N].
+        labels: int64 [N]; those below 0 are missing, and their examples are dealt out evenly.
         classes: the labels that there are, sorted, where `labels` may lack some (the test split of a
             dataset); None: those in `labels`.
 
@@ -74,6 +74,7 @@ def partition_indices(
         return [np.sort(part) for part in np.array_split(examples.permutation(len(labels)), count)]
 
     classes = np.unique(labels) if classes is None else classes
+    classes = classes[classes >= 0]
     if scheme == "dirichlet":
         shares = _dirichlet_shares(len(classes), count, float(parameter), _stream(seed, _SHARES_STREAM))
     elif scheme == "classes":
@@ -116,11 +117,15 @@ def _class_shares(num_classes: int, count: int, per_agent: int, rng: np.random.G
 def _deal(
     labels: np.ndarray, classes: np.ndarray, shares: np.ndarray, rng: np.random.Generator
 ) -> list[np.ndarray]:
-    """Shuffle each class and cut it where the agents' shares of it end."""
+    """Shuffle each class and cut it where the agents' shares of it end; what has no class is cut evenly."""
     parts: list[list[np.ndarray]] = [[] for _ in range(shares.shape[1])]
     for label, share in zip(classes, shares, strict=True):
         members = rng.permutation(np.flatnonzero(labels == label))
         ends = np.rint(np.cumsum(share)[:-1] * len(members)).astype(np.int64)
         for part, piece in zip(parts, np.split(members, ends), strict=True):
             part.append(piece)
+    for part, piece in zip(
+        parts, np.array_split(rng.permutation(np.flatnonzero(labels < 0)), len(parts)), strict=True
+    ):
+        part.append(piece)
     return [np.sort(np.concatenate(part)) for part in parts]

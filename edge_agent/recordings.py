@@ -19,7 +19,7 @@ import numpy as np
 
 from ecavg.common.agent_progress import OnExamples, ignore_examples
 from ecavg.common.config import RunConfig
-from ecavg.common.dataset import DatasetSpec
+from ecavg.common.dataset import DatasetSpec, Inputs
 from ecavg.common.errors import UsageError
 from ecavg.common.shards import Shard, check_splittable
 from ecavg.edge_agent.arrays import as_wanted
@@ -86,9 +86,10 @@ def open_recordings(path: Path, form: TableFormat, run: RunConfig | None = None)
             f"data folder {path} has recordings of one class each, and the run has other targets"
         )
     class_names = classes_of(path, run) if run else tuple(class_folders(path / "train"))
-    train = _list_recordings(path / "train", class_names, form)
+    wanted = run.spec.inputs if run else Inputs("float32", ())
+    train = _list_recordings(path / "train", class_names, form, wanted)
     if (path / "test").is_dir():
-        test = _list_recordings(path / "test", class_names, form)
+        test = _list_recordings(path / "test", class_names, form, wanted)
         return Source(_split_of(train, form), _split_of(test, form))
     if run is None:
         return Source(_split_of(train, form), None)
@@ -159,7 +160,9 @@ def _soundfile(path: Path) -> Any:
     return soundfile
 
 
-def _list_recordings(folder: Path, class_names: Sequence[str], form: TableFormat) -> list[_Recording]:
+def _list_recordings(
+    folder: Path, class_names: Sequence[str], form: TableFormat, wanted: Inputs
+) -> list[_Recording]:
     """Return the recordings below a folder, in an order that mixes classes and follows from their samples.
 
     The cloud holds out a block of windows, which so are of several classes.
@@ -169,7 +172,7 @@ def _list_recordings(folder: Path, class_names: Sequence[str], form: TableFormat
 
     def look(n: int, path: Path) -> None:
         whole = Piece(path, labels[n], 0, _count_windows(path, form))
-        found.append(_Recording(whole, _rank_of(path)))
+        found.append(_Recording(whole, _rank_of(path, wanted)))
 
     failures = read_each(paths, look, ignore_examples)
     leave_out(failures, len(paths), form.max_bad_rows, RecordingSplit.noun)
@@ -178,13 +181,33 @@ def _list_recordings(folder: Path, class_names: Sequence[str], form: TableFormat
     return sorted(found, key=lambda recording: (recording.rank, recording.whole.path))
 
 
-def _rank_of(path: Path) -> int:
-    """Return a number that follows from the samples; the rest of a file may have the time of its writing."""
+def _rank_of(path: Path, wanted: Inputs) -> int:
+    """Return a number that follows from the samples; the rest of a file may have the time of its writing.
+
+    Raises:
+        ValueError: there are samples that the run does not have.
+    """
     digest = blake2b(digest_size=8)
     with _soundfile(path).SoundFile(path) as file:
         for block in file.blocks(_BLOCK, dtype="float32"):
+            _check_samples(block, wanted)
             digest.update(np.ascontiguousarray(block).data)
     return int.from_bytes(digest.digest())
+
+
+def _check_samples(block: np.ndarray, wanted: Inputs) -> None:
+    """Raise ValueError if mixed samples are not finite, or out of bounds: files of floats may have any.
+
+    Args:
+        block: [samples], or [samples, channels].
+    """
+    mixed = block if block.ndim == 1 else block.mean(1)
+    low = -np.inf if wanted.low is None else wanted.low
+    high = np.inf if wanted.high is None else wanted.high
+    if not np.isfinite(mixed).all():
+        raise ValueError("it has samples that are no numbers")
+    if ((mixed < low) | (mixed > high)).any():
+        raise ValueError(f"it has samples that are not from {low:g} to {high:g}")
 
 
 def _count_windows(path: Path, form: TableFormat) -> int:

@@ -1,6 +1,7 @@
 """The sources of examples: what `--data`, or the run's dataset, means on this device."""
 
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -8,15 +9,29 @@ from ecavg.common.config import RunConfig
 from ecavg.common.dataset import CLASS_NAMES, DATASETS
 from ecavg.common.errors import UsageError
 from ecavg.common.factories import import_factory
-from ecavg.edge_agent.arrays import Arrays, as_labels, check_arrays, is_arrays, open_arrays, stamp_of_arrays
+from ecavg.edge_agent.arrays import (
+    Arrays,
+    as_labels,
+    check_arrays,
+    is_arrays,
+    open_arrays,
+    stamp_of_arrays,
+)
 from ecavg.edge_agent.bundles import BUNDLES, open_bundle
 from ecavg.edge_agent.columns import is_table
 from ecavg.edge_agent.config import FACTORY_PATTERN, check_source, data_root
 from ecavg.edge_agent.downloads import TORCHVISION, find_dataset, open_dataset
 from ecavg.edge_agent.file_split import check_has_pictures
-from ecavg.edge_agent.image_folder import class_folders, list_image_folder, list_splits, stamp_of
+from ecavg.edge_agent.image_folder import (
+    UNLABELLED,
+    class_folders,
+    list_image_folder,
+    list_splits,
+    stamp_of,
+    with_unlabelled,
+)
 from ecavg.edge_agent.labels_file import with_late_targets
-from ecavg.edge_agent.masks import is_mask_folder, open_mask_folder, stamp_of_masks
+from ecavg.edge_agent.masks import FOLDERS, is_mask_folder, open_mask_folder, stamp_of_masks
 from ecavg.edge_agent.not_read import find_not_read
 from ecavg.edge_agent.picture_table import has_pictures, picture_rows
 from ecavg.edge_agent.pictures import IMAGE_FORMATS
@@ -52,13 +67,24 @@ def data_stamp(run: RunConfig, source: str | None, data_dir: Path | None) -> str
 
 
 def not_read_of(run: RunConfig, source: str | None, data_dir: Path | None) -> str:
-    """Return what is not read of the source's class folders, in a line for the user; "" if all of it is.
+    """Return what is not read of a source of folders, in a line for the user; "" if all of it is.
 
     Raises:
         UsageError: there is no such source.
     """
+    if source and not _is_name(source) and is_mask_folder(Path(source)):
+        return str(find_not_read(Path(source), others=[Path(source, name) for name in FOLDERS]))
     found = _class_folders_of(run.dataset, source, data_dir)
-    return str(find_not_read(*found)) if found else ""
+    if found is None:
+        return ""
+    unlabelled = found.folder / UNLABELLED
+    if found.suffixes == RECORDINGS:
+        why = "recordings need a class"
+    else:
+        why = "" if run.spec.targets.missing else "the server's [run.targets] table has no missing = true"
+    files = str(find_not_read(*found, others=() if why else [unlabelled]))
+    folder = f"{UNLABELLED} is not read, because {why}" if why and unlabelled.is_dir() else ""
+    return "; ".join(filter(None, (files, folder)))
 
 
 def class_names_of(
@@ -123,6 +149,8 @@ def open_source(
 def find_source(source: str, data_dir: Path | None, *, table: TableFormat = NO_TABLE) -> Source | None:
     """Find what is on this device of a source that an agent's own configuration names, whatever the run is.
 
+    Targets may be missing, because they may in the run.
+
     Returns:
         None for a dataset that is downloaded at the agent's start.
 
@@ -130,12 +158,13 @@ def find_source(source: str, data_dir: Path | None, *, table: TableFormat = NO_T
         UsageError: there is no such source, or it cannot be read.
     """
     if folder := _image_folder_of("", source, data_dir):
-        return Source(*list_splits(folder, tuple(class_folders(folder / "train")), "white"))
+        train, test = list_splits(folder, tuple(class_folders(folder / "train")), "white")
+        return Source(with_unlabelled(folder, train), test)
     if source in BUNDLES:
         return in_memory(open_bundle(source))
     if _is_in_files(source):
         names = names_in(Path(source), table) if is_table(Path(source)) else ()
-        return _open_files(Path(source), table, names)
+        return _open_files(Path(source), replace(table, missing=True), names)
     if source in TORCHVISION:
         return find_dataset(source, data_dir)
     return _open_factory(source, {source})

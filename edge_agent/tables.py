@@ -11,9 +11,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ecavg.common.dataset import MISSING
 from ecavg.common.errors import UsageError
 from ecavg.edge_agent.arrays import Arrays
-from ecavg.edge_agent.columns import BadCells, Columns, read_columns, usable_rows
+from ecavg.edge_agent.columns import LARGEST_NUMBER, BadCells, Columns, as_class, read_columns, usable_rows
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,8 @@ class TableFormat:
     sample_rate: int | None = None
     # Whether a target may be missing, where its cell is empty.
     missing: bool = False
+    # How many classes there are where targets are labels, from 0 on; None: they are not, or it is not known.
+    num_classes: int | None = None
 
     @property
     def overlap(self) -> int:
@@ -75,7 +78,8 @@ def examples_of(columns: Columns, form: TableFormat, class_names: Sequence[str])
     """Return the examples in the columns of a table, in the order of the rows.
 
     Whole numbers are int64, others float32. Inputs are [N, C], windows [N, C, W]; targets are [N] for one
-    column, [N, T] for several. A window in which a bad row lies, or whose target does, is left out.
+    column, [N, T] for several. A window in which a bad row lies is left out, and so is one whose target lies
+    there, unless it may be missing.
 
     Args:
         class_names: the names that cells of the target column may have in place of labels, label 0 first.
@@ -107,19 +111,37 @@ def target_blocks(columns: Columns, form: TableFormat, class_names: Sequence[str
         UsageError: the cells are names of classes, and the run has none.
     """
     cells = columns.cells[len(form.inputs) :]
+    may_lack = [_are_empty(column) if form.missing else None for column in cells]
     if form.separator is None:
         label_of = {name: label for label, name in enumerate(class_names)}
-        what = "no number and no name of a class" if class_names else "no number"
-        return [
-            Block(_numbers(column, label_of)[:, None], what, _are_empty(column) if form.missing else None)
-            for column in cells
-        ]
+        what = _what_is_wanted(form, class_names)
+        numbers = [_targets_in(column, label_of, form)[:, None] for column in cells]
+        return [Block(values, what, empty) for values, empty in zip(numbers, may_lack, strict=True)]
     if not class_names:
         raise UsageError(
             f"data source {columns.path} has names of classes: set class_names in the server's [run] table"
         )
     what = f"not names of the run's classes with {form.separator} between them"
-    return [Block(_several_classes(column, form.separator, class_names), what) for column in cells]
+    return [
+        Block(_several_classes(column, form.separator, class_names, empty), what, empty)
+        for column, empty in zip(cells, may_lack, strict=True)
+    ]
+
+
+def _what_is_wanted(form: TableFormat, class_names: Sequence[str]) -> str:
+    """Return what a cell of the target column that cannot be used is not."""
+    name = " and no name of a class" if class_names else ""
+    return ("no number" if form.num_classes is None else f"no label from 0 to {form.num_classes - 1}") + name
+
+
+def _targets_in(cells: np.ndarray, label_of: Mapping[str, int], form: TableFormat) -> np.ndarray:
+    """Return the cells of a target column as float64 [R]; NaN is no number or, among labels, no label."""
+    values = _numbers(cells, label_of)
+    if form.num_classes is None:
+        return values
+    least = MISSING if form.missing else 0
+    are_labels = (values == np.rint(values)) & (values >= least) & (values < form.num_classes)
+    return np.where(are_labels, values, np.nan)
 
 
 def targets_of(values: np.ndarray, form: TableFormat) -> np.ndarray:
@@ -141,7 +163,7 @@ def names_in(path: Path, form: TableFormat) -> tuple[str, ...]:
     cells = read_table(path, form).cells[-1]
     if cells.dtype != object:
         return ()
-    texts = set(cells.tolist()) - {None, ""}
+    texts = {as_class(text) for text in cells.tolist() if text}
     if form.separator:
         return tuple(sorted({name for text in texts for name in _pieces(text, form.separator)}))
     return () if any(np.isfinite(_number(text, {})) for text in texts) else tuple(sorted(texts))
@@ -170,7 +192,7 @@ def _numbers(cells: np.ndarray, label_of: Mapping[str, int]) -> np.ndarray:
         values = _numbers(np.array([_text(cell) for cell in cells.tolist()], object), label_of)
     else:
         values = cells
-    return np.where(np.isfinite(values), values, np.nan)
+    return np.where(np.abs(values) <= LARGEST_NUMBER, values, np.nan)
 
 
 def _are_empty(cells: np.ndarray) -> np.ndarray:
@@ -183,16 +205,22 @@ def _are_empty(cells: np.ndarray) -> np.ndarray:
 
 def _number(text: str | None, label_of: Mapping[str, int]) -> float:
     """Return the label or the number that a text means; NaN: it means none."""
-    if text is not None and text in label_of:
-        return label_of[text]
+    if text and label_of and (label := label_of.get(as_class(text))) is not None:
+        return label
     try:
         return float(text or "nan")
     except ValueError:
         return np.nan
 
 
-def _several_classes(cells: np.ndarray, separator: str, class_names: Sequence[str]) -> np.ndarray:
-    """Return float64 [R, K] of 0 and 1: which of K classes each cell names; NaN where one is no class."""
+def _several_classes(
+    cells: np.ndarray, separator: str, class_names: Sequence[str], may_lack: np.ndarray | None
+) -> np.ndarray:
+    """Return float64 [R, K] of 0 and 1: which of K classes each cell names; NaN where one is no class.
+
+    Args:
+        may_lack: bool [R], the cells that are empty and name nothing yet; None: an empty cell has no class.
+    """
     label_of = {name: label for label, name in enumerate(class_names)}
     found = np.zeros((len(cells), len(class_names)))
     for row, cell in enumerate(cells.tolist()):
@@ -201,12 +229,14 @@ def _several_classes(cells: np.ndarray, separator: str, class_names: Sequence[st
             found[row] = np.nan
         else:
             found[row, [label_of[name] for name in names]] = 1
+    if may_lack is not None:
+        found[may_lack] = np.nan
     return found
 
 
 def _pieces(text: str, separator: str) -> set[str]:
     """Return the names in a cell; an empty one has none."""
-    return {piece.strip() for piece in text.split(separator)} - {""}
+    return {as_class(piece.strip()) for piece in text.split(separator)} - {""}
 
 
 def _text(number: float) -> str:

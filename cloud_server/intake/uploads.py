@@ -70,7 +70,7 @@ class Uploads:
         on_received: Callable[[str, int], None] = lambda _kind, _num_bytes: None,
     ) -> None:
         self._store = store
-        self._may_lack_targets = spec.targets.missing
+        self._spec = spec
         self._on_received = on_received
         self._gates: Mapping[str, BlobGate] = {
             "weights": WeightsGate(weights_schema, wires),
@@ -141,18 +141,17 @@ class Uploads:
                 raise NotFoundError(f"the {kind} blob {digest[:16]}… is not uploaded", Reason.MISSING_BLOB)
 
     def count_shared(self, shards: Sequence[str], num_examples: int) -> int:
-        """Return how many examples an agent's shards hold.
+        """Return how many examples with a target an agent's shards hold.
 
-        That the agent has trained on more, which it does not share, is believed; and that it has trained on
-        fewer, where examples may lack a target.
+        That the agent has trained on more, which it does not share, is believed.
 
         Raises:
             InvalidError: the agent says that it has trained on fewer, or late targets are for no shard.
         """
         files = {digest: self._store.blobs.path(digest) for digest in shards}
         headers = {digest: schema.read_header(path) for digest, path in files.items()}
-        num_shared = late_targets.check_contributed(headers, files)
-        if num_shared > num_examples and not self._may_lack_targets:
+        num_shared = late_targets.check_contributed(headers, files, self._spec)
+        if num_shared > num_examples:
             raise InvalidError(
                 f"num_examples is {num_examples}, but the contribution's shards have {num_shared} examples:"
                 " send the number of all examples that were trained on"

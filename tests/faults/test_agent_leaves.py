@@ -489,10 +489,13 @@ async def test_data_that_cannot_be_read_again_are_used_as_they_were(
 
     monkeypatch.setattr("ecavg.edge_agent.local_data.data_stamp", gone)
     started = Started(tmp_path)
+    started.disk.save(Progress(run_id="run", num_taken=7))
     end_when_contributed(started)
     started.send()
     await started.run()
     assert started.cloud.counts["contributions"] == 1
+    # What has come since is new until it can be read.
+    assert started.disk.progress.num_contributed == 7
     assert any("those of before are used: no class folders" in text for text in started.said)
 
 

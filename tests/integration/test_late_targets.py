@@ -1,10 +1,15 @@
 """Pictures without a class, and classes that come later: what travels, between real processes."""
 
 from pathlib import Path
+from typing import Any
 
+import pytest
 from PIL import Image
 
 from ecavg.cloud_server.__main__ import main
+from ecavg.cloud_server.disk.bucket import Bucket
+from ecavg.common.transfer import blob_of
+from tests.buckets import s3_service
 from tests.integration.test_data_travel_once import SERVER, Device, files, next_rounds
 from tests.processes import Cluster
 
@@ -61,6 +66,38 @@ def test_only_new_targets_travel_and_they_outlive_every_process(cluster: Cluster
     assert not {late, shard} & {path.read_bytes() for path in kept}
 
 
-def last_report(cluster: Cluster) -> dict[str, object]:
+@pytest.mark.soak
+def test_where_a_bucket_keeps_data_for_a_round_the_targets_are_sent_again_with_their_shard(
+    cluster: Cluster,
+) -> None:
+    with s3_service() as service:
+        url, device = service.new_bucket(), PartlySorted(cluster)
+        keys = (*SERVER, *MISSING, "--blobs", url, "--set", 'run.retain_data="round"')
+        server = cluster.server(*keys, "--blob-cache-bytes", 0)
+        device.add(range(100))
+        device.add_unlabelled(range(100, 200))
+        device.tell_labels(range(100, 150))
+        device.start()
+        next_rounds(cluster, device.command)
+        num_examples = cluster.report(1)["agents"][0]["num_examples"]
+        device.tell_labels(range(100, 200))
+        device.command.wait_for("the data have changed")
+        next_rounds(cluster, device.command)
+        (agent,) = last_report(cluster)["agents"]
+        assert agent["num_examples"] == agent["num_shared"] > num_examples + 30
+
+        for command in (device.command, server):
+            command.kill()
+        server = cluster.server(*keys, "--blob-cache-bytes", 0)
+        device.start()
+        next_rounds(cluster, device.command)
+        assert device.sent_bytes() >= sum(files(device.shards).values())
+        assert device.command.terminate() == server.terminate() == 0
+        assert main(["check", str(cluster.state_dir)]) == 0
+        assert cluster.forget("edge-1").wait() == 0
+        assert not {blob_of(path).digest for path in device.shards.iterdir()} & Bucket(url).list().keys()
+
+
+def last_report(cluster: Cluster) -> dict[str, Any]:
     numbers = (int(path.parent.name) for path in Path(cluster.state_dir / "rounds").glob("*/report.json"))
     return cluster.report(max(numbers))

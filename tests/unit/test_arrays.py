@@ -82,6 +82,14 @@ def test_change_of_the_files_is_noticed(tmp_path: Path) -> None:
     os.utime(path / "targets.npy", (0, 0))
     assert data_stamp(RUN, str(path), None) != before
     assert not is_arrays(tmp_path)
+    # Somebody takes a file away between two looks.
+    (path / "more.npy").symlink_to(path / "gone.npy")
+    assert data_stamp(RUN, str(path), None) != before
+
+
+def test_suffix_may_have_capital_letters(tmp_path: Path) -> None:
+    path = npz(tmp_path / "pumps.npz", inputs=ROWS, targets=NUMBERS).rename(tmp_path / "PUMPS.NPZ")
+    assert len(load(path).train.targets) > 0
 
 
 def test_array_of_objects_is_not_unpickled(tmp_path: Path) -> None:
@@ -103,7 +111,8 @@ def test_array_of_objects_is_not_unpickled(tmp_path: Path) -> None:
         ({"inputs": ROWS, "targets": NUMBERS.astype(str)}, "targets are <U.*, not numbers"),
         ({"inputs": ROWS[:, :2], "targets": NUMBERS}, r"inputs of float32 \[2\], .* float32 \[3\]"),
         ({"inputs": ROWS * 2, "targets": NUMBERS}, r"inputs that are not from -5 to 5, first in example \d"),
-        ({"inputs": ROWS, "targets": np.where(NUMBERS > 9, np.nan, NUMBERS)}, "not from -inf to inf"),
+        ({"inputs": ROWS, "targets": np.where(NUMBERS > 9, np.nan, NUMBERS)}, "targets that are no finite"),
+        ({"inputs": ROWS, "targets": np.where(NUMBERS > 9, 1e300, NUMBERS)}, "no finite numbers, first"),
     ],
 )  # fmt: skip
 def test_arrays_that_do_not_fit_the_run_are_refused_in_one_line(

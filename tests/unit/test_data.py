@@ -234,7 +234,9 @@ def test_a_broken_dataset_file_is_refused(tmp_path: Path, offline: None) -> None
 
 def test_labels_that_the_run_does_not_have_are_refused() -> None:
     run = DIGITS.model_copy(update={"num_classes": 5})
-    with pytest.raises(UsageError, match=r"digits has the label 5, and the run only 0 to 4: set num_classes"):
+    with pytest.raises(
+        UsageError, match="digits has the label 5, and the run only 0 to 4, first in example 5: set "
+    ):
         load(run)
 
 
@@ -346,7 +348,7 @@ def test_a_factory_is_only_imported_where_it_is_allowed(factory: Any, source: st
         ),
         (
             (np.zeros((2, 1, 8, 8), np.uint8), np.zeros(2)),
-            r"targets of float32 \[\], and the run wants int64 \[\]",
+            r"targets of float32 \[\], and the run wants int64 \[\]: give whole numbers, or ",
         ),
         (
             (np.zeros((2, 1, 8, 8), np.uint8), np.zeros(3, int)),
@@ -361,6 +363,13 @@ def test_what_a_factory_returns_is_checked(factory: Any, train: Any, message: st
     name = factory(train=train)
     with pytest.raises(UsageError, match=message):
         load(DIGITS, name, allowed_factories=[name])
+
+
+def test_labels_of_several_numbers_are_refused_though_classes_are_dealt_out(factory: Any) -> None:
+    name = factory(train=(np.zeros((6, 1, 8, 8), np.uint8), np.ones((6, 2), int)))
+    run = DIGITS.model_copy(update={"partition_by": "dirichlet:1"})
+    with pytest.raises(UsageError, match=r"targets of shape \[2\], and the run one label an example"):
+        load(run, name, allowed_factories=[name], partition=Partition(1, 2))
 
 
 def test_a_factory_that_fails_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,11 +26,13 @@ from ecavg.common.config import RunConfig
 from ecavg.common.errors import InvalidError, Reason, UsageError
 from ecavg.common.late_targets import LateTargets, write_late_targets
 from ecavg.common.models import build_model
-from ecavg.common.schema import read_header
+from ecavg.common.schema import PIECE_BYTES, missing_rows, read_header
 from ecavg.common.shards import Shard, write_shard
 from ecavg.common.transfer import blob_of
 from ecavg.common.weights import write_state_dict
+from ecavg.edge_agent.config import AgentConfig
 from ecavg.edge_agent.data import AgentData
+from ecavg.edge_agent.doctor import _look_at_data
 from ecavg.edge_agent.local import LocalModels
 from ecavg.edge_agent.shard_files import keep_late_targets, keep_shards
 from ecavg.edge_agent.state import AgentState
@@ -160,6 +162,16 @@ def test_pictures_without_a_class_that_cannot_be_read_are_of_no_class(folder: Pa
     assert (skipped["num_skipped"], skipped["classes_without_images"]) == (20, [])
 
 
+def test_what_is_not_read_of_pictures_without_a_class_is_told(folder: Path) -> None:
+    assert load(PETS, folder).not_read == ""
+    (folder / "unlabelled/1.heic").write_bytes(b"")
+    assert load(PETS, folder).not_read == "files not read: 1 (.heic 1), of them 1 in pets/unlabelled"
+    strict = load(PETS.model_copy(update={"targets": RunConfig().targets}), folder)
+    assert strict.not_read == (
+        "unlabelled is not read, because the server's [run.targets] table has no missing = true"
+    )
+
+
 def test_labels_file_tells_classes_later_and_moves_no_picture(folder: Path) -> None:
     before = load(PETS, folder)
     lines = [
@@ -229,12 +241,72 @@ def test_arrays_have_missing_targets_and_a_labels_file(tmp_path: Path) -> None:
         assert np.isin(after.train.targets, (1, 2)).all()
 
 
-@pytest.mark.parametrize("line", ["40,1", "-1,1", "one,1", "1,many"])
+@pytest.mark.parametrize(
+    "line", ["40,1", "-1,1", "one,1", "1,many", "1,1.5", "1,nan", "1,inf", "1,3", "1,-1", "1,1e300"]
+)
 def test_labels_file_of_arrays_is_refused_with_its_line(tmp_path: Path, line: str) -> None:
     np.savez(tmp_path / "a.npz", inputs=np.ones((40, 2), np.float32), targets=np.ones(40, int))
     (tmp_path / "a.labels.csv").write_text(f"row,target\n{line}")
     with pytest.raises(UsageError, match=r"a\.labels\.csv, line 2: "):
         load(ROWS_RUN, tmp_path / "a.npz")
+
+
+@pytest.mark.parametrize("number", ["nan", "inf", "1e300", "101"])
+def test_number_that_no_target_can_be_is_refused_with_its_line(tmp_path: Path, number: str) -> None:
+    np.savez(tmp_path / "a.npz", inputs=np.ones((40, 2), np.float32), targets=np.ones(40))
+    (tmp_path / "a.labels.csv").write_text(f"row,target\n1,100\n2,{number}")
+    run = RunConfig(**ROWS, task="regression", targets={"missing": True, "low": 0, "high": 100})
+    with pytest.raises(UsageError, match=r"a\.labels\.csv, line 3: "):
+        load(run, tmp_path / "a.npz")
+
+
+def test_labels_file_does_not_make_whole_numbers_of_other_targets(tmp_path: Path) -> None:
+    np.savez(tmp_path / "a.npz", inputs=np.ones((40, 2), np.float32), targets=np.arange(40) % 3 + 0.5)
+    (tmp_path / "a.labels.csv").write_text("row,target\n1,a")
+    with pytest.raises(UsageError, match="the run wants int64"):
+        load(ROWS_RUN, tmp_path / "a.npz")
+
+
+@pytest.mark.parametrize(
+    ("known", "purpose"), [(slice(0, 40), "held back to measure models on"), (slice(52, 60), "to train on")]
+)
+def test_series_without_a_target_on_one_side_is_refused(tmp_path: Path, known: slice, purpose: str) -> None:
+    cells = np.full(60, "", object)
+    cells[known] = "1"
+    (tmp_path / "t.csv").write_text("x,y,z\n" + "\n".join(f"{n},1,{cell}" for n, cell in enumerate(cells)))
+    inputs = {"shape": (2, 4), "overlap": 4}
+    run = RunConfig(dataset="own", model="cnn1d", task="regression", inputs=inputs, **MISSING)
+    with pytest.raises(UsageError, match=rf"none of \d+ examples {purpose} has a target"):
+        load(run, tmp_path / "t.csv", table=TableFormat(("x", "y"), ("z",), window=4))
+
+
+def looked_at(source: Path, **columns: Any) -> str:
+    return _look_at_data(AgentConfig(server="127.0.0.1:1", data=str(source), **columns))
+
+
+def test_doctor_counts_examples_without_a_target(tmp_path: Path, folder: Path) -> None:
+    hint = "have no target, which takes missing = true in the server's [run.targets]"
+    assert looked_at(folder) == f"{folder} has 60 images of 2 classes; 20 {hint}"
+    lines = [f"{n},{n / 7},{'' if n % 3 == 0 else 'ab'[n % 2]}" for n in range(60)]
+    (tmp_path / "t.csv").write_text("\n".join(["x,y,z", *lines]))
+    found = looked_at(tmp_path / "t.csv", data_inputs=("x", "y"), data_target=("z",))
+    assert found.startswith(f"{tmp_path}/t.csv has 60 examples of 2 classes; mean")
+    assert found.endswith(f"; 20 {hint}")
+    inputs = np.ones((40, 2), np.float32)
+    for missing, value, what in ((-1, 1, " of 1 classes;"), (np.nan, 1.5, "of the targets, mean = [1.5]")):
+        np.savez(tmp_path / "a.npz", inputs=inputs, targets=np.where(np.arange(40) < 4, missing, value))
+        assert what in looked_at(tmp_path / "a.npz")
+        assert looked_at(tmp_path / "a.npz").endswith(f"; 4 {hint}")
+    np.savez(tmp_path / "a.npz", inputs=inputs, targets=np.arange(40) - 20)
+    assert hint not in looked_at(tmp_path / "a.npz")
+
+
+def test_doctor_reads_the_labels_file_of_pictures(folder: Path) -> None:
+    (folder / "labels.csv").write_text("file,target\n2.png,cat\n5.png,dog")
+    assert "; 18 have no target" in looked_at(folder)
+    (folder / "labels.csv").write_text("file,target\n2.png,cow")
+    with pytest.raises(UsageError, match=r"labels.csv, line 2"):
+        looked_at(folder)
 
 
 def test_device_with_too_few_targets_is_refused(tmp_path: Path) -> None:
@@ -377,6 +449,23 @@ def test_device_trains_on_what_has_a_target_and_offers_what_is_new(
     assert len(seen[0].targets) <= 20 < len(seen[1].targets)
 
 
+def test_device_whose_only_target_the_cloud_holds_back_is_told_so(tmp_path: Path) -> None:
+    held_out = Shard(images(10, seed=1), np.arange(10))
+    refused = []
+    for number in range(12):
+        labels = np.full(30, -1)
+        labels[3] = 1
+        disk = AgentState(tmp_path / str(number), f"edge-{number}")
+        try:
+            models = LocalModels(RUN, AgentData(Shard(images(30), labels), held_out, 0), disk, CPU, (), 60.0)
+        except UsageError as error:
+            refused.append(str(error))
+        else:
+            assert len(models._examples().targets) == 1
+    assert 0 < len(refused) < 12
+    assert all("tell the targets of more examples" in message for message in refused)
+
+
 # ---------------------------------------------------------------------- late targets at the gate
 
 
@@ -448,8 +537,11 @@ def test_contribution_names_late_targets_of_its_own_shards_once(
     write_shard(tmp_path / "new", partly_labelled(9))
     shard = put(tmp_path / "new", blobs_dir)
     fit = late(shard, rows=(1, 8))
-    # The agent has trained on those with a target only.
-    assert uploads.count_shared([shard, fit], 5) == uploads.count_shared([fit, shard], 5) == 9
+    # Three of nine have a target in the shard, and two more are told later.
+    assert uploads.count_shared([shard], 3) == 3
+    assert uploads.count_shared([shard, fit], 5) == uploads.count_shared([fit, shard], 5) == 5
+    with pytest.raises(InvalidError, match="shards have 5 examples"):
+        uploads.count_shared([shard, fit], 4)
     for digests in (
         [fit],
         [shard, fit, late(shard)],
@@ -458,6 +550,18 @@ def test_contribution_names_late_targets_of_its_own_shards_once(
     ):
         with pytest.raises(InvalidError, match="the only ones for a shard"):
             uploads.count_shared(digests, 9)
+
+
+def test_examples_that_lack_a_part_of_their_target_are_counted_over_all_pieces_of_a_file(
+    tmp_path: Path,
+) -> None:
+    run = RunConfig(**ROWS, task="regression", targets={"missing": True, "shape": (3,)})
+    targets = np.ones((PIECE_BYTES // 8, 3), np.float32)
+    is_missing = np.arange(len(targets)) % 7 == 0
+    targets[is_missing, np.arange(is_missing.sum()) % 3] = np.nan
+    write_shard(tmp_path / "shard", Shard(np.zeros((len(targets), 2), np.float32), targets))
+    found = missing_rows(tmp_path / "shard", read_header(tmp_path / "shard"), run.spec)
+    np.testing.assert_array_equal(found, is_missing)
 
 
 def test_configuration_that_travels_has_the_key() -> None:

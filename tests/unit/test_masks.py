@@ -146,6 +146,23 @@ def test_mask_that_does_not_fit_is_left_out_and_named(
         load(folder, 0.01)
 
 
+@pytest.mark.parametrize("kept_bytes", [0, 20, 60])
+def test_mask_that_is_broken_is_named_as_the_mask(kept_bytes: int, tmp_path: Path) -> None:
+    folder = save(tmp_path / "field")
+    mask = folder / "masks/03.png"
+    mask.write_bytes(mask.read_bytes()[:kept_bytes])
+    reason = "its mask cannot be read: it is no PNG file, or is broken"
+    with pytest.raises(UsageError, match=rf"^1 of 20 files cannot be read, first .*03.tiff: {reason}: "):
+        load(folder, 0.01)
+
+
+def test_folders_without_pictures_are_told(tmp_path: Path) -> None:
+    for name in ("images", "masks"):
+        (tmp_path / name).mkdir()
+    with pytest.raises(UsageError, match=f"{tmp_path} has no pictures: lay them out as"):
+        load(tmp_path)
+
+
 @pytest.mark.parametrize("gone", ["images/03.tiff", "masks/03.png"])
 def test_picture_or_mask_alone_is_left_out_and_named(gone: str, tmp_path: Path) -> None:
     folder = save(tmp_path / "field")
@@ -159,6 +176,18 @@ def test_picture_or_mask_alone_is_left_out_and_named(gone: str, tmp_path: Path) 
     ]
     with pytest.raises(UsageError, match=f"1 of 20 pictures or masks are alone, first {left}: "):
         load(folder, 0.01)
+
+
+@pytest.mark.parametrize("part", ["", "train"])
+def test_files_that_are_no_pictures_are_told(part: str, tmp_path: Path) -> None:
+    save(tmp_path / "field" / part)
+    for name in ("images/99.heic", "masks/99.npy", "masks/98.npy"):
+        (tmp_path / "field" / part / name).write_bytes(b"")
+    data = load(tmp_path / "field")
+    where = part or "field"
+    assert data.not_read == (
+        f"files not read: 3 (.npy 2, .heic 1), of them 2 in {where}/masks, 1 in {where}/images"
+    )
 
 
 def test_mask_must_have_the_size_of_the_picture_as_people_see_it(tmp_path: Path) -> None:

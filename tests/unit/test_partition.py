@@ -115,6 +115,16 @@ def test_dirichlet_shares_have_the_moments_of_the_distribution() -> None:
     )
 
 
+@pytest.mark.parametrize("partition_by", ["dirichlet:0.3", "classes:2"])
+def test_examples_without_a_label_are_no_class_and_are_dealt_out_evenly(partition_by: str) -> None:
+    labels = np.where(np.arange(1000) % 4 == 0, -1, LABELS)
+    parts = partition_indices(labels, 5, partition_by, 1)
+    assert sorted(np.concatenate(parts)) == list(range(1000))
+    assert [int((labels[part] < 0).sum()) for part in parts] == [50] * 5
+    if partition_by == "classes:2":
+        assert [len(np.unique(labels[part])) for part in parts] == [3] * 5
+
+
 def test_classes_that_no_agent_would_own_are_refused() -> None:
     with pytest.raises(UsageError, match=r"2 agents with 4 classes each .* set at least classes:5"):
         partition_indices(LABELS, 2, "classes:4", 0)

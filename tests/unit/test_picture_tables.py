@@ -98,8 +98,8 @@ def test_numbers_beside_a_path_are_targets_of_a_regression(num_numbers: int, fol
     ("kind", "is_there", "reason"),
     [
         ("owl", False, "photo is '2024/7.png', which is no file of a picture"),
-        ("cow", True, "kind is 'cow', which is no number and no name of a class"),
-        ("", True, "kind is '', which is no number and no name of a class"),
+        ("cow", True, "kind is 'cow', which is no label from 0 to 2 and no name of a class"),
+        ("", True, "kind is '', which is no label from 0 to 2 and no name of a class"),
     ],
 )
 def test_row_without_a_picture_or_a_class_is_left_out_and_named(
@@ -171,4 +171,15 @@ def test_separator_is_for_tables_of_numbers_as_well(tmp_path: Path) -> None:
     assert names == ("10", "motor", "seal")
     np.testing.assert_array_equal(
         open_table(path, config.table, names).targets, [[0, 1, 1], [0, 0, 0], [1, 0, 0]]
+    )
+
+
+def test_cell_without_names_is_missing_where_targets_may_be_and_a_separator_alone_is_no_class(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "pumps.csv"
+    path.write_text("heat,faults\n1.5,seal;motor\n2.5,\n3.5,;\n")
+    form = TableFormat(("heat",), ("faults",), separator=";", missing=True)
+    np.testing.assert_array_equal(
+        open_table(path, form, ("motor", "seal")).targets, [[1, 1], [np.nan, np.nan], [0, 0]]
     )

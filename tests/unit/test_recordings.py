@@ -1,6 +1,7 @@
 """Recordings of sound: windows, sample rates, what is held out, and what is refused."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -189,11 +190,28 @@ def test_recording_that_cannot_be_used_is_left_out_and_named(kind: str, tmp_path
         load(folder, strict)
 
 
+@pytest.mark.parametrize(
+    ("value", "reason"), [(1.5, "not from -1 to 1"), (np.nan, "no numbers")], ids=["loud", "nan"]
+)
+def test_recording_with_samples_that_the_run_does_not_have_is_one_bad_one_of_all(
+    value: float, reason: str, tmp_path: Path
+) -> None:
+    # One of 20 is as much as may be left out, on whichever side of the split it would be.
+    form, bounds = replace(FORM, max_bad_rows=0.05), {"shape": (1, WINDOW), "low": -1, "high": 1}
+    for number in range(4):
+        folder = birds(tmp_path / str(number), 20, WINDOW)
+        bad = save(folder / "train/jay/7.wav", np.full(WINDOW + number, value))
+        with structlog.testing.capture_logs() as logs:
+            data = load(folder, form, inputs=bounds)
+        assert len(data.train.targets) + len(data.held_out.targets) == 19
+        assert logs[0]["first"] == f"{bad}: it has samples that are {reason}"
+
+
 def test_agent_says_what_it_needs_to_know(tmp_path: Path) -> None:
     folder = birds(tmp_path, 2, WINDOW)
     for form in (TableFormat(), TableFormat(window=WINDOW), TableFormat(sample_rate=RATE)):
         with pytest.raises(UsageError, match=r"--data-window SAMPLES, and .* with --data-sample-rate"):
-            load(folder, form, inputs={"shape": (1, WINDOW), "overlap": WINDOW})
+            load(folder, form, inputs={"shape": (1, WINDOW)})
     with pytest.raises(UsageError, match=r"windows of 50 samples share samples with the next 2 windows: set"):
         load(folder, overlapping(20), inputs={"shape": (1, WINDOW)})
     with pytest.raises(UsageError, match=r"inputs of float32 \[1, 50\], and the run wants float32 \[1, 60\]"):
@@ -222,6 +240,9 @@ def test_other_files_beside_recordings_are_told_of(tmp_path: Path) -> None:
     assert load(folder).not_read == ""
     (folder / "train/jay/9.mp3").touch()
     assert load(folder).not_read == "files not read: 1 (.mp3 1), of them 1 in train/jay"
+    (folder / "unlabelled").mkdir()
+    told = load(folder, targets={"missing": True}).not_read
+    assert told.endswith("unlabelled is not read, because recordings need a class")
 
 
 def test_folder_with_pictures_is_an_image_folder(tmp_path: Path) -> None:
@@ -230,6 +251,8 @@ def test_folder_with_pictures_is_an_image_folder(tmp_path: Path) -> None:
     assert recordings.has_recordings(folder)
     (folder / "train/jay/a.jpg").touch()
     assert not recordings.has_recordings(folder)
+    with pytest.raises(UsageError, match=r"has pictures, such as .*jay/a.jpg, with one class each"):
+        load(folder)
 
 
 def test_stamp_changes_with_a_recording(tmp_path: Path) -> None:
@@ -246,7 +269,7 @@ def test_doctor_reads_some_recordings(tmp_path: Path) -> None:
     config = AgentConfig(server="127.0.0.1:1", data=str(folder), data_window=50, data_sample_rate=RATE)
     assert _look_at_data(config) == f"{folder} has 4 recordings of 2 classes"
     save(folder / "train/jay/1.wav", np.full(2 * WINDOW, np.nan))
-    with pytest.raises(UsageError, match=r"1.wav cannot be read \(it is cut off, or has samples that"):
+    with pytest.raises(UsageError, match=r"first .*1.wav: it has samples that are no numbers"):
         _look_at_data(config)
 
 

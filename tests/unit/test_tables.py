@@ -97,7 +97,7 @@ def test_bad_row_is_left_out_counted_and_named(bad: str, tmp_path: Path) -> None
         (TableFormat(), "a,b\n1,2\n", "name its columns with --data-inputs"),
         (TableFormat(("a",), ("c",)), "a,b\n1,2\n", "has 0 columns 'c'; the first line names: a, b"),
         (TableFormat(("a",), ("b",)), "a,b,a\n1,2,3\n", "has 2 columns 'a'"),
-        (TableFormat(("a",), ("b",)), "", "has 0 columns 'a'"),
+        (TableFormat(("a",), ("b",)), "", "has 0 columns 'a'; the first line names: nothing"),
         (TableFormat(("a",), ("b",)), "a,b\n", "no example is complete"),
         (TableFormat(("a",), ("b",)), 'a,b\n"1,2\n', "cannot be read"),
         (TableFormat(("a",), ("b",), window=3), "a,b\n1,2\n2,3\n", "no example is complete"),
@@ -111,6 +111,33 @@ def test_file_that_is_no_table_is_refused_in_one_line(
     with pytest.raises(UsageError, match=message) as caught:
         open_table(path, form)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("label", ["2", "-1", "0.5", "1e300"])
+def test_row_whose_label_the_run_does_not_have_is_left_out_and_named(label: str, tmp_path: Path) -> None:
+    lines = [f"{n},{heat},{n % 2},{flow}" for n, (flow, heat) in enumerate(ROWS)]
+    path = csv(tmp_path, [*lines, f"0,1,{label},1"])
+    form = TableFormat(("flow", "heat"), ("wear",), max_bad_rows=0.1)
+    with structlog.testing.capture_logs() as logs:
+        _, targets = both(load(path, form, **CLASSES))
+    assert sorted(targets) == [0] * 20 + [1] * 20
+    (skipped,) = (log for log in logs if log["event"] == "rows_skipped")
+    assert skipped["first"] == f"{path}, line 42: wear is '{label}', which is no label from 0 to 1"
+
+
+def test_number_beyond_float32_is_a_bad_cell(tmp_path: Path) -> None:
+    path = csv(tmp_path, [*lines_of(ROWS), "0,1e300,1,1"])
+    with pytest.raises(UsageError, match="line 42: heat is '1e300', which is no number"):
+        load(path, **NUMBERS)
+
+
+def test_class_is_the_same_however_its_accents_are_written(tmp_path: Path) -> None:
+    composed, decomposed = "caf\u00e9", "cafe\u0301"
+    lines = [f"{n},{heat},{(decomposed, 'tea')[n % 2]},{flow}" for n, (flow, heat) in enumerate(ROWS)]
+    path = csv(tmp_path, lines)
+    assert class_names_of(str(path), None, table=FORM) == (composed, "tea")
+    _, targets = both(load(path, **CLASSES, class_names=(composed, "tea")))
+    assert sorted(targets) == [0] * 20 + [1] * 20
 
 
 def test_file_in_another_encoding_is_refused(tmp_path: Path) -> None:

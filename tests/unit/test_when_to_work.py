@@ -119,6 +119,23 @@ def write_pictures(folder: Path) -> None:
         (folder / name).write_bytes(b"")
 
 
+def write_masks(folder: Path) -> None:
+    for name in ("images/1.jpg", "images/2.PNG", "images/below/3.jpg", "masks/1.png", "masks/2.png"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(b"not looked at")
+
+
+def write_split_masks(folder: Path) -> None:
+    write_masks(folder / "train")
+    write_masks(folder / "test")
+
+
+def write_recordings(folder: Path) -> None:
+    for name in ("train/owl/1.wav", "train/owl/below/2.WAV", "train/jay/3.wav", "test/jay/4.wav"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(b"not looked at")
+
+
 def write_npz(path: Path) -> None:
     np.savez(path, inputs=np.zeros((3, 4)), targets=np.zeros(3), inputs_test=np.zeros((9, 4)))
 
@@ -157,6 +174,9 @@ def write_parquet(path: Path) -> None:
     ("name", "write"),
     [
         ("pictures", write_pictures),
+        ("masks", write_masks),
+        ("masks", write_split_masks),
+        ("recordings", write_recordings),
         ("arrays.npz", write_npz),
         ("arrays.npz", write_compressed_npz),
         ("arrays", write_npy),
