@@ -484,6 +484,7 @@ def late_of() -> Callable[..., dict[str, np.ndarray]]:
         ({}, {"shard": "f" * 63}),
         ({}, {"shard": "f" * 64, "more": ""}),
         ({"rows": [], "targets": []}, None),
+        ({"rows": 1, "targets": 3}, None),
         ({"rows": [1, 2], "targets": [3]}, None),
         ({"rows": [2, 1]}, None),
         ({"rows": [1, 1]}, None),
@@ -504,8 +505,9 @@ def test_late_targets_that_are_none_are_refused(
         gate.check_content(path)
 
     good = {"shard": "f" * 64}
-    save_file(late_of(), path, good)
-    check_late()
+    for fit in (late_of(), late_of(rows=[1], targets=[3])):
+        save_file(fit, path, good)
+        check_late()
     save_file(late_of(**arrays), path, good if metadata is None else metadata)
     with pytest.raises(InvalidError) as refused:
         check_late()
