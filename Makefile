@@ -83,6 +83,7 @@ bench: $(READY)
 	$(BIN)/python -m benchmarks.agents --agents 300 --rounds 3 --tls
 	$(BIN)/python -m benchmarks.waiting --rounds 5 --repeats 5
 	$(BIN)/python -m benchmarks.aggregate --agents 8 --repeats 5
+	$(BIN)/python -m benchmarks.align --agents 4 --repeats 3
 	$(BIN)/python -m benchmarks.train --repeats 3
 	$(BIN)/python -m benchmarks.train --repeats 3 --models resnet50 --precision bfloat16
 

@@ -44,7 +44,8 @@ def align(
     optimum, because finding the best permutations of all groups together is hard. The search runs from two
     starts, and the nearer result wins. The first start is the order as it is, which suits networks that have
     not moved far from common weights. The second start is matched layer by layer from the inputs on, which
-    recovers an order that is unrelated to the reference's.
+    recovers an order that is unrelated to the reference's. Where both starts are the same order, the search
+    runs once.
 
     Running statistics are permuted, but not compared. They are in the units of activations, or in their
     square, and could outvote all weights; besides, they are computed anew after averaging.
@@ -60,9 +61,21 @@ def align(
     if start is not None:
         starts = [start]
     else:
-        starts = [[torch.arange(group.size) for group in groups], _from_the_inputs(groups, wanted, given)]
+        starts = [_as_it_is(groups), _from_the_inputs(groups, wanted, given)]
+        if _are_equal(*starts):
+            starts.pop()
     found = [_descend(groups, wanted, given, begin, seed) for begin in starts]
     return max(found, key=lambda result: result[1])[0]
+
+
+def _as_it_is(groups: Sequence[PermutationGroup]) -> list[Permutation]:
+    """Return the permutations that move nothing."""
+    return [torch.arange(group.size) for group in groups]
+
+
+def _are_equal(first: Sequence[Permutation], second: Sequence[Permutation]) -> bool:
+    """Return True if all permutations of the same groups are equal."""
+    return all(map(torch.equal, first, second))
 
 
 def _descend(
@@ -151,7 +164,7 @@ def align_all(
         RunError: a file does not hold weights.
         OSError: a file cannot be read.
     """
-    aligned = [[torch.arange(group.size) for group in groups] for _ in contributions]
+    aligned = [_as_it_is(groups) for _ in contributions]
     total = _scaled(_compared(groups, _load(contributions[0])), coefficients[0])
     is_settled, number_of_pass = False, 0
     while not is_settled:
@@ -164,7 +177,7 @@ def align_all(
             seed_here = derive_seed(seed, number_of_pass, index)
             start = aligned[index] if number_of_pass > 0 else None
             found = align(total, state_dict, groups, seed=seed_here, start=start)
-            if number_of_pass > 0 and not all(map(torch.equal, found, aligned[index])):
+            if number_of_pass > 0 and not _are_equal(found, aligned[index]):
                 is_settled = False
             aligned[index] = found
             _add(total, apply(groups, found, state_dict), coefficient)

@@ -3,10 +3,12 @@ import math
 import pytest
 import torch
 import torchvision
+from scipy.optimize import linear_sum_assignment
 from torch import nn
 from torch.func import functional_call
 from torch.nn import functional
 
+from ecavg.cloud_server.trainer import alignment
 from ecavg.cloud_server.trainer.alignment import align, align_all
 from ecavg.cloud_server.trainer.permutations import NotTraceable, apply, permutation_groups
 from ecavg.common.config import RunConfig
@@ -431,6 +433,29 @@ def test_align_of_the_same_weights_moves_nothing():
     groups = permutation_groups(mlp(0), torch.zeros(2, 3, 32, 32))
     (permutation,) = align(state_dict, state_dict, groups, seed=0)
     assert torch.equal(permutation, torch.arange(64))
+
+
+def test_the_search_runs_once_where_both_starts_are_the_same_order(monkeypatch):
+    solved = []
+
+    def counted(costs, maximize):
+        solved.append(costs.shape)
+        return linear_sum_assignment(costs, maximize)
+
+    monkeypatch.setattr(alignment, "linear_sum_assignment", counted)
+    model = build_model(run_config(model="mobilenet_v2"), seed=0)
+    groups = permutation_groups(model, torch.zeros(2, 3, 32, 32))
+    original = {name: tensor.float() for name, tensor in model.state_dict().items()}
+    near = {name: tensor + 0.003 * torch.randn_like(tensor) for name, tensor in original.items()}
+    in_other_order = apply(groups, random_permutations(groups), near)
+
+    align(original, near, groups, seed=3)
+    num_of_near = len(solved)
+    align(original, in_other_order, groups, seed=3)
+
+    # One assignment for each group from the inputs on, and one in the only visit of the search.
+    assert num_of_near == 2 * len(groups)
+    assert len(solved) - num_of_near >= 3 * len(groups)
 
 
 def test_running_statistics_move_but_are_not_compared():

@@ -106,6 +106,15 @@ def test_aggregate_compares_every_aggregator() -> None:
 
 
 @pytest.mark.soak
+def test_align_measures_what_takes_the_time() -> None:
+    arguments = ("--model", "squeezenet1_1", "--agents", 2, "--weights", "permuted")
+    seconds = run("align", *arguments)["seconds"]
+    parts = ("reading", "similarities", "assignments", "permuting")
+    assert all(seconds[part]["median"] > 0 for part in parts)
+    assert sum(seconds[part]["median"] for part in parts) < seconds["processor"]["median"]
+
+
+@pytest.mark.soak
 def test_two_ranks_read_half_each() -> None:
     result = run("ranks", "--mib", 24, "--ranks", 2)
     # A tenth or so is held back.
