@@ -22,7 +22,17 @@ from ecavg.cloud_server.upkeep import forgotten, provenance, retention, rollout
 from ecavg.common.errors import ConflictError, InvalidError, NotFoundError
 from ecavg.common.pb import ecavg_pb2 as pb
 from ecavg.common.run_state import Phase, RunState
-from tests.unit.states import AGENT, INITIAL, begin, contribute, digest_of, model_of, run_rounds
+from tests.unit.states import (
+    AGENT,
+    INITIAL,
+    begin,
+    contribute,
+    digest_of,
+    encoded_of,
+    model_of,
+    run_rounds,
+    upload,
+)
 from tests.unit.test_metrics import values
 from tests.unit.world import REPORT, World, hurry, world
 
@@ -367,6 +377,20 @@ def test_pinned_model_outlives_its_round_and_no_longer(store: Store, state_dir: 
     assert not store.is_public(digest_of(model_of(1)))
     with pytest.raises(NotFoundError, match="round 1 is not kept any more"):
         changes.pin(store, 1, 9.0)
+
+
+def test_model_that_the_next_round_starts_from_outlives_its_rounds(store: Store, state_dir: Path) -> None:
+    changes.withdraw(store, 3, 9.0)
+    changes.withdraw(store, 2, 9.0)
+    store.record_rest(digest_of(model_of(1)), upload(store, b"its rest", "weights", 9.0))
+    store.set_phase(4, "failed", 9.5, failure="it started from the model of round 3, which is withdrawn")
+    retention.clean_up(store, keep_rounds=1, keep_partial_seconds=1, now=9e9)
+    for content in (model_of(1), encoded_of(1), b"its rest"):
+        assert store.is_public(digest_of(content)), content
+    assert not store.blobs.size(digest_of(model_of(2)))
+    # No round that is kept names it, and yet it is there.
+    changes.withdraw(store, 3, 10.0)
+    changes.pin(store, 1, 10.0)
 
 
 def test_last_model_that_is_kept_stays(store: Store) -> None:
