@@ -172,6 +172,32 @@ async def test_model_that_is_worse_for_the_canary_is_withdrawn_and_the_next_roun
         assert not it.standing.rounds_in_use
 
 
+async def test_nobody_waits_for_agents_that_will_not_report_on_an_older_model(tmp_path: Path) -> None:
+    async with world(tmp_path) as it:
+        await publish_round(it, 1)
+        await it.desk.join("edge-2")
+        await publish_round(it, 2)
+        # Only edge-2, which was not here before, has reported on the model that is withdrawn.
+        await tell(it, "edge-2", 2)
+        await asyncio.to_thread(changes.withdraw, it.store, 2, 5.0)
+        await it.until(lambda: it.standing.offers.released == 1)
+        assert it.standing.still_awaited({"edge-1", "edge-2"}) == {"edge-1", "edge-2"}
+        await tell(it, "edge-2", 2, applied=False)
+        assert it.standing.still_awaited({"edge-1", "edge-2"}) == {"edge-1"}
+
+
+async def test_agent_that_kept_no_other_model_has_gone_back_once_it_takes_another(tmp_path: Path) -> None:
+    async with world(tmp_path) as it:
+        await publish_round(it, 1)
+        await publish_round(it, 2)
+        await tell(it, "edge-1", 2)
+        await asyncio.to_thread(changes.withdraw, it.store, 2, 5.0)
+        await it.until(lambda: it.standing.offers.released == 1)
+        assert it.standing.still_awaited({"edge-1"}) == {"edge-1"}
+        await tell(it, "edge-1", 1)
+        assert not it.standing.still_awaited({"edge-1"})
+
+
 @pytest.mark.parametrize(("on_too_few", "latest_round"), [("withdraw", 0), ("release", 1)])
 async def test_canary_that_does_not_report_in_time_is_decided_by_the_key(
     tmp_path: Path, on_too_few: str, latest_round: int
