@@ -29,12 +29,12 @@ class AsyncMember(Member):
 
     async def _act_on(self, state: RunState) -> bool:
         """Do what the state calls for: to finish what was begun comes before a newer model."""
-        if not self._is_to_finish(state):
-            if self._disk.progress.begun:
-                await self._save(begun=None)
-            return await super()._act_on(state)
-        await self._news.unless(self._is_in_vain, self._contribute_traced(state))
-        return True
+        if self._is_to_finish(state) and not self._withdrawals.are_urgent(state):
+            await self._news.unless(self._is_to_break_off, self._contribute_traced(state))
+            return True
+        if self._disk.progress.begun and not self._is_to_finish(state):
+            await self._save(begun=None)
+        return await super()._act_on(state)
 
     def _is_to_finish(self, state: RunState) -> bool:
         return self._disk.progress.begun is not None and not self._is_in_vain(state)
