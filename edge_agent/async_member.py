@@ -138,7 +138,10 @@ def _is_open_after(closed_round: int, state: RunState) -> bool:
 def _begun_with(state: RunState) -> Begun:
     """Return what an agent that begins now is to finish."""
     return Begun(
-        round=state.round, initial_weights=state.initial_weights, has_full_curve=state.has_full_curve
+        round=state.round,
+        initial_weights=state.initial_weights,
+        has_full_curve=state.has_full_curve,
+        initial_rest=state.initial_rest,
     )
 
 
@@ -150,5 +153,7 @@ def _state_at(begun: Begun, state: RunState) -> RunState:
         round=begun.round,
         initial_weights=begun.initial_weights,
         initial_encoded=state.initial_encoded if is_the_same else None,
+        # An earlier version of this agent has not kept it.
+        initial_rest=begun.initial_rest or state.initial_rest,
         has_full_curve=begun.has_full_curve,
     )
