@@ -12,8 +12,13 @@ from ecavg.common.errors import ConflictError, NotFoundError
 
 
 def begin_canary(store: Store, number: int, agent_ids: Collection[str], now: float) -> None:
-    """Record that a round's model is for these agents alone, inside the transaction that publishes it."""
+    """Record that a round's model is for these agents alone, inside the transaction that publishes it.
+
+    Nothing is recorded where an operator has pinned a model since the agents were drawn.
+    """
     with store.transaction() as database:
+        if read(store).pinned:
+            return
         database.execute(
             "INSERT INTO rollouts (round, state, begun_at) VALUES (?, 'canary', ?)", (number, now)
         )

@@ -97,8 +97,8 @@ def keep_uploaded(database: sqlite3.Connection) -> None:
 def needed_blobs(store: Store) -> set[str]:
     """Return the digests that rounds which are not retired name, and others that are always needed.
 
-    These are the run's first initial weights, the model of a round that is pinned, and the model that the next
-    round starts from, which may be older than the kept rounds where later ones are withdrawn.
+    These are the run's first initial weights, the model of a round that is pinned, and the model that the
+    next round starts from, which may be older than the kept rounds where later ones are withdrawn.
     """
     rows = store.read(
         "SELECT digest FROM named_blobs WHERE round >= ?1"

@@ -392,6 +392,12 @@ def test_what_cannot_be_pinned_or_withdrawn_is_said(store: Store) -> None:
     assert changes.unpin(store) == 2
 
 
+def test_model_that_is_pinned_while_a_round_is_published_has_no_canary_beside_it(store: Store) -> None:
+    changes.pin(store, 1, 9.0)
+    changes.begin_canary(store, 3, [AGENT], 9.0)
+    assert offers.read(store) == Offers(released=3, pinned=1)
+
+
 def test_pinned_model_outlives_its_round_and_no_longer(store: Store, state_dir: Path) -> None:
     changes.pin(store, 1, 9.0)
     for keep in range(2):
