@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, closing
 from dataclasses import replace
@@ -17,6 +18,7 @@ from ecavg.cloud_server.rollout import changes, offers
 from ecavg.cloud_server.rollout.offers import Offers
 from ecavg.cloud_server.rollout.rule import CanaryRule
 from ecavg.cloud_server.servicer import _differences
+from ecavg.cloud_server.showing import presence
 from ecavg.cloud_server.store import Store
 from ecavg.cloud_server.upkeep import forgotten, provenance, retention, rollout
 from ecavg.common.errors import ConflictError, InvalidError, NotFoundError
@@ -237,6 +239,21 @@ async def test_server_that_was_stopped_in_a_canary_goes_on_with_it(tmp_path: Pat
         await tell(it, canary[1], **WORSE)
         await it.until(lambda: it.standing.current.number == 2)
         assert it.standing.offers.withdrawn == (1,)
+
+
+async def test_canary_has_time_to_report_after_a_server_was_away_for_longer_than_its_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with canary_of_four(tmp_path, canary_seconds=60) as (_, canary):
+        pass
+    monkeypatch.setattr(presence, "LIVENESS_SECONDS", 30.0)
+    hour_later = {"clock": lambda: time.time() + 3600, "canary_seconds": 60}
+    async with world(tmp_path, **ALL_FOUR, **hour_later) as it:
+        assert it.coordinator._roll_out._seconds_left(1) == 30.0
+        for agent_id in canary:
+            await tell(it, agent_id, **ABOUT_EQUAL)
+        await it.until(lambda: not it.standing.offers.canary)
+        assert it.standing.offers.released == 1
 
 
 async def test_without_the_key_there_is_no_canary(tmp_path: Path) -> None:
