@@ -172,9 +172,9 @@ class Member:
         return state.run_over
 
     def _is_to_break_off(self, state: RunState) -> bool:
-        """Return True if contributing ends, or goes on only after this device has gone back to an older model.
+        """Return True if contributing ends, or goes on only after this device has given up a withdrawn model.
 
-        A contribution may wait for days, for its round or its hours, and a withdrawn model is not to be used.
+        A contribution may wait for days, for its round or its hours.
         """
         return self._is_in_vain(state) or self._withdrawals.are_urgent(state)
 

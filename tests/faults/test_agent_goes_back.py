@@ -151,7 +151,7 @@ async def test_withdrawn_model_is_reported_though_a_newer_one_was_not_used(
 
 
 class CloudThatWithdrawsMeanwhile(Cloud):
-    """It withdraws its model while the agent waits to upload for round 2, and is over with that contribution."""
+    """It withdraws its model while the agent waits to upload for round 2, and is over when that has come."""
 
     num_contributions = 0
     is_awaited = False
