@@ -29,12 +29,12 @@ class AsyncMember(Member):
 
     async def _act_on(self, state: RunState) -> bool:
         """Do what the state calls for: to finish what was begun comes before a newer model."""
-        if not self._is_to_finish(state):
-            if self._disk.progress.begun:
-                await self._save(begun=None)
-            return await super()._act_on(state)
-        await self._news.unless(self._is_in_vain, self._contribute_traced(state))
-        return True
+        if self._is_to_finish(state) and not self._withdrawals.are_urgent(state):
+            await self._news.unless(self._is_to_break_off, self._contribute_traced(state))
+            return True
+        if self._disk.progress.begun and not self._is_to_finish(state):
+            await self._save(begun=None)
+        return await super()._act_on(state)
 
     def _is_to_finish(self, state: RunState) -> bool:
         return self._disk.progress.begun is not None and not self._is_in_vain(state)
@@ -138,7 +138,10 @@ def _is_open_after(closed_round: int, state: RunState) -> bool:
 def _begun_with(state: RunState) -> Begun:
     """Return what an agent that begins now is to finish."""
     return Begun(
-        round=state.round, initial_weights=state.initial_weights, has_full_curve=state.has_full_curve
+        round=state.round,
+        initial_weights=state.initial_weights,
+        has_full_curve=state.has_full_curve,
+        initial_rest=state.initial_rest,
     )
 
 
@@ -150,5 +153,7 @@ def _state_at(begun: Begun, state: RunState) -> RunState:
         round=begun.round,
         initial_weights=begun.initial_weights,
         initial_encoded=state.initial_encoded if is_the_same else None,
+        # An earlier version of this agent has not kept it.
+        initial_rest=begun.initial_rest or state.initial_rest,
         has_full_curve=begun.has_full_curve,
     )

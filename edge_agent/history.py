@@ -252,10 +252,14 @@ def use_of(weights: Path, run_id: str, number: int, source: Source, scores: Sequ
 
 
 def _is_of(uses: Sequence[Use], use: Use, run_id: str, rounds: Collection[int]) -> bool:
-    """Return True if the model came into use first as the published one of these rounds, adapted or not."""
-    first = next(each for each in uses if each.digest == use.digest)
-    is_published = first.source in (Source.PUBLISHED, Source.ADAPTED)
-    return is_published and first.run_id == run_id and first.round in rounds
+    """Return True if the model came into use as the published one of these rounds, adapted or not.
+
+    One that this device had itself trained before is not, nor one that another round has published as well.
+    """
+    same = [each for each in uses if each.digest == use.digest]
+    published = [each for each in same if each.source in (Source.PUBLISHED, Source.ADAPTED)]
+    is_of = all(each.run_id == run_id and each.round in rounds for each in published)
+    return same[0] in published and is_of
 
 
 def _is_same(one: Use, other: Use) -> bool:

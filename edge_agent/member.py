@@ -133,7 +133,7 @@ class Member:
         elif self._is_new_model(state):
             await self._take_latest_model(state)
         elif self._is_open_round(state):
-            await self._news.unless(self._is_in_vain, self._contribute_traced(state))
+            await self._news.unless(self._is_to_break_off, self._contribute_traced(state))
         else:
             return False
         return True
@@ -170,6 +170,13 @@ class Member:
     def _is_in_vain(self, state: RunState) -> bool:
         """Return True if contributing is of no use any more."""
         return state.run_over
+
+    def _is_to_break_off(self, state: RunState) -> bool:
+        """Return True if contributing ends, or goes on only after this device has given up a withdrawn model.
+
+        A contribution may wait for days, for its round or its hours.
+        """
+        return self._is_in_vain(state) or self._withdrawals.are_urgent(state)
 
     # ------------------------------------------------------------------ contribute
 

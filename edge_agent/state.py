@@ -84,6 +84,8 @@ class Begun(FrozenModel):
     initial_weights: Blob
     # True if the learning rate takes a full curve in it.
     has_full_curve: bool
+    # The cloud's own parts that belong to what it started from; None: all parts travel.
+    initial_rest: Blob | None = None
     # The round to which the result was offered last, and the weights as they were named; None: to none yet.
     offered_to: int | None = None
     offered: Blob | None = None

@@ -35,6 +35,14 @@ class Withdrawals:
         """Return True if a model is withdrawn that this agent has not given up yet."""
         return not set(state.withdrawn_rounds) <= set(self._disk.progress.avoided_rounds)
 
+    def are_urgent(self, state: RunState) -> bool:
+        """Return True if the model in use is withdrawn, and this agent has not followed that yet.
+
+        Nothing waits here for the worker, which may be in the middle of a long training.
+        """
+        run_id, history = self._disk.progress.run_id, self._updates.history
+        return self.has_news(state) and history.is_withdrawn(run_id, state.withdrawn_rounds)
+
     async def concern_model_in_use(self, state: RunState) -> bool:
         """Return True if the model in use is withdrawn."""
         run_id, history = self._disk.progress.run_id, self._updates.history

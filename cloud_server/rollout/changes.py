@@ -12,8 +12,13 @@ from ecavg.common.errors import ConflictError, NotFoundError
 
 
 def begin_canary(store: Store, number: int, agent_ids: Collection[str], now: float) -> None:
-    """Record that a round's model is for these agents alone, inside the transaction that publishes it."""
+    """Record that a round's model is for these agents alone, inside the transaction that publishes it.
+
+    Nothing is recorded where an operator has pinned a model since the agents were drawn.
+    """
     with store.transaction() as database:
+        if read(store).pinned:
+            return
         database.execute(
             "INSERT INTO rollouts (round, state, begun_at) VALUES (?, 'canary', ?)", (number, now)
         )
@@ -41,7 +46,7 @@ def withdraw(store: Store, number: int, now: float) -> None:
     """
     with store.transaction() as database:
         _published(store, number)
-        offers = read(store)
+        offers, start_before = read(store), next_start(store)
         if number == offers.pinned:
             raise ConflictError(f"the model of round {number} is pinned: `cloud-server models unpin` first")
         database.execute(
@@ -51,7 +56,8 @@ def withdraw(store: Store, number: int, now: float) -> None:
             {"round": number, "reason": "by the operator", "at": now},
         )
         # The exception undoes the record.
-        if not _is_kept(store, next_start(store)):
+        start = next_start(store)
+        if start != start_before and not _is_kept(store, start):
             raise ConflictError(
                 f"no model before round {number} is kept, so the next round could not start from one:"
                 " raise keep_rounds, and withdraw the next model"
@@ -74,7 +80,8 @@ def pin(store: Store, number: int, now: float) -> None:
             )
         if store.read("SELECT 1 FROM rollouts WHERE round = ? AND state = 'withdrawn'", number):
             raise ConflictError(f"the model of round {number} is withdrawn: pin another one")
-        if not _is_kept(store, row.published_digest or ""):
+        digest = row.published_digest or ""
+        if digest != next_start(store) and not _is_kept(store, digest):
             raise NotFoundError(f"the model of round {number} is not kept any more: pin a newer one")
         database.execute("INSERT OR REPLACE INTO pins (only, round, at) VALUES (1, ?, ?)", (number, now))
 

@@ -17,7 +17,7 @@ class Offered:
         self.offers = Offers()
         # The models that some agents are offered, by round.
         self._models: dict[int, PublishedModel] = {}
-        # The agents that have reported on the model that all are offered.
+        # The agents that have reported on the model that all are offered, or on a newer one.
         self._reported: set[str] = set()
         # The agents that have reported to use a model that was withdrawn since.
         self._to_go_back: set[str] = set()
@@ -38,15 +38,19 @@ class Offered:
         """Go on with these offers, which are on record."""
         before, self.offers = self.offers, changed
         self._models = {number: self._models.get(number) or self._model(number) for number in changed.rounds}
-        if changed.for_all != before.for_all:
-            self._reported = {row.agent_id for row in self._store.reports(changed.for_all)}
+        if (changed.for_all, changed.pinned) != (before.for_all, before.pinned):
+            numbers = filter(self._answers, {changed.for_all, *changed.withdrawn})
+            self._reported = {row.agent_id for number in numbers for row in self._store.reports(number)}
         for number in set(changed.withdrawn) - set(before.withdrawn):
             self._to_go_back |= {agent for agent, used in self._rounds_in_use.items() if used == number}
 
     def note_report(self, agent_id: str, number: int, *, is_applied: bool) -> None:
         """Note that an agent has reported on the model of a round, and whether the agent uses it."""
-        if number == self.offers.for_all:
+        if self._answers(number):
             self._reported.add(agent_id)
+        if is_applied:
+            # One that has kept no other model goes back by taking the next.
+            self._to_go_back.discard(agent_id)
         if number in self.offers.withdrawn:
             (self._to_go_back.add if is_applied else self._to_go_back.discard)(agent_id)
         if is_applied:
@@ -62,12 +66,21 @@ class Offered:
         self._rounds_in_use.pop(agent_id, None)
 
     def still_awaited(self, agent_ids: Set[str]) -> Set[str]:
-        """Return those of the agents that have not reported on the model that all are offered.
+        """Return those of the agents that are still to report on the model that all are offered.
 
         An agent that uses a withdrawn model is among them until it has reported that it has gone back.
         """
         to_report = agent_ids - self._reported if self.offers.for_all else set()
         return to_report | agent_ids & self._to_go_back
+
+    def _answers(self, number: int) -> bool:
+        """Return True if an agent that reports on this round's model has no other report to give.
+
+        An agent that has seen a newer model, withdrawn since, does not take an older one but where that is
+        pinned.
+        """
+        is_newer = not self.offers.pinned and number > self.offers.for_all
+        return is_newer or number == self.offers.for_all
 
     def _model(self, number: int) -> PublishedModel:
         row = self._store.round(number)

@@ -8,6 +8,7 @@ that no contribution has named yet, and one that is not finished, stay for `keep
 they were last touched.
 With `run.retain_data = "round"` all shards go as soon as their round is over, published or failed, and with
 them whatever else was uploaded before the next round begins, as a shard or half: agents send it again.
+The model that the next round starts from stays however old it is, and so does one that is pinned.
 For ever stay the first round's initial weights, which fix the names and shapes of all weights, each round's
 `report.json`, and the records of rounds and contributions, some hundred bytes for each agent and round.
 

@@ -8,6 +8,7 @@ import sqlite3
 from collections.abc import Collection
 
 from ecavg.cloud_server.disk.failures import storage_errors
+from ecavg.cloud_server.rollout.offers import next_start
 from ecavg.cloud_server.store import Store
 
 # The values of `rounds.retired`: a round's records are given up; and so are its files.
@@ -96,13 +97,17 @@ def keep_uploaded(database: sqlite3.Connection) -> None:
 def needed_blobs(store: Store) -> set[str]:
     """Return the digests that rounds which are not retired name, and others that are always needed.
 
-    These are the run's first initial weights, and the model of a round that is pinned.
+    These are the run's first initial weights, the model of a round that is pinned, and the model that the
+    next round starts from, which may be older than the kept rounds where later ones are withdrawn.
     """
     rows = store.read(
-        "SELECT digest FROM named_blobs WHERE round >= ?"
+        "SELECT digest FROM named_blobs WHERE round >= ?1"
         " UNION SELECT digest FROM named_blobs WHERE agent_id = '' AND round IN (SELECT round FROM pins)"
-        " UNION SELECT initial_weights FROM rounds WHERE number = (SELECT min(number) FROM rounds)",
+        " UNION SELECT initial_weights FROM rounds WHERE number = (SELECT min(number) FROM rounds)"
+        " UNION SELECT ?2 UNION SELECT digest FROM rests WHERE weights = ?2"
+        " UNION SELECT digest FROM encodings WHERE weights = ?2",
         _first_not_retired(store),
+        next_start(store) if store.last_round() else "",
     )
     return {row["digest"] for row in rows}
 

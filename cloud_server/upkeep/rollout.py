@@ -13,6 +13,7 @@ from ecavg.cloud_server.metrics import ServerMetrics
 from ecavg.cloud_server.rollout import changes, offers
 from ecavg.cloud_server.rollout.rule import CanaryRule, Verdict
 from ecavg.cloud_server.round import Round
+from ecavg.cloud_server.showing import presence
 from ecavg.cloud_server.showing.presence import Presence
 from ecavg.cloud_server.showing.reports import Reports
 from ecavg.cloud_server.showing.standing import Standing, wait_for
@@ -92,10 +93,15 @@ class RollOut:
             await wait_for(changed, max(0.0, until - time.monotonic()))
 
     def _seconds_left(self, number: int) -> float:
-        """Return how long reports are waited for; a clock that was set lets it begin anew, or end."""
+        """Return how long reports are waited for; a clock that was set lets it begin anew, or end.
+
+        A server that was away for so long waits at least for as long as it expects its agents back.
+        """
         row = offers.rollout_of(self._store, number)
         assert row
-        return self._rule.seconds - min(max(0.0, self._clock() - row.begun_at), self._rule.seconds)
+        seconds = self._rule.seconds
+        left = seconds - min(max(0.0, self._clock() - row.begun_at), seconds)
+        return max(left, min(seconds, presence.LIVENESS_SECONDS))
 
     def _verdict(self, number: int, *, is_overdue: bool) -> Verdict | None:
         """Return how the canary ends; None: more reports are waited for. A forgotten agent does not count."""

@@ -1,5 +1,6 @@
 """An agent whose model is withdrawn goes back, wherever it is cut off; a pinned model is used in any case."""
 
+import asyncio
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from ecavg.common.transfer import Blob, blob_of
 from ecavg.edge_agent import local
 from ecavg.edge_agent.history import History, Source
 from ecavg.edge_agent.state import AgentState, Progress
-from tests.faults.test_agent_restart import RUN, Cloud, Power, PowerCutError, live, run_state
+from tests.faults.test_agent_restart import RUN, Client, Cloud, Power, PowerCutError, live, run_state
 
 # The model that the cloud publishes has not been trained, and is far worse than what the device has trained.
 ALWAYS = RUN.model_copy(update={"apply": "always"})
@@ -147,6 +148,54 @@ async def test_withdrawn_model_is_reported_though_a_newer_one_was_not_used(
     assert progress.applied_reports == ()
     assert progress.trained
     assert in_use(tmp_path / "agent") == progress.trained.weights
+
+
+class CloudThatWithdrawsMeanwhile(Cloud):
+    """It withdraws its model while the agent waits to upload for round 2, and is over when that has come."""
+
+    num_contributions = 0
+    is_awaited = False
+
+    def state(self) -> RunState:
+        latest = PublishedModel(1, self.published, None)
+        if not self.reports:
+            is_over = bool(self.num_contributions)
+            return (
+                run_state(1, self.initial, latest_model=latest, **OVER)
+                if is_over
+                else run_state(1, self.initial)
+            )
+        withdrawn = {"withdrawn_rounds": (1,)} if self.is_awaited else {"latest_model": latest}
+        return run_state(2, self.initial, run_over=self.num_contributions == 2, **withdrawn)
+
+    def take(self, number: int, contribution: dict[str, Any]) -> Verdict:
+        self.num_contributions += 1
+        return Verdict(Outcome.ACCEPTED)
+
+
+@pytest.mark.parametrize("mode", ["sync", "async"])
+async def test_agent_that_waits_for_something_else_goes_back_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
+    # What the device trains is as bad as what it starts from, and worse than what the cloud publishes.
+    pretrain = RUN.pretrain.model_copy(update={"learning_rate": 1e-9})
+    cloud = CloudThatWithdrawsMeanwhile(
+        tmp_path / "cloud", ALWAYS.model_copy(update={"pretrain": pretrain, "mode": mode})
+    )
+    upload = Client.upload
+
+    async def wait_or_upload(self: Client, *arguments: Any) -> None:
+        if cloud.reports and cloud.reports[-1].applied:
+            cloud.is_awaited = True
+            self.tell()
+            await asyncio.Event().wait()
+        await upload(self, *arguments)
+
+    monkeypatch.setattr(Client, "upload", wait_or_upload)
+    await live(cloud, tmp_path / "agent", Power(None))
+    assert [(report.round, report.applied) for report in cloud.reports] == [(1, True), (1, False)]
+    assert cloud.num_contributions == 2
+    assert in_use(tmp_path / "agent") != cloud.published
 
 
 async def test_device_that_has_no_other_model_uses_the_next_one_in_any_case(

@@ -9,6 +9,7 @@ from ecavg.common.config import Wire
 from ecavg.common.errors import InvalidError, NotFoundError, Reason
 from ecavg.common.run_state import Outcome, PublishedModel, RunState, Verdict
 from ecavg.common.transfer import Blob
+from ecavg.edge_agent.async_member import _begun_with, _state_at
 from ecavg.edge_agent.state import AgentState, Begun, Progress
 from tests.faults.test_agent_restart import RUN, Cloud, Power, PowerCutError, live, run_state
 
@@ -113,6 +114,13 @@ async def test_agent_whose_start_is_gone_starts_again_from_the_newest_model(tmp_
     disk.close()
     await live(cloud, tmp_path / "agent", Power(None))
     assert [taken.start for taken in cloud.taken.values()] == [cloud.published.digest]
+
+
+def test_what_was_begun_goes_on_with_the_rest_that_belongs_to_its_start() -> None:
+    older, newer = Blob("1" * 64, 1), Blob("2" * 64, 1)
+    kept = _begun_with(run_state(1, older, initial_rest=older)).model_dump_json()
+    start = _state_at(Begun.model_validate_json(kept), run_state(3, newer, initial_rest=newer))
+    assert (start.round, start.initial_weights, start.initial_rest) == (1, older, older)
 
 
 async def test_agent_leaves_its_work_for_the_model_of_the_last_round(tmp_path: Path) -> None:

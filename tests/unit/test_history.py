@@ -138,6 +138,17 @@ def test_device_goes_back_to_the_newest_model_that_is_not_withdrawn(history: His
     assert history.go_back("run", [2, 3, 4]) is None
 
 
+def test_model_that_a_later_round_has_published_as_well_is_not_withdrawn(
+    history: History, tmp_path: Path
+) -> None:
+    take(history, tmp_path, 1)
+    withdrawn = take(history, tmp_path, 2)
+    assert history.go_back("run", [2])
+    history.take(history.weights(withdrawn), RUN, withdrawn.model_copy(update={"round": 3}))
+    assert not history.is_withdrawn("run", [2])
+    assert history.is_withdrawn("run", [2, 3])
+
+
 def test_withdrawn_model_that_was_rolled_back_to_is_known(history: History, tmp_path: Path) -> None:
     take(history, tmp_path, 1)
     take(history, tmp_path, 2)

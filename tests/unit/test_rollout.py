@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, closing
 from dataclasses import replace
@@ -17,12 +18,23 @@ from ecavg.cloud_server.rollout import changes, offers
 from ecavg.cloud_server.rollout.offers import Offers
 from ecavg.cloud_server.rollout.rule import CanaryRule
 from ecavg.cloud_server.servicer import _differences
+from ecavg.cloud_server.showing import presence
 from ecavg.cloud_server.store import Store
 from ecavg.cloud_server.upkeep import forgotten, provenance, retention, rollout
 from ecavg.common.errors import ConflictError, InvalidError, NotFoundError
 from ecavg.common.pb import ecavg_pb2 as pb
 from ecavg.common.run_state import Phase, RunState
-from tests.unit.states import AGENT, INITIAL, begin, contribute, digest_of, model_of, run_rounds
+from tests.unit.states import (
+    AGENT,
+    INITIAL,
+    begin,
+    contribute,
+    digest_of,
+    encoded_of,
+    model_of,
+    run_rounds,
+    upload,
+)
 from tests.unit.test_metrics import values
 from tests.unit.world import REPORT, World, hurry, world
 
@@ -163,6 +175,32 @@ async def test_model_that_is_worse_for_the_canary_is_withdrawn_and_the_next_roun
         assert not it.standing.rounds_in_use
 
 
+async def test_nobody_waits_for_agents_that_will_not_report_on_an_older_model(tmp_path: Path) -> None:
+    async with world(tmp_path) as it:
+        await publish_round(it, 1)
+        await it.desk.join("edge-2")
+        await publish_round(it, 2)
+        # Only edge-2, which was not here before, has reported on the model that is withdrawn.
+        await tell(it, "edge-2", 2)
+        await asyncio.to_thread(changes.withdraw, it.store, 2, 5.0)
+        await it.until(lambda: it.standing.offers.released == 1)
+        assert it.standing.still_awaited({"edge-1", "edge-2"}) == {"edge-1", "edge-2"}
+        await tell(it, "edge-2", 2, applied=False)
+        assert it.standing.still_awaited({"edge-1", "edge-2"}) == {"edge-1"}
+
+
+async def test_agent_that_kept_no_other_model_has_gone_back_once_it_takes_another(tmp_path: Path) -> None:
+    async with world(tmp_path) as it:
+        await publish_round(it, 1)
+        await publish_round(it, 2)
+        await tell(it, "edge-1", 2)
+        await asyncio.to_thread(changes.withdraw, it.store, 2, 5.0)
+        await it.until(lambda: it.standing.offers.released == 1)
+        assert it.standing.still_awaited({"edge-1"}) == {"edge-1"}
+        await tell(it, "edge-1", 1)
+        assert not it.standing.still_awaited({"edge-1"})
+
+
 @pytest.mark.parametrize(("on_too_few", "latest_round"), [("withdraw", 0), ("release", 1)])
 async def test_canary_that_does_not_report_in_time_is_decided_by_the_key(
     tmp_path: Path, on_too_few: str, latest_round: int
@@ -202,6 +240,21 @@ async def test_server_that_was_stopped_in_a_canary_goes_on_with_it(tmp_path: Pat
         await tell(it, canary[1], **WORSE)
         await it.until(lambda: it.standing.current.number == 2)
         assert it.standing.offers.withdrawn == (1,)
+
+
+async def test_canary_has_time_to_report_after_a_server_was_away_for_longer_than_its_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with canary_of_four(tmp_path, canary_seconds=60) as (_, canary):
+        pass
+    monkeypatch.setattr(presence, "LIVENESS_SECONDS", 30.0)
+    hour_later = {"clock": lambda: time.time() + 3600, "canary_seconds": 60}
+    async with world(tmp_path, **ALL_FOUR, **hour_later) as it:
+        assert it.coordinator._roll_out._seconds_left(1) == 30.0
+        for agent_id in canary:
+            await tell(it, agent_id, **ABOUT_EQUAL)
+        await it.until(lambda: not it.standing.offers.canary)
+        assert it.standing.offers.released == 1
 
 
 async def test_without_the_key_there_is_no_canary(tmp_path: Path) -> None:
@@ -357,6 +410,12 @@ def test_what_cannot_be_pinned_or_withdrawn_is_said(store: Store) -> None:
     assert changes.unpin(store) == 2
 
 
+def test_model_that_is_pinned_while_a_round_is_published_has_no_canary_beside_it(store: Store) -> None:
+    changes.pin(store, 1, 9.0)
+    changes.begin_canary(store, 3, [AGENT], 9.0)
+    assert offers.read(store) == Offers(released=3, pinned=1)
+
+
 def test_pinned_model_outlives_its_round_and_no_longer(store: Store, state_dir: Path) -> None:
     changes.pin(store, 1, 9.0)
     for keep in range(2):
@@ -368,6 +427,20 @@ def test_pinned_model_outlives_its_round_and_no_longer(store: Store, state_dir: 
     assert not store.is_public(digest_of(model_of(1)))
     with pytest.raises(NotFoundError, match="round 1 is not kept any more"):
         changes.pin(store, 1, 9.0)
+
+
+def test_model_that_the_next_round_starts_from_outlives_its_rounds(store: Store, state_dir: Path) -> None:
+    changes.withdraw(store, 3, 9.0)
+    changes.withdraw(store, 2, 9.0)
+    store.record_rest(digest_of(model_of(1)), upload(store, b"its rest", "weights", 9.0))
+    store.set_phase(4, "failed", 9.5, failure="it started from the model of round 3, which is withdrawn")
+    retention.clean_up(store, keep_rounds=1, keep_partial_seconds=1, now=9e9)
+    for content in (model_of(1), encoded_of(1), b"its rest"):
+        assert store.is_public(digest_of(content)), content
+    assert not store.blobs.size(digest_of(model_of(2)))
+    # No round that is kept names it, and yet it is there.
+    changes.withdraw(store, 3, 10.0)
+    changes.pin(store, 1, 10.0)
 
 
 def test_last_model_that_is_kept_stays(store: Store) -> None:
