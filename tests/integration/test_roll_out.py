@@ -56,7 +56,10 @@ def test_device_follows_a_withdrawal_a_pin_and_its_end(cluster: Cluster, tmp_pat
     ready.unlink()
     # What it has begun it would finish, at any time; one that starts here begins nothing.
     assert agent.terminate() == 0
-    agent = cluster.agent("edge-1", "--ready-seconds", 0.1, *command)
+    calls = tmp_path / "calls"
+    script = 'echo "$ECAVG_MODEL_SHA256" >> "$0"'
+    told = [f"--on-update={word}" for word in ("sh", "-c", script, calls)]
+    agent = cluster.agent("edge-1", "--ready-seconds", 0.1, *command, *told)
     until(lambda: rests(cluster), server)
     last = status(cluster)["round"] - 1
     digests = {each["round"]: each["sha256"] for each in json.loads(models(cluster, "list", "--json"))}
@@ -68,6 +71,8 @@ def test_device_follows_a_withdrawal_a_pin_and_its_end(cluster: Cluster, tmp_pat
     failure = f"it started from the model of round {last}, which is withdrawn"
     until(lambda: status(cluster)["rounds"][-1]["failure"] == failure, server)
     until(lambda: model_round(cluster) == last - 1, server)
+    # The device's own program was told before the server was.
+    assert calls.read_text("utf-8").split()[-1] == in_use(cluster)
 
     models(cluster, "pin", 1)
     until(lambda: model_round(cluster) == 1, server)
