@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from ecavg.common.config import FrozenModel
 from ecavg.common.faults import Point, crash_point
 from ecavg.common.ranks import ALONE, Ranks
+from ecavg.common.sharding import copy_whole, whole
 from ecavg.common.weights import StateDict, write_state_dict
 
 # So much time is between two checkpoints: where epochs are shorter, writing would slow them down.
@@ -129,8 +130,9 @@ class Checkpoints:
             return
         # BatchNorm's statistics are each rank's own, and those of rank 0 are kept.
         buffers = self._ranks.share_tensors(dict(self._model.named_buffers()))
+        tensors = self._tensors(buffers)
         if self._ranks.local_rank == 0:
-            self._write(finished, self._tensors(buffers))
+            self._write(finished, tensors)
         self._due = time.monotonic() + self._seconds
 
     def _found(self) -> tuple[Finished, StateDict]:
@@ -178,12 +180,18 @@ class Checkpoints:
             for name, value in state.items():
                 if value is not None:
                     tensors[f"{_OPTIMIZER}{index}.{name}"] = value
-        return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        # All ranks take part in making a sharded tensor whole, one after the other, and only writers keep it.
+        kept = {}
+        for name, tensor in tensors.items():
+            gathered = whole(tensor.detach())
+            if self._ranks.local_rank == 0:
+                kept[name] = gathered.cpu().contiguous()
+        return kept
 
     def _set_model(self, tensors: StateDict) -> None:
         with torch.no_grad():
             for name, tensor in _tensors_of(self._model).items():
-                tensor.copy_(tensors[_MODEL + name])
+                copy_whole(tensor, tensors[_MODEL + name])
 
     def _set_optimizer(self, tensors: StateDict) -> None:
         parameters = [each for group in self._optimizer.param_groups for each in group["params"]]
@@ -219,7 +227,9 @@ def _laid_out_as(parameter: Tensor, tensor: Tensor) -> Tensor:
     """Return a tensor in the parameter's memory format, because fused optimizers walk through memory."""
     if tensor.shape != parameter.shape:
         return tensor
-    return torch.empty_like(parameter, dtype=tensor.dtype, requires_grad=False).copy_(tensor)
+    like = torch.empty_like(parameter, dtype=tensor.dtype, requires_grad=False)
+    copy_whole(like, tensor)
+    return like
 
 
 def _read(path: Path) -> tuple[_Label, StateDict]:
@@ -236,6 +246,6 @@ def _hash(text: str, tensors: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256(text.encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(f"\n{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        data = tensor.detach().cpu().contiguous()
+        data = whole(tensor.detach()).cpu().contiguous()
         digest.update(data.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -38,6 +38,7 @@ from ecavg.common.evaluation import Evaluation
 from ecavg.common.faults import Point, crash_point
 from ecavg.common.mapped import in_memory
 from ecavg.common.models import build_model, shared_part
+from ecavg.common.sharding import gather, load, shard
 from ecavg.common.training import Examples, StepReport
 from ecavg.common.wire import Base, is_encoded, wire_of
 
@@ -87,7 +88,9 @@ class RoundPipeline:
 
     def _make_model(self) -> Result:
         """Do the steps of the round in order; on rank 0, the folder for intermediate files must exist."""
-        model = _network(self._run)
+        sharded = self._sharded()
+        # With a sharded model, rank 0 alone has a whole one, in the memory of its processor.
+        model = _network(self._run) if self._is_first or sharded is None else sharded
         self._tell("aggregating", 0, 1)
         with self._timed("aggregate"):
             self._make_weights()
@@ -100,14 +103,18 @@ class RoundPipeline:
             are_mapped=self._group.world_size > 1,
         )
         log.info("data", num_train=len(data.train.targets), num_held_out=len(data.held_out.targets))
-        measuring = Measuring(model, self._run, data, self._device, self._group)
+        measuring = Measuring(model, self._run, data, self._device, self._group, sharded)
         with self._timed("aggregate"):
             selection = self._select(measuring) if self._is_first else None
             if selection is None:
                 measuring.serve()
         self._tell("fine_tuning", 0, 1)
         start = selection.take_best() if selection else None
-        average = self._fine_tune(model, self._with_pseudo_labels(model, data.train))
+        if sharded:
+            load(sharded, model.state_dict() if selection else {}, self._group)
+        average = self._fine_tune(sharded or model, self._with_pseudo_labels(sharded or model, data.train))
+        if sharded:
+            gather(sharded, model if selection else None)
         crash_point(Point.TRAINER_FINE_TUNED)
         if selection is None or start is None:
             measuring.serve()
@@ -118,6 +125,12 @@ class RoundPipeline:
             selection.end()
         self._tell("evaluating", 1, 1)
         return self._timestamped(result)
+
+    def _sharded(self) -> nn.Module | None:
+        """Return the model that the ranks have a part of each; None: each rank has the whole model."""
+        if self._group.world_size == 1 or self._run.fine_tune.parallel == "ddp":
+            return None
+        return _sharded_network(self._run, self._group, self._device)
 
     @property
     def _may_keep_start(self) -> bool:
@@ -341,6 +354,12 @@ def _trained(
 def _network(run: RunConfig) -> nn.Module:
     """Return the run's network, which is built once for all rounds; every round loads its own weights."""
     return build_model(run)
+
+
+@lru_cache(maxsize=1)
+def _sharded_network(run: RunConfig, group: Group, device: torch.device) -> nn.Module:
+    """Return the run's network, sharded over the ranks; as `_network`, it is built once for all rounds."""
+    return shard(build_model(run), group, device)
 
 
 def _by_class(start: Evaluation | None, published: Evaluation | None) -> tuple[ClassScore, ...]:

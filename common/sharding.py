@@ -1,0 +1,120 @@
+"""Sharded models: each rank keeps a part of every parameter, with PyTorch's FSDP2.
+
+Nothing but this module knows of DTensors. A whole tensor is on the device only while it is used: a unit's
+parameters while the unit runs, and one tensor at a time while a model is loaded or gathered.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
+
+from ecavg.common.ranks import Ranks
+
+_LISTS = (nn.Sequential, nn.ModuleList)
+
+
+def shard(model: nn.Module, ranks: Ranks, device: torch.device) -> nn.Module:
+    """Shard the model in place over all ranks, onto their devices, and return it.
+
+    Parameters are laid out contiguously, because FSDP2 takes no others. Every rank calls this, in the default
+    process group. The values of the parameters stay each rank's own, so that `load` has to follow.
+    """
+    mesh = init_device_mesh(device.type, (ranks.world_size,))
+    for parameter in model.parameters():
+        parameter.data = parameter.data.contiguous()
+    for unit in [*units(model), model]:
+        # By default the root would keep its parameters whole after a forward without a backward.
+        fully_shard(unit, mesh=mesh, reshard_after_forward=True)
+    return model
+
+
+def units(model: nn.Module) -> list[nn.Module]:
+    """Return the modules whose parameters are gathered together, besides the model with all the others.
+
+    These are the entries of each ModuleList and Sequential, because that is how models hold their repeated
+    blocks; lists within a unit are not looked into. A module that shares a parameter with another one stays
+    with the model, because FSDP2 keeps a shared parameter in one unit.
+    """
+    found = []
+    for child in model.children():
+        for entry in child.children() if isinstance(child, _LISTS) else ():
+            found += _units_of_entry(entry)
+        if not isinstance(child, _LISTS):
+            found += units(child)
+    if isinstance(model, _LISTS):
+        found = [unit for entry in model.children() for unit in _units_of_entry(entry)]
+    return [unit for unit in found if not _shares(unit, model)]
+
+
+def _units_of_entry(entry: nn.Module) -> list[nn.Module]:
+    if isinstance(entry, _LISTS):
+        return units(entry)
+    return [entry] if any(True for _ in entry.parameters()) else []
+
+
+def _shares(unit: nn.Module, model: nn.Module) -> bool:
+    """Return True if a parameter of the unit is a parameter of a module outside of it, too."""
+    inside = set(unit.modules())
+    own = {id(each) for each in unit.parameters()}
+    return any(
+        id(each) in own
+        for module in model.modules()
+        if module not in inside
+        for each in module.parameters(recurse=False)
+    )
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Return True if `shard` has sharded the model."""
+    return isinstance(model, FSDPModule)
+
+
+def class_of(module: nn.Module) -> type[nn.Module]:
+    """Return the class that a module had before it was sharded."""
+    return type(module).__mro__[2] if isinstance(module, FSDPModule) else type(module)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """Return this rank's part of a tensor, in the same memory; a tensor that is not sharded as it is."""
+    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Return the whole tensor, for which all ranks have to call this; one that is not sharded as it is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+@torch.no_grad()
+def copy_whole(target: Tensor, source: Tensor) -> None:
+    """Copy a whole tensor, wherever it is, into one that may be sharded: each rank takes its own part."""
+    if isinstance(target, DTensor):
+        # FSDP2 shards the first dimension, as `chunk` does; the last ranks may have nothing.
+        parts, rank = source.chunk(target.device_mesh.size()), target.device_mesh.get_local_rank()
+        if rank < len(parts):
+            local(target).copy_(parts[rank])
+    else:
+        target.copy_(source)
+
+
+def load(model: nn.Module, state_dict: Mapping[str, Tensor], ranks: Ranks) -> None:
+    """Copy what rank 0 gives into the model of every rank, one tensor at a time."""
+    own = model.state_dict()
+    for name, tensor in ranks.share_each(state_dict):
+        copy_whole(own[name], tensor)
+
+
+@torch.no_grad()
+def gather(model: nn.Module, target: nn.Module | None) -> None:
+    """Copy the whole tensors of a sharded model into `target`, one at a time; None: this rank only helps.
+
+    Buffers are each rank's own, and those of the rank that has a target count.
+    """
+    own = target.state_dict() if target else {}
+    for name, tensor in model.state_dict().items():
+        gathered = whole(tensor)
+        if name in own:
+            own[name].copy_(gathered)
