@@ -12,7 +12,7 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -115,11 +115,7 @@ class Checkpoints:
             return Finished()
         source = num_epochs.index(max(num_epochs))
         finished = Finished.model_validate_json(self._ranks.share(finished.model_dump_json(), source))
-        tensors = self._ranks.share_tensors(tensors, source)
-        self._set_model(tensors)
-        self._set_optimizer(tensors)
-        if self._also:
-            self._also.set_tensors(_below(_ALSO, tensors))
+        self._set(self._ranks.share_each(tensors, source))
         log.info("training_resumed", finished_epochs=finished.num_epochs)
         return finished
 
@@ -188,18 +184,23 @@ class Checkpoints:
                 kept[name] = gathered.cpu().contiguous()
         return kept
 
-    def _set_model(self, tensors: StateDict) -> None:
-        with torch.no_grad():
-            for name, tensor in _tensors_of(self._model).items():
-                copy_whole(tensor, tensors[_MODEL + name])
-
-    def _set_optimizer(self, tensors: StateDict) -> None:
+    def _set(self, tensors: Iterator[tuple[str, Tensor]]) -> None:
+        """Set all that is kept. The tensors come one at a time, and of a sharded one only a part stays."""
         parameters = [each for group in self._optimizer.param_groups for each in group["params"]]
+        own, also = _tensors_of(self._model), StateDict()
         state: dict[int, dict[str, Tensor]] = {}
-        for key, tensor in _below(_OPTIMIZER, tensors).items():
-            index, name = key.split(".", 1)
-            state.setdefault(int(index), {})[name] = _laid_out_as(parameters[int(index)], tensor)
+        for key, tensor in tensors:
+            kind, name = key.split(".", 1)
+            if kind + "." == _MODEL:
+                copy_whole(own[name], tensor)
+            elif kind + "." == _ALSO:
+                also[name] = tensor
+            else:
+                index, name = name.split(".", 1)
+                state.setdefault(int(index), {})[name] = _laid_out_as(parameters[int(index)], tensor)
         self._optimizer.load_state_dict({**self._optimizer.state_dict(), "state": state})
+        if self._also:
+            self._also.set_tensors(also)
 
 
 def fingerprint(settings: Any, model: nn.Module, inputs: Tensor, targets: Tensor) -> str:
@@ -211,11 +212,6 @@ def fingerprint(settings: Any, model: nn.Module, inputs: Tensor, targets: Tensor
 def fingerprint_of(settings: Any, subject: str) -> str:
     """Return the SHA-256, hexadecimal, of the settings (as JSON) and of what names weights and data."""
     return _hash(f"{json.dumps(settings)} {subject}", {})
-
-
-def _below(prefix: str, tensors: StateDict) -> StateDict:
-    """Return the tensors whose names begin with the prefix, by the rest of the name."""
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
 def _tensors_of(model: nn.Module) -> StateDict:

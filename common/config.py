@@ -205,6 +205,7 @@ class FineTuneConfig(TrainingConfig):
 
     `"ddp"`: each rank's GPU has the whole model (DistributedDataParallel). `"fsdp"`: each has a part of
     the parameters, their gradients and the optimizer's state (FSDP2), for a model that does not fit one GPU.
+    It is slower where the model fits. `precision = "auto"` is then bfloat16 on GPUs that have it, untried.
     """
 
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0

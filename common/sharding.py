@@ -12,6 +12,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
+from ecavg.common.errors import UsageError
 from ecavg.common.ranks import Ranks
 
 _LISTS = (nn.Sequential, nn.ModuleList)
@@ -20,12 +21,17 @@ _LISTS = (nn.Sequential, nn.ModuleList)
 def shard(model: nn.Module, ranks: Ranks, device: torch.device) -> nn.Module:
     """Shard the model in place over all ranks, onto their devices, and return it.
 
-    Parameters are laid out contiguously, because FSDP2 takes no others. Every rank calls this, in the default
-    process group. The values of the parameters stay each rank's own, so that `load` has to follow.
+    Every rank calls this, in the default process group, with a model on the CPU. Parameters are laid out
+    contiguously, because FSDP2 takes no others. Their values stay each rank's own, so that `load` has to
+    follow.
+
+    Raises:
+        UsageError: FSDP2 cannot shard this model.
     """
-    mesh = init_device_mesh(device.type, (ranks.world_size,))
+    _check(model)
     for parameter in model.parameters():
         parameter.data = parameter.data.contiguous()
+    mesh = init_device_mesh(device.type, (ranks.world_size,))
     for unit in [*units(model), model]:
         # By default the root would keep its parameters whole after a forward without a backward.
         fully_shard(unit, mesh=mesh, reshard_after_forward=True)
@@ -37,35 +43,42 @@ def units(model: nn.Module) -> list[nn.Module]:
 
     These are the entries of each ModuleList and Sequential, because that is how models hold their repeated
     blocks; lists within a unit are not looked into. A module that shares a parameter with another one stays
-    with the model, because FSDP2 keeps a shared parameter in one unit.
+    with the model, because FSDP2 needs a shared parameter in one unit.
     """
+    entries = [entry for entry in dict.fromkeys(_entries(model)) if any(True for _ in entry.parameters())]
+    return [entry for entry in entries if not _shares(entry, model)]
+
+
+def _entries(model: nn.Module) -> list[nn.Module]:
+    """Return the entries of the outermost lists; those of a list within a list are entries of their own."""
     found = []
     for child in model.children():
-        for entry in child.children() if isinstance(child, _LISTS) else ():
-            found += _units_of_entry(entry)
-        if not isinstance(child, _LISTS):
-            found += units(child)
-    if isinstance(model, _LISTS):
-        found = [unit for entry in model.children() for unit in _units_of_entry(entry)]
-    return [unit for unit in found if not _shares(unit, model)]
-
-
-def _units_of_entry(entry: nn.Module) -> list[nn.Module]:
-    if isinstance(entry, _LISTS):
-        return units(entry)
-    return [entry] if any(True for _ in entry.parameters()) else []
+        is_entry = isinstance(model, _LISTS) and not isinstance(child, _LISTS)
+        found += [child] if is_entry else _entries(child)
+    return found
 
 
 def _shares(unit: nn.Module, model: nn.Module) -> bool:
     """Return True if a parameter of the unit is a parameter of a module outside of it, too."""
-    inside = set(unit.modules())
-    own = {id(each) for each in unit.parameters()}
-    return any(
-        id(each) in own
-        for module in model.modules()
-        if module not in inside
-        for each in module.parameters(recurse=False)
-    )
+    inside, own = set(unit.modules()), {id(each) for each in unit.parameters()}
+    outside = [module for module in model.modules() if module not in inside]
+    return any(id(each) in own for module in outside for each in module.parameters(recurse=False))
+
+
+def _check(model: nn.Module) -> None:
+    """Raise UsageError if FSDP2 cannot shard this model."""
+    reason = ""
+    if isinstance(model, torch.jit.ScriptModule):
+        reason = "it is TorchScript"
+    for name, parameter in model.named_parameters():
+        if not parameter.dim():
+            reason = f"parameter {name} is a single number: give it the shape (1,)"
+        elif not parameter.is_floating_point():
+            reason = f"parameter {name} is {str(parameter.dtype).removeprefix('torch.')}"
+    if len({each.dtype for each in model.parameters() if each.requires_grad}) > 1:
+        reason = "its trainable parameters differ in dtype"
+    if reason:
+        raise UsageError(f'run.fine_tune.parallel = "fsdp" cannot shard this model: {reason}')
 
 
 def is_sharded(model: nn.Module) -> bool:

@@ -7,7 +7,7 @@ them is nearer to it (Polyak and Juditsky, 1992; arXiv 2411.18704).
 import torch
 from torch import Tensor, nn
 
-from ecavg.common.sharding import copy_whole, local
+from ecavg.common.sharding import copy_whole, local, whole
 from ecavg.common.weights import StateDict
 
 
@@ -59,6 +59,20 @@ class MovingAverage:
         self._averages = [torch.empty_like(each, dtype=_at_least_float32(each)) for each in parameters]
         for number, average in enumerate(self._averages):
             copy_whole(average, tensors[str(number)])
+
+    def gathered(self, model: nn.Module | None) -> "MovingAverage | None":
+        """Return the average of a sharded model as that of a whole one; every rank calls this.
+
+        Args:
+            model: the whole model; None: this rank only helps.
+        """
+        tensors = {name: whole(each) for name, each in self.tensors().items()}
+        if model is None:
+            return None
+        average = MovingAverage(model, self._decay)
+        if tensors:
+            average.set_tensors(tensors)
+        return average
 
     def _parameters(self) -> list[Tensor]:
         """Return the parameters that are trained: the others stay as they are."""
