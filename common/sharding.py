@@ -67,18 +67,16 @@ def _shares(unit: nn.Module, model: nn.Module) -> bool:
 
 def _check(model: nn.Module) -> None:
     """Raise UsageError if FSDP2 cannot shard this model."""
-    reason = ""
-    if isinstance(model, torch.jit.ScriptModule):
-        reason = "it is TorchScript"
+    reasons = ["it is TorchScript"] if isinstance(model, torch.jit.ScriptModule) else []
     for name, parameter in model.named_parameters():
         if not parameter.dim():
-            reason = f"parameter {name} is a single number: give it the shape (1,)"
-        elif not parameter.is_floating_point():
-            reason = f"parameter {name} is {str(parameter.dtype).removeprefix('torch.')}"
+            reasons.append(f"parameter {name} is a single number: give it the shape (1,)")
+        if not parameter.is_floating_point():
+            reasons.append(f"parameter {name} is {str(parameter.dtype).removeprefix('torch.')}")
     if len({each.dtype for each in model.parameters() if each.requires_grad}) > 1:
-        reason = "its trainable parameters differ in dtype"
-    if reason:
-        raise UsageError(f'run.fine_tune.parallel = "fsdp" cannot shard this model: {reason}')
+        reasons.append("its trainable parameters differ in dtype")
+    if reasons:
+        raise UsageError(f'run.fine_tune.parallel = "fsdp" cannot shard this model: {reasons[0]}')
 
 
 def is_sharded(model: nn.Module) -> bool:
