@@ -60,7 +60,7 @@ def blocks(num_classes: int, image_shape: tuple[int, int, int]) -> nn.Module:
 
 
 class TiedEnds(nn.Module):
-    """A model with one weight in two entries of a list, a frozen bias, and a running mean of its inputs."""
+    """A model with one weight in two entries of a list, a frozen bias, and a running sum of its inputs."""
 
     seen: Tensor
 
@@ -77,10 +77,10 @@ class TiedEnds(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = x.flatten(1)
         if self.training:
-            self.seen.copy_(0.9 * self.seen + 0.1 * x.detach().mean())
+            self.seen.copy_(0.9 * self.seen + 0.1 * x.detach().sum() / 100)
         for layer in self.layers:
             x = layer(x).relu()
-        logits: Tensor = self.last(x) * (1 + self.seen.tanh() / 100)
+        logits: Tensor = self.last(x) * (1 + self.seen.tanh() / 2)
         return logits
 
 
