@@ -95,6 +95,7 @@ RUNS = {
         hidden_units=33,
         fine_tune={**ADAMW, "ema_decay": 0.9, "schedule": "constant"},
     ),
+    "bfloat16": RunConfig(hidden_units=33, fine_tune={**SGD, "precision": "bfloat16"}),
     "blocks": RunConfig(model="tests.unit.test_sharding:blocks", fine_tune=SGD),
     "tied": RunConfig(
         model="tests.unit.test_sharding:tied",
