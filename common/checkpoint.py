@@ -12,7 +12,7 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from ecavg.common.config import FrozenModel
 from ecavg.common.faults import Point, crash_point
 from ecavg.common.ranks import ALONE, Ranks
+from ecavg.common.sharding import copy_whole, whole
 from ecavg.common.weights import StateDict, write_state_dict
 
 # So much time is between two checkpoints: where epochs are shorter, writing would slow them down.
@@ -114,11 +115,7 @@ class Checkpoints:
             return Finished()
         source = num_epochs.index(max(num_epochs))
         finished = Finished.model_validate_json(self._ranks.share(finished.model_dump_json(), source))
-        tensors = self._ranks.share_tensors(tensors, source)
-        self._set_model(tensors)
-        self._set_optimizer(tensors)
-        if self._also:
-            self._also.set_tensors(_below(_ALSO, tensors))
+        self._set(self._ranks.share_each(tensors, source))
         log.info("training_resumed", finished_epochs=finished.num_epochs)
         return finished
 
@@ -129,8 +126,9 @@ class Checkpoints:
             return
         # BatchNorm's statistics are each rank's own, and those of rank 0 are kept.
         buffers = self._ranks.share_tensors(dict(self._model.named_buffers()))
+        tensors = self._tensors(buffers)
         if self._ranks.local_rank == 0:
-            self._write(finished, self._tensors(buffers))
+            self._write(finished, tensors)
         self._due = time.monotonic() + self._seconds
 
     def _found(self) -> tuple[Finished, StateDict]:
@@ -178,20 +176,31 @@ class Checkpoints:
             for name, value in state.items():
                 if value is not None:
                     tensors[f"{_OPTIMIZER}{index}.{name}"] = value
-        return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        # All ranks take part in making a sharded tensor whole, one after the other, and only writers keep it.
+        kept = {}
+        for name, tensor in tensors.items():
+            gathered = whole(tensor.detach())
+            if self._ranks.local_rank == 0:
+                kept[name] = gathered.cpu().contiguous()
+        return kept
 
-    def _set_model(self, tensors: StateDict) -> None:
-        with torch.no_grad():
-            for name, tensor in _tensors_of(self._model).items():
-                tensor.copy_(tensors[_MODEL + name])
-
-    def _set_optimizer(self, tensors: StateDict) -> None:
+    def _set(self, tensors: Iterator[tuple[str, Tensor]]) -> None:
+        """Set all that is kept. The tensors come one at a time, and of a sharded one only a part stays."""
         parameters = [each for group in self._optimizer.param_groups for each in group["params"]]
+        own, also = _tensors_of(self._model), StateDict()
         state: dict[int, dict[str, Tensor]] = {}
-        for key, tensor in _below(_OPTIMIZER, tensors).items():
-            index, name = key.split(".", 1)
-            state.setdefault(int(index), {})[name] = _laid_out_as(parameters[int(index)], tensor)
+        for key, tensor in tensors:
+            kind, name = key.split(".", 1)
+            if kind + "." == _MODEL:
+                copy_whole(own[name], tensor)
+            elif kind + "." == _ALSO:
+                also[name] = tensor
+            else:
+                index, name = name.split(".", 1)
+                state.setdefault(int(index), {})[name] = _laid_out_as(parameters[int(index)], tensor)
         self._optimizer.load_state_dict({**self._optimizer.state_dict(), "state": state})
+        if self._also:
+            self._also.set_tensors(also)
 
 
 def fingerprint(settings: Any, model: nn.Module, inputs: Tensor, targets: Tensor) -> str:
@@ -205,11 +214,6 @@ def fingerprint_of(settings: Any, subject: str) -> str:
     return _hash(f"{json.dumps(settings)} {subject}", {})
 
 
-def _below(prefix: str, tensors: StateDict) -> StateDict:
-    """Return the tensors whose names begin with the prefix, by the rest of the name."""
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-
-
 def _tensors_of(model: nn.Module) -> StateDict:
     """Return parameters and buffers; also those that a state_dict leaves out, and tied ones once."""
     return {**dict(model.named_parameters()), **dict(model.named_buffers())}
@@ -219,7 +223,9 @@ def _laid_out_as(parameter: Tensor, tensor: Tensor) -> Tensor:
     """Return a tensor in the parameter's memory format, because fused optimizers walk through memory."""
     if tensor.shape != parameter.shape:
         return tensor
-    return torch.empty_like(parameter, dtype=tensor.dtype, requires_grad=False).copy_(tensor)
+    like = torch.empty_like(parameter, dtype=tensor.dtype, requires_grad=False)
+    copy_whole(like, tensor)
+    return like
 
 
 def _read(path: Path) -> tuple[_Label, StateDict]:
@@ -236,6 +242,6 @@ def _hash(text: str, tensors: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256(text.encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(f"\n{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        data = tensor.detach().cpu().contiguous()
+        data = whole(tensor.detach()).cpu().contiguous()
         digest.update(data.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

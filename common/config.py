@@ -200,6 +200,14 @@ class FineTuneConfig(TrainingConfig):
     class_balanced: bool = False
     """Draw every class equally often."""
 
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """How several ranks train one model together; with one rank there is no difference.
+
+    `"ddp"`: each rank's GPU has the whole model (DistributedDataParallel). `"fsdp"`: each has a part of
+    the parameters, their gradients and the optimizer's state (FSDP2), for a model that does not fit one GPU.
+    It is slower where the model fits. `precision = "auto"` is then bfloat16 on GPUs that have it, untried.
+    """
+
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Decay, for each step, of an exponential moving average of the weights; 0 keeps none.
 

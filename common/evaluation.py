@@ -17,6 +17,7 @@ from ecavg.common.batches import DeviceData
 from ecavg.common.dataset import DatasetSpec
 from ecavg.common.mapped import Rows, in_memory
 from ecavg.common.ranks import ALONE, Ranks
+from ecavg.common.sharding import is_sharded
 from ecavg.common.tasks.task import ClassFigure, Task
 
 # No score is below this one.
@@ -68,6 +69,7 @@ def evaluate(
     """
     mine = ranks.part(len(targets), _most_examples(task, batch_size))
     known, begin = in_memory(targets[mine]).cpu(), 0
+    num_missing = _num_missing(model, -(-len(known) // _most_examples(task, batch_size)), ranks)
     measured: dict[str, list[Tensor]] = {"losses": [], "scores": [], "tallies": []}
     with closing(_outputs(model, inputs, mine, task, device, batch_size)) as outputs:
         for some in outputs:
@@ -77,6 +79,7 @@ def evaluate(
             measured["tallies"].append(task.tally(some, part))
             begin += len(some)
             on_examples(begin, len(known))
+    _keep_up(model, inputs, num_missing, task.spec, device)
     joined = {name: torch.cat(tensors) for name, tensors in measured.items() if tensors}
     losses, scores, tallies = ranks.concatenate(joined).values()
     figure = task.figure(tallies)
@@ -170,10 +173,36 @@ def recompute_statistics(
     # Of nearly equal size: each batch counts alike in the mean. One example alone may have no variance.
     num_batches = min(math.ceil(len(data) / batch_size), len(data) // 2)
     parts = order.tensor_split(num_batches)[ranks.part(num_batches)]
+    num_missing = _num_missing(model, len(parts), ranks)
     with _evaluation_mode(model), _cumulative_mean(norms), closing(data.rows(parts)) as batches:
         for (some,) in batches:
             model(laid_out(data.normalise(some), memory_format))
+    _keep_up(model, data, num_missing, spec, device)
     _share_statistics(norms, len(parts), ranks)
+
+
+def _num_missing(model: nn.Module, num_batches: int, ranks: Ranks) -> int:
+    """Return how many more batches than this rank another one has; 0 if the model is not sharded.
+
+    It is found out before the first batch: within the batches, the ranks only gather parameters.
+    """
+    return max(ranks.gather(num_batches)) - num_batches if is_sharded(model) else 0
+
+
+@torch.no_grad()
+def _keep_up(
+    model: nn.Module, inputs: Rows | DeviceData, num_missing: int, spec: DatasetSpec, device: torch.device
+) -> None:
+    """Run a sharded model as often as the ranks with more batches do: all ranks take part in each forward.
+
+    The outputs are thrown away, and in evaluation mode nothing changes.
+    """
+    if not num_missing:
+        return
+    data = _moved(inputs, spec, device)
+    with _evaluation_mode(model), closing(data.rows([slice(0, 1)] * num_missing)) as batches:
+        for (some,) in batches:
+            model(data.normalise(some))
 
 
 def _share_statistics(norms: Sequence[_BatchNorm], num_batches: int, ranks: Ranks) -> None:
@@ -200,6 +229,8 @@ def _most_examples(task: Task, batch_size: int) -> int:
 
 def place(model: nn.Module, device: torch.device) -> torch.memory_format:
     """Move the model, and lay it out the way convolutions are fastest: channels last, on CPUs also."""
+    if is_sharded(model):
+        return torch.contiguous_format
     has_convolutions = any(parameter.dim() == 4 for parameter in model.parameters())
     memory_format = torch.channels_last if has_convolutions else torch.contiguous_format
     model.to(device).to(memory_format=memory_format)

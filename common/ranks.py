@@ -4,7 +4,7 @@ What the ranks tell each other is text and the bytes of tensors, so that nothing
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 import torch
@@ -34,20 +34,24 @@ class Ranks(NamedTuple):
 
     def share_tensors(self, tensors: Mapping[str, Tensor], source: int = 0) -> dict[str, Tensor]:
         """Return the tensors that the rank `source` gives, by name, on the CPU of every rank."""
+        return dict(self.share_each(tensors, source))
+
+    def share_each(self, tensors: Mapping[str, Tensor], source: int = 0) -> Iterator[tuple[str, Tensor]]:
+        """Yield what `share_tensors` returns, one tensor at a time; every rank has to take all of them."""
         if self.world_size == 1:
-            return dict(tensors)
-        own = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        described = {name: [str(each.dtype), *each.shape] for name, each in own.items()}
+            yield from tensors.items()
+            return
+        described = {name: [str(each.dtype), *each.shape] for name, each in tensors.items()}
         described = json.loads(self.share(json.dumps(described), source))
-        shared = {}
         for name, (dtype, *shape) in described.items():
-            is_given = self.rank == source
-            tensor = own[name] if is_given else torch.empty(shape, dtype=_dtype(dtype))
+            if self.rank == source:
+                tensor = tensors[name].detach().cpu().contiguous()
+            else:
+                tensor = torch.empty(shape, dtype=_dtype(dtype))
             # Gloo does not know every dtype, but bytes.
             if tensor.numel():
                 dist.broadcast(tensor.view(-1).view(torch.uint8), src=source)
-            shared[name] = tensor
-        return shared
+            yield name, tensor
 
     def concatenate(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the tensors that all ranks give, by name, one behind the other in the order of the ranks.

@@ -32,6 +32,7 @@ from ecavg.common.precision import Precision, decide, describe, has_bfloat16
 from ecavg.common.ranks import ALONE, Ranks
 from ecavg.common.schedule import Place, learning_rate_factor, whole
 from ecavg.common.seeds import derive_seed
+from ecavg.common.sharding import class_of, is_sharded
 from ecavg.common.tasks.task import Task
 
 # Reading the loss waits for the device, so it is not read at every step.
@@ -104,6 +105,9 @@ def choose_precision(
         return config.precision
     if not has_bfloat16(device):
         return "float32"
+    if is_sharded(model):
+        # It cannot be copied, so nothing is tried or timed.
+        return "bfloat16" if device.type == "cuda" else "float32"
     if not len(examples.targets):
         return "float32"
     if device.type == "cuda":
@@ -360,12 +364,16 @@ class _Step:
         )
         self._memory_format = place(model, device)
         # The fused kernels know floating-point parameters only, and complex ones are none.
-        self.is_fused = all(parameter.is_floating_point() for parameter in model.parameters())
+        are_floats = all(parameter.is_floating_point() for parameter in model.parameters())
+        # Neither do they know sharded ones, all of them.
+        self.is_fused = are_floats and not is_sharded(model)
         self.optimizer = _make_optimizer(model, recipe.config, self.is_fused, device)
         self._losses = torch.zeros(2, dtype=torch.float64, device=device)
         self.epoch_loss, self.reported_loss = self._losses.unbind()
         self._model = model.train()
-        if world_size > 1:
+        # The ranks' gradients are averaged by the sharded model itself, or by DistributedDataParallel.
+        self._shares_buffers = is_sharded(model) and _has_shared_buffers(model)
+        if world_size > 1 and not is_sharded(model):
             device_ids = [device] if device.type == "cuda" else None
             self._model = DistributedDataParallel(
                 model, device_ids, broadcast_buffers=_has_shared_buffers(model)
@@ -393,6 +401,8 @@ class _Step:
             batch_size: the number of examples over all ranks.
         """
         batch = Batch(*batch)
+        if self._shares_buffers:
+            _share_buffers(self._model)
         x = laid_out(batch.augmented(self._data, self._config.augment), self._memory_format)
         with self._autocast:
             outputs = self._model(x)
@@ -400,7 +410,7 @@ class _Step:
         if self._world_size > 1:
             loss_sum = loss_sum + _touch_others(outputs)
         self.optimizer.zero_grad()
-        # DistributedDataParallel averages over ranks: times world_size it is the mean over the batch.
+        # Gradients are averaged over ranks: times world_size it is the mean over the batch.
         (loss_sum * (self._world_size / batch_size)).backward()  # type: ignore[no-untyped-call]
         self.optimizer.step()
         self._losses += loss_sum.detach()
@@ -416,8 +426,14 @@ def _has_shared_buffers(model: nn.Module) -> bool:
     BatchNorm's running statistics are not read while a model is trained, and those of rank 0 are kept.
     """
     kinds = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-    statistics = {id(each) for norm in model.modules() if type(norm) in kinds for each in norm.buffers()}
+    statistics = {id(each) for norm in model.modules() if class_of(norm) in kinds for each in norm.buffers()}
     return any(id(each) not in statistics for each in model.buffers())
+
+
+def _share_buffers(model: nn.Module) -> None:
+    """Give every rank the buffers of rank 0, as DistributedDataParallel does before a forward."""
+    for buffer in model.buffers():
+        dist.broadcast(buffer, src=0)
 
 
 def _touch_others(outputs: Any) -> Tensor | float:

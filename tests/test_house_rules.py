@@ -29,6 +29,7 @@ MAY_IMPORT_TORCH = {
     "common/rehearsal.py",
     "common/precision.py",
     "common/ranks.py",
+    "common/sharding.py",
     "common/tasks/classification.py",
     "common/tasks/multi_label.py",
     "common/tasks/regression.py",

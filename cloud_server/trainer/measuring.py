@@ -14,6 +14,7 @@ from ecavg.common.config import RunConfig
 from ecavg.common.evaluation import Evaluation, batch_norms, evaluate, recompute_statistics
 from ecavg.common.ranks import ALONE, Ranks
 from ecavg.common.seeds import derive_seed
+from ecavg.common.sharding import is_sharded, load
 from ecavg.common.tasks.task import task_of
 from ecavg.common.weights import copy_into
 
@@ -30,6 +31,7 @@ class Measuring:
         data: the combined data of the members.
         device: the device on which the model is measured.
         ranks: the processes that measure together.
+        sharded: the ranks' sharded model, which is measured in the place of `model`; None: there is none.
     """
 
     def __init__(
@@ -39,8 +41,10 @@ class Measuring:
         data: CombinedData,
         device: torch.device,
         ranks: Ranks = ALONE,
+        sharded: nn.Module | None = None,
     ) -> None:
         self.model = model
+        self._on_ranks = sharded or model
         self.run = run
         self.data = data
         self._device = device
@@ -70,7 +74,7 @@ class Measuring:
     def serve(self) -> None:
         """Do this rank's part of all that rank 0 does, until that calls `end`."""
         while (work := self._ranks.share("")) != "end":
-            copy_into(self.model, self._ranks.share_tensors({}))
+            self._receive()
             if work == "measure":
                 self._measured()
             else:
@@ -81,21 +85,36 @@ class Measuring:
         """Tell the other ranks what is to be done, and send them the weights."""
         if self._ranks.world_size > 1:
             self._ranks.share(work)
-            self._ranks.share_tensors(self.model.state_dict())
+            if is_sharded(self._on_ranks):
+                load(self._on_ranks, self.model.state_dict(), self._ranks)
+            else:
+                self._ranks.share_tensors(self.model.state_dict())
+
+    def _receive(self) -> None:
+        """Take the weights that rank 0 sends."""
+        if is_sharded(self._on_ranks):
+            load(self._on_ranks, {}, self._ranks)
+        else:
+            copy_into(self.model, self._ranks.share_tensors({}))
 
     def _measured(self) -> Evaluation:
         inputs, targets = self._on_device("held_out"), self.data.held_out.targets
-        return evaluate(self.model, inputs, targets, task=self._task, device=self._device, ranks=self._ranks)
+        return evaluate(
+            self._on_ranks, inputs, targets, task=self._task, device=self._device, ranks=self._ranks
+        )
 
     def _recompute_statistics(self) -> None:
         recompute_statistics(
-            self.model,
+            self._on_ranks,
             self._on_device("train"),
             spec=self.run.spec,
             device=self._device,
             seed=derive_seed(self.run.seed, "statistics"),
             ranks=self._ranks,
         )
+        for name, buffer in self._on_ranks.named_buffers():
+            if self._on_ranks is not self.model:
+                self.model.get_buffer(name).copy_(buffer)
 
     def _on_device(self, part: Literal["train", "held_out"]) -> DeviceData:
         """Return the inputs of a part of the data, which are moved to the device when they are first used."""

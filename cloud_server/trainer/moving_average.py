@@ -7,6 +7,7 @@ them is nearer to it (Polyak and Juditsky, 1992; arXiv 2411.18704).
 import torch
 from torch import Tensor, nn
 
+from ecavg.common.sharding import copy_whole, local, whole
 from ecavg.common.weights import StateDict
 
 
@@ -33,17 +34,18 @@ class MovingAverage:
         parameters = self._parameters()
         if not self._averages:
             self._averages = [torch.empty_like(each, dtype=_at_least_float32(each)) for each in parameters]
-            torch._foreach_copy_(self._averages, parameters)
+            torch._foreach_copy_(_own(self._averages), _own(parameters))
             return
-        exact = [each.to(average.dtype) for each, average in zip(parameters, self._averages, strict=True)]
-        torch._foreach_lerp_(self._averages, exact, 1 - self._decay)
+        averages = _own(self._averages)
+        exact = [each.to(average.dtype) for each, average in zip(_own(parameters), averages, strict=True)]
+        torch._foreach_lerp_(averages, exact, 1 - self._decay)
 
     @torch.no_grad()
     def load(self) -> bool:
         """Set the model's parameters to the average; return False, and leave them, if there was no step."""
         if not self._averages:
             return False
-        torch._foreach_copy_(self._parameters(), self._averages)
+        torch._foreach_copy_(_own(self._parameters()), _own(self._averages))
         return True
 
     def tensors(self) -> StateDict:
@@ -56,11 +58,30 @@ class MovingAverage:
         parameters = self._parameters()
         self._averages = [torch.empty_like(each, dtype=_at_least_float32(each)) for each in parameters]
         for number, average in enumerate(self._averages):
-            average.copy_(tensors[str(number)])
+            copy_whole(average, tensors[str(number)])
+
+    def gathered(self, model: nn.Module | None) -> "MovingAverage | None":
+        """Return the average of a sharded model as that of a whole one; every rank calls this.
+
+        Args:
+            model: the whole model; None: this rank only helps.
+        """
+        tensors = {name: whole(each) for name, each in self.tensors().items()}
+        if model is None:
+            return None
+        average = MovingAverage(model, self._decay)
+        if tensors:
+            average.set_tensors(tensors)
+        return average
 
     def _parameters(self) -> list[Tensor]:
         """Return the parameters that are trained: the others stay as they are."""
         return [each.detach() for each in self._model.parameters() if each.requires_grad]
+
+
+def _own(tensors: list[Tensor]) -> list[Tensor]:
+    """Return this rank's part of each tensor, in the same memory."""
+    return [local(each) for each in tensors]
 
 
 def _at_least_float32(parameter: Tensor) -> torch.dtype:

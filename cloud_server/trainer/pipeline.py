@@ -38,6 +38,7 @@ from ecavg.common.evaluation import Evaluation
 from ecavg.common.faults import Point, crash_point
 from ecavg.common.mapped import in_memory
 from ecavg.common.models import build_model, shared_part
+from ecavg.common.sharding import gather, is_sharded, load, shard
 from ecavg.common.training import Examples, StepReport
 from ecavg.common.wire import Base, is_encoded, wire_of
 
@@ -87,7 +88,9 @@ class RoundPipeline:
 
     def _make_model(self) -> Result:
         """Do the steps of the round in order; on rank 0, the folder for intermediate files must exist."""
-        model = _network(self._run)
+        sharded = self._sharded()
+        # With a sharded model, rank 0 alone has a whole one, in the memory of its processor.
+        model = _network(self._run) if self._is_first or sharded is None else sharded
         self._tell("aggregating", 0, 1)
         with self._timed("aggregate"):
             self._make_weights()
@@ -100,14 +103,14 @@ class RoundPipeline:
             are_mapped=self._group.world_size > 1,
         )
         log.info("data", num_train=len(data.train.targets), num_held_out=len(data.held_out.targets))
-        measuring = Measuring(model, self._run, data, self._device, self._group)
+        measuring = Measuring(model, self._run, data, self._device, self._group, sharded)
         with self._timed("aggregate"):
             selection = self._select(measuring) if self._is_first else None
             if selection is None:
                 measuring.serve()
         self._tell("fine_tuning", 0, 1)
         start = selection.take_best() if selection else None
-        average = self._fine_tune(model, self._with_pseudo_labels(model, data.train))
+        average = self._train(model, sharded, data)
         crash_point(Point.TRAINER_FINE_TUNED)
         if selection is None or start is None:
             measuring.serve()
@@ -118,6 +121,15 @@ class RoundPipeline:
             selection.end()
         self._tell("evaluating", 1, 1)
         return self._timestamped(result)
+
+    def _sharded(self) -> nn.Module | None:
+        """Return the model that the ranks have a part of each; None: each rank has the whole model."""
+        return _sharded_network(self._run, self._group, self._device) if self._is_sharded else None
+
+    @property
+    def _is_sharded(self) -> bool:
+        """Return True if each rank has a part of the model on its device."""
+        return self._group.world_size > 1 and self._run.fine_tune.parallel == "fsdp"
 
     @property
     def _may_keep_start(self) -> bool:
@@ -155,7 +167,8 @@ class RoundPipeline:
                     blob_path(self._blobs_dir, start) if start else None,
                     self._blobs_dir,
                     run=self._run,
-                    device=self._device,
+                    # A model that is sharded elsewhere may not fit this rank's GPU.
+                    device=torch.device("cpu") if self._is_sharded else self._device,
                     scratch=scratch,
                     rest=self._rest,
                 )
@@ -180,7 +193,8 @@ class RoundPipeline:
     def _with_pseudo_labels(self, model: nn.Module, labelled: Examples) -> Examples:
         """Return what the fine-tune trains on.
 
-        The start labels examples. Only rank 0 has it in its model, and tells the others.
+        The start labels examples. Only rank 0 has it in its model, and tells the others; a sharded model is
+        run by all ranks.
         """
         config = self._run.fine_tune_of(self._job.round)
         if not config.pseudo_label_confidence or not len(labelled.targets):
@@ -190,23 +204,38 @@ class RoundPipeline:
         if not len(unlabelled.targets):
             return labelled
         labels: list[int] = []
-        if self._is_first:
+        if self._is_first or is_sharded(model):
             labels = pseudo_labels(model, in_memory(unlabelled.inputs), self._run, self._device)
         labels = json.loads(self._group.share(json.dumps(labels)))
         examples = with_pseudo_labels(labelled, unlabelled, labels)
         log.info("pseudo_labels", num_labels=len(examples.targets) - len(labelled.targets))
         return examples
 
+    def _train(self, model: nn.Module, sharded: nn.Module | None, data: CombinedData) -> MovingAverage | None:
+        """Fine-tune what rank 0 has in its model, and return the average, if the run keeps one.
+
+        With a sharded model, the weights go to the ranks, and then back to rank 0.
+        """
+        if sharded is None:
+            return self._fine_tune(model, self._with_pseudo_labels(model, data.train))
+        whole = model if self._is_first else None
+        load(sharded, whole.state_dict() if whole else {}, self._group)
+        average = self._fine_tune(sharded, self._with_pseudo_labels(sharded, data.train))
+        gather(sharded, whole)
+        return average.gathered(whole) if average else None
+
     def _fine_tune(self, model: nn.Module, examples: Examples) -> MovingAverage | None:
         """Fine-tune the model in place, if there are examples; return its average, if the run keeps one.
 
-        All ranks have the same weights after each step, so that one of each machine keeps their average.
+        All ranks have the same weights after each step, so that one of each machine keeps their average;
+        of a sharded model, each rank keeps its part.
         """
         if not len(examples.targets):
             # No agent has shared any data.
             return None
         decay = self._run.fine_tune.ema_decay
-        average = MovingAverage(model, decay) if decay and self._group.local_rank == 0 else None
+        is_keeper = self._group.local_rank == 0 or is_sharded(model)
+        average = MovingAverage(model, decay) if decay and is_keeper else None
         path = self._directory.checkpoint_path
         path.parent.mkdir(parents=True, exist_ok=True)
         checkpoint = CheckpointFile(path, self._checkpoint_seconds, self._job.training_id, average)
@@ -341,6 +370,12 @@ def _trained(
 def _network(run: RunConfig) -> nn.Module:
     """Return the run's network, which is built once for all rounds; every round loads its own weights."""
     return build_model(run)
+
+
+@lru_cache(maxsize=1)
+def _sharded_network(run: RunConfig, group: Group, device: torch.device) -> nn.Module:
+    """Return the run's network, sharded over the ranks; as `_network`, it is built once for all rounds."""
+    return shard(build_model(run), group, device)
 
 
 def _by_class(start: Evaluation | None, published: Evaluation | None) -> tuple[ClassScore, ...]:

@@ -706,6 +706,26 @@ def test_two_ranks_under_torchrun_train_together_and_leave_with_their_server(
 
 
 @pytest.mark.soak
+def test_ranks_with_a_sharded_model_go_on_when_one_is_killed(state_dir, contributions, do):
+    more = {"epochs": 60, "parallel": "fsdp", "ema_decay": 0.9}
+    long = RUN.model_copy(update={"fine_tune": RUN.fine_tune.model_copy(update=more)})
+    alone, alone_directory = do(run=long, name="alone")
+    launcher = (
+        "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "--max-restarts", "1", "-m",
+    )  # fmt: skip
+    with trainer_in(state_dir, *launcher) as trainer:
+        sharded = ask(state_dir, job(contributions, run=long, name="sharded"))
+        trainer.wait_for_checkpoint(sharded)
+        trainer.kill_rank()
+        result = trainer.result_of(sharded)
+        assert trainer.output.count("training_resumed") == 2
+    assert (result.error, result.start, result.published) == (None, alone.start, alone.published)
+    assert result.candidates == pytest.approx(alone.candidates, abs=1.01 / 180)
+    found, expected = (read_state_dict(each.weights_path) for each in (sharded, alone_directory))
+    assert all(torch.allclose(found[name], expected[name], rtol=1e-3, atol=1e-4) for name in expected)
+
+
+@pytest.mark.soak
 def test_machines_that_share_the_folder_go_on_from_their_checkpoint(state_dir, contributions, do):
     long = RUN.model_copy(update={"fine_tune": RUN.fine_tune.model_copy(update={"epochs": 60})})
     alone, alone_directory = do(run=long, name="alone")

@@ -115,6 +115,16 @@ def test_align_measures_what_takes_the_time() -> None:
 
 
 @pytest.mark.soak
+def test_two_ranks_hold_half_of_a_sharded_model_each() -> None:
+    result = run("sharded", "--mib", 64, "--ranks", 1, 2)
+    alone, whole, half = (result["ranks"][name] for name in ("ddp, 1", "ddp, 2", "fsdp, 2"))
+    # Parameters, gradients and two moments, and a unit of 16 MiB and what the process needs besides.
+    assert alone["after_step_mib"] >= 4 * 64
+    assert whole["after_step_mib"] >= 4 * 64
+    assert half["after_step_mib"] < 0.5 * alone["after_step_mib"] + 2 * 16
+
+
+@pytest.mark.soak
 def test_two_ranks_read_half_each() -> None:
     result = run("ranks", "--mib", 24, "--ranks", 2)
     # A tenth or so is held back.
