@@ -221,6 +221,14 @@ def test_help_imports_nothing_that_takes_long(package: str) -> None:
     assert done.returncode == 0
 
 
+def test_nobody_loads_fsdp2_who_shards_no_model() -> None:
+    code = (
+        "import sys, ecavg.edge_agent.local, ecavg.cloud_server.trainer.work;"
+        "sys.exit(1 if {'torch.distributed.fsdp', 'torch.distributed.tensor'} & set(sys.modules) else 0)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
 def test_commands_about_tokens_and_agents_need_no_grpc() -> None:
     code = (
         "import sys, ecavg.cloud_server.commands.admin;"
