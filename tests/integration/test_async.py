@@ -69,7 +69,7 @@ POINTS = (
 )
 
 
-@pytest.mark.parametrize("point", others_soak((None, *POINTS), (None, Point.SERVER_CONTRIBUTION_RECORDED)))
+@pytest.mark.parametrize("point", others_soak((None, *POINTS), (Point.SERVER_CONTRIBUTION_RECORDED,)))
 def test_fast_agents_go_on_and_what_the_slow_one_has_done_counts_less(
     cluster: Cluster, point: Point | None
 ) -> None:
@@ -157,6 +157,7 @@ def check_average(cluster: Cluster, number: int) -> None:
         np.testing.assert_allclose(values, initial[name] + sums[name] / total, atol=1e-6)
 
 
+@pytest.mark.soak
 def test_agent_that_is_too_old_starts_again(cluster: Cluster) -> None:
     server = cluster.server(*PATIENT, "--max-staleness", 1)
     start_slow_agent(cluster)

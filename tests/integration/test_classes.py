@@ -54,6 +54,7 @@ def test_device_with_other_class_folders_is_refused_with_both_lists(cluster: Clu
     assert [each["name"] for each in report["classes"]] == list(PETS)
 
 
+@pytest.mark.soak
 def test_names_hold_after_a_restart_of_the_server(cluster: Cluster, tmp_path: Path) -> None:
     server = cluster.server("--min-agents", 2, *OWN)
     first = cluster.agent("edge-1", "--data", folder_of(tmp_path / "first", *PETS))

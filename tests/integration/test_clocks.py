@@ -136,6 +136,7 @@ def assert_no_fault(*commands: Command) -> None:
 # ---------------------------------------------------------------------- a device's clock
 
 
+@pytest.mark.soak
 def test_device_with_a_wrong_clock_enrolls_takes_part_and_says_how_far_off(
     cluster: Cluster, clocks: Clocks
 ) -> None:

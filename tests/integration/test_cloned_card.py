@@ -43,6 +43,7 @@ def test_second_of_two_running_devices_with_one_identity_is_refused(cluster: Clu
     assert [agent["agent_id"] for agent in cluster.report()["agents"]] == ["pi", "pj"]
 
 
+@pytest.mark.soak
 def test_contribution_of_a_copy_that_comes_later_is_not_said_to_be_accepted(cluster: Cluster) -> None:
     server = cluster.server("--min-agents", 2)
     copied = clone_of(cluster, "pi")

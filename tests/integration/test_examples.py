@@ -50,6 +50,7 @@ def test_own_data_and_own_model_run_as_the_readme_says(cluster: Cluster) -> None
     assert cluster.report()["model"] == "shapes:net"
 
 
+@pytest.mark.soak
 def test_pictures_with_masks_run_as_the_readme_says(cluster: Cluster) -> None:
     env = {"PYTHONPATH": str(EXAMPLES)}
     server = cluster.server("--config", EXAMPLES / "masks.toml", env=env)
@@ -99,6 +100,7 @@ def test_detection_runs_as_the_readme_says(cluster: Cluster) -> None:
     assert report["score_published"] > 0.1
 
 
+@pytest.mark.soak
 def test_own_loops_run_as_the_readme_says(cluster: Cluster, tmp_path: Path) -> None:
     need("Lightning", find_spec("pytorch_lightning"), "pytorch-lightning")
     env = {"PYTHONPATH": f"{EXAMPLES}:{ROOT}"}

@@ -99,6 +99,7 @@ def test_agent_is_forgotten_while_the_server_is_stopped_and_comes_back_anew(clus
     assert main(["check", str(cluster.state_dir)]) == 0
 
 
+@pytest.mark.soak
 def test_agent_that_is_forgotten_contributes_to_the_same_round_when_it_comes_back(cluster: Cluster) -> None:
     server = cluster.server("--rounds", 1, "--min-agents", 2, *QUICK)
 

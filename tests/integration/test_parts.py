@@ -14,6 +14,7 @@ from ecavg.common.schema import read_header
 from ecavg.common.weights import StateDict, read_state_dict, write_state_dict
 from tests.integration.test_wire import blob_path, has_reports, num_bytes, onlooker, query, wired
 from tests.processes import Cluster, until
+from tests.soak import others_soak
 
 MODULE = "tests.integration.models"
 SETTINGS = (
@@ -119,7 +120,7 @@ def test_pattern_that_matches_nothing_ends_the_server_at_its_start(cluster: Clus
     assert "Traceback" not in server.output
 
 
-@pytest.mark.parametrize("newcomer", ["edge-2", "edge-3"])
+@pytest.mark.parametrize("newcomer", others_soak(["edge-2", "edge-3"], ["edge-3"]))
 def test_device_goes_on_with_its_own_head_and_a_late_one_begins_with_the_clouds(
     cluster: Cluster, tmp_path: Path, newcomer: str
 ) -> None:

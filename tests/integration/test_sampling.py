@@ -83,6 +83,7 @@ def test_same_seed_draws_the_same_sample(cluster: Cluster, tmp_path: Path) -> No
         assert other.report(2)["weights"] == cluster.report(2)["weights"]
 
 
+@pytest.mark.soak
 def test_draw_outlives_the_server(cluster: Cluster, tmp_path: Path) -> None:
     name, others = kill_after_draw(cluster, tmp_path / "died")
     # The next life would draw one of the two others, which alone are there.
@@ -189,6 +190,7 @@ def test_agent_that_is_not_ready_does_not_contribute_and_takes_the_model(cluster
         assert reported(cluster, number) == ["edge-1", "edge-2"]
 
 
+@pytest.mark.soak
 def test_agent_that_is_busy_is_passed_over_from_then_on(cluster: Cluster) -> None:
     busy = cluster.folder / "busy"
     server = cluster.server(*SAMPLED[:-1], 2, "--agents-per-round", 2)

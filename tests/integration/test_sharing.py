@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import pytest
+
 from ecavg.cloud_server.__main__ import main
 from ecavg.common.shards import read_shard
 from tests.integration.test_data_travel_once import next_rounds, sent
@@ -69,6 +71,7 @@ def test_round_to_which_nobody_gives_data_publishes_the_average(cluster: Cluster
     assert main(["check", str(cluster.state_dir)]) == 0
 
 
+@pytest.mark.soak
 def test_agent_that_shares_less_from_now_on_sends_nothing_more(cluster: Cluster) -> None:
     server = cluster.server("--rounds", 0, "--min-agents", 1, *QUICK)
     device = agent(cluster, 1, 1, "all")

@@ -260,6 +260,7 @@ def cold(*words: object, cwd: Path) -> Iterator[subprocess.Popen[bytes]]:
         process.communicate()
 
 
+@pytest.mark.soak
 def test_user_without_a_home_takes_part_in_a_folder_of_any_name(tmp_path: Path) -> None:
     """Server, trainer and agent have default settings, and all files come from Windows."""
     need("user namespace", subprocess.run([*NOBODY, "true"], check=False).returncode == 0, "util-linux")

@@ -83,7 +83,7 @@ DEATHS = (
 )
 
 
-@pytest.mark.parametrize(("point", "count"), others_soak(DEATHS, DEATHS[:2]))
+@pytest.mark.parametrize(("point", "count"), others_soak(DEATHS, DEATHS[:1]))
 def test_server_killed_in_the_warm_up_goes_on_to_the_same_digest(
     cluster: Cluster, digest: str, tmp_path: Path, point: Point, count: int
 ) -> None:
@@ -109,7 +109,10 @@ def test_trainer_killed_in_the_warm_up_does_it_again(cluster: Cluster, digest: s
     assert cluster.report()["weights"]["sha256"] == digest
 
 
-@pytest.mark.parametrize("point", [Point.AGENT_CONTRIBUTED, Point.AGENT_CONTRIBUTION_SAVED])
+AGENT_DEATHS = (Point.AGENT_CONTRIBUTED, Point.AGENT_CONTRIBUTION_SAVED)
+
+
+@pytest.mark.parametrize("point", others_soak(AGENT_DEATHS, AGENT_DEATHS[:1]))
 def test_agent_killed_in_the_warm_up_goes_on_to_the_same_digest(
     cluster: Cluster, digest: str, tmp_path: Path, point: Point
 ) -> None:

@@ -20,6 +20,7 @@ from ecavg.common.wire import Base, decode, encoding_of
 from ecavg.edge_agent.client import CloudClient
 from ecavg.edge_agent.metrics import AgentMetrics
 from tests.processes import Cluster, Command, until
+from tests.soak import others_soak
 
 NUM_ROUNDS = 2
 SETTINGS = (
@@ -108,7 +109,7 @@ async def test_weights_travel_encoded_both_ways(
     assert [starts.get(base) for (base,) in query(cluster, "SELECT base FROM encodings")] == expected
 
 
-@pytest.mark.parametrize("newcomer", ["edge-2", "edge-3"])
+@pytest.mark.parametrize("newcomer", others_soak(["edge-2", "edge-3"], ["edge-3"]))
 def test_agent_without_the_base_takes_the_model_as_it_is(
     cluster: Cluster, tmp_path: Path, newcomer: str
 ) -> None:

@@ -53,6 +53,7 @@ assert different == (["1.running_mean", "1.running_var"] if rank else []), diffe
 """
 
 
+@pytest.mark.soak
 def test_ranks_need_not_share_statistics(tmp_path: Path) -> None:
     run_ranks(STATISTICS_SCRIPT, tmp_path)
 
