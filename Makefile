@@ -12,7 +12,7 @@ help:
 	@echo "make coverage  the same, and which lines they do not reach"
 	@echo "make test-gpu  the tests that need a GPU, and the speed of training on it (ten minutes)"
 	@echo "make check   style, types, house rules, and what bandit and pip-audit say"
-	@echo "make soak    every case that make test leaves, and 200 random kills (half an hour)"
+	@echo "make soak    every case that make test leaves, and 200 random kills (an hour or more)"
 	@echo "make fuzz    coverage-guided fuzzing of what strangers' bytes meet (FUZZ_SECONDS=600 each)"
 	@echo "make bench   speed, memory and bytes (minutes); make bench-peers: the same rounds on Flower and NVFlare"
 	@echo "make docs    write what docs/ has from the code, and build the documentation site in site/"
