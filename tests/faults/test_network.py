@@ -204,6 +204,7 @@ async def test_link_with_seconds_of_delay_connects(cluster: ImpatientCluster) ->
         assert (proxy.num_connections, agent.troubles) == (1, [])
 
 
+@pytest.mark.soak
 async def test_agent_leaves_a_black_hole_and_resumes(cluster: ImpatientCluster, tmp_path: Path) -> None:
     path, blob = shard(tmp_path, 16 * MIB)
     plan = Flow(Fault(Action.BLACK_HOLE, 8 * MIB), bytes_per_second=LINK_BYTES_PER_SECOND)

@@ -95,6 +95,7 @@ def test_connections_that_say_nothing_make_room_for_others(target: Target) -> No
     assert counted(target, "ecavg_server_connections_ended_total") > before
 
 
+@pytest.mark.soak
 def test_connections_that_send_a_byte_now_and_then_are_ended(target: Target) -> None:
     hello = b"\x16\x03\x01\x02\x00" + bytes(512)
     context = raw.tls_context(target.cluster.folder / target.agent("attacker").agent_id)

@@ -54,6 +54,7 @@ def test_plan_stays_when_more_rounds_are_asked_for(cluster: Cluster) -> None:
     assert [planned_rounds(cluster, number) for number in (1, 2, 3)] == [2, 2, 2]
 
 
+@pytest.mark.soak
 def test_run_without_an_end_plans_one_round(cluster: Cluster) -> None:
     server = cluster.server(*OVER_RUN, "--rounds", 0)
     agents = [cluster.agent(f"edge-{n}", "--partition", f"{n}/2") for n in (1, 2)]

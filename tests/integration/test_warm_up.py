@@ -136,6 +136,7 @@ def test_where_nobody_shares_there_is_no_warm_up(cluster: Cluster, tmp_path: Pat
         assert not StateDir(other.state_dir).report(0).exists()
 
 
+@pytest.mark.soak
 def test_agent_that_comes_after_the_warm_up_starts_from_its_model(cluster: Cluster, tmp_path: Path) -> None:
     _, environment = armed_with(Point.SERVER_ROUND_OPENED, 1, tmp_path / "died")
     server = cluster.server(*WARM, "--min-agents", 1, env=dict(environment))
@@ -150,6 +151,7 @@ def test_agent_that_comes_after_the_warm_up_starts_from_its_model(cluster: Clust
 
 
 @pytest.mark.parametrize("settings", [("run.wire=int8",), ("run.retain_data=round", "keep_rounds=1")])
+@pytest.mark.soak
 def test_warm_up_goes_with_other_settings(cluster: Cluster, settings: tuple[str, ...]) -> None:
     more = [word for setting in settings for word in ("--set", setting)]
     play(cluster, *WARM[:3], 2, *WARM[4:], *more)

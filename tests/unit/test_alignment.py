@@ -36,7 +36,7 @@ FAMILIES = {
 IMAGE_SIZES = {"inception_v3": 80, "maxvit_t": 224, "vgg11": 32, "resnet50": 32, "densenet121": 32}
 
 # Each of these has neighbours here with the same layers.
-TAKE_LONG = ("vgg11", "maxvit_t", "efficientnet_v2_s")
+TAKE_LONG = ("vgg11", "maxvit_t", "efficientnet_v2_s", "swin_v2_t", "mnasnet0_5")
 
 
 @pytest.fixture(autouse=True)
