@@ -1,15 +1,18 @@
 """Recipes of trainings for tests, with small images and models, one of which has every kind of state."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as v2
 
+from ecavg.cloud_server.state_dir import blob_path
 from ecavg.common.config import RunConfig, TrainingConfig
 from ecavg.common.dataset import pictures
 from ecavg.common.tasks.task import task_of
 from ecavg.common.training import Recipe
+from ecavg.common.transfer import blob_of
 from ecavg.edge_agent.data import AgentData, load_agent_data
 
 CPU = torch.device("cpu")
@@ -99,3 +102,11 @@ def data_of(run: RunConfig, source: str | None = None, **options: Any) -> AgentD
     """Return what an agent has of a source; options are those of `load_agent_data`."""
     defaults = {"data_dir": None, "partition": None, "seed_name": "edge-1", "allowed_factories": ()}
     return load_agent_data(run, source=source, **{**defaults, **options})
+
+
+def put(path: Path, blobs_dir: Path) -> str:
+    """Move a file to the blobs, and return its digest."""
+    digest = blob_of(path).digest
+    blob_path(blobs_dir, digest).parent.mkdir(parents=True, exist_ok=True)
+    path.rename(blob_path(blobs_dir, digest))
+    return digest

@@ -1,6 +1,5 @@
 """Rounds of every task, by the real trainer and the real agent's models, in this process."""
 
-import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,6 @@ import torch
 
 from ecavg.cloud_server.contribution import Contribution
 from ecavg.cloud_server.jobs import Job, JobDirectory, Result
-from ecavg.cloud_server.state_dir import blob_path
 from ecavg.cloud_server.trainer import work
 from ecavg.cloud_server.trainer.group import Group
 from ecavg.common.config import RunConfig
@@ -26,7 +24,7 @@ from ecavg.common.weights import write_state_dict
 from ecavg.edge_agent.data import AgentData
 from ecavg.edge_agent.local import LocalModels
 from ecavg.edge_agent.state import AgentState
-from tests.recipes import CPU
+from tests.recipes import CPU, put
 
 RNG = np.random.default_rng(0)
 NUM_EXAMPLES = 120
@@ -86,13 +84,6 @@ CASES: dict[str, tuple[RunConfig, Callable[[], Shard], float]] = {
         0.7,
     ),
 }
-
-
-def put(path: Path, blobs_dir: Path) -> str:
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    blob_path(blobs_dir, digest).parent.mkdir(parents=True, exist_ok=True)
-    path.rename(blob_path(blobs_dir, digest))
-    return digest
 
 
 def contributed(run: RunConfig, shard: Shard, agent_id: str, blobs_dir: Path) -> Contribution:

@@ -17,7 +17,6 @@ from ecavg.cloud_server.contribution import Contribution
 from ecavg.cloud_server.intake.gates import DataGate
 from ecavg.cloud_server.intake.turns import Turns
 from ecavg.cloud_server.intake.uploads import Uploads
-from ecavg.cloud_server.state_dir import blob_path
 from ecavg.cloud_server.store import Store
 from ecavg.cloud_server.trainer.audit import audit
 from ecavg.cloud_server.trainer.finetune import combine
@@ -37,7 +36,7 @@ from ecavg.edge_agent.local import LocalModels
 from ecavg.edge_agent.shard_files import keep_late_targets, keep_shards
 from ecavg.edge_agent.state import AgentState
 from ecavg.edge_agent.tables import TableFormat
-from tests.recipes import CPU, data_of
+from tests.recipes import CPU, data_of, put
 
 MISSING = {"targets": {"missing": True}}
 RUN = RunConfig(**MISSING)
@@ -55,13 +54,6 @@ def partly_labelled(num: int = 60) -> Shard:
     labels = np.arange(num) % 10
     labels[np.arange(num) % 3 > 0] = -1
     return Shard(images(num), labels)
-
-
-def put(path: Path, blobs_dir: Path) -> str:
-    digest = blob_of(path).digest
-    blob_path(blobs_dir, digest).parent.mkdir(parents=True, exist_ok=True)
-    path.rename(blob_path(blobs_dir, digest))
-    return digest
 
 
 # ---------------------------------------------------------------------- the gate for shards

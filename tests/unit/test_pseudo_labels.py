@@ -11,7 +11,6 @@ from sklearn.datasets import load_digits
 
 from ecavg.cloud_server.contribution import Contribution
 from ecavg.cloud_server.jobs import Job, JobDirectory, Result
-from ecavg.cloud_server.state_dir import blob_path
 from ecavg.cloud_server.trainer import work
 from ecavg.cloud_server.trainer.finetune import combine, pseudo_labels, read_unlabelled, with_pseudo_labels
 from ecavg.cloud_server.trainer.group import Group
@@ -21,9 +20,8 @@ from ecavg.common.models import build_model
 from ecavg.common.shards import Shard, write_shard
 from ecavg.common.tasks.task import task_of
 from ecavg.common.training import train
-from ecavg.common.transfer import blob_of
 from ecavg.common.weights import write_state_dict
-from tests.recipes import CPU, recipe_of
+from tests.recipes import CPU, put, recipe_of
 
 
 def configured(confidence: float) -> RunConfig:
@@ -35,13 +33,6 @@ def configured(confidence: float) -> RunConfig:
 
 
 RUN = configured(0.8)
-
-
-def put(path: Path, blobs_dir: Path) -> str:
-    digest = blob_of(path).digest
-    blob_path(blobs_dir, digest).parent.mkdir(parents=True, exist_ok=True)
-    path.rename(blob_path(blobs_dir, digest))
-    return digest
 
 
 @pytest.fixture

@@ -12,7 +12,6 @@ from torchvision.models import resnet18
 
 from ecavg.cloud_server.contribution import Contribution
 from ecavg.cloud_server.jobs import Job, JobDirectory, Result
-from ecavg.cloud_server.state_dir import blob_path
 from ecavg.cloud_server.trainer import finetune, work
 from ecavg.cloud_server.trainer.group import Group
 from ecavg.cloud_server.trainer.moving_average import MovingAverage
@@ -26,9 +25,8 @@ from ecavg.common.sharding import copy_whole, gather, is_sharded, local, shard, 
 from ecavg.common.shards import Shard, write_shard
 from ecavg.common.tasks.classification import Classification
 from ecavg.common.training import Examples, Recipe, StepReport, train
-from ecavg.common.transfer import blob_of
 from ecavg.common.weights import read_state_dict, write_state_dict
-from tests.recipes import CPU, SPEC, PowerCutError, Tied, make_data
+from tests.recipes import CPU, SPEC, PowerCutError, Tied, make_data, put
 from tests.unit.rank_processes import run_ranks
 
 # So far apart, relatively and absolutely, weights may be because of rounding.
@@ -103,13 +101,6 @@ RUNS = {
         fine_tune={**SGD, "pseudo_label_confidence": 0.12},
     ),
 }  # fmt: skip
-
-
-def put(path: Path, blobs_dir: Path) -> str:
-    digest = blob_of(path).digest
-    blob_path(blobs_dir, digest).parent.mkdir(parents=True, exist_ok=True)
-    path.rename(blob_path(blobs_dir, digest))
-    return digest
 
 
 def contribution(run: RunConfig, number: int, blobs_dir: Path) -> Contribution:

@@ -1,6 +1,5 @@
 """Contributions that started from older global models: taken, recorded, kept, and merged with less weight."""
 
-import hashlib
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -31,6 +30,7 @@ from ecavg.common.models import build_model
 from ecavg.common.run_state import Outcome
 from ecavg.common.weights import StateDict, read_state_dict, write_state_dict
 from ecavg.common.wire import Base, encode, wire_of
+from tests.recipes import put
 from tests.unit.states import AGENT, begin, contribute, digest_of, model_of, publish, run_rounds, upload
 
 INITIAL, EARLIER, EARLIEST = "0" * 64, "1" * 64, "2" * 64
@@ -225,13 +225,6 @@ def test_shifting_holds_a_piece_of_each_model_and_may_take_the_place_of_the_weig
     # The sum is in float64.
     assert 0 < largest.num_bytes <= 8 * PIECE_ELEMENTS
     assert own.read_bytes() == (tmp_path / "shifted").read_bytes()
-
-
-def put(path: Path, blobs_dir: Path) -> str:
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    blob_path(blobs_dir, digest).parent.mkdir(parents=True, exist_ok=True)
-    path.rename(blob_path(blobs_dir, digest))
-    return digest
 
 
 @pytest.mark.parametrize("wire", ["float32", "bfloat16", "int8"])
