@@ -201,8 +201,13 @@ def usage_of(pid: int) -> Usage:
 
 def peak_bytes(pid: int | str = "self") -> int:
     """Return the peak physical memory of the process so far (VmHWM)."""
+    return memory_bytes("VmHWM", pid)
+
+
+def memory_bytes(what: str, pid: int | str = "self") -> int:
+    """Return a figure of a process's memory, by its name in proc(5); 0 where the process has none."""
     for line in Path(f"/proc/{pid}/status").read_text("utf-8").splitlines():
-        if line.startswith("VmHWM:"):
+        if line.startswith(f"{what}:"):
             return int(line.split()[1]) * 1024
     return 0
 

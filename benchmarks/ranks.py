@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import figures
+from benchmarks.processes import memory_bytes
 from ecavg.cloud_server.contribution import Contribution
 from ecavg.cloud_server.state_dir import blob_path
 from ecavg.cloud_server.trainer.finetune import combine, fine_tune
@@ -114,9 +115,7 @@ def _one_rank(folder: Path, rank: int, world_size: int) -> dict[str, float]:
 
 def _own_mib() -> float:
     """Return the memory of this process that is no page of a file, in MiB."""
-    status = Path("/proc/self/status").read_text("utf-8")
-    (line,) = [line for line in status.splitlines() if line.startswith("RssAnon:")]
-    return int(line.split()[1]) / 1024
+    return memory_bytes("RssAnon") / 2**20
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ import torch
 from torch import nn
 
 from benchmarks import figures
+from benchmarks.processes import memory_bytes
 from ecavg.common.config import TrainingConfig
 from ecavg.common.dataset import pictures
 from ecavg.common.ranks import Ranks
@@ -130,9 +131,7 @@ def _one_rank(arguments: argparse.Namespace) -> dict[str, float]:
 
 def _own_mib(what: str) -> float:
     """Return a figure of this process's memory, by its name in /proc, in MiB."""
-    status = Path("/proc/self/status").read_text("utf-8")
-    (line,) = [line for line in status.splitlines() if line.startswith(f"{what}:")]
-    return int(line.split()[1]) / 1024
+    return memory_bytes(what) / 2**20
 
 
 if __name__ == "__main__":

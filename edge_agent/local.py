@@ -200,7 +200,7 @@ class LocalModels:
         every = [known.shard.targets for known in (*self._shared, *self._private)]
         self.num_examples = sum(int(has_target(each, run.spec.targets).sum()) for each in every)
         self.num_without_target = sum(map(len, every)) - self.num_examples
-        self._check_that_some_are_trained_on()
+        self._trained = self._trained_parts()
 
     def most_weights_bytes(self) -> int:
         """Return how large a file with weights of the run's model may be."""
@@ -440,20 +440,15 @@ class LocalModels:
 
     def _examples(self) -> Examples:
         """Return the examples to train on."""
-        return Examples(*map(torch.from_numpy, gather(self._parts(), self._run.spec)))
+        return Examples(*map(torch.from_numpy, gather(self._trained, self._run.spec)))
 
-    def _check_that_some_are_trained_on(self) -> None:
-        """Raise UsageError if the cloud holds back all examples that have a target."""
-        if not any(len(indices) for _, indices in self._parts()):
-            raise UsageError(
-                f"{self.num_examples} of the examples to train on have a target, and the cloud holds back as"
-                " many: tell the targets of more examples"
-            )
-
-    def _parts(self) -> list[tuple[Shard, np.ndarray]]:
+    def _trained_parts(self) -> list[tuple[Shard, np.ndarray]]:
         """Return the shards, each with its examples that the cloud fine-tunes on or never sees.
 
         All of them have a target. The other ones are those that the cloud chooses and evaluates on.
+
+        Raises:
+            UsageError: the cloud holds back all examples that have a target.
         """
         spec = self._run.spec
         fraction = self._run.fine_tune.holdout_fraction
@@ -462,6 +457,11 @@ class LocalModels:
         parts += [
             (shard, np.flatnonzero(has_target(shard.targets, spec.targets))) for shard, _ in self._private
         ]
+        if not any(len(indices) for _, indices in parts):
+            raise UsageError(
+                f"{self.num_examples} of the examples to train on have a target, and the cloud holds back as"
+                " many: tell the targets of more examples"
+            )
         return parts
 
     def _objection(self, before: Evaluation | None, after: Evaluation) -> str:

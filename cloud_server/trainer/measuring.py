@@ -112,8 +112,8 @@ class Measuring:
             seed=derive_seed(self.run.seed, "statistics"),
             ranks=self._ranks,
         )
-        for name, buffer in self._on_ranks.named_buffers():
-            if self._on_ranks is not self.model:
+        if self._on_ranks is not self.model:
+            for name, buffer in self._on_ranks.named_buffers():
                 self.model.get_buffer(name).copy_(buffer)
 
     def _on_device(self, part: Literal["train", "held_out"]) -> DeviceData:
