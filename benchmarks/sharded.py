@@ -12,6 +12,7 @@ this size in its heap; the ranks have an environment in which it gives them back
 """
 
 import argparse
+import importlib
 import json
 import os
 import subprocess
@@ -98,6 +99,8 @@ def _one_rank(arguments: argparse.Namespace) -> dict[str, float]:
         torch.distributed.init_process_group(
             "gloo", init_method=where, rank=ranks.rank, world_size=ranks.world_size
         )
+    # What is imported later would count as the model's.
+    importlib.import_module("torch.distributed.fsdp")
     device, before = torch.device("cpu"), _own_mib("RssAnon")
     layers = [
         nn.Sequential(nn.Linear(WIDTH, WIDTH, bias=False), nn.ReLU())
