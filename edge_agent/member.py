@@ -132,6 +132,8 @@ class Member:
             await self._withdrawals.follow(state)
         elif self._is_new_model(state):
             await self._take_latest_model(state)
+        elif self._is_lost(state):
+            await self._count_as_new_again()
         elif self._is_open_round(state):
             await self._news.unless(self._is_to_break_off, self._contribute_traced(state))
         else:
@@ -155,7 +157,7 @@ class Member:
 
     def _is_called_for(self, state: RunState) -> bool:
         is_for_model = self._withdrawals.has_news(state) or self._is_new_model(state)
-        is_work = is_for_model or self._is_open_round(state)
+        is_work = is_for_model or self._is_lost(state) or self._is_open_round(state)
         return state.run_over or (is_work and self._data.is_ready)
 
     def _is_new_model(self, state: RunState) -> bool:
@@ -235,7 +237,22 @@ class Member:
         if outcome is not Outcome.ACCEPTED:
             return {"waits_since": time.time()}
         self._client.say_new_examples(0)
-        return {"waits_since": time.time(), "num_contributed": self._disk.progress.num_taken}
+        progress = self._disk.progress
+        return {
+            "waits_since": time.time(),
+            "num_contributed": progress.num_taken,
+            "num_contributed_before": progress.num_contributed,
+        }
+
+    def _is_lost(self, state: RunState) -> bool:
+        """Return True if the round of the last contribution has failed and its examples are to be new again."""
+        is_settled = self._disk.progress.num_contributed_before is None
+        return state.phase is RoundPhase.FAILED and state.outcome is Outcome.ACCEPTED and not is_settled
+
+    async def _count_as_new_again(self) -> None:
+        before = self._disk.progress.num_contributed_before
+        await self._save(num_contributed=before, num_contributed_before=None)
+        await self._readiness.look()
 
     async def _offer(self, state: RunState) -> Offer:
         """Return what this agent has pre-trained; for the warm-up, the initial weights as they are."""

@@ -112,6 +112,8 @@ class Progress(FrozenModel):
     # one that was accepted.
     num_taken: int = 0
     num_contributed: int = 0
+    # What `num_contributed` was before that one; None: its round has failed, and that is made good.
+    num_contributed_before: int | None = None
     # The round whose model is in use because it was pinned; 0: another model may be in use by now.
     pinned_round: int = 0
     # The last acknowledged reports of models that came into use.

@@ -14,7 +14,7 @@ from ecavg.common import rpc
 from ecavg.common.config import RunConfig
 from ecavg.common.dataset import CLASS_NAMES
 from ecavg.common.errors import BudgetError, InvalidError, NotFoundError, Reason, UnavailableError, UsageError
-from ecavg.common.run_state import Phase, PublishedModel, RunState, Verdict, Wait
+from ecavg.common.run_state import Outcome, Phase, PublishedModel, RunState, Verdict, Wait
 from ecavg.common.transfer import Blob
 from ecavg.edge_agent import agent as agent_module
 from ecavg.edge_agent.agent import EdgeAgent
@@ -72,7 +72,14 @@ class Started:
         # Called in the place of the progress display.
         self.show_step: Any = None
 
-    def send(self, *, latest: int = 0, over: bool = False, phase: str = "collecting") -> None:
+    def send(
+        self,
+        *,
+        latest: int = 0,
+        over: bool = False,
+        phase: str = "collecting",
+        outcome: Outcome | None = None,
+    ) -> None:
         weights = self.cloud.published if latest else NO_BLOB
         initial = self.cloud.initial
         state = run_state(
@@ -82,6 +89,7 @@ class Started:
             latest_model=PublishedModel(latest, weights, None) if latest else None,
             counted_round=latest,
             run_over=over,
+            outcome=outcome,
         )
         self.client.states.put_nowait(state)
 
@@ -496,7 +504,30 @@ async def test_data_that_cannot_be_read_again_are_used_as_they_were(
     assert started.cloud.counts["contributions"] == 1
     # What has come since is new until it can be read.
     assert started.disk.progress.num_contributed == 7
+    assert started.disk.progress.num_contributed_before == 0
     assert any("those of before are used: no class folders" in text for text in started.said)
+
+
+@pytest.mark.parametrize(
+    ("phase", "outcome", "num_contributed"),
+    [
+        ("failed", Outcome.ACCEPTED, 2),
+        # This device had no part in the round that failed.
+        ("failed", None, 7),
+        ("fine_tuning", Outcome.ACCEPTED, 7),
+    ],
+)
+async def test_examples_of_a_round_that_failed_are_new_again(
+    tmp_path: Path, phase: str, outcome: Outcome | None, num_contributed: int
+) -> None:
+    started = Started(tmp_path)
+    started.disk.save(
+        Progress(run_id="run", contributed_round=1, num_contributed=7, num_contributed_before=2)
+    )
+    started.send(phase=phase, outcome=outcome)
+    started.send(phase=phase, outcome=outcome, over=True)
+    await started.run()
+    assert started.disk.progress.num_contributed == num_contributed
 
 
 async def test_data_that_have_changed_are_read_again_before_the_training(
