@@ -36,7 +36,7 @@ def run(*args: object, env: dict[str, str] | None = None) -> tuple[int, str]:
     [
         (
             ("--preset", "mnist"),
-            "unknown preset 'mnist': choose breast-cancer-mlp, cifar10-mobilenetv2, cifar100-resnet50",
+            "unknown preset 'mnist': choose breast-cancer-mlp, cifar10-mobilenetv2, cifar10-",
         ),
         (("--set", "run.dataset=mnits"), "unknown dataset 'mnits': choose digits, mnist"),
         (("--set", "run.sead=3"), "unknown key 'run.sead' (from the command line)"),
