@@ -245,7 +245,7 @@ class Member:
         }
 
     def _is_lost(self, state: RunState) -> bool:
-        """Return True if the round of the last contribution has failed and its examples are to be new again."""
+        """Return True if the round of the last contribution has failed: its examples are to be new again."""
         is_settled = self._disk.progress.num_contributed_before is None
         return state.phase is RoundPhase.FAILED and state.outcome is Outcome.ACCEPTED and not is_settled
 
