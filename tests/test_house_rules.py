@@ -36,6 +36,7 @@ MAY_IMPORT_TORCH = {
     "common/tasks/segmentation.py",
     "common/tasks/task.py",
     "common/training.py",
+    "common/training_step.py",
     "common/weights.py",
     "common/windows.py",
     "edge_agent/downloads.py",

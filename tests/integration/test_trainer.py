@@ -27,7 +27,7 @@ from ecavg.cloud_server.trainer.aggregation import mean
 from ecavg.cloud_server.trainer.finetune import CombinedData, combine
 from ecavg.cloud_server.trainer.group import OWN_STORE, Group
 from ecavg.cloud_server.training import runner
-from ecavg.common import training
+from ecavg.common import training, training_step
 from ecavg.common.config import FineTuneConfig, RunConfig
 from ecavg.common.errors import Reason
 from ecavg.common.evaluation import evaluate
@@ -267,7 +267,7 @@ def test_round_whose_graph_takes_the_last_memory_is_done_with_half_the_batch_and
     do, contributions, monkeypatch
 ):
     recorder = Failing(0, error=torch.OutOfMemoryError, text="CUDA out of memory")
-    take = training._Step.take
+    take = training_step.TrainingStep.take
 
     def take_or_fail(step, batch, batch_size):
         # There is no memory for a full batch any more, and enough for half of one.
@@ -277,7 +277,7 @@ def test_round_whose_graph_takes_the_last_memory_is_done_with_half_the_batch_and
 
     monkeypatch.setattr(training, "MIN_STEPS", 1)
     monkeypatch.setattr(training, "recorder_for", lambda device: recorder)
-    monkeypatch.setattr(training._Step, "take", take_or_fail)
+    monkeypatch.setattr(training_step.TrainingStep, "take", take_or_fail)
     first = job(contributions)
     result, _ = do(run=first.run)
     assert result.error.kind == "out_of_memory"

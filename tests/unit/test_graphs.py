@@ -19,7 +19,7 @@ from ecavg.cloud_server.contribution import Contribution
 from ecavg.cloud_server.jobs import Job, JobDirectory
 from ecavg.cloud_server.trainer import pipeline
 from ecavg.cloud_server.trainer.group import Group
-from ecavg.common import graphs, training
+from ecavg.common import graphs, training, training_step
 from ecavg.common.checkpoint import CheckpointFile
 from ecavg.common.config import RunConfig, TrainingConfig
 from ecavg.common.dataset import pictures
@@ -76,7 +76,7 @@ def make_data() -> Examples:
 def _small_trainings_on_a_gpu_that_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(training, "MIN_STEPS", 1)
     monkeypatch.setattr(training, "REPORT_SECONDS", 0.0)
-    monkeypatch.setattr(training, "_has_tensor_rate", lambda device: True)
+    monkeypatch.setattr(training_step, "_has_tensor_rate", lambda device: True)
 
 
 class Trained:
@@ -138,7 +138,7 @@ def test_batches_of_one_size_are_all_replayed() -> None:
 
 
 def test_tape_knows_nothing_of_python_as_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(training, "_has_tensor_rate", lambda device: False)
+    monkeypatch.setattr(training_step, "_has_tensor_rate", lambda device: False)
     constant, cosine = ({"schedule": schedule} for schedule in ("constant", "cosine"))
     assert_same(Trained(make_model(), TapeRecorder(), **constant), Trained(make_model(), None, **constant))
     with pytest.raises(AssertionError):
@@ -221,14 +221,14 @@ def test_lack_of_memory_for_the_comparison_leaves_an_ordinary_training(
 
 
 def test_lack_of_memory_in_a_usual_step_as_well_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    recorder, take = without_memory(), training._Step.take
+    recorder, take = without_memory(), training_step.TrainingStep.take
 
     def take_or_fail(step: Any, batch: Any, batch_size: int) -> None:
         if recorder.num_asked:
             raise torch.OutOfMemoryError(NO_MEMORY)
         take(step, batch, batch_size)
 
-    monkeypatch.setattr(training._Step, "take", take_or_fail)
+    monkeypatch.setattr(training_step.TrainingStep, "take", take_or_fail)
     with pytest.raises(torch.OutOfMemoryError):
         Trained(make_model(), recorder)
 

@@ -13,7 +13,7 @@ from ecavg.cloud_server.trainer.finetune import CombinedData, fine_tune
 from ecavg.cloud_server.trainer.measuring import Measuring
 from ecavg.cloud_server.trainer.moving_average import MovingAverage
 from ecavg.cloud_server.trainer.selection import Selection
-from ecavg.common import training
+from ecavg.common import training, training_step
 from ecavg.common.batches import DeviceData
 from ecavg.common.config import FineTuneConfig, RunConfig
 from ecavg.common.models import build_model
@@ -103,7 +103,7 @@ def test_average_is_the_same_where_steps_are_replayed(
 ) -> None:
     recorder = TapeRecorder()
     run = RUN.model_copy(update={"fine_tune": RUN.fine_tune.model_copy(update={"epochs": 15})})
-    monkeypatch.setattr(training, "_has_tensor_rate", lambda device: True)
+    monkeypatch.setattr(training_step, "_has_tensor_rate", lambda device: True)
 
     def averaged() -> Tensor:
         model = build_model(run, seed=1)

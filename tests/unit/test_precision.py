@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ecavg.common import precision, training
+from ecavg.common import precision, training, training_step
 from ecavg.common.checkpoint import CheckpointFile
 from ecavg.common.config import RunConfig, TrainingConfig
 from ecavg.common.dataset import pictures
@@ -186,7 +186,7 @@ def test_lack_of_memory_says_nothing_of_bfloat16(monkeypatch: pytest.MonkeyPatch
     def fail(*_: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(training._Step, "take", fail)
+    monkeypatch.setattr(training_step.TrainingStep, "take", fail)
     with pytest.raises(torch.OutOfMemoryError):
         training.can_train_in_bfloat16(*odd_model("linear"), CPU)
 

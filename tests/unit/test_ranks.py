@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ecavg.common import training
+from ecavg.common import training_step
 from ecavg.common.config import TrainingConfig
 from ecavg.common.ranks import ALONE, Ranks
 from ecavg.common.tasks.classification import Classification
@@ -43,7 +43,7 @@ def trained():
     return model.state_dict()
 
 found = trained()
-with patch("ecavg.common.training._has_shared_buffers", return_value=True) as shared:
+with patch("ecavg.common.training_step._has_shared_buffers", return_value=True) as shared:
     expected = trained()
 assert shared.called
 torch.distributed.destroy_process_group()
@@ -60,9 +60,9 @@ def test_ranks_need_not_share_statistics(tmp_path: Path) -> None:
 
 def test_ranks_share_other_buffers() -> None:
     model = make_model(batch_norm=True)
-    assert not training._has_shared_buffers(model)
+    assert not training_step._has_shared_buffers(model)
     model[2].register_buffer("mean", torch.zeros(1))
-    assert training._has_shared_buffers(model)
+    assert training_step._has_shared_buffers(model)
 
 
 class HalvedNorm(nn.BatchNorm2d):

@@ -15,7 +15,7 @@ from ecavg.cloud_server.jobs import Job, JobDirectory, Result
 from ecavg.cloud_server.trainer import finetune, work
 from ecavg.cloud_server.trainer.group import Group
 from ecavg.cloud_server.trainer.moving_average import MovingAverage
-from ecavg.common import training
+from ecavg.common import training, training_step
 from ecavg.common.checkpoint import CheckpointFile
 from ecavg.common.config import RunConfig, TrainingConfig
 from ecavg.common.errors import UsageError
@@ -194,9 +194,9 @@ def cut_and_resume(rank: int, world_size: int, folder: Path) -> None:
 def count(rank: int, world_size: int, folder: Path) -> None:
     """Write how many numbers this rank has for parameters, gradients and the optimizer, in a training."""
     counts: dict[str, int] = {}
-    take = training._Step.take
+    take = training_step.TrainingStep.take
 
-    def taken(step: training._Step, *arguments: Any, **more: Any) -> None:
+    def taken(step: training_step.TrainingStep, *arguments: Any, **more: Any) -> None:
         take(step, *arguments, **more)
         parameters = list(step._model.parameters())
         moments = [
@@ -210,7 +210,7 @@ def count(rank: int, world_size: int, folder: Path) -> None:
             counts[name] = sum(local(each).numel() for each in tensors)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training._Step, "take", taken)
+        patch.setattr(training_step.TrainingStep, "take", taken)
         Cut(Ranks(rank, world_size, rank), None)
     write_state_dict({name: torch.tensor(each) for name, each in counts.items()}, folder / f"counts-{rank}")
 
