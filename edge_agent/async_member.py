@@ -24,13 +24,15 @@ log = structlog.get_logger()
 class AsyncMember(Member):
     """A member that contributes to whichever round is open when it has finished."""
 
+    _offers_later = True
+
     def _is_called_for(self, state: RunState) -> bool:
         return super()._is_called_for(state) or (self._is_to_finish(state) and self._data.is_ready)
 
     async def _act_on(self, state: RunState) -> bool:
         """Do what the state calls for: to finish what was begun comes before a newer model."""
         if self._is_to_finish(state) and not self._withdrawals.are_urgent(state):
-            await self._news.unless(self._is_to_break_off, self._contribute_traced(state))
+            await self._contribute_unless_in_vain(state)
             return True
         if self._disk.progress.begun and not self._is_to_finish(state):
             await self._save(begun=None)

@@ -143,7 +143,8 @@ class CloudClient:
         # What this agent says of itself when it opens a Watch.
         self._is_ready = True
         self._waits_for: Wait | None = None
-        self._upload_waits = False
+        # True while an upload waits for the hours in which it may begin.
+        self.upload_waits = False
         self._num_new_examples = 0
         # How many calls are under way on each connection.
         self._num_calls: Counter[grpc.aio.Channel] = Counter()
@@ -214,7 +215,7 @@ class CloudClient:
             self._watch_anew()
 
     def _note_upload_waits(self, does_wait: bool) -> None:
-        self._upload_waits = does_wait
+        self.upload_waits = does_wait
         self._watch_anew()
 
     async def watch(self) -> AsyncIterator[RunState]:
@@ -398,7 +399,7 @@ class CloudClient:
     async def _watch_once(self) -> AsyncGenerator[pb.WatchEvent, None]:
         """Yield the events of one Watch; raise _ReplacedError when another is to take its place."""
         async with self._line() as stub:
-            waits_for = self._waits_for or (Wait.UPLOAD_HOURS if self._upload_waits else None)
+            waits_for = self._waits_for or (Wait.UPLOAD_HOURS if self.upload_waits else None)
             request = pb.WatchRequest(
                 not_ready=not self._is_ready,
                 waits_for=_WAITS[waits_for] if waits_for else pb.WAIT_UNSPECIFIED,

@@ -81,6 +81,9 @@ class Member:
         updates: tells of models that come into use.
     """
 
+    # True if what has missed its round is offered to a later one.
+    _offers_later = False
+
     def __init__(
         self,
         run: RunConfig,
@@ -135,7 +138,7 @@ class Member:
         elif self._is_lost(state):
             await self._count_as_new_again()
         elif self._is_open_round(state):
-            await self._news.unless(self._is_to_break_off, self._contribute_traced(state))
+            await self._contribute_unless_in_vain(state)
         else:
             return False
         return True
@@ -173,14 +176,36 @@ class Member:
         """Return True if contributing is of no use any more."""
         return state.run_over
 
-    def _is_to_break_off(self, state: RunState) -> bool:
+    def _has_missed(self, number: int, state: RunState) -> bool:
+        """Return True if what was trained for round `number` cannot be contributed any more."""
+        is_open = state.round == number and state.phase is RoundPhase.COLLECTING
+        return not (is_open or self._offers_later)
+
+    def _waits_in_vain(self, number: int, state: RunState) -> bool:
+        """Return True if what was trained for round `number` has missed it, and waits for `upload_hours`."""
+        trained = self._disk.progress.trained
+        is_trained = trained is not None and trained.round == number
+        return is_trained and self._client.upload_waits and self._has_missed(number, state)
+
+    def _is_to_break_off(self, number: int, state: RunState) -> bool:
         """Return True if contributing ends, or goes on only after this device has given up a withdrawn model.
 
         A contribution may wait for days, for its round or its hours.
+
+        Args:
+            number: the round in which the contribution was begun.
         """
-        return self._is_in_vain(state) or self._withdrawals.are_urgent(state)
+        is_over = self._is_in_vain(state) or self._waits_in_vain(number, state)
+        return is_over or self._withdrawals.are_urgent(state)
 
     # ------------------------------------------------------------------ contribute
+
+    async def _contribute_unless_in_vain(self, state: RunState) -> None:
+        is_to_break_off = partial(self._is_to_break_off, state.round)
+        is_done = await self._news.unless(is_to_break_off, self._contribute_traced(state))
+        latest = self._news.latest
+        if not is_done and latest and self._has_missed(state.round, latest) and not latest.run_over:
+            self._display.message(f"round {state.round} has closed: what was trained for it is not uploaded")
 
     async def _contribute_traced(self, state: RunState) -> None:
         with tracing.round_span("take part", self._disk.progress.run_id, state.round):
@@ -323,6 +348,8 @@ class Member:
             uploading: the upload of the shards, which is under way.
         """
         self._metrics.set_phase(Phase.UPLOADING)
+        # An upload of the data may have waited for its hours all the while, and the round may have closed.
+        self._news.ask_again()
         for attempt in range(1, MAX_SENDINGS + 1):
             try:
                 await (uploading if attempt == 1 else self._transfers.upload_shards())

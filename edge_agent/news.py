@@ -38,8 +38,12 @@ class News:
                 return self.latest
             await changed.wait()
 
-    async def unless(self, is_in_vain: Callable[[RunState], bool], work: Coroutine[Any, Any, None]) -> None:
-        """Await the work, or leave it undone when there is a state in which it is in vain."""
+    async def unless(self, is_in_vain: Callable[[RunState], bool], work: Coroutine[Any, Any, None]) -> bool:
+        """Await the work, or leave it undone when there is a state in which it is in vain.
+
+        Returns:
+            True if the work is done.
+        """
         working = asyncio.create_task(work)
         ending = asyncio.create_task(self.next(is_in_vain))
         try:
@@ -50,3 +54,4 @@ class News:
             await asyncio.wait((working, ending))
         if not working.cancelled():
             working.result()
+        return not working.cancelled()

@@ -435,6 +435,19 @@ def end_when_contributed(started: Started) -> None:
     started.disk.save = then_end  # type: ignore[method-assign]
 
 
+def when_saved(started: Started, is_awaited: Callable[[Progress], object]) -> asyncio.Event:
+    """Return an event that comes when the progress on disk is the awaited one."""
+    saved, save, loop = asyncio.Event(), started.disk.save, asyncio.get_running_loop()
+
+    def then_tell(progress: Progress) -> None:
+        save(progress)
+        if is_awaited(progress):
+            loop.call_soon_threadsafe(saved.set)
+
+    started.disk.save = then_tell  # type: ignore[method-assign]
+    return saved
+
+
 async def test_data_travel_while_the_agent_trains(tmp_path: Path) -> None:
     started = Started(tmp_path, Sluggish)
     client: Any = started.client
@@ -455,14 +468,7 @@ async def test_data_travel_while_the_agent_trains(tmp_path: Path) -> None:
 async def test_data_that_take_longer_than_the_training_are_waited_for(tmp_path: Path) -> None:
     started = Started(tmp_path, Sluggish)
     client: Any = started.client
-    trained, save, loop = asyncio.Event(), started.disk.save, asyncio.get_running_loop()
-
-    def then_tell(progress: Any) -> None:
-        save(progress)
-        if progress.trained:
-            loop.call_soon_threadsafe(trained.set)
-
-    started.disk.save = then_tell  # type: ignore[method-assign]
+    trained = when_saved(started, lambda progress: progress.trained)
     end_when_contributed(started)
     started.send()
     running = asyncio.create_task(started.run())
@@ -471,6 +477,54 @@ async def test_data_that_take_longer_than_the_training_are_waited_for(tmp_path: 
     client.let_through.set()
     await running
     assert client.uploaded == ["data", "weights"]
+
+
+class OutsideOfHours(Sluggish):
+    """Uploads of data wait for hours that never come."""
+
+    def __init__(self, cloud: Cloud) -> None:
+        super().__init__(cloud)
+        self.gave_up = asyncio.Event()
+
+    async def upload(self, path: Path, blob: Blob, kind: str, on_bytes: Any) -> None:
+        self.upload_waits = True
+        try:
+            await super().upload(path, blob, kind, on_bytes)
+        finally:
+            self.upload_waits = False
+            self.gave_up.set()
+
+
+@pytest.mark.parametrize("is_trained_first", [False, True])
+async def test_model_is_taken_where_the_round_closes_outside_of_upload_hours(
+    tmp_path: Path, is_trained_first: bool
+) -> None:
+    started = Started(tmp_path, OutsideOfHours)
+    client: Any = started.client
+    training, trained = train_blocked(started), when_saved(started, lambda progress: progress.trained)
+    started.send()
+    running = asyncio.create_task(started.run())
+    await asyncio.to_thread(training.entered.wait, 30)
+    await asyncio.wait_for(client.data_came.wait(), 30)
+    if is_trained_first:
+        training.let_go()
+        await asyncio.wait_for(trained.wait(), 30)
+        started.send(phase="aggregating")
+    else:
+        # What has begun is finished.
+        started.send(phase="aggregating")
+        training.let_go()
+    await asyncio.wait_for(client.gave_up.wait(), 30)
+    evaluated = when_saved(started, lambda progress: progress.evaluated_round == 1)
+    started.send(latest=1, phase="aggregating")
+    await asyncio.wait_for(evaluated.wait(), 30)
+    started.send(latest=1, over=True)
+    await running
+    assert "round 1 has closed: what was trained for it is not uploaded" in started.said
+    assert (client.uploaded, started.cloud.counts["contributions"]) == ([], 0)
+    progress = started.disk.progress
+    assert progress.trained
+    assert (progress.trained.round, progress.evaluated_round) == (1, 1)
 
 
 async def test_refused_data_are_told_after_the_training_and_not_sent_again(tmp_path: Path) -> None:

@@ -192,6 +192,7 @@ class Client:
         self._cloud, self._power = cloud, power
         self._news = asyncio.Event()
         self.waits: list[Wait | None] = []
+        self.upload_waits = False
 
     def say_ready(self, is_ready: bool, waits_for: Wait | None = None) -> None:
         self.waits.append(waits_for)
