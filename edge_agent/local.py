@@ -18,6 +18,7 @@ from torch import nn
 
 from ecavg.common.agent_progress import OnExamples, ignore_examples
 from ecavg.common.checkpoint import CheckpointFile
+from ecavg.common.comparison import compare, objection
 from ecavg.common.config import RunConfig, TrainingConfig
 from ecavg.common.errors import DivergedError, RunError, UsageError
 from ecavg.common.evaluation import Evaluation, evaluate
@@ -37,7 +38,6 @@ from ecavg.common.transfer import Blob, blob_of
 from ecavg.common.weights import StateDict, load_into, write_state_dict
 from ecavg.common.wire import Base, encode, wire_of
 from ecavg.edge_agent.client import Joined
-from ecavg.edge_agent.comparison import compare, objection
 from ecavg.edge_agent.config import AgentConfig
 from ecavg.edge_agent.data import AgentData, choose_shared, load_agent_data
 from ecavg.edge_agent.history import History, Source, use_of

@@ -22,6 +22,7 @@ from ecavg.cloud_server.trainer.pipeline import RoundPipeline, Workplace
 from ecavg.cloud_server.trainer.warm_up import WarmUp
 from ecavg.cloud_server.trainer.work import run_job
 from ecavg.common.checkpoint import CHECKPOINT_SECONDS
+from ecavg.common.comparison import Comparison, compare
 from ecavg.common.config import CandidateName, RunConfig
 from ecavg.common.errors import RunError
 from ecavg.common.evaluation import evaluate
@@ -32,7 +33,6 @@ from ecavg.common.training import StepReport
 from ecavg.common.transfer import Blob, blob_of
 from ecavg.common.weights import load_into, write_state_dict
 from ecavg.common.wire import is_encoded
-from ecavg.edge_agent.comparison import Comparison, compare
 from ecavg.edge_agent.data import AgentData, load_agent_data
 from ecavg.edge_agent.local import LocalModels
 from ecavg.edge_agent.partition import Partition

@@ -292,7 +292,7 @@ class ReportRow:
     at: float
     # None: the model was not adapted, or that is not known.
     score_adapted: float | None = None
-    # The sum of the differences of the scores of the held-out examples, as in edge_agent/comparison.py, and
+    # The sum of the differences of the scores of the held-out examples, as in common/comparison.py, and
     # of their squares; None: there was no model to compare with.
     difference_total: float | None = None
     difference_squares: float | None = None

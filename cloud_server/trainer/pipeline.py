@@ -1,4 +1,4 @@
-"""The steps of a round: screen → select the start → fine-tune → publish the best of these models."""
+"""The steps of a round: screen → select the start → fine-tune → publish the better of the two."""
 
 import json
 import time

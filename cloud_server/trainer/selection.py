@@ -21,6 +21,7 @@ from typing import NamedTuple
 import structlog
 from torch import nn
 
+from ecavg.cloud_server.jobs import TRAINED, TrainedName
 from ecavg.cloud_server.trainer.aggregation import aggregate
 from ecavg.cloud_server.trainer.alignment import align_all
 from ecavg.cloud_server.trainer.measuring import Measuring
@@ -31,6 +32,7 @@ from ecavg.cloud_server.trainer.permutations import (
     apply,
     permutation_groups,
 )
+from ecavg.common.comparison import compare
 from ecavg.common.dataset import DatasetSpec
 from ecavg.common.evaluation import Evaluation
 from ecavg.common.models import empty_inputs, shared_part
@@ -125,10 +127,17 @@ class Selection:
         # The fine-tune needs the memory, and the other ranks.
         self.end()
 
-    def offer(self, name: str) -> Evaluation | None:
-        """Measure the model as it is, and keep it if it is the best so far, or if there is no data."""
+    def offer(self, name: TrainedName) -> Evaluation | None:
+        """Measure what the fine-tune has made of the start, and keep it if it may be published.
+
+        The start is the best of several models on the held-out data, so that its score flatters it, and that
+        of what was trained since does not. The start stays only if it is better beyond chance.
+
+        Returns:
+            The evaluation of the model; None if there is no held-out data: then it is kept.
+        """
         evaluation = self.measure()
-        if evaluation is None or self._is_best(evaluation):
+        if evaluation is None or self._may_follow(evaluation):
             self._keep(name, evaluation)
         return evaluation
 
@@ -298,6 +307,15 @@ class Selection:
         """Return numbers that change when a tensor of the model is replaced or written to."""
         tensors = self._model.state_dict(keep_vars=True).values()
         return [(id(tensor), tensor._version) for tensor in tensors]
+
+    def _may_follow(self, evaluation: Evaluation) -> bool:
+        """Return True if a model of the fine-tune with this evaluation takes the place of the best so far."""
+        known = self.best and self.best.evaluation
+        if not self.best or not known or self.best.name in TRAINED:
+            return self._is_best(evaluation)
+        # A fine-tune of no epochs has made nothing.
+        is_another = _rank(evaluation) != _rank(known)
+        return is_another and not compare(known.scores.numpy(), evaluation.scores.numpy()).is_worse
 
     def _is_best(self, evaluation: Evaluation | None) -> bool:
         """Return True if a model with this evaluation is better than the best model so far."""

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from ecavg.common.comparison import Comparison, compare, objection
 from ecavg.common.evaluation import Evaluation
-from ecavg.edge_agent.comparison import Comparison, compare, objection
 
 
 def predictions(

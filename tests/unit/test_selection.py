@@ -20,7 +20,7 @@ from ecavg.cloud_server.trainer.selection import Selection
 from ecavg.common import evaluation as evaluation_module
 from ecavg.common.batches import DeviceData
 from ecavg.common.config import CANDIDATES, RunConfig
-from ecavg.common.evaluation import evaluate
+from ecavg.common.evaluation import Evaluation, evaluate
 from ecavg.common.models import build_model, empty_inputs
 from ecavg.common.tasks.task import task_of
 from ecavg.common.training import Examples, train
@@ -179,6 +179,45 @@ def test_a_worse_model_offered_later_is_not_taken(selected, trained, data):
     assert selection.offer("fine_tuned").score < 0.2
     assert selection.take_best() is best
     assert accuracy(model, data.held_out) == best.evaluation.score
+
+
+def evaluation_of(right: list[int]) -> Evaluation:
+    """Return the evaluation of a model that is right on these of a hundred examples."""
+    scores = torch.zeros(100)
+    scores[right] = 1
+    return Evaluation(float(scores.mean()), 1 - float(scores.mean()), 100, scores, {})
+
+
+@pytest.mark.parametrize(
+    ("right", "published"),
+    [
+        # The start is right on the first ninety. One that is lost may be chance, and so may three less one.
+        (range(1, 90), "fine_tuned"),
+        ([*range(3, 90), 95], "fine_tuned"),
+        ([*range(4, 90), 95], "average"),
+        (range(2, 90), "average"),
+        # As a fine-tune of no epochs leaves it.
+        (range(90), "average"),
+        (range(91), "fine_tuned"),
+    ],
+)
+def test_start_stays_only_where_it_is_better_beyond_chance(
+    selected, trained, monkeypatch, right: list[int], published: str
+):
+    selection = selected(trained(1, 0, 700))
+    selection.best = selection.best._replace(name="average", evaluation=evaluation_of(list(range(90))))
+    monkeypatch.setattr(selection, "measure", lambda: evaluation_of(list(right)))
+    selection.offer("fine_tuned")
+    assert selection.best.name == published
+
+
+def test_average_of_the_fine_tune_is_taken_only_where_it_is_better(selected, trained, monkeypatch):
+    selection = selected(trained(1, 0, 700))
+    selection.best = selection.best._replace(name="fine_tuned", evaluation=evaluation_of(list(range(90))))
+    for number in (89, 90, 91):
+        monkeypatch.setattr(selection, "measure", lambda number=number: evaluation_of(list(range(number))))
+        selection.offer("fine_tuned_average")
+        assert selection.best.name == ("fine_tuned_average" if number == 91 else "fine_tuned")
 
 
 def test_running_statistics_are_those_of_the_combined_data(selected, trained):

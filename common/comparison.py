@@ -1,4 +1,4 @@
-"""The comparison of a published model with the one in use: does it do worse on this device?"""
+"""The comparison of two models on the same examples: does the one do worse than the other, beyond chance?"""
 
 import math
 from typing import NamedTuple
