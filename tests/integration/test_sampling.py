@@ -16,6 +16,8 @@ QUICK = (
     "--set", "run.pretrain.epochs=2",
     "--set", "run.fine_tune.epochs=1",
     "--set", 'run.candidates=["average"]',
+    # Every agent is to have the same model in the end.
+    "--set", 'run.apply="always"',
     "--rounds", 2,
 )  # fmt: skip
 # A draw waits for all three, so that it does not depend on who comes first.
