@@ -13,6 +13,8 @@ from tests.processes import Cluster, until
 QUICK = (
     "--min-agents", 1, "--rounds", 0, "--set", "run.pretrain.epochs=1", "--set", "run.fine_tune.epochs=1",
     "--set", 'run.apply="always"', "--set", 'run.candidates=["average"]',
+    # So small that every fine-tuned model is published: a device keeps what it has itself trained.
+    "--set", "run.fine_tune.learning_rate=0.005",
 )  # fmt: skip
 
 
