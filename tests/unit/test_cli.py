@@ -18,6 +18,7 @@ import pytest
 from ecavg.cloud_server.config import ServerConfig
 from ecavg.common import cli, doctor
 from ecavg.common.errors import InvalidError, RunError, UsageError, one_line
+from ecavg.common.layers import preset_names, read_preset
 from ecavg.edge_agent.config import AgentConfig, data_root
 from tests.processes import ROOT
 
@@ -149,6 +150,11 @@ def server_config(*argv: str) -> ServerConfig:
     return cli.parse_command_line(
         cli.Parser(), ServerConfig, "ECAVG_SERVER_", argv, default_preset="digits-mlp"
     )
+
+
+@pytest.mark.parametrize("preset", preset_names())
+def test_preset_is_a_whole_configuration_of_the_server(preset: str) -> None:
+    assert server_config("--preset", preset).rounds == read_preset(preset).get("rounds", 1)
 
 
 def test_home_is_filled_in_wherever_a_path_comes_from(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
