@@ -47,8 +47,8 @@ def compare(before: np.ndarray, after: np.ndarray) -> Comparison:
     """Return how the scores of two models differ.
 
     Args:
-        before: float32 [N], the scores of the examples by the model in use.
-        after: float32 [N], the same of the published model.
+        before: float32 [N], the scores of the examples by one model.
+        after: float32 [N], the same by the model that may take its place.
     """
     differences = after.astype(np.float64) - before
     return Comparison(len(before), float(differences.sum()), float((differences**2).sum()))

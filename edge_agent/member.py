@@ -201,6 +201,7 @@ class Member:
     # ------------------------------------------------------------------ contribute
 
     async def _contribute_unless_in_vain(self, state: RunState) -> None:
+        """Contribute, or leave that undone as soon as it is to be broken off."""
         is_to_break_off = partial(self._is_to_break_off, state.round)
         is_done = await self._news.unless(is_to_break_off, self._contribute_traced(state))
         latest = self._news.latest

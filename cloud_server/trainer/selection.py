@@ -310,12 +310,12 @@ class Selection:
 
     def _may_follow(self, evaluation: Evaluation) -> bool:
         """Return True if a model of the fine-tune with this evaluation takes the place of the best so far."""
-        known = self.best and self.best.evaluation
-        if not self.best or not known or self.best.name in TRAINED:
+        start = self.best
+        if start is None or start.evaluation is None or start.name in TRAINED:
             return self._is_best(evaluation)
         # A fine-tune of no epochs has made nothing.
-        is_another = _rank(evaluation) != _rank(known)
-        return is_another and not compare(known.scores.numpy(), evaluation.scores.numpy()).is_worse
+        is_another = _rank(evaluation) != _rank(start.evaluation)
+        return is_another and not compare(start.evaluation.scores.numpy(), evaluation.scores.numpy()).is_worse
 
     def _is_best(self, evaluation: Evaluation | None) -> bool:
         """Return True if a model with this evaluation is better than the best model so far."""
