@@ -21,7 +21,8 @@ from ecavg.edge_agent.identity import Identity, find
 from tests.zygote import IS_COLD, the_zygote
 
 ROOT = Path(__file__).parent.parent
-WAIT_SECONDS = 60.0
+# This is several times what any wait takes, so that a test also passes on a machine that is busy.
+WAIT_SECONDS = 120.0
 NO_STREAMS: Mapping[int, str] = {}
 
 

@@ -37,7 +37,8 @@ LARGE = ("sklearn.datasets", "tests.faults.runs", "tests.integration.sources")
 OPTIONAL = ("ecavg.cloud_server.tracking.to_tensorboard", "ecavg.common.trace_export")
 # The kernel allows at most 15 bytes for the name of a process: proc(5), comm.
 TRAINER_NAME = "ecavg-trainer"
-# The option's number is that of prctl(2).
+# The numbers of the options are those of prctl(2).
+_PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
 
 
@@ -137,7 +138,7 @@ def the_zygote() -> Zygote:
 def serve() -> None:
     """Answer requests from stdin until stdin ends.
 
-    The tests that started the forked processes must kill those that still run then.
+    The kernel kills the forked processes that still run then.
     """
     for package in ("common", "edge_agent", "cloud_server"):
         for module in pkgutil.walk_packages([str(ROOT / package)], f"ecavg.{package}."):
@@ -186,6 +187,8 @@ def _run_command(
     start: list[str], output: str, env: Mapping[str, str], cwd: str, streams: Mapping[str, str]
 ) -> int:
     os.setsid()
+    # A test process that is killed cannot end what it has started, which would go on training.
+    _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     null, log = os.open(os.devnull, os.O_RDONLY), os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for source, target in ((null, 0), (log, 1), (log, 2)):
         os.dup2(source, target)
@@ -201,6 +204,10 @@ def _run_command(
     for number, what in streams.items():
         _spoil(int(number), what)
     return _run_module(module, args)
+
+
+def _prctl(option: int, value: int) -> None:
+    ctypes.CDLL(None).prctl(option, value, 0, 0, 0)
 
 
 def _spoil(number: int, what: str) -> None:
@@ -251,7 +258,7 @@ class _Nursery:
     """
 
     def __init__(self) -> None:
-        ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+        _prctl(_PR_SET_CHILD_SUBREAPER, 1)
         self._line, its_end = socket.socketpair()
 
         def tend() -> int:

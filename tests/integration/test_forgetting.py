@@ -124,7 +124,7 @@ def test_agent_that_is_forgotten_contributes_to_the_same_round_when_it_comes_bac
 
 def test_fine_tune_begins_anew_without_an_agent_that_is_forgotten(cluster: Cluster) -> None:
     settings = ("--rounds", 1, "--min-agents", 2, "--set", "run.pretrain.epochs=1")
-    server = cluster.server(*settings, "--set", "run.fine_tune.epochs=2000")
+    server = cluster.server(*settings, "--set", "run.fine_tune.epochs=400")
     edge_1, edge_2 = (agent(cluster, number, 2, "all") for number in (1, 2))
     job = JobDirectory(cluster.state_dir / "jobs/round-0001")
     until(lambda: any(line.phase == "fine_tuning" for line in job.read_progress(0)[0]), server)
@@ -144,7 +144,7 @@ def test_fine_tune_begins_anew_without_an_agent_that_is_forgotten(cluster: Clust
 @pytest.mark.soak
 def test_fine_tune_that_a_stopped_server_left_begins_anew_too(cluster: Cluster) -> None:
     settings = ("--rounds", 1, "--min-agents", 2, "--set", "run.pretrain.epochs=1")
-    settings += ("--set", "run.fine_tune.epochs=2000")
+    settings += ("--set", "run.fine_tune.epochs=400")
     server = cluster.server(*settings)
     edge_1, _ = (agent(cluster, number, 2, "all") for number in (1, 2))
     job = JobDirectory(cluster.state_dir / "jobs/round-0001")
