@@ -46,6 +46,9 @@ OnTensor = Callable[[int, int], None]
 # The candidates' weights: the aggregator, and the files that are aggregated.
 Key = tuple[str, tuple[Path, ...]]
 
+# A score and a negative loss: more is better, and the loss decides between equal scores.
+Rank = tuple[float, float]
+
 log = structlog.get_logger()
 
 
@@ -96,7 +99,8 @@ class Selection:
         self._rest = rest
         self._scratch = scratch
         self._on_tensor = on_tensor
-        self._measured: dict[Key, Evaluation | None] = {}
+        # An evaluation has a score for each example, which is too much to keep for each of many agents.
+        self._measured: dict[Key, Rank | None] = {}
         # The aggregate that was last loaded into the model, and the versions of the model's tensors then.
         self._filled: tuple[Key, list[tuple[int, int]]] | None = None
 
@@ -193,7 +197,9 @@ class Selection:
         """
         if self._previous and len(self._data.held_out.targets):
             load_into(self._model, self._rest, self._previous)
-            self._announce("previous", self.measure())
+            evaluation = self.measure()
+            assert evaluation
+            self._announce("previous", _rank(evaluation), evaluation)
 
     @cached_property
     def _best_first(self) -> list[int]:
@@ -253,14 +259,12 @@ class Selection:
     # ------------------------------------------------------------------ measuring and keeping
 
     def _offer_aggregate(self, name: str, members: Sequence[Member], aggregator: str) -> None:
-        """Make an aggregate a candidate under this name; an aggregate with several names is measured once."""
+        """Make an aggregate a candidate; it is measured, also if it is known, where it is the best so far."""
         key = _key(members, aggregator)
-        is_known = key in self._measured
-        if not is_known or self._is_best(self._measured[key]):
-            self._fill(members, aggregator)
-        if not is_known:
-            self._measured[key] = self.measure()
-        self._announce(name, self._measured[key])
+        evaluation = None
+        if key not in self._measured or self._is_best(self._measured[key]):
+            evaluation = self._evaluate(members, aggregator)
+        self._announce(name, self._measured[key], evaluation)
 
     def _chosen(self, agents: Sequence[int]) -> list[Member]:
         """Return the members with these numbers: aligned ones for a mean of several, else as they are."""
@@ -272,11 +276,17 @@ class Selection:
         members = self._chosen(agents)
         key = _key(members, "mean")
         if key not in self._measured:
-            self._fill(members, "mean")
-            self._measured[key] = self.measure()
-        evaluation = self._measured[key]
-        assert evaluation
-        return evaluation.score
+            self._evaluate(members, "mean")
+        rank = self._measured[key]
+        assert rank
+        return rank[0]
+
+    def _evaluate(self, members: Sequence[Member], aggregator: str) -> Evaluation | None:
+        """Load the aggregate of the members into the model, and measure it."""
+        self._fill(members, aggregator)
+        evaluation = self.measure()
+        self._measured[_key(members, aggregator)] = evaluation and _rank(evaluation)
+        return evaluation
 
     def _fill(self, members: Sequence[Member], aggregator: str) -> None:
         """Load the aggregate of the members into the model; a single member's weights stay as they are."""
@@ -312,32 +322,31 @@ class Selection:
         """Return True if a model of the fine-tune with this evaluation takes the place of the best so far."""
         start = self.best
         if start is None or start.evaluation is None or start.name in TRAINED:
-            return self._is_best(evaluation)
+            return self._is_best(_rank(evaluation))
         # A fine-tune of no epochs has made nothing.
         is_another = _rank(evaluation) != _rank(start.evaluation)
         return is_another and not compare(start.evaluation.scores.numpy(), evaluation.scores.numpy()).is_worse
 
-    def _is_best(self, evaluation: Evaluation | None) -> bool:
-        """Return True if a model with this evaluation is better than the best model so far."""
+    def _is_best(self, rank: Rank | None) -> bool:
+        """Return True if a model of this rank, None without held-out data, is the best model so far."""
         if self.best is None:
             return True
-        known = self.best.evaluation
-        return bool(evaluation and known and _rank(evaluation) > _rank(known))
+        return bool(rank and self.best.evaluation and rank > _rank(self.best.evaluation))
 
     def _keep(self, name: str, evaluation: Evaluation | None) -> None:
         """Keep a copy of the model as the best model so far."""
         copies = {key: tensor.detach().cpu().clone() for key, tensor in self._model.state_dict().items()}
         self.best = Best(name, copies, evaluation)
 
-    def _announce(self, name: str, evaluation: Evaluation | None) -> None:
+    def _announce(self, name: str, rank: Rank | None, evaluation: Evaluation | None) -> None:
         """Record a candidate's score, and keep the candidate if it is the best so far.
 
-        If it is the best, then the model must hold its weights.
+        If it is the best, then the model must hold its weights, and `evaluation` be theirs.
         """
-        if self._is_best(evaluation):
+        if self._is_best(rank):
             self._keep(name, evaluation)
-        if evaluation:
-            self.scores[name] = evaluation.score
+        if rank:
+            self.scores[name] = rank[0]
 
 
 @lru_cache(maxsize=1)
@@ -346,8 +355,7 @@ def _groups_of(model: nn.Module, spec: DatasetSpec) -> list[PermutationGroup]:
     return permutation_groups(model, empty_inputs(spec))
 
 
-def _rank(evaluation: Evaluation) -> tuple[float, float]:
-    """Return the rank of an evaluation, where more is better; the loss decides between equal scores."""
+def _rank(evaluation: Evaluation) -> Rank:
     return evaluation.score, -evaluation.loss
 
 
