@@ -4,7 +4,7 @@
         job.json            the job; the server writes this file, and the trainer writes all the others
         progress.jsonl      the progress of the job, one line for each report
         scratch/            intermediate files
-    checkpoint/         the last finished epoch of the fine-tune
+        checkpoint/         the last finished epoch of the fine-tune
         encoded.safetensors the new weights, encoded for the agents; missing if wire = "float32"
         rest.safetensors    the parts of the cloud's model that do not travel; missing if all parts do
         model.safetensors   the new weights; if they are encoded, the result of decoding encoded.safetensors

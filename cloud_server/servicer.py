@@ -32,6 +32,9 @@ IDLE_SECONDS = 120.0
 
 _MAX_SHARDS = 10_000
 _MAX_EXAMPLES = 2**40
+# The most that the differences of one agent's comparison can have for the sum of their squares, so that the
+# sum over all agents is finite.
+_MAX_SQUARES = 1e300
 
 _PHASES: dict[Phase, Any] = {phase: pb.Phase.Value(f"PHASE_{phase.name}") for phase in Phase}
 _OUTCOMES: dict[Outcome, Any] = {each: pb.Outcome.Value(f"OUTCOME_{each.name}") for each in Outcome}
@@ -113,7 +116,7 @@ class ECAvgServicer(pb_grpc.ECAvgServicer):
                     yield pb.DownloadReply(chunk=chunk, size_bytes=size_bytes)
                     crash_point(Point.SERVER_CHUNK_SENT)
                     sent(len(chunk))
-                size_bytes = 0
+                    size_bytes = 0
         # Where nothing is left to send, the size alone says so.
         if size_bytes:
             yield pb.DownloadReply(size_bytes=size_bytes)
@@ -200,9 +203,10 @@ def _differences(request: pb.ReportRequest) -> dict[str, float | None]:
     if not request.HasField("difference_total"):
         return {"difference_total": None, "difference_squares": None}
     total, squares = request.difference_total, request.difference_squares
+    is_sum_of_squares = 0 <= squares <= _MAX_SQUARES
     # Rounding may have moved both sums a little.
-    most = math.sqrt(max(0.0, squares)) * math.sqrt(request.num_held_out) * (1 + 1e-6)
-    if not (math.isfinite(squares) and abs(total) <= most):
+    most = math.sqrt(squares) * math.sqrt(request.num_held_out) * (1 + 1e-6) if is_sum_of_squares else 0.0
+    if not (is_sum_of_squares and abs(total) <= most):
         raise InvalidError("no differences of that many examples have these two sums")
     return {"difference_total": total, "difference_squares": squares}
 

@@ -10,7 +10,7 @@ import re
 import shutil
 import sqlite3
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from contextlib import closing
 from itertools import pairwise
 from pathlib import Path
@@ -23,6 +23,7 @@ from ecavg.cloud_server.disk.bucket import Bucket
 from ecavg.cloud_server.disk.lock import unused
 from ecavg.cloud_server.disk.place import known_bucket
 from ecavg.cloud_server.disk.tables import MIGRATIONS, RoundRow
+from ecavg.cloud_server.rollout.offers import rollouts
 from ecavg.cloud_server.round import OVER
 from ecavg.cloud_server.state_dir import StateDir, blob_path
 from ecavg.cloud_server.store import Store
@@ -145,7 +146,8 @@ class Check:
         self._num_rounds = len(rounds)
         self._used_by_forgotten = {number for row in forgettings(records) for number, _ in row.models}
         yield from self._run(records, rounds)
-        yield from self._sequence(rounds)
+        withdrawn = {number for number, row in rollouts(records).items() if row.state == "withdrawn"}
+        yield from self._sequence(rounds, withdrawn)
         for row in rounds:
             if not row.retired or row is rounds[0]:
                 yield from self._blob(row.initial_digest, f"record of round {row.number}", "initial weights")
@@ -246,19 +248,30 @@ class Check:
         except ValidationError:
             yield Problem("record of the run", "its configuration cannot be read", _RESTORE_DATABASE)
 
-    def _sequence(self, rounds: Sequence[RoundRow]) -> Iterator[Problem]:
-        """Check that the rounds have no gap, and that each starts from the weights of the round before it."""
+    def _sequence(self, rounds: Sequence[RoundRow], withdrawn: Set[int]) -> Iterator[Problem]:
+        """Check that the rounds have no gap, and that each starts from the model before it.
+
+        Args:
+            withdrawn: the rounds whose models are withdrawn; a later round may start from an older model.
+        """
         # A run that warms up its initial weights begins with round 0.
         first = 0 if rounds and rounds[0].number == 0 else 1
         for number, row in enumerate(rounds, first):
             if row.number != number:
                 yield Problem(f"record of round {number}", "is missing", _RESTORE_DATABASE)
                 return
+        # The digests from which the next round may start.
+        starts = {row.initial_digest for row in rounds[:1]}
         for before, after in pairwise(rounds):
             where = f"record of round {after.number}"
+            if before.published_digest and before.number not in withdrawn:
+                starts = {before.published_digest}
+            elif before.published_digest:
+                # The round after it may have begun before this model was withdrawn.
+                starts.add(before.published_digest)
             if before.phase not in OVER:
                 yield Problem(where, f"round {before.number} before it is not over", _RESTORE_DATABASE)
-            elif after.initial_digest != (before.published_digest or before.initial_digest):
+            elif after.initial_digest not in starts:
                 what = f"it does not start from what round {before.number} left"
                 yield Problem(where, what, _RESTORE_DATABASE)
 

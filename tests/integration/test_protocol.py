@@ -328,10 +328,12 @@ async def test_download_goes_on_from_an_offset(cluster: Cluster, tmp_path: Path)
         blob = client.state.initial_weights
         whole = tmp_path / "whole"
         await client.download(blob, whole, ignore)
-        request = pb.DownloadRequest(digest=blob.digest, offset=1000)
-        replies = [reply async for reply in client.stub.Download(request, metadata=client.metadata)]
-        assert b"".join(reply.chunk for reply in replies) == whole.read_bytes()[1000:]
-        assert replies[0].size_bytes == blob.size_bytes
+        for offset in (1000, blob.size_bytes):
+            request = pb.DownloadRequest(digest=blob.digest, offset=offset)
+            first, *others = [reply async for reply in client.stub.Download(request, metadata=client.metadata)]
+            assert b"".join(reply.chunk for reply in (first, *others)) == whole.read_bytes()[offset:]
+            assert first.size_bytes == blob.size_bytes
+            assert [reply for reply in others if reply.size_bytes] == []
         request = pb.DownloadRequest(digest=blob.digest, offset=blob.size_bytes + 1)
         with pytest.raises(grpc.aio.AioRpcError) as error:
             await anext(aiter(client.stub.Download(request, metadata=client.metadata)))

@@ -519,7 +519,9 @@ def test_sums_that_no_differences_have_are_refused() -> None:
     fine = pb.ReportRequest(num_held_out=10, difference_total=-4, difference_squares=6)
     assert _differences(fine) == {"difference_total": -4.0, "difference_squares": 6.0}
     assert set(_differences(pb.ReportRequest(num_held_out=10)).values()) == {None}
-    for total, squares in ((-4, 1), (1e300, 1), (0, float("inf")), (float("nan"), 1), (1, -1)):
+    nan, infinite = float("nan"), float("inf")
+    sums = ((-4, 1), (1e300, 1), (0, infinite), (nan, 1), (0, nan), (1, -1), (0, -1), (-4, -1), (0, 1.7e308))
+    for total, squares in sums:
         with pytest.raises(InvalidError, match="these two sums"):
             _differences(
                 pb.ReportRequest(num_held_out=10, difference_total=total, difference_squares=squares)
