@@ -121,6 +121,8 @@ class JobError(FrozenModel):
     kind: Literal["usage", "out_of_memory", "storage", "failed"]
     # One line for the person at the terminal.
     message: str
+    # The attempt that has failed; None if the job could not be read.
+    attempt: int | None = None
 
 
 class ClassScore(Scored):

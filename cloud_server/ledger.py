@@ -334,7 +334,7 @@ class Ledger:
     def _enter(
         self, group: Group, agent_id: str, class_names: Sequence[str], on_joined: Callable[[str], None]
     ) -> None:
-        classes = self._agreed(group.classes, agent_id, class_names)
+        classes = self._agreed(group, agent_id, class_names)
         if agent_id not in self._slots and agent_id not in group.slots:
             self._check_admission(group, agent_id)
             group.slots[agent_id] = self._store.join(agent_id, self._clock())
@@ -366,12 +366,14 @@ class Ledger:
         log.info("agent_joined", agent_id=agent_id, slot=slot)
         self._standing.show_agent(agent_id, slot)
 
-    def _agreed(self, classes: Classes, agent_id: str, class_names: Sequence[str]) -> Classes:
+    def _agreed(self, group: Group, agent_id: str, class_names: Sequence[str]) -> Classes:
         """Return the classes of the run after this agent has joined with these.
 
-        The agent that has named the classes may correct them, until the first contribution counts.
+        The agent that has named the classes may correct them, until another one has joined, whose labels
+        would then mean something else, or a contribution counts.
         """
-        if class_names and agent_id == classes.named_by and not self._store.num_accepted():
+        classes, is_alone = group.classes, self._slots.keys() | group.slots.keys() <= {agent_id}
+        if class_names and is_alone and agent_id == classes.named_by and not self._store.num_accepted():
             classes = Classes()
         try:
             return classes.agree(agent_id, class_names, self._run.config.spec.num_classes)

@@ -11,7 +11,7 @@ How often, and how much at once, each caller may call is decided in cloud_server
 
 import asyncio
 import re
-from collections import Counter, defaultdict
+from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Iterator, Set
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -31,10 +31,14 @@ from ecavg.common.errors import (
     UnavailableError,
     second_device,
 )
-from ecavg.common.rpc import AGENT_ID_KEY, Peer
+from ecavg.common.rpc import AGENT_ID_KEY, INSTANCE_KEY, Peer
 
 # An open stream outlives its agent's revocation by so much at most.
 POLL_SECONDS = 0.2
+
+# A stranger on a server without TLS can name any number of agents and instances.
+_MAX_ABSENT = 4096
+_MAX_INSTANCE_ID = 64
 
 _ENROLL, _WATCH = "Enroll", "Watch"
 _AGENT_ID = re.compile(AGENT_ID_PATTERN)
@@ -87,9 +91,11 @@ class Admission:
         self._open: defaultdict[str, set[_Task]] = defaultdict(set)
         # Why calls were cut off that have not ended yet.
         self._cut_off: dict[_Task, Refusal] = {}
-        # The open Watches of each agent, with the instance that has opened each.
+        # The open Watches of each agent that has one, with the instance that has opened each.
         self._watches: defaultdict[str, dict[_Task, str]] = defaultdict(dict)
-        self._instances: defaultdict[str, Instances] = defaultdict(Instances)
+        # The instances of these agents, and of others, of which the last to leave comes last.
+        self._instances: dict[str, Instances] = {}
+        self._instances_of_absent: OrderedDict[str, Instances] = OrderedDict()
 
     @contextmanager
     def __call__(self, method: str, peer: Peer) -> Iterator[None]:
@@ -164,11 +170,38 @@ class Admission:
         if method != _WATCH or not agent_id or not instance_id:
             yield
             return
+        if len(instance_id) > _MAX_INSTANCE_ID:
+            raise InvalidError(f"the metadata {INSTANCE_KEY} has at most {_MAX_INSTANCE_ID} characters")
         task = asyncio.current_task()
         assert task
-        watches, instances = self._watches[agent_id], self._instances[agent_id]
+        watches = self._watches[agent_id]
+        instances = self._instances[agent_id] = self._instances_of(agent_id)
+        try:
+            self._check_instance(agent_id, instance_id)
+            watches[task] = instance_id
+            yield
+        finally:
+            watches.pop(task, None)
+            if instance_id not in watches.values():
+                instances.leave(instance_id)
+            if not watches:
+                del self._watches[agent_id]
+                self._instances_of_absent[agent_id] = self._instances.pop(agent_id)
+                if len(self._instances_of_absent) > _MAX_ABSENT:
+                    self._instances_of_absent.popitem(last=False)
+
+    def _instances_of(self, agent_id: str) -> Instances:
+        return self._instances.get(agent_id) or self._instances_of_absent.pop(agent_id, None) or Instances()
+
+    def _check_instance(self, agent_id: str, instance_id: str) -> None:
+        """End the Watches of the agent's other instances.
+
+        Raises:
+            ConflictError: this instance is a second device.
+        """
+        instances = self._instances[agent_id]
         is_first = instances.enter(instance_id)
-        for other, its_instance in watches.items():
+        for other, its_instance in self._watches[agent_id].items():
             if instances.is_refused(its_instance):
                 self._cut(other, ConflictError(second_device(agent_id), Reason.IDENTITY_IN_USE))
             elif is_first and its_instance != instance_id:
@@ -176,13 +209,6 @@ class Admission:
         if not is_first:
             log.warning("identity_in_use_twice", agent_id=agent_id, advice=second_device(agent_id))
             raise ConflictError(second_device(agent_id), Reason.IDENTITY_IN_USE)
-        watches[task] = instance_id
-        try:
-            yield
-        finally:
-            del watches[task]
-            if instance_id not in watches.values():
-                instances.leave(instance_id)
 
     def _cut(self, task: _Task, refusal: Refusal) -> None:
         """End a call with this refusal, unless it is being ended already."""

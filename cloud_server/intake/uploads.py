@@ -261,6 +261,7 @@ class Upload:
         self._on_received = on_received
         self._receiver: Receiver | None = None
         self._behind = WriteBehind(self._write)
+        self._closing: asyncio.Task[None] | None = None
 
     async def start(self, offset: int) -> None:
         """Go on where the stored bytes end.
@@ -291,7 +292,11 @@ class Upload:
             await to_the_end(self._finish(now))
 
     async def close(self) -> None:
-        """Keep what has arrived."""
+        """Keep what has arrived; who calls this again waits for the first call's end."""
+        self._closing = self._closing or asyncio.ensure_future(self._close())
+        await to_the_end(self._closing)
+
+    async def _close(self) -> None:
         await self._behind.close()
         receiver, self._receiver = self._receiver, None
         if receiver:

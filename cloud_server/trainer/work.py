@@ -2,6 +2,7 @@
 
 import errno
 import gc
+from contextlib import suppress
 from pathlib import Path
 
 import structlog
@@ -17,7 +18,7 @@ from ecavg.cloud_server.trainer.pipeline import RoundPipeline, Workplace
 from ecavg.cloud_server.trainer.warm_up import WarmUp
 from ecavg.common import tracing
 from ecavg.common.checkpoint import CHECKPOINT_SECONDS
-from ecavg.common.errors import ECAvgError, UsageError, is_out_of_memory
+from ecavg.common.errors import ECAvgError, RunError, UsageError, is_out_of_memory
 from ecavg.common.faults import Point, crash_point
 from ecavg.common.files import error_number, is_full
 from ecavg.common.models import shared_part
@@ -82,8 +83,12 @@ def _write_error(directory: JobDirectory, error: Exception) -> None:
     if is_full(error):
         # The room that the checkpoint takes may be all that the model needs.
         directory.discard_checkpoint()
-    if directory.read_result() is None:
-        directory.write_result(Result(error=_describe(error)))
+    if directory.read_result() is not None:
+        return
+    described = _describe(error)
+    with suppress(RunError):
+        described = described.model_copy(update={"attempt": directory.read_job().attempt})
+    directory.write_result(Result(error=described))
 
 
 def _do(

@@ -103,6 +103,9 @@ class JobRunner:
         if result and not result.error:
             await on_progress(directory.read_progress(0)[0])
             return result
+        if result and result.error and result.error.attempt not in (None, job.attempt):
+            # A server that was killed as it began this attempt has left the result of the attempt before.
+            result = None
         while True:
             if result is None:
                 result = await self._attempt(directory, job, on_progress)
@@ -140,7 +143,9 @@ class JobRunner:
             if self._is_withdrawn or not directory.is_begun:
                 raise JobWithdrawnError
             if self._trainer.num_exits > num_exits + (0 if has_begun else MAX_FALSE_STARTS):
-                died = JobError(kind="failed", message="the trainer died; see trainer.log")
+                died = JobError(
+                    kind="failed", message="the trainer died; see trainer.log", attempt=job.attempt
+                )
                 # The result is on disk, so that the next trainer does not take the job up by itself.
                 await self._write(directory.write_result, Result(error=died))
             else:

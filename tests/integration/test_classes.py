@@ -66,7 +66,7 @@ def test_names_hold_after_a_restart_of_the_server(cluster: Cluster, tmp_path: Pa
     assert "the run has cat, dog, fish" in last_line(other)
 
 
-def test_whoever_named_the_classes_may_correct_them_before_a_contribution_counts(
+def test_whoever_named_the_classes_may_correct_them_before_anybody_else_joins(
     cluster: Cluster, tmp_path: Path
 ) -> None:
     server = cluster.server("--min-agents", 2, *OWN)

@@ -330,7 +330,9 @@ async def test_download_goes_on_from_an_offset(cluster: Cluster, tmp_path: Path)
         await client.download(blob, whole, ignore)
         for offset in (1000, blob.size_bytes):
             request = pb.DownloadRequest(digest=blob.digest, offset=offset)
-            first, *others = [reply async for reply in client.stub.Download(request, metadata=client.metadata)]
+            first, *others = [
+                reply async for reply in client.stub.Download(request, metadata=client.metadata)
+            ]
             assert b"".join(reply.chunk for reply in (first, *others)) == whole.read_bytes()[offset:]
             assert first.size_bytes == blob.size_bytes
             assert [reply for reply in others if reply.size_bytes] == []

@@ -280,9 +280,7 @@ def test_damage_is_found_and_named(state_dir: Path, capsys: pytest.CaptureFixtur
     assert f"{len(problems)} problem" in summary
 
 
-@pytest.mark.parametrize(
-    ("number", "is_fine"), [(3, True), (2, True), (1, False)]
-)
+@pytest.mark.parametrize(("number", "is_fine"), [(3, True), (2, True), (1, False)])
 def test_round_after_a_withdrawn_model_starts_from_it_or_from_the_one_before(
     state_dir: Path, capsys: pytest.CaptureFixture[str], number: int, is_fine: bool
 ) -> None:

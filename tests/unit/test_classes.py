@@ -1,9 +1,11 @@
 import unicodedata
+from pathlib import Path
 
 import pytest
 
 from ecavg.cloud_server.classes import Classes
 from ecavg.common.errors import InvalidError, Reason
+from tests.unit.world import world
 
 PETS = ("cat", "dog", "fish")
 
@@ -12,6 +14,18 @@ def test_the_first_names_stand() -> None:
     named = Classes().agree("edge-1", PETS, 3)
     assert named == Classes(PETS, "edge-1")
     assert named.agree("edge-2", PETS, 3) == named
+
+
+async def test_names_stand_once_another_agent_has_joined(tmp_path: Path) -> None:
+    run = {"dataset": "pets", "num_classes": 3, "image_shape": [1, 8, 8]}
+    async with world(tmp_path, min_agents=2, run=run) as here:
+        await here.desk.join("edge-1", PETS)
+        await here.desk.join("edge-1", ("cat", "fish", "puppy"))
+        await here.desk.join("edge-2", ("cat", "fish", "puppy"))
+        # The labels of edge-2 have a meaning by these names.
+        with pytest.raises(InvalidError) as refused:
+            await here.desk.join("edge-1", PETS)
+        assert refused.value.reason is Reason.CLASS_NAMES
 
 
 def test_an_agent_without_class_folders_changes_nothing() -> None:

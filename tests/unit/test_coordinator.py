@@ -240,6 +240,15 @@ async def test_round_that_cannot_be_trained_fails_with_its_reason_and_the_next_o
         assert here.report(2)["outcome"] == "published"
 
 
+def store_as_in_mid_round(state_dir: Path) -> None:
+    """Leave the records as a server does that dies while round 1 is aggregated."""
+    with closing(Store(state_dir)) as store:
+        store.set_phase(1, "aggregating", 1.0)
+        store._database.execute("DELETE FROM phase_history WHERE round = 2")
+        store._database.execute("DELETE FROM rounds WHERE number = 2")
+        store._database.commit()
+
+
 async def test_attempts_and_the_smaller_batch_survive_a_restart(tmp_path: Path) -> None:
     run = {"fine_tune": {"batch_size": 100}}
     async with world(tmp_path, min_agents=1, run=run) as here:
@@ -247,17 +256,31 @@ async def test_attempts_and_the_smaller_batch_survive_a_restart(tmp_path: Path) 
         await here.until(lambda: here.standing.state_for().round == 2)
         directory = JobDirectory(tmp_path / "jobs/round-0001")
         job = directory.read_job()
-    with closing(Store(tmp_path)) as store:  # as a server leaves it that died after a failed first attempt
-        store.set_phase(1, "aggregating", 1.0)
-        store._database.execute("DELETE FROM phase_history WHERE round = 2")
-        store._database.execute("DELETE FROM rounds WHERE number = 2")
-        store._database.commit()
+    store_as_in_mid_round(tmp_path)
     directory.write_job(job)
     directory.write_result(failure("out_of_memory"))
     async with world(tmp_path, [failure("failed")], run=run) as here:
         await here.until(lambda: here.standing.state_for().round == 2)
         again = [job for job in here.trainer.jobs if job.kind == "round"]
         assert [(job.attempt, job.run.fine_tune.batch_size) for job in again] == [(2, 50), (3, 50)]
+
+
+async def test_result_of_the_attempt_before_costs_no_attempt(tmp_path: Path) -> None:
+    async with world(tmp_path, min_agents=1) as here:
+        await here.contribute("a")
+        await here.until(lambda: here.standing.state_for().round == 2)
+        directory = JobDirectory(tmp_path / "jobs/round-0001")
+        job = directory.read_job()
+    store_as_in_mid_round(tmp_path)
+    # The server was killed between the job of attempt 3 and the removal of what attempt 2 had left.
+    directory.write_job(job.model_copy(update={"attempt": 3}))
+    failed = failure("failed").error
+    assert failed
+    directory.write_result(Result(error=failed.model_copy(update={"attempt": 2})))
+    async with world(tmp_path, max_attempts=3) as here:
+        await here.until(lambda: here.standing.state_for().round == 2)
+        assert [job.attempt for job in here.trainer.jobs if job.kind == "round"] == [3]
+        assert here.report()["outcome"] == "published"
 
 
 async def test_trainer_that_dies_in_mid_job_costs_an_attempt_and_one_that_dies_idle_does_not(

@@ -3,6 +3,7 @@
 import asyncio
 import hashlib
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -191,6 +192,36 @@ async def test_newest_stream_wins(uploads: Uploads, shard: bytes, tmp_path: Path
     results = await asyncio.gather(first, *later, return_exceptions=True)
     assert [type(result) for result in results].count(UnavailableError) == 2
     assert await uploads.query("a", "data", blob.digest) == (blob.size_bytes, True)
+
+
+async def test_file_of_a_broken_stream_is_closed_after_its_last_write(
+    uploads: Uploads, shard: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blob = blob_named(tmp_path)
+    gate = Gate(monkeypatch, Receiver, "write")
+    write, close, events = Receiver.write, Receiver.close, list[str]()
+
+    def slowly(receiver: Receiver, chunk: bytes) -> None:
+        write(receiver, chunk)
+        time.sleep(0.05)
+        events.append("written")
+
+    def closed(receiver: Receiver) -> None:
+        events.append("closed")
+        close(receiver)
+
+    monkeypatch.setattr(Receiver, "write", slowly)
+    monkeypatch.setattr(Receiver, "close", closed)
+    broken = asyncio.create_task(send(uploads, blob, 0, shard[:500], shard[500:600]))
+    await asyncio.to_thread(gate.entered.wait)
+    # The stream and the query both close the upload, while one chunk is written and another one waits.
+    broken.cancel()
+    query = asyncio.create_task(uploads.query("a", "data", blob.digest))
+    await asyncio.wait([broken, query], timeout=0.05)
+    gate.release.set()
+    assert await query == (600, False)
+    await asyncio.wait([broken])
+    assert events == ["written", "written", "closed"]
 
 
 async def break_off(uploads: Uploads, blob: Blob, *chunks: bytes) -> None:
