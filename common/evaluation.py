@@ -84,7 +84,7 @@ def evaluate(
     losses, scores, tallies = ranks.concatenate(joined).values()
     figure = task.figure(tallies)
     return Evaluation(
-        # A model whose outputs are not finite is the worst of all, and its figure can be read all the same.
+        # A figure that is not finite is the worst of all, and can be read all the same.
         score=max(figure.score, WORST) if math.isfinite(figure.score) else WORST,
         loss=losses.double().mean().item(),
         num_examples=len(targets),

@@ -31,10 +31,11 @@ class AsyncMember(Member):
 
     async def _act_on(self, state: RunState) -> bool:
         """Do what the state calls for: to finish what was begun comes before a newer model."""
-        if self._is_to_finish(state) and not self._withdrawals.are_urgent(state):
+        is_taken = self._round_taken(state) is not None
+        if not is_taken and self._is_to_finish(state) and not self._withdrawals.are_urgent(state):
             await self._contribute_unless_in_vain(state)
             return True
-        if self._disk.progress.begun and not self._is_to_finish(state):
+        if not is_taken and self._disk.progress.begun and not self._is_to_finish(state):
             await self._save(begun=None)
         return await super()._act_on(state)
 
@@ -104,6 +105,13 @@ class AsyncMember(Member):
         path, weights = await self._encoded(trained.model_copy(update={"round": current.round}), start)
         await self._save_begun(offered_to=current.round, offered=weights)
         return Offer(current.round, weights, path, trained.initial_weights, trained.score)
+
+    async def _end_taken(self, number: int) -> None:
+        begun = self._disk.progress.begun
+        if begun and begun.offered_to == number:
+            await self._end_begun(Verdict(Outcome.ACCEPTED))
+        else:
+            await super()._end_taken(number)
 
     async def _end_begun(self, verdict: Verdict) -> None:
         """Save that the contribution is answered; one that was too old leaves its round open to another."""

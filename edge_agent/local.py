@@ -504,11 +504,12 @@ class LocalModels:
         if self._in_use and _is_same(self._in_use[0], path.stat()):
             return self._in_use[1]
         try:
-            evaluation = self._evaluate(self._model(path))
+            model = self._model(path)
         except RunError as error:
             # The model is of an earlier run.
             log.warning("model_in_use_ignored", reason=str(error))
             return None
+        evaluation = self._evaluate(model)
         self._in_use = path.stat(), evaluation
         return evaluation
 

@@ -131,7 +131,10 @@ class Member:
 
     async def _act_on(self, state: RunState) -> bool:
         """Do what the state calls for; return False if that is to leave."""
-        if self._withdrawals.has_news(state):
+        taken = self._round_taken(state)
+        if taken is not None:
+            await self._end_taken(taken)
+        elif self._withdrawals.has_news(state):
             await self._withdrawals.follow(state)
         elif self._is_new_model(state):
             await self._take_latest_model(state)
@@ -161,7 +164,19 @@ class Member:
     def _is_called_for(self, state: RunState) -> bool:
         is_for_model = self._withdrawals.has_news(state) or self._is_new_model(state)
         is_work = is_for_model or self._is_lost(state) or self._is_open_round(state)
-        return state.run_over or (is_work and self._data.is_ready)
+        has_ended = state.run_over or self._round_taken(state) is not None
+        return has_ended or (is_work and self._data.is_ready)
+
+    def _round_taken(self, state: RunState) -> int | None:
+        """Return the round that has accepted a contribution before this agent heard of that; None: none has.
+
+        An earlier life of this agent has sent it, and the round may have gone on since.
+        """
+        progress = self._disk.progress
+        if state.accepted_weights in progress.sent_weights:
+            return state.round
+        is_counted = state.counted_round > progress.contributed_round
+        return state.counted_round if progress.sent_weights and is_counted else None
 
     def _is_new_model(self, state: RunState) -> bool:
         number, progress = state.latest_round, self._disk.progress
@@ -214,15 +229,15 @@ class Member:
 
     async def _contribute(self, state: RunState) -> None:
         """Pre-train on this agent's shards, upload weights and data, and commit them."""
-        if state.accepted_weights in self._disk.progress.sent_weights:
-            # An earlier life of this agent has contributed, and ended before it heard of that.
-            verdict = Verdict(Outcome.ACCEPTED)
-        else:
-            await self._read_again()
-            async with self._uploading_shards() as uploading:
-                verdict = await self._send(await self._offer(state), uploading)
-            crash_point(Point.AGENT_CONTRIBUTED)
+        await self._read_again()
+        async with self._uploading_shards() as uploading:
+            verdict = await self._send(await self._offer(state), uploading)
+        crash_point(Point.AGENT_CONTRIBUTED)
         await self._end_contribution(state.round, verdict, contributed_round=state.round)
+
+    async def _end_taken(self, number: int) -> None:
+        """End a contribution that round `number` has accepted."""
+        await self._end_contribution(number, Verdict(Outcome.ACCEPTED), contributed_round=number)
 
     async def _read_again(self) -> None:
         """Read what has changed of the data, and keep how many examples there are: later ones are new.

@@ -2,8 +2,9 @@
 
     DIR/{train,test}/<class>/**/*.wav
 
-An example is one window of one channel, samples from -1 to 1. Where there is no test split, a long recording
-has its last windows held out, and short ones are held out as a whole, so no sample is on both sides.
+An example is one window of one channel, samples from -1 to 1, unless a file of floats has others. Where there
+is no test split, a long recording has its last windows held out, and short ones are held out as a whole, so
+no sample is on both sides.
 Shape letters: P pieces of recordings, N windows, W samples of a window.
 """
 
@@ -272,7 +273,10 @@ def _windows_of(piece: Piece, form: TableFormat) -> np.ndarray:
 
 
 def _samples(path: Path, rate: int, begin: int, end: int) -> np.ndarray:
-    """Return samples begin to end of a recording at another rate or its own, float32 from -1 to 1."""
+    """Return samples begin to end of a recording at another rate or its own, float32.
+
+    They are from -1 to 1, unless the file is one of floats that has others.
+    """
     with _soundfile(path).SoundFile(path) as file:
         if file.samplerate == rate:
             file.seek(begin)
@@ -283,4 +287,5 @@ def _samples(path: Path, rate: int, begin: int, end: int) -> np.ndarray:
         factor = gcd(rate, file.samplerate)
         resampled = resample_poly(mixed, rate // factor, file.samplerate // factor)
         # The filter may go a little beyond the values between which the samples are.
-        return np.asarray(resampled[begin:end].clip(-1, 1), np.float32)
+        most = max(1.0, float(np.abs(mixed).max(initial=0.0)))
+        return np.asarray(resampled[begin:end].clip(-most, most), np.float32)

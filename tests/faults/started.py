@@ -73,6 +73,7 @@ class Started:
         over: bool = False,
         phase: str = "collecting",
         outcome: Outcome | None = None,
+        accepted_weights: str = "",
     ) -> None:
         weights = self.cloud.published if latest else NO_BLOB
         initial = self.cloud.initial
@@ -84,6 +85,7 @@ class Started:
             counted_round=latest,
             run_over=over,
             outcome=outcome,
+            accepted_weights=accepted_weights,
         )
         self.client.states.put_nowait(state)
 

@@ -181,6 +181,45 @@ async def test_examples_of_a_round_that_failed_are_new_again(
     assert started.disk.progress.num_contributed == num_contributed
 
 
+@pytest.mark.parametrize(
+    ("phase", "latest", "accepted_weights", "counts"),
+    [
+        # The round is still open, has closed, has failed, and has been followed by another one.
+        ("collecting", 0, "sent", (9, 7)),
+        ("fine_tuning", 0, "sent", (9, 7)),
+        ("failed", 0, "sent", (7, None)),
+        ("aggregating", 1, "", (9, 7)),
+        # It has accepted nothing of this device.
+        ("fine_tuning", 0, "", (7, 2)),
+    ],
+)
+async def test_contribution_that_was_accepted_unheard_is_noted(
+    tmp_path: Path, phase: str, latest: int, accepted_weights: str, counts: tuple[int, int | None]
+) -> None:
+    """The device ended after the server had accepted its contribution, and before it heard of that."""
+    started = Started(tmp_path)
+    started.disk.save(
+        Progress(
+            run_id="run",
+            contributed_round=0,
+            evaluated_round=latest,
+            sent_weights=("sent",),
+            num_taken=9,
+            num_contributed=7,
+            num_contributed_before=2,
+        )
+    )
+    outcome = Outcome.ACCEPTED if accepted_weights else None
+    for over in (False, True):
+        started.send(
+            latest=latest, phase=phase, outcome=outcome, accepted_weights=accepted_weights, over=over
+        )
+    await started.run()
+    progress = started.disk.progress
+    assert (progress.num_contributed, progress.num_contributed_before) == counts
+    assert started.cloud.counts["contributions"] == 0
+
+
 async def test_data_that_have_changed_are_read_again_before_the_training(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -12,7 +12,8 @@ from ecavg.cloud_server.contribution import Contribution
 from ecavg.cloud_server.state_dir import blob_path
 from ecavg.cloud_server.trainer.finetune import combine
 from ecavg.common.config import RunConfig, TrainingConfig
-from ecavg.common.errors import DivergedError, UsageError
+from ecavg.common.errors import DivergedError, RunError, UsageError
+from ecavg.common.evaluation import Evaluation
 from ecavg.common.models import build_model
 from ecavg.common.schedule import learning_rate_factor
 from ecavg.common.seeds import derive_seed
@@ -450,6 +451,28 @@ def test_model_of_another_run_counts_as_absent_and_is_replaced(disk: AgentState,
     assert report.score_before is None
     local.apply(weights, report, refuse)
     assert blob_of(disk.model) == blob_of(weights)
+
+
+def test_model_in_use_that_cannot_be_measured_now_is_not_taken_for_absent(
+    disk: AgentState, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    local = local_models(disk)
+    pretrain(local, ignore)
+    weights, in_use = generalist(tmp_path / "global"), disk.model.read_bytes()
+    anew, evaluate = local_models(disk), ecavg.edge_agent.local.evaluate
+    results = [torch.OutOfMemoryError("the device is shared"), None]
+
+    def out_of_memory_at_first(*args: Any, **keys: Any) -> Evaluation:
+        if error := results.pop(0):
+            raise error
+        return evaluate(*args, **keys)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ecavg.edge_agent.local, "evaluate", out_of_memory_at_first)
+        with pytest.raises(RunError, match="the device is shared"):
+            anew.measure(1, weights, None, refuse)
+    assert anew.measure(1, weights, None, ignore).score_before is not None
+    assert disk.model.read_bytes() == in_use
 
 
 def test_one_network_is_built_and_what_is_known_of_the_model_in_use_is_not_measured_again(

@@ -163,6 +163,14 @@ def test_recording_of_another_rate_is_resampled(rate: int, tmp_path: Path) -> No
     np.testing.assert_allclose(sound[inside], expected[inside], atol=0.01)
 
 
+def test_samples_of_a_file_of_floats_are_not_cut_at_another_rate_either(tmp_path: Path) -> None:
+    birds(tmp_path, 2, 20 * WINDOW)
+    rate, num_samples = RATE // 2, 10 * WINDOW
+    time = np.arange(num_samples) / rate
+    save(tmp_path / "test/jay/0.wav", 20 * np.sin(2 * np.pi * 20 * time), rate)
+    assert 19 < load(tmp_path).held_out.inputs.max() <= 20
+
+
 @pytest.mark.parametrize("kind", ["short", "broken", "cut off", "nan"])
 def test_recording_that_cannot_be_used_is_left_out_and_named(kind: str, tmp_path: Path) -> None:
     folder = birds(tmp_path, 20, 4 * WINDOW)
