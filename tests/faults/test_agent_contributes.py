@@ -12,7 +12,7 @@ from ecavg.common.errors import InvalidError, NotFoundError, Reason, UsageError
 from ecavg.common.run_state import Outcome, Verdict, Wait
 from ecavg.common.transfer import Blob
 from ecavg.edge_agent.member import MAX_SENDINGS
-from ecavg.edge_agent.state import Progress
+from ecavg.edge_agent.state import Begun, Progress, Trained
 from tests.faults.started import Sluggish, Started, Steered, end_when_contributed, train_blocked, when_saved
 from tests.faults.test_agent_restart import Cloud
 
@@ -217,6 +217,32 @@ async def test_contribution_that_was_accepted_unheard_is_noted(
     await started.run()
     progress = started.disk.progress
     assert (progress.num_contributed, progress.num_contributed_before) == counts
+    assert started.cloud.counts["contributions"] == 0
+
+
+@pytest.mark.parametrize(("latest", "accepted_weights"), [(0, "sent"), (1, "")])
+async def test_what_was_begun_counts_once_though_there_are_new_data_since(
+    tmp_path: Path, latest: int, accepted_weights: str
+) -> None:
+    """Without the state, the device would train again on its new data from where it began."""
+    started = Started(tmp_path)
+    started.client.run = started.client.run.model_copy(update={"mode": "async"})
+    sent = Blob("sent", 1)
+    started.disk.save(
+        Progress(
+            run_id="run",
+            contributed_round=0,
+            evaluated_round=latest,
+            sent_weights=("sent",),
+            trained=Trained(round=1, weights=sent, score=0.5, shards=("of before",)),
+            begun=Begun(round=1, initial_weights=sent, has_full_curve=False, offered_to=1, offered=sent),
+        )
+    )
+    for over in (False, True):
+        started.send(latest=latest, phase="aggregating", accepted_weights=accepted_weights, over=over)
+    await started.run()
+    progress = started.disk.progress
+    assert (progress.begun, progress.contributed_round, progress.sent_weights) == (None, 1, ())
     assert started.cloud.counts["contributions"] == 0
 
 
