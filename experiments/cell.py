@@ -4,12 +4,13 @@ Agents pre-train once for all variants. The figures of each variant are kept in 
 an experiment that was stopped goes on after the last finished variant.
 """
 
+import fcntl
 import hashlib
 import json
 import shutil
 import time
-from collections.abc import Sequence
-from contextlib import closing
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
@@ -22,7 +23,7 @@ from ecavg.cloud_server.contribution import Contribution
 from ecavg.cloud_server.jobs import Job, Result
 from ecavg.common.config import RunConfig
 from ecavg.common.devices import select_device
-from ecavg.common.errors import RunError
+from ecavg.common.errors import RunError, UsageError
 from ecavg.common.evaluation import evaluate
 from ecavg.common.files import replacing
 from ecavg.common.models import build_model
@@ -299,6 +300,22 @@ class _Run:
         self._pretrain_seconds = known["seconds"] if known else seconds
         if not known:
             write_record(path, {"seconds": seconds})
+
+
+@contextmanager
+def alone_in(path: Path) -> Iterator[None]:
+    """Keep other processes away from a cell's folder, which is made if need be.
+
+    Raises:
+        UsageError: another process is at work there.
+    """
+    path.mkdir(parents=True, exist_ok=True)
+    with (path / "lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UsageError(f"another process is at work in {path}: wait for its end") from None
+        yield
 
 
 class TestSet:

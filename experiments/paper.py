@@ -184,10 +184,11 @@ def _cell(arguments: argparse.Namespace, setting: Setting) -> "AnyCell":
 
     if arguments.table == "async":
         slowest.check(setting.num_agents)
-        return slowest.Cell(setting, arguments.work_dir / "async" / setting.name, device=arguments.device)
+        path = arguments.work_dir / "async" / setting.name_of_whole_run
+        return slowest.Cell(setting, path, device=arguments.device)
     if arguments.table == "worth":
         worth.check(setting.run, arguments.round_counts)
-        path = arguments.work_dir / "worth" / setting.name
+        path = arguments.work_dir / "worth" / setting.name_of_whole_run
         return worth.Cell(setting, arguments.round_counts, path, device=arguments.device)
     return Cell(
         setting,

@@ -1,8 +1,8 @@
 """The plots of the tables, as SVG files; the same figures give the same bytes."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from statistics import fmean, pstdev
+from statistics import fmean, stdev
 from typing import Any
 
 import matplotlib as mpl
@@ -112,7 +112,7 @@ def _parts(axis: Axes, group: Any) -> None:
                 continue
             values = [seed[key] for seed in seeds]
             axis.errorbar(
-                fmean(values), place, xerr=pstdev(values), marker="o", color=colour, capsize=3,
+                fmean(values), place, xerr=_deviation(values), marker="o", color=colour, capsize=3,
                 label=key.replace("_", "-") if place == len(names) - 1 else None,
             )  # fmt: skip
     axis.axvline(fmean(group["edges"]), color="tab:red", linewidth=0.8, label="edges, pre-trained")
@@ -144,7 +144,7 @@ def _worth(axis: Axes, rows: Any) -> None:
     axis.errorbar(
         [fmean(values) for values in images],
         [fmean(values) for values in accuracies],
-        yerr=[pstdev(values) for values in accuracies],
+        yerr=[_deviation(values) for values in accuracies],
         marker="s", color="black", capsize=3, label="the cloud alone",
     )  # fmt: skip
     for name, row in rows.items():
@@ -153,13 +153,20 @@ def _worth(axis: Axes, rows: Any) -> None:
         steps = list(zip(*(seed["steps"] for seed in row["seeds"]), strict=True))
         xs, ys = ([fmean(step[key] for step in seeds) for seeds in steps] for key in ("images", "accuracy"))
         style = "--" if name.endswith("warm_up") else "-"
-        axis.plot(xs, ys, style, marker="o", markersize=4, alpha=0.8, label=row["label"])
+        (line,) = axis.plot(xs, ys, style, marker="o", markersize=4, alpha=0.8, label=row["label"])
+        deviation = _deviation(worth_table.last_values(row, "accuracy"))
+        axis.errorbar(xs[-1], ys[-1], yerr=deviation, color=line.get_color(), capsize=3)
     # The weak models of the first rounds would squeeze the scale.
     least = min(min(worth_table.last_values(row, "accuracy")) for row in rows.values())
     most = max(max(worth_table.last_values(row, "accuracy")) for row in rows.values())
     axis.set_ylim(least - 1.5 * (most - least) - 0.001, most + 0.2 * (most - least) + 0.001)
     axis.set_xlabel("images that the cloud trains on")
     axis.legend(fontsize=7)
+
+
+def _deviation(values: Sequence[float]) -> float:
+    """Return the standard deviation over seeds, as the tables have it; 0 of a single seed."""
+    return stdev(values) if len(values) > 1 else 0.0
 
 
 def _changes(group: Any, variant: str) -> Iterator[tuple[int, float, str]]:

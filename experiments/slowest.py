@@ -16,7 +16,7 @@ from typing import NamedTuple
 from ecavg.cloud_server.contribution import Contribution
 from ecavg.common.devices import select_device
 from ecavg.common.errors import RunError, UsageError
-from experiments.cell import Record, TestSet, prefixed, read_record, write_record
+from experiments.cell import Record, TestSet, alone_in, prefixed, read_record, write_record
 from experiments.round import Edge, Network, OnProgress, round_job
 from experiments.tables import grid, spread
 from experiments.tasks import Setting
@@ -68,15 +68,24 @@ class Cell(NamedTuple):
         return record if record and record["run"] == self._run else None
 
     def run(self, on_progress: OnProgress) -> None:
-        """Measure the rows that are missing."""
-        for name in self.missing:
-            shutil.rmtree(self.path / "network", ignore_errors=True)
-            show = prefixed(ROWS[name].label, on_progress)
-            network = Network(self.setting, self.path / "network", select_device(self.device), show)
-            with closing(network):
-                steps = _Timeline(self, ROWS[name], network, show).steps()
-            write_record(self.path / f"{name}.json", {"steps": steps, "run": self._run})
-            shutil.rmtree(self.path / "network")
+        """Measure the rows that are missing.
+
+        Raises:
+            UsageError: there are too few data, or another process is working on this cell.
+        """
+        with alone_in(self.path):
+            for name in self.missing:
+                self._measure(name, on_progress)
+
+    def _measure(self, name: str, on_progress: OnProgress) -> None:
+        # It is what a command that was stopped has left.
+        shutil.rmtree(self.path / "network", ignore_errors=True)
+        show = prefixed(ROWS[name].label, on_progress)
+        network = Network(self.setting, self.path / "network", select_device(self.device), show)
+        with closing(network):
+            steps = _Timeline(self, ROWS[name], network, show).steps()
+        write_record(self.path / f"{name}.json", {"steps": steps, "run": self._run})
+        shutil.rmtree(self.path / "network")
 
     @property
     def _run(self) -> Record:

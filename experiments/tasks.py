@@ -118,8 +118,16 @@ class Setting(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Return a name for a folder, made of the main facts for a reader and a digest of everything."""
-        run = self.run.model_dump(mode="json", exclude=_AFTER_PRETRAINING)
+        """Return a name for a folder: the main facts, and a digest of all that pre-training depends on."""
+        return self._name(_AFTER_PRETRAINING)
+
+    @property
+    def name_of_whole_run(self) -> str:
+        """Return a name for a folder: the main facts, and a digest of the whole run."""
+        return self._name(set())
+
+    def _name(self, left_out: set[str]) -> str:
+        run = self.run.model_dump(mode="json", exclude=left_out)
         everything = [
             run,
             self.run.fine_tune.holdout_fraction,

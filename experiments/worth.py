@@ -2,6 +2,7 @@
 
 Every row has the same data and the same recipe. The cloud alone trains the initial weights on the shared data
 of all agents. The other rows have one total budget of edge epochs and cloud epochs, spread over the rounds.
+Our rows have one learning-rate schedule over all of it, the others one for each training.
 """
 
 import shutil
@@ -18,7 +19,7 @@ from ecavg.common.config import RunConfig
 from ecavg.common.devices import select_device
 from ecavg.common.errors import RunError, UsageError
 from ecavg.common.layers import deep_merge
-from experiments.cell import Record, TestSet, prefixed, read_record, write_record
+from experiments.cell import Record, TestSet, alone_in, prefixed, read_record, write_record
 from experiments.round import Network, OnProgress, round_job
 from experiments.tables import grid, signed, spread
 from experiments.tasks import PLAIN, Setting
@@ -170,10 +171,12 @@ class Cell(NamedTuple):
     def record(self, name: str) -> Record | None:
         """Return the record of a row; None if there is none, or only one with other settings."""
         record = read_record(self.path / f"{name}.json")
-        return record if record and record["run"] == self._run else None
+        is_same = record and (record["run"], record.get("device")) == (self._run, self.device)
+        return record if is_same else None
 
     def keep(self, name: str, steps: Sequence[Record]) -> None:
-        write_record(self.path / f"{name}.json", {"steps": steps, "run": self._run})
+        record = {"steps": steps, "run": self._run, "device": self.device}
+        write_record(self.path / f"{name}.json", record)
 
     def run(self, on_progress: OnProgress) -> None:
         """Measure the rows that are missing.
@@ -181,14 +184,19 @@ class Cell(NamedTuple):
         Raises:
             UsageError: there are too few data, or another process is working on this cell.
         """
-        for name in self.missing:
-            shutil.rmtree(self.path / "network", ignore_errors=True)
-            row = self.rows[name]
-            show = prefixed(row.label, on_progress)
-            network = Network(self.setting, self.path / "network", select_device(self.device), show)
-            with closing(network):
-                self.keep(name, _Way(self, row, network, show).steps())
-            shutil.rmtree(self.path / "network")
+        with alone_in(self.path):
+            for name in self.missing:
+                self._measure(name, on_progress)
+
+    def _measure(self, name: str, on_progress: OnProgress) -> None:
+        # It is what a command that was stopped has left.
+        shutil.rmtree(self.path / "network", ignore_errors=True)
+        row = self.rows[name]
+        show = prefixed(row.label, on_progress)
+        network = Network(self.setting, self.path / "network", select_device(self.device), show)
+        with closing(network):
+            self.keep(name, _Way(self, row, network, show).steps())
+        shutil.rmtree(self.path / "network")
 
     @property
     def _run(self) -> Record:

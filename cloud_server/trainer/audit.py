@@ -52,8 +52,10 @@ MIN_AGENTS = 3
 MAX_EXAMPLES = 200
 # The most examples of all agents together, because each model is run over all of them.
 MAX_EXAMPLES_IN_ALL = 4_000
-# The most predicted probabilities, K·N·C, which are all in memory at once: 64 MiB.
-MAX_PREDICTIONS = 1 << 24
+# The most predicted probabilities, K·N·C, which are all in memory at once: 256 MiB.
+MAX_PREDICTIONS = 1 << 26
+# Fewer examples of an agent than this prove too little.
+MIN_EXAMPLES = 10
 
 # The margins are parts of the expected share. The label share varies by chance only; the model share varies
 # with the length of the training, too, and so has a larger margin.
@@ -113,8 +115,8 @@ def audit(
 ) -> list[Finding]:
     """Return the findings about each member.
 
-    The findings about a member without shards are empty. All findings are empty if there are too few members.
-    Every member's model is run once over the same images.
+    The findings about a member without shards are empty. All findings are empty if there are too few members,
+    or too many of them. Every member's model is run once over the same images.
 
     Args:
         model: a model of the run's structure; it is left with the weights of the last member.
@@ -129,7 +131,7 @@ def audit(
         OSError: a file cannot be read.
     """
     nothing = [Finding(None, None, None, ()) for _ in members]
-    if len(members) < MIN_AGENTS:
+    if len(members) < MIN_AGENTS or has_too_many(len(members), run):
         return nothing
     contributions = [member.contribution for member in members]
     sample = _draw(run, contributions, blobs_dir)
@@ -159,6 +161,20 @@ def audit(
     ]
 
 
+def has_too_many(num_agents: int, run: RunConfig) -> bool:
+    """Return True if there is room for too few examples of each agent."""
+    return _num_examples(num_agents, run) < MIN_EXAMPLES
+
+
+def _num_examples(num_agents: int, run: RunConfig) -> int:
+    """Return how many examples of one agent there is room for."""
+    return min(
+        MAX_EXAMPLES,
+        MAX_EXAMPLES_IN_ALL // num_agents,
+        MAX_PREDICTIONS // (num_agents**2 * run.spec.num_classes),
+    )
+
+
 def _flags(has_bad_labels: bool, has_bad_model: bool) -> tuple[Flag, ...]:
     """Return the flags of an agent."""
     found: dict[Flag, bool] = {"labels": has_bad_labels, "model": has_bad_model}
@@ -167,12 +183,7 @@ def _flags(has_bad_labels: bool, has_bad_model: bool) -> tuple[Flag, ...]:
 
 def _draw(run: RunConfig, contributions: Sequence[Contribution], blobs_dir: Path) -> _Sample:
     """Return some examples of each agent: held-out ones, and if these are too few, others as well."""
-    num_agents = len(contributions)
-    most = min(
-        MAX_EXAMPLES,
-        MAX_EXAMPLES_IN_ALL // num_agents,
-        MAX_PREDICTIONS // (num_agents**2 * run.spec.num_classes),
-    )
+    most = _num_examples(len(contributions), run)
     parts: list[tuple[Shard, Integers]] = []
     owners, held_out = [np.zeros(0, np.int64)], [np.zeros(0, bool)]
     for number, contribution in enumerate(contributions):

@@ -1,4 +1,7 @@
-"""The steps of a round: screen → select the start → fine-tune → publish the better of the two."""
+"""The steps of a round: screen → select the start → fine-tune → publish what that made, or the start.
+
+The start is published only if it is better beyond chance; see `Selection.offer`.
+"""
 
 import json
 import time

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from ecavg.cloud_server.jobs import AgentAudit
-from ecavg.cloud_server.trainer.audit import Finding, audit
+from ecavg.cloud_server.trainer.audit import Finding, audit, has_too_many
 from ecavg.cloud_server.trainer.members import Member
 from ecavg.cloud_server.trainer.norms import clip, scales, update_norms
 from ecavg.common.config import FrozenModel, RunConfig
@@ -79,8 +79,7 @@ def screen(
         if agent.scale < 1:
             clip(member.weights_path, base_path, agent.scale, clipped_path(scratch, member))
     left = Screening(agents=tuple(agents)).kept(members, scratch)
-    if not kind_of(run.task).is_audited:
-        note = f"labels and models are not audited, which is for classification; the task is {run.task}"
+    if note := _why_not_audited(len(left), run):
         return Screening(agents=tuple(agents), note=note)
     findings = audit(model, left, blobs_dir, run=run, device=device, rest=rest) if model else []
     found = dict(zip([member.agent_id for member in left if model], findings, strict=True))
@@ -88,6 +87,18 @@ def screen(
         _with_finding(agent, found[agent.agent_id]) if agent.agent_id in found else agent for agent in agents
     ]
     return _quarantined(agents, len(left), run)
+
+
+def _why_not_audited(num_agents: int, run: RunConfig) -> str:
+    """Return why labels and models cannot be audited; "" if they can be."""
+    if not kind_of(run.task).is_audited:
+        return f"labels and models are not audited, which is for classification; the task is {run.task}"
+    if num_agents and has_too_many(num_agents, run):
+        return (
+            f"labels and models are not audited: {num_agents} agents are too many for"
+            f" {run.spec.num_classes} classes"
+        )
+    return ""
 
 
 def _quarantined(agents: Sequence[AgentAudit], num_left: int, run: RunConfig) -> Screening:

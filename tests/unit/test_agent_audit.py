@@ -201,6 +201,18 @@ def test_of_two_agents_nothing_is_said(workshop: Workshop, honest: list[Agent]) 
     assert workshop.findings(honest[:2]) == [Finding(None, None, None, ())] * 2
 
 
+def test_of_too_many_agents_the_report_says_that_they_are_not_audited(
+    workshop: Workshop, honest: list[Agent], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ecavg.cloud_server.trainer.audit.MAX_EXAMPLES_IN_ALL", 5 * 9)
+    assert workshop.findings(honest) == [Finding(None, None, None, ())] * 5
+    note = workshop.screened(honest, tmp_path, quarantine="exclude").note
+    assert note == "labels and models are not audited: 5 agents are too many for 10 classes"
+    monkeypatch.setattr("ecavg.cloud_server.trainer.audit.MAX_EXAMPLES_IN_ALL", 5 * 10)
+    assert all(finding.labels for finding in workshop.findings(honest))
+    assert workshop.screened(honest, tmp_path).note == ""
+
+
 def test_agents_without_shards_help_to_judge_the_others(
     workshop: Workshop, honest: list[Agent], part_of: Callable[..., Shard]
 ) -> None:

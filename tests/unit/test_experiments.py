@@ -276,6 +276,7 @@ def test_only_what_pretraining_depends_on_is_in_a_settings_name() -> None:
     assert one.name.startswith("digits-shared-iid-2x60-seed0-")
     assert one.name == setting_with(candidates=("average",), apply="always").name
     assert one.name == setting_with(adapt_epochs=7).name
+    assert one.name_of_whole_run != setting_with(adapt_epochs=7).name_of_whole_run
     for changes in (
         {"seed": 1},
         {"hidden_units": 7},

@@ -9,7 +9,8 @@ import pytest
 from ecavg.common.config import RunConfig
 from ecavg.common.schedule import Place, place_of
 from ecavg.edge_agent.local import LocalModels
-from experiments import command, paper, worth
+from experiments import command, data, paper, worth
+from experiments.cell import alone_in
 from experiments.tasks import TASKS
 
 FEW = ["--examples-per-agent", "60", "--test-examples", "100", "--seeds", "1", "--rounds", "1,3"]
@@ -58,6 +59,18 @@ def test_every_row_has_its_budget_and_no_row_is_measured_twice(
 
     monkeypatch.setattr(LocalModels, "pretrain", None)
     assert paper.main([*COMMAND, *dirs]) == 0
+
+
+def test_second_command_leaves_the_first_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    work_dir = ["--work-dir", str(tmp_path)]
+    arguments = paper._parse([*COMMAND, *work_dir])
+    folder = data.prepare(paper._run(arguments, {}), None, tmp_path)
+    ((cell,),) = paper._groups(arguments, folder).values()
+    (cell.path / "network").mkdir(parents=True)
+    with alone_in(cell.path):
+        assert paper.main([*COMMAND, *work_dir]) == 2
+    assert "another process is at work in" in capsys.readouterr().out
+    assert (cell.path / "network").exists()
 
 
 @pytest.mark.parametrize("rounds", [1, 3, 5])
