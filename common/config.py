@@ -176,9 +176,9 @@ class TrainingConfig(DocumentedModel):
     graphs: Literal["auto", "off"] = "auto"
     """Whether a training on a GPU replays its steps as CUDA graphs.
 
-    A replay is several times as fast for small images, and gives the same bits: one step is taken both ways
-    and compared. Where they differ, or a step cannot be recorded, the training goes on without replays.
-    `"off"` never records.
+    A replay is faster for small images, and gives the same bits: one step is taken both ways and compared.
+    Where they differ, or a step cannot be recorded, the training goes on without replays. `"off"` never
+    records.
     """
 
     @model_validator(mode="after")

@@ -20,7 +20,8 @@ usage: install-agent.sh --server HOST:PORT [--token-file FILE] [--package WHAT] 
 --server HOST:PORT  the cloud server of this device
 --token-file FILE   a join token, as `cloud-server token create` prints it; without it an empty file is made,
                     which is enough for a device that has enrolled
---package WHAT      what pip installs: ecavg (as it is without this), a wheel, or a folder with the sources
+--package WHAT      what pip installs: a wheel, or a folder with the sources; without it, the sources that this
+                    script belongs to
 --torch-index URL   where PyTorch comes from; without this, PyTorch's index of wheels for CPUs. Empty: with
                     the package, from pip's own index
 --root DIR          install below DIR and start nothing; for an image of a system, and for tests
@@ -52,7 +53,7 @@ write() { # mode path
 }
 
 here=$(cd "$(dirname "$0")" && pwd)
-server='' token_file='' package=ecavg root='' dry_run=''
+server='' token_file='' package=$(dirname "$here") root='' dry_run=''
 torch_index=https://download.pytorch.org/whl/cpu
 while [ $# -gt 0 ]; do
   case $1 in

@@ -75,7 +75,9 @@ def _meaning_and_default(field: FieldInfo) -> tuple[str, str]:
     in_words = _IN_WORDS.search(paragraphs[0])
     if in_words:
         paragraphs[0] = paragraphs[0][: in_words.start()] + "."
-    meaning = " ".join(" ".join(paragraphs).split()).replace("|", "\\|")
+    # The last sentence of a paragraph has no full stop where a help text ends with it.
+    ended = [each if each.rstrip().endswith((".", ":")) else f"{each.rstrip()}." for each in paragraphs]
+    meaning = " ".join(" ".join(ended).split()).replace("|", "\\|")
     if in_words:
         return meaning, " ".join(in_words[1].split())
     return meaning, _default(field)

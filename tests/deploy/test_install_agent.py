@@ -86,7 +86,7 @@ def test_dry_run_says_every_step_and_does_none(tmp_path: Path) -> None:
     assert steps == [
         "+ python3 -m venv /opt/ecavg",
         f"+ /opt/ecavg/bin/pip install --upgrade --index-url {WHEELS_FOR_CPUS} torch torchvision",
-        "+ /opt/ecavg/bin/pip install --upgrade ecavg",
+        f"+ /opt/ecavg/bin/pip install --upgrade {ROOT}",
         "+ install -d -m 755 /etc/ecavg /etc/systemd/system",
         "+ write /etc/ecavg/edge-agent.toml (mode 644)",
         "+ write /etc/ecavg/join-token (mode 600)",
