@@ -82,7 +82,9 @@ def claims_in_words(figures: Record) -> str:
     for name, group in figures.items():
         seeds = group["seeds"]
         stages = [
-            [stage, *(spread(stage_values(seeds, stage, which)) for which in CLAIMS)] for stage in STAGES
+            [stage, *(spread(stage_values(seeds, stage, which)) for which in CLAIMS)]
+            for stage in STAGES
+            if any(stage_values(seeds, stage, which) for which in CLAIMS)
         ]
         parts += [
             f"## {name}",
