@@ -25,11 +25,11 @@ class Classification(Task):
 
     def scores(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Return 1 for each example that is right and 0 for the others, float32 [B]."""
-        return (outputs.argmax(1) == targets).float()
+        return _are_right(outputs, targets).float()
 
     def tally(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Return of each example its class, and whether it is right: int64 [B, 2]."""
-        return torch.stack([targets, (outputs.argmax(1) == targets).long()], 1)
+        return torch.stack([targets, _are_right(outputs, targets).long()], 1)
 
     def figure(self, tally: Tensor) -> Figure:
         """Return the accuracy, and that of each class."""
@@ -41,3 +41,8 @@ class Classification(Task):
             int(right_N.sum()) / len(tally),
             {label: ClassFigure(count, good / count) for label, (count, good) in pairs if count},
         )
+
+
+def _are_right(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Return True for each example whose target has the largest output; NaN is right about nothing."""
+    return (outputs.argmax(1) == targets) & ~outputs.isnan().any(1)

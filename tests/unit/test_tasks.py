@@ -151,6 +151,18 @@ def test_model_that_is_not_finite_is_the_worst_and_not_an_error(name: str) -> No
     assert torch.isfinite(found.scores).all()
 
 
+def test_classifier_whose_outputs_are_no_numbers_is_right_about_nothing() -> None:
+    run = RunConfig()
+    model = build_model(run)
+    for parameter in model.parameters():
+        nn.init.constant_(parameter, math.nan)
+    images = torch.ones(5, *run.spec.inputs.shape, dtype=torch.uint8)
+    labels = torch.zeros(5, dtype=torch.int64)
+    found = evaluate(model, images, labels, task=task_of(run), device=CPU)
+    assert (found.score, found.by_class[0].score) == (0.0, 0.0)
+    assert found.scores.tolist() == [0.0] * 5
+
+
 def test_names_of_published_fields_follow_from_the_task() -> None:
     fields = {"score_before": 1, "applied": True}
     assert published(KINDS["classification"], fields) == {"accuracy_before": 1, "applied": True}
