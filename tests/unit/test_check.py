@@ -13,10 +13,8 @@ import pytest
 from ecavg.cloud_server.__main__ import main
 from ecavg.cloud_server.disk.lock import unused
 from ecavg.cloud_server.disk.tables import MIGRATIONS
-from ecavg.cloud_server.rollout.changes import withdraw
 from ecavg.cloud_server.state_dir import StateDir
 from ecavg.cloud_server.store import Store
-from ecavg.cloud_server.upkeep import provenance
 from ecavg.cloud_server.upkeep.retention import clean_up
 from ecavg.common.errors import UsageError
 from tests.unit.states import (
@@ -284,9 +282,8 @@ def test_damage_is_found_and_named(state_dir: Path, capsys: pytest.CaptureFixtur
 def test_round_after_a_withdrawn_model_starts_from_it_or_from_the_one_before(
     state_dir: Path, capsys: pytest.CaptureFixture[str], number: int, is_fine: bool
 ) -> None:
-    with closing(Store(state_dir)) as store:
-        withdraw(store, 3, 12.0)
-        provenance.write(store)
+    assert main(["models", "withdraw", "3", "--state-dir", str(state_dir)]) == 0
+    capsys.readouterr()
     start = digest_of(model_of(number))
     sql(state_dir, f"UPDATE rounds SET initial_weights = '{start}' WHERE number = 4")
     assert main(["check", str(state_dir)]) == (0 if is_fine else 1)
