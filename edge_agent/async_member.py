@@ -106,6 +106,11 @@ class AsyncMember(Member):
         await self._save_begun(offered_to=current.round, offered=weights)
         return Offer(current.round, weights, path, trained.initial_weights, trained.score)
 
+    @property
+    def _round_offered(self) -> int | None:
+        begun = self._disk.progress.begun
+        return begun.offered_to if begun else None
+
     async def _end_taken(self, number: int) -> None:
         begun = self._disk.progress.begun
         if begun and begun.offered_to == number:

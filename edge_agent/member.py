@@ -175,8 +175,17 @@ class Member:
         progress = self._disk.progress
         if state.accepted_weights in progress.sent_weights:
             return state.round
-        is_counted = state.counted_round > progress.contributed_round
-        return state.counted_round if progress.sent_weights and is_counted else None
+        offered = self._round_offered
+        if not progress.sent_weights or offered is None or offered <= progress.contributed_round:
+            return None
+        # Of a round that is over, the state says no more than whether its model contains this agent's part.
+        return offered if state.counted_round == offered else None
+
+    @property
+    def _round_offered(self) -> int | None:
+        """Return the round to which this agent has offered its weights last, or is to offer them."""
+        trained = self._disk.progress.trained
+        return trained.round if trained else None
 
     def _is_new_model(self, state: RunState) -> bool:
         number, progress = state.latest_round, self._disk.progress

@@ -9,17 +9,15 @@ import json
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager
 from typing import Any
 
 from rich.table import Table
 
 from ecavg.cloud_server.config import DEFAULT_PRESET, ENV_PREFIX, ServerConfig
-from ecavg.cloud_server.disk.lock import InUseError, locked
 from ecavg.cloud_server.rollout import changes, offers
 from ecavg.cloud_server.state_dir import StateDir
 from ecavg.cloud_server.store import Store
-from ecavg.cloud_server.upkeep import provenance
 from ecavg.common import cli
 from ecavg.common.errors import ConflictError, NotFoundError, UsageError
 from ecavg.common.layers import load
@@ -136,7 +134,4 @@ def _unpin(store: Store, _: argparse.Namespace) -> None:
 
 def _withdraw(store: Store, arguments: argparse.Namespace) -> None:
     changes.withdraw(store, arguments.round, time.time())
-    # A server that runs does this by itself.
-    with suppress(InUseError), locked(store.state_dir):
-        provenance.write(store)
     cli.print_done(f"the model of round {arguments.round} is withdrawn; {_HINT}")

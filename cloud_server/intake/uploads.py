@@ -293,7 +293,8 @@ class Upload:
 
     async def close(self) -> None:
         """Keep what has arrived; who calls this again waits for the first call's end."""
-        self._closing = self._closing or asyncio.ensure_future(self._close())
+        if self._closing is None or self._closing.done():
+            self._closing = asyncio.ensure_future(self._close())
         await to_the_end(self._closing)
 
     async def _close(self) -> None:

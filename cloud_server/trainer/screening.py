@@ -79,7 +79,7 @@ def screen(
         if agent.scale < 1:
             clip(member.weights_path, base_path, agent.scale, clipped_path(scratch, member))
     left = Screening(agents=tuple(agents)).kept(members, scratch)
-    if note := _why_not_audited(len(left), run):
+    if note := _why_not_audited(len(left) if model else 0, run):
         return Screening(agents=tuple(agents), note=note)
     findings = audit(model, left, blobs_dir, run=run, device=device, rest=rest) if model else []
     found = dict(zip([member.agent_id for member in left if model], findings, strict=True))

@@ -55,6 +55,7 @@ def run_job(
         Exception: the error of the job, if this process cannot do another job after it.
     """
     with structlog.contextvars.bound_contextvars(job=directory.path.name, rank=group.rank):
+        attempt = _attempt(directory)
         try:
             result = _do(directory, blobs_dir, device_name, group, checkpoint_seconds)
             if group.rank == 0:
@@ -68,7 +69,7 @@ def run_job(
             if group.world_size > 1 and _has_lost_rank(error):
                 # The job stays pending, for the group that the other ranks form anew.
                 raise
-            _write_error(directory, error)
+            _write_error(directory, error, attempt)
             # After a CUDA error other than a lack of memory, this process cannot use the GPU any more.
             if group.world_size > 1 or isinstance(error, torch.AcceleratorError):
                 raise
@@ -78,17 +79,21 @@ def run_job(
     torch.cuda.empty_cache()
 
 
-def _write_error(directory: JobDirectory, error: Exception) -> None:
+def _attempt(directory: JobDirectory) -> int | None:
+    """Return which attempt at the job this is; None if the job cannot be read."""
+    with suppress(RunError):
+        return directory.read_job().attempt
+    return None
+
+
+def _write_error(directory: JobDirectory, error: Exception, attempt: int | None) -> None:
     """Write the error as the job's result, unless another rank has written one."""
     if is_full(error):
         # The room that the checkpoint takes may be all that the model needs.
         directory.discard_checkpoint()
-    if directory.read_result() is not None:
-        return
-    described = _describe(error)
-    with suppress(RunError):
-        described = described.model_copy(update={"attempt": directory.read_job().attempt})
-    directory.write_result(Result(error=described))
+    if directory.read_result() is None:
+        described = _describe(error).model_copy(update={"attempt": attempt})
+        directory.write_result(Result(error=described))
 
 
 def _do(

@@ -27,6 +27,9 @@ from ecavg.cloud_server.store import Store
 from ecavg.cloud_server.upkeep.forgotten import forgettings
 from ecavg.common.files import replacing, sync
 
+# What a line says of a model that was withdrawn.
+WITHDRAWN = b'"withdrawn": true, '
+
 _PUBLISHED = (
     "SELECT number, published, number IN (SELECT round FROM rollouts WHERE state = 'withdrawn') AS withdrawn,"
     " (SELECT at FROM phase_history WHERE round = number AND phase = 'published'"

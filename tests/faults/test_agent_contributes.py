@@ -204,6 +204,7 @@ async def test_contribution_that_was_accepted_unheard_is_noted(
             contributed_round=0,
             evaluated_round=latest,
             sent_weights=("sent",),
+            trained=Trained(round=1, weights=Blob("sent", 1), score=0.5),
             num_taken=9,
             num_contributed=7,
             num_contributed_before=2,
@@ -218,6 +219,18 @@ async def test_contribution_that_was_accepted_unheard_is_noted(
     progress = started.disk.progress
     assert (progress.num_contributed, progress.num_contributed_before) == counts
     assert started.cloud.counts["contributions"] == 0
+
+
+async def test_contribution_that_never_arrived_is_made_though_none_has_counted_before(tmp_path: Path) -> None:
+    """The device ended after it had noted what it would send, before the server heard of that."""
+    started = Started(tmp_path)
+    started.disk.save(Progress(run_id="run", sent_weights=("on its way",)))
+    assert started.disk.progress.contributed_round == -1
+    end_when_contributed(started)
+    started.send()
+    await started.run()
+    assert started.cloud.counts["contributions"] == 1
+    assert "round 0" not in " ".join(started.said)
 
 
 @pytest.mark.parametrize(("latest", "accepted_weights"), [(0, "sent"), (1, "")])
