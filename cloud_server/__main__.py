@@ -162,7 +162,7 @@ async def serve(config: ServerConfig) -> int:
     metrics = ServerMetrics(agent_labels=config.agent_labels)
     metrics.machine.watch(config.state_dir, (lambda: authority.ends_at) if authority else None)
     trainer = trainer_of(config)
-    display = RunDisplay(progress_display(has_bars=config.has_bars), epochs=config.run.fine_tune.epochs)
+    display = RunDisplay(progress_display(has_bars=config.has_bars), run=config.run)
     server = GrpcServer(
         metrics,
         authority,

@@ -2,6 +2,7 @@
 
 import time
 
+from ecavg.common.config import RunConfig
 from ecavg.common.cron import local_zone, spoken
 from ecavg.common.progress import ProgressDisplay
 from ecavg.common.run_state import Phase, RunState, WorkProgress
@@ -12,11 +13,11 @@ class RunDisplay:
 
     Args:
         prefix: begins the label of each bar; empty for the number of the round.
-        epochs: how many epochs the cloud fine-tunes for; 0: that is not known yet.
+        run: tells how many epochs the cloud trains for; None: it is not known yet.
     """
 
-    def __init__(self, display: ProgressDisplay, prefix: str = "", epochs: int = 0) -> None:
-        self.epochs = epochs
+    def __init__(self, display: ProgressDisplay, prefix: str = "", run: RunConfig | None = None) -> None:
+        self.run = run
         self._display = display
         self._prefix = prefix
         # The last round after which was said what the next one waits for; -1: none, not even the warm-up.
@@ -39,7 +40,7 @@ class RunDisplay:
             label += state.phase.replace("_", "-")
             done, total = state.progress.done, state.progress.total
             self._finish_previous(label, total)
-            detail = self._detail(state.phase, state.progress)
+            detail = self._detail(state, state.progress)
         else:
             self._finish_previous("", 0)
             self._say_what_opens(state)
@@ -59,11 +60,12 @@ class RunDisplay:
         self._said = state.round
         self._display.message(f"the next round opens {when}")
 
-    def _detail(self, phase: Phase, work: WorkProgress) -> str:
-        """Return the epochs of the fine-tune and the loss, as far as they are known."""
+    def _detail(self, state: RunState, work: WorkProgress) -> str:
+        """Return the epochs of the cloud's training and the loss, as far as they are known."""
         parts = []
-        if phase is Phase.FINE_TUNING and self.epochs and work.total:
-            parts.append(f"{work.done * self.epochs // work.total} of {self.epochs} epochs")
+        epochs = self.run.fine_tune_of(state.round).epochs if self.run else 0
+        if state.phase is Phase.FINE_TUNING and epochs and work.total:
+            parts.append(f"{work.done * epochs // work.total} of {epochs} epochs")
         if work.loss is not None:
             parts.append(f"loss {work.loss:.3f}")
         return ", ".join(parts)

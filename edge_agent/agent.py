@@ -194,7 +194,7 @@ class EdgeAgent:
             self._disk.discard_all_but(())
             self._shown = _Shown()
         self._task = joined.run.task
-        self._cloud.epochs = joined.run.fine_tune.epochs
+        self._cloud.run = joined.run
         crash_point(Point.AGENT_JOINED)
         self._display.message(
             f"joined as {self._disk.agent_id}, slot {joined.slot}: {joined.run.model} on {joined.run.dataset}"

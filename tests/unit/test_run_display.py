@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 
 from ecavg.common.run_display import RunDisplay
+from ecavg.common.config import FineTuneConfig, RunConfig
 from ecavg.common.run_state import Phase, RunState, WorkProgress
 from ecavg.common.transfer import Blob
 
@@ -72,10 +73,12 @@ def test_an_agent_shows_what_the_cloud_does_and_in_which_epoch() -> None:
     display.show(replace(tuning, progress=WorkProgress(3, 50, 0.25)))
     assert bars.details == {"cloud: fine-tuning": "loss 0.250"}
     # The agent hears of the run's epochs when it joins.
-    display.epochs = 5
+    display.run = RunConfig(fine_tune=FineTuneConfig(epochs=5), warm_up_epochs=2)
     display.show(replace(tuning, progress=WorkProgress(29, 50, 0.25)))
     assert bars.details == {"cloud: fine-tuning": "2 of 5 epochs, loss 0.250"}
     assert bars.figures == {"cloud: fine-tuning": (29, 50)}
+    display.show(replace(tuning, round=0, progress=WorkProgress(29, 50, 0.25)))
+    assert bars.details == {"cloud: fine-tuning": "1 of 2 epochs, loss 0.250"}
 
 
 def test_what_the_next_round_waits_for_is_said_once_after_each_round(monkeypatch: pytest.MonkeyPatch) -> None:
