@@ -5,8 +5,8 @@ from dataclasses import replace
 
 import pytest
 
-from ecavg.common.run_display import RunDisplay
 from ecavg.common.config import FineTuneConfig, RunConfig
+from ecavg.common.run_display import RunDisplay
 from ecavg.common.run_state import Phase, RunState, WorkProgress
 from ecavg.common.transfer import Blob
 
