@@ -334,6 +334,8 @@ async def test_run_tells_of_its_rounds_and_its_end_each_once_though_the_server_s
         await here.contribute("a", 1)
         await until(lambda: (1, "published") in played.events)
     async with world(tmp_path / "state", receiver=receiver, rounds=2) as here:
+        # The first server may have ended before it opened the round.
+        await here.until(lambda: here.standing.current.number == 2)
         await here.contribute("a", 2)
         await asyncio.wait_for(here.running, 20)
         value = here.metrics.registry.get_sample_value
