@@ -31,11 +31,12 @@ class AsyncMember(Member):
 
     async def _act_on(self, state: RunState) -> bool:
         """Do what the state calls for: to finish what was begun comes before a newer model."""
-        is_taken = self._round_taken(state) is not None
-        if not is_taken and self._is_to_finish(state) and not self._withdrawals.are_urgent(state):
+        if self._round_taken(state) is not None:
+            return await super()._act_on(state)
+        if self._is_to_finish(state) and not self._withdrawals.are_urgent(state):
             await self._contribute_unless_in_vain(state)
             return True
-        if not is_taken and self._disk.progress.begun and not self._is_to_finish(state):
+        if self._disk.progress.begun and not self._is_to_finish(state):
             await self._save(begun=None)
         return await super()._act_on(state)
 

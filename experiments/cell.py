@@ -110,7 +110,7 @@ class _Run:
         self._device = select_device(cell.device)
         self._on_progress = on_progress
         self._weighed_seconds = 0.0
-        self._network = self._open_network("network")
+        self._network = Network(self._setting, cell.path / "network", self._device, on_progress)
         self._test = TestSet(cell.setting.run, self._device, cell.path / "measured.json")
 
     def run(self) -> None:
@@ -177,15 +177,14 @@ class _Run:
 
         The pre-training of a round depends on the rounds before, so the shared pre-training cannot be used.
         """
-        shutil.rmtree(self._cell.path / "rounds", ignore_errors=True)
         rounds, latest = [], None
-        with closing(self._open_network("rounds")) as network:
+        folder = self._cell.path / "rounds"
+        with new_network(self._setting, folder, self._device, self._on_progress) as network:
             for number in range(1, num_rounds + 1):
                 run = self._setting.run_of(variant, number, num_rounds)
                 contributions = network.contribute(run, number, latest)
                 record, latest = self._publish(variant, run, number, latest, network, contributions)
                 rounds.append(record)
-        shutil.rmtree(self._cell.path / "rounds")
         return rounds
 
     def _publish(
@@ -287,9 +286,6 @@ class _Run:
         decoded.unlink()
         return measured
 
-    def _open_network(self, name: str) -> Network:
-        return Network(self._setting, self._cell.path / name, self._device, self._on_progress)
-
     def _note_pretrain_seconds(self, seconds: float) -> None:
         """Note the wall seconds of the pre-training, once.
 
@@ -316,6 +312,20 @@ def alone_in(path: Path) -> Iterator[None]:
         except BlockingIOError:
             raise UsageError(f"another process is at work in {path}: wait for its end") from None
         yield
+
+
+@contextmanager
+def new_network(
+    setting: Setting, path: Path, device: torch.device, on_progress: OnProgress
+) -> Iterator[Network]:
+    """Open a network of new agents in a folder, which is deleted when its work is done.
+
+    What a command that was stopped has left in the folder is deleted first.
+    """
+    shutil.rmtree(path, ignore_errors=True)
+    with closing(Network(setting, path, device, on_progress)) as network:
+        yield network
+    shutil.rmtree(path)
 
 
 class TestSet:

@@ -5,9 +5,7 @@ a fast agent's pre-training takes 1, the slow agent's takes SLOW, and the cloud'
 Transfers take none. An agent starts again from the newest model when its contribution has been merged.
 """
 
-import shutil
 from collections.abc import Mapping, Sequence
-from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
@@ -16,7 +14,7 @@ from typing import NamedTuple
 from ecavg.cloud_server.contribution import Contribution
 from ecavg.common.devices import select_device
 from ecavg.common.errors import RunError, UsageError
-from experiments.cell import Record, TestSet, alone_in, prefixed, read_record, write_record
+from experiments.cell import Record, TestSet, alone_in, new_network, prefixed, read_record, write_record
 from experiments.round import Edge, Network, OnProgress, round_job
 from experiments.tables import grid, spread
 from experiments.tasks import Setting
@@ -73,19 +71,13 @@ class Cell(NamedTuple):
         Raises:
             UsageError: there are too few data, or another process is working on this cell.
         """
+        device = select_device(self.device)
         with alone_in(self.path):
             for name in self.missing:
-                self._measure(name, on_progress)
-
-    def _measure(self, name: str, on_progress: OnProgress) -> None:
-        # It is what a command that was stopped has left.
-        shutil.rmtree(self.path / "network", ignore_errors=True)
-        show = prefixed(ROWS[name].label, on_progress)
-        network = Network(self.setting, self.path / "network", select_device(self.device), show)
-        with closing(network):
-            steps = _Timeline(self, ROWS[name], network, show).steps()
-        write_record(self.path / f"{name}.json", {"steps": steps, "run": self._run})
-        shutil.rmtree(self.path / "network")
+                show = prefixed(ROWS[name].label, on_progress)
+                with new_network(self.setting, self.path / "network", device, show) as network:
+                    steps = _Timeline(self, ROWS[name], network, show).steps()
+                    write_record(self.path / f"{name}.json", {"steps": steps, "run": self._run})
 
     @property
     def _run(self) -> Record:

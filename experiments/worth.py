@@ -5,9 +5,7 @@ of all agents. The other rows have one total budget of edge epochs and cloud epo
 Our rows have one learning-rate schedule over all of it, the others one for each training.
 """
 
-import shutil
 from collections.abc import Mapping, Sequence
-from contextlib import closing
 from math import sqrt
 from pathlib import Path
 from statistics import fmean, stdev
@@ -19,7 +17,7 @@ from ecavg.common.config import RunConfig
 from ecavg.common.devices import select_device
 from ecavg.common.errors import RunError, UsageError
 from ecavg.common.layers import deep_merge
-from experiments.cell import Record, TestSet, alone_in, prefixed, read_record, write_record
+from experiments.cell import Record, TestSet, alone_in, new_network, prefixed, read_record, write_record
 from experiments.round import Network, OnProgress, round_job
 from experiments.tables import grid, signed, spread
 from experiments.tasks import PLAIN, Setting
@@ -184,19 +182,13 @@ class Cell(NamedTuple):
         Raises:
             UsageError: there are too few data, or another process is working on this cell.
         """
+        device = select_device(self.device)
         with alone_in(self.path):
             for name in self.missing:
-                self._measure(name, on_progress)
-
-    def _measure(self, name: str, on_progress: OnProgress) -> None:
-        # It is what a command that was stopped has left.
-        shutil.rmtree(self.path / "network", ignore_errors=True)
-        row = self.rows[name]
-        show = prefixed(row.label, on_progress)
-        network = Network(self.setting, self.path / "network", select_device(self.device), show)
-        with closing(network):
-            self.keep(name, _Way(self, row, network, show).steps())
-        shutil.rmtree(self.path / "network")
+                row = self.rows[name]
+                show = prefixed(row.label, on_progress)
+                with new_network(self.setting, self.path / "network", device, show) as network:
+                    self.keep(name, _Way(self, row, network, show).steps())
 
     @property
     def _run(self) -> Record:
