@@ -16,6 +16,8 @@ from ecavg.edge_agent.state import Begun, Progress, Trained
 from tests.faults.started import Sluggish, Started, Steered, end_when_contributed, train_blocked, when_saved
 from tests.faults.test_agent_restart import Cloud
 
+SENT = Blob("sent", 1)
+
 
 class Forgetful(Steered):
     """Has lost what was uploaded; more than once."""
@@ -181,6 +183,22 @@ async def test_examples_of_a_round_that_failed_are_new_again(
     assert started.disk.progress.num_contributed == num_contributed
 
 
+def sent_unheard(latest: int, **others: Any) -> Progress:
+    """Return the progress of a device that ended when it had sent a contribution to round 1.
+
+    Args:
+        latest: the newest round whose model the device has taken.
+    """
+    return Progress(
+        run_id="run",
+        contributed_round=0,
+        evaluated_round=latest,
+        sent_weights=(SENT.digest,),
+        trained=Trained(round=1, weights=SENT, score=0.5, shards=("of before",)),
+        **others,
+    )
+
+
 @pytest.mark.parametrize(
     ("phase", "latest", "accepted_weights", "counts"),
     [
@@ -198,18 +216,7 @@ async def test_contribution_that_was_accepted_unheard_is_noted(
 ) -> None:
     """The device ended after the server had accepted its contribution, and before it heard of that."""
     started = Started(tmp_path)
-    started.disk.save(
-        Progress(
-            run_id="run",
-            contributed_round=0,
-            evaluated_round=latest,
-            sent_weights=("sent",),
-            trained=Trained(round=1, weights=Blob("sent", 1), score=0.5),
-            num_taken=9,
-            num_contributed=7,
-            num_contributed_before=2,
-        )
-    )
+    started.disk.save(sent_unheard(latest, num_taken=9, num_contributed=7, num_contributed_before=2))
     outcome = Outcome.ACCEPTED if accepted_weights else None
     for over in (False, True):
         started.send(
@@ -241,17 +248,8 @@ async def test_what_was_begun_counts_once_though_there_are_new_data_since(
     """Without the state, the device would train again on its new data from where it began."""
     started = Started(tmp_path)
     started.client.run = started.client.run.model_copy(update={"mode": "async"})
-    sent = Blob("sent", 1)
-    started.disk.save(
-        Progress(
-            run_id="run",
-            contributed_round=0,
-            evaluated_round=latest,
-            sent_weights=("sent",),
-            trained=Trained(round=1, weights=sent, score=0.5, shards=("of before",)),
-            begun=Begun(round=1, initial_weights=sent, has_full_curve=False, offered_to=1, offered=sent),
-        )
-    )
+    begun = Begun(round=1, initial_weights=SENT, has_full_curve=False, offered_to=1, offered=SENT)
+    started.disk.save(sent_unheard(latest, begun=begun))
     for over in (False, True):
         started.send(latest=latest, phase="aggregating", accepted_weights=accepted_weights, over=over)
     await started.run()
